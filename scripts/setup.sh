@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Makes .venv with the pinned versions. Does nothing when nothing has changed.
+#   bash scripts/setup.sh            profile by what is on the machine
+#   PROFILE=cpu|cuda|npu             forces one
+#   PYTHON=python3.11                the interpreter to build from
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+say() { echo "setup: $*" >&2; }
+die() { say "$*"; exit 1; }
+
+profile=${PROFILE:-auto}
+if [[ $profile == auto ]]; then
+    if command -v npu-smi > /dev/null 2>&1; then profile=npu
+    elif command -v nvidia-smi > /dev/null 2>&1 && nvidia-smi > /dev/null 2>&1; then profile=cuda
+    else profile=cpu; fi
+fi
+[[ $profile =~ ^(cpu|cuda|npu)$ ]] || die "PROFILE=$profile is not one of cpu, cuda, npu, auto"
+
+lock=scripts/requirements-cpu.lock
+stamp=.venv/.verl-aqn-setup
+# Where the checkout stands is part of the stamp: an editable install points there.
+want=$( { echo "$profile $PWD"; cat pyproject.toml "$lock" scripts/setup.sh scripts/vllm-metadata/pyproject.toml; } | sha256sum)
+[[ -f $stamp && $(cat "$stamp") == "$want" ]] && exit 0
+
+python=${PYTHON:-}
+if [[ -z $python ]]; then
+    for candidate in python3.11 python3; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2> /dev/null; then
+            python=$candidate
+            break
+        fi
+    done
+fi
+[[ -n $python ]] || die "needs Python 3.11 or 3.12; set PYTHON to one"
+
+say "installing profile $profile into .venv (about a minute on a fast connection)"
+# Compiled files are wanted: some ten processes import verl, each 6 s slower without them.
+unset PYTHONDONTWRITEBYTECODE
+[[ -x .venv/bin/python ]] || "$python" -m venv .venv
+.venv/bin/python -m pip install --quiet --disable-pip-version-check "uv==0.13.9" 2>&1 | grep -v '^WARNING' >&2 || true
+uv() { .venv/bin/uv pip "$@" --quiet --python .venv ${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"}; }
+
+if [[ $profile == cpu ]]; then
+    # Without dependency resolution: the lock is complete, and three declared packages must stay away (lock.sh).
+    grep -v '^torch==' "$lock" > .venv/requirements.txt
+    uv install --no-deps --compile-bytecode -r .venv/requirements.txt
+    torch=$(grep '^torch==' "$lock")
+    if compgen -G "${PIP_FIND_LINKS:-/nonexistent}/torch-${torch#torch==}+cpu-*" > /dev/null; then
+        uv install --no-deps --compile-bytecode "$torch+cpu"
+    else
+        uv install --no-deps --compile-bytecode --torch-backend cpu "$torch"
+    fi
+    uv install --no-deps ./scripts/vllm-metadata
+else
+    uv install -e ".[$profile,dev]"
+fi
+uv install --no-deps -e .
+.venv/bin/python -c 'import torch; print(f"setup: torch {torch.__version__}", flush=True)' >&2
+echo "$want" > "$stamp"

@@ -1,0 +1,25 @@
+"""Errors that a user can act on: one line that says what is wrong, where, and what to do."""
+
+
+class AqnError(Exception):
+    """Base of every error raised for a reason the user can mend. The command line prints it as one line."""
+
+
+class ConfigError(AqnError, ValueError):
+    """A recipe or an override is wrong: the run is refused before any work starts."""
+
+
+class DataError(AqnError, ValueError):
+    """A data file is missing, unreadable, or lacks a column."""
+
+
+class ModelError(AqnError, ValueError):
+    """A model folder cannot be used: no weights, a damaged file, a shape that MXFP4 cannot hold."""
+
+
+class EnvironmentFault(AqnError, RuntimeError):
+    """The machine or its installation cannot run this: versions, plugin not loaded, memory, ports."""
+
+
+class EvidenceError(AqnError, RuntimeError):
+    """What was read back from a process is not what was asked of it. The run stops."""
