@@ -1,0 +1,238 @@
+"""The `aqn:` block of a recipe, typed; and how a recipe, a profile and overrides become one config.
+
+Imports neither torch, verl, vLLM nor Ray: reading and checking a recipe takes a fraction of a second.
+"""
+
+import difflib
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass, field, fields, is_dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from verl_aqn.errors import ConfigError, EnvironmentFault
+from verl_aqn.schedule import SigmaSchedule
+
+PROFILES = ("cpu", "cuda", "npu")
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """Noise on the RMSNorm weights of the rollout (`aqn.noise`)."""
+
+    enabled: bool = True
+    kind: str = "exponential"
+    sigma_start: float = 0.05
+    sigma_end: float = 1.0e-5
+    num_stages: int = 10
+    epoch_aware: bool = False
+    unit: str = "absolute"  # or "rms": σ times the root mean square of the module's clean weight
+    apply_to: str = "rollout"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Mxfp4Config:
+    """The quantised base (`aqn.mxfp4`)."""
+
+    enabled: bool = True
+    scale_rule: str = "mse"
+    activation: str = "none"
+    exclude: tuple[str, ...] = ("lm_head", "embed_tokens")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives (`aqn.run`)."""
+
+    dir: str | None = None
+    fresh: bool = False
+
+
+@dataclass(frozen=True)
+class AqnConfig:
+    """The whole `aqn:` block."""
+
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    mxfp4: Mxfp4Config = field(default_factory=Mxfp4Config)
+    run: RunConfig = field(default_factory=RunConfig)
+    profile: str = "auto"
+
+
+_CHOICES = {
+    "aqn.noise.kind": ("exponential", "constant"),
+    "aqn.noise.unit": ("absolute", "rms"),
+    "aqn.noise.apply_to": ("rollout",),
+    "aqn.mxfp4.scale_rule": ("mse", "even", "floor", "rceil"),
+    "aqn.mxfp4.activation": ("none",),
+    "aqn.profile": ("auto", *PROFILES),
+}
+
+
+def nearest(name: str, valid: list[str]) -> str:
+    """` (did you mean 'x'?)` for the nearest valid name, or the list of them."""
+    close = difflib.get_close_matches(name, valid, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(sorted(valid))}"
+
+
+def _typed(cls: type, raw: Any, where: str) -> Any:
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where} must be a block of keys, got {raw!r}")
+    known = {f.name: f for f in fields(cls)}
+    values = {}
+    for key, value in raw.items():
+        path = f"{where}.{key}"
+        if key not in known:
+            raise ConfigError(f"unknown key {path}: {nearest(key, list(known))}")
+        default = getattr(cls(), key)
+        if is_dataclass(default):
+            value = _typed(type(default), value, path)
+        elif isinstance(default, tuple):
+            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+                raise ConfigError(f"{path} must be a list of names, got {value!r}")
+            value = tuple(value)
+        elif isinstance(default, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = float(value)
+        elif default is not None and type(value) is not type(default):
+            raise ConfigError(f"{path} must be a {type(default).__name__}, got {value!r}")
+        if path in _CHOICES and value not in _CHOICES[path]:
+            raise ConfigError(f"{path}={value!r} is not one of {', '.join(_CHOICES[path])}")
+        values[key] = value
+    return cls(**values)
+
+
+def parse_aqn(config: DictConfig | dict) -> AqnConfig:
+    """Read the `aqn:` block of a composed config.
+
+    Raises:
+        ConfigError: a key that does not exist (with the nearest that does), a value of the wrong type,
+            a choice that is not offered.
+    """
+    block = config.get("aqn")
+    if block is None:
+        raise ConfigError("the config has no aqn: block; a recipe's defaults start with `base`")
+    return _typed(AqnConfig, OmegaConf.to_container(block, resolve=True) if OmegaConf.is_config(block) else block, "aqn")
+
+
+def schedule_of(config: DictConfig | dict, total_steps: int) -> SigmaSchedule:
+    """σ over `total_steps` RL steps, as the recipe asks for it. With noise disabled σ is 0 throughout."""
+    noise = parse_aqn(config).noise
+    epochs = int(OmegaConf.select(OmegaConf.create(config), "trainer.total_epochs") or 1)
+    return SigmaSchedule(
+        sigma_start=noise.sigma_start if noise.enabled else 0.0,
+        sigma_end=noise.sigma_end if noise.enabled else 0.0,
+        num_stages=noise.num_stages,
+        total_steps=total_steps,
+        kind=noise.kind if noise.enabled else "constant",
+        epoch_aware=noise.epoch_aware and noise.enabled,
+        epochs=epochs,
+    )
+
+
+def recipe_dirs() -> list[Path]:
+    """Folders in which a bare recipe name is looked up: the installed ones, or the checkout's."""
+    package = Path(__file__).resolve().parent
+    return [path for path in (package / "recipes", package.parent / "recipes") if path.is_dir()]
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(p.stem for folder in recipe_dirs() for p in folder.glob("*.yaml") if p.stem != "base")
+
+
+def find_recipe(recipe: str) -> Path:
+    """The file of a recipe given by path or by bare name."""
+    if recipe.endswith((".yaml", ".yml")) or os.sep in recipe:
+        path = Path(recipe).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"no recipe file {recipe}")
+        return path.resolve()
+    for folder in recipe_dirs():
+        if (path := folder / f"{recipe}.yaml").is_file():
+            return path
+    raise ConfigError(f"no recipe {recipe!r}: {nearest(recipe, recipe_names())}")
+
+
+def detect_profile() -> str:
+    """`npu` or `cuda` where such a device answers, else `cpu`."""
+    for tool, profile in (("npu-smi", "npu"), ("nvidia-smi", "cuda")):
+        if shutil.which(tool) and subprocess.run([tool], capture_output=True, check=False).returncode == 0:
+            return profile
+    return "cpu"
+
+
+def _verl_config_dir() -> Path:
+    # find_spec of a top-level package does not import it; importing verl takes seconds.
+    spec = find_spec("verl")
+    if spec is None or not spec.submodule_search_locations:
+        raise EnvironmentFault("verl is not installed: run `bash scripts/setup.sh`")
+    return Path(spec.submodule_search_locations[0]) / "trainer" / "config"
+
+
+def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
+    """Compose recipe + profile + experiment + overrides, and check the `aqn:` block.
+
+    `profile=` and `experiment=` among the overrides choose those files; otherwise the profile is detected, and
+    the experiment is `embedded` on a CPU and `gsm8k` on accelerators. Everything else is a Hydra override.
+
+    Raises:
+        ConfigError: no such recipe, key, or value.
+    """
+    path = find_recipe(recipe)
+    chosen = {"profile": "auto", "experiment": None}
+    rest = []
+    for override in overrides or []:
+        key, sep, value = override.partition("=")
+        if not sep:
+            raise ConfigError(f"override {override!r} is not of the form key=value")
+        key = "profile" if key == "aqn.profile" else key
+        if key in chosen:
+            chosen[key] = value
+        else:
+            rest.append(override)
+    profile = chosen["profile"] if chosen["profile"] != "auto" else detect_profile()
+    experiment = chosen["experiment"] or ("embedded" if profile == "cpu" else "gsm8k")
+    conf = Path(__file__).resolve().parent / "conf"
+    for group, value in (("profile", profile), ("experiment", experiment)):
+        names = [p.stem for p in (conf / group).glob("*.yaml")]
+        if value not in names:
+            raise ConfigError(f"no {group} {value!r}: {nearest(value, names)}")
+
+    groups = [f"+profile={profile}", f"+experiment={experiment}"]
+    try:
+        config = _compose(path, [*groups, *rest])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path.name}: {_hydra_message(error, path, groups)}") from error
+    parse_aqn(config)
+    OmegaConf.update(config, "aqn.profile", profile)
+    if config.trainer.experiment_name is None:
+        config.trainer.experiment_name = path.stem
+    return config
+
+
+def _compose(path: Path, overrides: list[str]) -> DictConfig:
+    folders = [Path(__file__).resolve().parent / "conf", _verl_config_dir(), *recipe_dirs()]
+    searchpath = ",".join(f"file://{folder}" for folder in folders)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=str(path.parent), version_base=None):
+        return compose(config_name=path.stem, overrides=[f"hydra.searchpath=[{searchpath}]", *overrides])
+
+
+def _hydra_message(error: Exception, path: Path, groups: list[str]) -> str:
+    """One line out of Hydra's many; for a key that does not exist, with the nearest that does."""
+    cause = error.__cause__ or error.__context__ or error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    key = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
+    if "is not in struct" in lines[0] and key:
+        parent, _, name = key.rpartition(".")
+        siblings = OmegaConf.select(_compose(path, groups), parent) if parent else _compose(path, groups)
+        return f"unknown key {key}: {nearest(name, [str(k) for k in siblings])}"
+    return lines[0] + (f" ({key})" if key and key not in lines[0] else "")
