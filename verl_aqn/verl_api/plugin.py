@@ -1,0 +1,48 @@
+"""What verl imports in the driver and in every Ray worker (entry point `verl.plugins`).
+
+verl swallows an error in here (it logs it at DEBUG), so nothing relies on having been imported: each process calls
+`assert_loaded` and stops with a plain message where something is missing.
+"""
+
+import importlib.metadata
+import os
+
+from verl.plugin.platform import get_platform
+from verl.plugin.platform.platform_manager import PlatformRegistry
+
+from verl_aqn.errors import EnvironmentFault
+from verl_aqn.verl_api.cpu import PlatformCPU
+
+SUPPORTED = {"verl": ("0.9.1",), "torch": ("2.10.", "2.11.", "2.13."), "ray": ("2.60.",)}
+
+if PlatformRegistry.get("cpu") is None:
+    PlatformRegistry.register(platform="cpu")(PlatformCPU)
+
+
+def check_versions() -> dict[str, str]:
+    """Versions of what this project stands on.
+
+    Raises:
+        EnvironmentFault: one of a version whose seams were not checked.
+    """
+    versions = {name: importlib.metadata.version(name) for name in SUPPORTED}
+    for name, version in versions.items():
+        if not version.startswith(SUPPORTED[name]):
+            wanted = ", ".join(SUPPORTED[name])
+            raise EnvironmentFault(f"{name} {version} is not supported (supported: {wanted}); run scripts/setup.sh")
+    return versions
+
+
+def assert_loaded(process: str) -> None:
+    """Stop this process unless the plugin is in place and verl uses the platform that was asked for.
+
+    Args:
+        process: what the process is, for the message.
+    """
+    check_versions()
+    wanted = os.environ.get("VERL_PLATFORM", "").lower()
+    if wanted == "cpu" and PlatformRegistry.get("cpu") is not PlatformCPU:
+        raise EnvironmentFault(f"{process}: verl did not load the verl-aqn plugin; is verl-aqn installed there?")
+    platform = get_platform()
+    if wanted == "cpu" and platform.device_name != "cpu":
+        raise EnvironmentFault(f"{process}: verl chose platform {platform.device_name} before the plugin was loaded")

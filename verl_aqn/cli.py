@@ -1,0 +1,165 @@
+"""The `verl-aqn` command. Results go to standard output, progress and errors to standard error."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console as RichConsole
+from rich.table import Table
+
+from verl_aqn import __version__
+from verl_aqn.errors import AqnError, ConfigError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+data_app = typer.Typer(no_args_is_help=True, help="Prepare data sets.")
+app.add_typer(data_app, name="data")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Recipe = Annotated[str, typer.Argument(help="A file, or the bare name of one in recipes/.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def callback(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    """RL of MXFP4 models with LoRA and adaptive quantization noise, on stock verl."""
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def train(
+    recipe: Recipe,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as Hydra takes them.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve and check the recipe, print it, and stop.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew even if the last run died.")] = False,
+) -> None:
+    """Run a recipe; resume it if its last run died."""
+    from verl_aqn.train import train as run
+
+    extra = ["aqn.run.fresh=true"] if fresh else []
+    raise typer.Exit(run(recipe, [*(overrides or []), *extra], dry_run=dry_run))
+
+
+@app.command()
+def schedule(
+    recipe: Recipe,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as Hydra takes them.")] = None,
+    steps: Annotated[int | None, typer.Option(help="RL steps, where the recipe does not state them.")] = None,
+    as_json: Json = False,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG, SVG or PDF).")] = None,
+) -> None:
+    """σ at every step."""
+    from verl_aqn.config import load_recipe, schedule_of
+
+    config = load_recipe(recipe, overrides)
+    total = steps or config.trainer.total_training_steps
+    if total is None:
+        raise ConfigError(f"{recipe} takes its steps from the data: give --steps N")
+    table = schedule_of(config, int(total)).table()
+    if plot:
+        from verl_aqn.plots import plot_schedule
+
+        plot_schedule(table, recipe, plot)
+    if as_json:
+        print(json.dumps(table))
+        return
+    view = Table(title=f"σ of {recipe} over {total} steps", title_justify="left")
+    for column in ("step", "stage", "σ"):
+        view.add_column(column, justify="right")
+    for row in table:
+        view.add_row(str(row["step"]), str(row["stage"]), f"{row['sigma']:.3g}")
+    RichConsole().print(view)
+
+
+@app.command()
+def quantize(
+    src: Annotated[Path, typer.Argument(help="A bf16 checkpoint folder.")],
+    dst: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    scale_rule: Annotated[str, typer.Option(help="mse, even, floor or rceil.")] = "mse",
+    as_json: Json = False,
+) -> None:
+    """bf16 checkpoint → packed MXFP4 checkpoint that stock vLLM loads."""
+    from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
+
+    report = quantize_checkpoint(src, dst, scale_rule).to_dict()
+    if as_json:
+        print(json.dumps(report))
+        return
+    view = Table(title=f"{src.name} in MXFP4 ({scale_rule})", title_justify="left")
+    for column in ("module", "shape", "SQNR dB", "bytes before", "after"):
+        view.add_column(column, justify="left" if column == "module" else "right")
+    for row in report["modules"]:
+        view.add_row(
+            row["name"],
+            "×".join(map(str, row["shape"])),
+            f"{row['sqnr_db']:.2f}",
+            f"{row['bytes_before']:,}",
+            f"{row['bytes_after']:,}",
+        )
+    RichConsole().print(view)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Versions, and whether the plugin is seen by verl and vLLM."""
+    from verl_aqn.doctor import examine
+
+    faults, report = examine()
+    if as_json:
+        print(json.dumps(report))
+    else:
+        view = Table(title="verl-aqn doctor", title_justify="left")
+        for column in ("what", "found", "fix"):
+            view.add_column(column)
+        for row in report:
+            view.add_row(row["what"], row["found"], row["fix"])
+        RichConsole().print(view)
+    raise typer.Exit(1 if faults else 0)
+
+
+@data_app.command("gsm8k")
+def data_gsm8k(
+    dst: Annotated[Path | None, typer.Option(help="Folder to write; by default the cache, where recipes look.")] = None,
+    source: Annotated[Path | None, typer.Option(help="Folder with train.jsonl and test.jsonl; by default the hub.")] = None,
+    as_json: Json = False,
+) -> None:
+    """GSM8K (7,473 training and 1,319 test problems) as verl reads it."""
+    from verl_aqn.data.gsm8k import prepare_gsm8k
+    from verl_aqn.data.parquet import check_parquet
+    from verl_aqn.prepare import cache_dir
+
+    files = prepare_gsm8k(dst or cache_dir() / "data" / "gsm8k", source)
+    rows = {split: {"file": str(path), "rows": check_parquet(path)} for split, path in files.items()}
+    if as_json:
+        print(json.dumps(rows))
+    else:
+        for split, row in rows.items():
+            print(f"{split}: {row['rows']:,} problems in {row['file']}")
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are one line; exit code 2 for wrong use, 1 for the rest."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except ConfigError as error:
+        _fail(str(error), 2)
+    except AqnError as error:
+        _fail(str(error), 1)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("stopped", 1)
+    except Exception as error:
+        if type(error).__module__.startswith("click") or hasattr(error, "format_message"):
+            _fail(getattr(error, "format_message", lambda: str(error))(), 2)
+        raise
+
+
+def _fail(text: str, code: int) -> None:
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(code)

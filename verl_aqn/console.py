@@ -1,0 +1,163 @@
+"""What a person sees of a run: a line a step while it runs, a short table at its end."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console as RichConsole
+from rich.table import Table
+
+from verl_aqn.config import parse_aqn
+from verl_aqn.runs.folder import RunFolder
+from verl_aqn.runs.stats import wilson
+from verl_aqn.runs.verdict import compare_before_after, plan_verdict
+from verl_aqn.supervise import Outcome
+
+if TYPE_CHECKING:
+    from verl_aqn.train import Plan
+
+
+class Console:
+    """Progress on standard error, the result on standard output."""
+
+    def __init__(self) -> None:
+        self.out = RichConsole(highlight=False)
+        self.err = RichConsole(stderr=True, highlight=False)
+        self.began = time.monotonic()
+        self.width = 1
+
+    def say(self, text: str) -> None:
+        """One line of progress with the time since the start."""
+        passed = int(time.monotonic() - self.began)
+        self.err.print(f"[dim]{passed // 60:3d}:{passed % 60:02d}[/dim]  {text}", soft_wrap=True)
+
+    def start(self, run: RunFolder, todo: "Plan") -> None:
+        """What is about to run, and where it is kept."""
+        aqn = parse_aqn(todo.config)
+        self.width = len(str(todo.steps))
+        if run.note:
+            self.say(run.note)
+        if run.resumed:
+            self.say(f"resuming the run that died (attempt {run.attempt}); --fresh starts anew")
+        self.say(f"run      {run.path}")
+        base = f"MXFP4 ({aqn.mxfp4.scale_rule})" if aqn.mxfp4.enabled else "unquantised"
+        self.say(f"model    {todo.source.name}, {base} base, LoRA r={todo.config.actor_rollout_ref.model.lora_rank}")
+        self.say(f"data     {todo.rows['train']:,} training and {todo.rows['test']:,} validation prompts")
+        noise = aqn.noise
+        if noise.enabled:
+            unit = "of each norm's rms" if noise.unit == "rms" else "absolute"
+            self.say(
+                f"noise    σ {noise.sigma_start:g} → {noise.sigma_end:g} ({unit}), {noise.num_stages} stages, "
+                f"{todo.steps} steps"
+            )
+        else:
+            self.say(f"noise    none, {todo.steps} steps")
+
+    def record(self, name: str, record: dict) -> None:
+        """A new record of the run."""
+        kind = record.get("kind")
+        if kind == "phase":
+            self.say(record["text"])
+        elif kind == "step":
+            metrics = record["metrics"]
+            self.say(
+                f"step {record['step']:{self.width}d}/{record['total']}   "
+                f"σ {metrics.get('aqn/sigma', 0.0):<8.2e} "
+                f"reward {metrics.get('critic/score/mean', float('nan')):6.3f}   "
+                f"entropy {metrics.get('actor/entropy', float('nan')):5.2f}   "
+                f"{metrics.get('timing_s/step', float('nan')):5.1f} s"
+            )
+        elif kind == "validation":
+            self.say(f"accuracy {accuracy_text(record)} after step {record['step']}")
+
+    def end(self, run: RunFolder, todo: "Plan", outcome: Outcome) -> int:
+        """Tables and verdict of a finished run, or one line about one that is not. Returns the exit code."""
+        if outcome.status != "finished":
+            self.err.print(f"[red]error:[/red] {outcome.message} (log: {run.path / 'training.log'})", soft_wrap=True)
+            if outcome.status == "interrupted":
+                self.err.print("the same command resumes this run from its last checkpoint")
+            return 1
+        self.out.print(sigma_table(run.path))
+        self.out.print(result_table(run.path))
+        self.out.print(verdict(run.path, todo))
+        self.out.print(f"[dim]record: {run.path}[/dim]", soft_wrap=True)
+        sys.stdout.flush()
+        return 0
+
+
+def accuracy_text(validation: dict) -> str:
+    """`53.1 % (95 % interval 46.0 to 60.1 %, n=192)`."""
+    correct = round(validation["accuracy"] * validation["items"])
+    low, high = wilson(correct, validation["items"])
+    return f"{100 * validation['accuracy']:.1f} % (95 % interval {100 * low:.1f} to {100 * high:.1f} %, n={validation['items']})"
+
+
+def records(folder: Path, name: str, kind: str) -> list[dict]:
+    """Records of one kind; of a step that was taken twice (after a crash) the later one."""
+    by_step: dict[int, dict] = {}
+    for record in RunFolder.read_file(folder / name):
+        if record.get("kind") == kind:
+            by_step[record["step"]] = record
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def sigma_table(folder: Path) -> Table:
+    """σ by stage: asked, and as read back from the rollout's norms."""
+    table = Table(title="Noise by stage", title_justify="left")
+    for column in ("stage", "steps", "σ asked", "σ in the rollout", "norms"):
+        table.add_column(column, justify="right")
+    stages: dict[int, list[dict]] = {}
+    for record in records(folder, "evidence.jsonl", "noise"):
+        stages.setdefault(record["stage"], []).append(record)
+    for stage, group in stages.items():
+        steps = [record["step"] for record in group]
+        asked = sorted({record["sigma_asked"] for record in group}, reverse=True)
+        realised = [record["sigma_realised"] for record in group]
+        span = f"{min(steps)}" if len(steps) == 1 else f"{min(steps)}–{max(steps)}"
+        table.add_row(
+            str(stage),
+            span,
+            ", ".join("0" if sigma == 0 else f"{sigma:.2e}" for sigma in asked),
+            "0" if max(realised) == 0 else f"{sum(realised) / len(realised):.3e}",
+            str(group[0]["modules"]),
+        )
+    return table
+
+
+def result_table(folder: Path) -> Table:
+    """Accuracy at every validation with its interval."""
+    table = Table(title="Accuracy (noise off)", title_justify="left")
+    for column in ("after step", "accuracy", "95 % interval", "problems"):
+        table.add_column(column, justify="right")
+    for validation in records(folder, "metrics.jsonl", "validation"):
+        correct = round(validation["accuracy"] * validation["items"])
+        low, high = wilson(correct, validation["items"])
+        table.add_row(
+            str(validation["step"]),
+            f"{100 * validation['accuracy']:.1f} %",
+            f"{100 * low:.1f} to {100 * high:.1f} %",
+            str(validation["items"]),
+        )
+    return table
+
+
+def items(folder: Path, step: int) -> dict[str, bool]:
+    """Which validation problems were answered rightly after a step, by prompt."""
+    path = folder / "validation" / f"{step}.jsonl"
+    return {item["input"]: item["acc"] > 0 for item in map(json.loads, path.read_text().splitlines())}
+
+
+def verdict(folder: Path, todo: "Plan") -> str:
+    """The plan's criterion in words, and whether training changed the accuracy (paired test)."""
+    validations = records(folder, "metrics.jsonl", "validation")
+    first, last = validations[0], validations[-1]
+    comparable = "word_problems" not in str(todo.config.data.val_files)
+    text = plan_verdict(last["accuracy"], last["items"], comparable=comparable)
+    if first["step"] == last["step"]:
+        return text
+    before, after = items(folder, first["step"]), items(folder, last["step"])
+    shared = sorted(before.keys() & after.keys())
+    change = compare_before_after([before[key] for key in shared], [after[key] for key in shared])
+    return f"{text}\n{change}"

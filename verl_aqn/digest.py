@@ -1,0 +1,20 @@
+"""One digest for everything that is read back: base, norms, adapters."""
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+
+
+def tensor_digest(items: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """sha256 (hex) over named tensors, in order of name.
+
+    Args:
+        items: pairs of a name and a tensor of any shape and dtype, on any device. Their order does not matter.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(items, key=lambda item: item[0]):
+        data = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}|{tuple(data.shape)}|{data.dtype}|".encode())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

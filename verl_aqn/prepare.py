@@ -1,0 +1,125 @@
+"""Before a run: its model and data as files, and every check that can be made without starting anything."""
+
+import os
+import socket
+from pathlib import Path
+
+import psutil
+from omegaconf import DictConfig, OmegaConf
+
+from verl_aqn.config import parse_aqn, schedule_of
+from verl_aqn.errors import ConfigError, EnvironmentFault, ModelError
+
+# Measured peak of the whole machine on the embedded experiment; a run that starts below it ends in the OOM killer.
+CPU_MEMORY_GB = 8.0
+
+
+def cache_dir() -> Path:
+    """`VERL_AQN_CACHE`, or `verl-aqn` in the user's cache folder."""
+    if path := os.environ.get("VERL_AQN_CACHE"):
+        return Path(path)
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "verl-aqn"
+
+
+def prepare_model(config: DictConfig) -> Path:
+    """Make `actor_rollout_ref.model.path` a folder on disk, quantised if the recipe says so. Returns the source.
+
+    Raises:
+        ModelError: no such folder or hub name, no weights, a file that cannot be read.
+    """
+    from verl_aqn.data.smollm2 import embedded_model
+    from verl_aqn.mxfp4.checkpoint import is_packed, quantized_cache
+
+    name = str(config.actor_rollout_ref.model.path)
+    source = embedded_model(cache_dir() / "models") if name == "embedded" else Path(name).expanduser()
+    if not source.is_dir():
+        if name.count("/") != 1 or name.startswith((".", "~", "/")):
+            raise ModelError(f"no model folder {name}: set actor_rollout_ref.model.path (MODEL_PATH in the scripts)")
+        source = _from_hub(name)
+    mxfp4 = parse_aqn(config).mxfp4
+    path = source
+    if mxfp4.enabled and not is_packed(source):
+        path = quantized_cache(source, cache_dir() / "mxfp4", mxfp4.scale_rule, mxfp4.exclude)
+    elif not mxfp4.enabled and is_packed(source):
+        raise ModelError(f"{source} is an MXFP4 checkpoint, but aqn.mxfp4.enabled=false asks for an unquantised base")
+    config.actor_rollout_ref.model.path = str(path)
+    return source
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{name} is neither a folder nor a model that the hub gives: {reason}") from error
+
+
+def prepare_data(config: DictConfig) -> dict[str, int]:
+    """Make `data.train_files` and `data.val_files` parquet files. Returns the number of rows of each.
+
+    Raises:
+        DataError: a file that is missing, unreadable, empty, or lacks a column.
+    """
+    from verl_aqn.data.gsm8k import prepare_gsm8k
+    from verl_aqn.data.parquet import check_parquet
+    from verl_aqn.data.word_problems import prepare_word_problems
+
+    makers = {
+        "embedded": lambda: prepare_word_problems(cache_dir() / "data" / "word_problems"),
+        "gsm8k": lambda: prepare_gsm8k(cache_dir() / "data" / "gsm8k"),
+    }
+    rows = {}
+    for split, key in (("train", "train_files"), ("test", "val_files")):
+        value = config.data[key]
+        if value in makers:
+            config.data[key] = str(makers[value]()[split])
+        files = [config.data[key]] if isinstance(config.data[key], str) else list(config.data[key])
+        limit = config.data[f"{'train' if split == 'train' else 'val'}_max_samples"]
+        count = sum(check_parquet(Path(file).expanduser()) for file in files)
+        rows[split] = min(count, limit) if limit > 0 else count
+    return rows
+
+
+def check_steps(config: DictConfig, train_rows: int) -> int:
+    """The RL steps that the run will take.
+
+    Raises:
+        ConfigError: sizes that do not fit, or fewer steps in the data than the recipe wants: the run would end
+            before its schedule and without its last validation.
+    """
+    batch, epochs = int(config.data.train_batch_size), int(config.trainer.total_epochs)
+    actor = config.actor_rollout_ref.actor
+    if batch % actor.ppo_mini_batch_size:
+        raise ConfigError(
+            f"data.train_batch_size={batch} is not a multiple of actor.ppo_mini_batch_size={actor.ppo_mini_batch_size}"
+        )
+    available = train_rows // batch * epochs
+    wanted = config.trainer.total_training_steps
+    steps = int(wanted) if wanted is not None else available
+    if steps < 1 or steps > available:
+        raise ConfigError(
+            f"trainer.total_training_steps={wanted}, but {train_rows} training rows at batch {batch} give {available} "
+            f"steps in {epochs} epoch(s): lower it, or the batch, or add epochs"
+        )
+    schedule_of(config, steps)
+    return steps
+
+
+def check_machine(config: DictConfig) -> None:
+    """Memory and ports.
+
+    Raises:
+        EnvironmentFault: too little of the one, or one of the other is taken.
+    """
+    if parse_aqn(config).profile == "cpu":
+        free = psutil.virtual_memory().available / 1e9
+        if free < CPU_MEMORY_GB:
+            raise EnvironmentFault(f"{free:.1f} GB of memory are free, the run needs {CPU_MEMORY_GB:g} GB: end other work")
+    for key in ("ray_kwargs.ray_init.dashboard_port", "transfer_queue.metrics.port"):
+        port = OmegaConf.select(config, key)
+        if port:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", int(port))) == 0:
+                    raise EnvironmentFault(f"port {port} ({key}) is in use: choose another")

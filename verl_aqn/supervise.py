@@ -1,0 +1,168 @@
+"""Start the training process, show its progress, and leave no process behind whatever happens."""
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+import yaml
+
+from verl_aqn.runs.folder import RunFolder
+
+POLL_S = 0.5
+GRACE_S = 20
+_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class Outcome:
+    """How the training process ended: `finished`, `failed` or `interrupted`."""
+
+    status: str
+    message: str = ""
+
+
+class Listener(Protocol):
+    """What is told of new records while the process runs."""
+
+    def record(self, name: str, record: dict) -> None: ...
+
+
+def environment(run: RunFolder, ray_dir: str) -> dict[str, str]:
+    """Environment of the training process and, through Ray, of every process under it."""
+    config = yaml.safe_load((run.path / "launch.yaml").read_text())
+    env = dict(os.environ)
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # ten processes import verl; compiled files make that 6 s faster each
+    cores = str(len(os.sched_getaffinity(0)))
+    env.setdefault("OMP_NUM_THREADS", cores)
+    env.update(
+        TOKENIZERS_PARALLELISM="false",
+        RAY_DEDUP_LOGS="0",
+        RAY_USAGE_STATS_ENABLED="0",
+        RAY_TMPDIR=ray_dir,
+        VLLM_NO_USAGE_STATS="1",
+        DO_NOT_TRACK="1",
+        HYDRA_FULL_ERROR="1",
+        TENSORBOARD_DIR=str(run.path / "tensorboard"),
+    )
+    if config["aqn"]["profile"] == "cpu":
+        env.update(VERL_PLATFORM="cpu", CUDA_VISIBLE_DEVICES="")
+        env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        # Actor and rollout take turns: each has every core in its phase.
+        env.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(str(core) for core in sorted(os.sched_getaffinity(0))))
+    return env
+
+
+def supervise(run: RunFolder, listener: Listener) -> Outcome:
+    """Run `verl_aqn.verl_api.run` on the run folder until it ends.
+
+    Its output and that of Ray, verl and vLLM go to training.log. Ctrl-C and SIGTERM stop it in order; every process
+    that descends from it is ended, by its id, before this returns.
+    """
+    # Orphans of the training process become ours instead of init's, so that they can be found and ended.
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    # Ray's socket paths must be short; a folder of our own leaves nothing in /tmp/ray.
+    ray_dir = tempfile.mkdtemp(prefix="aqn-")
+    tails = {name: _Tail(run.path / name) for name in ("events.jsonl", "metrics.jsonl")}
+    stop: list[int] = []
+    previous = {sig: signal.signal(sig, lambda number, _frame: stop.append(number)) for sig in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with open(run.path / "training.log", "ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "verl_aqn.verl_api.run", str(run.path)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment(run, ray_dir),
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
+        error = ""
+        while process.poll() is None and not stop:
+            error = _drain(tails, listener) or error
+            time.sleep(POLL_S)
+        if stop:
+            return Outcome("interrupted", "stopped by Ctrl-C" if stop[0] == signal.SIGINT else "stopped by SIGTERM")
+        error = _drain(tails, listener) or error
+        if process.returncode == 0:
+            return Outcome("finished")
+        return Outcome("failed", error or f"the training process ended with code {process.returncode}")
+    finally:
+        end_descendants()
+        for sig, handler in previous.items():
+            signal.signal(sig, handler)
+        shutil.rmtree(ray_dir, ignore_errors=True)
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def end_descendants() -> None:
+    """End every process that this one started, directly or not: first politely, then by SIGKILL."""
+    for send, wait in (("terminate", GRACE_S), ("kill", 5)):
+        # A dying process can still start another, so look again until there is none.
+        for _ in range(3):
+            processes = psutil.Process().children(recursive=True)
+            if not processes:
+                return
+            for process in processes:
+                try:
+                    getattr(process, send)()
+                except psutil.NoSuchProcess:
+                    continue
+            psutil.wait_procs(processes, timeout=wait)
+            _reap()
+
+
+def _reap() -> None:
+    """Collect adopted processes that have ended, so that none stays as a zombie."""
+    while True:
+        try:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+
+
+def _drain(tails: dict[str, "_Tail"], listener: Listener) -> str:
+    """Hand new records to the listener; the text of the last error among them."""
+    error = ""
+    for name, tail in tails.items():
+        for record in tail.new():
+            if record.get("kind") == "error":
+                error = record["text"]
+            listener.record(name, record)
+    return error
+
+
+class _Tail:
+    """New lines of a JSON-lines file, from where it ended when this was made."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.position = path.stat().st_size if path.exists() else 0
+
+    def new(self) -> list[dict]:
+        import json
+
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            file.seek(self.position)
+            data = file.read()
+        whole, _, _ = data.rpartition(b"\n")
+        if not whole:
+            return []
+        self.position += len(whole) + 1
+        return [json.loads(line) for line in whole.splitlines()]

@@ -1,0 +1,84 @@
+"""The main path: recipe → checks → run folder → verl in a process of its own → result.
+
+Read `train` first: it is the whole way in one breath.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from verl_aqn.config import load_recipe, parse_aqn, schedule_of
+from verl_aqn.console import Console
+from verl_aqn.prepare import check_machine, check_steps, prepare_data, prepare_model
+from verl_aqn.runs.folder import RunFolder, open_run
+from verl_aqn.supervise import supervise
+
+
+@dataclass
+class Plan:
+    """A recipe resolved and checked: everything that a run needs to start."""
+
+    config: DictConfig
+    steps: int
+    rows: dict[str, int]
+    source: Path
+
+
+def plan(recipe: str, overrides: list[str]) -> Plan:
+    """Compose the recipe, prepare its model and data, and check all that can be checked without starting a process."""
+    config = load_recipe(recipe, overrides)
+    schedule_of(config, int(config.trainer.total_training_steps or 1))  # a wrong σ before any file is touched
+    check_machine(config)
+    rows = prepare_data(config)
+    steps = check_steps(config, rows["train"])
+    source = prepare_model(config)
+    return Plan(config=config, steps=steps, rows=rows, source=source)
+
+
+def train(recipe: str, overrides: list[str], *, dry_run: bool = False) -> int:
+    """Run a recipe to its end; resume it if it died before. Returns the exit code."""
+    console = Console()
+    todo = plan(recipe, overrides)
+    if dry_run:
+        print(OmegaConf.to_yaml(todo.config, resolve=True))
+        return 0
+    base = parse_aqn(todo.config).run.dir or f"/tmp/mxfp4_{Path(recipe).stem}"
+    with open_run(Path(base).expanduser(), identity(todo.config), fresh=parse_aqn(todo.config).run.fresh) as run:
+        launch(run, todo)
+        console.start(run, todo)
+        outcome = supervise(run, console)
+        run.set_status(outcome.status, outcome.message)
+        return console.end(run, todo, outcome)
+
+
+def identity(config: DictConfig) -> dict:
+    """What makes a run this run and no other: its resolved config without the places it lives in."""
+    container = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(container, dict)
+    container["aqn"]["run"] = None
+    return container
+
+
+def launch(run: RunFolder, todo: Plan) -> None:
+    """Write the config that the training process reads; on the first attempt also the records of what was asked."""
+    config = todo.config.copy()
+    OmegaConf.update(config, "aqn.run.dir", str(run.path))
+    config.trainer.default_local_dir = str(run.path / "checkpoints")
+    config.trainer.validation_data_dir = str(run.path / "validation")
+    if any(record["kind"] == "validation" for record in run.read("metrics.jsonl")):
+        config.trainer.val_before_train = False  # its validation before training is on record
+    text = OmegaConf.to_yaml(config, resolve=True)
+    if not run.resumed:
+        run.write_text("config.yaml", text)
+        run.write_text("schedule.json", json.dumps(schedule_of(config, todo.steps).table()))
+    launch_file = run.path / "launch.yaml"  # the config of the newest attempt
+    launch_file.write_text(text)
+    run.append("events.jsonl", {"kind": "attempt", "attempt": run.attempt, "config": digest(text)})
+
+
+def digest(text: str) -> str:
+    """sha256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()

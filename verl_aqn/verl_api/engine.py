@@ -1,0 +1,132 @@
+"""verl's FSDP engine over a packed MXFP4 base.
+
+Imported by verl through `actor_rollout_ref.model.external_lib`, so that processes without a model stay light.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from verl.models.transformers.monkey_patch import apply_monkey_patch
+from verl.utils import tensordict_utils as tu
+from verl.workers.engine.base import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
+
+from verl_aqn.digest import tensor_digest
+from verl_aqn.mxfp4.checkpoint import is_packed, model_digest
+from verl_aqn.mxfp4.model import load_model
+
+ADAPTER_DTYPE = torch.bfloat16  # what the rollout multiplies with
+
+
+class AqnFSDPEngine(FSDPEngineWithLMHead):
+    """The actor: packed base (uint8), LoRA in fp32 master weights that compute and travel in bf16."""
+
+    sent_adapter: str | None = None
+
+    def _build_module(self):
+        if not is_packed(self.model_config.local_path):
+            return super()._build_module()
+        module = load_model(self.model_config.local_path, dtype=torch.bfloat16)
+        apply_monkey_patch(
+            model=module,
+            use_remove_padding=self.use_remove_padding,
+            ulysses_sp_size=self.ulysses_sequence_parallel_size,
+        )
+        if self.model_config.enable_gradient_checkpointing:
+            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return module
+
+    def _build_lora_module(self, module):
+        module = super()._build_lora_module(module)
+        # verl casts adapters to the dtype of the first frozen parameter (bf16 here): an Adam step of 1e-5 on a
+        # weight of 0.02 is below half of bf16's spacing there and would be lost.
+        for param in module.parameters():
+            if param.requires_grad:
+                param.data = param.data.float()
+        return module
+
+    def get_per_tensor_param(self, layered_summon=False, base_sync_done=False, **kwargs):
+        """Adapter tensors in bf16 for the rollout, and the digest that the rollout must show afterwards."""
+        params, peft_config = super().get_per_tensor_param(layered_summon, base_sync_done, **kwargs)
+        if peft_config is None or not base_sync_done:
+            return params, peft_config
+        adapter = [(name, tensor.to(ADAPTER_DTYPE)) for name, tensor in params]
+        scaling = peft_config["lora_alpha"] / peft_config["r"]
+        self.sent_adapter = tensor_digest(served_adapter(adapter, scaling))
+        return iter(adapter), peft_config
+
+    def base_digest(self) -> str:
+        """Digest of the packed base as it is in this process now."""
+        return model_digest(self.module)
+
+    def prepare_model_inputs(self, micro_batch):
+        """As verl's, but the head computes logits only where a response token is predicted."""
+        inputs, args = super().prepare_model_inputs(micro_batch)
+        if not self._padded(micro_batch):
+            return inputs, args
+        prompts = micro_batch["prompts"].offsets().diff()
+        longest = inputs["input_ids"].shape[1]
+        inputs["logits_to_keep"] = args["kept"] = longest - int(prompts.min()) + 1
+        return inputs, args
+
+    def prepare_model_outputs(self, output, output_args, micro_batch, logits_processor_func):
+        """log_probs (and entropy) [T] jagged like input_ids; 0 at prompt positions, which nothing reads.
+
+        The padded path only; for packed batches verl's own.
+        """
+        if not self._padded(micro_batch):
+            return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
+        offsets = micro_batch["input_ids"].offsets()
+        lengths, responses = offsets.diff(), micro_batch["responses"].offsets().diff()
+        longest = int(lengths.max())
+        # Row b predicts its response tokens at positions length-response-1 … length-2.
+        column = torch.arange(longest - output_args["kept"], longest)
+        first, last = (lengths - responses - 1).unsqueeze(1), (lengths - 2).unsqueeze(1)
+        mask = (column >= first) & (column <= last)
+        flat = (offsets[:-1].unsqueeze(1) + column)[mask]
+
+        temperature = output_args["temperature"].unsqueeze(1).expand_as(mask)[mask].unsqueeze(1)
+        logits = output.logits[mask].float() / temperature.clamp(min=1e-8)
+        logp = torch.log_softmax(logits, dim=-1)
+        labels = output_args["input_ids_rmpad_rolled"][flat]
+        chosen = logp.gather(1, labels.unsqueeze(1)).squeeze(1)
+        result = {"log_probs": chosen}
+        if tu.get_non_tensor_data(data=micro_batch, key="calculate_entropy", default=False):
+            result["entropy"] = -(logp.exp() * logp).sum(-1)
+        total = int(offsets[-1])
+        return {
+            name: torch.nested.nested_tensor_from_jagged(values.new_zeros(total).index_put((flat,), values), offsets)
+            for name, values in result.items()
+        }
+
+    @staticmethod
+    def _padded(micro_batch) -> bool:
+        return not (
+            tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True)
+            or tu.get_non_tensor_data(data=micro_batch, key="use_fused_kernels", default=False)
+            or tu.get_non_tensor_data(data=micro_batch, key="calculate_sum_pi_squared", default=False)
+            or tu.get_non_tensor_data(data=micro_batch, key="distillation_use_topk", default=False)
+        )
+
+
+def served_adapter(
+    adapter: list[tuple[str, torch.Tensor]], scaling: float
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """A and B·α/r under module names, as vLLM holds them: it folds the scaling into B in the adapter's dtype."""
+    for name, tensor in adapter:
+        module, _, kind = name.removesuffix(".weight").removesuffix(".default").rpartition(".lora_")
+        module = module.removeprefix("base_model.model.")
+        yield f"{module}.{kind}", tensor * scaling if kind == "B" else tensor
+
+
+def _register() -> None:
+    """Put the engine before verl's own where this module is imported: by vendor, which verl looks up first."""
+    EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")(AqnFSDPEngine)
+    EngineRegistry.register(model_type="value_model", backend=["fsdp", "fsdp2"], device="cpu")(FSDPEngineWithValueHead)
+    for device, vendor in (("cuda", "nvidia"), ("npu", "huawei")):
+        EngineRegistry.register(
+            model_type="language_model", backend=["fsdp", "fsdp2"], device=device, vendor=vendor
+        )(AqnFSDPEngine)
+
+
+_register()

@@ -1,0 +1,39 @@
+"""verl's vLLM replica with a way to ask the engine's workers and get their answers."""
+
+from typing import Any
+
+import ray
+from verl.workers.rollout.replica import RolloutReplicaRegistry
+from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+
+from verl_aqn.verl_api.plugin import assert_loaded
+
+
+class AqnHttpServer(vLLMHttpServer):
+    """verl's `collective_rpc` drops the answers; this one returns them."""
+
+    def __init__(self, *args, **kwargs):
+        assert_loaded("rollout server")
+        super().__init__(*args, **kwargs)
+
+    async def aqn_call(self, method: str, *args: Any, clear_cache: bool = False) -> list[Any]:
+        """Call `method` on every rank of the engine.
+
+        Args:
+            clear_cache: also drop cached prefixes, which were computed with the weights of before.
+        """
+        answers = await self.engine.collective_rpc(method=method, args=args)
+        if clear_cache:
+            await self.clear_kv_cache()
+        return answers
+
+
+class AqnReplica(vLLMReplica):
+    """One rollout replica."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.server_class = ray.remote(AqnHttpServer)
+
+
+RolloutReplicaRegistry.register("vllm", lambda: AqnReplica)

@@ -1,0 +1,159 @@
+"""verl's synchronous trainer with noise by schedule, and evidence of everything that reaches the rollout.
+
+One place decides σ: `on_step_begin` here. The rollout is told, and what it answers is checked there and then.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import ray
+from omegaconf import DictConfig
+from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+from verl_aqn.config import parse_aqn, schedule_of
+from verl_aqn.errors import EvidenceError
+from verl_aqn.mxfp4.checkpoint import checkpoint_digest
+from verl_aqn.noise import NoiseOrder, check_evidence
+from verl_aqn.runs.folder import append_record
+from verl_aqn.verl_api import rollout  # noqa: F401  registers the replica
+from verl_aqn.verl_api.workers import AqnActorWorker, AqnTrainingWorker
+
+
+class AqnTrainer(PPOTrainerSync):
+    """Hooks of one run; records go to the run folder `aqn.run.dir`."""
+
+    def __init__(self, config: DictConfig):
+        super().__init__(config)
+        self.aqn = parse_aqn(config)
+        assert self.aqn.run.dir is not None
+        self.folder = Path(self.aqn.run.dir)
+        self.noise_metrics: dict[str, float] = {}
+
+    # ---- verl's seams ----
+
+    def _init_resource_pool_mgr(self):
+        super()._init_resource_pool_mgr()
+        for role in self.role_worker_mapping:
+            cls = AqnTrainingWorker if role == Role.Critic else AqnActorWorker
+            self.role_worker_mapping[role] = ray.remote(cls)
+
+    def _build_replay_buffer(self):
+        buffer = super()._build_replay_buffer()
+        buffer.poll_interval = 0.1  # verl looks every 2 s whether the answers are there
+        return buffer
+
+    def on_init_end(self):
+        self.schedule = schedule_of(self.config, self.total_training_steps)
+        self.event("rollout ready")
+        norms = self.rollout("aqn_prepare")[0]
+        self.clean_digest = norms["clean_digest"]
+        self.record("rollout", **norms)
+        self.check_base("start")
+        super().on_init_end()
+        self.check_adapter()
+        self.event(f"{norms['norms']} norms found, base and adapter equal in actor and rollout")
+
+    def on_step_begin(self):
+        super().on_step_begin()
+        self.apply_noise(self.global_steps - 1)
+
+    def on_step_end(self):
+        super().on_step_end()
+        self.check_adapter()
+
+    def on_validate_begin(self):
+        self.event(f"validating after step {self.global_steps}")
+        self.restore_norms()
+        super().on_validate_begin()
+
+    def fit(self, agent_loop_manager):
+        super().fit(agent_loop_manager)
+        self.restore_norms()
+        self.check_base("end")
+
+    def _validate(self) -> dict[str, float]:
+        metrics = super()._validate()
+        accuracy = next(v for k, v in metrics.items() if k.startswith("val-core/") and k.endswith("/acc/mean@1"))
+        items = len(self.val_dataset)
+        self.write("metrics.jsonl", kind="validation", step=self.global_steps, accuracy=float(accuracy), items=items)
+        return metrics
+
+    def _compute_metrics(self, batch, metrics, timing_raw, global_steps, epoch):
+        super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)
+        metrics.update(self.noise_metrics)
+        numbers = {key: float(value) for key, value in metrics.items() if _is_number(value)}
+        self.write("metrics.jsonl", kind="step", step=global_steps, total=self.total_training_steps, metrics=numbers)
+
+    # ---- noise and evidence ----
+
+    def rollout(self, method: str, *args: Any, clear_cache: bool = False) -> list[dict]:
+        """Answers of every rank of every replica."""
+        servers = [replica.servers[0] for replica in self.llm_server_manager.get_replicas()]
+        answers = ray.get([server.aqn_call.remote(method, *args, clear_cache=clear_cache) for server in servers])
+        return [answer for replica in answers for answer in replica]
+
+    def apply_noise(self, step: int) -> None:
+        """Noise of RL step `step` (from 0) on every replica, read back and checked."""
+        sigma = self.schedule.sigma(step)
+        order = NoiseOrder(step=step, seed=self.aqn.noise.seed, sigma=sigma, unit=self.aqn.noise.unit)
+        ranks = self.rollout("aqn_apply_noise", order.to_dict(), clear_cache=True)
+        for rank, evidence in enumerate(ranks):
+            self.record("noise", rank=rank, stage=self.schedule.stage(step), **evidence)
+            check_evidence(evidence, order, self.clean_digest)
+        if len({evidence["weights_digest"] for evidence in ranks}) != 1:
+            raise EvidenceError(f"step {step}: the rollout's ranks hold different noise; see evidence.jsonl")
+        self.noise_metrics = {
+            "aqn/sigma": sigma,
+            "aqn/sigma_realised": ranks[0]["sigma_realised"],
+            "aqn/stage": self.schedule.stage(step),
+            "aqn/modules": ranks[0]["modules"],
+        }
+
+    def restore_norms(self) -> None:
+        """Clean norms on every replica, bit for bit."""
+        for rank, evidence in enumerate(self.rollout("aqn_restore", clear_cache=True)):
+            self.record("clean", rank=rank, **evidence)
+            if evidence["weights_digest"] != self.clean_digest:
+                raise EvidenceError(f"the rollout's norms are not the clean ones after noise was switched off (rank {rank})")
+
+    def check_adapter(self) -> None:
+        """The rollout multiplies with the adapter that the actor sent."""
+        sent = self.actor_rollout_wg.sent_adapter()
+        held = self.rollout("aqn_adapter", self.config.actor_rollout_ref.model.lora_rank)
+        self.record("adapter", step=self.global_steps, sent=sent[0], held=held)
+        if any(answer["adapter_digest"] != sent[0] for answer in held):
+            raise EvidenceError(f"after step {self.global_steps} the rollout's adapter is not the one that was sent")
+
+    def check_base(self, when: str) -> None:
+        """The packed base on disk, in the actor and in the rollout is one and the same."""
+        actor = self.actor_rollout_wg.base_digest()
+        if actor[0] is None:
+            self.record("base", when=when, quantised=False)
+            return
+        disk = checkpoint_digest(self.config.actor_rollout_ref.model.path)
+        held = self.rollout("aqn_base")
+        self.record("base", when=when, disk=disk, actor=actor, rollout=held)
+        if {disk, *actor, *(answer["base_digest"] for answer in held)} != {disk}:
+            raise EvidenceError(f"at the {when} the MXFP4 base differs between disk, actor and rollout; see evidence.jsonl")
+        if not all(answer["weights_equal_base"] for answer in held):
+            raise EvidenceError(f"at the {when} the rollout computes with other weights than its MXFP4 base")
+
+    # ---- records ----
+
+    def write(self, name: str, **record: Any) -> None:
+        append_record(self.folder / name, record)
+
+    def record(self, kind: str, **evidence: Any) -> None:
+        self.write("evidence.jsonl", kind=kind, **evidence)
+
+    def event(self, text: str) -> None:
+        self.write("events.jsonl", kind="phase", text=text)
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True

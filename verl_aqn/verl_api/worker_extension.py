@@ -1,0 +1,43 @@
+"""What is added to vLLM's worker: noise on its norms, and reading back what its weights are."""
+
+import torch
+from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
+
+from verl_aqn.errors import EnvironmentFault
+from verl_aqn.noise import NoiseInjector, NoiseOrder
+from verl_aqn.vllm_api import plugin, readback
+
+
+class AqnWorkerExtension(vLLMColocateWorkerExtension):
+    """Methods that the server calls on every rank of the engine by `collective_rpc`."""
+
+    def aqn_prepare(self) -> dict:
+        """Find the norms and keep their clean weights; say what the engine is made of."""
+        if not plugin.is_registered():
+            raise EnvironmentFault("vLLM worker: the verl-aqn plugin is not loaded; is verl-aqn installed there?")
+        model = self.model_runner.get_model()
+        self.aqn_injector = NoiseInjector(model)
+        return {
+            "norms": len(self.aqn_injector.names),
+            "clean_digest": self.aqn_injector.clean_digest,
+            "vllm": plugin.check_version(),
+            "dtype": str(self.model_runner.vllm_config.model_config.dtype),
+        }
+
+    def aqn_base(self) -> dict:
+        """The packed base as the engine holds it."""
+        return readback.describe_base(self.model_runner.get_model())
+
+    def aqn_apply_noise(self, order: dict) -> dict:
+        """Write clean + noise to the norms; evidence read back from them."""
+        with torch.no_grad():
+            return self.aqn_injector.apply(NoiseOrder.from_dict(order))
+
+    def aqn_restore(self) -> dict:
+        """Write the clean norms; evidence read back from them."""
+        with torch.no_grad():
+            return self.aqn_injector.restore()
+
+    def aqn_adapter(self, rank: int) -> dict:
+        """The adapter as the engine multiplies with it."""
+        return readback.describe_adapter(self.model_runner.get_model(), rank)

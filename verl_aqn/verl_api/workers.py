@@ -1,0 +1,58 @@
+"""verl's workers with what a run must prove: the base that they hold, the adapter that they sent."""
+
+import os
+
+import torch.distributed
+import zmq
+from verl.single_controller.base.decorator import Dispatch, register
+from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+
+from verl_aqn.errors import EvidenceError
+from verl_aqn.verl_api.plugin import assert_loaded
+
+SYNC_TIMEOUT_S = 600
+
+
+class AqnTrainingWorker(TrainingWorker):
+    """One trained model. On a CPU it makes the process group that verl's own string would break."""
+
+    def __init__(self, config):
+        assert_loaded("training worker")
+        if os.environ.get("VERL_PLATFORM") == "cpu" and not torch.distributed.is_initialized():
+            # verl would ask for "cpu:gloo,cpu:gloo", which torch refuses; it keeps a group that exists.
+            torch.distributed.init_process_group(
+                "gloo", rank=int(os.environ.get("RANK", 0)), world_size=int(os.environ.get("WORLD_SIZE", 1))
+            )
+        super().__init__(config)
+
+
+class AqnActorWorker(ActorRolloutRefWorker):
+    """Actor and its side of the rollout."""
+
+    actor_worker_cls = AqnTrainingWorker
+    ref_worker_cls = AqnTrainingWorker
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def base_digest(self) -> str | None:
+        """Digest of the packed base in the actor, or None for an unquantised one."""
+        engine = self.actor.engine
+        return engine.base_digest() if hasattr(engine, "base_digest") else None
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def sent_adapter(self) -> str | None:
+        """Digest of the adapter that was last sent to the rollout, in the form that the rollout holds it."""
+        return self.actor.engine.sent_adapter
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    async def update_weights(self, global_steps: int | None = None, mode: str = "auto"):
+        """As verl's, but a rollout worker that died does not make the run wait for ever."""
+        context = zmq.Context.instance()
+        context.setsockopt(zmq.RCVTIMEO, SYNC_TIMEOUT_S * 1000)
+        try:
+            return await super().update_weights(global_steps=global_steps, mode=mode)
+        except zmq.Again:
+            raise EvidenceError(
+                f"the rollout did not take the adapter within {SYNC_TIMEOUT_S} s: its worker has failed (see the log)"
+            ) from None
+        finally:
+            context.setsockopt(zmq.RCVTIMEO, -1)
