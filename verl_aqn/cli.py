@@ -35,7 +35,9 @@ def callback(version: Annotated[bool, typer.Option("--version", callback=_versio
 def train(
     recipe: Recipe,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as Hydra takes them.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve and check the recipe, print it, and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Resolve and check the recipe, print it, and stop.")
+    ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew even if the last run died.")] = False,
 ) -> None:
     """Run a recipe; resume it if its last run died."""
@@ -125,7 +127,9 @@ def doctor(as_json: Json = False) -> None:
 @data_app.command("gsm8k")
 def data_gsm8k(
     dst: Annotated[Path | None, typer.Option(help="Folder to write; by default the cache, where recipes look.")] = None,
-    source: Annotated[Path | None, typer.Option(help="Folder with train.jsonl and test.jsonl; by default the hub.")] = None,
+    source: Annotated[
+        Path | None, typer.Option(help="Folder with train.jsonl and test.jsonl; by default the hub.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """GSM8K (7,473 training and 1,319 test problems) as verl reads it."""

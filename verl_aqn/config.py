@@ -119,7 +119,9 @@ def parse_aqn(config: DictConfig | dict) -> AqnConfig:
     block = config.get("aqn")
     if block is None:
         raise ConfigError("the config has no aqn: block; a recipe's defaults start with `base`")
-    return _typed(AqnConfig, OmegaConf.to_container(block, resolve=True) if OmegaConf.is_config(block) else block, "aqn")
+    return _typed(
+        AqnConfig, OmegaConf.to_container(block, resolve=True) if OmegaConf.is_config(block) else block, "aqn"
+    )
 
 
 def schedule_of(config: DictConfig | dict, total_steps: int) -> SigmaSchedule:

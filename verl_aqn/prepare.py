@@ -116,7 +116,9 @@ def check_machine(config: DictConfig) -> None:
     if parse_aqn(config).profile == "cpu":
         free = psutil.virtual_memory().available / 1e9
         if free < CPU_MEMORY_GB:
-            raise EnvironmentFault(f"{free:.1f} GB of memory are free, the run needs {CPU_MEMORY_GB:g} GB: end other work")
+            raise EnvironmentFault(
+                f"{free:.1f} GB of memory are free, the run needs {CPU_MEMORY_GB:g} GB: end other work"
+            )
     for key in ("ray_kwargs.ray_init.dashboard_port", "transfer_queue.metrics.port"):
         port = OmegaConf.select(config, key)
         if port:

@@ -74,7 +74,9 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
     ray_dir = tempfile.mkdtemp(prefix="aqn-")
     tails = {name: _Tail(run.path / name) for name in ("events.jsonl", "metrics.jsonl")}
     stop: list[int] = []
-    previous = {sig: signal.signal(sig, lambda number, _frame: stop.append(number)) for sig in (signal.SIGINT, signal.SIGTERM)}
+    previous = {
+        sig: signal.signal(sig, lambda number, _frame: stop.append(number)) for sig in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         with open(run.path / "training.log", "ab") as log:
             process = subprocess.Popen(

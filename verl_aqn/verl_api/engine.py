@@ -109,9 +109,7 @@ class AqnFSDPEngine(FSDPEngineWithLMHead):
         )
 
 
-def served_adapter(
-    adapter: list[tuple[str, torch.Tensor]], scaling: float
-) -> Iterator[tuple[str, torch.Tensor]]:
+def served_adapter(adapter: list[tuple[str, torch.Tensor]], scaling: float) -> Iterator[tuple[str, torch.Tensor]]:
     """A and B·α/r under module names, as vLLM holds them: it folds the scaling into B in the adapter's dtype."""
     for name, tensor in adapter:
         module, _, kind = name.removesuffix(".weight").removesuffix(".default").rpartition(".lora_")
@@ -124,9 +122,9 @@ def _register() -> None:
     EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")(AqnFSDPEngine)
     EngineRegistry.register(model_type="value_model", backend=["fsdp", "fsdp2"], device="cpu")(FSDPEngineWithValueHead)
     for device, vendor in (("cuda", "nvidia"), ("npu", "huawei")):
-        EngineRegistry.register(
-            model_type="language_model", backend=["fsdp", "fsdp2"], device=device, vendor=vendor
-        )(AqnFSDPEngine)
+        EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device=device, vendor=vendor)(
+            AqnFSDPEngine
+        )
 
 
 _register()

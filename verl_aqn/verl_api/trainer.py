@@ -115,7 +115,9 @@ class AqnTrainer(PPOTrainerSync):
         for rank, evidence in enumerate(self.rollout("aqn_restore", clear_cache=True)):
             self.record("clean", rank=rank, **evidence)
             if evidence["weights_digest"] != self.clean_digest:
-                raise EvidenceError(f"the rollout's norms are not the clean ones after noise was switched off (rank {rank})")
+                raise EvidenceError(
+                    f"the rollout's norms are not the clean ones after noise was switched off (rank {rank})"
+                )
 
     def check_adapter(self) -> None:
         """The rollout multiplies with the adapter that the actor sent."""
@@ -135,7 +137,9 @@ class AqnTrainer(PPOTrainerSync):
         held = self.rollout("aqn_base")
         self.record("base", when=when, disk=disk, actor=actor, rollout=held)
         if {disk, *actor, *(answer["base_digest"] for answer in held)} != {disk}:
-            raise EvidenceError(f"at the {when} the MXFP4 base differs between disk, actor and rollout; see evidence.jsonl")
+            raise EvidenceError(
+                f"at the {when} the MXFP4 base differs between disk, actor and rollout; see evidence.jsonl"
+            )
         if not all(answer["weights_equal_base"] for answer in held):
             raise EvidenceError(f"at the {when} the rollout computes with other weights than its MXFP4 base")
 

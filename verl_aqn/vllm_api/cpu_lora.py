@@ -28,9 +28,7 @@ class SingleAdapterPunicaWrapper(PunicaWrapperCPU):
         B holds the adapter's scaling already (vLLM folds it in when it loads the adapter).
         """
         if lora_a_stacked[0].shape[0] != 1:
-            super().add_lora_linear(
-                y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, buffer=buffer, **kwargs
-            )
+            super().add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, buffer=buffer, **kwargs)
             return
         x = x.view(-1, x.shape[-1])
         rows = y.view(-1, y.shape[-1])

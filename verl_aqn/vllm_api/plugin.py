@@ -44,7 +44,9 @@ def register() -> None:
         register_linear_kernel(CpuMxfp4LinearKernel, PlatformEnum.CPU, "mxfp4")
         # The one runtime patch of vLLM: the platform names its LoRA wrapper by a string, there is no registry.
         if "PunicaWrapperCPU" not in type(current_platform).get_punica_wrapper():
-            raise EnvironmentFault("vLLM's CPU platform no longer names PunicaWrapperCPU: this version is not supported")
+            raise EnvironmentFault(
+                "vLLM's CPU platform no longer names PunicaWrapperCPU: this version is not supported"
+            )
         type(current_platform).get_punica_wrapper = classmethod(
             lambda cls: "verl_aqn.vllm_api.cpu_lora.SingleAdapterPunicaWrapper"
         )

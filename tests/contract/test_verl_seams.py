@@ -1,0 +1,139 @@
+"""Every seam of verl 0.9.1 that the plugin hangs on. A failure here names what a new verl has moved."""
+
+import importlib
+import inspect
+from importlib.metadata import entry_points
+
+import pytest
+
+SYMBOLS = {
+    "verl.plugin.platform:get_platform": [],
+    "verl.plugin.platform.platform_manager:PlatformRegistry.register": ["platform"],
+    "verl.plugin.platform.platform_manager:PlatformRegistry.get": ["name"],
+    "verl.plugin.platform.platform_base:PlatformBase": None,
+    "verl.models.transformers.monkey_patch:apply_monkey_patch": ["model", "use_remove_padding", "ulysses_sp_size"],
+    "verl.utils.tensordict_utils:get_non_tensor_data": ["data", "key", "default"],
+    "verl.workers.engine.base:EngineRegistry.register": ["model_type", "backend", "device", "vendor"],
+    "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead._build_module": ["self"],
+    "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead._build_lora_module": ["self", "module"],
+    "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead.get_per_tensor_param": [
+        "self",
+        "layered_summon",
+        "base_sync_done",
+    ],
+    "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead.prepare_model_inputs": ["self", "micro_batch"],
+    "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead.prepare_model_outputs": [
+        "self",
+        "output",
+        "output_args",
+        "micro_batch",
+        "logits_processor_func",
+    ],
+    "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithValueHead": None,
+    "verl.workers.engine_workers:TrainingWorker.__init__": ["self", "config"],
+    "verl.workers.engine_workers:ActorRolloutRefWorker.update_weights": ["self", "global_steps", "mode"],
+    "verl.workers.rollout.replica:RolloutReplicaRegistry.register": ["name", "loader"],
+    "verl.workers.rollout.vllm_rollout.utils:vLLMColocateWorkerExtension": None,
+    "verl.workers.rollout.vllm_rollout.vllm_async_server:vLLMHttpServer.clear_kv_cache": ["self"],
+    "verl.workers.rollout.vllm_rollout.vllm_async_server:vLLMReplica": None,
+    "verl.trainer.main_ppo:run_ppo": ["config", "task_runner_class"],
+    "verl.trainer.ppo.utils:Role": None,
+    "verl.trainer.ppo.utils:need_critic": None,
+    "verl.trainer.ppo.utils:need_reference_policy": None,
+    "verl.utils.config:validate_config": ["config", "use_reference_policy", "use_critic"],
+    "verl.trainer.ppo.v1:AgentLoopManagerTQ.create": None,
+    "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync.fit": ["self", "agent_loop_manager"],
+    "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync._validate": ["self"],
+    "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync._build_replay_buffer": ["self"],
+    "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync._init_resource_pool_mgr": ["self"],
+    "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync._compute_metrics": [
+        "self",
+        "batch",
+        "metrics",
+        "timing_raw",
+        "global_steps",
+        "epoch",
+    ],
+    **{
+        f"verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync.{hook}": ["self"]
+        for hook in ("on_init_end", "on_step_begin", "on_step_end", "on_validate_begin", "on_train_end")
+    },
+}
+
+
+@pytest.mark.parametrize("symbol", SYMBOLS)
+def test_symbol_exists_with_its_parameters(symbol):
+    module, _, path = symbol.partition(":")
+    found = importlib.import_module(module)
+    for name in path.split("."):
+        found = getattr(found, name)
+    wanted = SYMBOLS[symbol]
+    if wanted is not None:
+        parameters = inspect.signature(inspect.unwrap(found)).parameters
+        assert set(wanted) <= set(parameters), list(parameters)
+
+
+def test_plugin_is_the_cpu_platform_after_importing_verl():
+    import verl  # noqa: F401
+    from verl.plugin.platform.platform_manager import PlatformRegistry
+
+    from verl_aqn.verl_api.cpu import PlatformCPU
+
+    assert PlatformRegistry.get("cpu") is PlatformCPU
+
+
+def test_cpu_platform_answers_every_abstract_method():
+    from verl_aqn.verl_api.cpu import PlatformCPU
+
+    assert not getattr(PlatformCPU, "__abstractmethods__", None)
+    assert PlatformCPU().is_ipc_supported() is False
+
+
+@pytest.mark.parametrize("group", ["verl.plugins", "vllm.general_plugins"])
+def test_entry_points_load(group):
+    (entry,) = entry_points(group=group, name="verl_aqn")
+    entry.load()
+
+
+def test_hooks_surround_step_and_validation_in_the_order_we_rely_on():
+    """on_step_begin before the rollout, on_step_end (sync) after the update, validation after that."""
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    source = inspect.getsource(PPOTrainer.fit)
+    loop = source[source.index("while current_epoch") :]
+    order = [
+        "self.on_step_begin()",
+        "self.step(metrics",
+        "self._save_checkpoint()",
+        "self.on_step_end()",
+        "self.on_validate_begin()",
+        "self._validate()",
+        "self._compute_metrics(",
+    ]
+    positions = [loop.index(text) for text in order]
+    assert positions == sorted(positions)
+    assert source.index("self.on_validate_begin()") < source.index("while current_epoch")
+
+
+def test_last_step_is_validated_and_saved_whatever_the_frequency():
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    source = inspect.getsource(PPOTrainer.fit)
+    assert source.count("is_last_step or self.global_steps %") == 2
+
+
+def test_server_takes_the_worker_extension_from_engine_kwargs():
+    """`**engine_kwargs` comes after verl's own `worker_extension_cls`, so ours wins."""
+    from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
+
+    source = inspect.getsource(vLLMHttpServer.launch_server)
+    assert source.index('"worker_extension_cls"') < source.index("**engine_kwargs,")
+
+
+def test_adapter_path_never_sends_the_base():
+    """With load_format=safetensors verl takes the base as synced, and sends LoRA tensors only."""
+    from verl.workers.engine_workers import ActorRolloutRefWorker
+
+    source = inspect.getsource(ActorRolloutRefWorker)
+    assert 'self.base_sync_done: bool = "dummy" not in self.config.rollout.load_format' in source
+    assert "do_lora_base_sync = not self.base_sync_done" in source
