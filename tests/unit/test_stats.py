@@ -1,0 +1,102 @@
+"""Intervals and tests against scipy and published examples; sentences against what the numbers allow."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from verl_aqn.errors import DataError
+from verl_aqn.runs.stats import accuracy_text, wilson
+from verl_aqn.runs.verdict import compare_before_after, plan_verdict
+
+counts = st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+
+
+@given(counts, st.sampled_from([0.9, 0.95, 0.99]))
+def test_wilson_is_scipys(count, confidence):
+    successes, n = count
+    exact = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    assert wilson(successes, n, confidence) == pytest.approx((exact.low, exact.high), abs=1e-12)
+
+
+def test_wilson_of_newcombes_examples():
+    """Newcombe 1998, table I, method 3."""
+    for successes, n, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611)]:
+        assert wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_gsm8k_interval_is_five_points_wide():
+    low, high = wilson(956, 1319)
+    assert (high - low) / 2 == pytest.approx(0.024, abs=0.001)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 0), (-1, 5), (6, 5)])
+def test_no_accuracy_without_items(successes, n):
+    with pytest.raises(DataError):
+        wilson(successes, n)
+
+
+def test_accuracy_text():
+    assert accuracy_text(956, 1319) == "72.5 % (956 of 1319; 95 % interval 70.0–74.8 %)"
+    assert accuracy_text(0, 20) == "0.0 % (0 of 20; 95 % interval 0.0–16.1 %)"
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=300))
+def test_mcnemar_is_scipys_binomial_test(pairs):
+    before, after = zip(*pairs, strict=True)
+    result = compare_before_after(before, after)
+    changed = result.gained + result.lost
+    expected = stats.binomtest(result.gained, changed).pvalue if changed else 1.0
+    assert result.p_value == pytest.approx(expected, rel=1e-9)
+    low, high = result.interval
+    assert -1 <= low <= high <= 1
+    assert result.after - result.before == pytest.approx((result.gained - result.lost) / len(pairs))
+
+
+def test_paired_interval_of_agresti_and_mins_formula():
+    """Adjusted Wald: each of the four cells gets half an item."""
+    before = [True] * 90 + [True] * 4 + [False] * 16 + [False] * 10
+    after = [True] * 90 + [False] * 4 + [True] * 16 + [False] * 10
+    result = compare_before_after(before, after)
+    middle = 12 / 122
+    half = 1.959964 * math.sqrt((16.5 + 4.5) - 12**2 / 122) / 122
+    assert result.interval == pytest.approx((middle - half, middle + half), abs=1e-6)
+    assert (result.gained, result.lost) == (16, 4)
+    assert "a difference" in result.text
+    assert "+10.0 points" in result.text
+
+
+def test_a_small_change_is_called_chance():
+    assert (
+        "no difference beyond chance"
+        in compare_before_after([True, False] * 20, [True] * 3 + [False, True] * 18 + [False]).text
+    )
+
+
+def test_different_items_cannot_be_paired():
+    with pytest.raises(DataError, match="2 items before and 1 after"):
+        compare_before_after([True, False], [True])
+    with pytest.raises(DataError):
+        compare_before_after([], [])
+
+
+@pytest.mark.parametrize(
+    ("successes", "says"),
+    [
+        (957, ["is met", "contains 72.48 %", "does not show"]),
+        (956, ["is not met", "contains 72.48 %"]),  # 72.479 %
+        (1010, ["is met", "excludes 72.48 %"]),
+        (850, ["is not met", "excludes 72.48 %"]),
+    ],
+)
+def test_verdict_on_gsm8k(successes, says):
+    text = plan_verdict(successes / 1319, 1319, comparable=True)
+    assert all(part in text for part in says), text
+
+
+def test_verdict_on_another_task_judges_nothing():
+    text = plan_verdict(0.9, 200, comparable=False)
+    assert "not comparable" in text
+    assert "is met" not in text

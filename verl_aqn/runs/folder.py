@@ -1,0 +1,288 @@
+"""One folder a run: nothing is overwritten, a dead run is resumed, two runs never share a folder.
+
+base/runs/20260131-120000-3fa2b1/   state.json, lock, metrics.jsonl, evidence.jsonl, training.log, checkpoints/
+base/training.log, base/checkpoints -> those of the newest run (symbolic links)
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from verl_aqn.errors import AqnError, DataError, EnvironmentFault
+
+STATUSES = ("running", "finished", "failed", "interrupted")
+LINKS = ("training.log", "checkpoints")
+
+
+class RunFolder:
+    """A run's folder. `open_run` makes one and holds its lock; `RunFolder(path)` reads or appends without it,
+    which is what the other processes of a run do.
+
+    `resumed`: an earlier attempt is carried on. `note`: what a user should know about the choice, or "".
+    """
+
+    def __init__(self, path: Path, *, lock: int | None = None, resumed: bool = False, note: str = "") -> None:
+        self.path = Path(path)
+        self.resumed = resumed
+        self.note = note
+        self._lock = lock
+
+    def __reduce__(self) -> tuple[type[RunFolder], tuple[Path]]:
+        return RunFolder, (self.path,)  # a lock does not travel: its handle means nothing in another process
+
+    def __repr__(self) -> str:
+        return f"RunFolder({str(self.path)!r})"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "training.log"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """state.json: status, attempt, pid, created, started, updated (UTC, ISO 8601), config_digest, message."""
+        path = self.path / "state.json"
+        try:
+            with _faults(path):
+                return json.loads(path.read_text())
+        except ValueError as error:
+            raise DataError(f"{path} is damaged ({error}): move {self.path} away and start again") from error
+
+    @property
+    def locked(self) -> bool:
+        """Whether some process, this one included, is running this run."""
+        with _faults(self.path):
+            handle = _try_lock(self.path / "lock", exclusive=False)
+        if handle is not None:
+            os.close(handle)
+        return handle is None
+
+    def set_status(self, status: str, message: str = "") -> None:
+        """Writes state.json: after a crash it holds the old status or the new one, never half of either."""
+        if status not in STATUSES:
+            raise ValueError(f"run status {status!r} is not one of {', '.join(STATUSES)}")
+        _write_state(self.path, self.state | {"status": status, "message": message, "updated": _now()})
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a file once. The same text again is fine (a resumed run); other text is a DataError."""
+        path = self.path / name
+        with _faults(path):
+            try:
+                with path.open("x") as file:
+                    file.write(text)
+            except FileExistsError:
+                if path.read_text() != text:
+                    raise DataError(f"{path} exists with other content: it is not overwritten; use a new run") from None
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Adds one line of JSON in one O_APPEND write, so that writers in several processes never mix.
+
+        numpy and torch scalars become numbers. A full disk is an EnvironmentFault.
+        """
+        line = (json.dumps(record, default=lambda scalar: scalar.item()) + "\n").encode()
+        path = self.path / name
+        with _faults(path):
+            handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                if os.write(handle, line) < len(line):  # a disk that fills up within the line
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            finally:
+                os.close(handle)
+
+    def read(self, name: str) -> Iterator[dict[str, Any]]:
+        """Records of `name` in order, none if there is no such file.
+
+        A last line without its end is left out: its writer was killed, or is still at it. Damage elsewhere is a
+        DataError.
+        """
+        path = self.path / name
+        if not path.exists():
+            return
+        with _faults(path), path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    return
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise DataError(f"{path} line {number} is damaged ({error}): remove that line") from error
+
+    def close(self) -> None:
+        """Lets go of the lock. The kernel does the same when the process ends, however it ends."""
+        if self._lock in _held:
+            _held.remove(self._lock)
+            os.close(self._lock)
+            self._lock = None
+
+
+def open_run(base: Path, config: dict[str, Any], *, fresh: bool = False) -> RunFolder:
+    """The folder for a run of `config` (plain values) under `base`, locked for the life of this process.
+
+    The newest run under `base` decides: finished -> a new run; dead with the same config -> it is resumed
+    (attempt + 1); dead with another config -> a new run, and `note` says so; alive -> AqnError, also with `fresh`,
+    which otherwise always gives a new run.
+
+    Raises DataError where base/training.log or base/checkpoints is no link of ours, EnvironmentFault where `base`
+    cannot be written.
+    """
+    base = Path(base)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    with _faults(base):
+        (base / "runs").mkdir(parents=True, exist_ok=True)
+        for name in LINKS:
+            if os.path.lexists(base / name) and not (base / name).is_symlink():
+                raise DataError(f"{base / name} is not a link to a run, and is not overwritten: move it away")
+        with _opening(base):
+            note = ""
+            newest = _newest(base)
+            if newest is not None:
+                lock = _try_lock(newest.path / "lock")
+                if lock is None:
+                    raise AqnError(
+                        f"a run is in progress in {newest.path} (pid {newest.state['pid']}): wait for it, stop it, "
+                        "or use another folder"
+                    )
+                with ExitStack() as release:
+                    release.callback(os.close, lock)
+                    # Read under the lock: until then the run may still be finishing.
+                    state = newest.state
+                    died = state["status"] != "finished"
+                    if died and not fresh and state["config_digest"] == digest:
+                        run = _resume(newest, state, lock)
+                        release.pop_all()
+                        return run
+                if died and not fresh:
+                    note = f"{newest.path.name} did not finish but had another config: a new run was started"
+            return _create(base, digest, note)
+
+
+def _create(base: Path, digest: str, note: str) -> RunFolder:
+    name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+    # Filled under another name and then renamed: a run folder is complete from the moment it can be seen.
+    path = base / "runs" / f".new-{name}"
+    (path / "checkpoints").mkdir(parents=True)
+    (path / "training.log").touch()
+    lock = _try_lock(path / "lock")
+    now = _now()
+    state = {"status": "running", "attempt": 1, "pid": os.getpid(), "created": now, "started": now, "updated": now}
+    _write_state(path, state | {"config_digest": digest, "message": ""})
+    final = base / "runs" / name
+    path.rename(final)
+    for link in LINKS:
+        temporary = base / f".{link}-{name}"
+        temporary.symlink_to(Path("runs") / name / link)
+        temporary.replace(base / link)
+    return _hold(RunFolder(final, lock=lock, note=note))
+
+
+def _resume(run: RunFolder, state: dict[str, Any], lock: int | None) -> RunFolder:
+    for path in run.path.glob("*.jsonl"):
+        _cut_torn_line(path)
+    attempt = state["attempt"] + 1
+    now = _now()
+    news = {"status": "running", "attempt": attempt, "pid": os.getpid(), "started": now, "updated": now, "message": ""}
+    _write_state(run.path, state | news)
+    how = "ended without a word" if state["status"] == "running" else state["status"]
+    note = f"attempt {attempt} of {run.path.name}: the one before {how}"
+    return _hold(RunFolder(run.path, lock=lock, resumed=True, note=note))
+
+
+def _newest(base: Path) -> RunFolder | None:
+    """By creation time, not by name: two runs made within one second differ only in their random part."""
+    runs = [RunFolder(path) for path in (base / "runs").glob("[!.]*") if path.is_dir()]
+    return max(runs, key=lambda run: run.state["created"], default=None)
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Removes what a killed writer left behind the last line end, before the next record is glued to it."""
+    with path.open("rb+") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _write_state(folder: Path, state: dict[str, Any]) -> None:
+    path = folder / "state.json"
+    temporary = folder / f".state-{secrets.token_hex(6)}"
+    with _faults(path):
+        with temporary.open("w") as file:
+            json.dump(state, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+# ---------------------------------------------------------------- locks
+
+_held: set[int] = set()
+
+
+def _close_in_child() -> None:
+    """A forked child (a data loader's worker) shares its parent's flock and would keep it after the parent's death."""
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+def _hold(run: RunFolder) -> RunFolder:
+    if run._lock is not None:
+        _held.add(run._lock)
+    return run
+
+
+def _try_lock(path: Path, *, exclusive: bool = True) -> int | None:
+    """A handle that holds the flock of `path`, or None if another one does. The kernel frees it on kill -9.
+
+    Not exclusive: only to look; the file may then be read-only, and has to exist.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT if exclusive else os.O_RDONLY, 0o644)
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    return handle
+
+
+@contextmanager
+def _opening(base: Path) -> Iterator[None]:
+    """One process at a time chooses a run, or two would both find the last one finished and start."""
+    deadline = time.monotonic() + 30
+    while (handle := _try_lock(base / "runs" / ".opening")) is None:
+        if time.monotonic() > deadline:
+            raise AqnError(f"another process has been opening a run in {base} for 30 s: stop it")
+        time.sleep(0.02)
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _faults(path: Path) -> Iterator[None]:
+    """Turns the system's errors about `path` into one that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise EnvironmentFault(f"the disk is full at {path}: free some space, then start the run again") from error
+        raise EnvironmentFault(f"cannot use {path} ({error.strerror}): choose another aqn.run.dir") from error

@@ -1,0 +1,80 @@
+"""What a result says about the plan, and what a run changed, in sentences that claim no more than the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+from verl_aqn.errors import DataError
+from verl_aqn.runs.stats import accuracy_text, wilson
+
+E12_ACCURACY = 0.7248  # E12 on GSM8K, Qwen2.5-1.5B-Instruct: the experiment plan's bar
+
+
+def plan_verdict(accuracy: float, n: int, comparable: bool, target: float = E12_ACCURACY) -> str:
+    """The plan's criterion (accuracy above `target`) for `accuracy`, a fraction of 1 over `n` items.
+
+    `comparable`: the items are GSM8K's test set and the model is the plan's. DataError for no items or an accuracy
+    outside [0, 1].
+    """
+    successes = round(accuracy * n)
+    text, (low, high) = accuracy_text(successes, n), wilson(successes, n)
+    bar = f"{100 * target:.2f} %"
+    if not comparable:
+        return (
+            f"{text}. The plan's {bar} is a GSM8K number of another model (Qwen2.5-1.5B-Instruct): it is not "
+            "comparable with this task, and the criterion is neither met nor missed."
+        )
+    met = accuracy > target
+    verdict = f"{text}: the plan's criterion (above {bar}) is {'met' if met else 'not met'}"
+    if low <= target <= high:
+        return f"{verdict}, but the interval contains {bar}: this run alone does not show a difference from it."
+    return f"{verdict}, and the interval excludes {bar}."
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same `n` items before and after. Shares are fractions of 1, `p_value` is two-sided."""
+
+    n: int
+    before: float
+    after: float
+    gained: int  # wrong before, right after
+    lost: int  # right before, wrong after
+    p_value: float
+    interval: tuple[float, float]  # of after - before, 95 %
+
+    @property
+    def text(self) -> str:
+        low, high = self.interval
+        change = f"{100 * (self.after - self.before):+.1f} points"
+        finding = "a difference" if self.p_value < 0.05 else "no difference beyond chance"
+        return (
+            f"{100 * self.before:.1f} % -> {100 * self.after:.1f} % on the same {self.n} items: {change} "
+            f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}); {self.gained} gained, {self.lost} lost, "
+            f"exact McNemar p = {self.p_value:.2g}: {finding}."
+        )
+
+
+def compare_before_after(before: Sequence[bool], after: Sequence[bool]) -> Comparison:
+    """Paired comparison of per-item results, in the same order of items.
+
+    p: exact McNemar test, a two-sided binomial test of gained against lost at 1/2 (Fagerland et al. 2013).
+    Interval: Agresti and Min's adjusted Wald interval for paired shares (2005), half an item added to each cell.
+    DataError where the two differ in length or are empty.
+    """
+    n = len(before)
+    if n != len(after) or n == 0:
+        raise DataError(f"{n} items before and {len(after)} after: the same items are needed on both sides")
+    gained = sum(1 for b, a in zip(before, after, strict=True) if a and not b)
+    lost = sum(1 for b, a in zip(before, after, strict=True) if b and not a)
+    changed = gained + lost
+    tail = sum(math.comb(changed, k) for k in range(min(gained, lost) + 1))
+    p_value = min(1.0, float(2 * tail / 2**changed))
+    total, up, down = n + 2, gained + 0.5, lost + 0.5
+    middle = (up - down) / total
+    half = NormalDist().inv_cdf(0.975) * math.sqrt((up + down) / total - middle**2) / math.sqrt(total)
+    interval = (max(-1.0, middle - half), min(1.0, middle + half))
+    return Comparison(n, sum(map(bool, before)) / n, sum(map(bool, after)) / n, gained, lost, p_value, interval)
