@@ -1,0 +1,67 @@
+"""GSM8K (Cobbe et al. 2021, arXiv 2110.14168) as verl's parquet files."""
+
+from collections.abc import Iterable
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+
+from verl_aqn.data.parquet import row, write_parquet
+from verl_aqn.errors import DataError
+
+SOURCE = "openai/gsm8k"
+# verl's own wording (examples/data_preprocess/gsm8k.py), so that scores compare with other runs of verl.
+INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
+_LAYOUTS = ("{split}.jsonl", "{split}.parquet", "{split}-*.parquet", "main/{split}-*.parquet")
+
+
+def prepare_gsm8k(dst: str | Path, source: str | Path | None = None) -> dict[str, Path]:
+    """Write `train.parquet` and `test.parquet` to `dst`; {"train": path, "test": path}.
+
+    `source` is a folder with train.jsonl and test.jsonl (or the parquet files of a hub snapshot); None asks the hub.
+
+    Raises:
+        DataError: the source cannot be had, or a row lacks its question or its "#### N".
+    """
+    paths = {}
+    for split in ("train", "test"):
+        rows = []
+        for index, item in enumerate(_load(split, source)):
+            where = f"GSM8K {split} row {index}"
+            question, answer = item.get("question"), item.get("answer")
+            if not isinstance(question, str) or not isinstance(answer, str):
+                raise DataError(f"{where}: 'question' or 'answer' is missing: get the data set again")
+            prompt = [{"role": "user", "content": f"{question} {INSTRUCTION}"}]
+            truth = ground_truth(answer, where)
+            rows.append(row(SOURCE, prompt, truth, split=split, index=index, question=question, answer=answer))
+        paths[split] = write_parquet(rows, Path(dst) / f"{split}.parquet")
+    return paths
+
+
+def ground_truth(answer: str, where: str) -> str:
+    """The N of a solution's last "#### N", without commas: "1,234" gives "1234". `where` names the row in the error."""
+    _, mark, number = answer.rpartition("#### ")
+    number = number.strip().replace(",", "")
+    try:
+        Decimal(number)
+    except InvalidOperation:
+        mark = ""
+    if not mark:
+        raise DataError(f"{where}: the answer does not end in '#### N': get the data set again")
+    return number
+
+
+def _load(split: str, source: str | Path | None) -> Iterable[dict]:
+    import datasets  # takes seconds: only where rows are read
+
+    if source is None:
+        try:
+            return datasets.load_dataset(SOURCE, "main", split=split)
+        except OSError as error:  # what it raises without a network, and for a data set that is not there
+            raise DataError(
+                f"{SOURCE} cannot be fetched from the hub ({type(error).__name__}): give a folder with train.jsonl"
+            ) from error
+    for layout in _LAYOUTS:
+        files = sorted(map(str, Path(source).glob(layout.format(split=split))))
+        if files:
+            kind = "json" if layout.endswith("jsonl") else "parquet"
+            return datasets.load_dataset(kind, data_files=files, split="train")
+    raise DataError(f"{source}: no {split}.jsonl and no {split} parquet file: give a folder that holds GSM8K")
