@@ -189,7 +189,7 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
         ConfigError: no such recipe, key, or value.
     """
     path = find_recipe(recipe)
-    chosen = {"profile": "auto", "experiment": None}
+    chosen: dict[str, str | None] = {"profile": "auto", "experiment": None}
     rest = []
     for override in overrides or []:
         key, sep, value = override.partition("=")
@@ -200,13 +200,13 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
             chosen[key] = value
         else:
             rest.append(override)
-    profile = chosen["profile"] if chosen["profile"] != "auto" else detect_profile()
+    profile = detect_profile() if chosen["profile"] in (None, "auto") else chosen["profile"]
     experiment = chosen["experiment"] or ("embedded" if profile == "cpu" else "gsm8k")
     conf = Path(__file__).resolve().parent / "conf"
     for group, value in (("profile", profile), ("experiment", experiment)):
         names = [p.stem for p in (conf / group).glob("*.yaml")]
         if value not in names:
-            raise ConfigError(f"no {group} {value!r}: {nearest(value, names)}")
+            raise ConfigError(f"no {group} {value!r}: {nearest(str(value), names)}")
 
     groups = [f"+profile={profile}", f"+experiment={experiment}"]
     try:

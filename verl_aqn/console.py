@@ -11,7 +11,7 @@ from rich.table import Table
 
 from verl_aqn.config import parse_aqn
 from verl_aqn.runs.folder import RunFolder
-from verl_aqn.runs.stats import wilson
+from verl_aqn.runs.stats import accuracy_text, wilson
 from verl_aqn.runs.verdict import compare_before_after, plan_verdict
 from verl_aqn.supervise import Outcome
 
@@ -37,11 +37,9 @@ class Console:
         """What is about to run, and where it is kept."""
         aqn = parse_aqn(todo.config)
         self.width = len(str(todo.steps))
-        if run.note:
-            self.say(run.note)
-        if run.resumed:
-            self.say(f"resuming the run that died (attempt {run.attempt}); --fresh starts anew")
         self.say(f"run      {run.path}")
+        if run.note:
+            self.say(f"resumed  {run.note}; --fresh starts anew" if run.resumed else run.note)
         base = f"MXFP4 ({aqn.mxfp4.scale_rule})" if aqn.mxfp4.enabled else "unquantised"
         self.say(f"model    {todo.source.name}, {base} base, LoRA r={todo.config.actor_rollout_ref.model.lora_rank}")
         self.say(f"data     {todo.rows['train']:,} training and {todo.rows['test']:,} validation prompts")
@@ -70,7 +68,8 @@ class Console:
                 f"{metrics.get('timing_s/step', float('nan')):5.1f} s"
             )
         elif kind == "validation":
-            self.say(f"accuracy {accuracy_text(record)} after step {record['step']}")
+            correct = round(record["accuracy"] * record["items"])
+            self.say(f"accuracy {accuracy_text(correct, record['items'])} after step {record['step']}")
 
     def end(self, run: RunFolder, todo: "Plan", outcome: Outcome) -> int:
         """Tables and verdict of a finished run, or one line about one that is not. Returns the exit code."""
@@ -79,37 +78,30 @@ class Console:
             if outcome.status == "interrupted":
                 self.err.print("the same command resumes this run from its last checkpoint")
             return 1
-        self.out.print(sigma_table(run.path))
-        self.out.print(result_table(run.path))
-        self.out.print(verdict(run.path, todo))
+        self.out.print(sigma_table(run))
+        self.out.print(result_table(run))
+        self.out.print(verdict(run, todo), soft_wrap=True)
         self.out.print(f"[dim]record: {run.path}[/dim]", soft_wrap=True)
         sys.stdout.flush()
         return 0
 
 
-def accuracy_text(validation: dict) -> str:
-    """`53.1 % (95 % interval 46.0 to 60.1 %, n=192)`."""
-    correct = round(validation["accuracy"] * validation["items"])
-    low, high = wilson(correct, validation["items"])
-    return f"{100 * validation['accuracy']:.1f} % (95 % interval {100 * low:.1f} to {100 * high:.1f} %, n={validation['items']})"
-
-
-def records(folder: Path, name: str, kind: str) -> list[dict]:
+def records(run: RunFolder, name: str, kind: str) -> list[dict]:
     """Records of one kind; of a step that was taken twice (after a crash) the later one."""
     by_step: dict[int, dict] = {}
-    for record in RunFolder.read_file(folder / name):
+    for record in run.read(name):
         if record.get("kind") == kind:
             by_step[record["step"]] = record
     return [by_step[step] for step in sorted(by_step)]
 
 
-def sigma_table(folder: Path) -> Table:
+def sigma_table(run: RunFolder) -> Table:
     """σ by stage: asked, and as read back from the rollout's norms."""
     table = Table(title="Noise by stage", title_justify="left")
     for column in ("stage", "steps", "σ asked", "σ in the rollout", "norms"):
         table.add_column(column, justify="right")
     stages: dict[int, list[dict]] = {}
-    for record in records(folder, "evidence.jsonl", "noise"):
+    for record in records(run, "evidence.jsonl", "noise"):
         stages.setdefault(record["stage"], []).append(record)
     for stage, group in stages.items():
         steps = [record["step"] for record in group]
@@ -126,12 +118,12 @@ def sigma_table(folder: Path) -> Table:
     return table
 
 
-def result_table(folder: Path) -> Table:
+def result_table(run: RunFolder) -> Table:
     """Accuracy at every validation with its interval."""
     table = Table(title="Accuracy (noise off)", title_justify="left")
     for column in ("after step", "accuracy", "95 % interval", "problems"):
         table.add_column(column, justify="right")
-    for validation in records(folder, "metrics.jsonl", "validation"):
+    for validation in records(run, "metrics.jsonl", "validation"):
         correct = round(validation["accuracy"] * validation["items"])
         low, high = wilson(correct, validation["items"])
         table.add_row(
@@ -149,15 +141,15 @@ def items(folder: Path, step: int) -> dict[str, bool]:
     return {item["input"]: item["acc"] > 0 for item in map(json.loads, path.read_text().splitlines())}
 
 
-def verdict(folder: Path, todo: "Plan") -> str:
+def verdict(run: RunFolder, todo: "Plan") -> str:
     """The plan's criterion in words, and whether training changed the accuracy (paired test)."""
-    validations = records(folder, "metrics.jsonl", "validation")
+    validations = records(run, "metrics.jsonl", "validation")
     first, last = validations[0], validations[-1]
     comparable = "word_problems" not in str(todo.config.data.val_files)
     text = plan_verdict(last["accuracy"], last["items"], comparable=comparable)
     if first["step"] == last["step"]:
         return text
-    before, after = items(folder, first["step"]), items(folder, last["step"])
+    before, after = items(run.path, first["step"]), items(run.path, last["step"])
     shared = sorted(before.keys() & after.keys())
     change = compare_before_after([before[key] for key in shared], [after[key] for key in shared])
-    return f"{text}\n{change}"
+    return f"{text}\n{change.text}"

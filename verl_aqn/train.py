@@ -3,7 +3,6 @@
 Read `train` first: it is the whole way in one breath.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,12 +45,12 @@ def train(recipe: str, overrides: list[str], *, dry_run: bool = False) -> int:
         print(OmegaConf.to_yaml(todo.config, resolve=True))
         return 0
     base = parse_aqn(todo.config).run.dir or f"/tmp/mxfp4_{Path(recipe).stem}"
-    with open_run(Path(base).expanduser(), identity(todo.config), fresh=parse_aqn(todo.config).run.fresh) as run:
-        launch(run, todo)
-        console.start(run, todo)
-        outcome = supervise(run, console)
-        run.set_status(outcome.status, outcome.message)
-        return console.end(run, todo, outcome)
+    run = open_run(Path(base).expanduser(), identity(todo.config), fresh=parse_aqn(todo.config).run.fresh)
+    launch(run, todo)
+    console.start(run, todo)
+    outcome = supervise(run, console)
+    run.set_status(outcome.status, outcome.message)
+    return console.end(run, todo, outcome)
 
 
 def identity(config: DictConfig) -> dict:
@@ -76,9 +75,5 @@ def launch(run: RunFolder, todo: Plan) -> None:
         run.write_text("schedule.json", json.dumps(schedule_of(config, todo.steps).table()))
     launch_file = run.path / "launch.yaml"  # the config of the newest attempt
     launch_file.write_text(text)
-    run.append("events.jsonl", {"kind": "attempt", "attempt": run.attempt, "config": digest(text)})
+    run.append("events.jsonl", {"kind": "attempt", **run.state})
 
-
-def digest(text: str) -> str:
-    """sha256 of a text."""
-    return hashlib.sha256(text.encode()).hexdigest()

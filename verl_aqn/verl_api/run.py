@@ -8,7 +8,7 @@ import ray
 from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.errors import AqnError
-from verl_aqn.runs.folder import append_record
+from verl_aqn.runs.folder import RunFolder
 
 
 @ray.remote(num_cpus=1)
@@ -58,17 +58,18 @@ def main(folder: Path) -> int:
 
     from verl_aqn.verl_api.plugin import assert_loaded
 
+    records = RunFolder(folder)
     try:
         assert_loaded("driver")
         config = OmegaConf.load(folder / "launch.yaml")
         validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
-        append_record(folder / "events.jsonl", {"kind": "phase", "text": "starting Ray"})
+        records.append("events.jsonl", {"kind": "phase", "text": "starting Ray"})
         run_ppo(config, task_runner_class=AqnTaskRunner)
     except Exception as error:
         traceback.print_exc()
         cause = root_cause(error)
         text = str(cause) if isinstance(cause, AqnError) else f"{type(cause).__name__}: {cause}"
-        append_record(folder / "events.jsonl", {"kind": "error", "text": text.strip().splitlines()[0][:500]})
+        records.append("events.jsonl", {"kind": "error", "text": text.strip().splitlines()[0][:500]})
         return 1
     finally:
         ray.shutdown()

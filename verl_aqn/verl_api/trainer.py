@@ -15,7 +15,7 @@ from verl_aqn.config import parse_aqn, schedule_of
 from verl_aqn.errors import EvidenceError
 from verl_aqn.mxfp4.checkpoint import checkpoint_digest
 from verl_aqn.noise import NoiseOrder, check_evidence
-from verl_aqn.runs.folder import append_record
+from verl_aqn.runs.folder import RunFolder
 from verl_aqn.verl_api import rollout  # noqa: F401  registers the replica
 from verl_aqn.verl_api.workers import AqnActorWorker, AqnTrainingWorker
 
@@ -27,7 +27,7 @@ class AqnTrainer(PPOTrainerSync):
         super().__init__(config)
         self.aqn = parse_aqn(config)
         assert self.aqn.run.dir is not None
-        self.folder = Path(self.aqn.run.dir)
+        self.folder = RunFolder(Path(self.aqn.run.dir))
         self.noise_metrics: dict[str, float] = {}
 
     # ---- verl's seams ----
@@ -146,7 +146,7 @@ class AqnTrainer(PPOTrainerSync):
     # ---- records ----
 
     def write(self, name: str, **record: Any) -> None:
-        append_record(self.folder / name, record)
+        self.folder.append(name, record)
 
     def record(self, kind: str, **evidence: Any) -> None:
         self.write("evidence.jsonl", kind=kind, **evidence)
