@@ -76,6 +76,13 @@ def test_a_dead_run_of_another_config_is_left_and_named(base):
     assert first.state["status"] == "failed"
 
 
+def test_the_newest_run_counts_even_among_those_of_one_second(base, monkeypatch):
+    for part, status in [("ffffff", "finished"), ("000000", "failed")]:
+        monkeypatch.setattr("secrets.token_hex", lambda _, part=part: part)
+        newest = end(open_run(base, CONFIG), status)
+    assert open_run(base, CONFIG).path == newest.path
+
+
 def test_fresh_is_always_a_new_run(base):
     first = end(open_run(base, CONFIG), "failed")
     second = open_run(base, CONFIG, fresh=True)
