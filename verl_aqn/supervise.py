@@ -55,7 +55,8 @@ def environment(run: RunFolder, ray_dir: str) -> dict[str, str]:
         TENSORBOARD_DIR=str(run.path / "tensorboard"),
     )
     if config["aqn"]["profile"] == "cpu":
-        env.update(VERL_PLATFORM="cpu", CUDA_VISIBLE_DEVICES="")
+        env.update(VERL_PLATFORM="cpu")
+        env.pop("CUDA_VISIBLE_DEVICES", None)  # Ray refuses a pretended GPU beside an empty list
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         # Actor and rollout take turns: each has every core in its phase.
         env.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(str(core) for core in sorted(os.sched_getaffinity(0))))

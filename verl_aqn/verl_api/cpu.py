@@ -5,6 +5,7 @@ import types
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import torch
 from verl.plugin.platform.platform_base import PlatformBase
 
@@ -12,6 +13,12 @@ from verl.plugin.platform.platform_base import PlatformBase
 def _peak_bytes(*_args: Any) -> int:
     """Peak resident memory of this process in bytes: the CPU's equal of `max_memory_allocated`."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _free_and_total() -> tuple[int, int]:
+    """Bytes of memory free and in all: the CPU's equal of `mem_get_info`."""
+    memory = psutil.virtual_memory()
+    return memory.available, memory.total
 
 
 def _nothing(*_args: Any, **_kwargs: Any) -> None:
@@ -33,6 +40,7 @@ _device.__dict__.update(
     max_memory_reserved=_peak_bytes,
     memory_allocated=_peak_bytes,
     memory_reserved=_peak_bytes,
+    mem_get_info=_free_and_total,
     manual_seed=torch.manual_seed,
     manual_seed_all=torch.manual_seed,
     get_rng_state=torch.get_rng_state,

@@ -58,10 +58,8 @@ def adapter_tensors(model: torch.nn.Module, rank: int, slot: int = 0) -> Iterato
     """A [r, K] and B·α/r [N, r] in the LoRA layers' own buffers, under the trainer's names."""
     for name, layer in model.named_modules():
         stacked_a, stacked_b = getattr(layer, "lora_a_stacked", None), getattr(layer, "lora_b_stacked", None)
-        if not stacked_a or not stacked_b or not hasattr(layer, "base_layer"):
-            continue
-        if not hasattr(layer.base_layer, "input_size"):  # embeddings and the head carry no adapter here
-            continue
+        if not isinstance(stacked_a, tuple) or not isinstance(stacked_b, tuple):
+            continue  # no LoRA layer, or the head: its adapters are one tensor, and nothing here trains it
         for part, a, b in zip(hf_names(model, name, len(stacked_a)), stacked_a, stacked_b, strict=True):
             yield f"{part}.A", a[slot, 0, :rank]
             yield f"{part}.B", b[slot, 0, :, :rank]
