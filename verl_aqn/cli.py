@@ -167,3 +167,7 @@ def main() -> None:
 def _fail(text: str, code: int) -> None:
     print(f"error: {text}", file=sys.stderr)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,9 @@ from verl_aqn.errors import ConfigError, EnvironmentFault, ModelError
 # Measured peak of the whole machine on the embedded experiment; a run that starts below it ends in the OOM killer.
 CPU_MEMORY_GB = 8.0
 
+# Rows of the embedded task; a recipe takes as many of them as it has steps for.
+N_TRAIN, N_TEST = 2048, 256
+
 
 def cache_dir() -> Path:
     """`VERL_AQN_CACHE`, or `verl-aqn` in the user's cache folder."""
@@ -67,7 +70,9 @@ def prepare_data(config: DictConfig) -> dict[str, int]:
     from verl_aqn.data.word_problems import prepare_word_problems
 
     makers = {
-        "embedded": lambda: prepare_word_problems(cache_dir() / "data" / "word_problems"),
+        "embedded": lambda: prepare_word_problems(
+            cache_dir() / "data" / f"word_problems-{N_TRAIN}-{N_TEST}", N_TRAIN, N_TEST
+        ),
         "gsm8k": lambda: prepare_gsm8k(cache_dir() / "data" / "gsm8k"),
     }
     rows = {}

@@ -54,6 +54,9 @@ def environment(run: RunFolder, ray_dir: str) -> dict[str, str]:
         HYDRA_FULL_ERROR="1",
         TENSORBOARD_DIR=str(run.path / "tensorboard"),
     )
+    if "RAY_ADDRESS" not in env:
+        # Ray's name for "this machine only": it then binds to loopback, and verl's servers take their address from it.
+        env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     if config["aqn"]["profile"] == "cpu":
         env.update(VERL_PLATFORM="cpu")
         env.pop("CUDA_VISIBLE_DEVICES", None)  # Ray refuses a pretended GPU beside an empty list

@@ -38,6 +38,7 @@ _device.__dict__.update(
     reset_peak_memory_stats=_nothing,
     max_memory_allocated=_peak_bytes,
     max_memory_reserved=_peak_bytes,
+    get_device_name=lambda *_args: "CPU",
     memory_allocated=_peak_bytes,
     memory_reserved=_peak_bytes,
     mem_get_info=_free_and_total,

@@ -1,0 +1,62 @@
+"""One tiny random model, made once; runs through the command line as a user starts them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+# Sizes of a run that takes a minute and a half. The reward has variance for a model that knows nothing.
+TINY = [
+    "profile=cpu",
+    f"reward.custom_reward_function.path={HERE / 'letters_reward.py'}",
+    "data.train_batch_size=2",
+    "data.train_max_samples=16",
+    "data.val_max_samples=4",
+    "data.max_response_length=8",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+    "actor_rollout_ref.rollout.n=4",
+    "actor_rollout_ref.actor.optim.lr=1e-2",
+    "reward.reward_kwargs.overlong_buffer_cfg.len=4",
+    "trainer.total_training_steps=3",
+    "trainer.save_freq=1",
+    "aqn.noise.num_stages=3",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    from verl_aqn.data.smollm2 import tiny_model
+
+    return tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def train(tiny_model, tmp_path_factory):
+    """`train(run_dir, *overrides)` → a started `verl-aqn train` process."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def start(run_dir: Path, *overrides: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "verl_aqn.cli", "train", "e12_aggressive_1ep", *TINY]
+        command += [f"actor_rollout_ref.model.path={tiny_model}", f"aqn.run.dir={run_dir}", *overrides]
+        env = {**os.environ, "VERL_AQN_CACHE": str(cache)}
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+def newest(run_dir: Path) -> Path:
+    """The newest run's folder."""
+    return (run_dir / "training.log").resolve().parent
+
+
+def lines(path: Path, kind: str | None = None) -> list[dict]:
+    """Whole lines of a JSON-lines file."""
+    if not path.exists():
+        return []
+    records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return [record for record in records if kind in (None, record["kind"])]

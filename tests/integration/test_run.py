@@ -1,0 +1,165 @@
+"""A real run through verl, Ray and vLLM on a tiny random model, and what it must prove."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from tests.integration.conftest import lines, newest
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+@pytest.fixture(scope="module")
+def finished(train, tmp_path_factory) -> Path:
+    """Folder of a run of three steps that ended by itself."""
+    base = tmp_path_factory.mktemp("finished")
+    process = train(base)
+    out, err = process.communicate(timeout=800)
+    assert process.returncode == 0, err + (newest(base) / "training.log").read_text()[-3000:]
+    (newest(base) / "stdout.txt").write_text(out)
+    (newest(base) / "stderr.txt").write_text(err)
+    return newest(base)
+
+
+def test_a_line_a_step_then_tables_and_verdict(finished):
+    out, err = (finished / "stdout.txt").read_text(), (finished / "stderr.txt").read_text()
+    assert [f"step {n}/3" in err for n in (1, 2, 3)] == [True, True, True]
+    assert "Noise by stage" in out
+    assert "Accuracy (noise off)" in out
+    assert "not comparable" in out.replace("\n", " ")
+    assert "WARNING" not in err
+    assert "vllm" not in err.lower()
+
+
+def test_base_is_one_and_the_same_and_unchanged_at_the_end(finished):
+    start, end = lines(finished / "evidence.jsonl", "base")
+    assert (start["when"], end["when"]) == ("start", "end")
+    for record in (start, end):
+        assert record["rollout"][0]["layers"] == 4 * 2  # qkv, o, gate_up, down in each of two layers
+        assert record["rollout"][0]["weights_equal_base"]
+        assert {record["disk"], *record["actor"], record["rollout"][0]["base_digest"]} == {start["disk"]}
+
+
+def test_adapter_changes_at_every_step_and_reaches_the_rollout(finished):
+    records = lines(finished / "evidence.jsonl", "adapter")
+    assert [record["step"] for record in records] == [0, 1, 2, 3]
+    assert all(record["held"][0]["adapter_digest"] == record["sent"] for record in records)
+    assert all(record["held"][0]["modules"] == 14 for record in records)
+    assert len({record["sent"] for record in records}) == 4
+    assert records[0]["held"][0]["b_max"] == 0.0
+    assert records[-1]["held"][0]["b_max"] > 0.0
+
+
+def test_noise_is_what_the_schedule_says_at_every_step(finished):
+    records = lines(finished / "evidence.jsonl", "noise")
+    assert [record["sigma_asked"] for record in records] == [0.0, 0.05, 1e-5]
+    for record in records:
+        assert record["modules"] == 5  # two in each of two layers, and the last
+        low, high = record["sigma_interval"]
+        assert low <= record["sigma_realised"] <= high or record["sigma_asked"] == 0
+
+
+def test_validation_is_clean_to_the_last_bit(finished):
+    clean = lines(finished / "evidence.jsonl", "clean")
+    norms = lines(finished / "evidence.jsonl", "rollout")[0]
+    assert len(clean) >= 2
+    assert all(record["weights_digest"] == norms["clean_digest"] for record in clean)
+
+
+def test_last_step_is_validated_although_test_freq_does_not_divide_it(finished):
+    assert [record["step"] for record in lines(finished / "metrics.jsonl", "validation")] == [0, 3]
+
+
+def test_metrics_hold_sigma_asked_and_realised(finished):
+    steps = lines(finished / "metrics.jsonl", "step")
+    assert [step["metrics"]["aqn/sigma"] for step in steps] == [0.0, 0.05, 1e-5]
+    assert steps[1]["metrics"]["aqn/sigma_realised"] == pytest.approx(0.05, rel=0.2)
+    assert all(step["metrics"]["actor/grad_norm"] > 0 for step in steps)
+
+
+def test_trainer_and_rollout_agree_where_there_is_no_noise(finished):
+    """Same base, same adapter: the probabilities of the sampled tokens are the same up to bf16."""
+    first = lines(finished / "metrics.jsonl", "step")[0]["metrics"]
+    assert first["training/rollout_actor_probs_pearson_corr"] > 0.98
+
+
+def test_plan_paths_point_to_the_run_and_a_second_run_would_not_overwrite_it(finished):
+    base = finished.parent.parent
+    assert (base / "training.log").resolve() == finished / "training.log"
+    assert (base / "checkpoints" / "global_step_3").is_dir()
+    assert (finished / "config.yaml").exists()
+
+
+def test_nothing_is_left_running(finished):
+    mine = psutil.Process(os.getpid()).children(recursive=True)
+    assert not [process for process in mine if process.status() != psutil.STATUS_ZOMBIE]
+    marker = str(finished)
+    assert not [p for p in psutil.process_iter(["cmdline"]) if marker in " ".join(p.info["cmdline"] or [])]
+
+
+def test_a_killed_run_resumes_with_the_same_sigma_and_noise(train, tmp_path, finished):
+    process = train(tmp_path)
+    deadline = time.monotonic() + 700
+    while not list(tmp_path.glob("runs/*/checkpoints/latest_checkpointed_iteration.txt")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    for victim in [psutil.Process(process.pid), *descendants(process.pid)]:
+        os.kill(victim.pid, signal.SIGKILL)
+    process.communicate()
+    folder = newest(tmp_path)
+    saved = int((folder / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    assert saved < 3, "the kill came too late to test anything"
+
+    process = train(tmp_path)
+    out, err = process.communicate(timeout=800)
+    assert process.returncode == 0, err + (folder / "training.log").read_text()[-3000:]
+    assert newest(tmp_path) == folder
+    assert "resumed" in err
+    adapters = lines(folder / "evidence.jsonl", "adapter")
+    before = next(record for record in adapters if record["step"] == saved)
+    resumed = [record for record in adapters if record["step"] == saved][-1]
+    assert resumed is not before
+    assert resumed["sent"] == before["sent"], "the adapter after loading is not the one that was saved"
+
+    # The same noise as an undisturbed run's, at every step, to the last bit.
+    wanted = {record["step"]: record["weights_digest"] for record in lines(finished / "evidence.jsonl", "noise")}
+    for record in lines(folder / "evidence.jsonl", "noise"):
+        assert record["weights_digest"] == wanted[record["step"]]
+    assert [record["step"] for record in lines(folder / "metrics.jsonl", "step")][-1] == 3
+
+
+def test_checkpoint_holds_the_adapter_only_and_no_noise(finished):
+    (file,) = (finished / "checkpoints" / "global_step_3" / "actor").glob("model_world_size_1_rank_0.pt")
+    names = list(torch.load(file, weights_only=False))
+    assert names
+    assert all("lora_" in name for name in names)
+
+
+def test_ctrl_c_ends_everything_in_order(train, tmp_path):
+    process = train(tmp_path)
+    deadline = time.monotonic() + 300
+    while "loading the actor" not in str(lines_of(tmp_path)):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    children = descendants(process.pid)
+    assert len(children) > 3
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "stopped by Ctrl-C" in err
+    assert "Traceback" not in err
+    assert not [child for child in children if child.is_running()]
+
+
+def lines_of(base: Path) -> list[dict]:
+    found = list(base.glob("runs/*/events.jsonl"))
+    return lines(found[0]) if found else []
