@@ -239,6 +239,10 @@ def _fsdp_worker(rank: int, world: int, port: int, make: Callable[[], nn.Module]
             got = [p for name, p in model.named_parameters() if "weight_" in name]
             for a, b in zip(got, bases, strict=True):
                 assert torch.equal(a.full_tensor(), b)
+            if world == 1:  # the digest's import of transformers is slow in a spawned rank
+                from verl_aqn.mxfp4.checkpoint import model_digest
+
+                assert model_digest(model) == model_digest(make())
     finally:
         dist.destroy_process_group()
 
