@@ -21,6 +21,9 @@ class Mxfp4Linear(nn.Linear):
     The multiplication runs in the dtype of ``x``, or in autocast's, as ``F.linear`` would; W is exact in bfloat16 and
     float32. Backward keeps the packed bytes only and dequantises again: 16-bit weights live for one layer at a time.
 
+    FSDP2 shards the packed parameters in a torch with pytorch pull request 178075 (tested: 2.13); older ones refuse
+    uint8 parameters in ``fully_shard`` (issue 177844).
+
     Raises:
         ModelError: ``in_features`` is not a multiple of 32.
     """
