@@ -1,0 +1,96 @@
+"""A linear layer that keeps its weight packed in MXFP4 and trains whatever stands around it (LoRA, norms)."""
+
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from verl_aqn.errors import ModelError
+from verl_aqn.mxfp4.codec import BLOCK, dequantize, quantize
+
+
+class Mxfp4Linear(nn.Linear):
+    """``y = x W^T + b`` with a frozen W [N, K] in MXFP4. PEFT wraps it like any other ``nn.Linear``.
+
+    Parameters: ``weight_packed`` uint8 [N, K/2] and ``weight_scale`` uint8 [N, K/32], never trained, and ``bias`` [N]
+    of a float dtype or None. They are uninitialised until `from_linear` or a state dict fills them. ``weight`` is no
+    parameter but a fresh dequantised copy at every read: writing into it (PEFT's ``merge``) changes nothing.
+
+    The multiplication runs in the dtype of ``x``, or in autocast's, as ``F.linear`` would; W is exact in bfloat16 and
+    float32. Backward keeps the packed bytes only and dequantises again: 16-bit weights live for one layer at a time.
+
+    FSDP2 shards the packed parameters in a torch with pytorch pull request 178075 (tested: 2.13); older ones refuse
+    uint8 parameters in ``fully_shard`` (issue 177844).
+
+    Raises:
+        ModelError: ``in_features`` is not a multiple of 32.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        compute_dtype: torch.dtype = torch.bfloat16,
+    ):
+        nn.Module.__init__(self)  # not nn.Linear's, which would allocate and register a dense weight
+        if in_features % BLOCK:
+            raise ModelError(
+                f"MXFP4 needs in_features to be a multiple of {BLOCK}, not {in_features}: keep this layer dense"
+            )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.compute_dtype = compute_dtype
+        self.weight_packed = _frozen(torch.empty(out_features, in_features // 2, dtype=torch.uint8, device=device))
+        self.weight_scale = _frozen(torch.empty(out_features, in_features // BLOCK, dtype=torch.uint8, device=device))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, dtype=compute_dtype, device=device))
+        else:
+            self.register_parameter("bias", None)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, scale_rule: str = "mse") -> Self:
+        """Quantise ``linear``; its bias is shared, its weight is not kept. Raises what `quantize` raises."""
+        weight = linear.weight
+        packed, scale = quantize(weight, scale_rule)
+        layer = cls(linear.in_features, linear.out_features, bias=False, device="meta", compute_dtype=weight.dtype)
+        layer.weight_packed, layer.weight_scale = _frozen(packed), _frozen(scale)
+        layer.bias = linear.bias
+        return layer
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """W as ``compute_dtype`` [N, K], dequantised anew."""
+        return dequantize(self.weight_packed, self.weight_scale, self.compute_dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return _PackedLinear.apply(x, self.weight_packed, self.weight_scale, bias)
+
+
+class _PackedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(packed, scale)
+        return F.linear(x, dequantize(packed, scale, x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            packed, scale = ctx.saved_tensors
+            grad_x = grad @ dequantize(packed, scale, grad.dtype)
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad.flatten(0, -2).sum(0)
+        return grad_x, None, None, grad_bias
+
+
+def _frozen(data: Tensor) -> nn.Parameter:
+    return nn.Parameter(data, requires_grad=False)
