@@ -18,29 +18,35 @@ from verl_aqn.errors import ConfigError
 SOURCE = "verl_aqn/word_problems"
 OPERATIONS = ("add", "subtract", "multiply")
 
-_NAMES = (
-    "Ann Ben Eva Jim Kim Leo Max Mia Sam Tom Amy Bob Dan Lucy Mark Mary Nick Paul Rose Sara Adam Emma Jack Jane John Kate "
-    "Luke Noah Ruth Will"
+# Each is one token in SmolLM2's vocabulary.
+_NAMES = (  # noqa: SIM905
+    "Ann Anna Ben Jim Kim Max Sam Tom Bob Dan Mark Mary Nick Paul Rose Adam Jack Jane John Luke "
+    "Will Alice Peter David Alex Lee Bill"
 ).split()
-_OBJECTS = (
-    "apples books cards coins eggs stamps balls cakes pens shells toys cups keys hats nuts plums roses cookies pencils "
-    "marbles"
+_OBJECTS = (  # noqa: SIM905
+    "apples books cards coins eggs stamps balls cakes pens shells toys cups keys hats nuts roses cookies boxes plates "
+    "flowers stones rings shirts letters"
 ).split()
+# The sum itself ends every question: asked in words alone, SmolLM2 is right one time in ten (temperature 1), too rarely
+# to learn from in the few steps that a CPU can take.
 _TEMPLATES = {
     "add": (
-        "{name} has {a} {things}. {name} buys {b} more. How many {things} now?",
-        "{name} has {a} {things} and {other} has {b}. How many {things} in all?",
-        "There are {a} {things} in a box. {name} adds {b}. How many {things} are there?",
+        "{name} has {a} {things} and gets {b}. {a} + {b}?",
+        "{name} has {a} {things}, {other} has {b}. {a} + {b}?",
+        "{name} finds {a} {things}, then {b}. {a} + {b}?",
+        "{name} buys {a} {things} and {b} more. {a} + {b}?",
     ),
     "subtract": (
-        "{name} has {a} {things} and loses {b}. How many {things} are left?",
-        "{name} had {a} {things}. {name} gave {b} to {other}. How many are left?",
-        "There are {a} {things}. {name} takes {b}. How many {things} are left?",
+        "{name} has {a} {things} and loses {b}. {a} - {b}?",
+        "{name} had {a} {things} and sold {b}. {a} - {b}?",
+        "{name} takes {b} of {a} {things}. {a} - {b}?",
+        "{name} gives {other} {b} of {a} {things}. {a} - {b}?",
     ),
     "multiply": (
-        "{name} has {a} boxes of {b} {things}. How many {things} in all?",
-        "{a} bags hold {b} {things} each. How many {things} in all?",
-        "{name} buys {b} {things} a day for {a} days. How many {things} in all?",
+        "{name} has {a} bags of {b} {things}. {a} * {b}?",
+        "{name} buys {a} sets of {b} {things}. {a} * {b}?",
+        "{name} fills {a} boxes with {b} {things}. {a} * {b}?",
+        "{a} jars hold {b} {things} each. {a} * {b}?",
     ),
 }
 _SIGN = {"add": "+", "subtract": "-", "multiply": "*"}
@@ -48,9 +54,9 @@ _SIGN = {"add": "+", "subtract": "-", "multiply": "*"}
 # The same for every problem and first in the prompt. The first question sits in the system turn: that saves the turn of
 # a system message of its own and keeps the chat template from adding its default one.
 _EXAMPLES: tuple[Message, ...] = (
-    {"role": "system", "content": "Ann has 9 cups and loses 4. How many are left?"},
+    {"role": "system", "content": "Ann has 9 cups and loses 4. 9 - 4?"},
     {"role": "assistant", "content": "9 - 4 = 5\n#### 5"},
-    {"role": "user", "content": "Tim buys 3 bags of 2 pens. How many pens?"},
+    {"role": "user", "content": "Tim has 3 bags of 2 pens. 3 * 2?"},
     {"role": "assistant", "content": "3 * 2 = 6\n#### 6"},
 )
 _TEST_SHARE = 8  # one question in eight belongs to the test side
