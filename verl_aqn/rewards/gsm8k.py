@@ -58,10 +58,8 @@ def _marked_number(text: str) -> Decimal | None:
 
 
 def _last_number(text: str) -> Decimal | None:
-    last = None
-    for last in _NUMBER.finditer(_plain(text)):
-        pass
-    return None if last is None else _value(last)
+    matches = list(_NUMBER.finditer(_plain(text)))
+    return _value(matches[-1]) if matches else None
 
 
 def _plain(text: str) -> str:

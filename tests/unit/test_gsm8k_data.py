@@ -1,0 +1,90 @@
+"""Preparing GSM8K from a folder, and the check of a parquet file, on rows of our own in GSM8K's form."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from verl_aqn.data.gsm8k import INSTRUCTION, ground_truth, prepare_gsm8k
+from verl_aqn.data.parquet import check_parquet, write_parquet
+from verl_aqn.errors import DataError
+
+ROWS = [
+    {"question": "Ida has 3 hens and buys 4. How many?", "answer": "She has 3+4 = <<3+4=7>>7.\n#### 7"},
+    {"question": "A barn costs $1,200. Two?", "answer": "2*1200 = <<2*1200=2400>>2400.\n#### 2,400"},
+    {"question": "It was 2 below zero. How warm was it?", "answer": "#### -2"},
+]
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+    return folder
+
+
+def test_rows_from_jsonl(source, tmp_path):
+    paths = prepare_gsm8k(tmp_path / "out", source)
+    assert {split: check_parquet(path) for split, path in paths.items()} == {"train": 3, "test": 3}
+    rows = pq.read_table(paths["test"]).to_pylist()
+    assert [r["reward_model"]["ground_truth"] for r in rows] == ["7", "2400", "-2"]
+    assert rows[0] == {
+        "data_source": "openai/gsm8k",
+        "prompt": [{"role": "user", "content": f"{ROWS[0]['question']} {INSTRUCTION}"}],
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": "7"},
+        "extra_info": {"split": "test", "index": 0, **ROWS[0]},
+    }
+    assert [p.name for p in sorted((tmp_path / "out").iterdir())] == ["test.parquet", "train.parquet"]
+
+
+def test_rows_from_a_hub_snapshot(tmp_path):
+    (tmp_path / "main").mkdir()
+    for split in ("train", "test"):
+        pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "main" / f"{split}-00000-of-00001.parquet")
+    assert check_parquet(prepare_gsm8k(tmp_path / "out", tmp_path)["train"]) == 3
+
+
+def test_a_source_that_cannot_be_used(source, tmp_path):
+    with pytest.raises(DataError, match=r"no train\.jsonl"):
+        prepare_gsm8k(tmp_path / "out", tmp_path)
+    (source / "train.jsonl").write_text(json.dumps({"question": "q"}) + "\n")
+    with pytest.raises(DataError, match="GSM8K train row 0"):
+        prepare_gsm8k(tmp_path / "out", source)
+
+
+@pytest.mark.parametrize("answer", ["7", "#### seven", "####7", ""])
+def test_ground_truth_must_be_marked(answer):
+    with pytest.raises(DataError, match="row 5"):
+        ground_truth(answer, "row 5")
+
+
+def test_check_names_what_is_wrong(source, tmp_path):
+    good = prepare_gsm8k(tmp_path / "out", source)["train"]
+    table, bad = pq.read_table(good), tmp_path / "bad.parquet"
+
+    def refused(match):
+        with pytest.raises(DataError, match=match) as caught:
+            check_parquet(bad)
+        assert "\n" not in str(caught.value)
+
+    refused("no such file")
+    bad.write_bytes(b"PAR1 and then nothing")
+    refused("not a readable parquet")
+    pq.write_table(table.slice(0, 0), bad)
+    refused("no rows")
+    for column in ("data_source", "prompt", "reward_model"):
+        pq.write_table(table.drop_columns(column), bad)
+        refused(f"'{column}' is missing")
+    pq.write_table(table.set_column(3, "reward_model", pa.array([{"style": "rule"}] * 3)), bad)
+    refused(r"reward_model\.ground_truth")
+
+
+def test_no_rows_leave_the_old_file(source, tmp_path):
+    good = prepare_gsm8k(tmp_path / "out", source)["train"]
+    with pytest.raises(DataError, match="no rows"):
+        write_parquet([], good)
+    assert check_parquet(good) == 3
