@@ -285,3 +285,9 @@ def _whole(parameter: Tensor) -> Tensor:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def is_packed(path: str | Path) -> bool:
+    """Whether a folder's config.json says that its linear weights are packed MXFP4."""
+    config = read_config(Path(path)).get("quantization_config") or {}
+    return config.get("format") == PACKED_FORMAT
