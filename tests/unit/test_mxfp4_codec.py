@@ -218,7 +218,7 @@ def test_any_leading_shape_and_strides() -> None:
 
 
 def test_chunks_do_not_show() -> None:
-    x = torch.randn(1100, 1024)  # more than one chunk of either kind
+    x = torch.randn(1100, 1024)  # many chunks, the last one short
     packed, scale = quantize(x)
     assert torch.equal(packed[-3:], quantize(x[-3:]).packed)
     assert torch.equal(dequantize(packed, scale)[-3:], dequantize(packed[-3:], scale[-3:]))
