@@ -14,6 +14,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDP
 from verl_aqn.digest import tensor_digest
 from verl_aqn.mxfp4.checkpoint import is_packed, model_digest
 from verl_aqn.mxfp4.model import load_model
+from verl_aqn.verl_api.shared_prompt import SharedPrompts, share_prompts
 
 ADAPTER_DTYPE = torch.bfloat16  # what the rollout multiplies with
 
@@ -60,47 +61,44 @@ class AqnFSDPEngine(FSDPEngineWithLMHead):
         return model_digest(self.module)
 
     def prepare_model_inputs(self, micro_batch):
-        """As verl's, but the head computes logits only where a response token is predicted."""
-        inputs, args = super().prepare_model_inputs(micro_batch)
-        if not self._padded(micro_batch):
-            return inputs, args
-        prompts = micro_batch["prompts"].offsets().diff()
-        longest = inputs["input_ids"].shape[1]
-        inputs["logits_to_keep"] = args["kept"] = longest - int(prompts.min()) + 1
-        return inputs, args
+        """Each prompt once for all of its samples, where verl would pad; packed batches go verl's own way."""
+        if not self._shares_prompts(micro_batch):
+            return super().prepare_model_inputs(micro_batch)
+        shared = share_prompts(list(micro_batch["prompts"].unbind()), list(micro_batch["responses"].unbind()))
+        inputs = {
+            "input_ids": shared.input_ids,
+            "position_ids": shared.position_ids,
+            "attention_mask": shared.mask,
+            "logits_to_keep": shared.input_ids.shape[1] - shared.first_column,
+        }
+        return inputs, {"shared": shared}
 
     def prepare_model_outputs(self, output, output_args, micro_batch, logits_processor_func):
-        """log_probs (and entropy) [T] jagged like input_ids; 0 at prompt positions, which nothing reads.
-
-        The padded path only; for packed batches verl's own.
-        """
-        if not self._padded(micro_batch):
+        """log_probs (and entropy) jagged like input_ids, as verl's; 0 at prompt positions, which nothing reads."""
+        if not self._shares_prompts(micro_batch):
             return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
-        offsets = micro_batch["input_ids"].offsets()
-        lengths, responses = offsets.diff(), micro_batch["responses"].offsets().diff()
-        longest = int(lengths.max())
-        # Row b predicts its response tokens at positions length-response-1 … length-2.
-        column = torch.arange(longest - output_args["kept"], longest)
-        first, last = (lengths - responses - 1).unsqueeze(1), (lengths - 2).unsqueeze(1)
-        mask = (column >= first) & (column <= last)
-        flat = (offsets[:-1].unsqueeze(1) + column)[mask]
-
-        temperature = output_args["temperature"].unsqueeze(1).expand_as(mask)[mask].unsqueeze(1)
-        logits = output.logits[mask].float() / temperature.clamp(min=1e-8)
+        shared: SharedPrompts = output_args["shared"]
+        logits = output.logits[shared.row, shared.column - shared.first_column].float()  # [T, V]
+        temperature = micro_batch["temperature"]
+        if isinstance(temperature, torch.Tensor):
+            logits = logits / temperature.float()[shared.sample].unsqueeze(1).clamp(min=1e-8)
+        elif temperature != 1:
+            logits = logits / max(float(temperature), 1e-8)
         logp = torch.log_softmax(logits, dim=-1)
-        labels = output_args["input_ids_rmpad_rolled"][flat]
-        chosen = logp.gather(1, labels.unsqueeze(1)).squeeze(1)
-        result = {"log_probs": chosen}
+        result = {"log_probs": logp.gather(1, shared.label.unsqueeze(1)).squeeze(1)}
         if tu.get_non_tensor_data(data=micro_batch, key="calculate_entropy", default=False):
             result["entropy"] = -(logp.exp() * logp).sum(-1)
+        offsets = micro_batch["input_ids"].offsets()
         total = int(offsets[-1])
         return {
-            name: torch.nested.nested_tensor_from_jagged(values.new_zeros(total).index_put((flat,), values), offsets)
+            name: torch.nested.nested_tensor_from_jagged(
+                values.new_zeros(total).index_put((shared.flat,), values), offsets
+            )
             for name, values in result.items()
         }
 
     @staticmethod
-    def _padded(micro_batch) -> bool:
+    def _shares_prompts(micro_batch) -> bool:
         return not (
             tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True)
             or tu.get_non_tensor_data(data=micro_batch, key="use_fused_kernels", default=False)
