@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-from verl_aqn.data.parquet import row, write_parquet
+from verl_aqn.data.parquet import Message, row, write_parquet
 from verl_aqn.errors import DataError
 
 SOURCE = "openai/gsm8k"
@@ -29,7 +29,7 @@ def prepare_gsm8k(dst: str | Path, source: str | Path | None = None) -> dict[str
             question, answer = item.get("question"), item.get("answer")
             if not isinstance(question, str) or not isinstance(answer, str):
                 raise DataError(f"{where}: 'question' or 'answer' is missing: get the data set again")
-            prompt = [{"role": "user", "content": f"{question} {INSTRUCTION}"}]
+            prompt: list[Message] = [{"role": "user", "content": f"{question} {INSTRUCTION}"}]
             truth = ground_truth(answer, where)
             rows.append(row(SOURCE, prompt, truth, split=split, index=index, question=question, answer=answer))
         paths[split] = write_parquet(rows, Path(dst) / f"{split}.parquet")
