@@ -51,6 +51,9 @@ def test_rows_from_a_hub_snapshot(tmp_path):
 def test_a_source_that_cannot_be_used(source, tmp_path):
     with pytest.raises(DataError, match=r"no train\.jsonl"):
         prepare_gsm8k(tmp_path / "out", tmp_path)
+    (source / "train.jsonl").write_text("{")
+    with pytest.raises(DataError, match=r"train\.jsonl: not readable"):
+        prepare_gsm8k(tmp_path / "out", source)
     (source / "train.jsonl").write_text(json.dumps({"question": "q"}) + "\n")
     with pytest.raises(DataError, match="GSM8K train row 0"):
         prepare_gsm8k(tmp_path / "out", source)

@@ -1,10 +1,13 @@
 """GSM8K (Cobbe et al. 2021, arXiv 2110.14168) as verl's parquet files."""
 
+import json
 from collections.abc import Iterable
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-from verl_aqn.data.parquet import row, write_parquet
+import pyarrow.parquet as pq
+
+from verl_aqn.data.parquet import Message, row, write_parquet
 from verl_aqn.errors import DataError
 
 SOURCE = "openai/gsm8k"
@@ -29,7 +32,7 @@ def prepare_gsm8k(dst: str | Path, source: str | Path | None = None) -> dict[str
             question, answer = item.get("question"), item.get("answer")
             if not isinstance(question, str) or not isinstance(answer, str):
                 raise DataError(f"{where}: 'question' or 'answer' is missing: get the data set again")
-            prompt = [{"role": "user", "content": f"{question} {INSTRUCTION}"}]
+            prompt: list[Message] = [{"role": "user", "content": f"{question} {INSTRUCTION}"}]
             truth = ground_truth(answer, where)
             rows.append(row(SOURCE, prompt, truth, split=split, index=index, question=question, answer=answer))
         paths[split] = write_parquet(rows, Path(dst) / f"{split}.parquet")
@@ -50,9 +53,9 @@ def ground_truth(answer: str, where: str) -> str:
 
 
 def _load(split: str, source: str | Path | None) -> Iterable[dict]:
-    import datasets  # takes seconds: only where rows are read
-
     if source is None:
+        import datasets  # takes seconds, and only this branch needs it
+
         try:
             return datasets.load_dataset(SOURCE, "main", split=split)
         except OSError as error:  # what it raises without a network, and for a data set that is not there
@@ -60,8 +63,17 @@ def _load(split: str, source: str | Path | None) -> Iterable[dict]:
                 f"{SOURCE} cannot be fetched from the hub ({type(error).__name__}): give a folder with train.jsonl"
             ) from error
     for layout in _LAYOUTS:
-        files = sorted(map(str, Path(source).glob(layout.format(split=split))))
+        files = sorted(Path(source).glob(layout.format(split=split)))
         if files:
-            kind = "json" if layout.endswith("jsonl") else "parquet"
-            return datasets.load_dataset(kind, data_files=files, split="train")
+            return [item for file in files for item in _read(file)]
     raise DataError(f"{source}: no {split}.jsonl and no {split} parquet file: give a folder that holds GSM8K")
+
+
+def _read(file: Path) -> list[dict]:
+    try:
+        if file.suffix == ".parquet":
+            return pq.read_table(file).to_pylist()
+        with file.open(encoding="utf-8") as lines:  # not splitlines: a question may hold U+2028
+            return [json.loads(line) for line in lines]
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError and ArrowInvalid
+        raise DataError(f"{file}: not readable ({type(error).__name__}): get the data set again") from error

@@ -67,7 +67,7 @@ def check_parquet(path: str | Path) -> int:
         DataError: the file is missing, is no parquet file, is empty, or lacks a column or a field of one.
     """
     if not Path(path).is_file():
-        raise DataError(f"{path}: no such file: write it with `verl-aqn` data preparation or correct the path")
+        raise DataError(f"{path}: no such file: prepare the data or correct the path")
     try:
         meta = pq.read_metadata(path)
     except (pa.ArrowInvalid, OSError) as error:
