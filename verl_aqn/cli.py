@@ -159,9 +159,10 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         _fail("stopped", 1)
     except Exception as error:
-        if type(error).__module__.startswith("click") or hasattr(error, "format_message"):
-            _fail(getattr(error, "format_message", lambda: str(error))(), 2)
-        raise
+        # Typer's own errors (a missing argument, an unknown option) know how to say what is wrong in a line.
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(error.format_message(), 2)
 
 
 def _fail(text: str, code: int) -> None:

@@ -16,5 +16,5 @@ def tensor_digest(items: Iterable[tuple[str, torch.Tensor]]) -> str:
     for name, tensor in sorted(items, key=lambda item: item[0]):
         data = tensor.detach().cpu().contiguous()
         digest.update(f"{name}|{tuple(data.shape)}|{data.dtype}|".encode())
-        digest.update(data.reshape(-1).view(torch.uint8).numpy())
+        digest.update(memoryview(data.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
     return digest.hexdigest()

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from verl_aqn.digest import tensor_digest
 from verl_aqn.errors import ConfigError, EvidenceError, ModelError
 
 UNITS = ("absolute", "rms")
@@ -144,7 +145,7 @@ class NoiseInjector:
             name: {"absolute": 1.0, "rms": (clean.float() + offsets[name]).square().mean().sqrt().item()}
             for name, clean in self._clean.items()
         }
-        self.clean_digest = _digest(self._clean)
+        self.clean_digest = tensor_digest(self._clean.items())
 
     @property
     def names(self) -> list[str]:
@@ -203,8 +204,8 @@ class NoiseInjector:
             "sigma_interval": list(sigma_interval(sigma, elements)),
             "sigma_rounding": math.sqrt(rounding / elements),
             "unchanged_share": unchanged / elements,
-            "clean_digest": _digest(self._clean),
-            "weights_digest": _digest(weights),
+            "clean_digest": tensor_digest(self._clean.items()),
+            "weights_digest": tensor_digest(weights.items()),
         }
 
 
@@ -288,13 +289,3 @@ def _promote(name: str, module: nn.Module, dtype: torch.dtype) -> None:
             f"{name} ({type(module).__name__}) with {dtype} weights turns {before} activations into {out}: "
             "load the model in float32, or pass dtype=None"
         )
-
-
-def _digest(weights: Mapping[str, torch.Tensor]) -> str:
-    """sha256 over name, shape, dtype and bytes of every tensor, in order of name."""
-    total = hashlib.sha256()
-    for name in sorted(weights):
-        tensor = weights[name].detach().cpu().contiguous()
-        total.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
-        total.update(tensor.view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()

@@ -76,4 +76,3 @@ def launch(run: RunFolder, todo: Plan) -> None:
     launch_file = run.path / "launch.yaml"  # the config of the newest attempt
     launch_file.write_text(text)
     run.append("events.jsonl", {"kind": "attempt", **run.state})
-

@@ -119,7 +119,7 @@ def test_a_killed_run_resumes_with_the_same_sigma_and_noise(train, tmp_path, fin
     assert saved < 3, "the kill came too late to test anything"
 
     process = train(tmp_path)
-    out, err = process.communicate(timeout=800)
+    _, err = process.communicate(timeout=800)
     assert process.returncode == 0, err + (folder / "training.log").read_text()[-3000:]
     assert newest(tmp_path) == folder
     assert "resumed" in err

@@ -34,7 +34,9 @@ def separate(model, prompts, responses):
 def test_log_probs_and_gradients_equal_those_of_separate_rows(model, order):
     generator = torch.Generator().manual_seed(1)
     a, b = (torch.randint(97, (n,), generator=generator) for n in (5, 9))
-    samples = [(p, torch.randint(97, (n,), generator=generator)) for p, n in zip([a, a, a, b, b, a], [4, 1, 7, 3, 6, 2], strict=True)]  # fmt: skip
+    lengths = [4, 1, 7, 3, 6, 2]
+    answers = [torch.randint(97, (n,), generator=generator) for n in lengths]
+    samples = list(zip([a, a, a, b, b, a], answers, strict=True))
     prompts, responses = map(list, zip(*(samples[i] for i in order), strict=True))
 
     shared = share_prompts(prompts, responses)
@@ -61,5 +63,8 @@ def test_a_response_does_not_see_its_sibling(model):
     prompt = torch.tensor([1, 2, 3])
     first = share_prompts([prompt, prompt], [torch.tensor([4, 5]), torch.tensor([6, 7])])
     second = share_prompts([prompt, prompt], [torch.tensor([9, 9]), torch.tensor([6, 7])])
-    last = [model(input_ids=s.input_ids, position_ids=s.position_ids, attention_mask=s.mask).logits[0, -1] for s in (first, second)]  # fmt: skip
+    last = [
+        model(input_ids=s.input_ids, position_ids=s.position_ids, attention_mask=s.mask).logits[0, -1]
+        for s in (first, second)
+    ]
     torch.testing.assert_close(*last)

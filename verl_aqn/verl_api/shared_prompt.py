@@ -66,7 +66,5 @@ def share_prompts(prompts: list[Tensor], responses: list[Tensor]) -> SharedPromp
     query, key_segment = segment.unsqueeze(2), segment.unsqueeze(1)
     order = torch.arange(size)
     mask = (order.unsqueeze(1) >= order) & ((key_segment == 0) | (key_segment == query))
-    row, column, label, flat, sample = (torch.cat(parts).to(device) for parts in zip(*places, strict=True))
-    return SharedPrompts(
-        input_ids.to(device), position_ids.to(device), mask.unsqueeze(1).to(device), row, column, label, flat, sample
-    )
+    found = [torch.cat(parts).to(device) for parts in zip(*places, strict=True)]
+    return SharedPrompts(input_ids.to(device), position_ids.to(device), mask.unsqueeze(1).to(device), *found)

@@ -46,7 +46,7 @@ class AqnActorWorker(ActorRolloutRefWorker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     async def update_weights(self, global_steps: int | None = None, mode: str = "auto"):
         """As verl's, but a rollout worker that died does not make the run wait for ever."""
-        context = zmq.Context.instance()
+        context: zmq.Context = zmq.Context.instance()
         context.setsockopt(zmq.RCVTIMEO, SYNC_TIMEOUT_S * 1000)
         try:
             return await super().update_weights(global_steps=global_steps, mode=mode)

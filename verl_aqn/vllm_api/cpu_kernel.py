@@ -1,5 +1,7 @@
 """Dense MXFP4 on vLLM's CPU platform, which has no kernel for it: W4A16, dequantised once at load."""
 
+from typing import Any
+
 import torch
 from torch.nn.parameter import Parameter
 from vllm.model_executor.kernels.linear.mxfp4 import MxFp4LinearKernel, MxFp4LinearLayerConfig
@@ -25,13 +27,13 @@ class CpuMxfp4LinearKernel(MxFp4LinearKernel):
         """Any MXFP4 linear layer."""
         return True, None
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Keep the packed bytes beside the dequantised weight: they are what a run reads back as its base."""
         layer.mxfp4_packed = layer.weight.data
         layer.weight_scale = Parameter(layer.weight_scale.data, requires_grad=False)
         weight = dequantize(layer.mxfp4_packed, layer.weight_scale.data, layer.params_dtype)
         layer.weight = Parameter(weight, requires_grad=False)
 
-    def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply_weights(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [T, K] → [T, N]."""
         return torch.nn.functional.linear(x, layer.weight, bias)

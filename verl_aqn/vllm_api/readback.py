@@ -5,6 +5,7 @@ with the trainer's. Nothing in this file imports vLLM: it reads the model's own 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -24,6 +25,7 @@ def hf_names(model: torch.nn.Module, name: str, parts: int) -> list[str]:
 
 def packed_base(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Packed codes u8 [N, K/2] and scales u8 [N, K/32] of every MXFP4 layer, under the trainer's names."""
+    layer: Any
     for name, layer in model.named_modules():
         if not hasattr(layer, "mxfp4_packed"):
             continue
@@ -31,8 +33,7 @@ def packed_base(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, tor
         widths = list(layer.logical_widths)
         packed = layer.mxfp4_packed.split(widths)
         scale = layer.weight_scale.data.split(widths)
-        for part, codes, scales in zip(hf_names(model, name, len(widths)), packed, scale, strict=True):
-            yield part, codes, scales
+        yield from zip(hf_names(model, name, len(widths)), packed, scale, strict=True)
 
 
 def describe_base(model: torch.nn.Module) -> dict:
@@ -40,7 +41,7 @@ def describe_base(model: torch.nn.Module) -> dict:
 
     `weights_equal_base` says that the weights which the layers multiply with are bit for bit the packed ones.
     """
-    layers = [layer for layer in model.modules() if hasattr(layer, "mxfp4_packed")]
+    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "mxfp4_packed")]
     equal = all(
         torch.equal(layer.weight.data, dequantize(layer.mxfp4_packed, layer.weight_scale.data, layer.weight.dtype))
         for layer in layers
