@@ -1,0 +1,133 @@
+"""The command as a user types it: output, exit codes, and one line for every mistake."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def run(*arguments: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "verl_aqn.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+        check=False,
+    )
+
+
+def one_line(result: subprocess.CompletedProcess, code: int) -> str:
+    assert result.returncode == code, result.stderr
+    assert result.stdout == ""
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_schedule_as_json():
+    result = run("schedule", "e12_aggressive_1ep", "--json")
+    table = json.loads(result.stdout)
+    assert table[0] == {"step": 0, "stage": 0, "sigma": 0.0}
+    assert (len(table), table[3]["sigma"], table[28]["sigma"]) == (29, 0.05, 1e-5)
+
+
+def test_schedule_as_table_and_picture(tmp_path):
+    result = run("schedule", "e12_2ep", "profile=cpu", "--plot", str(tmp_path / "s.png"))
+    assert "σ of e12_2ep over 58 steps" in result.stdout
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_dry_run_prints_the_resolved_config_and_starts_nothing(tmp_path):
+    result = run("train", "e6a", "profile=cpu", f"aqn.run.dir={tmp_path / 'r'}", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "enabled: false" in result.stdout
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["train", "e12_agressive"], 2, "no recipe 'e12_agressive'"),
+        (["train", "missing.yaml"], 2, "no recipe file missing.yaml"),
+        (["train", "e12", "profile=cpu", "aqn.noise.sgima_end=0"], 2, "unknown key aqn.noise.sgima_end"),
+        (["train", "e12", "profile=cpu", "aqn.noise.sigma_end=1"], 2, "sigma"),
+        (["train", "e12", "profile=cpu", "actor_rollout_ref.model.path=/nowhere"], 1, "no model folder /nowhere"),
+        (["train", "e12", "profile=cpu", "data.train_files=/nowhere.parquet"], 1, "/nowhere.parquet"),
+        (["train", "e12", "profile=cpu", "data.train_max_samples=16"], 2, "give 2 steps"),
+        (["train", "e12", "profile=cpu", "data.train_batch_size=9"], 2, "not a multiple"),
+        (["schedule"], 2, "RECIPE"),
+        (["trian"], 2, "trian"),
+        (["quantize", "/nowhere", "/tmp/verl-aqn-never"], 1, "/nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, code, words):
+    assert words in one_line(run(*arguments), code)
+
+
+def test_model_folder_without_weights(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    result = run("train", "e12", "profile=cpu", f"actor_rollout_ref.model.path={tmp_path}")
+    assert str(tmp_path) in one_line(result, 1)
+
+
+def test_data_file_without_a_column(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    file = tmp_path / "train.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"data_source": ["x"], "prompt": ["y"]}), file)
+    line = one_line(run("train", "e12", "profile=cpu", f"data.train_files={file}"), 1)
+    assert "reward_model" in line
+    assert str(file) in line
+
+
+def test_port_in_use():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = run("train", "e12", "profile=cpu", f"+ray_kwargs.ray_init.dashboard_port={port}")
+        assert f"port {port}" in one_line(result, 1)
+
+
+def test_too_little_memory(monkeypatch):
+    from types import SimpleNamespace
+
+    from verl_aqn import prepare
+    from verl_aqn.config import load_recipe
+    from verl_aqn.errors import EnvironmentFault
+
+    monkeypatch.setattr(prepare.psutil, "virtual_memory", lambda: SimpleNamespace(available=1e9))
+    with pytest.raises(EnvironmentFault, match="1.0 GB of memory are free"):
+        prepare.check_machine(load_recipe("e12", ["profile=cpu"]))
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run("train", "e12", "profile=cpu", f"aqn.run.dir={tmp_path / 'file' / 'below'}")
+    assert "aqn.run.dir" in one_line(result, 1)
+
+
+def test_quantize_prints_sqnr_and_size(tmp_path):
+    from verl_aqn.data.smollm2 import tiny_model
+
+    source = tiny_model(tmp_path / "tiny")
+    report = json.loads(run("quantize", str(source), str(tmp_path / "packed"), "--json").stdout)
+    assert report["modules"][0]["sqnr_db"] > 15
+    assert report["bytes_after"] < report["bytes_before"]
+    assert "exists" in one_line(run("quantize", str(source), str(tmp_path / "packed")), 1)
+
+
+def test_gsm8k_from_a_local_folder(tmp_path):
+    rows = [{"question": "What is 40 + 2?", "answer": "40 + 2 = <<40+2=42>>42\n#### 42"}] * 3
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = run("data", "gsm8k", "--source", str(tmp_path), "--dst", str(tmp_path / "out"), "--json")
+    report = json.loads(result.stdout)
+    assert report["train"]["rows"] == report["test"]["rows"] == 3
+    assert Path(report["train"]["file"]).is_file()

@@ -1,0 +1,146 @@
+"""Every recipe composes on every profile, means what the plan says, and a wrong one is refused in a line."""
+
+import subprocess
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+
+from verl_aqn.config import AqnConfig, load_recipe, parse_aqn, recipe_names, schedule_of
+from verl_aqn.errors import ConfigError
+
+PLAN = {  # recipe: (σ_end, epoch_aware, epochs, steps)
+    "e12": (5e-4, True, 1, 29),
+    "e12_2ep": (5e-4, True, 2, 58),
+    "e12_2ep_v2": (5e-4, False, 2, 58),
+    "e12_aggressive_1ep": (1e-5, False, 1, 29),
+    "e12_aggressive_2ep": (1e-5, False, 2, 58),
+}
+
+
+def test_the_plan_s_recipes_are_all_there():
+    assert set(recipe_names()) == {*PLAN, "e6a"}
+
+
+@pytest.mark.parametrize("profile", ["cpu", "cuda", "npu"])
+@pytest.mark.parametrize("recipe", [*PLAN, "e6a"])
+def test_every_recipe_composes_on_every_profile(recipe, profile):
+    config = load_recipe(recipe, [f"profile={profile}"])
+    aqn = parse_aqn(config)
+    assert aqn.profile == profile
+    assert config.trainer.device == profile
+    assert config.trainer.experiment_name == recipe
+    OmegaConf.to_container(config, resolve=True)
+    schedule_of(config, int(config.trainer.total_training_steps))
+
+
+@pytest.mark.parametrize("recipe", PLAN)
+def test_noise_of_the_plan(recipe):
+    config = load_recipe(recipe, ["profile=cuda"])
+    end, epoch_aware, epochs, steps = PLAN[recipe]
+    noise = parse_aqn(config).noise
+    assert (noise.sigma_start, noise.sigma_end, noise.num_stages) == (0.05, end, 10)
+    assert (noise.epoch_aware, noise.unit) == (epoch_aware, "absolute")
+    assert (config.trainer.total_epochs, config.trainer.total_training_steps) == (epochs, steps)
+    if epoch_aware:
+        # Every epoch starts with its own warm-up, and each has noise: in the fork σ was 0 throughout.
+        table = schedule_of(config, steps).table()
+        for epoch in range(epochs):
+            part = table[epoch * 29 : (epoch + 1) * 29]
+            assert part[0]["sigma"] == 0
+            assert max(row["sigma"] for row in part) > 1e-4
+
+
+def test_aggressive_schedule_is_the_plan_s_table():
+    table = schedule_of(load_recipe("e12_aggressive_1ep", ["profile=cpu"]), 29).table()
+    stages = [table[step]["sigma"] for step in (0, 3, 6, 9, 12, 15, 18, 21, 24, 27)]
+    assert stages == pytest.approx(
+        [0, 5.0e-2, 1.72e-2, 5.95e-3, 2.05e-3, 7.07e-4, 2.44e-4, 8.41e-5, 2.90e-5, 1.0e-5], rel=5e-3
+    )
+    assert table[28]["sigma"] == 1e-5
+
+
+def test_e12_hyper_parameters():
+    config = load_recipe("e12_aggressive_1ep", ["profile=cuda"])
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    assert (actor.clip_ratio_low, actor.clip_ratio_high, actor.loss_agg_mode) == (0.2, 0.25, "token-mean")
+    assert (actor.use_kl_loss, config.algorithm.use_kl_in_reward) == (False, False)
+    assert (actor.optim.lr, actor.optim.lr_warmup_steps, actor.optim.weight_decay) == (1e-5, 10, 0.1)
+    assert (actor.grad_clip, actor.ppo_mini_batch_size, config.data.train_batch_size) == (1.0, 32, 128)
+    assert (rollout.n, rollout.temperature, rollout.top_p) == (8, 1.0, 1.0)
+    assert (config.data.max_prompt_length, config.data.max_response_length) == (1024, 1024)
+    assert (config.actor_rollout_ref.model.lora_rank, config.actor_rollout_ref.model.lora_alpha) == (32, 16)
+    assert (config.algorithm.adv_estimator, config.algorithm.filter_groups.enable) == ("grpo", True)
+    overlong = config.reward.reward_kwargs.overlong_buffer_cfg
+    assert (overlong.enable, overlong.len, overlong.penalty_factor) == (True, 256, 0.5)
+
+
+def test_control_has_no_noise_and_differs_in_nothing_else():
+    control = OmegaConf.to_container(load_recipe("e6a", ["profile=cuda"]))
+    treated = OmegaConf.to_container(load_recipe("e12_aggressive_1ep", ["profile=cuda"]))
+    assert all(row["sigma"] == 0 for row in schedule_of(control, 29).table())
+    for config in (control, treated):
+        config["trainer"]["experiment_name"] = None
+        config["aqn"]["noise"]["enabled"] = None
+    assert control == treated
+
+
+def test_defaults_in_yaml_are_those_of_the_types():
+    config = load_recipe("e12_aggressive_1ep", ["profile=cuda"])
+    config.aqn.profile = "auto"
+    assert parse_aqn(config) == AqnConfig()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("aqn.noise.sigma_strat=1", "did you mean 'sigma_start'"),
+        ("aqn.nois.seed=1", "did you mean 'noise'"),
+        ("trainer.total_epoch=1", "did you mean 'total_epochs'"),
+        ("aqn.noise.kind=exponentail", "exponential, constant"),
+        ("aqn.noise.unit=percent", "absolute, rms"),
+        ("aqn.noise.sigma_start=big", "must be a float"),
+        ("aqn.noise.num_stages=2.5", "must be a int"),
+        ("profile=tpu", "valid: cpu, cuda, npu"),
+        ("experiment=gsm", "did you mean 'gsm8k'"),
+        ("nonsense", "key=value"),
+    ],
+)
+def test_wrong_override_is_one_clear_line(override, words):
+    with pytest.raises(ConfigError) as error:
+        load_recipe("e12_aggressive_1ep", ["profile=cpu", override] if "profile" not in override else [override])
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_key_added_with_plus_is_refused_too():
+    with pytest.raises(ConfigError, match=r"unknown key aqn\.noise\.sigma: did you mean"):
+        load_recipe("e12_aggressive_1ep", ["profile=cpu", "+aqn.noise.sigma=1"])
+
+
+def test_wrong_recipe_name_names_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'e12_aggressive_1ep'"):
+        load_recipe("e12_agressive_1ep")
+
+
+def test_reading_a_recipe_imports_no_framework():
+    code = (
+        "import sys; from verl_aqn.config import load_recipe; load_recipe('e12', ['profile=cpu']);"
+        "print([m for m in ('torch', 'verl', 'vllm', 'ray', 'transformers') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+
+
+def test_core_imports_without_verl_vllm_or_ray():
+    code = (
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('verl', 'vllm', 'ray', 'tensordict'): raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "import verl_aqn.schedule, verl_aqn.noise, verl_aqn.mxfp4, verl_aqn.mxfp4.checkpoint, verl_aqn.mxfp4.model\n"
+        "import verl_aqn.runs.folder, verl_aqn.runs.verdict, verl_aqn.rewards.gsm8k, verl_aqn.data.word_problems\n"
+        "import verl_aqn.vllm_api.readback, verl_aqn.config\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
