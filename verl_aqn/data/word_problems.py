@@ -2,7 +2,12 @@
 
 Add, subtract and multiply with single-digit operands, a third each. Everything about the prompt is chosen to be short,
 because a training step pays for each prompt token several times over, and to share its first part between problems,
-which a prefix cache then computes once.
+which a prefix cache then computes once: with SmolLM2's tokenizer 99 to 102 tokens, 79 of them shared, and
+answers of 12 to 14.
+
+SmolLM2-135M-Instruct in bf16, before training, first 96 test problems an operation of seed 0, strict accuracy for add,
+subtract, multiply: .49 .49 .62 at temperature 1, 1.0 .71 .84 greedy. With its linears rounded to MXFP4 by the smallest
+squared error (first 48 each): .31 .19 .27 at temperature 1.
 """
 
 import hashlib
@@ -27,8 +32,8 @@ _OBJECTS = (  # noqa: SIM905
     "apples books cards coins eggs stamps balls cakes pens shells toys cups keys hats nuts roses cookies boxes plates "
     "flowers stones rings shirts letters"
 ).split()
-# The sum itself ends every question: asked in words alone, SmolLM2 is right one time in ten (temperature 1), too rarely
-# to learn from in the few steps that a CPU can take.
+# The sum itself ends every question: asked in words alone, SmolLM2 scores .11 .08 .20 (bf16, temperature 1, 64 each),
+# too rarely right to learn from in the few steps that a CPU can take.
 _TEMPLATES = {
     "add": (
         "{name} has {a} {things} and gets {b}. {a} + {b}?",
