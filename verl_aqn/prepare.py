@@ -14,7 +14,7 @@ from verl_aqn.errors import ConfigError, EnvironmentFault, ModelError
 CPU_MEMORY_GB = 8.0
 
 # Rows of the embedded task; a recipe takes as many of them as it has steps for.
-N_TRAIN, N_TEST = 2048, 256
+N_TRAIN, N_TEST = 2048, 192
 
 
 def cache_dir() -> Path:

@@ -60,7 +60,7 @@ def test_dry_run_prints_the_resolved_config_and_starts_nothing(tmp_path):
         (["train", "e12", "profile=cpu", "data.train_files=/nowhere.parquet"], 1, "/nowhere.parquet"),
         (["train", "e12", "profile=cpu", "data.train_max_samples=16"], 2, "give 2 steps"),
         (["train", "e12", "profile=cpu", "data.train_batch_size=9"], 2, "not a multiple"),
-        (["schedule"], 2, "RECIPE"),
+        (["schedule"], 2, "recipe"),
         (["trian"], 2, "trian"),
         (["quantize", "/nowhere", "/tmp/verl-aqn-never"], 1, "/nowhere"),
     ],
@@ -80,7 +80,9 @@ def test_data_file_without_a_column(tmp_path):
     import pyarrow.parquet
 
     file = tmp_path / "train.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"data_source": ["x"], "prompt": ["y"]}), file)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"data_source": ["x"], "prompt": [[{"role": "user", "content": "y"}]]}), file
+    )
     line = one_line(run("train", "e12", "profile=cpu", f"data.train_files={file}"), 1)
     assert "reward_model" in line
     assert str(file) in line

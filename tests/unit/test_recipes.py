@@ -101,7 +101,7 @@ def test_defaults_in_yaml_are_those_of_the_types():
         ("aqn.noise.unit=percent", "absolute, rms"),
         ("aqn.noise.sigma_start=big", "must be a float"),
         ("aqn.noise.num_stages=2.5", "must be a int"),
-        ("profile=tpu", "valid: cpu, cuda, npu"),
+        ("profile=quantum", "valid: cpu, cuda, npu"),
         ("experiment=gsm", "did you mean 'gsm8k'"),
         ("nonsense", "key=value"),
     ],

@@ -40,5 +40,21 @@ class SingleAdapterPunicaWrapper(PunicaWrapperCPU):
             inner = torch.nn.functional.linear(x, a[0, 0])
             if not bool(has_adapter.all()):
                 inner = inner * has_adapter.unsqueeze(-1)
-            rows[:, start : start + width] += torch.nn.functional.linear(inner, b[0, 0]) * scale
+            rows[:, start : start + width].addmm_(inner, b[0, 0].t(), alpha=scale)
             start += width
+
+    def add_lora_logits(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: torch.Tensor,
+        lora_b_stacked: torch.Tensor,
+        scale,
+        *,
+        buffer: torch.Tensor | None = None,
+        **kwargs,
+    ) -> None:
+        """As the parent's, but nothing where the head has no adapter (A is zero): its product over the whole
+        vocabulary took a quarter of the generation's time."""
+        if bool(lora_a_stacked.any()):
+            super().add_lora_logits(y, x, lora_a_stacked, lora_b_stacked, scale, buffer=buffer, **kwargs)
