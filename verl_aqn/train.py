@@ -3,7 +3,9 @@
 Read `train` first: it is the whole way in one breath.
 """
 
+import importlib.metadata
 import json
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +63,18 @@ def identity(config: DictConfig) -> dict:
     return container
 
 
+def versions() -> dict[str, str]:
+    """Installed versions of everything that a result can depend on."""
+    names = ("verl-aqn", "verl", "vllm", "ray", "torch", "transformers", "peft", "tensordict", "TransferQueue", "numpy")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"python": platform.python_version(), "machine": platform.machine(), **found}
+
+
 def launch(run: RunFolder, todo: Plan) -> None:
     """Write the config that the training process reads; on the first attempt also the records of what was asked."""
     config = todo.config.copy()
@@ -72,6 +86,7 @@ def launch(run: RunFolder, todo: Plan) -> None:
     text = OmegaConf.to_yaml(config, resolve=True)
     if not run.resumed:
         run.write_text("config.yaml", text)
+        run.write_text("versions.json", json.dumps(versions(), indent=2))
         run.write_text("schedule.json", json.dumps(schedule_of(config, todo.steps).table()))
     launch_file = run.path / "launch.yaml"  # the config of the newest attempt
     launch_file.write_text(text)

@@ -105,7 +105,7 @@ def test_too_little_memory(monkeypatch):
     from verl_aqn.errors import EnvironmentFault
 
     monkeypatch.setattr(prepare.psutil, "virtual_memory", lambda: SimpleNamespace(available=1e9))
-    with pytest.raises(EnvironmentFault, match="1.0 GB of memory are free"):
+    with pytest.raises(EnvironmentFault, match="GB of memory are free, the run needs"):
         prepare.check_machine(load_recipe("e12", ["profile=cpu"]))
 
 

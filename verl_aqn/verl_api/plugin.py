@@ -40,9 +40,14 @@ def assert_loaded(process: str) -> None:
         process: what the process is, for the message.
     """
     check_versions()
+    policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
+    if policy != "auto" and "verl_aqn" not in policy.split(","):
+        raise EnvironmentFault(f"{process}: VERL_USE_EXTERNAL_PLUGINS={policy} keeps verl-aqn out: unset it")
+    if not importlib.metadata.entry_points(group="verl.plugins", name="verl_aqn"):
+        raise EnvironmentFault(f"{process}: verl-aqn's entry points are not installed: run `bash scripts/setup.sh`")
     wanted = os.environ.get("VERL_PLATFORM", "").lower()
     if wanted == "cpu" and PlatformRegistry.get("cpu") is not PlatformCPU:
-        raise EnvironmentFault(f"{process}: verl did not load the verl-aqn plugin; is verl-aqn installed there?")
+        raise EnvironmentFault(f"{process}: another package registered a cpu platform with verl: uninstall it")
     platform = get_platform()
     if wanted == "cpu" and platform.device_name != "cpu":
         raise EnvironmentFault(f"{process}: verl chose platform {platform.device_name} before the plugin was loaded")

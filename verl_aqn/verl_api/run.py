@@ -52,15 +52,16 @@ def root_cause(error: BaseException) -> BaseException:
 
 def main(folder: Path) -> int:
     """Run the resolved config of a run folder. Exit code 0 when it finished, 1 when it did not."""
-    from verl.trainer.main_ppo import run_ppo
-    from verl.trainer.ppo.utils import need_critic, need_reference_policy
-    from verl.utils.config import validate_config
-
-    from verl_aqn.verl_api.plugin import assert_loaded
-
     records = RunFolder(folder)
     try:
+        from verl_aqn.verl_api.plugin import assert_loaded
+
         assert_loaded("driver")
+        # Only now: verl chooses its platform while these are imported.
+        from verl.trainer.main_ppo import run_ppo
+        from verl.trainer.ppo.utils import need_critic, need_reference_policy
+        from verl.utils.config import validate_config
+
         config = OmegaConf.load(folder / "launch.yaml")
         validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
         records.append("events.jsonl", {"kind": "phase", "text": "starting Ray"})

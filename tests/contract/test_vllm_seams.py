@@ -1,0 +1,87 @@
+"""The seams of vLLM that the plugin hangs on."""
+
+import inspect
+import os
+
+import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cpu():
+    os.environ.setdefault("VERL_PLATFORM", "cpu")
+
+
+def test_kernel_registry_takes_mxfp4_for_the_cpu_and_offers_ours():
+    from vllm.model_executor.kernels import linear
+    from vllm.platforms import PlatformEnum
+
+    from verl_aqn.vllm_api import plugin
+
+    assert list(inspect.signature(linear.register_linear_kernel).parameters) == [
+        "kernel_class",
+        "platform",
+        "kernel_type",
+    ]
+    plugin.register()
+    plugin.register()  # vLLM may call it twice in a process
+    names = [kernel.__name__ for kernel in linear._POSSIBLE_MXFP4_KERNELS[PlatformEnum.CPU]]
+    assert names == ["CpuMxfp4LinearKernel"]
+
+
+def test_the_one_patch_of_vllm_is_in_place():
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+    from vllm.platforms import current_platform
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from verl_aqn.vllm_api import plugin
+
+    plugin.register()
+    wrapper = resolve_obj_by_qualname(current_platform.get_punica_wrapper())
+    assert wrapper.__mro__[1] is PunicaWrapperCPU
+    for method in ("add_lora_linear", "add_lora_logits"):
+        ours, theirs = (inspect.signature(getattr(cls, method)) for cls in (wrapper, PunicaWrapperCPU))
+        assert list(ours.parameters) == list(theirs.parameters)
+
+
+def test_lora_products_equal_vllm_s_own(monkeypatch):
+    """One adapter, tokens with and without it: the sum of the plain products is the gathered one's."""
+    import torch
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    from verl_aqn.vllm_api.cpu_lora import SingleAdapterPunicaWrapper
+
+    torch.manual_seed(0)
+    a = tuple(torch.randn(1, 1, 4, 16) for _ in range(2))
+    b = tuple(torch.randn(1, 1, n, 4) for n in (8, 12))
+    x, y = torch.randn(5, 16), torch.randn(5, 20)
+    results = []
+    for cls in (PunicaWrapperCPU, SingleAdapterPunicaWrapper):
+        wrapper = cls(max_num_batched_tokens=8, max_batches=8, device="cpu")
+        indices = torch.zeros(5, dtype=torch.long)
+        monkeypatch.setattr(cls, "token_lora_indices", property(lambda self, i=indices: i), raising=False)
+        wrapper.is_prefill = False
+        out = y.clone()
+        wrapper.add_lora_linear(out, x, a, b, 1.0, (8, 12))
+        results.append(out)
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+    indices = torch.tensor([0, -1, 0, -1, -1])
+    monkeypatch.setattr(SingleAdapterPunicaWrapper, "token_lora_indices", property(lambda self: indices))
+    out = y.clone()
+    wrapper.add_lora_linear(out, x, a, b, 1.0, (8, 12))
+    assert torch.equal(out[indices < 0], y[indices < 0])
+    torch.testing.assert_close(out[indices == 0], results[0][indices == 0], atol=1e-5, rtol=1e-5)
+
+
+def test_vllm_folds_the_scaling_into_b():
+    """The trainer's digest of what was sent does the same."""
+    from vllm.lora.lora_weights import LoRALayerWeights
+
+    assert "self.lora_b *= self.scaling" in inspect.getsource(LoRALayerWeights.optimize)
+
+
+def test_scheme_hands_the_packed_weight_to_the_kernel_under_the_name_weight():
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW4A4Mxfp4
+
+    source = inspect.getsource(CompressedTensorsW4A4Mxfp4.process_weights_after_loading)
+    assert "layer.weight = Parameter(layer.weight_packed.data" in source
+    assert "self.kernel.process_weights_after_loading(layer)" in source

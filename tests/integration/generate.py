@@ -1,0 +1,54 @@
+"""`python -m tests.integration.generate MODEL [ADAPTER]`: what a vLLM engine answers and holds, as one JSON line.
+
+A process of its own: an engine sets up its process for good.
+"""
+
+import json
+import sys
+
+
+def main(model: str, adapter: str | None) -> dict:
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    llm = LLM(
+        model,
+        max_model_len=128,
+        enforce_eager=True,
+        gpu_memory_utilization=0.1,
+        enable_lora=adapter is not None,
+        max_lora_rank=8,
+        max_loras=1,
+        worker_extension_cls="verl_aqn.verl_api.worker_extension.AqnWorkerExtension",
+    )
+    prompts = ["Two and two", "The apples of Ann", "Once"]
+    sampling = SamplingParams(temperature=0, max_tokens=12, logprobs=0, ignore_eos=True)
+    request = LoRARequest("test", 1, adapter) if adapter else None
+
+    def answers(lora=request) -> dict:
+        outputs = llm.generate(prompts, sampling, lora_request=lora, use_tqdm=False)
+        return {
+            "tokens": [list(o.outputs[0].token_ids) for o in outputs],
+            "logprobs": [o.outputs[0].cumulative_logprob for o in outputs],
+        }
+
+    def call(method, *args):
+        llm.reset_prefix_cache()
+        return llm.collective_rpc(method, args=args)[0]
+
+    stock = answers()
+    result = {"stock": stock, "prepared": call("aqn_prepare"), "base": call("aqn_base"), "clean": answers()}
+    if adapter:
+        result["adapter"] = call("aqn_adapter", 8)
+        result["without"] = answers(lora=None)
+    order = {"step": 4, "seed": 0, "sigma": 0.3, "unit": "rms"}
+    result["noise"] = call("aqn_apply_noise", order)
+    result["noisy"] = answers()
+    result["restored"] = call("aqn_restore")
+    result["after"] = answers()
+    return result
+
+
+if __name__ == "__main__":
+    answer = main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None)
+    print("RESULT " + json.dumps(answer))

@@ -1,0 +1,100 @@
+"""Stock vLLM on a packed checkpoint: the same answers as its dequantised equal, and noise that comes and goes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from verl_aqn.digest import tensor_digest
+from verl_aqn.mxfp4.checkpoint import checkpoint_digest, quantize_checkpoint
+from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model
+from verl_aqn.noise import NoiseOrder, check_evidence
+
+
+def engine(*arguments) -> dict:
+    env = {**os.environ, "VERL_PLATFORM": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.integration.generate", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=400,
+        check=False,
+    )
+    lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, result.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_model, tmp_path_factory):
+    """Packed checkpoint, its exact bf16 equal, and a PEFT adapter that is not zero."""
+    from peft import LoraConfig, get_peft_model
+
+    root = tmp_path_factory.mktemp("vllm")
+    quantize_checkpoint(tiny_model, root / "packed")
+    dequantize_checkpoint(root / "packed", root / "dense")
+    torch.manual_seed(3)
+    model = get_peft_model(load_model(root / "packed"), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    model.save_pretrained(root / "adapter")
+    return root
+
+
+@pytest.fixture(scope="module")
+def packed(folders):
+    return engine(folders / "packed", folders / "adapter")
+
+
+@pytest.fixture(scope="module")
+def dense(folders):
+    return engine(folders / "dense", folders / "adapter")
+
+
+@pytest.mark.parametrize("which", ["stock", "without"])
+def test_packed_answers_equal_those_of_the_dequantised_checkpoint(packed, dense, which):
+    assert packed[which]["tokens"] == dense[which]["tokens"]
+    assert packed[which]["logprobs"] == pytest.approx(dense[which]["logprobs"], abs=1e-3)
+
+
+def test_adapter_matters(packed):
+    assert packed["stock"]["tokens"] != packed["without"]["tokens"]
+
+
+def test_engine_holds_the_packed_base_bit_for_bit(packed, dense, folders):
+    assert packed["base"]["base_digest"] == checkpoint_digest(folders / "packed")
+    assert packed["base"]["weights_equal_base"]
+    assert packed["base"]["kernel"] == "CpuMxfp4LinearKernel"
+    assert dense["base"]["layers"] == 0
+
+
+def test_engine_holds_the_adapter_under_the_trainer_s_names(packed, folders):
+    from safetensors.torch import load_file
+
+    served = []
+    for name, tensor in load_file(folders / "adapter" / "adapter_model.safetensors").items():
+        module, _, kind = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
+        tensor = tensor.bfloat16()
+        served.append((f"{module}.{kind}", tensor * (16 / 8) if kind == "B" else tensor))
+    assert packed["adapter"]["modules"] == 14
+    assert packed["adapter"]["adapter_digest"] == tensor_digest(served)
+
+
+def test_noise_changes_the_answers_and_restoring_gives_the_old_ones(packed):
+    order = NoiseOrder(step=4, seed=0, sigma=0.3, unit="rms")
+    clean = packed["prepared"]["clean_digest"]
+    check_evidence(packed["noise"], order, clean)
+    check_evidence(packed["restored"], None, clean)
+    assert packed["noise"]["modules"] == 5
+    assert packed["noisy"]["tokens"] != packed["clean"]["tokens"]
+    assert packed["after"] == packed["clean"]
+
+
+def test_norms_in_fp32_do_not_change_what_the_model_says(packed):
+    """They are promoted so that small noise is not rounded away; without noise the model stays itself."""
+    assert packed["clean"]["logprobs"] == pytest.approx(packed["stock"]["logprobs"], abs=0.15)
