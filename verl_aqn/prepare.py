@@ -11,7 +11,7 @@ from verl_aqn.config import parse_aqn, schedule_of
 from verl_aqn.errors import ConfigError, EnvironmentFault, ModelError
 
 # Measured peak of the whole machine on the embedded experiment; a run that starts below it ends in the OOM killer.
-CPU_MEMORY_GB = 8.0
+CPU_MEMORY_GB = 11.0
 
 # Rows of the embedded task; a recipe takes as many of them as it has steps for.
 N_TRAIN, N_TEST = 2048, 192

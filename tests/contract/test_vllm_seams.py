@@ -28,7 +28,7 @@ def test_kernel_registry_takes_mxfp4_for_the_cpu_and_offers_ours():
     assert names == ["CpuMxfp4LinearKernel"]
 
 
-def test_the_one_patch_of_vllm_is_in_place():
+def test_the_lora_patch_of_vllm_is_in_place():
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
     from vllm.platforms import current_platform
     from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -82,6 +82,18 @@ def test_vllm_folds_the_scaling_into_b():
 def test_scheme_hands_the_packed_weight_to_the_kernel_under_the_name_weight():
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW4A4Mxfp4
 
-    source = inspect.getsource(CompressedTensorsW4A4Mxfp4.process_weights_after_loading)
+    source = inspect.getsource(CompressedTensorsW4A4Mxfp4)
     assert "layer.weight = Parameter(layer.weight_packed.data" in source
     assert "self.kernel.process_weights_after_loading(layer)" in source
+
+
+def test_loader_s_hook_has_the_arguments_we_pass_on():
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    from verl_aqn.vllm_api import plugin
+
+    plugin.register()
+    assert DefaultModelLoader.load_model is BaseModelLoader.load_model
+    original = inspect.getclosurevars(BaseModelLoader.load_model).nonlocals["load"]
+    assert list(inspect.signature(original).parameters)[:3] == ["self", "vllm_config", "model_config"]

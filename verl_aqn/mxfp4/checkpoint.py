@@ -204,17 +204,23 @@ def quantization_config(ignore: Iterable[str]) -> dict[str, Any]:
 def base_digest(tensors: Iterable[tuple[str, Tensor, Tensor]]) -> str:
     """SHA-256 (hex) of a packed base, from (module name, packed, scale) triples in any order.
 
-    Each module is hashed by itself (name, shapes, packed bytes, scale bytes), then the sorted list of these hashes, so
-    that the triples may be made one at a time. Names are those of the Hugging Face model, without ``.weight_packed``.
+    Each module is hashed by itself, so that the triples may be made one at a time. Names are those of the Hugging Face
+    model, without ``.weight_packed``.
     """
-    digests: dict[str, str] = {}
-    for name, packed, scale in tensors:
-        assert name not in digests, name
-        digest = hashlib.sha256(json.dumps([name, list(packed.shape), list(scale.shape)]).encode())
-        digest.update(tensor_bytes(packed))
-        digest.update(tensor_bytes(scale))
-        digests[name] = digest.hexdigest()
-    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
+    return combined_digest((name, module_digest(packed, scale)) for name, packed, scale in tensors)
+
+
+def module_digest(packed: Tensor, scale: Tensor) -> str:
+    """SHA-256 (hex) of one module's shapes, packed bytes and scale bytes."""
+    digest = hashlib.sha256(json.dumps([list(packed.shape), list(scale.shape)]).encode())
+    digest.update(tensor_bytes(packed))
+    digest.update(tensor_bytes(scale))
+    return digest.hexdigest()
+
+
+def combined_digest(modules: Iterable[tuple[str, str]]) -> str:
+    """SHA-256 (hex) over pairs of module name and `module_digest`, in order of name."""
+    return hashlib.sha256(json.dumps(sorted(modules)).encode()).hexdigest()
 
 
 def checkpoint_digest(path: str | Path) -> str:

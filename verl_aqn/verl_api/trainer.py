@@ -29,6 +29,7 @@ class AqnTrainer(PPOTrainerSync):
         assert self.aqn.run.dir is not None
         self.folder = RunFolder(Path(self.aqn.run.dir))
         self.noise_metrics: dict[str, float] = {}
+        self.base_weights: list[str] = []
 
     # ---- verl's seams ----
 
@@ -140,8 +141,13 @@ class AqnTrainer(PPOTrainerSync):
             raise EvidenceError(
                 f"at the {when} the MXFP4 base differs between disk, actor and rollout; see evidence.jsonl"
             )
-        if not all(answer["weights_equal_base"] for answer in held):
+        # A kernel that keeps weights in an order of its own gives None: there they must be what they were.
+        if any(answer["weights_equal_base"] is False for answer in held):
             raise EvidenceError(f"at the {when} the rollout computes with other weights than its MXFP4 base")
+        weights = [answer["weights_digest"] for answer in held]
+        if weights != (self.base_weights or weights):
+            raise EvidenceError(f"at the {when} the weights of the rollout's MXFP4 layers are not those of the start")
+        self.base_weights = weights
 
     # ---- records ----
 

@@ -12,11 +12,11 @@ class AqnWorkerExtension(vLLMColocateWorkerExtension):
     """Methods that the server calls on every rank of the engine by `collective_rpc`."""
 
     def aqn_prepare(self) -> dict:
-        """Find the norms and keep their clean weights; say what the engine is made of."""
-        if not plugin.is_registered():
+        """What the engine is made of: its norms, found and kept clean when the model was loaded."""
+        injector = getattr(self.model_runner.get_model(), "aqn_injector", None)
+        if injector is None:
             raise EnvironmentFault("vLLM worker: the verl-aqn plugin is not loaded; is verl-aqn installed there?")
-        model = self.model_runner.get_model()
-        self.aqn_injector = NoiseInjector(model)
+        self.aqn_injector: NoiseInjector = injector
         return {
             "norms": len(self.aqn_injector.names),
             "clean_digest": self.aqn_injector.clean_digest,

@@ -11,7 +11,7 @@ import torch
 
 from verl_aqn.digest import tensor_digest
 from verl_aqn.mxfp4 import dequantize
-from verl_aqn.mxfp4.checkpoint import base_digest
+from verl_aqn.mxfp4.checkpoint import combined_digest, module_digest
 
 
 def hf_names(model: torch.nn.Module, name: str, parts: int) -> list[str]:
@@ -23,35 +23,41 @@ def hf_names(model: torch.nn.Module, name: str, parts: int) -> list[str]:
     return [f"{parent}.{leaf}" for leaf in leaves]
 
 
-def packed_base(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Packed codes u8 [N, K/2] and scales u8 [N, K/32] of every MXFP4 layer, under the trainer's names."""
-    layer: Any
-    for name, layer in model.named_modules():
-        if not hasattr(layer, "mxfp4_packed"):
-            continue
-        name = name.removesuffix(".base_layer")
-        widths = list(layer.logical_widths)
-        packed = layer.mxfp4_packed.split(widths)
-        scale = layer.weight_scale.data.split(widths)
-        yield from zip(hf_names(model, name, len(widths)), packed, scale, strict=True)
+def remember_packed(layer: Any) -> None:
+    """Keep the digests of a layer's packed parts before a kernel rearranges them (Marlin does)."""
+    widths = list(layer.logical_widths)
+    parts = zip(layer.weight_packed.data.split(widths), layer.weight_scale.data.split(widths), strict=True)
+    layer.mxfp4_digests = [module_digest(packed, scale) for packed, scale in parts]
 
 
 def describe_base(model: torch.nn.Module) -> dict:
-    """`{"layers", "base_digest", "weights_equal_base", "kernel"}` of the MXFP4 layers that compute.
+    """What the MXFP4 layers were loaded with, and what they compute with now.
 
-    `weights_equal_base` says that the weights which the layers multiply with are bit for bit the packed ones.
+    `base_digest`: of the packed bytes that each layer was loaded with, under the trainer's names. `weights_digest`: of
+    the weights as the kernel keeps them, to be compared between two moments. `weights_equal_base`: whether those are
+    bit for bit the packed ones; None where a kernel keeps them in an order of its own.
     """
-    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "mxfp4_packed")]
+    layers: dict[str, Any] = {
+        name.removesuffix(".base_layer"): layer
+        for name, layer in model.named_modules()
+        if hasattr(layer, "mxfp4_digests")
+    }
+    loaded = [
+        pair
+        for name, layer in layers.items()
+        for pair in zip(hf_names(model, name, len(layer.mxfp4_digests)), layer.mxfp4_digests, strict=True)
+    ]
+    dense = [layer for layer in layers.values() if hasattr(layer, "mxfp4_packed")]
     equal = all(
         torch.equal(layer.weight.data, dequantize(layer.mxfp4_packed, layer.weight_scale.data, layer.weight.dtype))
-        for layer in layers
+        for layer in dense
     )
-    kernels = {type(layer.scheme.kernel).__name__ for layer in layers if hasattr(layer, "scheme")}
     return {
         "layers": len(layers),
-        "base_digest": base_digest(packed_base(model)),
-        "weights_equal_base": equal,
-        "kernel": ",".join(sorted(kernels)),
+        "base_digest": combined_digest(loaded),
+        "weights_digest": tensor_digest((name, layer.weight.data) for name, layer in layers.items()),
+        "weights_equal_base": equal if dense else None,
+        "kernel": ",".join(sorted({type(layer.scheme.kernel).__name__ for layer in layers.values()})),
     }
 
 
