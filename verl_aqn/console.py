@@ -27,6 +27,7 @@ class Console:
         self.err = RichConsole(stderr=True, highlight=False)
         self.began = time.monotonic()
         self.width = 1
+        self.validation: dict | None = None
 
     def say(self, text: str) -> None:
         """One line of progress with the time since the start."""
@@ -67,9 +68,19 @@ class Console:
                 f"entropy {metrics.get('actor/entropy', float('nan')):5.2f}   "
                 f"{metrics.get('timing_s/step', float('nan')):5.1f} s"
             )
+            self.say_accuracy()
         elif kind == "validation":
-            correct = round(record["accuracy"] * record["items"])
-            self.say(f"accuracy {accuracy_text(correct, record['items'])} after step {record['step']}")
+            self.validation = record
+            if record["step"] == 0:  # later ones wait for the line of their step, which is written after them
+                self.say_accuracy()
+
+    def say_accuracy(self) -> None:
+        """The validation that has not been told yet, if there is one."""
+        if self.validation:
+            items = self.validation["items"]
+            correct = round(self.validation["accuracy"] * items)
+            self.say(f"accuracy {accuracy_text(correct, items)}")
+            self.validation = None
 
     def end(self, run: RunFolder, todo: "Plan", outcome: Outcome) -> int:
         """Tables and verdict of a finished run, or one line about one that is not. Returns the exit code."""
