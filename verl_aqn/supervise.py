@@ -15,9 +15,11 @@ from typing import Protocol
 import psutil
 import yaml
 
+from verl_aqn.prepare import cache_dir
 from verl_aqn.runs.folder import RunFolder
 
 POLL_S = 0.5
+LOOK_S = 10  # how often to note which shared memory is in use
 GRACE_S = 20
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_PDEATHSIG = 1
@@ -37,7 +39,7 @@ class Listener(Protocol):
     def record(self, name: str, record: dict) -> None: ...
 
 
-def environment(run: RunFolder, ray_dir: str) -> dict[str, str]:
+def environment(run: RunFolder, temporary: str) -> dict[str, str]:
     """Environment of the training process and, through Ray, of every process under it."""
     config = yaml.safe_load((run.path / "launch.yaml").read_text())
     env = dict(os.environ)
@@ -48,7 +50,11 @@ def environment(run: RunFolder, ray_dir: str) -> dict[str, str]:
         TOKENIZERS_PARALLELISM="false",
         RAY_DEDUP_LOGS="0",
         RAY_USAGE_STATS_ENABLED="0",
-        RAY_TMPDIR=ray_dir,
+        # Sockets and temporary files of every process; removed with the folder.
+        TMPDIR=temporary,
+        RAY_TMPDIR=temporary,
+        VLLM_RPC_BASE_PATH=temporary,
+        TORCHINDUCTOR_CACHE_DIR=str(cache_dir() / "torchinductor"),
         VLLM_NO_USAGE_STATS="1",
         DO_NOT_TRACK="1",
         HYDRA_FULL_ERROR="1",
@@ -74,8 +80,8 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
     """
     # Orphans of the training process become ours instead of init's, so that they can be found and ended.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    # Ray's socket paths must be short; a folder of our own leaves nothing in /tmp/ray.
-    ray_dir = tempfile.mkdtemp(prefix="aqn-")
+    temporary = tempfile.mkdtemp(prefix="aqn-", dir="/tmp")  # short: socket paths end at 107 characters
+    segments: set[Path] = set()
     tails = {name: _Tail(run.path / name) for name in ("events.jsonl", "metrics.jsonl")}
     stop: list[int] = []
     previous = {
@@ -88,13 +94,17 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment(run, ray_dir),
+                env=environment(run, temporary),
                 start_new_session=True,
                 preexec_fn=_end_with_parent,
             )
         error = ""
+        looked = 0.0
         while process.poll() is None and not stop:
             error = _drain(tails, listener) or error
+            if time.monotonic() > looked + LOOK_S:
+                segments |= shared_memory()
+                looked = time.monotonic()
             time.sleep(POLL_S)
         if stop:
             return Outcome("interrupted", "stopped by Ctrl-C" if stop[0] == signal.SIGINT else "stopped by SIGTERM")
@@ -103,14 +113,29 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
             return Outcome("finished")
         return Outcome("failed", error or f"the training process ended with code {process.returncode}")
     finally:
+        segments |= shared_memory()
         end_descendants()
+        for segment in segments:
+            segment.unlink(missing_ok=True)
         for sig, handler in previous.items():
             signal.signal(sig, handler)
-        shutil.rmtree(ray_dir, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def shared_memory() -> set[Path]:
+    """Files in /dev/shm that processes under this one have mapped: those that are killed leave theirs behind."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        try:
+            lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+        except OSError:
+            continue
+        found |= {Path(line[line.index("/dev/shm/") :]) for line in lines if "/dev/shm/" in line}
+    return {path for path in found if path.exists()}
 
 
 def end_descendants() -> None:

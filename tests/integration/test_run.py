@@ -16,15 +16,22 @@ def descendants(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
 
+def leftovers() -> set[Path]:
+    """Shared memory, sockets and folders that a run could leave behind."""
+    return {*Path("/dev/shm").iterdir(), *Path("/tmp").glob("aqn-*"), *Path("/tmp").glob("????????-????-????-*")}
+
+
 @pytest.fixture(scope="module")
 def finished(train, tmp_path_factory) -> Path:
     """Folder of a run of three steps that ended by itself."""
     base = tmp_path_factory.mktemp("finished")
+    before = leftovers()
     process = train(base)
     out, err = process.communicate(timeout=800)
     assert process.returncode == 0, err + (newest(base) / "training.log").read_text()[-3000:]
     (newest(base) / "stdout.txt").write_text(out)
     (newest(base) / "stderr.txt").write_text(err)
+    (newest(base) / "leftovers.txt").write_text("\n".join(map(str, leftovers() - before)))
     return newest(base)
 
 
@@ -100,6 +107,7 @@ def test_plan_paths_point_to_the_run_and_a_second_run_would_not_overwrite_it(fin
 def test_nothing_is_left_running(finished):
     mine = psutil.Process(os.getpid()).children(recursive=True)
     assert not [process for process in mine if process.status() != psutil.STATUS_ZOMBIE]
+    assert (finished / "leftovers.txt").read_text() == ""
     marker = str(finished)
     assert not [p for p in psutil.process_iter(["cmdline"]) if marker in " ".join(p.info["cmdline"] or [])]
 
@@ -152,12 +160,15 @@ def test_ctrl_c_ends_everything_in_order(train, tmp_path):
         time.sleep(0.2)
     children = descendants(process.pid)
     assert len(children) > 3
+    temporary = set(Path("/tmp").glob("aqn-*"))
+    assert temporary
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "stopped by Ctrl-C" in err
     assert "Traceback" not in err
     assert not [child for child in children if child.is_running()]
+    assert not [folder for folder in temporary if folder.exists()]
 
 
 def lines_of(base: Path) -> list[dict]:

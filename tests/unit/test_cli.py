@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 
 def run(*arguments: str, **env: str) -> subprocess.CompletedProcess:
@@ -133,3 +135,31 @@ def test_gsm8k_from_a_local_folder(tmp_path):
     report = json.loads(result.stdout)
     assert report["train"]["rows"] == report["test"]["rows"] == 3
     assert Path(report["train"]["file"]).is_file()
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("test_mxfp4_*.sh")))
+def test_every_script_names_a_recipe_and_a_folder_of_its_own(script):
+    from verl_aqn.config import recipe_names
+
+    text = (ROOT / "scripts" / script).read_text()
+    assert re.search(r"^RECIPE=(\S+)$", text, re.M)[1] in recipe_names()
+    assert f"/tmp/{script.removesuffix('.sh').removeprefix('test_')}}}" in text
+
+
+def test_script_takes_devices_toggles_and_overrides(tmp_path):
+    result = subprocess.run(
+        ["bash", "scripts/test_mxfp4_e6a.sh", "2", "data.seed=7", "--dry-run"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PROFILE": "cpu", "RUN_DIR": str(tmp_path)},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    config = yaml.safe_load(result.stdout)
+    assert (config["trainer"]["n_gpus_per_node"], config["data"]["seed"]) == (2, 7)
+    assert config["aqn"]["run"]["dir"] == str(tmp_path)
+    assert config["ray_kwargs"]["ray_init"]["num_gpus"] == 2

@@ -56,9 +56,9 @@ class AqnFSDPEngine(FSDPEngineWithLMHead):
         self.sent_adapter = tensor_digest(served_adapter(adapter, scaling))
         return iter(adapter), peft_config
 
-    def base_digest(self) -> str:
-        """Digest of the packed base as it is in this process now."""
-        return model_digest(self.module)
+    def base_digest(self) -> str | None:
+        """Digest of the packed base as it is in this process now; None for an unquantised one."""
+        return model_digest(self.module) if is_packed(self.model_config.local_path) else None
 
     def prepare_model_inputs(self, micro_batch):
         """Each prompt once for all of its samples, where verl would pad; packed batches go verl's own way."""

@@ -47,11 +47,11 @@ class AqnTrainer(PPOTrainerSync):
     def on_init_end(self):
         self.schedule = schedule_of(self.config, self.total_training_steps)
         self.event("rollout ready")
+        super().on_init_end()  # wakes the replicas (verl put them to sleep) and sends the adapter
         norms = self.rollout("aqn_prepare")[0]
         self.clean_digest = norms["clean_digest"]
         self.record("rollout", **norms)
         self.check_base("start")
-        super().on_init_end()
         self.check_adapter()
         self.event(f"{norms['norms']} norms found, base and adapter equal in actor and rollout")
 

@@ -35,8 +35,7 @@ class AqnActorWorker(ActorRolloutRefWorker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def base_digest(self) -> str | None:
         """Digest of the packed base in the actor, or None for an unquantised one."""
-        engine = self.actor.engine
-        return engine.base_digest() if hasattr(engine, "base_digest") else None
+        return self.actor.engine.base_digest()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def sent_adapter(self) -> str | None:
