@@ -149,9 +149,7 @@ def data_gsm8k(
 def main() -> None:
     """Entry point: errors that a user can mend are one line; exit code 2 for wrong use, 1 for the rest."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
+        sys.exit(app(standalone_mode=False))  # the code of a typer.Exit is returned, not raised
     except ConfigError as error:
         _fail(str(error), 2)
     except AqnError as error:

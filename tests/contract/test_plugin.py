@@ -27,7 +27,10 @@ def test_plugin_switched_off():
 
 
 def test_entry_point_not_installed():
-    code = "import importlib.metadata as m; m.entry_points = lambda **k: [];" + CODE
+    code = (
+        "import importlib.metadata as m; old = m.entry_points;"
+        "m.entry_points = lambda **k: m.EntryPoints() if k.get('group') == 'verl.plugins' else old(**k);" + CODE
+    )
     assert "entry points are not installed" in last_line(code, VERL_PLATFORM="cpu")[1]
 
 

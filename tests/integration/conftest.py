@@ -21,7 +21,11 @@ TINY = [
     "actor_rollout_ref.actor.ppo_mini_batch_size=2",
     "actor_rollout_ref.rollout.n=4",
     "actor_rollout_ref.actor.optim.lr=1e-2",
+    "actor_rollout_ref.actor.optim.lr_warmup_steps=0",  # with warm-up the first update has a rate of 0
     "reward.reward_kwargs.overlong_buffer_cfg.len=4",
+    # E12's dynamic sampling, by a metric that always varies: its code runs, nothing is thrown away.
+    "algorithm.filter_groups.enable=true",
+    "algorithm.filter_groups.metric=score",
     "trainer.total_training_steps=3",
     "trainer.save_freq=1",
     "aqn.noise.num_stages=3",

@@ -44,6 +44,16 @@ def test_schedule_as_table_and_picture(tmp_path):
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_exit_code_of_a_command_that_failed_without_an_exception(monkeypatch):
+    from verl_aqn import cli, doctor
+
+    monkeypatch.setattr(doctor, "examine", lambda: (1, []))
+    monkeypatch.setattr(sys, "argv", ["verl-aqn", "doctor", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+
+
 def test_dry_run_prints_the_resolved_config_and_starts_nothing(tmp_path):
     result = run("train", "e6a", "profile=cpu", f"aqn.run.dir={tmp_path / 'r'}", "--dry-run")
     assert result.returncode == 0, result.stderr
