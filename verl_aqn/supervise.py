@@ -19,7 +19,6 @@ from verl_aqn.prepare import cache_dir
 from verl_aqn.runs.folder import RunFolder
 
 POLL_S = 0.5
-LOOK_S = 10  # how often to note which shared memory is in use
 GRACE_S = 20
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_PDEATHSIG = 1
@@ -81,7 +80,7 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
     # Orphans of the training process become ours instead of init's, so that they can be found and ended.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     temporary = tempfile.mkdtemp(prefix="aqn-", dir="/tmp")  # short: socket paths end at 107 characters
-    segments: set[Path] = set()
+    started = time.time()
     tails = {name: _Tail(run.path / name) for name in ("events.jsonl", "metrics.jsonl")}
     stop: list[int] = []
     previous = {
@@ -99,12 +98,8 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
                 preexec_fn=_end_with_parent,
             )
         error = ""
-        looked = 0.0
         while process.poll() is None and not stop:
             error = _drain(tails, listener) or error
-            if time.monotonic() > looked + LOOK_S:
-                segments |= shared_memory()
-                looked = time.monotonic()
             time.sleep(POLL_S)
         if stop:
             return Outcome("interrupted", "stopped by Ctrl-C" if stop[0] == signal.SIGINT else "stopped by SIGTERM")
@@ -113,10 +108,8 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
             return Outcome("finished")
         return Outcome("failed", error or f"the training process ended with code {process.returncode}")
     finally:
-        segments |= shared_memory()
         end_descendants()
-        for segment in segments:
-            segment.unlink(missing_ok=True)
+        remove_shared_memory(started)
         for sig, handler in previous.items():
             signal.signal(sig, handler)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -126,16 +119,22 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
-def shared_memory() -> set[Path]:
-    """Files in /dev/shm that processes under this one have mapped: those that are killed leave theirs behind."""
-    found = set()
-    for process in psutil.Process().children(recursive=True):
+def remove_shared_memory(since: float) -> None:
+    """Unlink what killed processes left in /dev/shm: made after `since`, ours, and mapped by no living process."""
+    made = {
+        str(path)
+        for pattern in ("psm_*", "sem.mp-*", "verl_weights_*")
+        for path in Path("/dev/shm").glob(pattern)
+        if path.stat().st_ctime >= since and path.stat().st_uid == os.getuid()
+    }
+    for process in Path("/proc").glob("[0-9]*") if made else ():
         try:
-            lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+            maps = (process / "maps").read_text()
         except OSError:
             continue
-        found |= {Path(line[line.index("/dev/shm/") :]) for line in lines if "/dev/shm/" in line}
-    return {path for path in found if path.exists()}
+        made -= {path for path in made if path in maps}
+    for path in made:
+        Path(path).unlink(missing_ok=True)
 
 
 def end_descendants() -> None:

@@ -1,0 +1,49 @@
+"""Nothing stays behind: no process, however deep and stubborn, and no shared memory of the dead."""
+
+import os
+import subprocess
+import sys
+import time
+from multiprocessing import shared_memory
+
+from verl_aqn import supervise
+
+
+def test_orphans_that_ignore_sigterm_are_ended():
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+    # A child that starts a deaf grandchild in a session of its own and dies: the grandchild becomes an orphan.
+    launcher = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {code!r}], start_new_session=True)"
+    program = (
+        "import ctypes, subprocess, sys, time; from verl_aqn import supervise\n"
+        "supervise.GRACE_S = 1\n"
+        "ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)\n"
+        f"subprocess.run([sys.executable, '-c', {launcher!r}])\n"
+        "time.sleep(1)\n"
+        "import psutil\n"
+        "left = psutil.Process().children(recursive=True); assert left\n"
+        "supervise.end_descendants()\n"
+        "print('LEFT', [p.pid for p in left if p.is_running()], psutil.Process().children(recursive=True))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert "LEFT [] []" in result.stdout, result.stdout + result.stderr
+
+
+def test_shared_memory_of_the_dead_is_removed_and_that_of_the_living_is_not():
+    started = time.time()
+    living = shared_memory.SharedMemory(create=True, size=64)
+    code = (
+        "import os; from multiprocessing import resource_tracker, shared_memory as s;"
+        "m = s.SharedMemory(create=True, size=64); print(m.name, flush=True);"
+        "resource_tracker.unregister('/' + m.name, 'shared_memory'); os._exit(1)"
+    )
+    dead = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        assert os.path.exists(f"/dev/shm/{dead}")
+        supervise.remove_shared_memory(time.time() + 60)
+        assert os.path.exists(f"/dev/shm/{dead}"), "it is older than the run: not ours to remove"
+        supervise.remove_shared_memory(started - 1)
+        assert not os.path.exists(f"/dev/shm/{dead}")
+        assert os.path.exists(f"/dev/shm/{living.name}")
+    finally:
+        living.close()
+        living.unlink()
