@@ -79,8 +79,10 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
     """
     # Orphans of the training process become ours instead of init's, so that they can be found and ended.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    temporary = tempfile.mkdtemp(prefix="aqn-", dir="/tmp")  # short: socket paths end at 107 characters
+    clean_after_killed(run)
     started = time.time()
+    temporary = tempfile.mkdtemp(prefix="aqn-", dir="/tmp")  # short: socket paths end at 107 characters
+    run.append("events.jsonl", {"kind": "temporary", "path": temporary, "started": started})
     tails = {name: _Tail(run.path / name) for name in ("events.jsonl", "metrics.jsonl")}
     stop: list[int] = []
     previous = {
@@ -117,6 +119,14 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
 
 def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def clean_after_killed(run: RunFolder) -> None:
+    """What earlier attempts of this run left behind because they were killed themselves (kill -9, a power cut)."""
+    for record in run.read("events.jsonl"):
+        if record["kind"] == "temporary" and Path(record["path"]).exists():
+            shutil.rmtree(record["path"], ignore_errors=True)
+            remove_shared_memory(record["started"])
 
 
 def remove_shared_memory(since: float) -> None:
