@@ -92,14 +92,18 @@ def quantize(
     if as_json:
         print(json.dumps(report))
         return
-    view = Table(title=f"{src.name} in MXFP4 ({scale_rule})", title_justify="left")
+    size = f"{report['bytes_before'] / 1e6:,.1f} → {report['bytes_after'] / 1e6:,.1f} MB"
+    view = Table(
+        title=f"{src.name} in MXFP4 ({scale_rule}): {_db(report['sqnr_db'])} dB over all, checkpoint {size}",
+        title_justify="left",
+    )
     for column in ("module", "shape", "SQNR dB", "bytes before", "after"):
         view.add_column(column, justify="left" if column == "module" else "right")
     for row in report["modules"]:
         view.add_row(
             row["name"],
             "×".join(map(str, row["shape"])),
-            f"{row['sqnr_db']:.2f}",
+            _db(row["sqnr_db"]),
             f"{row['bytes_before']:,}",
             f"{row['bytes_after']:,}",
         )
@@ -160,7 +164,14 @@ def main() -> None:
         # Typer's own errors (a missing argument, an unknown option) know how to say what is wrong in a line.
         if not hasattr(error, "format_message"):
             raise
+        if "\n" in error.format_message():  # no command was given: this is the help
+            print(error.format_message())
+            sys.exit(2)
         _fail(error.format_message(), 2)
+
+
+def _db(value: float | None) -> str:
+    return "∞" if value is None else f"{value:.2f}"
 
 
 def _fail(text: str, code: int) -> None:
