@@ -112,7 +112,7 @@ def test_nothing_is_left_running(finished):
 
 
 def test_a_killed_run_resumes_with_the_same_sigma_and_noise(train, tmp_path, finished):
-    before = leftovers()
+    untouched = leftovers()
     process = train(tmp_path)
     deadline = time.monotonic() + 700
     while not list(tmp_path.glob("runs/*/checkpoints/latest_checkpointed_iteration.txt")):
@@ -142,7 +142,7 @@ def test_a_killed_run_resumes_with_the_same_sigma_and_noise(train, tmp_path, fin
     for record in lines(folder / "evidence.jsonl", "noise"):
         assert record["weights_digest"] == wanted[record["step"]]
     assert [record["step"] for record in lines(folder / "metrics.jsonl", "step")][-1] == 3
-    assert leftovers() <= before, "what the killed attempt left behind is cleaned up by the one that resumes it"
+    assert leftovers() <= untouched, "what the killed attempt left behind is cleaned up by the one that resumes it"
 
 
 def test_checkpoint_holds_the_adapter_only_and_no_noise(finished):
