@@ -77,9 +77,9 @@ class Console:
     def say_accuracy(self) -> None:
         """The validation that has not been told yet, if there is one."""
         if self.validation:
-            items = self.validation["items"]
-            correct = round(self.validation["accuracy"] * items)
-            self.say(f"accuracy {accuracy_text(correct, items)}")
+            problems = self.validation["items"]
+            correct = round(self.validation["accuracy"] * problems)
+            self.say(f"accuracy {accuracy_text(correct, problems)}")
             self.validation = None
 
     def end(self, run: RunFolder, todo: "Plan", outcome: Outcome) -> int:

@@ -1,6 +1,7 @@
 """Start the training process, show its progress, and leave no process behind whatever happens."""
 
 import ctypes
+import json
 import os
 import shutil
 import signal
@@ -194,8 +195,6 @@ class _Tail:
         self.position = path.stat().st_size if path.exists() else 0
 
     def new(self) -> list[dict]:
-        import json
-
         if not self.path.exists():
             return []
         with self.path.open("rb") as file:
