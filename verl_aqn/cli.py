@@ -137,9 +137,9 @@ def data_gsm8k(
     as_json: Json = False,
 ) -> None:
     """GSM8K (7,473 training and 1,319 test problems) as verl reads it."""
+    from verl_aqn.cache import cache_dir
     from verl_aqn.data.gsm8k import prepare_gsm8k
     from verl_aqn.data.parquet import check_parquet
-    from verl_aqn.prepare import cache_dir
 
     files = prepare_gsm8k(dst or cache_dir() / "data" / "gsm8k", source)
     rows = {split: {"file": str(path), "rows": check_parquet(path)} for split, path in files.items()}

@@ -1,12 +1,12 @@
 """Before a run: its model and data as files, and every check that can be made without starting anything."""
 
-import os
 import socket
 from pathlib import Path
 
 import psutil
 from omegaconf import DictConfig, OmegaConf
 
+from verl_aqn.cache import cache_dir
 from verl_aqn.config import parse_aqn, schedule_of
 from verl_aqn.errors import ConfigError, EnvironmentFault, ModelError
 
@@ -15,13 +15,6 @@ CPU_MEMORY_GB = 11.0
 
 # Rows of the embedded task; a recipe takes as many of them as it has steps for.
 N_TRAIN, N_TEST = 2048, 192
-
-
-def cache_dir() -> Path:
-    """`VERL_AQN_CACHE`, or `verl-aqn` in the user's cache folder."""
-    if path := os.environ.get("VERL_AQN_CACHE"):
-        return Path(path)
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "verl-aqn"
 
 
 def prepare_model(config: DictConfig) -> Path:

@@ -10,6 +10,7 @@ from torch import Tensor
 from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4 import dequantize, fake_quantize, quantize
 from verl_aqn.mxfp4.codec import SCALE_RULES, sqnr_db
+from verl_aqn.mxfp4.kernels import native, reference
 
 GRID = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 SMALLEST_NORMAL_AMAX = 2.0**-124  # below it the scale would have to be smaller than 2^-127
@@ -42,6 +43,13 @@ AMAX = [m * 2.0**e for e in (-120, -6, 0, 100) for m in (1.0, 1.4921875, 1.5, 1.
 
 def every_input(amax: list[float] = AMAX) -> Tensor:
     return torch.cat([*(blocks_with_amax(a) for a in amax), random_blocks().view(-1, 32)])
+
+
+@pytest.fixture(params=["native", "reference"], autouse=True)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test of the codec holds for the compiled and for the plain kernels."""
+    if request.param == "reference":
+        monkeypatch.setattr(native, "available", lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -255,9 +263,7 @@ def test_fake_quantize_passes_the_gradient_through() -> None:
 
 
 def test_tables_made_in_inference_mode_serve_training() -> None:
-    from verl_aqn.mxfp4 import codec
-
-    codec._tables.cache_clear()
+    reference._tables.cache_clear()
     with torch.inference_mode():
         fake_quantize(torch.randn(1, 32))
     x = torch.randn(1, 32, requires_grad=True)
