@@ -39,7 +39,31 @@ def prepare_model(config: DictConfig) -> Path:
     elif not mxfp4.enabled and is_packed(source):
         raise ModelError(f"{source} is an MXFP4 checkpoint, but aqn.mxfp4.enabled=false asks for an unquantised base")
     config.actor_rollout_ref.model.path = str(path)
+    tell_workers(config)
     return source
+
+
+def tell_workers(config: DictConfig) -> None:
+    """Put what `aqn.mxfp4` says of the linear layers where verl's actor and vLLM's kernel look for it.
+
+    Raises:
+        ConfigError: 4-bit activations are asked for without a quantised base.
+    """
+    mxfp4 = parse_aqn(config).mxfp4
+    actor_rollout = config.actor_rollout_ref
+    if mxfp4.keep_dense:
+        OmegaConf.update(actor_rollout, "model.override_config.mxfp4_keep_dense", True, force_add=True)
+    if mxfp4.activation == "none":
+        return
+    if not mxfp4.enabled:
+        raise ConfigError("aqn.mxfp4.activation=mxfp4 needs the quantised base: set aqn.mxfp4.enabled=true")
+    activation = mxfp4.activation_arithmetic
+    OmegaConf.update(actor_rollout, "model.override_config.mxfp4_activation", activation, force_add=True)
+    engine = "rollout.engine_kwargs.vllm"
+    if parse_aqn(config).profile == "cpu":
+        OmegaConf.update(actor_rollout, f"{engine}.additional_config.mxfp4_activation", activation, force_add=True)
+    elif OmegaConf.select(actor_rollout, f"{engine}.linear_backend") == "marlin":
+        actor_rollout.rollout.engine_kwargs.vllm.linear_backend = "auto"  # Marlin leaves activations in 16 bits
 
 
 def _from_hub(name: str) -> Path:

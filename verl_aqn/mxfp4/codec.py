@@ -197,7 +197,8 @@ def _kernel(
     x: Tensor, scale_rule: str = "even", rounding: str = "nearest", dtype: torch.dtype = torch.bfloat16
 ) -> ModuleType:
     """The module of `kernels` that computes with ``x``. Raw pointers are for plain tensors only, not for subclasses."""
-    if x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) and native.available():
+    plain = type(x) in (Tensor, torch.nn.Parameter)
+    if x.device.type == "cpu" and plain and dtype in native.DTYPES and native.available():
         return native
     return reference
 

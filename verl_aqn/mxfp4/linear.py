@@ -1,6 +1,6 @@
 """A linear layer that keeps its weight packed in MXFP4 and trains whatever stands around it (LoRA, norms)."""
 
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,22 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from verl_aqn.errors import ModelError
-from verl_aqn.mxfp4.codec import BLOCK, dequantize, quantize
+from verl_aqn.mxfp4.codec import BLOCK, dequantize, fake_quantize, quantize
+
+
+class Activation(NamedTuple):
+    """How a layer rounds what it multiplies its weight with (W4A4); terms of `quantize`."""
+
+    scale_rule: str = "even"
+    rounding: str = "nearest"
+
+    @classmethod
+    def parse(cls, text: str | None) -> Self | None:
+        """From ``SCALE_RULE/ROUNDING``, as one process tells another; None and ``none`` mean W4A16."""
+        return cls(*text.split("/")) if text not in (None, "none") else None
+
+    def __str__(self) -> str:
+        return f"{self.scale_rule}/{self.rounding}"
 
 
 class Mxfp4Linear(nn.Linear):
@@ -20,6 +35,10 @@ class Mxfp4Linear(nn.Linear):
 
     The multiplication runs in the dtype of ``x``, or in autocast's, as ``F.linear`` would; W is exact in bfloat16 and
     float32. Backward keeps the packed bytes only and dequantises again: 16-bit weights live for one layer at a time.
+
+    ``activation`` rounds x to MXFP4 first, as an engine with 4-bit activations does; its gradient passes straight
+    through. None (the default) multiplies with x as it is. After `keep_dense` the layer holds W in ``compute_dtype``
+    beside the bytes: four times the memory again, and no dequantisation in forward and backward.
 
     FSDP2 shards the packed parameters in a torch with pytorch pull request 178075 (tested: 2.13); older ones refuse
     uint8 parameters in ``fully_shard`` (issue 177844).
@@ -35,6 +54,7 @@ class Mxfp4Linear(nn.Linear):
         bias: bool = True,
         device: torch.device | str | None = None,
         compute_dtype: torch.dtype = torch.bfloat16,
+        activation: Activation | None = None,
     ):
         nn.Module.__init__(self)  # not nn.Linear's, which would allocate and register a dense weight
         if in_features % BLOCK:
@@ -44,6 +64,8 @@ class Mxfp4Linear(nn.Linear):
         self.in_features = in_features
         self.out_features = out_features
         self.compute_dtype = compute_dtype
+        self.activation = activation
+        self._dense: Tensor | None = None
         self.weight_packed = _frozen(torch.empty(out_features, in_features // 2, dtype=torch.uint8, device=device))
         self.weight_scale = _frozen(torch.empty(out_features, in_features // BLOCK, dtype=torch.uint8, device=device))
         if bias:
@@ -66,12 +88,31 @@ class Mxfp4Linear(nn.Linear):
         """W as ``compute_dtype`` [N, K], dequantised anew."""
         return dequantize(self.weight_packed, self.weight_scale, self.compute_dtype)
 
+    def keep_dense(self) -> None:
+        """Trade memory for speed: dequantise once, now. The copy is no parameter and in no state dict."""
+        self._dense = self.weight
+
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
+        if self.activation is not None:
+            x = fake_quantize(x, *self.activation)
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self._dense is not None:
+            return F.linear(x, self._dense.to(x.dtype), bias)
         return _PackedLinear.apply(x, self.weight_packed, self.weight_scale, bias)
+
+    def _apply(self, fn, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if self._dense is not None:
+            self._dense = fn(self._dense)  # goes where the parameters go
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self._dense is not None:
+            self.keep_dense()
 
 
 class _PackedLinear(torch.autograd.Function):
@@ -90,6 +131,11 @@ class _PackedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             grad_bias = grad.flatten(0, -2).sum(0)
         return grad_x, None, None, grad_bias
+
+
+def packed_layers(model: nn.Module) -> list[Mxfp4Linear]:
+    """Every `Mxfp4Linear` in ``model``, in its order, whatever it is wrapped in."""
+    return [module for module in model.modules() if isinstance(module, Mxfp4Linear)]
 
 
 def _frozen(data: Tensor) -> nn.Parameter:
