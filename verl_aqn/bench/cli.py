@@ -1,0 +1,64 @@
+"""`verl-aqn bench NAME`."""
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+bench_app = typer.Typer(no_args_is_help=True, help="The measurements of the README, side by side with their peers.")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+
+
+@bench_app.command("mxfp4")
+def mxfp4(
+    device: Annotated[str, typer.Option(help="cpu, cuda or npu; by default what is at hand.")] = "auto",
+    size: Annotated[int, typer.Option(help="The matrix is SIZE × SIZE.")] = 4096,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of every row.")] = 7,
+    as_json: Json = False,
+) -> None:
+    """The codec against a memory copy, torchao and compressed-tensors; the linear layer against bf16."""
+    import torch
+
+    from verl_aqn.bench.codec import measure
+
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = accelerator.type if accelerator else "cpu"
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("measuring", total=rounds)
+        result = measure(device, size, rounds, lambda done, total: progress.update(task, completed=done))
+    if as_json:
+        print(json.dumps(result))
+        return
+    console = Console()
+    threads = f", {result['threads']} threads" if device == "cpu" else ""
+    codec = Table(title=f"MXFP4 codec, {size} × {size}, {result['device']}{threads}", title_justify="left")
+    for column in ("even, unless said", "dtype", "ms", "GB/s", "of copy", "ours faster"):
+        codec.add_column(column, justify="left" if column in ("even, unless said", "dtype") else "right")
+    for row in result["codec"]:
+        faster = row.get("ours_times_as_fast")
+        codec.add_row(
+            row["name"],
+            row["dtype"],
+            f"{row['seconds'] * 1e3:,.1f}",
+            f"{row['gbytes_per_s']:.1f}",
+            f"{row['of_copy']:.2f}",
+            f"{faster:,.0f} ×" if faster else "",
+        )
+    console.print(codec)
+    linear = Table(title="Linear layer, forward and backward [tokens×K×N], as parts of bf16's", title_justify="left")
+    for column in ("weights", "shape", "ms", "time", "bytes"):
+        linear.add_column(column, justify="left" if column in ("weights", "shape") else "right")
+    for row in result["linear"]:
+        linear.add_row(
+            row["name"],
+            "×".join(map(str, row["shape"])),
+            f"{row['seconds'] * 1e3:.1f}",
+            f"{row['time_of_bf16']:.2f}",
+            f"{row['bytes_of_bf16']:.3f}",
+        )
+    console.print(linear)
