@@ -50,7 +50,9 @@ def mxfp4(
             f"{faster:,.0f} ×" if faster else "",
         )
     console.print(codec)
-    linear = Table(title="Linear layer, forward and backward [tokens×K×N], as parts of bf16's", title_justify="left")
+    linear = Table(
+        title="Linear layer, forward and backward tokens×K×N; time and bytes as parts of bf16's", title_justify="left"
+    )
     for column in ("weights", "shape", "ms", "time", "bytes"):
         linear.add_column(column, justify="left" if column in ("weights", "shape") else "right")
     for row in result["linear"]:

@@ -1,4 +1,4 @@
-"""`verl-aqn bench mxfp4`: the codec against a memory copy, torchao and compressed-tensors; the linear layer against bf16.
+"""`verl-aqn bench mxfp4`: the codec beside a memory copy, torchao and compressed-tensors; the linear layer beside bf16.
 
 Every round measures all rows once, one after the other, so that what else the machine does meets all of them alike;
 ratios are medians of the rounds' own ratios.
@@ -75,12 +75,12 @@ def _codec_rows(device: str, size: int) -> Iterator[dict[str, Any]]:
 
         both, half = 2 * x.nbytes, x.nbytes + packed_bytes
         for nbytes in (both, half):
-            a = torch.empty(nbytes // 2, dtype=torch.uint8, device=device)
-            yield row(f"copy of {nbytes / 2e6:,.0f} MB", nbytes, lambda a=a, b=torch.empty_like(a): b.copy_(a))
+            a, b = (torch.empty(nbytes // 2, dtype=torch.uint8, device=device) for _ in range(2))
+            yield row(f"copy of {nbytes / 2e6:,.0f} MB", nbytes, lambda a=a, b=b: b.copy_(a))
         for rule, suffix in (("even", ""), ("mse", ", mse")):
             yield row("fake-quantise" + suffix, both, lambda x=x, o=out, r=rule: fake_quantize(x, r, out=o))
             yield row("quantise" + suffix, half, lambda x=x, c=codes, r=rule: quantize(x, r, out=c))
-        yield row("dequantise", half, lambda c=codes, o=out: dequantize(*c, o.dtype, out=o))
+        yield row("dequantise", half, lambda c=codes, o=out: dequantize(c.packed, c.scale, o.dtype, out=o))
         roundtrip = row("quantise + dequantise", 2 * half, lambda x=x, c=codes, o=out: _roundtrip(x, c, o))
         yield roundtrip
         if device == "cpu":
@@ -99,9 +99,8 @@ def _linear_rows(device: str) -> Iterator[dict[str, Any]]:
         grad = torch.randn(tokens, n, device=device, dtype=torch.bfloat16)
         nbytes = [dense.weight.nbytes, sum(p.nbytes for p in packed.parameters())]
         nbytes.append(sum(nbytes))
-        for name, layer, size in zip(
-            ("bf16", "packed", "packed, keep_dense"), (dense, packed, kept), nbytes, strict=True
-        ):
+        names, layers = ("bf16", "packed", "packed, keep_dense"), (dense, packed, kept)
+        for name, layer, size in zip(names, layers, nbytes, strict=True):
             yield _row(
                 lambda f=layer, x=x, g=grad: torch.autograd.grad(f(x), x, g),
                 name=name,
@@ -116,7 +115,8 @@ def _row(run: Callable, **fields: Any) -> dict[str, Any]:
 
 
 def _roundtrip(x: Tensor, codes: Mxfp4Tensor, out: Tensor) -> None:
-    dequantize(*quantize(x, "even", out=codes), out.dtype, out=out)
+    quantize(x, "even", out=codes)
+    dequantize(codes.packed, codes.scale, out.dtype, out=out)
 
 
 def _plain_roundtrip(x: Tensor, codes: Mxfp4Tensor, out: Tensor) -> None:
