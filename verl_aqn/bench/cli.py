@@ -53,8 +53,8 @@ def mxfp4(
     linear = Table(
         title="Linear layer, forward and backward tokens×K×N; time and bytes as parts of bf16's", title_justify="left"
     )
-    for column in ("weights", "shape", "ms", "time", "bytes"):
-        linear.add_column(column, justify="left" if column in ("weights", "shape") else "right")
+    for column in ("weights", "tokens×K×N", "ms", "time", "bytes"):
+        linear.add_column(column, justify="left" if column in ("weights", "tokens×K×N") else "right")
     for row in result["linear"]:
         linear.add_row(
             row["name"],
