@@ -3,7 +3,7 @@
 All three are bound by memory, so a thread reads or writes exactly 16 bytes of floating point at a time, contiguous over
 a warp, and nothing passes through shared memory. Those 16 bytes are one *word* of codes: 8 codes (32 bits) of a 2-byte
 dtype, 4 codes (16 bits) of float32. A block's threads are 4 (8) lanes of a warp, and its maximum is 2 (3) lane shuffles
-away. A program takes its word per thread _STEPS times, all loads before the first store.
+away. A program takes its word per thread _STEPS times, and asks for all of them before it computes.
 
 No instruction is used that only some GPUs have. All arithmetic is exact but for the rounding itself, so that no other
 backend has to follow an order of operations, with one exception: the squared errors of the ``mse`` rule, which every
@@ -40,7 +40,17 @@ def quantize(x: Tensor, scale_rule: str, rounding: str, seed: int) -> tuple[Tens
     codes = packed.view(_word_dtype(x))
     with torch.cuda.device_of(x):
         _quantize_kernel[_grid(codes)](
-            x, codes, scale, codes.numel(), *_key(seed), scale_rule, rounding, _codes_in_word(x), _WORDS, _STEPS, **_OPTIONS
+            x,
+            codes,
+            scale,
+            codes.numel(),
+            *_key(seed),
+            scale_rule,
+            rounding,
+            _codes_in_word(x),
+            _WORDS,
+            _STEPS,
+            **_OPTIONS,
         )
     return packed, scale
 
@@ -102,7 +112,7 @@ def _quantize_kernel(
     row, column = tl.arange(0, BLOCKS)[:, None], tl.arange(0, 32 // PER)[None, :]
     for step in tl.static_range(STEPS):
         start = first + step * BLOCKS
-        values, exponent = _quantize(loaded[step].to(tl.float32), start, key_low, key_high, RULE, ROUNDING)
+        values, exponent = _quantize(_widen(loaded[step]), start, key_low, key_high, RULE, ROUNDING)
         codes = _pack(values.reshape(BLOCKS, 32 // PER, PER))
         # NaN and Inf have left nonsense in the codes.
         codes = tl.where((exponent == 255)[:, None], 0, codes).to(codes_ptr.dtype.element_ty)
@@ -128,8 +138,8 @@ def _fake_quantize_kernel(
     row = tl.arange(0, BLOCKS)[:, None]
     for step in tl.static_range(STEPS):
         start = first + step * BLOCKS
-        values, exponent = _quantize(loaded[step].to(tl.float32), start, key_low, key_high, RULE, ROUNDING)
-        values = (values * _scale(exponent)[:, None]).to(out_ptr.dtype.element_ty)
+        values, exponent = _quantize(_widen(loaded[step]), start, key_low, key_high, RULE, ROUNDING)
+        values = _narrow(values * _scale(exponent)[:, None], out_ptr.dtype.element_ty)
         place = start * 32 + (row * 32 + tl.arange(0, 32)[None, :])
         tl.store(out_ptr + place, values, mask=row < blocks - start)
 
@@ -153,7 +163,7 @@ def _dequantize_kernel(
         codes, exponent = loaded[step]
         values = _unpack(codes, PER) * _scale(exponent.to(tl.int32))[:, None]
         place = start * PER + (word[:, None] * PER + tl.arange(0, PER)[None, :])
-        tl.store(out_ptr + place, values.to(out_ptr.dtype.element_ty), mask=(word < words - start)[:, None])
+        tl.store(out_ptr + place, _narrow(values, out_ptr.dtype.element_ty), mask=(word < words - start)[:, None])
 
 
 @triton.jit
@@ -166,6 +176,25 @@ def _load_blocks(x_ptr, first, blocks, BLOCKS: tl.constexpr, STEPS: tl.constexpr
         place = start * 32 + (row * 32 + tl.arange(0, 32)[None, :])
         loaded = loaded + (tl.load(x_ptr + place, mask=row < blocks - start, other=0),)
     return loaded
+
+
+@triton.jit
+def _widen(x):
+    """Float32 of a float ``x``."""
+    if x.dtype == tl.bfloat16:  # the interpreter's cast, here and below, gets subnormals wrong; this is as fast
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def _narrow(values, dtype: tl.constexpr):
+    """``values`` float32, which bfloat16 can hold, as ``dtype``."""
+    if dtype == tl.bfloat16:
+        bits = values.to(tl.uint32, bitcast=True) >> 16
+        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return values.to(dtype)
 
 
 @triton.jit
@@ -195,8 +224,8 @@ def _quantize(x, first, key_low, key_high, RULE: tl.constexpr, ROUNDING: tl.cons
     else:
         # Half P, y's power of two, is E2M1's step there; t counts y in such steps. Both are exact.
         p = _power(y)
-        t = y * (_EXPONENT - p).to(tl.float32, bitcast=True)
-        steps = tl.floor(t)
+        t = y * (-p + _EXPONENT).to(tl.float32, bitcast=True)
+        steps = t.to(tl.int32).to(tl.float32)
         rest = t - steps
         up = rest >= 0.5 if ROUNDING == "half_away" else _uniform(first, key_low, key_high, x.shape[0]) < rest
         value = (steps + up.to(tl.float32)) * (p - (1 << 23)).to(tl.float32, bitcast=True)
