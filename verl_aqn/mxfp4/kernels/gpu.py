@@ -38,20 +38,7 @@ def quantize(x: Tensor, scale_rule: str, rounding: str, seed: int) -> tuple[Tens
     packed = torch.empty(x.shape[0], 16, dtype=torch.uint8, device=x.device)
     scale = torch.empty(x.shape[0], dtype=torch.uint8, device=x.device)
     codes = packed.view(_word_dtype(x))
-    with torch.cuda.device_of(x):
-        _quantize_kernel[_grid(codes)](
-            x,
-            codes,
-            scale,
-            codes.numel(),
-            *_key(seed),
-            scale_rule,
-            rounding,
-            _codes_in_word(x),
-            _WORDS,
-            _STEPS,
-            **_OPTIONS,
-        )
+    _launch(_quantize_kernel, x, x, codes, scale, codes.numel(), *_key(seed), scale_rule, rounding)
     return packed, scale
 
 
@@ -64,21 +51,23 @@ def dequantize(packed: Tensor, scale: Tensor, out: Tensor) -> None:
         RuntimeError: ``packed`` does not start at a multiple of 4 bytes of its storage (torch's words for it).
     """
     codes = packed.view(_word_dtype(out))
-    with torch.cuda.device_of(out):
-        _dequantize_kernel[_grid(codes)](
-            codes, scale, out, codes.numel(), _codes_in_word(out), _WORDS, _STEPS, **_OPTIONS
-        )
+    _launch(_dequantize_kernel, out, codes, scale, out, codes.numel())
 
 
 def fake_quantize(x: Tensor, scale_rule: str, rounding: str, seed: int) -> Tensor:
     """What `dequantize` makes of what `quantize` makes of ``x`` [B, 32], in its dtype, reading and writing once."""
     out = torch.empty_like(x)
     words = x.numel() // _codes_in_word(x)
-    with torch.cuda.device_of(x):
-        _fake_quantize_kernel[(triton.cdiv(words, _WORDS * _STEPS),)](
-            x, out, words, *_key(seed), scale_rule, rounding, _codes_in_word(x), _WORDS, _STEPS, **_OPTIONS
-        )
+    _launch(_fake_quantize_kernel, x, x, out, words, *_key(seed), scale_rule, rounding)
     return out
+
+
+def _launch(kernel, values: Tensor, *arguments) -> None:
+    """Run ``kernel`` on the device and for the dtype of ``values`` [B, 32]."""
+    per = _codes_in_word(values)
+    grid = (triton.cdiv(values.numel(), per * _WORDS * _STEPS),)
+    with torch.cuda.device_of(values):
+        kernel[grid](*arguments, PER=per, WORDS=_WORDS, STEPS=_STEPS, **_OPTIONS)
 
 
 def _codes_in_word(values: Tensor) -> int:
@@ -87,10 +76,6 @@ def _codes_in_word(values: Tensor) -> int:
 
 def _word_dtype(values: Tensor) -> torch.dtype:
     return torch.int16 if values.dtype == torch.float32 else torch.int32
-
-
-def _grid(codes: Tensor) -> tuple[int]:
-    return (triton.cdiv(codes.numel(), _WORDS * _STEPS),)
 
 
 def _key(seed: int) -> tuple[int, int]:
@@ -151,13 +136,13 @@ def _dequantize_kernel(
     """``codes_ptr`` [words] and ``scale_ptr`` [words * PER / 32] to ``out_ptr`` [words * PER]."""
     first = tl.program_id(0).to(tl.int64) * (WORDS * STEPS)
     word = tl.arange(0, WORDS)
-    loaded = ()
+    loaded: tuple = ()
     for step in tl.static_range(STEPS):
         start = first + step * WORDS
         inside = word < words - start
         codes = tl.load(codes_ptr + start + word, mask=inside, other=0)
         exponent = tl.load(scale_ptr + start // (32 // PER) + word // (32 // PER), mask=inside, other=0)
-        loaded = loaded + ((codes, exponent),)
+        loaded += ((codes, exponent),)
     for step in tl.static_range(STEPS):
         start = first + step * WORDS
         codes, exponent = loaded[step]
@@ -170,11 +155,11 @@ def _dequantize_kernel(
 def _load_blocks(x_ptr, first, blocks, BLOCKS: tl.constexpr, STEPS: tl.constexpr):
     """STEPS tensors [BLOCKS, 32], from block ``first`` on; zeros from ``blocks`` on."""
     row = tl.arange(0, BLOCKS)[:, None]
-    loaded = ()
+    loaded: tuple = ()
     for step in tl.static_range(STEPS):
         start = first + step * BLOCKS
         place = start * 32 + (row * 32 + tl.arange(0, 32)[None, :])
-        loaded = loaded + (tl.load(x_ptr + place, mask=row < blocks - start, other=0),)
+        loaded += (tl.load(x_ptr + place, mask=row < blocks - start, other=0),)
     return loaded
 
 
