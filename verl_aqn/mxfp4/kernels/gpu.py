@@ -136,13 +136,13 @@ def _dequantize_kernel(
     """``codes_ptr`` [words] and ``scale_ptr`` [words * PER / 32] to ``out_ptr`` [words * PER]."""
     first = tl.program_id(0).to(tl.int64) * (WORDS * STEPS)
     word = tl.arange(0, WORDS)
-    loaded: tuple = ()
+    loaded = ()
     for step in tl.static_range(STEPS):
         start = first + step * WORDS
         inside = word < words - start
         codes = tl.load(codes_ptr + start + word, mask=inside, other=0)
         exponent = tl.load(scale_ptr + start // (32 // PER) + word // (32 // PER), mask=inside, other=0)
-        loaded += ((codes, exponent),)
+        loaded += ((codes, exponent),)  # type: ignore[assignment]
     for step in tl.static_range(STEPS):
         start = first + step * WORDS
         codes, exponent = loaded[step]
@@ -155,11 +155,11 @@ def _dequantize_kernel(
 def _load_blocks(x_ptr, first, blocks, BLOCKS: tl.constexpr, STEPS: tl.constexpr):
     """STEPS tensors [BLOCKS, 32], from block ``first`` on; zeros from ``blocks`` on."""
     row = tl.arange(0, BLOCKS)[:, None]
-    loaded: tuple = ()
+    loaded = ()
     for step in tl.static_range(STEPS):
         start = first + step * BLOCKS
         place = start * 32 + (row * 32 + tl.arange(0, 32)[None, :])
-        loaded += (tl.load(x_ptr + place, mask=row < blocks - start, other=0),)
+        loaded += (tl.load(x_ptr + place, mask=row < blocks - start, other=0),)  # type: ignore[assignment]
     return loaded
 
 
