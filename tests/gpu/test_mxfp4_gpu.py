@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests import mxfp4_definition as definition
-from verl_aqn.mxfp4 import dequantize, quantize
+from verl_aqn.mxfp4 import dequantize, fake_quantize, quantize
 from verl_aqn.mxfp4.kernels import gpu
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -60,6 +60,21 @@ def inputs(dtype: torch.dtype) -> Tensor:
     return torch.cat([x, special]).to(dtype)
 
 
+def gpu_quantize(x: Tensor, rule: str, rounding: str, seed: int) -> tuple[Tensor, Tensor]:
+    x = x.to(DEVICE)
+    packed = torch.empty(len(x), 16, dtype=torch.uint8, device=DEVICE)
+    scale = torch.empty(len(x), dtype=torch.uint8, device=DEVICE)
+    gpu.quantize(x, rule, rounding, seed, packed, scale)
+    return packed, scale
+
+
+def gpu_fake_quantize(x: Tensor, rule: str, rounding: str, seed: int) -> Tensor:
+    x = x.to(DEVICE)
+    out = torch.empty_like(x)
+    gpu.fake_quantize(x, rule, rounding, seed, out)
+    return out
+
+
 def expected(x: Tensor, rule: str, rounding: str) -> tuple[Tensor, Tensor]:
     packed, scale = definition.quantize(x.float().numpy(), rule, rounding, SEED)
     return torch.from_numpy(packed), torch.from_numpy(scale)
@@ -80,10 +95,10 @@ def same_values(got: Tensor, want: Tensor) -> bool:
 def test_equals_the_definition(rule: str, rounding: str, dtype: torch.dtype, large_tiles) -> None:
     x = inputs(dtype)
     packed, scale = expected(x, rule, rounding)
-    got_packed, got_scale = gpu.quantize(x.to(DEVICE), rule, rounding, SEED)
+    got_packed, got_scale = gpu_quantize(x, rule, rounding, SEED)
     assert torch.equal(got_scale.cpu(), scale)
     assert torch.equal(got_packed.cpu(), packed)
-    fake = gpu.fake_quantize(x.to(DEVICE), rule, rounding, SEED)
+    fake = gpu_fake_quantize(x, rule, rounding, SEED)
     with np.errstate(over="ignore"):
         want = torch.from_numpy(definition.values(packed.numpy(), scale.numpy()).astype(np.float32)).to(dtype)
     assert fake.dtype == dtype
@@ -95,7 +110,7 @@ def test_equals_the_codec(dtype: torch.dtype, large_tiles) -> None:
     x = inputs(dtype)
     for rule in RULES:
         packed, scale = quantize(x, rule)
-        got_packed, got_scale = gpu.quantize(x.to(DEVICE), rule, "nearest", 0)
+        got_packed, got_scale = gpu_quantize(x, rule, "nearest", 0)
         assert torch.equal(got_scale.cpu(), scale.view(-1))
         assert torch.equal(got_packed.cpu(), packed)
 
@@ -115,14 +130,14 @@ def test_dequantizes_every_pair_of_bytes(dtype: torch.dtype, large_tiles) -> Non
 def test_tail(blocks: int, dtype: torch.dtype) -> None:
     """Nothing is written behind the end, whatever the tile."""
     x = torch.randn(blocks, 32, generator=torch.Generator().manual_seed(blocks)).to(dtype)
-    packed, scale = gpu.quantize(x.to(DEVICE), "even", "stochastic", SEED)
+    packed, scale = gpu_quantize(x, "even", "stochastic", SEED)
     assert [*packed.shape, *scale.shape] == [blocks, 16, blocks]
     want = expected(x, "even", "stochastic")
     assert torch.equal(packed.cpu(), want[0])
     assert torch.equal(scale.cpu(), want[1])
     buffer = torch.full((blocks + 8, 32), 7.0, dtype=dtype, device=DEVICE)
     gpu.dequantize(packed, scale, buffer[:blocks])
-    assert torch.equal(buffer[:blocks].cpu(), gpu.fake_quantize(x.to(DEVICE), "even", "stochastic", SEED).cpu())
+    assert torch.equal(buffer[:blocks].cpu(), gpu_fake_quantize(x, "even", "stochastic", SEED).cpu())
     assert (buffer[blocks:] == 7).all()
 
 
@@ -134,14 +149,14 @@ def test_large_and_odd_shapes(shape: tuple[int, int], dtype: torch.dtype) -> Non
     blocks = x.view(-1, 32).to(DEVICE)
     for rule in RULES:
         packed, scale = quantize(x, rule)
-        got_packed, got_scale = gpu.quantize(blocks, rule, "nearest", 0)
+        got_packed, got_scale = gpu_quantize(blocks, rule, "nearest", 0)
         assert torch.equal(got_scale.cpu(), scale.view(-1))
         assert torch.equal(got_packed.cpu(), packed.view(-1, 16))
         want = dequantize(packed, scale, dtype).view(-1, 32)
         out = torch.empty_like(blocks)
         gpu.dequantize(got_packed, got_scale, out)
         assert torch.equal(out.cpu(), want)
-        assert torch.equal(gpu.fake_quantize(blocks, rule, "nearest", 0).cpu(), want)
+        assert torch.equal(gpu_fake_quantize(blocks, rule, "nearest", 0).cpu(), want)
 
 
 @needs_gpu
@@ -150,8 +165,8 @@ def test_more_than_2_31_elements() -> None:
     blocks = (1 << 27) + 3
     x = torch.zeros(blocks, 32, dtype=torch.bfloat16, device=DEVICE)
     x[-4:] = torch.randn(4, 32, device=DEVICE, dtype=torch.bfloat16)
-    packed, scale = gpu.quantize(x, "even", "nearest", 0)
-    want = gpu.quantize(x[-4:].clone(), "even", "nearest", 0)
+    packed, scale = gpu_quantize(x, "even", "nearest", 0)
+    want = gpu_quantize(x[-4:].clone(), "even", "nearest", 0)
     assert torch.equal(packed[-4:], want[0])
     assert torch.equal(scale[-4:], want[1])
     gpu.dequantize(packed, scale, x)
@@ -162,6 +177,7 @@ def test_more_than_2_31_elements() -> None:
 
 @needs_gpu
 def test_runs_on_the_tensor_s_device() -> None:
-    device = torch.device("cuda", torch.cuda.device_count() - 1)
-    x = torch.randn(64, 32, device=device)
-    assert gpu.fake_quantize(x, "mse", "nearest", 0).device == device
+    x = torch.randn(64, 32, device=torch.device("cuda", torch.cuda.device_count() - 1))
+    out = torch.empty_like(x)
+    gpu.fake_quantize(x, "mse", "nearest", 0, out)
+    assert torch.equal(out.cpu(), fake_quantize(x.cpu(), "mse"))

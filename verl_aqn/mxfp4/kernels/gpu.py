@@ -1,4 +1,4 @@
-"""MXFP4 on a GPU: Triton kernels, bit-equal to the pure-torch codec (whose module gives the rules and the edge cases).
+"""MXFP4 on a GPU: Triton kernels, with the bits of `reference`.
 
 All three are bound by memory, so a thread reads or writes exactly 16 bytes of floating point at a time, contiguous over
 a warp, and nothing passes through shared memory. Those 16 bytes are one *word* of codes: 8 codes (32 bits) of a 2-byte
@@ -29,37 +29,22 @@ _ONE = tl.constexpr(0x3F800000)  # float32's 1.0
 _BIAS = tl.constexpr(2.0**126)
 
 
-def quantize(x: Tensor, scale_rule: str, rounding: str, seed: int) -> tuple[Tensor, Tensor]:
-    """Codes and scales of blocks ``x`` [B, 32] (contiguous; float32, bfloat16 or float16).
-
-    Returns packed uint8 [B, 16], low nibble first, and scale uint8 [B]. ``seed`` (its low 64 bits) matters to
-    ``rounding="stochastic"`` alone.
-    """
-    packed = torch.empty(x.shape[0], 16, dtype=torch.uint8, device=x.device)
-    scale = torch.empty(x.shape[0], dtype=torch.uint8, device=x.device)
+def quantize(x: Tensor, scale_rule: str, rounding: str, seed: int, packed: Tensor, scale: Tensor) -> None:
+    """As `reference.quantize`. RuntimeError (torch's) if ``packed`` starts between two words of its storage."""
     codes = packed.view(_word_dtype(x))
     _launch(_quantize_kernel, x, x, codes, scale, codes.numel(), *_key(seed), scale_rule, rounding)
-    return packed, scale
 
 
 def dequantize(packed: Tensor, scale: Tensor, out: Tensor) -> None:
-    """Write the values of ``packed`` uint8 [B, 16] under ``scale`` uint8 [B] to ``out`` [B, 32].
-
-    All are contiguous; ``out`` is bfloat16, float32 or float16.
-
-    Raises:
-        RuntimeError: ``packed`` does not start at a multiple of 4 bytes of its storage (torch's words for it).
-    """
+    """As `reference.dequantize`. RuntimeError (torch's) if ``packed`` starts between two words of its storage."""
     codes = packed.view(_word_dtype(out))
     _launch(_dequantize_kernel, out, codes, scale, out, codes.numel())
 
 
-def fake_quantize(x: Tensor, scale_rule: str, rounding: str, seed: int) -> Tensor:
-    """What `dequantize` makes of what `quantize` makes of ``x`` [B, 32], in its dtype, reading and writing once."""
-    out = torch.empty_like(x)
+def fake_quantize(x: Tensor, scale_rule: str, rounding: str, seed: int, out: Tensor) -> None:
+    """As `reference.fake_quantize`, reading and writing once."""
     words = x.numel() // _codes_in_word(x)
     _launch(_fake_quantize_kernel, x, x, out, words, *_key(seed), scale_rule, rounding)
-    return out
 
 
 def _launch(kernel, values: Tensor, *arguments) -> None:
