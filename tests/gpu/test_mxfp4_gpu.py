@@ -107,7 +107,10 @@ def test_equals_the_definition(rule: str, rounding: str, dtype: torch.dtype, lar
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_the_codec(dtype: torch.dtype, large_tiles) -> None:
-    x = inputs(dtype)
+    """Over every finite bfloat16 value as well: in order, and with all magnitudes in each block."""
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    finite = bits.view(torch.bfloat16)[bits.view(torch.bfloat16).isfinite()]
+    x = torch.cat([inputs(dtype), finite.view(-1, 32).to(dtype), finite.view(32, -1).t().to(dtype)])
     for rule in RULES:
         packed, scale = quantize(x, rule)
         got_packed, got_scale = gpu_quantize(x, rule, "nearest", 0)
