@@ -3,7 +3,8 @@
 All three are bound by memory, so a thread reads or writes exactly 16 bytes of floating point at a time, contiguous over
 a warp, and nothing passes through shared memory. Those 16 bytes are one *word* of codes: 8 codes (32 bits) of a 2-byte
 dtype, 4 codes (16 bits) of float32. A block's threads are 4 (8) lanes of a warp, and its maximum is 2 (3) lane shuffles
-away. A program takes its word per thread _STEPS times, and asks for all of them before it computes.
+away. A program takes a word per thread _STEPS times. (ptxas moves the later loads of quantising behind the first step's
+arithmetic and so saves registers: it is the many threads on a multiprocessor that keep the memory busy.)
 
 No instruction is used that only some GPUs have. All arithmetic is exact but for the rounding itself, so that no other
 backend has to follow an order of operations, with one exception: the squared errors of the ``mse`` rule, which every
