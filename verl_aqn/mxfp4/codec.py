@@ -37,6 +37,7 @@ The work is done by one of `kernels`: compiled C++ on a CPU, Triton on a GPU, to
 the same, and plain PyTorch wherever none of these is to be had. All give the same bits.
 """
 
+from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
 
@@ -91,8 +92,8 @@ def quantize(
         _check_out(out.packed, torch.uint8, (*lead, k // 2))
         _check_out(out.scale, torch.uint8, (*lead, k // BLOCK))
     blocks = x.detach().reshape(-1, BLOCK)
-    kernel = _kernel(blocks, scale_rule, rounding)
-    kernel.quantize(blocks, scale_rule, rounding, seed, out.packed.view(-1, BLOCK // 2), out.scale.view(-1))
+    packed, scale = out.packed.view(-1, BLOCK // 2), out.scale.view(-1)
+    _kernel(blocks).quantize(blocks, scale_rule, rounding, seed, packed, scale)
     return out
 
 
@@ -121,7 +122,7 @@ def dequantize(packed: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat1
     else:
         _check_out(out, dtype, shape)
     codes = packed.detach().reshape(-1, BLOCK // 2)
-    _kernel(codes, dtype=dtype).dequantize(codes, scale.detach().reshape(-1), out.view(-1, BLOCK))
+    _kernel(codes, dtype).dequantize(codes, scale.detach().reshape(-1), out.view(-1, BLOCK))
     return out
 
 
@@ -179,27 +180,29 @@ class _FakeQuantize(torch.autograd.Function):
 
 def _fake_quantize(x: Tensor, scale_rule: str, rounding: str, seed: int, out: Tensor | None = None) -> Tensor:
     k = x.shape[-1] if x.dim() else 1
-    padded = x.detach()
-    if -k % BLOCK:
-        padded = torch.nn.functional.pad(padded.reshape(-1, k), (0, -k % BLOCK))
+    padding = -k % BLOCK
+    padded = torch.nn.functional.pad(x.detach().reshape(-1, k), (0, padding)) if padding else x.detach()
     blocks = padded.reshape(-1, BLOCK)
-    direct = out is not None and not -k % BLOCK
-    values = out.view(-1, BLOCK) if direct and out is not None else torch.empty_like(blocks)
-    _kernel(blocks, scale_rule, rounding).fake_quantize(blocks, scale_rule, rounding, seed, values)
-    if not direct:
-        values = values.view(padded.shape)[..., :k].reshape(x.shape)
-        return values if out is None else out.copy_(values)
-    assert out is not None
-    return out
+    values = torch.empty_like(blocks) if out is None or padding else out.view(-1, BLOCK)
+    _kernel(blocks).fake_quantize(blocks, scale_rule, rounding, seed, values)
+    result = values.view(padded.shape)[..., :k].reshape(x.shape)
+    return result if out is None else out.copy_(result) if padding else out
 
 
-def _kernel(
-    x: Tensor, scale_rule: str = "even", rounding: str = "nearest", dtype: torch.dtype = torch.bfloat16
-) -> ModuleType:
-    """The module of `kernels` that computes with ``x``. Raw pointers are for plain tensors only, not for subclasses."""
-    plain = type(x) in (Tensor, torch.nn.Parameter)
-    if x.device.type == "cpu" and plain and dtype in native.DTYPES and native.available():
+def _kernel(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> ModuleType:
+    """The module of `kernels` for ``x`` and results of ``dtype``. Raw pointers are for plain tensors only."""
+    if type(x) not in (Tensor, torch.nn.Parameter) or dtype not in native.DTYPES:
+        return reference
+    if x.device.type == "cpu" and native.available():
         return native
+    if x.device.type == "cuda" and find_spec("triton"):
+        from verl_aqn.mxfp4.kernels import gpu
+
+        return gpu
+    if x.device.type == "npu":
+        from verl_aqn.mxfp4.kernels import npu
+
+        return npu  # what its operators do not compute, it leaves to the reference by itself
     return reference
 
 
