@@ -14,6 +14,7 @@ from verl_aqn.errors import ConfigError, ModelError
 from verl_aqn.mxfp4.codec import SCALE_RULES, Mxfp4Tensor, quantize
 from verl_aqn.mxfp4.error_split import split_error
 from verl_aqn.mxfp4.experts import Mxfp4Experts
+from verl_aqn.mxfp4.foreign import foreign_layout
 from verl_aqn.mxfp4.formats import FORMATS, finish, packed_specs
 from verl_aqn.mxfp4.linear import Mxfp4Linear
 from verl_aqn.mxfp4.model import PACKED, PACKED_FORMAT, SCALE, open_packed, packed_modules
@@ -62,6 +63,8 @@ def quantize_checkpoint(
             raise ConfigError(f"unknown {what} {value!r}: use one of {', '.join(known)}")
     config = read_config(src)
     weights = Weights(src)
+    if kind := foreign_layout(config):
+        raise ModelError(f"{src} is MXFP4 already, in the layout of {kind}: import_checkpoint converts it")
     if "quantization_config" in config or any(name.endswith(PACKED) for name in weights.specs):
         raise ModelError(f"{src} is quantised already: start from the bf16 checkpoint it was made of")
     plan = make_plan(src, weights, exclude)

@@ -160,7 +160,7 @@ def _gather(weights: Weights, naming: Naming, target: Tensor, names: list[str], 
         expert = naming.expert(name)
         assert expert
         fused, half = ROLES[expert.role]
-        part = stack[expert.index].chunk(parts_in(fused))[half]
+        part = stack[expert.number].chunk(parts_in(fused))[half]
         if part.shape != weights.specs[name].shape:
             raise ModelError(
                 f"the weights of {path} do not fit its config.json: {name} is {list(weights.specs[name].shape)}, not "

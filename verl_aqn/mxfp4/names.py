@@ -31,7 +31,7 @@ class Expert(NamedTuple):
 
     module: str
     """The model's experts module."""
-    index: int
+    number: int
     role: str
     """A key of ROLES."""
 
@@ -64,7 +64,7 @@ class Naming:
 
     def of_expert(self, expert: Expert) -> str:
         """The checkpoint's module name of an expert's matrix."""
-        return f"{self.in_checkpoint(expert.module)}.{expert.index}.{self._names[expert.role]}"
+        return f"{self.in_checkpoint(expert.module)}.{expert.number}.{self._names[expert.role]}"
 
     def sources(self, names: Iterable[str]) -> dict[str, list[str]]:
         """For every tensor of the model, the checkpoint's tensors that it is made of."""
@@ -89,5 +89,5 @@ def parts_of(stack: str, count: int) -> list[tuple[Expert, str]]:
         if leaf.endswith(ending):
             fused = leaf.removesuffix(ending)
             roles = [role for role, (name, _) in ROLES.items() if name == fused]
-            return [(Expert(module, index, role), suffix) for index in range(count) for role in roles]
+            return [(Expert(module, number, role), suffix) for number in range(count) for role in roles]
     raise AssertionError(stack)

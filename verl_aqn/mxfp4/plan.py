@@ -72,7 +72,7 @@ def make_plan(src: Path, weights: Weights, exclude: tuple[str, ...]) -> Plan:
         if name in experts:
             # vLLM asks for gate_proj, up_proj and down_proj, whatever the checkpoint calls them.
             if _excluded(name, [naming.of_expert(expert) for expert in experts[name]], exclude):
-                ignored += [f"{out}.{expert.index}.{expert.role}" for expert in experts[name]]
+                ignored += [f"{out}.{expert.number}.{expert.role}" for expert in experts[name]]
                 continue
             if fault := why_not_packable(module):
                 raise ModelError(f"{name} of {src}: {type(module).__name__} cannot be packed ({fault}): exclude it")
@@ -97,9 +97,9 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def _experts(name: str, module: nn.Module) -> Iterator[Expert]:
-    for index in range(module.down_proj.shape[0]):
+    for number in range(len(module.get_parameter("down_proj"))):
         for role in ROLES:
-            yield Expert(name, index, role)
+            yield Expert(name, number, role)
 
 
 def _excluded(module: str, names: list[str], exclude: tuple[str, ...]) -> bool:
@@ -123,7 +123,7 @@ def _expert_piece(expert: Expert, module: nn.Module, naming: Naming, sources: di
     if out + ".weight" in sources[f"{expert.module}.{stack}"]:
         return Piece(out, out + ".weight", shape)
     (tensor,) = sources[f"{expert.module}.{stack}"]
-    return Piece(out, tensor, shape, expert.index, half)
+    return Piece(out, tensor, shape, expert.number, half)
 
 
 def _check(src: Path, weights: Weights, piece: Piece) -> None:

@@ -88,7 +88,7 @@ class Weights:
         try:
             with file.open("rb", buffering=0) as stream:
                 stream.seek(offset)
-                _fill(stream, memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+                _fill(stream, tensor.view(-1).view(torch.uint8).numpy().data)
         except OSError as error:
             raise ModelError(f"cannot read tensor {name} of {file} ({error}): copy the file again") from error
         return tensor

@@ -7,7 +7,7 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -53,9 +53,9 @@ def write_model(
 
     missing = set(layout)
     with contextlib.ExitStack() as stack:
-        place = {}
+        place: dict[str, tuple[BinaryIO, int]] = {}
         for file_name, shard in zip(names, shards, strict=True):
-            stream = stack.enter_context((folder / file_name).open("wb"))
+            stream: BinaryIO = stack.enter_context((folder / file_name).open("wb"))
             header, offsets = _header(shard)
             stream.write(header)
             place |= {name: (stream, offset) for name, offset in offsets.items()}
