@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console as RichConsole
@@ -16,6 +16,9 @@ from rich.table import Table
 
 from verl_aqn import __version__
 from verl_aqn.errors import AqnError, ConfigError
+
+if TYPE_CHECKING:
+    from verl_aqn.mxfp4.report import QuantReport
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 data_app = typer.Typer(no_args_is_help=True, help="Prepare data sets.")
@@ -101,7 +104,6 @@ def quantize(
     """bf16 checkpoint → packed MXFP4 checkpoint that stock vLLM loads."""
     from verl_aqn.mxfp4.checkpoint import EXCLUDE, quantize_checkpoint
     from verl_aqn.mxfp4.foreign import foreign_layout, import_checkpoint
-    from verl_aqn.mxfp4.report import pool_experts
     from verl_aqn.mxfp4.storage import read_config
 
     if kind := foreign_layout(read_config(src)):
@@ -126,35 +128,9 @@ def quantize(
     if as_json:
         print(json.dumps(report.to_dict()))
         return
-    view = Table(
-        title=f"{title}, checkpoint {_megabytes(report.bytes_before, report.bytes_after)}", title_justify="left"
-    )
-    for column in ("module", "shape", "SQNR\ndB", "share of weights, %\ndeadzone", "\nclipped"):
-        view.add_column(column, justify="left" if column == "module" else "right")
-    for column in (
-        "share of the error, %\ndeadzone",
-        "\nclipped",
-        "\nscale bias",
-        "\ngrid noise",
-        "bytes\nbefore",
-        "\nafter",
-    ):
-        view.add_column(column, justify="right")
-    for row in pool_experts(report.modules):
-        error = row.error
-        parts = (error.deadzone, error.clipped, error.scale_bias, error.grid_noise)
-        view.add_row(
-            row.name,
-            "×".join(map(str, row.shape)),
-            _db(row.sqnr_db),
-            *(f"{100 * share:.2f}" for share in (error.deadzone_share, error.clipped_share)),
-            *(f"{100 * part / error.noise:.1f}" if error.noise else "–" for part in parts),
-            f"{row.bytes_before:,}",
-            f"{row.bytes_after:,}",
-        )
     console = RichConsole()
     # A pipe or a file has no width of its own: the table would be cut to 80 columns.
-    (console if console.is_terminal else RichConsole(width=200)).print(view)
+    (console if console.is_terminal else RichConsole(width=200)).print(_table(report, title))
 
 
 @app.command()
@@ -219,6 +195,31 @@ def main() -> None:
 
 def _db(value: float) -> str:
     return f"{value:.2f}" if math.isfinite(value) else "∞"
+
+
+def _table(report: "QuantReport", title: str) -> Table:
+    """By module, the experts of a layer taken together."""
+    from verl_aqn.mxfp4.report import PARTS, pool_experts
+
+    size = _megabytes(report.bytes_before, report.bytes_after)
+    view = Table(title=f"{title}, checkpoint {size}", title_justify="left")
+    view.add_column("module")
+    shares = ["% of weights\ndeadzone", "\nclipped"]
+    parts = ["% of error\ndeadzone", *(f"\n{part.replace('_', ' ')}" for part in PARTS[1:])]
+    for column in ("shape", "SQNR\ndB", *shares, *parts, "bytes\nbefore", "\nafter"):
+        view.add_column(column, justify="right")
+    for row in pool_experts(report.modules):
+        error = row.error
+        view.add_row(
+            row.name,
+            "×".join(map(str, row.shape)),
+            _db(row.sqnr_db),
+            *(f"{100 * share:.2f}" for share in (error.deadzone_share, error.clipped_share)),
+            *(f"{100 * getattr(error, part) / error.noise:.1f}" if error.noise else "–" for part in PARTS),
+            f"{row.bytes_before:,}",
+            f"{row.bytes_after:,}",
+        )
+    return view
 
 
 def _megabytes(before: int, after: int) -> str:
