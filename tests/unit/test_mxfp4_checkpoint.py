@@ -14,7 +14,6 @@ from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
     LlamaConfig,
-    MixtralConfig,
     PreTrainedModel,
     Qwen2Config,
 )
@@ -283,9 +282,7 @@ def test_refuses_what_is_not_a_model(source: Path, tmp_path: Path) -> None:
     refused(source, "cannot read .*config.json")
 
 
-def test_refuses_unknown_architectures_and_fused_experts(source: Path, tmp_path: Path) -> None:
-    experts = make(tmp_path / "experts", MixtralConfig(**SMALL, num_local_experts=2))
-    refused(experts, "fused experts are not supported")
+def test_refuses_unknown_architectures(source: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"model_type": "nonesuch", "architectures": ["Nonesuch"]}))
     refused(source, "transformers cannot build the model of .*nonesuch")

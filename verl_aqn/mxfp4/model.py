@@ -89,8 +89,11 @@ def dequantize_checkpoint(src: str | Path, dst: str | Path, max_shard_bytes: int
         write_model(folder, config, dict(sorted(layout.items())), tensors(), src, {}, max_shard_bytes)
 
 
-def empty_model(path: Path, dtype: torch.dtype = torch.bfloat16, attn_implementation: str = "sdpa") -> PreTrainedModel:
-    """The causal language model that ``path/config.json`` describes, unquantised: parameters on meta, buffers real."""
+def empty_model(path: Path, dtype: torch.dtype = torch.bfloat16, attn_implementation: str = "eager") -> PreTrainedModel:
+    """The causal language model that ``path/config.json`` describes, unquantised: parameters on meta, buffers real.
+
+    Every architecture has eager attention: enough where only the structure matters.
+    """
     from accelerate import init_empty_weights
 
     read_config(path)
@@ -112,10 +115,6 @@ def check_names(model: PreTrainedModel, naming: Naming, sources: dict[str, list[
     """
     expected = model.state_dict()
     missing = expected.keys() - sources.keys() - set(model.all_tied_weights_keys)
-    for name in expected.keys() & sources.keys():
-        if naming.expert(sources[name][0]):
-            parts = {naming.of_expert(expert) + suffix for expert, suffix in parts_of(name, len(expected[name]))}
-            missing |= parts - set(sources[name])
     # transformers ignores these as well; old checkpoints store the rotary frequencies, which are computed.
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
     unexpected = {
@@ -123,6 +122,11 @@ def check_names(model: PreTrainedModel, naming: Naming, sources: dict[str, list[
         for name in sources.keys() - expected.keys()
         if not any(re.search(pattern, name) for pattern in ignored)
     }
+    for name in expected.keys() & sources.keys():
+        if naming.expert(sources[name][0]):
+            parts = {naming.of_expert(expert) + suffix for expert, suffix in parts_of(name, len(expected[name]))}
+            missing |= parts - set(sources[name])
+            unexpected |= set(sources[name]) - parts
     for names, fault in ((missing, "lacks"), (unexpected, "has unknown")):
         if names:
             raise ModelError(
