@@ -112,7 +112,7 @@ def quantize(
         with _progress("converting") as progress:
             imported = import_checkpoint(src, dst, format_, progress)
         if as_json:
-            print(json.dumps({"imported": kind, **asdict(imported)}))
+            print(json.dumps(asdict(imported)))
         else:
             size = _megabytes(imported.bytes_before, imported.bytes_after)
             print(f"{src.name} is MXFP4 already ({kind}): {imported.modules} modules converted bit by bit, {size}")

@@ -64,7 +64,7 @@ def quantize_checkpoint(
     config = read_config(src)
     weights = Weights(src)
     if kind := foreign_layout(config):
-        raise ModelError(f"{src} is MXFP4 already, in the layout of {kind}: import_checkpoint converts it")
+        raise ModelError(f"{src} is MXFP4 already ({kind}): convert it with `verl-aqn quantize {src} DST`")
     if "quantization_config" in config or any(name.endswith(PACKED) for name in weights.specs):
         raise ModelError(f"{src} is quantised already: start from the bf16 checkpoint it was made of")
     plan = make_plan(src, weights, exclude)

@@ -39,9 +39,9 @@ _METHODS = {"quark": "quark", "mxfp4": "gpt-oss"}
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What `import_checkpoint` did: ``layout`` is "quark" or "gpt-oss", ``modules`` the number of packed modules."""
+    """What `import_checkpoint` did: ``imported`` is "quark" or "gpt-oss", ``modules`` the number of packed modules."""
 
-    layout: str
+    imported: str
     modules: int
     bytes_before: int
     bytes_after: int
