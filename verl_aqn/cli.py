@@ -118,12 +118,14 @@ def quantize(
             print(f"{src.name} is MXFP4 already ({kind}): {imported.modules} modules converted bit by bit, {size}")
         return
 
+    if plot:
+        from verl_aqn.plots import check_picture, plot_quantization
+
+        check_picture(plot)
     with _progress("quantising") as progress:
         report = quantize_checkpoint(src, dst, scale_rule, (*EXCLUDE, *(exclude or ())), progress, format=format_)
     title = f"{src.name} in MXFP4 ({scale_rule}): {_db(report.sqnr_db)} dB over all"
     if plot:
-        from verl_aqn.plots import plot_quantization
-
         plot_quantization(list(report.modules), title, plot)
     if as_json:
         print(json.dumps(report.to_dict()))

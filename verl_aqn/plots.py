@@ -23,6 +23,14 @@ _KINDS = ("#0072b2", "#56b4e9", "#009e73", "#000000", "#e69f00", "#d55e00", "#cc
 _MARKERS = "os^Dv<>P"
 
 
+def check_picture(path: Path) -> None:
+    """Raise ConfigError, before any work is done, where no picture can be written to ``path``."""
+    if path.suffix.lower() not in (".png", ".svg", ".pdf") or not path.absolute().parent.is_dir():
+        raise ConfigError(
+            f"cannot write a picture to {path}: the name must end in .png, .svg or .pdf, in a folder that exists"
+        )
+
+
 def plot_schedule(table: list[dict], title: str, path: Path) -> None:
     """σ against step on a logarithmic axis; steps with σ = 0 are marked on the lower edge."""
     import matplotlib

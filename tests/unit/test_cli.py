@@ -137,61 +137,6 @@ def test_quantize_prints_sqnr_and_size(tmp_path):
     assert "exists" in one_line(run("quantize", str(source), str(tmp_path / "packed")), 1)
 
 
-def test_quantize_table_picture_and_exclusions(tmp_path):
-    from verl_aqn.data.smollm2 import tiny_model
-
-    source = tiny_model(tmp_path / "tiny")
-    result = run(
-        "quantize", str(source), str(tmp_path / "a"), "--exclude", "o_proj", "--exclude", "model.layers.0.mlp.*",
-        "--plot", str(tmp_path / "a.svg"),
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    for word in ("model.layers.0.self_attn.q_proj", "scale bias", "grid noise", "deadzone", "clipped", "SQNR"):
-        assert word in result.stdout
-    assert "o_proj" not in result.stdout
-    assert "layers.0.mlp" not in result.stdout
-    assert result.stderr == ""
-    picture = (tmp_path / "a.svg").read_text()
-    assert picture.count("<path") > 20
-    config = json.loads((tmp_path / "a/config.json").read_text())
-    assert {"lm_head", "model.layers.0.self_attn.o_proj"} <= set(config["quantization_config"]["ignore"])
-    for arguments in (["--exclude", "nothing"], ["--format", "gguf"], ["--scale-rule", "best"]):
-        one_line(run("quantize", str(source), str(tmp_path / "b"), *arguments), 2)
-
-
-def test_quantize_json_holds_parts_that_add_up(tmp_path):
-    from verl_aqn.data.smollm2 import tiny_model
-
-    source = tiny_model(tmp_path / "tiny")
-    result = run("quantize", str(source), str(tmp_path / "slim"), "--json", "--format", "modelslim")
-    report = json.loads(result.stdout)
-    for part in (report, *report["modules"]):
-        parts = [part[name] for name in ("deadzone", "clipped", "scale_bias", "grid_noise")]
-        assert sum(parts) == pytest.approx(part["noise"], rel=1e-12)
-        assert 0 < part["deadzone_share"] < 0.2
-    assert (tmp_path / "slim/quant_model_description.json").is_file()
-
-
-def test_quantize_converts_what_is_mxfp4_already(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    from verl_aqn.data.smollm2 import tiny_model
-
-    packed, theirs = tmp_path / "packed", tmp_path / "quark"
-    run("quantize", str(tiny_model(tmp_path / "tiny")), str(packed), "--json")
-    theirs.mkdir()
-    config = json.loads((packed / "config.json").read_text())
-    (theirs / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "quark"}}))
-    tensors = load_file(packed / "model.safetensors")
-    save_file({name.replace("weight_packed", "weight"): t for name, t in tensors.items()}, theirs / "model.safetensors")
-    result = run("quantize", str(theirs), str(tmp_path / "out"))
-    assert "quark is MXFP4 already (quark): 14 modules converted bit by bit" in result.stdout
-    assert (tmp_path / "out/model.safetensors").read_bytes() == (packed / "model.safetensors").read_bytes()
-    report = json.loads(run("quantize", str(theirs), str(tmp_path / "again"), "--json").stdout)
-    assert (report["imported"], report["modules"]) == ("quark", 14)
-    assert "drop --exclude" in one_line(run("quantize", str(theirs), str(tmp_path / "more"), "--exclude", "o_proj"), 2)
-
-
 def test_gsm8k_from_a_local_folder(tmp_path):
     rows = [{"question": "What is 40 + 2?", "answer": "40 + 2 = <<40+2=42>>42\n#### 42"}] * 3
     for split in ("train", "test"):
