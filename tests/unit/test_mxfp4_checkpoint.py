@@ -129,8 +129,16 @@ def test_report_and_folder(source: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["packed", "source"]
 
 
-def test_compressed_tensors_loads_it(packed: Path) -> None:
+def test_compressed_tensors_decompresses_it(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its own decompressor, from what config.json says."""
+    from compressed_tensors.compressors import ModelCompressor
     from transformers import CompressedTensorsConfig
+
+    calls = []
+    decompress = ModelCompressor.decompress_model
+    monkeypatch.setattr(
+        ModelCompressor, "decompress_model", lambda self, model: calls.append(model) or decompress(self, model)
+    )
 
     theirs = AutoModelForCausalLM.from_pretrained(
         packed, dtype=torch.bfloat16, quantization_config=CompressedTensorsConfig(run_compressed=False)
@@ -138,6 +146,7 @@ def test_compressed_tensors_loads_it(packed: Path) -> None:
     for name, module in load_model(packed).named_modules():
         if isinstance(module, Mxfp4Linear):
             assert torch.equal(theirs.get_submodule(name).weight, module.weight), name
+    assert len(calls) == 1
 
 
 def test_shards_and_other_dtypes(source: Path, tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from verl_aqn.mxfp4.codec import BLOCK, dequantize, ratio_db
 
-# Blocks handled at a time: the float64 temporaries stay in a CPU's caches.
-_STEP = 1 << 10
+# Blocks handled at a time: float64 temporaries stay in a CPU's caches, and PyTorch keeps to one thread (see codec).
+_STEP = 1023
 
 
 class ErrorSplit(NamedTuple):
@@ -95,7 +95,7 @@ def _split_blocks(w: Tensor, packed: Tensor, scale: Tensor) -> ErrorSplit:
     ideal = size.amax(-1, keepdim=True) / 6
     y = size / ideal.where(ideal > 0, 1)
     # The grid's step is 0.5 below 2, 1 below 4 and 2 up to 6; which way a tie goes does not change its square.
-    grid = torch.where(y < 2, 0.5, torch.where(y < 4, 1.0, 2.0))
+    grid = (y >= 2).to(y.dtype).add_(1).mul_(0.5).add_(y >= 4)
     floor = (size - (y / grid).round_().mul_(grid).mul_(ideal)).square_()
     error_of = {group: (error * mask).sum().item() for group, mask in (("dead", dead), ("clipped", clipped))}
     grid_noise = (floor * rest).sum().item()
