@@ -94,9 +94,21 @@ def plot_quantization(modules: list[ModuleReport], title: str, path: Path) -> No
     top.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
 
     for number, (kind, of_layer) in enumerate(kinds.items()):
-        style = {"color": _KINDS[number % len(_KINDS)], "marker": _MARKERS[number % len(_MARKERS)]}
+        # A MoE with shared experts has more kinds than colours: those that come round again are dashed and hollow.
+        again = number >= len(_KINDS)
+        color = _KINDS[number % len(_KINDS)]
         at = sorted(of_layer)
-        bottom.plot(at, [of_layer[n].sqnr_db for n in at], **style, markersize=4.5, linewidth=1.2, label=kind)
+        bottom.plot(
+            at,
+            [of_layer[layer].sqnr_db for layer in at],
+            "--" if again else "-",
+            marker=_MARKERS[number % len(_MARKERS)],
+            color=color,
+            markerfacecolor="white" if again else color,
+            markersize=4.5,
+            linewidth=1.2,
+            label=kind,
+        )
     bottom.set(xlabel="layer", ylabel="SQNR, dB")
     bottom.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     bottom.xaxis.get_major_locator().set_params(integer=True)

@@ -13,11 +13,12 @@ from verl_aqn.errors import ConfigError, ModelError
 from verl_aqn.mxfp4.checkpoint import checkpoint_digest, quantize_checkpoint
 from verl_aqn.mxfp4.foreign import import_checkpoint
 from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model
+from verl_aqn.mxfp4.storage import Weights
 
 SMALL = {
     "vocab_size": 96,
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -67,6 +68,18 @@ def test_quark_gives_the_same_bytes(config, tmp_path: Path) -> None:
     assert checkpoint_digest(tmp_path / "imported") == checkpoint_digest(ours)
     with torch.no_grad():
         assert load_model(tmp_path / "imported")(TOKENS).logits.isfinite().all()
+
+
+def test_quark_to_modelslim(tmp_path: Path) -> None:
+    theirs, _ = quark(tmp_path, LlamaConfig(**SMALL))
+    import_checkpoint(theirs, tmp_path / "slim", format="modelslim", max_shard_bytes=50_000)
+    assert len(list((tmp_path / "slim").glob("model-*.safetensors"))) > 1
+    before, after = Weights(theirs), Weights(tmp_path / "slim")
+    assert before.specs == after.specs  # the same names: only the description is new
+    assert all(torch.equal(before.read(name), after.read(name)) for name in before.specs)
+    description = json.loads((tmp_path / "slim/quant_model_description.json").read_text())
+    assert description["model.layers.0.mlp.down_proj.weight"] == "W4A4_MXFP4"
+    assert description["lm_head.weight"] == "FLOAT"
 
 
 def gpt_oss(folder: Path) -> Path:
@@ -136,7 +149,7 @@ def test_refusals(tmp_path: Path) -> None:
     tensors = load_file(theirs / "model.safetensors")
     save_file(tensors | {name + "_scale": tensors[name + "_scale"][:, :1].clone()}, theirs / "model.safetensors")
     with pytest.raises(
-        ModelError, match=rf"tensor {name} of .*model\.safetensors is not MXFP4: torch\.uint8 \[96, 32\]"
+        ModelError, match=rf"tensor {name} of .*model\.safetensors is not MXFP4: torch\.uint8 \[128, 32\]"
     ):
         import_checkpoint(theirs, tmp_path / "out")
     assert not (tmp_path / "out").exists()
