@@ -10,7 +10,8 @@ import torch
 
 from verl_aqn.digest import tensor_digest
 from verl_aqn.mxfp4.checkpoint import checkpoint_digest, quantize_checkpoint
-from verl_aqn.mxfp4.linear import Activation, packed_layers
+from verl_aqn.mxfp4.experts import packed_layers
+from verl_aqn.mxfp4.linear import Activation
 from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model
 from verl_aqn.noise import NoiseOrder, check_evidence
 

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4 import Mxfp4Linear, fake_quantize
-from verl_aqn.mxfp4.linear import Activation, packed_layers
+from verl_aqn.mxfp4.experts import packed_layers
+from verl_aqn.mxfp4.linear import Activation
 
 
 def dense_twin(layer: Mxfp4Linear, dtype: torch.dtype | None = None) -> nn.Linear:

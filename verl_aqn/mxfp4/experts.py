@@ -3,12 +3,11 @@
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from verl_aqn.errors import ModelError
-from verl_aqn.mxfp4.codec import BLOCK, dequantize
+from verl_aqn.mxfp4.codec import BLOCK
+from verl_aqn.mxfp4.linear import Activation, Mxfp4Linear, PackedProduct, prepare_input
 from verl_aqn.mxfp4.names import ROLES, Expert, Naming, parts_in
 
 
@@ -37,7 +36,8 @@ class Mxfp4Experts(nn.Module):
 
     Parameters, uint8 and never trained: ``gate_up_proj_packed`` [E, 2I, H/2] with ``gate_up_proj_scale`` [E, 2I, H/32],
     and ``down_proj_packed`` [E, H, I/2] with ``down_proj_scale`` [E, H, I/32]. They are uninitialised until a state
-    dict fills them. One expert is dequantised at a time, in forward and again in backward.
+    dict fills them. One expert is dequantised at a time, in forward and again in backward. ``activation`` is
+    `Mxfp4Linear`'s.
 
     Raises:
         ModelError: ``experts`` has a layout that cannot be packed.
@@ -53,6 +53,7 @@ class Mxfp4Experts(nn.Module):
         if fault := why_not_packable(experts):
             raise ModelError(f"{type(experts).__name__} cannot stay packed ({fault}): dequantise the checkpoint")
         self.naming = naming
+        self.activation: Activation | None = None
         self.act_fn: Callable[[Tensor], Tensor] = experts.act_fn  # type: ignore[assignment]
         for name in ("gate_up_proj", "down_proj"):
             e, n, k = getattr(experts, name).shape
@@ -79,30 +80,16 @@ class Mxfp4Experts(nn.Module):
         out = torch.zeros_like(hidden_states)
         for e in top_k_index.unique().tolist():
             token, rank = torch.where(top_k_index == e)
-            x = _packed_linear(hidden_states[token], self.gate_up_proj_packed[e], self.gate_up_proj_scale[e])
+            x = self._product(hidden_states[token], self.gate_up_proj_packed[e], self.gate_up_proj_scale[e])
             gate, up = x.chunk(2, dim=-1)
-            x = _packed_linear(self.act_fn(gate) * up, self.down_proj_packed[e], self.down_proj_scale[e])
+            x = self._product(self.act_fn(gate) * up, self.down_proj_packed[e], self.down_proj_scale[e])
             out = out.index_add(0, token, (x * top_k_weights[token, rank, None]).to(out.dtype))
         return out
 
-
-def _packed_linear(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
-    return _PackedProduct.apply(x, packed, scale)
+    def _product(self, x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+        return PackedProduct.apply(prepare_input(x, self.activation), packed, scale, None)
 
 
-class _PackedProduct(torch.autograd.Function):
-    """x W^T that keeps W's codes for backward and not W, of which there would be one for every expert of the model."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(packed, scale)
-        return F.linear(x, dequantize(packed, scale, x.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        packed, scale = ctx.saved_tensors
-        return grad @ dequantize(packed, scale, grad.dtype), None, None
+def packed_layers(model: nn.Module) -> list[Mxfp4Linear | Mxfp4Experts]:
+    """Every packed layer in ``model``, in its order, whatever it is wrapped in."""
+    return [module for module in model.modules() if isinstance(module, (Mxfp4Linear, Mxfp4Experts))]

@@ -93,15 +93,11 @@ class Mxfp4Linear(nn.Linear):
         self._dense = self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
-        if self.activation is not None:
-            x = fake_quantize(x, *self.activation)
+        x = prepare_input(x, self.activation)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self._dense is not None:
             return F.linear(x, self._dense.to(x.dtype), bias)
-        return _PackedLinear.apply(x, self.weight_packed, self.weight_scale, bias)
+        return PackedProduct.apply(x, self.weight_packed, self.weight_scale, bias)
 
     def _apply(self, fn, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
@@ -115,7 +111,17 @@ class Mxfp4Linear(nn.Linear):
             self.keep_dense()
 
 
-class _PackedLinear(torch.autograd.Function):
+def prepare_input(x: Tensor, activation: Activation | None) -> Tensor:
+    """``x`` as a packed layer multiplies it: in autocast's dtype where that is on, and rounded if it is W4A4."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    return x if activation is None else fake_quantize(x, *activation)
+
+
+class PackedProduct(torch.autograd.Function):
+    """x W^T + b that keeps the codes of W for backward, and not W."""
+
     @staticmethod
     def forward(ctx, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(packed, scale)
@@ -131,11 +137,6 @@ class _PackedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             grad_bias = grad.flatten(0, -2).sum(0)
         return grad_x, None, None, grad_bias
-
-
-def packed_layers(model: nn.Module) -> list[Mxfp4Linear]:
-    """Every `Mxfp4Linear` in ``model``, in its order, whatever it is wrapped in."""
-    return [module for module in model.modules() if isinstance(module, Mxfp4Linear)]
 
 
 def _frozen(data: Tensor) -> nn.Parameter:

@@ -13,7 +13,8 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDP
 
 from verl_aqn.digest import tensor_digest
 from verl_aqn.mxfp4.checkpoint import is_packed, model_digest
-from verl_aqn.mxfp4.linear import Activation, packed_layers
+from verl_aqn.mxfp4.experts import packed_layers
+from verl_aqn.mxfp4.linear import Activation, Mxfp4Linear
 from verl_aqn.mxfp4.model import load_model
 from verl_aqn.verl_api.shared_prompt import SharedPrompts, share_prompts
 
@@ -32,7 +33,7 @@ class AqnFSDPEngine(FSDPEngineWithLMHead):
         told = self.model_config.override_config  # by verl_aqn.prepare.tell_workers
         for layer in packed_layers(module):
             layer.activation = Activation.parse(told.get("mxfp4_activation"))
-            if told.get("mxfp4_keep_dense"):
+            if told.get("mxfp4_keep_dense") and isinstance(layer, Mxfp4Linear):
                 layer.keep_dense()
         apply_monkey_patch(
             model=module,
