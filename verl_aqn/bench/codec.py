@@ -94,7 +94,7 @@ def _linear_rows(device: str) -> Iterator[dict[str, Any]]:
         torch.manual_seed(0)
         dense = nn.Linear(k, n, bias=False, device=device, dtype=torch.bfloat16).requires_grad_(False)
         packed, kept = Mxfp4Linear.from_linear(dense), Mxfp4Linear.from_linear(dense)
-        kept.keep_dense()
+        kept.keep_dense = True
         x = torch.randn(tokens, k, device=device, dtype=torch.bfloat16, requires_grad=True)
         grad = torch.randn(tokens, n, device=device, dtype=torch.bfloat16)
         nbytes = [dense.weight.nbytes, sum(p.nbytes for p in packed.parameters())]

@@ -37,8 +37,9 @@ class Mxfp4Linear(nn.Linear):
     float32. Backward keeps the packed bytes only and dequantises again: 16-bit weights live for one layer at a time.
 
     ``activation`` rounds x to MXFP4 first, as an engine with 4-bit activations does; its gradient passes straight
-    through. None (the default) multiplies with x as it is. After `keep_dense` the layer holds W in ``compute_dtype``
-    beside the bytes: four times the memory again, and no dequantisation in forward and backward.
+    through. None (the default) multiplies with x as it is. With ``keep_dense`` the layer holds W in ``compute_dtype``
+    beside the bytes from its first forward on: four times the memory again (and on every rank all of it), and no
+    dequantisation in forward and backward. The copy is no parameter and in no state dict.
 
     FSDP2 shards the packed parameters in a torch with pytorch pull request 178075 (tested: 2.13); older ones refuse
     uint8 parameters in ``fully_shard`` (issue 177844).
@@ -65,6 +66,7 @@ class Mxfp4Linear(nn.Linear):
         self.out_features = out_features
         self.compute_dtype = compute_dtype
         self.activation = activation
+        self.keep_dense = False
         self._dense: Tensor | None = None
         self.weight_packed = _frozen(torch.empty(out_features, in_features // 2, dtype=torch.uint8, device=device))
         self.weight_scale = _frozen(torch.empty(out_features, in_features // BLOCK, dtype=torch.uint8, device=device))
@@ -88,27 +90,28 @@ class Mxfp4Linear(nn.Linear):
         """W as ``compute_dtype`` [N, K], dequantised anew."""
         return dequantize(self.weight_packed, self.weight_scale, self.compute_dtype)
 
-    def keep_dense(self) -> None:
-        """Trade memory for speed: dequantise once, now. The copy is no parameter and in no state dict."""
-        self._dense = self.weight
-
     def forward(self, x: Tensor) -> Tensor:
         x = prepare_input(x, self.activation)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self._dense is not None:
-            return F.linear(x, self._dense.to(x.dtype), bias)
+        if self.keep_dense:
+            return F.linear(x, self._kept_weight().to(x.dtype), bias)
         return PackedProduct.apply(x, self.weight_packed, self.weight_scale, bias)
 
     def _apply(self, fn, recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        if self._dense is not None:
-            self._dense = fn(self._dense)  # goes where the parameters go
-        return self
+        self._dense = None  # made anew where the parameters go
+        return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._dense = None
         super()._load_from_state_dict(*args, **kwargs)
+
+    def _kept_weight(self) -> Tensor:
         if self._dense is not None:
-            self.keep_dense()
+            return self._dense
+        weight = self.weight
+        if not torch.is_inference_mode_enabled():  # a tensor made there could not serve training
+            self._dense = weight
+        return weight
 
 
 def prepare_input(x: Tensor, activation: Activation | None) -> Tensor:

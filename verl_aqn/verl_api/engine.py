@@ -33,8 +33,8 @@ class AqnFSDPEngine(FSDPEngineWithLMHead):
         told = self.model_config.override_config  # by verl_aqn.prepare.tell_workers
         for layer in packed_layers(module):
             layer.activation = Activation.parse(told.get("mxfp4_activation"))
-            if told.get("mxfp4_keep_dense") and isinstance(layer, Mxfp4Linear):
-                layer.keep_dense()
+            if isinstance(layer, Mxfp4Linear):
+                layer.keep_dense = bool(told.get("mxfp4_keep_dense"))
         apply_monkey_patch(
             model=module,
             use_remove_padding=self.use_remove_padding,
