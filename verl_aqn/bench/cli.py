@@ -50,9 +50,7 @@ def mxfp4(
             f"{faster:,.0f} ×" if faster else "",
         )
     console.print(codec)
-    linear = Table(
-        title="Linear layer, forward and backward tokens×K×N; time and bytes as parts of bf16's", title_justify="left"
-    )
+    linear = Table(title="Linear layer, forward and backward; time and bytes of bf16's", title_justify="left")
     for column in ("weights", "tokens×K×N", "ms", "time", "bytes"):
         linear.add_column(column, justify="left" if column in ("weights", "tokens×K×N") else "right")
     for row in result["linear"]:
