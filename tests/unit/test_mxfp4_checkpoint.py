@@ -28,7 +28,7 @@ from verl_aqn.mxfp4.checkpoint import (
     quantize_checkpoint,
     quantized_cache,
 )
-from verl_aqn.mxfp4.codec import sqnr_db
+from verl_aqn.mxfp4.codec import Mxfp4Tensor, sqnr_db
 from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model
 
 SMALL = {
@@ -164,6 +164,20 @@ def test_exclude(source: Path, tmp_path: Path) -> None:
     assert isinstance(load_model(tmp_path / "a").get_submodule("model.layers.1.self_attn.o_proj"), nn.Linear)
     with pytest.raises(ConfigError, match="'o_porj', which matches no module of LlamaForCausalLM"):
         quantize_checkpoint(source, tmp_path / "b", exclude=("o_porj",))
+
+
+def test_a_quantizer_of_the_caller_s_own(source: Path, tmp_path: Path) -> None:
+    def halved(module: str, weight: torch.Tensor) -> Mxfp4Tensor:
+        seen.append((module, tuple(weight.shape)))
+        return quantize(weight / 2)
+
+    seen: list[tuple[str, tuple[int, ...]]] = []
+    report = quantize_checkpoint(source, tmp_path / "packed", quantizer=halved)
+    assert seen == [(module.name, module.shape) for module in report.modules]
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "packed" / "model.safetensors")
+    for name, _ in seen:
+        assert torch.equal(after[name + ".weight_packed"], quantize(before[name + ".weight"] / 2).packed)
+    assert report.sqnr_db == pytest.approx(6, abs=0.5)  # an error of half the weight
 
 
 def test_load_as_float32_on_request(packed: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from verl_aqn.errors import ConfigError, ModelError
-from verl_aqn.mxfp4.codec import BLOCK, SCALE_RULES, dequantize, energies, quantize, ratio_db
+from verl_aqn.mxfp4.codec import BLOCK, SCALE_RULES, Mxfp4Tensor, dequantize, energies, quantize, ratio_db
 from verl_aqn.mxfp4.linear import Mxfp4Linear
 from verl_aqn.mxfp4.model import (
     PACKED,
@@ -91,13 +91,15 @@ def quantize_checkpoint(
     scale_rule: str = "mse",
     exclude: Iterable[str] = EXCLUDE,
     progress: Callable[[int, int, str], None] | None = None,
+    quantizer: Callable[[str, Tensor], Mxfp4Tensor] | None = None,
 ) -> QuantReport:
     """Quantise the Hugging Face folder ``src`` (bf16, fp16 or fp32 safetensors) into the new folder ``dst``.
 
     Every ``nn.Linear`` of the model that transformers builds from ``config.json`` is packed, except its output head,
     MoE routers, and those that ``exclude`` names: a module's full name, the last parts of it, or a pattern with ``*``.
     All other float tensors become bfloat16. Tensors are read and written one by one, and ``dst`` appears complete or
-    not at all. ``progress(done, total, module)`` is called after each layer.
+    not at all. ``progress(done, total, module)`` is called after each layer. ``quantizer(module, weight)`` replaces
+    plain rounding under ``scale_rule``: it gets the weight [N, K] as it is stored and returns its codes.
 
     Raises:
         ModelError: ``src`` cannot be read or is quantised already, a layer does not fit MXFP4 or holds NaN or Inf, or
@@ -129,7 +131,7 @@ def quantize_checkpoint(
             yield name, weights.read(name).to(layout[name].dtype)
         for done, module in enumerate(targets, start=1):
             weight = weights.read(module + ".weight")
-            packed, scale = quantize(weight, scale_rule)
+            packed, scale = quantizer(module, weight) if quantizer else quantize(weight, scale_rule)
             if (scale == 255).any():
                 file = weights.file_of(module + ".weight")
                 raise ModelError(f"tensor {module}.weight of {file} holds NaN or Inf: use another checkpoint")
