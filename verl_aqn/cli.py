@@ -10,11 +10,13 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 
 from verl_aqn import __version__
+from verl_aqn.bench.cli import bench_app
 from verl_aqn.errors import AqnError, ConfigError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 data_app = typer.Typer(no_args_is_help=True, help="Prepare data sets.")
 app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Recipe = Annotated[str, typer.Argument(help="A file, or the bare name of one in recipes/.")]

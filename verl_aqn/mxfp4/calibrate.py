@@ -1,8 +1,8 @@
 """What each linear layer's inputs look like on a calibration set: the second moments that `gptq` needs.
 
-The model is never whole in memory: one decoder layer is there at a time, beside the activations of the calibration set.
-Calibration is sequential: the inputs of a layer come from the quantised layers before it, so that later layers also make
-up for the errors of earlier ones.
+The model is never whole in memory: one decoder layer is there at a time, beside the activations of the whole set.
+Calibration is sequential: the inputs of a layer come from the quantised layers before it, so that later layers also
+make up for the errors of earlier ones.
 """
 
 import json
@@ -99,7 +99,9 @@ class Calibration:
         layer, prefix = self._layers[self._at], f"{self._prefix}.{self._at}"
         self._load(layer, prefix)
         self._moments = {}
-        linears = {f"{prefix}.{name}": module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+        linears = {
+            f"{prefix}.{name}": module for name, module in layer.named_modules() if isinstance(module, nn.Linear)
+        }
         seen: list[tuple[Tensor, str]] = []  # inputs of this forward pass, each with the first layer that it went into
 
         def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -129,7 +131,9 @@ class Calibration:
         module.load_state_dict(state, assign=True)
 
 
-def calibration_ids(src: str | Path, sources: list[str], sequences: int = 48, length: int = 256, seed: int = 0) -> Tensor:
+def calibration_ids(
+    src: str | Path, sources: list[str], sequences: int = 48, length: int = 256, seed: int = 0
+) -> Tensor:
     """Tokens int64 [S, L] of texts drawn by ``seed`` from ``sources``, which take turns.
 
     A source is ``embedded`` (the training side of the word problems, as conversations) or a JSONL file whose lines hold
@@ -148,7 +152,7 @@ def calibration_ids(src: str | Path, sources: list[str], sequences: int = 48, le
         raise ModelError(f"cannot calibrate {src} without its tokenizer: {first_line}") from error
     streams = []
     for source in sources:
-        texts = _conversations(tokenizer, sequences, seed) if source == "embedded" else read_texts(source)
+        texts = conversations(tokenizer, sequences, "train", seed) if source == "embedded" else read_texts(source)
         random.Random(seed).shuffle(texts)
         streams.append((source, iter(texts)))
     rows = []
@@ -159,7 +163,7 @@ def calibration_ids(src: str | Path, sources: list[str], sequences: int = 48, le
 
 
 def read_texts(file: str | Path) -> list[str]:
-    """The lines of a JSONL file: ``text``, or ``question`` and ``answer`` on two lines. DataError where it has neither."""
+    """Each line's ``text``, or its ``question`` and ``answer`` on two lines. DataError where a line has neither."""
     try:
         rows = [json.loads(line) for line in Path(file).read_text().splitlines() if line.strip()]
         return [row["text"] if "text" in row else f"{row['question']}\n{row['answer']}" for row in rows]
@@ -179,9 +183,9 @@ def _fill(tokenizer: Any, texts: Iterator[str], length: int, source: str) -> lis
     return row[:length]
 
 
-def _conversations(tokenizer: Any, n: int, seed: int) -> list[str]:
-    """Chats with one problem after the other: a chat of one problem would repeat the worked examples too often."""
-    problems = word_problems.problems(n * _TURNS, "train", seed)
+def conversations(tokenizer: Any, n: int, split: str, seed: int) -> list[str]:
+    """``n`` chats of many problems each: chats of one problem would mostly repeat the worked examples."""
+    problems = word_problems.problems(n * _TURNS, split, seed)
     texts = []
     for i in range(n):
         first, *others = problems[i * _TURNS : (i + 1) * _TURNS]

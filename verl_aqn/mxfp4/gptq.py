@@ -45,9 +45,8 @@ def gptq(weight: Tensor, moment: Tensor, scale_rule: str = "mse", damping: float
     scale = torch.empty(n, k // BLOCK, dtype=torch.uint8)
     for start in range(0, k, BLOCK):
         now, later = slice(start, start + BLOCK), slice(start + BLOCK, k)
-        codes[:, order[now]], scale[:, blocks[start // BLOCK]], error = _round_block(
-            rest[:, now], factor[now, now], scale_rule
-        )
+        columns, unit, error = _round_block(rest[:, now], factor[now, now], scale_rule)
+        codes[:, order[now]], scale[:, blocks[start // BLOCK]] = columns, unit
         rest[:, later] -= error @ factor[now, later]
     return Mxfp4Tensor(codes[:, 0::2] | (codes[:, 1::2] << 4), scale)
 
@@ -80,7 +79,7 @@ def _order(energy: Tensor) -> tuple[Tensor, Tensor]:
 
     Columns stay within their block of 32, since a block shares a scale and the format knows no other order.
     """
-    inside = energy.view(-1, BLOCK).argsort(1, descending=True, stable=True)
+    inside = energy.view(-1, BLOCK).argsort(dim=1, descending=True, stable=True)
     blocks = energy.view(-1, BLOCK).sum(1).argsort(descending=True, stable=True)
     return (inside + BLOCK * torch.arange(len(inside))[:, None])[blocks].view(-1), blocks
 
@@ -96,7 +95,7 @@ def _factor(moment: Tensor, damping: float) -> Tensor:
 
 
 def _round_block(block: Tensor, factor: Tensor, scale_rule: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes uint8 [N, 32], scale uint8 [N, 1] and error float32 [N, 32] of ``block`` [N, 32].
+    """Codes uint8 [N, 32], scales uint8 [N] and error float32 [N, 32] of ``block`` [N, 32].
 
     An error is the column's at the time it was rounded, over U's diagonal: the sum of their squares is what the block
     adds to the output error.
@@ -106,7 +105,8 @@ def _round_block(block: Tensor, factor: Tensor, scale_rule: str) -> tuple[Tensor
         scales = torch.stack([low, torch.where(low < 254, low + 1, low)])
     else:
         scales = quantize(block, scale_rule).scale[None]
-    unit = torch.ldexp(torch.ones(1), scales[..., 0].int() - 127)  # [C, N], C choices of a scale
+    exponent = scales[..., 0].int() - 127  # [C, N], C choices of a scale
+    unit = torch.ldexp(torch.ones(exponent.shape), exponent)
     rest = block.expand(len(scales), *block.shape).clone()
     codes = torch.empty(rest.shape, dtype=torch.uint8)
     error = torch.empty_like(rest)
@@ -119,7 +119,7 @@ def _round_block(block: Tensor, factor: Tensor, scale_rule: str) -> tuple[Tensor
         rest[..., j + 1 :] -= error[..., j, None] * factor[j, j + 1 :]
     best = error.double().square().sum(-1).argmin(0)  # [N]; of equal ones the first, which is the smaller scale
     rows = torch.arange(block.shape[0])
-    return codes[best, rows], scales[best, rows], error[best, rows]
+    return codes[best, rows], scales[best, rows, 0], error[best, rows]
 
 
 def _upper_middles() -> Tensor:
