@@ -85,12 +85,21 @@ def quantize(
     src: Annotated[Path, typer.Argument(help="A bf16 checkpoint folder.")],
     dst: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
     scale_rule: Annotated[str, typer.Option(help="mse, even, floor or rceil.")] = "mse",
+    calibrate: Annotated[
+        list[str] | None,
+        typer.Option(help="Make up for rounding errors (GPTQ) on these texts: a JSONL file or 'embedded'; repeatable."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """bf16 checkpoint → packed MXFP4 checkpoint that stock vLLM loads."""
     from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
 
-    report = quantize_checkpoint(src, dst, scale_rule).to_dict()
+    if calibrate:
+        from verl_aqn.mxfp4.gptq import quantize_with_gptq
+
+        report = quantize_with_gptq(src, dst, calibrate, scale_rule).to_dict()
+    else:
+        report = quantize_checkpoint(src, dst, scale_rule).to_dict()
     if as_json:
         print(json.dumps(report))
         return

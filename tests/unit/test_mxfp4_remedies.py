@@ -173,7 +173,10 @@ def test_calibration_texts(tmp_path: Path):
         calibration_ids(model, [str(file)])
     with pytest.raises(DataError, match="cannot read"):
         calibration_ids(model, ["/nowhere.jsonl"])
+    (model / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match="without its tokenizer"):
+        calibration_ids(model, ["embedded"])
+    with pytest.raises(ModelError, match="not a folder"):
         calibration_ids(tmp_path / "nowhere", ["embedded"])
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from verl_aqn.data import word_problems
 from verl_aqn.errors import DataError, ModelError
 from verl_aqn.mxfp4.model import empty_model
-from verl_aqn.mxfp4.storage import Weights
+from verl_aqn.mxfp4.storage import Weights, read_config
 
 _BATCH = 8  # sequences a forward pass
 _TURNS = 24  # problems in one conversation: more than any sequence length in use can hold
@@ -145,6 +145,7 @@ def calibration_ids(
     """
     from transformers import AutoTokenizer
 
+    read_config(Path(src))  # transformers would look for a missing folder on the hub
     try:
         tokenizer = AutoTokenizer.from_pretrained(src)
     except (OSError, ValueError) as error:

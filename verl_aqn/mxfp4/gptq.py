@@ -9,14 +9,15 @@ Here a scale belongs to 32 columns. It is chosen when they are reached, from the
 With H = 1 all of this is plain rounding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from verl_aqn.errors import ModelError
-from verl_aqn.mxfp4.calibrate import Calibration
+from verl_aqn.mxfp4.calibrate import Calibration, calibration_ids
+from verl_aqn.mxfp4.checkpoint import EXCLUDE, QuantReport, quantize_checkpoint
 from verl_aqn.mxfp4.codec import BLOCK, Mxfp4Tensor, dequantize, quantize
 
 DAMPING = 0.01
@@ -65,6 +66,19 @@ def gptq_quantizer(src: str | Path, ids: Tensor, scale_rule: str = "mse") -> Cal
         return codes
 
     return quantizer
+
+
+def quantize_with_gptq(
+    src: str | Path, dst: str | Path, sources: list[str], scale_rule: str = "mse", exclude: Iterable[str] = EXCLUDE
+) -> QuantReport:
+    """`quantize_checkpoint` with error-compensated rounding, calibrated on ``sources`` (see `calibration_ids`).
+
+    Raises:
+        DataError: as `calibration_ids`.
+        ModelError, ConfigError: as `quantize_checkpoint` and `Calibration`.
+    """
+    quantizer = gptq_quantizer(src, calibration_ids(src, sources), scale_rule)
+    return quantize_checkpoint(src, dst, scale_rule, exclude, quantizer=quantizer)
 
 
 def output_error(weight: Tensor, rounded: Tensor, moment: Tensor) -> float:

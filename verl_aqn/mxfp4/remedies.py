@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4.codec import dequantize, quantize
+from verl_aqn.mxfp4.linear import Mxfp4Linear
 from verl_aqn.mxfp4.model import load_model
 from verl_aqn.mxfp4.storage import Spec, Weights, new_folder, read_config, write_model
 
@@ -85,17 +86,16 @@ def worst_layers(model: nn.Module, packed: str | Path, ids: Tensor, extra_bytes:
     cost a byte are taken while they fit. q, k and v go together, as do gate and up: vLLM merges them. Comes to one
     forward pass a layer; ``model`` is unchanged afterwards.
     """
-    quantised = load_model(packed)
-    names = [name for name, module in quantised.named_modules() if hasattr(module, "weight_packed")]
+    packed_layers = {n: m for n, m in load_model(packed).named_modules() if isinstance(m, Mxfp4Linear)}
     original = model(ids).logits.float().log_softmax(-1)
     costs = []
-    for group in _groups(names):
-        old = {name: model.get_submodule(name).weight.data for name in group}
+    for group in _groups(list(packed_layers)):
+        old = {name: model.get_parameter(f"{name}.weight").data for name in group}
         for name in group:
-            model.get_submodule(name).weight.data = quantised.get_submodule(name).weight
+            model.get_parameter(f"{name}.weight").data = packed_layers[name].weight
         changed = model(ids).logits.float().log_softmax(-1)
         for name in group:
-            model.get_submodule(name).weight.data = old[name]
+            model.get_parameter(f"{name}.weight").data = old[name]
         # 2 bytes a weight instead of 17/32.
         size = sum(weight.numel() for weight in old.values()) * 47 // 32
         costs.append(((original.exp() * (original - changed)).sum().item() / size, size, group))
