@@ -16,7 +16,7 @@ from verl_aqn.mxfp4 import dequantize, quantize
 from verl_aqn.mxfp4.calibrate import Calibration, calibration_ids
 from verl_aqn.mxfp4.checkpoint import checkpoint_digest, quantize_checkpoint
 from verl_aqn.mxfp4.codec import SCALE_RULES, sqnr_db
-from verl_aqn.mxfp4.gptq import gptq, gptq_quantizer, output_error
+from verl_aqn.mxfp4.gptq import gptq, gptq_quantizer, output_error, quantize_with_gptq
 from verl_aqn.mxfp4.loftq import loftq, loftq_checkpoint
 from verl_aqn.mxfp4.model import load_model
 from verl_aqn.mxfp4.remedies import fold_macro_scales, worst_layers
@@ -100,7 +100,7 @@ def test_gptq_is_deterministic_and_leaves_its_inputs_alone():
 
 def test_gptq_refuses():
     for moment in (torch.eye(32), torch.full((64, 64), float("nan"))):
-        with pytest.raises(ModelError, match=r"needs a finite second moment \[64, 64\]"):
+        with pytest.raises(ModelError, match=r"needs a second moment \[64, 64\]"):
             gptq(normal(4, 64), moment)
     with pytest.raises(ModelError, match="multiple of 32"):
         gptq(normal(4, 40), torch.eye(40))
@@ -166,8 +166,11 @@ def test_calibration_texts(tmp_path: Path):
     assert ids.shape == (4, 64)
     assert torch.equal(ids, calibration_ids(model, ["embedded", str(file)], sequences=4, length=64))
     assert not torch.equal(ids, calibration_ids(model, [str(file), "embedded"], sequences=4, length=64, seed=1))
+    file.write_text("\n".join([json.dumps({"text": "The quick brown fox jumps over the lazy dog. " * 40})] * 48))
+    report = quantize_with_gptq(model, tmp_path / "packed", [str(file)])
+    assert report.sqnr_db < quantize_checkpoint(model, tmp_path / "plain").sqnr_db
     with pytest.raises(DataError, match="too little text"):
-        calibration_ids(model, [str(file)], sequences=9, length=256)
+        calibration_ids(model, [str(file)], sequences=49)
     file.write_text('{"answer": "4"}')
     with pytest.raises(DataError, match="is not JSONL with"):
         calibration_ids(model, [str(file)])

@@ -37,7 +37,10 @@ def gptq(weight: Tensor, moment: Tensor, scale_rule: str = "mse", damping: float
     """
     n, k = weight.shape
     if moment.shape != (k, k) or not moment.isfinite().all():
-        raise ModelError(f"a weight [{n}, {k}] needs a finite second moment [{k}, {k}], not {list(moment.shape)}")
+        raise ModelError(
+            f"a weight [{n}, {k}] needs a second moment [{k}, {k}] without NaN and Inf, got {list(moment.shape)}: "
+            "check the calibration texts and the checkpoint"
+        )
     quantize(weight[:0], scale_rule)  # refuses a shape, dtype or rule before any work
     order, blocks = _order(moment.diagonal())
     factor = _factor(moment[order][:, order], damping)
