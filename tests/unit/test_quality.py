@@ -36,7 +36,8 @@ def test_every_variant_of_a_tiny_model(tmp_path):
     assert by_name["bf16"]["kl"] == [0, 0, 0]
     assert by_name["mse"]["loss_minus_mse"] == [0, 0, 0]
     assert 0 < by_name["gptq"]["kl"][0] < by_name["mse"]["kl"][0]
-    assert by_name["mse"]["bytes"] < by_name["loftq"]["bytes"] < by_name["bf16"]["bytes"]
+    assert by_name["mse"]["bytes"] == by_name["gptq"]["bytes"] < by_name["bf16"]["bytes"]
+    assert by_name["loftq"]["bytes"] > by_name["mse"]["bytes"]  # the adapter counts
     quality.print_table(rows, "title")
 
 
