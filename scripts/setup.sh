@@ -59,5 +59,7 @@ else
     uv install -e ".[$profile,dev]"
 fi
 uv install --no-deps -e .
+# Compiles the MXFP4 kernels for this CPU; without a compiler plain PyTorch computes the same bits.
+.venv/bin/python -c 'from verl_aqn.mxfp4.kernels import native; print("setup: MXFP4 kernels:", native.status().detail)' >&2
 .venv/bin/python -c 'import torch; print(f"setup: torch {torch.__version__}", flush=True)' >&2
 echo "$want" > "$stamp"

@@ -45,8 +45,17 @@ class Mxfp4Config:
 
     enabled: bool = True
     scale_rule: str = "mse"
-    activation: str = "none"
+    activation: str = "none"  # or "mxfp4": W4A4, activations rounded in trainer and rollout alike
+    # How an engine with 4-bit activations rounds them; a profile says what its kernels do.
+    activation_scale_rule: str = "even"
+    activation_rounding: str = "nearest"
+    keep_dense: bool = False  # the actor keeps 16-bit weights beside the packed ones: faster, five times the memory
     exclude: tuple[str, ...] = ("lm_head", "embed_tokens")
+
+    @property
+    def activation_arithmetic(self) -> str:
+        """`none` for W4A16, `RULE/ROUNDING` for W4A4: what actor and rollout are told, and what they answer."""
+        return "none" if self.activation == "none" else f"{self.activation_scale_rule}/{self.activation_rounding}"
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,9 @@ _CHOICES = {
     "aqn.noise.unit": ("absolute", "rms"),
     "aqn.noise.apply_to": ("rollout",),
     "aqn.mxfp4.scale_rule": ("mse", "even", "floor", "rceil"),
-    "aqn.mxfp4.activation": ("none",),
+    "aqn.mxfp4.activation": ("none", "mxfp4"),
+    "aqn.mxfp4.activation_scale_rule": ("mse", "even", "floor", "rceil"),
+    "aqn.mxfp4.activation_rounding": ("nearest", "half_away"),
     "aqn.profile": ("auto", *PROFILES),
 }
 

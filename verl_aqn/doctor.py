@@ -7,6 +7,7 @@ import sys
 import psutil
 
 from verl_aqn.config import detect_profile
+from verl_aqn.mxfp4.kernels import native
 
 # Each check runs in a process of its own, because what matters is what a *new* process sees.
 _PROBES = {
@@ -26,6 +27,9 @@ def examine() -> tuple[int, list[dict]]:
         {"what": "profile", "found": detect_profile(), "fix": ""},
         {"what": "memory free", "found": f"{psutil.virtual_memory().available / 1e9:.1f} GB", "fix": ""},
     ]
+    kernels = native.status()
+    found = "compiled" if kernels.available else f"plain PyTorch, several times slower: {kernels.detail}"
+    rows.append({"what": "MXFP4 on CPU", "found": found, "fix": ""})
     for package in ("verl-aqn", "verl", "vllm", "torch", "ray", "transformers", "peft", "compressed-tensors"):
         try:
             rows.append({"what": package, "found": importlib.metadata.version(package), "fix": ""})

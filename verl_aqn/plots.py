@@ -1,8 +1,34 @@
 """Pictures for the command line."""
 
+from __future__ import annotations
+
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from verl_aqn.errors import ConfigError
+
+if TYPE_CHECKING:
+    from verl_aqn.mxfp4.error_split import ErrorSplit
+    from verl_aqn.mxfp4.report import ModuleReport
+
+# Blue, orange, grey and so on keep apart for most kinds of colour blindness (after Okabe and Ito).
+_PARTS = {
+    "grid_noise": ("grid noise", "#9aa5b1"),
+    "scale_bias": ("scale bias", "#0072b2"),
+    "deadzone": ("deadzone", "#e69f00"),
+    "clipped": ("clipped", "#d55e00"),
+}
+_KINDS = ("#0072b2", "#56b4e9", "#009e73", "#000000", "#e69f00", "#d55e00", "#cc79a7", "#999999")
+_MARKERS = "os^Dv<>P"
+
+
+def check_picture(path: Path) -> None:
+    """Raise ConfigError, before any work is done, where no picture can be written to ``path``."""
+    if path.suffix.lower() not in (".png", ".svg", ".pdf") or not path.absolute().parent.is_dir():
+        raise ConfigError(
+            f"cannot write a picture to {path}: the name must end in .png, .svg or .pdf, in a folder that exists"
+        )
 
 
 def plot_schedule(table: list[dict], title: str, path: Path) -> None:
@@ -25,6 +51,76 @@ def plot_schedule(table: list[dict], title: str, path: Path) -> None:
         axis.text(clean[-1] + 0.7, 0.02, "σ = 0", transform=axis.get_xaxis_transform(), va="center", color="#666666")
     axis.set(xlabel="RL step", ylabel="σ", title=title)
     axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def plot_quantization(modules: list[ModuleReport], title: str, path: Path) -> None:
+    """By layer: the parts of the error as shares of the signal, stacked, and the SQNR of each kind of projection."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from verl_aqn.mxfp4.error_split import ErrorSplit
+    from verl_aqn.mxfp4.report import pool_experts
+
+    layers: dict[int, list[ModuleReport]] = {}
+    kinds: dict[str, dict[int, ErrorSplit]] = {}
+    for module in pool_experts(modules):
+        match = re.search(r"\.(\d+)\.", module.name)
+        if match:
+            layers.setdefault(int(match[1]), []).append(module)
+            group = re.search(r"\.(experts|shared_experts?)\.", module.name)
+            kind = (f"{group[1]} " if group else "") + module.name.rpartition(".")[2]
+            kinds.setdefault(kind, {})[int(match[1])] = module.error
+    if not layers:
+        raise ConfigError(f"cannot draw {path}: no module's name carries the number of a layer")
+    errors = {layer: ErrorSplit.pooled(m.error for m in layers[layer]) for layer in sorted(layers)}
+
+    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 6.4), sharex=True, layout="constrained")
+    above = dict.fromkeys(errors, 0.0)
+    below = dict.fromkeys(errors, 0.0)
+    for part, (label, color) in _PARTS.items():
+        # An ideal scale can be worse than the power of two: then that part counts downwards from zero.
+        heights = [100 * getattr(error, part) / error.signal for error in errors.values()]
+        starts = [above if height >= 0 else below for height in heights]
+        bottoms = [side[layer] for side, layer in zip(starts, errors, strict=True)]
+        top.bar(list(errors), heights, 0.8, bottom=bottoms, color=color, label=label)
+        for side, layer, height in zip(starts, errors, heights, strict=True):
+            side[layer] += height
+    top.set(ylabel="squared error, % of Σw²", title=title)
+    # Beside the axes: inside, they would cover bars or lines of some model.
+    handles, labels = top.get_legend_handles_labels()
+    top.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+
+    for number, (kind, of_layer) in enumerate(kinds.items()):
+        # A MoE with shared experts has more kinds than colours: those that come round again are dashed and hollow.
+        again = number >= len(_KINDS)
+        color = _KINDS[number % len(_KINDS)]
+        at = sorted(of_layer)
+        bottom.plot(
+            at,
+            [of_layer[layer].sqnr_db for layer in at],
+            "--" if again else "-",
+            marker=_MARKERS[number % len(_MARKERS)],
+            color=color,
+            markerfacecolor="white" if again else color,
+            markersize=4.5,
+            linewidth=1.2,
+            label=kind,
+        )
+    bottom.set(xlabel="layer", ylabel="SQNR, dB")
+    bottom.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    bottom.xaxis.get_major_locator().set_params(integer=True)
+    for axis in (top, bottom):
+        axis.grid(axis="y", alpha=0.3)
+        axis.set_axisbelow(True)
+    _save(figure, path)
+
+
+def _save(figure, path: Path) -> None:
+    from matplotlib import pyplot
+
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:

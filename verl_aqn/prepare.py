@@ -1,12 +1,12 @@
 """Before a run: its model and data as files, and every check that can be made without starting anything."""
 
-import os
 import socket
 from pathlib import Path
 
 import psutil
 from omegaconf import DictConfig, OmegaConf
 
+from verl_aqn.cache import cache_dir
 from verl_aqn.config import parse_aqn, schedule_of
 from verl_aqn.errors import ConfigError, EnvironmentFault, ModelError
 
@@ -15,13 +15,6 @@ CPU_MEMORY_GB = 11.0
 
 # Rows of the embedded task; a recipe takes as many of them as it has steps for.
 N_TRAIN, N_TEST = 2048, 192
-
-
-def cache_dir() -> Path:
-    """`VERL_AQN_CACHE`, or `verl-aqn` in the user's cache folder."""
-    if path := os.environ.get("VERL_AQN_CACHE"):
-        return Path(path)
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "verl-aqn"
 
 
 def prepare_model(config: DictConfig) -> Path:
@@ -46,7 +39,31 @@ def prepare_model(config: DictConfig) -> Path:
     elif not mxfp4.enabled and is_packed(source):
         raise ModelError(f"{source} is an MXFP4 checkpoint, but aqn.mxfp4.enabled=false asks for an unquantised base")
     config.actor_rollout_ref.model.path = str(path)
+    tell_workers(config)
     return source
+
+
+def tell_workers(config: DictConfig) -> None:
+    """Put what `aqn.mxfp4` says of the linear layers where verl's actor and vLLM's kernel look for it.
+
+    Raises:
+        ConfigError: 4-bit activations are asked for without a quantised base.
+    """
+    mxfp4 = parse_aqn(config).mxfp4
+    actor_rollout = config.actor_rollout_ref
+    if mxfp4.keep_dense:
+        OmegaConf.update(actor_rollout, "model.override_config.mxfp4_keep_dense", True, force_add=True)
+    if mxfp4.activation == "none":
+        return
+    if not mxfp4.enabled:
+        raise ConfigError("aqn.mxfp4.activation=mxfp4 needs the quantised base: set aqn.mxfp4.enabled=true")
+    activation = mxfp4.activation_arithmetic
+    OmegaConf.update(actor_rollout, "model.override_config.mxfp4_activation", activation, force_add=True)
+    engine = "rollout.engine_kwargs.vllm"
+    if parse_aqn(config).profile == "cpu":
+        OmegaConf.update(actor_rollout, f"{engine}.additional_config.mxfp4_activation", activation, force_add=True)
+    elif OmegaConf.select(actor_rollout, f"{engine}.linear_backend") == "marlin":
+        actor_rollout.rollout.engine_kwargs.vllm.linear_backend = "auto"  # Marlin leaves activations in 16 bits
 
 
 def _from_hub(name: str) -> Path:

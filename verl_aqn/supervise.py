@@ -16,7 +16,7 @@ from typing import Protocol
 import psutil
 import yaml
 
-from verl_aqn.prepare import cache_dir
+from verl_aqn.cache import cache_dir
 from verl_aqn.runs.folder import RunFolder
 
 POLL_S = 0.5

@@ -28,6 +28,40 @@ def test_kernel_registry_takes_mxfp4_for_the_cpu_and_offers_ours():
     assert names == ["CpuMxfp4LinearKernel"]
 
 
+def test_every_kernel_of_vllm_is_known_by_what_it_does_to_activations():
+    from vllm.model_executor.kernels import linear
+
+    from verl_aqn.vllm_api import plugin
+    from verl_aqn.vllm_api.readback import KERNEL_ACTIVATIONS
+
+    plugin.register()
+    names = {kernel.__name__ for kernels in linear._POSSIBLE_MXFP4_KERNELS.values() for kernel in kernels}
+    assert names - {"CpuMxfp4LinearKernel"} == set(KERNEL_ACTIVATIONS)
+
+
+@pytest.mark.parametrize("activation", ["none", "even/nearest", "floor/half_away"])
+def test_the_kernel_computes_what_the_trainer_s_layer_does(activation):
+    from types import SimpleNamespace
+
+    import torch
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.kernels.linear.mxfp4 import MxFp4LinearLayerConfig
+
+    from verl_aqn.mxfp4 import Mxfp4Linear
+    from verl_aqn.mxfp4.linear import Activation
+    from verl_aqn.vllm_api.cpu_kernel import CpuMxfp4LinearKernel
+
+    torch.manual_seed(0)
+    ours = Mxfp4Linear.from_linear(torch.nn.Linear(64, 48).bfloat16())
+    ours.activation = Activation.parse(activation)
+    layer = SimpleNamespace(weight=ours.weight_packed, weight_scale=ours.weight_scale, params_dtype=torch.bfloat16)
+    with set_current_vllm_config(VllmConfig(additional_config={"mxfp4_activation": activation})):
+        kernel = CpuMxfp4LinearKernel(MxFp4LinearLayerConfig())
+    kernel.process_weights_after_loading(layer)
+    x = torch.randn(5, 64).bfloat16()
+    assert torch.equal(kernel.apply_weights(layer, x, ours.bias), ours(x))
+
+
 def test_the_lora_patch_of_vllm_is_in_place():
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
     from vllm.platforms import current_platform

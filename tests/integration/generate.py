@@ -1,4 +1,4 @@
-"""`python -m tests.integration.generate MODEL [ADAPTER]`: what a vLLM engine answers and holds, as one JSON line.
+"""`python -m tests.integration.generate MODEL ADAPTER [ACTIVATION]`: what vLLM answers and holds, as a JSON line.
 
 A process of its own: an engine sets up its process for good.
 """
@@ -7,7 +7,7 @@ import json
 import sys
 
 
-def main(model: str, adapter: str | None) -> dict:
+def main(model: str, adapter: str, activation: str = "none") -> dict:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -16,18 +16,20 @@ def main(model: str, adapter: str | None) -> dict:
         max_model_len=128,
         enforce_eager=True,
         gpu_memory_utilization=0.1,
-        enable_lora=adapter is not None,
+        enable_lora=True,
         max_lora_rank=8,
         max_loras=1,
+        additional_config={"mxfp4_activation": activation},
         worker_extension_cls="verl_aqn.verl_api.worker_extension.AqnWorkerExtension",
     )
     prompts = ["Two and two", "The apples of Ann", "Once"]
     sampling = SamplingParams(temperature=0, max_tokens=12, logprobs=0, ignore_eos=True)
-    request = LoRARequest("test", 1, adapter) if adapter else None
+    request = LoRARequest("test", 1, adapter)
 
     def answers(lora=request) -> dict:
         outputs = llm.generate(prompts, sampling, lora_request=lora, use_tqdm=False)
         return {
+            "prompts": [list(o.prompt_token_ids) for o in outputs],
             "tokens": [list(o.outputs[0].token_ids) for o in outputs],
             "logprobs": [o.outputs[0].cumulative_logprob for o in outputs],
         }
@@ -38,9 +40,8 @@ def main(model: str, adapter: str | None) -> dict:
 
     stock = answers()
     result = {"stock": stock, "prepared": call("aqn_prepare"), "base": call("aqn_base"), "clean": answers()}
-    if adapter:
-        result["adapter"] = call("aqn_adapter", 8)
-        result["without"] = answers(lora=None)
+    result["adapter"] = call("aqn_adapter", 8)
+    result["without"] = answers(lora=None)
     order = {"step": 4, "seed": 0, "sigma": 0.3, "unit": "rms"}
     result["noise"] = call("aqn_apply_noise", order)
     result["noisy"] = answers()
@@ -50,5 +51,5 @@ def main(model: str, adapter: str | None) -> dict:
 
 
 if __name__ == "__main__":
-    answer = main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None)
+    answer = main(*sys.argv[1:])
     print("RESULT " + json.dumps(answer))

@@ -152,6 +152,29 @@ def test_checkpoint_holds_the_adapter_only_and_no_noise(finished):
     assert all("lora_" in name for name in names)
 
 
+ONE_STEP = ["trainer.total_training_steps=1", "trainer.val_before_train=false", "aqn.noise.num_stages=1"]
+
+
+def test_four_bit_activations_in_actor_and_rollout(train, tmp_path):
+    process = train(tmp_path, *ONE_STEP, "aqn.mxfp4.activation=mxfp4", "aqn.mxfp4.keep_dense=true")
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err + (newest(tmp_path) / "training.log").read_text()[-3000:]
+    for record in lines(newest(tmp_path) / "evidence.jsonl", "base"):
+        assert record["actor_activations"] == [["even/nearest"]]
+        assert record["rollout"][0]["activations"] == ["even/nearest"]
+        assert record["rollout"][0]["weights_equal_base"]
+
+
+def test_a_rollout_that_rounds_activations_unasked_stops_the_run(train, tmp_path):
+    """As vLLM does by itself on Blackwell, here by a setting behind the recipe's back."""
+    key = "+actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config.mxfp4_activation"
+    process = train(tmp_path, *ONE_STEP, f"{key}=rceil/nearest")
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 1
+    assert "rounds activations as ['rceil/nearest'], but the recipe asks for 'none'" in err.replace("\n", " ")
+    assert not lines(newest(tmp_path) / "metrics.jsonl", "step")
+
+
 def test_ctrl_c_ends_everything_in_order(train, tmp_path):
     before = leftovers()
     process = train(tmp_path)

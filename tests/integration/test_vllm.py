@@ -10,6 +10,8 @@ import torch
 
 from verl_aqn.digest import tensor_digest
 from verl_aqn.mxfp4.checkpoint import checkpoint_digest, quantize_checkpoint
+from verl_aqn.mxfp4.experts import packed_layers
+from verl_aqn.mxfp4.linear import Activation
 from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model
 from verl_aqn.noise import NoiseOrder, check_evidence
 
@@ -54,6 +56,42 @@ def packed(folders):
 @pytest.fixture(scope="module")
 def dense(folders):
     return engine(folders / "dense", folders / "adapter")
+
+
+@pytest.fixture(scope="module")
+def four_bit_activations(folders):
+    return engine(folders / "packed", folders / "adapter", "even/nearest")
+
+
+def actor_logprobs(folders, answers: dict, activation: str) -> list[float]:
+    """What the trainer's model gives the engine's answers, its activations rounded as told."""
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(load_model(folders / "packed"), folders / "adapter").eval()
+    for layer in packed_layers(model):
+        layer.activation = Activation.parse(activation)
+    sums = []
+    for prompt, tokens in zip(answers["prompts"], answers["tokens"], strict=True):
+        ids = torch.tensor([prompt + tokens])
+        with torch.no_grad():
+            logp = model(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+        sums.append(logp.gather(1, torch.tensor(tokens).unsqueeze(1)).sum().item())
+    return sums
+
+
+def test_w4a4_is_the_same_arithmetic_in_trainer_and_rollout(packed, four_bit_activations, folders):
+    assert packed["base"]["activations"] == ["none"]
+    assert four_bit_activations["base"]["activations"] == ["even/nearest"]
+    assert four_bit_activations["base"]["base_digest"] == packed["base"]["base_digest"]
+    for answers, same, other in (
+        (packed["stock"], "none", "even/nearest"),
+        (four_bit_activations["stock"], "even/nearest", "none"),
+    ):
+        rollout = torch.tensor(answers["logprobs"])
+        near = (torch.tensor(actor_logprobs(folders, answers, same)) - rollout).abs().max()
+        far = (torch.tensor(actor_logprobs(folders, answers, other)) - rollout).abs().max()
+        # Not closer: what differs in the last bit of bf16 may round to another of the 4 bits.
+        assert near < 0.5 * far
 
 
 @pytest.mark.parametrize("which", ["stock", "without"])

@@ -1,7 +1,4 @@
-"""The codec against the format's definition and against two independent implementations, to the last bit."""
-
-import sys
-from pathlib import Path
+"""The codec against the format's definition. (Other people's implementations: test_mxfp4_oracles.py.)"""
 
 import pytest
 import torch
@@ -10,6 +7,7 @@ from torch import Tensor
 from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4 import dequantize, fake_quantize, quantize
 from verl_aqn.mxfp4.codec import SCALE_RULES, sqnr_db
+from verl_aqn.mxfp4.kernels import native, reference
 
 GRID = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 SMALLEST_NORMAL_AMAX = 2.0**-124  # below it the scale would have to be smaller than 2^-127
@@ -44,66 +42,11 @@ def every_input(amax: list[float] = AMAX) -> Tensor:
     return torch.cat([*(blocks_with_amax(a) for a in amax), random_blocks().view(-1, 32)])
 
 
-@pytest.fixture(scope="module")
-def oracles():
-    """torchao lies outside the environment, where PEFT would import it into every process (scripts/setup.sh)."""
-    folder = str(Path(sys.prefix) / "oracles")
-    sys.path.insert(0, folder)
-    yield
-    sys.path.remove(folder)
-
-
-def torchao_quantize(x: Tensor, rule: str) -> tuple[Tensor, Tensor]:
-    from torchao.prototype.mx_formats.config import ScaleCalculationMode
-    from torchao.prototype.mx_formats.mx_tensor import to_mx
-
-    scale, packed = to_mx(x, torch.float4_e2m1fn_x2, 32, ScaleCalculationMode[rule.upper()])
-    return packed.view(torch.uint8).view(*x.shape[:-1], -1), scale.view(torch.uint8)
-
-
-@pytest.mark.parametrize("rule", ["even", "floor", "rceil"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_equals_torchao(rule: str, dtype: torch.dtype, oracles) -> None:
-    # torchao differs on blocks with amax < 2^-124 (wrong by 2x) and with Inf (left finite): no such blocks here.
-    x = every_input().to(dtype)
-    if dtype == torch.float32:  # values between the bfloat16 ones, on each side of every tie
-        x = torch.cat([x[::8], x[::8] * (1 + 2**-20), x[::8] * (1 - 2**-20)])
-        # theirs: RCEIL takes log2(amax / 6) in float32, which rounds an amax within 2^-20 of 1.5 * 2^e down to it.
-        mantissa = torch.frexp(x.abs().amax(-1)).mantissa
-        x = x[(mantissa == 0.75) | ((mantissa / 0.75 - 1).abs() > 2**-18)]
-    packed, scale = quantize(x, rule)
-    theirs_packed, theirs_scale = torchao_quantize(x, rule)
-    assert torch.equal(scale, theirs_scale)
-    assert torch.equal(packed, theirs_packed)
-
-
-def test_equals_compressed_tensors() -> None:
-    from compressed_tensors.compressors.mxfp4.base import MXFP4PackedCompressor
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from compressed_tensors.quantization.utils import calculate_qparams
-
-    args = QuantizationArgs(
-        num_bits=4, type="float", strategy="group", group_size=32, symmetric=True, scale_dtype="torch.uint8"
-    )
-    x = every_input([1.4921875, 1.7421875, 1.75, 2.0**101 * 0.99609375])  # fewer: it makes 8 copies of every value
-    x = x[x.abs().amax(-1) > 0]  # theirs: an all-zero block gets another scale byte (and zeros all the same)
-    amax = x.abs().amax(-1, keepdim=True)
-    scale, _ = calculate_qparams(-amax, amax, args)
-    scheme = QuantizationScheme(targets=["Linear"], weights=args)
-    theirs = MXFP4PackedCompressor.compress({"weight": x, "weight_scale": scale}, scheme)
-    ours = quantize(x, "even")
-    assert torch.equal(ours.scale, theirs["weight_scale"])
-    # theirs: a negative value that rounds to zero loses its sign, so code 8 becomes code 0.
-    assert torch.equal(_without_negative_zero(ours.packed), _without_negative_zero(theirs["weight_packed"]))
-    restored = MXFP4PackedCompressor.decompress({"weight_packed": ours.packed, "weight_scale": ours.scale}, scheme)[
-        "weight"
-    ]
-    assert torch.equal(restored, dequantize(*ours))
-
-
-def _without_negative_zero(packed: Tensor) -> Tensor:
-    low, high = packed & 15, packed >> 4
-    return torch.where(low == 8, 0, low) | torch.where(high == 8, 0, high) << 4
+@pytest.fixture(params=["native", "reference"], autouse=True)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test of the codec holds for the compiled and for the plain kernels."""
+    if request.param == "reference":
+        monkeypatch.setattr(native, "available", lambda: False)
 
 
 def test_layout_and_all_bytes() -> None:
@@ -255,9 +198,7 @@ def test_fake_quantize_passes_the_gradient_through() -> None:
 
 
 def test_tables_made_in_inference_mode_serve_training() -> None:
-    from verl_aqn.mxfp4 import codec
-
-    codec._tables.cache_clear()
+    reference._tables.cache_clear()
     with torch.inference_mode():
         fake_quantize(torch.randn(1, 32))
     x = torch.randn(1, 32, requires_grad=True)

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from verl_aqn.errors import ModelError
-from verl_aqn.mxfp4 import Mxfp4Linear
+from verl_aqn.mxfp4 import Mxfp4Linear, fake_quantize
+from verl_aqn.mxfp4.experts import packed_layers
+from verl_aqn.mxfp4.linear import Activation
 
 
 def dense_twin(layer: Mxfp4Linear, dtype: torch.dtype | None = None) -> nn.Linear:
@@ -73,10 +75,110 @@ def test_equals_dense_forward_and_backward(bias: bool, dtype: torch.dtype) -> No
         torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
 
 
-def test_gradcheck() -> None:
-    layer = packed_layer(32, 8)
-    x = torch.randn(3, 32, requires_grad=True)
-    assert torch.autograd.gradcheck(layer, (x,), eps=1e-2, atol=1e-3, rtol=1e-3)  # linear: large steps are exact
+def test_gradients_to_machine_precision() -> None:
+    layer = packed_layer(64, 8).double()
+    x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,), atol=1e-9, rtol=1e-9)
+    (grad,) = torch.autograd.grad(layer(x).square().sum(), x)
+    dense = dense_twin(layer, torch.float64)
+    (expected,) = torch.autograd.grad(dense(x).square().sum(), x)
+    torch.testing.assert_close(grad, expected, rtol=1e-14, atol=1e-14)
+
+
+def test_memory_of_the_base() -> None:
+    layer = packed_layer(512, 256, bias=False)
+    packed = sum(p.nbytes for p in layer.parameters())
+    assert packed <= 0.27 * 512 * 256 * 2
+    assert packed == 512 * 256 * 17 // 32
+
+
+def test_four_bit_activations() -> None:
+    """W4A4: the product of two rounded factors; the gradient as if the activation had not been rounded."""
+    layer = packed_layer()
+    layer.activation = Activation("floor", "half_away")
+    assert str(layer.activation) == "floor/half_away"
+    assert Activation.parse("floor/half_away") == layer.activation
+    assert Activation.parse("none") is None
+    dense = dense_twin(layer)
+    x = torch.randn(4, 64, requires_grad=True)
+    y = layer(x)
+    assert torch.equal(y, dense(fake_quantize(x.detach(), "floor", "half_away")))
+    assert not torch.allclose(y, dense(x), atol=1e-2)
+    y.backward(torch.ones_like(y))
+    assert torch.equal(x.grad, torch.ones_like(y) @ dense.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = torch.nn.functional.linear(
+            fake_quantize(x.bfloat16(), "floor", "half_away"), dense.weight.bfloat16(), layer.bias.bfloat16()
+        )
+        assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("activation", [None, Activation()])
+def test_dense_copy_changes_nothing_but_the_memory(activation: Activation | None) -> None:
+    model, kept = lora_net(), lora_net()
+    for layer in packed_layers(model):
+        layer.activation = activation
+    for layer in packed_layers(kept):
+        layer.activation = activation
+        layer.keep_dense = True
+    assert set(kept.state_dict()) == set(model.state_dict())
+    x = torch.randn(4, 64)
+    with torch.inference_mode():
+        kept(x)  # as a first forward: what it leaves behind must not be in training's way
+    for net in (model, kept):
+        net(x).square().sum().backward()
+    for (name, p), q in zip(model.named_parameters(), kept.parameters(), strict=True):
+        assert (p.grad is None and q.grad is None) or torch.equal(p.grad, q.grad), name
+    assert all(layer._dense is not None for layer in packed_layers(kept))
+    assert kept.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_dense_copy_follows_the_state_dict() -> None:
+    layer, other = packed_layer(seed=0), packed_layer(seed=1)
+    layer.keep_dense = True
+    x = torch.randn(2, 64)
+    layer(x)
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer(x), other(x))
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True}], ids=lambda options: next(iter(options)))
+def test_kinds_of_lora(options: dict[str, bool]) -> None:
+    """Weight-decomposed and rank-stabilised adapters: the same output and gradients as over the dense twin."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    twin = Net()
+    twin.up, twin.down = dense_twin(twin.up), dense_twin(twin.down)
+    config = LoraConfig(r=8, target_modules=["up", "down"], init_lora_weights=False, **options)
+    model, twin = get_peft_model(Net(), config), get_peft_model(twin, config)
+    twin.load_state_dict(model.state_dict(), strict=False)
+    x = torch.randn(4, 64)
+    y, expected = model(x), twin(x)
+    torch.testing.assert_close(y, expected)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    grads = {name: p.grad for name, p in twin.named_parameters()}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) == (6 if "use_dora" in options else 4)
+    for name in trained:
+        torch.testing.assert_close(dict(model.named_parameters())[name].grad, grads[name])
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_inside_torch_compile(backend: str) -> None:
+    model = lora_net()
+    packed_layers(model)[0].activation = Activation()
+    x = torch.randn(4, 64)
+    results = []
+    for run in (model, torch.compile(model, fullgraph=True, backend=backend)):
+        model.zero_grad()
+        y = run(x)
+        y.square().sum().backward()
+        results.append([y.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) == 7
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -217,6 +319,7 @@ def _fsdp_worker(rank: int, world: int, port: int, make: Callable[[], nn.Module]
             model, twin = make(), make()
             net = next(m for m in model.modules() if isinstance(m, Net))
             net.recompute = policy.param_dtype is not None
+            net.up.keep_dense = net.recompute
             bases = [p.detach().clone() for name, p in twin.named_parameters() if "weight_" in name]
             fully_shard(net.up, mp_policy=policy)
             fully_shard(net.down, mp_policy=policy)

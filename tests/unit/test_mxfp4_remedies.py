@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig, Qwen2Config
 
 from verl_aqn.data.smollm2 import tiny_model
 from verl_aqn.errors import ConfigError, DataError, ModelError
@@ -45,7 +45,7 @@ def correlated(k: int, seed: int) -> torch.Tensor:
     return inputs.T @ inputs
 
 
-def make(folder: Path, config: LlamaConfig | Qwen2Config | None = None) -> Path:
+def make(folder: Path, config: PreTrainedConfig | None = None) -> Path:
     torch.manual_seed(5)
     model = AutoModelForCausalLM.from_config(config or LlamaConfig(**SMALL), dtype=torch.float32)
     for name, parameter in model.named_parameters():
@@ -133,6 +133,12 @@ def test_later_layers_see_what_earlier_ones_became(source: Path):
         zeroed.replace(f"model.layers.0.{name}", torch.zeros(64, 96 if "mlp" in name else 64))
     name = "model.layers.1.self_attn.q_proj"
     assert not torch.allclose(plain.second_moment(name), zeroed.second_moment(name))
+
+
+def test_calibration_refuses_experts(tmp_path: Path):
+    source = make(tmp_path / "experts", MixtralConfig(**SMALL, num_local_experts=2))
+    with pytest.raises(ModelError, match="MixtralForCausalLM: experts are rounded plainly only"):
+        Calibration(source, TOKENS)
 
 
 def test_gptq_checkpoint(source: Path, tmp_path: Path):

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from verl_aqn.errors import EvidenceError
 from verl_aqn.mxfp4 import quantize
 from verl_aqn.mxfp4.checkpoint import base_digest
-from verl_aqn.vllm_api.readback import describe_base, hf_names, remember_packed
+from verl_aqn.vllm_api.readback import check_activations, describe_base, hf_names, kernel_activation, remember_packed
 
 
 class Model(nn.Module):
@@ -51,3 +52,21 @@ def test_one_changed_weight_shows_between_two_moments():
 def test_unknown_fusion_is_an_error_and_not_a_wrong_name():
     with pytest.raises(ValueError, match="3 parts"):
         hf_names(Model(), "mlp.gate_up_proj", 3)
+
+
+def named_kernel(name: str, **attributes):
+    return type(name, (), attributes)()
+
+
+def test_a_kernel_that_rounds_activations_without_a_word_is_found_out():
+    """The trap of Blackwell: a weight-only checkpoint runs as W4A4 there."""
+    blackwell, hopper = named_kernel("FlashInferMxFp4LinearKernel"), named_kernel("MarlinMxFp4LinearKernel")
+    found = [{"kernel": type(k).__name__, "activations": [kernel_activation(k)]} for k in (hopper, blackwell)]
+    check_activations("none", [["none"]], found[:1])
+    check_activations("rceil/nearest", [["rceil/nearest"]], found[1:])
+    with pytest.raises(EvidenceError, match=r"FlashInferMxFp4LinearKernel rounds activations.*linear_backend"):
+        check_activations("none", [["none"]], found)
+    with pytest.raises(EvidenceError, match="actor rank 1"):
+        check_activations("none", [["none"], ["even/nearest"]], found[:1])
+    assert kernel_activation(named_kernel("NewKernel")) == "unknown"
+    assert kernel_activation(named_kernel("CpuMxfp4LinearKernel", activation=None)) == "none"

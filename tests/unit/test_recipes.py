@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from verl_aqn.config import AqnConfig, load_recipe, parse_aqn, recipe_names, schedule_of
 from verl_aqn.errors import ConfigError
+from verl_aqn.prepare import tell_workers
 
 PLAN = {  # recipe: (σ_end, epoch_aware, epochs, steps)
     "e12": (5e-4, True, 1, 29),
@@ -86,7 +87,7 @@ def test_control_has_no_noise_and_differs_in_nothing_else():
 
 
 def test_defaults_in_yaml_are_those_of_the_types():
-    config = load_recipe("e12_aggressive_1ep", ["profile=cuda"])
+    config = load_recipe("e12_aggressive_1ep", ["profile=cpu", "experiment=gsm8k"])
     config.aqn.profile = "auto"
     assert parse_aqn(config) == AqnConfig()
 
@@ -144,3 +145,29 @@ def test_core_imports_without_verl_vllm_or_ray():
         "import verl_aqn.vllm_api.readback, verl_aqn.config\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("profile", "arithmetic"), [("cpu", "even/nearest"), ("cuda", "rceil/nearest"), ("npu", "floor/half_away")]
+)
+def test_four_bit_activations_reach_actor_and_rollout(profile, arithmetic):
+    config = load_recipe("e12", [f"profile={profile}", "aqn.mxfp4.activation=mxfp4", "aqn.mxfp4.keep_dense=true"])
+    assert parse_aqn(config).mxfp4.activation_arithmetic == arithmetic
+    tell_workers(config)
+    told, engine = config.actor_rollout_ref.model.override_config, config.actor_rollout_ref.rollout.engine_kwargs.vllm
+    assert told.mxfp4_activation == arithmetic
+    assert told.mxfp4_keep_dense is True
+    assert engine.get("linear_backend") == ("auto" if profile == "cuda" else None)  # Marlin would leave them alone
+    if profile == "cpu":
+        assert engine.additional_config.mxfp4_activation == arithmetic
+
+
+def test_weight_only_is_the_default_and_forced_on_gpus():
+    config = load_recipe("e12", ["profile=cuda"])
+    tell_workers(config)
+    assert parse_aqn(config).mxfp4.activation_arithmetic == "none"
+    assert config.actor_rollout_ref.rollout.engine_kwargs.vllm.linear_backend == "marlin"
+    assert "mxfp4_activation" not in config.actor_rollout_ref.model.override_config
+    config = load_recipe("e12", ["profile=cuda", "aqn.mxfp4.activation=mxfp4", "aqn.mxfp4.enabled=false"])
+    with pytest.raises(ConfigError, match="needs the quantised base"):
+        tell_workers(config)

@@ -1,12 +1,70 @@
-"""`verl-aqn bench`: measurements."""
+"""`verl-aqn bench NAME`."""
 
 import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
 
-bench_app = typer.Typer(no_args_is_help=True, help="Measure.")
+bench_app = typer.Typer(no_args_is_help=True, help="The measurements of the README, side by side with their peers.")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+
+
+@bench_app.command("mxfp4")
+def mxfp4(
+    device: Annotated[str, typer.Option(help="cpu, cuda or npu; by default what is at hand.")] = "auto",
+    size: Annotated[int, typer.Option(help="The matrix is SIZE × SIZE.")] = 4096,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of every row.")] = 7,
+    as_json: Json = False,
+) -> None:
+    """The codec against a memory copy, torchao and compressed-tensors; the linear layer against bf16."""
+    import torch
+
+    from verl_aqn.bench.codec import measure
+
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = accelerator.type if accelerator else "cpu"
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("measuring", total=rounds)
+        result = measure(device, size, rounds, lambda done, total: progress.update(task, completed=done))
+    if as_json:
+        print(json.dumps(result))
+        return
+    console = Console()
+    threads = f", {result['threads']} threads" if device == "cpu" else ""
+    codec = Table(title=f"MXFP4 codec, {size} × {size}, {result['device']}{threads}", title_justify="left")
+    for column in ("even, unless said", "dtype", "ms", "GB/s", "of copy", "ours faster"):
+        codec.add_column(column, justify="left" if column in ("even, unless said", "dtype") else "right")
+    for row in result["codec"]:
+        faster = row.get("ours_times_as_fast")
+        codec.add_row(
+            row["name"],
+            row["dtype"],
+            f"{row['seconds'] * 1e3:,.1f}",
+            f"{row['gbytes_per_s']:.1f}",
+            f"{row['of_copy']:.2f}",
+            f"{faster:,.0f} ×" if faster else "",
+        )
+    console.print(codec)
+    linear = Table(
+        title="Linear layer, forward and backward tokens×K×N; time and bytes as parts of bf16's", title_justify="left"
+    )
+    for column in ("weights", "tokens×K×N", "ms", "time", "bytes"):
+        linear.add_column(column, justify="left" if column in ("weights", "tokens×K×N") else "right")
+    for row in result["linear"]:
+        linear.add_row(
+            row["name"],
+            "×".join(map(str, row["shape"])),
+            f"{row['seconds'] * 1e3:.1f}",
+            f"{row['time_of_bf16']:.2f}",
+            f"{row['bytes_of_bf16']:.3f}",
+        )
+    console.print(linear)
 
 
 @bench_app.command("mxfp4-quality")
@@ -16,9 +74,9 @@ def mxfp4_quality(
     only: Annotated[list[str] | None, typer.Option(help="Variants, beside bf16 and mse; by default all.")] = None,
     text: Annotated[str, typer.Option(help="Held-out text: a JSONL file or 'embedded'.")] = "embedded",
     calibrate: Annotated[
-        list[str] | None, typer.Option(help="Calibration texts; a file may follow 'embedded'.")
+        list[str] | None, typer.Option(help="Calibration texts: a JSONL file or 'embedded'. May be repeated.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Rounding rules and remedies on SmolLM2-135M: next-token loss and answers, with intervals."""
     from verl_aqn.bench import quality
@@ -30,6 +88,5 @@ def mxfp4_quality(
     if as_json:
         print(json.dumps(rows))
     else:
-        quality.print_table(
-            rows, f"{Path(model).name}: loss on {sequences} texts of {Path(text).name}, {items} answers"
-        )
+        title = f"{model.name}: loss on {sequences} texts of {Path(text).name}, {items} answers"
+        quality.print_table(rows, title)

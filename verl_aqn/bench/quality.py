@@ -23,11 +23,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 from verl_aqn.data.word_problems import Problem, problems, prompt
 from verl_aqn.errors import ConfigError, DataError
 from verl_aqn.mxfp4.calibrate import calibration_ids, conversations, read_texts
-from verl_aqn.mxfp4.checkpoint import EXCLUDE, quantize_checkpoint
+from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
 from verl_aqn.mxfp4.gptq import gptq_quantizer
 from verl_aqn.mxfp4.linear import Mxfp4Linear
 from verl_aqn.mxfp4.loftq import loftq_checkpoint
 from verl_aqn.mxfp4.model import load_model
+from verl_aqn.mxfp4.plan import EXCLUDE
 from verl_aqn.mxfp4.remedies import fold_macro_scales, worst_layers
 from verl_aqn.rewards.gsm8k import score
 

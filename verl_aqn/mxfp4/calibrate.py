@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from verl_aqn.data import word_problems
 from verl_aqn.errors import DataError, ModelError
+from verl_aqn.mxfp4.experts import is_fused
 from verl_aqn.mxfp4.model import empty_model
 from verl_aqn.mxfp4.storage import Weights, read_config
 
@@ -31,13 +32,16 @@ class Calibration:
     get the same mask and rotary embedding.
 
     Raises:
-        ModelError: ``src`` is no Hugging Face folder that transformers can build, or its decoder has another form.
+        ModelError: ``src`` is no Hugging Face folder that transformers can build, its decoder has another form, or it
+            is a mixture of experts.
     """
 
     def __init__(self, src: str | Path, ids: Tensor, dtype: torch.dtype = torch.bfloat16):
         self._weights = Weights(Path(src))
         self._dtype = dtype
-        model = empty_model(Path(src), dtype)
+        model = empty_model(Path(src), dtype, "sdpa")
+        if any(is_fused(module) for module in model.modules()):
+            raise ModelError(f"cannot calibrate {type(model).__name__}: experts are rounded plainly only")
         decoder = model.get_decoder()
         self._layers: nn.ModuleList | None = getattr(decoder, "layers", None)
         if self._layers is None:
@@ -56,7 +60,7 @@ class Calibration:
         self._moments: dict[str, Tensor] = {}
 
     def second_moment(self, name: str) -> Tensor:
-        """X^T X, float32 [K, K], over the inputs X of linear layer ``name``; zero where it never ran (an idle expert).
+        """X^T X, float32 [K, K], over the inputs X of linear layer ``name``; zero where it never ran.
 
         Layers with the same input (q, k, v; gate, up) get the same tensor. Asking for a layer of the next decoder layer
         ends the current one: what was not replaced until then stays as it was.

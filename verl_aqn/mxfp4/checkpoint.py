@@ -2,87 +2,29 @@
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from verl_aqn.errors import ConfigError, ModelError
-from verl_aqn.mxfp4.codec import BLOCK, SCALE_RULES, Mxfp4Tensor, dequantize, energies, quantize, ratio_db
+from verl_aqn.mxfp4.codec import SCALE_RULES, Mxfp4Tensor, quantize
+from verl_aqn.mxfp4.error_split import split_error
+from verl_aqn.mxfp4.experts import Mxfp4Experts
+from verl_aqn.mxfp4.foreign import foreign_layout
+from verl_aqn.mxfp4.formats import FORMATS, finish, packed_specs
 from verl_aqn.mxfp4.linear import Mxfp4Linear
-from verl_aqn.mxfp4.model import (
-    PACKED,
-    PACKED_FORMAT,
-    SCALE,
-    check_names,
-    empty_model,
-    open_packed,
-    packed_modules,
-)
-from verl_aqn.mxfp4.storage import Spec, Weights, companions, new_folder, read_config, tensor_bytes, write_model
+from verl_aqn.mxfp4.model import PACKED, PACKED_FORMAT, SCALE, open_packed, packed_modules
+from verl_aqn.mxfp4.plan import EXCLUDE, make_plan
+from verl_aqn.mxfp4.report import ModuleReport, QuantReport
+from verl_aqn.mxfp4.storage import Spec, Weights, companions, read_config
+from verl_aqn.mxfp4.writing import MAX_SHARD_BYTES, new_folder, tensor_bytes, write_model
 
-EXCLUDE = ("lm_head", "embed_tokens")
-# A router decides which expert runs: an error there is not noise in a sum but another expert.
-_ROUTERS = ("*.mlp.gate", "*.router")
 # Part of the cache's key: raise it when the same source would give another packed folder.
 _FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class ModuleReport:
-    """What became of one linear layer; ``signal`` and ``noise`` are the energies behind its SQNR."""
-
-    name: str
-    shape: tuple[int, int]
-    signal: float
-    noise: float
-    bytes_before: int
-    bytes_after: int
-
-    @property
-    def sqnr_db(self) -> float:
-        return ratio_db(self.signal, self.noise)
-
-
-@dataclass(frozen=True)
-class QuantReport:
-    """What `quantize_checkpoint` did. ``bytes_*`` count all weights, those left in 16 bits included."""
-
-    scale_rule: str
-    modules: tuple[ModuleReport, ...]
-    bytes_before: int
-    bytes_after: int
-
-    @property
-    def sqnr_db(self) -> float:
-        """SQNR of all quantised weights taken together."""
-        return ratio_db(sum(m.signal for m in self.modules), sum(m.noise for m in self.modules))
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON: an SQNR without any noise, which is infinite, becomes None."""
-        return {
-            "scale_rule": self.scale_rule,
-            "sqnr_db": _finite(self.sqnr_db),
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
-            "modules": [
-                {
-                    "name": m.name,
-                    "shape": list(m.shape),
-                    "sqnr_db": _finite(m.sqnr_db),
-                    "bytes_before": m.bytes_before,
-                    "bytes_after": m.bytes_after,
-                }
-                for m in self.modules
-            ],
-        }
 
 
 def quantize_checkpoint(
@@ -92,61 +34,72 @@ def quantize_checkpoint(
     exclude: Iterable[str] = EXCLUDE,
     progress: Callable[[int, int, str], None] | None = None,
     quantizer: Callable[[str, Tensor], Mxfp4Tensor] | None = None,
+    format: str = "compressed-tensors",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> QuantReport:
     """Quantise the Hugging Face folder ``src`` (bf16, fp16 or fp32 safetensors) into the new folder ``dst``.
 
-    Every ``nn.Linear`` of the model that transformers builds from ``config.json`` is packed, except its output head,
-    MoE routers, and those that ``exclude`` names: a module's full name, the last parts of it, or a pattern with ``*``.
-    All other float tensors become bfloat16. Tensors are read and written one by one, and ``dst`` appears complete or
-    not at all. ``progress(done, total, module)`` is called after each layer. ``quantizer(module, weight)`` replaces
-    plain rounding under ``scale_rule``: it gets the weight [N, K] as it is stored and returns its codes.
+    Every ``nn.Linear`` and every MoE expert of the model that transformers builds from ``config.json`` is packed,
+    except its output head, MoE routers, and those that ``exclude`` names: a module's full name, the last parts of it,
+    or a pattern with ``*``. All other float tensors become bfloat16. Experts get names of their own also where the
+    source has them fused (`verl_aqn.mxfp4.names`).
+
+    Tensors are read, quantised and written one by one, a fused stack expert by expert, so that memory is bounded by
+    the largest tensor and not by the model. ``dst`` appears complete or not at all, in shards of at most
+    ``max_shard_bytes``. ``format`` is one of ``verl_aqn.mxfp4.formats.FORMATS``.
+
+    ``progress(done, total, module)`` is called after each module. ``quantizer(module, weight)`` replaces plain rounding
+    under ``scale_rule``: it gets the module's name and weight [N, K] as it is stored, and returns its codes.
 
     Raises:
         ModelError: ``src`` cannot be read or is quantised already, a layer does not fit MXFP4 or holds NaN or Inf, or
             ``dst`` exists.
-        ConfigError: an entry of ``exclude`` matches no module.
+        ConfigError: an entry of ``exclude`` matches no module or a part of a layer's experts, or the rule or the
+            format is unknown.
     """
     src, dst, exclude = Path(src), Path(dst), tuple(exclude)
-    if scale_rule not in SCALE_RULES:
-        raise ConfigError(f"unknown scale rule {scale_rule!r}: use one of {', '.join(SCALE_RULES)}")
+    for value, known, what in ((scale_rule, SCALE_RULES, "scale rule"), (format, FORMATS, "format")):
+        if value not in known:
+            raise ConfigError(f"unknown {what} {value!r}: use one of {', '.join(known)}")
     config = read_config(src)
     weights = Weights(src)
+    if kind := foreign_layout(config):
+        raise ModelError(f"{src} is MXFP4 already ({kind}): convert it with `verl-aqn quantize {src} DST`")
     if "quantization_config" in config or any(name.endswith(PACKED) for name in weights.specs):
         raise ModelError(f"{src} is quantised already: start from the bf16 checkpoint it was made of")
-    targets, ignored = _choose(src, weights, exclude)
+    plan = make_plan(src, weights, exclude)
+    packed_name, scale_name = FORMATS[format]
 
-    layout = {}
-    for name, spec in weights.specs.items():
-        module = name.removesuffix(".weight")
-        if module in targets:
-            n, k = spec.shape
-            layout[module + PACKED] = Spec(torch.uint8, (n, k // 2))
-            layout[module + SCALE] = Spec(torch.uint8, (n, k // BLOCK))
-        else:
-            layout[name] = spec._replace(dtype=torch.bfloat16) if spec.dtype.is_floating_point else spec
+    layout: dict[str, Spec] = {}
+    for name, out in plan.kept.items():
+        spec = weights.specs[name]
+        layout[out] = spec._replace(dtype=torch.bfloat16) if spec.dtype.is_floating_point else spec
+    for piece in plan.pieces:
+        layout |= packed_specs(piece.module, piece.shape, format)
+    # In order of name, which puts a layer's tensors into the same shard.
+    layout = dict(sorted(layout.items()))
     modules: list[ModuleReport] = []
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name in weights.specs.keys() & layout.keys():
-            yield name, weights.read(name).to(layout[name].dtype)
-        for done, module in enumerate(targets, start=1):
-            weight = weights.read(module + ".weight")
-            packed, scale = quantizer(module, weight) if quantizer else quantize(weight, scale_rule)
+        for name, out in plan.kept.items():
+            yield out, weights.read(name).to(layout[out].dtype)
+        for done, piece in enumerate(plan.pieces, start=1):
+            weight = piece.read(weights)
+            packed, scale = quantizer(piece.module, weight) if quantizer else quantize(weight, scale_rule)
             if (scale == 255).any():
-                file = weights.file_of(module + ".weight")
-                raise ModelError(f"tensor {module}.weight of {file} holds NaN or Inf: use another checkpoint")
-            yield module + PACKED, packed
-            yield module + SCALE, scale
-            energy = energies(weight, dequantize(packed, scale))
-            shape = (weight.shape[0], weight.shape[1])
-            modules.append(ModuleReport(module, shape, *energy, weight.nbytes, packed.nbytes + scale.nbytes))
+                file = weights.file_of(piece.tensor)
+                raise ModelError(f"tensor {piece.tensor} of {file} holds NaN or Inf: use another checkpoint")
+            yield piece.module + packed_name, packed
+            yield piece.module + scale_name, scale
+            error = split_error(weight, packed, scale)
+            bytes_after = packed.nbytes + scale.nbytes
+            modules.append(ModuleReport(piece.module, piece.shape, error, weight.nbytes, bytes_after))
             if progress is not None:
-                progress(done, len(targets), module)
+                progress(done, len(plan.pieces), piece.module)
 
-    config.pop("torch_dtype", None)
-    config |= {"dtype": "bfloat16", "quantization_config": quantization_config(ignored)}
+    config, extra = finish(format, config, layout, {piece.module for piece in plan.pieces}, plan.ignored, src)
     with new_folder(dst) as folder:
-        write_model(folder, config, layout, tensors(), source=src)
+        write_model(folder, config, layout, tensors(), src, extra, max_shard_bytes)
     total = [sum(spec.nbytes for spec in specs.values()) for specs in (weights.specs, layout)]
     return QuantReport(scale_rule, tuple(modules), *total)
 
@@ -182,27 +135,6 @@ def quantized_cache(
     return target
 
 
-def quantization_config(ignore: Iterable[str]) -> dict[str, Any]:
-    """The ``quantization_config`` by which vLLM and compressed-tensors know weight-only MXFP4."""
-    weights = {
-        "num_bits": 4,
-        "type": "float",
-        "strategy": "group",
-        "group_size": BLOCK,
-        "symmetric": True,
-        "dynamic": False,
-        "scale_dtype": "torch.uint8",
-        "zp_dtype": "torch.uint8",
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": PACKED_FORMAT,
-        "quantization_status": "compressed",
-        "ignore": sorted(ignore),
-        "config_groups": {"group_0": {"targets": ["Linear"], "input_activations": None, "weights": weights}},
-    }
-
-
 def base_digest(tensors: Iterable[tuple[str, Tensor, Tensor]]) -> str:
     """SHA-256 (hex) of a packed base, from (module name, packed, scale) triples in any order.
 
@@ -232,53 +164,19 @@ def checkpoint_digest(path: str | Path) -> str:
 
 
 def model_digest(model: nn.Module) -> str:
-    """`base_digest` of a model with `Mxfp4Linear` layers, bare or inside PEFT and FSDP.
+    """`base_digest` of a model with `Mxfp4Linear` and `Mxfp4Experts` layers, bare or inside PEFT and FSDP.
 
     Under FSDP2 this gathers every packed weight in turn, so all ranks must call it.
     """
-    return base_digest(
-        (_plain_name(name), _whole(module.weight_packed), _whole(module.weight_scale))
-        for name, module in model.named_modules()
-        if isinstance(module, Mxfp4Linear)
-    )
+    return base_digest(_packed_weights(model))
 
 
-def _choose(src: Path, weights: Weights, exclude: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """(names of the linear layers to pack, names of those to leave alone), from the model's structure."""
-    model = empty_model(src)
-    check_names(model, weights, src)
-    for pattern in exclude:
-        if pattern not in EXCLUDE and not any(_matches(name, pattern) for name, _ in model.named_modules()):
-            raise ConfigError(f"exclude names {pattern!r}, which matches no module of {type(model).__name__}")
-    targets, ignored = [], []
+def _packed_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        if module is model.get_output_embeddings() or any(_matches(name, p) for p in (*exclude, *_ROUTERS)):
-            ignored.append(name)
-            continue
-        targets.append(name)
-        _check_layer(src, weights, name, module)
-    if not targets:
-        raise ModelError(f"{src} has no linear layer to quantise: {type(model).__name__} with exclude {list(exclude)}")
-    return targets, ignored
-
-
-def _check_layer(src: Path, weights: Weights, name: str, module: nn.Linear) -> None:
-    spec = weights.specs[name + ".weight"]
-    if spec.shape != (module.out_features, module.in_features) or not spec.dtype.is_floating_point:
-        raise ModelError(
-            f"tensor {name}.weight of {weights.file_of(name + '.weight')} is {spec.dtype} {list(spec.shape)}, but "
-            f"config.json asks for [{module.out_features}, {module.in_features}]: the two are not of the same model"
-        )
-    if module.in_features % BLOCK:
-        raise ModelError(
-            f"{name} of {src} takes {module.in_features} inputs, not a multiple of {BLOCK} as MXFP4 needs: exclude it"
-        )
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return name == pattern or name.endswith("." + pattern) or fnmatchcase(name, pattern)
+        if isinstance(module, Mxfp4Linear):
+            yield _plain_name(name), _whole(module.weight_packed), _whole(module.weight_scale)
+        elif isinstance(module, Mxfp4Experts):
+            yield from module.matrices(_plain_name(name), _whole)
 
 
 def _plain_name(name: str) -> str:
@@ -289,10 +187,6 @@ def _plain_name(name: str) -> str:
 
 def _whole(parameter: Tensor) -> Tensor:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def is_packed(path: str | Path) -> bool:

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4.calibrate import Calibration, calibration_ids
-from verl_aqn.mxfp4.checkpoint import EXCLUDE, QuantReport, quantize_checkpoint
+from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
 from verl_aqn.mxfp4.codec import BLOCK, Mxfp4Tensor, dequantize, quantize
+from verl_aqn.mxfp4.plan import EXCLUDE
+from verl_aqn.mxfp4.report import QuantReport
 
 DAMPING = 0.01
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -49,7 +51,7 @@ def gptq(weight: Tensor, moment: Tensor, scale_rule: str = "mse", damping: float
     scale = torch.empty(n, k // BLOCK, dtype=torch.uint8)
     for start in range(0, k, BLOCK):
         now, later = slice(start, start + BLOCK), slice(start + BLOCK, k)
-        columns, unit, error = _round_block(rest[:, now], factor[now, now], scale_rule)
+        columns, unit, error = _round_block(rest[:, now].contiguous(), factor[now, now], scale_rule)
         codes[:, order[now]], scale[:, blocks[start // BLOCK]] = columns, unit
         rest[:, later] -= error @ factor[now, later]
     return Mxfp4Tensor(codes[:, 0::2] | (codes[:, 1::2] << 4), scale)
@@ -72,7 +74,13 @@ def gptq_quantizer(src: str | Path, ids: Tensor, scale_rule: str = "mse") -> Cal
 
 
 def quantize_with_gptq(
-    src: str | Path, dst: str | Path, sources: list[str], scale_rule: str = "mse", exclude: Iterable[str] = EXCLUDE
+    src: str | Path,
+    dst: str | Path,
+    sources: list[str],
+    scale_rule: str = "mse",
+    exclude: Iterable[str] = EXCLUDE,
+    progress: Callable[[int, int, str], None] | None = None,
+    format: str = "compressed-tensors",
 ) -> QuantReport:
     """`quantize_checkpoint` with error-compensated rounding, calibrated on ``sources`` (see `calibration_ids`).
 
@@ -81,7 +89,7 @@ def quantize_with_gptq(
         ModelError, ConfigError: as `quantize_checkpoint` and `Calibration`.
     """
     quantizer = gptq_quantizer(src, calibration_ids(src, sources), scale_rule)
-    return quantize_checkpoint(src, dst, scale_rule, exclude, quantizer=quantizer)
+    return quantize_checkpoint(src, dst, scale_rule, exclude, progress, quantizer, format)
 
 
 def output_error(weight: Tensor, rounded: Tensor, moment: Tensor) -> float:

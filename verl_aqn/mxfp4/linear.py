@@ -1,6 +1,6 @@
 """A linear layer that keeps its weight packed in MXFP4 and trains whatever stands around it (LoRA, norms)."""
 
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,22 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from verl_aqn.errors import ModelError
-from verl_aqn.mxfp4.codec import BLOCK, dequantize, quantize
+from verl_aqn.mxfp4.codec import BLOCK, dequantize, fake_quantize, quantize
+
+
+class Activation(NamedTuple):
+    """How a layer rounds what it multiplies its weight with (W4A4); terms of `quantize`."""
+
+    scale_rule: str = "even"
+    rounding: str = "nearest"
+
+    @classmethod
+    def parse(cls, text: str | None) -> Self | None:
+        """From ``SCALE_RULE/ROUNDING``, as one process tells another; None and ``none`` mean W4A16."""
+        return cls(*text.split("/")) if text not in (None, "none") else None
+
+    def __str__(self) -> str:
+        return f"{self.scale_rule}/{self.rounding}"
 
 
 class Mxfp4Linear(nn.Linear):
@@ -20,6 +35,11 @@ class Mxfp4Linear(nn.Linear):
 
     The multiplication runs in the dtype of ``x``, or in autocast's, as ``F.linear`` would; W is exact in bfloat16 and
     float32. Backward keeps the packed bytes only and dequantises again: 16-bit weights live for one layer at a time.
+
+    ``activation`` rounds x to MXFP4 first, as an engine with 4-bit activations does; its gradient passes straight
+    through. None (the default) multiplies with x as it is. With ``keep_dense`` the layer holds W in ``compute_dtype``
+    beside the bytes from its first forward on: four times the memory again (and on every rank all of it), and no
+    dequantisation in forward and backward. The copy is no parameter and in no state dict.
 
     FSDP2 shards the packed parameters in a torch with pytorch pull request 178075 (tested: 2.13); older ones refuse
     uint8 parameters in ``fully_shard`` (issue 177844).
@@ -35,6 +55,7 @@ class Mxfp4Linear(nn.Linear):
         bias: bool = True,
         device: torch.device | str | None = None,
         compute_dtype: torch.dtype = torch.bfloat16,
+        activation: Activation | None = None,
     ):
         nn.Module.__init__(self)  # not nn.Linear's, which would allocate and register a dense weight
         if in_features % BLOCK:
@@ -44,6 +65,9 @@ class Mxfp4Linear(nn.Linear):
         self.in_features = in_features
         self.out_features = out_features
         self.compute_dtype = compute_dtype
+        self.activation = activation
+        self.keep_dense = False
+        self._dense: Tensor | None = None
         self.weight_packed = _frozen(torch.empty(out_features, in_features // 2, dtype=torch.uint8, device=device))
         self.weight_scale = _frozen(torch.empty(out_features, in_features // BLOCK, dtype=torch.uint8, device=device))
         if bias:
@@ -67,14 +91,40 @@ class Mxfp4Linear(nn.Linear):
         return dequantize(self.weight_packed, self.weight_scale, self.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
+        x = prepare_input(x, self.activation)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return _PackedLinear.apply(x, self.weight_packed, self.weight_scale, bias)
+        if self.keep_dense:
+            return F.linear(x, self._kept_weight().to(x.dtype), bias)
+        return PackedProduct.apply(x, self.weight_packed, self.weight_scale, bias)
+
+    def _apply(self, fn, recurse: bool = True) -> Self:
+        self._dense = None  # made anew where the parameters go
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._dense = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _kept_weight(self) -> Tensor:
+        if self._dense is not None:
+            return self._dense
+        weight = self.weight
+        if not torch.is_inference_mode_enabled():  # a tensor made there could not serve training
+            self._dense = weight
+        return weight
 
 
-class _PackedLinear(torch.autograd.Function):
+def prepare_input(x: Tensor, activation: Activation | None) -> Tensor:
+    """``x`` as a packed layer multiplies it: in autocast's dtype where that is on, and rounded if it is W4A4."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    return x if activation is None else fake_quantize(x, *activation)
+
+
+class PackedProduct(torch.autograd.Function):
+    """x W^T + b that keeps the codes of W for backward, and not W."""
+
     @staticmethod
     def forward(ctx, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(packed, scale)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from verl_aqn.errors import ConfigError
-from verl_aqn.mxfp4.checkpoint import QuantReport, quantize_checkpoint
+from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
 from verl_aqn.mxfp4.codec import Mxfp4Tensor, dequantize, quantize
 from verl_aqn.mxfp4.model import load_model
-from verl_aqn.mxfp4.storage import new_folder
+from verl_aqn.mxfp4.report import QuantReport
+from verl_aqn.mxfp4.writing import new_folder
 
 
 def loftq(weight: Tensor, rank: int, rounds: int = 5, scale_rule: str = "mse") -> tuple[Mxfp4Tensor, Tensor, Tensor]:

@@ -11,8 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4.codec import dequantize
+from verl_aqn.mxfp4.experts import Mxfp4Experts, is_fused
 from verl_aqn.mxfp4.linear import Mxfp4Linear
-from verl_aqn.mxfp4.storage import Spec, Weights, new_folder, read_config, write_model
+from verl_aqn.mxfp4.names import ROLES, Naming, parts_in, parts_of
+from verl_aqn.mxfp4.storage import Spec, Weights, read_config
+from verl_aqn.mxfp4.writing import MAX_SHARD_BYTES, new_folder, write_model
 
 PACKED_FORMAT = "mxfp4-pack-quantized"
 PACKED, SCALE = ".weight_packed", ".weight_scale"
@@ -32,17 +35,15 @@ def load_model(
     path = Path(path)
     weights = open_packed(path)
     model = empty_model(path, dtype, attn_implementation)
-    for name in packed_modules(weights):
-        linear = dict(model.named_modules()).get(name)
-        if not isinstance(linear, nn.Linear):
-            raise ModelError(f"{path} packs {name}, which is not a linear layer of {type(model).__name__}")
-        packed = Mxfp4Linear(linear.in_features, linear.out_features, linear.bias is not None, "meta", dtype)
-        model.set_submodule(name, packed)
-    check_names(model, weights, path)
+    naming = Naming(model.config.model_type)
+    _place_packed_layers(model, naming, packed_modules(weights), dtype, path)
+    sources = naming.sources(weights.specs)
+    check_names(model, naming, sources, path)
 
     state = {}
-    for name in model.state_dict().keys() & weights.specs.keys():
-        tensor = weights.read(name)
+    expected = model.state_dict()
+    for name in expected.keys() & sources.keys():
+        tensor = _gather(weights, naming, expected[name], sources[name], path)
         state[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
     try:
         model.load_state_dict(state, strict=False, assign=True)
@@ -54,8 +55,11 @@ def load_model(
     return model.to(device).eval()
 
 
-def dequantize_checkpoint(src: str | Path, dst: str | Path) -> None:
+def dequantize_checkpoint(src: str | Path, dst: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write packed folder ``src`` as an ordinary bfloat16 folder ``dst``: the same model, for whatever reads no MXFP4.
+
+    A stack of packed experts [E, N, K/2] is gpt-oss's (`verl_aqn.mxfp4.foreign`) and becomes [E, K, N], as transformers
+    holds it.
 
     Raises:
         ModelError: ``src`` is not a packed checkpoint or is damaged, or ``dst`` exists.
@@ -67,22 +71,29 @@ def dequantize_checkpoint(src: str | Path, dst: str | Path) -> None:
     del config["quantization_config"]
 
     layout = {name: spec for name, spec in weights.specs.items() if not name.endswith((PACKED, SCALE))}
-    for name in modules:
-        n, half = weights.specs[name + PACKED].shape
-        layout[name + ".weight"] = Spec(torch.bfloat16, (n, 2 * half))
+    kept = list(layout)
+    dense = {}
+    for module in modules:
+        *lead, n, half = weights.specs[module + PACKED].shape
+        dense[module] = module if lead else module + ".weight"
+        layout[dense[module]] = Spec(torch.bfloat16, (*lead, 2 * half, n) if lead else (n, 2 * half))
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name in layout.keys() & weights.specs.keys():
+        for name in kept:
             yield name, weights.read(name)
-        for name in modules:
-            yield name + ".weight", dequantize(weights.read(name + PACKED), weights.read(name + SCALE))
+        for module, name in dense.items():
+            weight = dequantize(weights.read(module + PACKED), weights.read(module + SCALE))
+            yield name, weight.transpose(1, 2) if weight.dim() == 3 else weight
 
     with new_folder(dst) as folder:
-        write_model(folder, config, layout, tensors(), source=src)
+        write_model(folder, config, dict(sorted(layout.items())), tensors(), src, {}, max_shard_bytes)
 
 
-def empty_model(path: Path, dtype: torch.dtype = torch.bfloat16, attn_implementation: str = "sdpa") -> PreTrainedModel:
-    """The causal language model that ``path/config.json`` describes, unquantised: parameters on meta, buffers real."""
+def empty_model(path: Path, dtype: torch.dtype = torch.bfloat16, attn_implementation: str = "eager") -> PreTrainedModel:
+    """The causal language model that ``path/config.json`` describes, unquantised: parameters on meta, buffers real.
+
+    Every architecture has eager attention: enough where only the structure matters.
+    """
     from accelerate import init_empty_weights
 
     read_config(path)
@@ -97,21 +108,70 @@ def empty_model(path: Path, dtype: torch.dtype = torch.bfloat16, attn_implementa
         raise ModelError(f"transformers cannot build the model of {path / 'config.json'}: {first_line}") from error
 
 
-def check_names(model: PreTrainedModel, weights: Weights, path: Path) -> None:
-    """Raise ModelError unless ``weights`` names exactly the model's tensors (a tied copy may be left out)."""
-    expected = set(model.state_dict())
-    missing = expected - weights.specs.keys() - set(model.all_tied_weights_keys)
+def check_names(model: PreTrainedModel, naming: Naming, sources: dict[str, list[str]], path: Path) -> None:
+    """Raise ModelError unless ``sources`` has exactly the model's tensors (a tied copy may be left out).
+
+    ``sources`` is what ``naming`` makes of the checkpoint's names: the model's tensors, and what each is made of.
+    """
+    expected = model.state_dict()
+    missing = expected.keys() - sources.keys() - set(model.all_tied_weights_keys)
     # transformers ignores these as well; old checkpoints store the rotary frequencies, which are computed.
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
     unexpected = {
-        name for name in weights.specs.keys() - expected if not any(re.search(pattern, name) for pattern in ignored)
+        sources[name][0]
+        for name in sources.keys() - expected.keys()
+        if not any(re.search(pattern, name) for pattern in ignored)
     }
+    for name in expected.keys() & sources.keys():
+        if naming.expert(sources[name][0]):
+            parts = {naming.of_expert(expert) + suffix for expert, suffix in parts_of(name, len(expected[name]))}
+            missing |= parts - set(sources[name])
+            unexpected |= set(sources[name]) - parts
     for names, fault in ((missing, "lacks"), (unexpected, "has unknown")):
         if names:
             raise ModelError(
                 f"{path} {fault} tensor {min(names)} ({len(names)} in all): its weights must carry the names that "
-                f"{type(model).__name__} of this transformers gives them (fused experts are not supported)"
+                f"{type(model).__name__} of this transformers gives them, with one name for each expert or fused ones"
             )
+
+
+def _place_packed_layers(
+    model: PreTrainedModel, naming: Naming, packed: list[str], dtype: torch.dtype, path: Path
+) -> None:
+    """Put an `Mxfp4Linear` or `Mxfp4Experts`, on meta, where the checkpoint's modules ``packed`` belong."""
+    modules = dict(model.named_modules())
+    for name in packed:
+        expert = naming.expert(name)
+        where = expert.module if expert else naming.in_model(name)
+        module = modules.get(where)
+        if expert and module is not None and is_fused(module):
+            modules[where] = Mxfp4Experts(module, naming)
+        elif isinstance(module, nn.Linear) and not expert:
+            bias = module.bias is not None
+            modules[where] = Mxfp4Linear(module.in_features, module.out_features, bias, "meta", dtype)
+        elif not isinstance(module, Mxfp4Experts):
+            hint = "; turn gpt-oss into bf16 with dequantize_checkpoint" if where.endswith("experts.down_proj") else ""
+            raise ModelError(f"{path} packs {name}, which is not a linear layer of {type(model).__name__}{hint}")
+        model.set_submodule(where, modules[where])
+
+
+def _gather(weights: Weights, naming: Naming, target: Tensor, names: list[str], path: Path) -> Tensor:
+    """A tensor of the model like ``target``: the checkpoint's one tensor, or a fused stack put together of many."""
+    if not naming.expert(names[0]):
+        return weights.read(names[0])
+    stack = torch.empty(target.shape, dtype=weights.specs[names[0]].dtype)
+    for name in names:
+        expert = naming.expert(name)
+        assert expert
+        fused, half = ROLES[expert.role]
+        part = stack[expert.number].chunk(parts_in(fused))[half]
+        if part.shape != weights.specs[name].shape:
+            raise ModelError(
+                f"the weights of {path} do not fit its config.json: {name} is {list(weights.specs[name].shape)}, not "
+                f"{list(part.shape)}"
+            )
+        part.copy_(weights.read(name))
+    return stack
 
 
 def open_packed(path: Path) -> Weights:

@@ -17,7 +17,8 @@ from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4.codec import dequantize, quantize
 from verl_aqn.mxfp4.linear import Mxfp4Linear
 from verl_aqn.mxfp4.model import load_model
-from verl_aqn.mxfp4.storage import Spec, Weights, new_folder, read_config, write_model
+from verl_aqn.mxfp4.storage import Spec, Weights, read_config
+from verl_aqn.mxfp4.writing import new_folder, write_model
 
 _STEPS = 8  # factors tried in an octave: the next one up is the same scale with another exponent
 # What vLLM merges into one layer must be packed, or left, as a whole.
@@ -73,7 +74,7 @@ def fold_macro_scales(src: str | Path, dst: str | Path, scale_rule: str = "mse")
     }
     config.pop("torch_dtype", None)
     with new_folder(dst) as folder:
-        write_model(folder, config | {"dtype": "float32"}, layout, tensors(), source=src)
+        write_model(folder, config | {"dtype": "float32"}, layout, tensors(), src, {})
     return rescaled
 
 

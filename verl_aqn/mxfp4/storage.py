@@ -1,16 +1,15 @@
-"""Model folders on disk: read safetensors with errors that name file and tensor, write a stream, publish whole."""
+"""Read Hugging Face model folders: safetensors one tensor at a time, with errors that name file and tensor.
 
-import contextlib
+Values are read with plain file reads, not through a memory map: mapped pages stay in the process's resident memory
+until the file is closed, so a pass over a model would look, and to a container's limit may be, as large as the model.
+"""
+
 import json
 import math
-import shutil
-import uuid
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from verl_aqn.errors import ModelError
@@ -28,9 +27,9 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 
 
 class Spec(NamedTuple):
@@ -55,41 +54,44 @@ class Weights:
 
     def __init__(self, folder: Path):
         where: dict[str, str] | None = None
-        if (folder / _SINGLE).is_file():
-            names = [_SINGLE]
-        elif (folder / _INDEX).is_file():
-            where = read_json(folder / _INDEX).get("weight_map", {})
+        if (folder / SINGLE).is_file():
+            names = [SINGLE]
+        elif (folder / INDEX).is_file():
+            where = read_json(folder / INDEX).get("weight_map", {})
             names = sorted(set(where.values()))
         else:
-            raise ModelError(
-                f"{folder} holds no weights: expected {_SINGLE} or {_INDEX}; save the model as safetensors"
-            )
+            raise ModelError(f"{folder} holds no weights: expected {SINGLE} or {INDEX}; save the model as safetensors")
         self.files = [folder / name for name in names]
         self.specs: dict[str, Spec] = {}
-        self._file_of: dict[str, Path] = {}
-        self._open: dict[Path, Any] = {}
+        self._place: dict[str, tuple[Path, int]] = {}
         for file in self.files:
-            for name, spec in _read_header(file).items():
+            for name, (spec, offset) in _read_header(file).items():
                 self.specs[name] = spec
-                self._file_of[name] = file
+                self._place[name] = (file, offset)
         for name, file_name in (where or {}).items():
-            if self._file_of.get(name) != folder / file_name:
+            if name not in self._place or self.file_of(name) != folder / file_name:
                 raise ModelError(
-                    f"{folder / file_name} lacks tensor {name}, which {_INDEX} puts there: copy the file again"
+                    f"{folder / file_name} lacks tensor {name}, which {INDEX} puts there: copy the file again"
                 )
 
     def file_of(self, name: str) -> Path:
-        return self._file_of[name]
+        return self._place[name][0]
 
-    def read(self, name: str) -> Tensor:
-        """The tensor's values, on the CPU."""
-        file = self._file_of[name]
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """The tensor's values on the CPU, or those of its part ``[index]`` along the first dimension."""
+        file, offset = self._place[name]
+        spec = self.specs[name]
+        if index is not None:
+            spec = spec._replace(shape=spec.shape[1:])
+            offset += index * spec.nbytes
+        tensor = torch.empty(spec.shape, dtype=spec.dtype)
         try:
-            if file not in self._open:
-                self._open[file] = safe_open(file, framework="pt")
-            return self._open[file].get_tensor(name)
-        except (SafetensorError, OSError) as error:
+            with file.open("rb", buffering=0) as stream:
+                stream.seek(offset)
+                _fill(stream, tensor.view(-1).view(torch.uint8).numpy().data)
+        except OSError as error:
             raise ModelError(f"cannot read tensor {name} of {file} ({error}): copy the file again") from error
+        return tensor
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -124,73 +126,18 @@ def companions(folder: Path) -> list[Path]:
     )
 
 
-def write_model(
-    folder: Path, config: dict[str, Any], layout: dict[str, Spec], tensors: Iterable[tuple[str, Tensor]], source: Path
-) -> None:
-    """Fill ``folder`` with ``config.json``, one safetensors file of ``tensors``, and the companions of ``source``.
-
-    ``layout`` announces every tensor beforehand, so that each can be written, and forgotten, as soon as it is made;
-    they may come in any order.
-    """
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for file in companions(source):
-        shutil.copyfile(file, folder / file.name)
-
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    # Wide dtypes first, so that every tensor is aligned to its own element.
-    for name, spec in sorted(layout.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
-        end = offset + spec.nbytes
-        header[name] = {
-            "dtype": _DTYPE_NAMES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-
-    missing = set(layout)
-    with (folder / _SINGLE).open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in tensors:
-            assert layout[name] == (tensor.dtype, tuple(tensor.shape)), name
-            stream.seek(8 + len(text) + header[name]["data_offsets"][0])
-            stream.write(tensor_bytes(tensor))
-            missing.remove(name)
-    assert not missing, missing
+def _fill(stream: Any, buffer: memoryview) -> None:
+    """Read until ``buffer`` is full: one read gives at most 2 GiB. Raises OSError at an early end of the file."""
+    done = 0
+    while done < len(buffer):
+        count = stream.readinto(buffer[done:])
+        if not count:
+            raise OSError("it became shorter while it was read")
+        done += count
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's values in row-major order, as they lie in a safetensors file."""
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-
-
-@contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary sibling of ``target`` that takes its name when the block ends well and disappears when it does not.
-
-    Raises:
-        ModelError: ``target`` exists, before the block or by the end of it.
-    """
-    taken = ModelError(f"{target} exists already: remove it or choose another folder")
-    if target.exists():
-        raise taken
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
-    temporary.mkdir()
-    try:
-        yield temporary
-        try:
-            temporary.rename(target)
-        except OSError as error:
-            raise (taken if target.exists() else error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _read_header(file: Path) -> dict[str, Spec]:
-    """Every tensor of a safetensors file, after checking that the file is long enough to hold it."""
+def _read_header(file: Path) -> dict[str, tuple[Spec, int]]:
+    """(spec, offset in bytes) of every tensor of a safetensors file, once it is known to be long enough for them."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -209,8 +156,9 @@ def _read_header(file: Path) -> dict[str, Spec]:
     for name, dtype, shape, start, end in sorted(entries, key=lambda entry: entry[3]):
         if dtype not in _DTYPES:
             raise ModelError(f"tensor {name} of {file} has dtype {dtype}: start from bf16, fp16 or fp32 weights")
-        specs[name] = Spec(_DTYPES[dtype], shape)
-        if specs[name].nbytes != end - start:
+        spec = Spec(_DTYPES[dtype], shape)
+        specs[name] = (spec, 8 + length + start)
+        if spec.nbytes != end - start:
             raise ModelError(f"tensor {name} of {file} is damaged (shape and size disagree): copy the file again")
         if 8 + length + end > size:
             raise ModelError(

@@ -13,6 +13,8 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDP
 
 from verl_aqn.digest import tensor_digest
 from verl_aqn.mxfp4.checkpoint import is_packed, model_digest
+from verl_aqn.mxfp4.experts import packed_layers
+from verl_aqn.mxfp4.linear import Activation, Mxfp4Linear
 from verl_aqn.mxfp4.model import load_model
 from verl_aqn.verl_api.shared_prompt import SharedPrompts, share_prompts
 
@@ -28,6 +30,11 @@ class AqnFSDPEngine(FSDPEngineWithLMHead):
         if not is_packed(self.model_config.local_path):
             return super()._build_module()
         module = load_model(self.model_config.local_path, dtype=torch.bfloat16)
+        told = self.model_config.override_config  # by verl_aqn.prepare.tell_workers
+        for layer in packed_layers(module):
+            layer.activation = Activation.parse(told.get("mxfp4_activation"))
+            if isinstance(layer, Mxfp4Linear):
+                layer.keep_dense = bool(told.get("mxfp4_keep_dense"))
         apply_monkey_patch(
             model=module,
             use_remove_padding=self.use_remove_padding,
@@ -59,6 +66,10 @@ class AqnFSDPEngine(FSDPEngineWithLMHead):
     def base_digest(self) -> str | None:
         """Digest of the packed base as it is in this process now; None for an unquantised one."""
         return model_digest(self.module) if is_packed(self.model_config.local_path) else None
+
+    def activations(self) -> list[str]:
+        """How the packed layers of this process round their inputs: one entry where all do the same."""
+        return sorted({str(layer.activation or "none") for layer in packed_layers(self.module)})
 
     def prepare_model_inputs(self, micro_batch):
         """Each prompt once for all of its samples, where verl would pad; packed batches go verl's own way."""

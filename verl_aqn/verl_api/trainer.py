@@ -18,6 +18,7 @@ from verl_aqn.noise import NoiseOrder, check_evidence
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.verl_api import rollout  # noqa: F401  registers the replica
 from verl_aqn.verl_api.workers import AqnActorWorker, AqnTrainingWorker
+from verl_aqn.vllm_api.readback import check_activations
 
 
 class AqnTrainer(PPOTrainerSync):
@@ -135,8 +136,8 @@ class AqnTrainer(PPOTrainerSync):
             self.record("base", when=when, quantised=False)
             return
         disk = checkpoint_digest(self.config.actor_rollout_ref.model.path)
-        held = self.rollout("aqn_base")
-        self.record("base", when=when, disk=disk, actor=actor, rollout=held)
+        held, rounding = self.rollout("aqn_base"), self.actor_rollout_wg.activations()
+        self.record("base", when=when, disk=disk, actor=actor, actor_activations=rounding, rollout=held)
         if {disk, *actor, *(answer["base_digest"] for answer in held)} != {disk}:
             raise EvidenceError(
                 f"at the {when} the MXFP4 base differs between disk, actor and rollout; see evidence.jsonl"
@@ -144,6 +145,7 @@ class AqnTrainer(PPOTrainerSync):
         # A kernel that keeps weights in an order of its own gives None: there they must be what they were.
         if any(answer["weights_equal_base"] is False for answer in held):
             raise EvidenceError(f"at the {when} the rollout computes with other weights than its MXFP4 base")
+        check_activations(self.aqn.mxfp4.activation_arithmetic, rounding, held)
         weights = [answer["weights_digest"] for answer in held]
         if weights != (self.base_weights or weights):
             raise EvidenceError(f"at the {when} the weights of the rollout's MXFP4 layers are not those of the start")

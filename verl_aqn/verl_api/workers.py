@@ -38,6 +38,11 @@ class AqnActorWorker(ActorRolloutRefWorker):
         return self.actor.engine.base_digest()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def activations(self) -> list[str]:
+        """How the actor's packed layers round their inputs."""
+        return self.actor.engine.activations()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def sent_adapter(self) -> str | None:
         """Digest of the adapter that was last sent to the rollout, in the form that the rollout holds it."""
         return self.actor.engine.sent_adapter

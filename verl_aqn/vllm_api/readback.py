@@ -10,8 +10,45 @@ from typing import Any
 import torch
 
 from verl_aqn.digest import tensor_digest
+from verl_aqn.errors import EvidenceError
 from verl_aqn.mxfp4 import dequantize
 from verl_aqn.mxfp4.checkpoint import combined_digest, module_digest
+
+# How vLLM's kernels round activations; the scheme asks all of them for MXFP4 and only some comply. What is written here
+# of kernels for GPUs was read in vLLM 0.28 (FlashInfer and B12X quantise as NVIDIA's hardware does), not measured.
+KERNEL_ACTIVATIONS = {
+    "MarlinMxFp4LinearKernel": "none",
+    "HummingMxFp4LinearKernel": "none",
+    "FlashInferMxFp4LinearKernel": "rceil/nearest",
+    "B12xMxFp4LinearKernel": "rceil/nearest",
+    "EmulationMxfp4LinearKernel": "even/nearest",
+    "AiterMxfp4LinearKernel": "even/nearest",
+    "XPUMxFp4LinearKernel": "unknown",
+}
+
+
+def kernel_activation(kernel: Any) -> str:
+    """How ``kernel`` rounds activations: "none" (W4A16), "RULE/ROUNDING" (W4A4), or "unknown"."""
+    if hasattr(kernel, "activation"):  # our own
+        return str(kernel.activation or "none")
+    return KERNEL_ACTIVATIONS.get(type(kernel).__name__, "unknown")
+
+
+def check_activations(asked: str, actor: list[list[str]], rollout: list[dict]) -> None:
+    """Raise EvidenceError unless every actor rank and every rollout rank rounds activations as the recipe asks.
+
+    `asked`: as `kernel_activation` says it. `actor`: a list for each rank. `rollout`: answers of `describe_base`.
+    """
+    for rank, found in enumerate(actor):
+        if found != [asked]:
+            raise EvidenceError(f"actor rank {rank} rounds activations as {found}, but the recipe asks for {asked!r}")
+    for answer in rollout:
+        if answer["activations"] != [asked]:
+            raise EvidenceError(
+                f"the rollout's kernel {answer['kernel']} rounds activations as {answer['activations']}, but the "
+                f"recipe asks for {asked!r}: set actor_rollout_ref.rollout.engine_kwargs.vllm.linear_backend (marlin "
+                "for W4A16), or aqn.mxfp4.activation"
+            )
 
 
 def hf_names(model: torch.nn.Module, name: str, parts: int) -> list[str]:
@@ -35,7 +72,8 @@ def describe_base(model: torch.nn.Module) -> dict:
 
     `base_digest`: of the packed bytes that each layer was loaded with, under the trainer's names. `weights_digest`: of
     the weights as the kernel keeps them, to be compared between two moments. `weights_equal_base`: whether those are
-    bit for bit the packed ones; None where a kernel keeps them in an order of its own.
+    bit for bit the packed ones; None where a kernel keeps them in an order of its own. `activations`: what the kernels
+    round their inputs to.
     """
     layers: dict[str, Any] = {
         name.removesuffix(".base_layer"): layer
@@ -57,6 +95,7 @@ def describe_base(model: torch.nn.Module) -> dict:
         "base_digest": combined_digest(loaded),
         "weights_digest": tensor_digest((name, layer.weight.data) for name, layer in layers.items()),
         "weights_equal_base": equal if dense else None,
+        "activations": sorted({kernel_activation(layer.scheme.kernel) for layer in layers.values()}),
         "kernel": ",".join(sorted({type(layer.scheme.kernel).__name__ for layer in layers.values()})),
     }
 

@@ -1,0 +1,37 @@
+"""ModelSlim folders hold what was read in the source of vllm-ascend 0.23.0; tests/npu asks that source itself."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from tests.modelslim_folders import SMALL, modelslim_folders  # noqa: F401
+from verl_aqn.errors import ModelError
+from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
+
+
+def test_description_names_every_tensor(folders) -> None:
+    _, folder, packed = folders
+    description = json.loads((folder / "quant_model_description.json").read_text())
+    wide = {key: description.pop(key) for key in ("model_quant_type", "version", "group_size")}
+    assert wide == {"model_quant_type": "W4A4_MXFP4", "version": "1.0.0", "group_size": 32}
+    ours, theirs = load_file(folder / "model.safetensors"), load_file(packed / "model.safetensors")
+    assert description.keys() == ours.keys()
+    assert {name for name, scheme in description.items() if scheme == "W4A4_MXFP4"} == {
+        name.replace("weight_packed", "weight") for name in theirs if theirs[name].dtype == torch.uint8
+    }
+    assert set(description.values()) == {"W4A4_MXFP4", "FLOAT"}
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name.replace("weight_packed", "weight")], tensor)
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+
+
+def test_inputs_must_fill_pairs_of_scales(tmp_path: Path) -> None:
+    config = LlamaConfig(**SMALL | {"intermediate_size": 96})
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "odd")
+    with pytest.raises(ModelError, match=r"down_proj of .* takes 96 inputs, not a multiple of 64 as vllm-ascend needs"):
+        quantize_checkpoint(tmp_path / "odd", tmp_path / "out", format="modelslim")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,87 @@
+"""The functions of vllm-ascend that look modules up, make parameters and rearrange them, run on our folders.
+
+They are taken out of its source, so that torch_npu need not be there; vllm-ascend must. They passed on the wheel of
+0.23.0 (2026-11-22), on a CPU. No NPU has run any of this.
+"""
+
+import ast
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.modelslim_folders import LAYER, modelslim_folders  # noqa: F401
+
+
+def definitions(file: str, *names: str, inside: str | None = None) -> dict[str, Any]:
+    """Functions and tables of a module of vllm-ascend, without importing it."""
+    spec = importlib.util.find_spec("vllm_ascend")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("vllm-ascend is not installed")
+    tree = ast.parse((Path(next(iter(spec.submodule_search_locations))) / file).read_text())
+    body = tree.body
+    if inside:
+        body = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == inside).body
+    wanted: list[ast.stmt] = []
+    for node in body:
+        targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+        named = {getattr(node, "name", None), *(getattr(target, "id", None) for target in targets)}
+        if named & set(names):
+            wanted.append(node)
+    namespace: dict[str, Any] = {"Any": Any, "Mapping": dict, "MappingProxyType": dict, "torch": torch}
+    exec(compile(ast.Module(wanted, []), file, "exec"), namespace)
+    return {name: namespace[name] for name in names}
+
+
+def test_vllm_ascend_finds_a_scheme_for_every_layer(folders) -> None:
+    kind, folder, _ = folders
+    theirs = definitions(
+        "quantization/modelslim_config.py",
+        "MODELSLIM_CONFIG_FILENAME",
+        "get_linear_quant_type",
+        "packed_modules_model_mapping",
+    )
+    skipped = definitions(
+        "quantization/modelslim_config.py", "is_layer_skipped_ascend", inside="AscendModelSlimConfig"
+    )["is_layer_skipped_ascend"]
+    description = json.loads((folder / theirs["MODELSLIM_CONFIG_FILENAME"]).read_text())
+    # Where its table has no entry, the mapping is that of vLLM's model class.
+    llama = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    fused = theirs["packed_modules_model_mapping"].get(kind, llama)
+    layers = ["self_attn.qkv_proj", "self_attn.o_proj"]
+    layers += ["mlp.gate_up_proj", "mlp.down_proj"] if kind == "llama" else ["mlp.experts"]
+    config = SimpleNamespace(quant_description=description)
+    for layer in layers:
+        assert theirs["get_linear_quant_type"](description, LAYER + layer, fused) == "W4A4_MXFP4"
+        assert not skipped(config, LAYER + layer, fused)
+    if kind == "qwen3_moe":
+        assert skipped(config, LAYER + "mlp.gate", fused)
+
+
+def test_vllm_ascend_s_parameters_have_our_shapes(folders) -> None:
+    _, folder, _ = folders
+    methods = definitions(
+        "quantization/methods/w4a4_mxfp4.py",
+        "get_weight",
+        "get_pergroup_param",
+        "process_weights_after_loading",
+        inside="AscendW4A4MXFP4DynamicLinearMethod",
+    )
+    self = SimpleNamespace(group_size=json.loads((folder / "quant_model_description.json").read_text())["group_size"])
+    tensors = load_file(folder / "model.safetensors")
+    for module, (n, k) in {"q_proj": (64, 64), "k_proj": (32, 64), "o_proj": (64, 64)}.items():
+        parameters = methods["get_weight"](self, k, n, torch.bfloat16)
+        parameters |= methods["get_pergroup_param"](self, k, n, torch.bfloat16)
+        layer = SimpleNamespace()
+        for name, parameter in parameters.items():
+            ours = tensors[f"{LAYER}self_attn.{module}.{name}"]
+            assert (ours.shape, ours.dtype) == (parameter.shape, parameter.dtype)
+            setattr(layer, name, torch.nn.Parameter(ours.clone(), requires_grad=False))
+        methods["process_weights_after_loading"](self, layer)
+        assert layer.weight.shape == (k // 2, n)
+        assert layer.weight_scale.shape == (k // 64, n, 2)

@@ -1,0 +1,133 @@
+"""Checkpoints that are MXFP4 already, in the layouts of Quark and gpt-oss: rewritten bit by bit, never rounded again.
+
+==========  ========================================================  ============================
+layout      tensors                                                   ``quant_method``
+==========  ========================================================  ============================
+Quark       ``M.weight`` uint8 [N, K/2], ``M.weight_scale`` [N, K/32]   ``quark``, weights fp4 / e8m0
+gpt-oss     ``S_blocks`` uint8 [E, N, K/32, 16], ``S_scales`` [E, N, K/32]  ``mxfp4``
+==========  ========================================================  ============================
+
+Both have the even index in the low nibble and E8M0 scales along K, as compressed-tensors does: the bytes are the same
+and only names and shapes change, to ``M.weight_packed`` and ``M.weight_scale``.
+
+gpt-oss keeps all experts of a layer in one stack S, ``...experts.gate_up_proj`` or ``...experts.down_proj``. It stays
+one: ``S.weight_packed`` [E, N, K/2]. Its rows are output features; in ``gate_up_proj`` gate and up alternate (gate is
+0::2, up is 1::2), and ``gate_up_proj_bias`` [E, 2I] goes with that order. transformers holds the transpose, [E, K, N],
+which is what `dequantize_checkpoint` writes. `load_model` does not take gpt-oss, and stock vLLM reads the original.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from verl_aqn.errors import ConfigError, ModelError
+from verl_aqn.mxfp4.formats import FORMATS, finish, packed_specs
+from verl_aqn.mxfp4.model import empty_model
+from verl_aqn.mxfp4.names import Naming
+from verl_aqn.mxfp4.plan import ROUTERS, matches
+from verl_aqn.mxfp4.storage import Spec, Weights, read_config
+from verl_aqn.mxfp4.writing import MAX_SHARD_BYTES, new_folder, write_model
+
+# (codes, scales) as each names them after the module or stack.
+_SUFFIXES = {"quark": (".weight", ".weight_scale"), "gpt-oss": ("_blocks", "_scales")}
+_METHODS = {"quark": "quark", "mxfp4": "gpt-oss"}
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What `import_checkpoint` did: ``imported`` is "quark" or "gpt-oss", ``modules`` the number of packed modules."""
+
+    imported: str
+    modules: int
+    bytes_before: int
+    bytes_after: int
+
+
+def foreign_layout(config: dict[str, Any]) -> str | None:
+    """ "quark" or "gpt-oss" where ``config`` (of config.json) names one of them, else None."""
+    return _METHODS.get((config.get("quantization_config") or {}).get("quant_method", ""))
+
+
+def import_checkpoint(
+    src: str | Path,
+    dst: str | Path,
+    format: str = "compressed-tensors",
+    progress: Callable[[int, int, str], None] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> ImportReport:
+    """Rewrite ``src``, MXFP4 as Quark or gpt-oss lays it out, into the new folder ``dst`` with the same codes.
+
+    Raises:
+        ModelError: ``src`` is in another layout, a tensor of it is not MXFP4 or is damaged, or ``dst`` exists.
+        ConfigError: ``format`` is not one of ``verl_aqn.mxfp4.formats.FORMATS``.
+    """
+    src, dst = Path(src), Path(dst)
+    if format not in FORMATS:
+        raise ConfigError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
+    config = read_config(src)
+    kind = foreign_layout(config)
+    if kind is None:
+        raise ModelError(f"{src} is not MXFP4 of Quark or gpt-oss: quantise it from bf16")
+    weights = Weights(src)
+    codes, scales = _SUFFIXES[kind]
+    shapes = {
+        name.removesuffix(codes): _matrix_shape(kind, name, weights)
+        for name, spec in weights.specs.items()
+        if name.endswith(codes) and name.removesuffix(codes) + scales in weights.specs
+    }
+    if not shapes:
+        raise ModelError(f"{src} has no MXFP4 tensor, though its config.json says {kind}: download it again")
+    if kind == "gpt-oss" and format == "modelslim":
+        raise ModelError(f"{src}: ModelSlim's layout has no place for fused experts; use compressed-tensors")
+    used = {module + suffix for module in shapes for suffix in (codes, scales)}
+    kept = [name for name in weights.specs if name not in used]
+
+    layout: dict[str, Spec] = {name: weights.specs[name] for name in kept}
+    for module, shape in shapes.items():
+        layout |= packed_specs(module, shape, format)
+    layout = dict(sorted(layout.items()))
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in kept:
+            yield name, weights.read(name)
+        for done, module in enumerate(shapes, start=1):
+            for suffix, out in zip((codes, scales), FORMATS[format], strict=True):
+                yield module + out, weights.read(module + suffix).view(layout[module + out].shape)
+            if progress is not None:
+                progress(done, len(shapes), module)
+
+    config, extra = finish(format, config, layout, set(shapes), _unpacked(src, set(shapes)), src)
+    with new_folder(dst) as folder:
+        write_model(folder, config, layout, tensors(), src, extra, max_shard_bytes)
+    total = [sum(spec.nbytes for spec in specs.values()) for specs in (weights.specs, layout)]
+    return ImportReport(kind, len(shapes), *total)
+
+
+def _matrix_shape(kind: str, name: str, weights: Weights) -> tuple[int, ...]:
+    """[..., N, K] of the codes ``name``, after checking that they and their scales are MXFP4."""
+    codes, scales = _SUFFIXES[kind]
+    spec, scale = weights.specs[name], weights.specs[name.removesuffix(codes) + scales]
+    shape = spec.shape if kind == "quark" else (*spec.shape[:-2], spec.shape[-2] * spec.shape[-1])
+    *lead, half = shape
+    if spec.dtype != torch.uint8 or half % 16 or scale != Spec(torch.uint8, (*lead, half // 16)):
+        raise ModelError(
+            f"tensor {name} of {weights.file_of(name)} is not MXFP4: {spec.dtype} {list(spec.shape)} with scales "
+            f"{scale.dtype} {list(scale.shape)}; start from a bf16 checkpoint"
+        )
+    return (*lead, 2 * half)
+
+
+def _unpacked(src: Path, packed: set[str]) -> list[str]:
+    """Names of the model's linear layers and routers that are not among ``packed``."""
+    model = empty_model(src)
+    naming = Naming(model.config.model_type)
+    names = (
+        naming.in_checkpoint(name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or any(matches(name, pattern) for pattern in ROUTERS)
+    )
+    return [name for name in names if name not in packed]

@@ -1,0 +1,284 @@
+// MXFP4 on a CPU: one pass over memory for each of quantise, dequantise and fake-quantise.
+//
+// The same arithmetic as reference.py, whose comments derive it, bit for bit. Every loop has 32 turns and no branch, so
+// that a compiler turns it into vector instructions of whatever width it knows; nothing here is written for one CPU.
+// Compile with -ffp-contract=off and without -ffast-math: results must not depend on the compiler's freedom.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "two codes are read as one little-endian number");
+
+namespace {
+
+constexpr int BLOCK = 32;
+constexpr int32_t EXPONENT = 0x7F800000;  // float's exponent field, and the bits of Inf
+enum Rule { MSE, EVEN, FLOOR, RCEIL };
+enum Rounding { NEAREST, HALF_AWAY, STOCHASTIC };
+enum Dtype { FLOAT32, BFLOAT16, FLOAT16 };
+constexpr int32_t CARRY[] = {0, 0x200000, 0, 0x3FFFFF};
+
+struct bfloat16 { uint16_t bits; };
+using float16 = _Float16;
+
+inline float as_float(int32_t bits) { float f; std::memcpy(&f, &bits, 4); return f; }
+inline int32_t as_bits(float f) { int32_t i; std::memcpy(&i, &f, 4); return i; }
+
+// Bit patterns of the block's values as float32.
+inline void load(const float* x, int32_t* bits) { std::memcpy(bits, x, 4 * BLOCK); }
+inline void load(const bfloat16* x, int32_t* bits) {
+    for (int i = 0; i < BLOCK; ++i) bits[i] = int32_t(uint32_t(x[i].bits) << 16);
+}
+inline void load(const float16* x, int32_t* bits) {
+    for (int i = 0; i < BLOCK; ++i) bits[i] = as_bits(float(x[i]));
+}
+
+// The values are exact in bfloat16 already (2^128 aside, which is Inf by then).
+inline void store(float* out, const float* values) { std::memcpy(out, values, 4 * BLOCK); }
+inline void store(bfloat16* out, const float* values) {
+    for (int i = 0; i < BLOCK; ++i) out[i].bits = uint16_t(uint32_t(as_bits(values[i])) >> 16);
+}
+inline void store(float16* out, const float* values) {
+    for (int i = 0; i < BLOCK; ++i) out[i] = float16(values[i]);
+}
+
+// Philox4x32-10 (Salmon et al. 2011): the four words at counter (index, index >> 32, 0, 0).
+inline void philox(uint64_t index, uint64_t seed, uint32_t* words) {
+    uint32_t c0 = uint32_t(index), c1 = uint32_t(index >> 32), c2 = 0, c3 = 0;
+    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+        const uint64_t p0 = uint64_t(0xD2511F53) * c0, p1 = uint64_t(0xCD9E8D57) * c2;
+        c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
+        c1 = uint32_t(p1);
+        c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
+        c3 = uint32_t(p0);
+        k0 += 0x9E3779B9;
+        k1 += 0xBB67AE85;
+    }
+    words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
+}
+
+struct Rounded {
+    alignas(64) int32_t codes[BLOCK];
+    alignas(64) float values[BLOCK];  // in units of the scale
+};
+
+template <int ROUNDING>
+inline void round_block(const float* magnitude, int32_t exponent, const float* uniform, Rounded& r) {
+    const float inverse = as_float((254 - exponent) << 23);
+    for (int i = 0; i < BLOCK; ++i) {
+        const float y = magnitude[i] * inverse;
+        int32_t p = as_bits(y) & EXPONENT;
+        p = p < 0x3F800000 ? 0x3F800000 : p;
+        p = p > 0x40800000 ? 0x40800000 : p;
+        if (ROUNDING == NEAREST) {
+            const int32_t c = p + (22 << 23);
+            const float sum = y + as_float(c);
+            const int32_t code = as_bits(sum) - c + (p >> 22) - 254;
+            const float value = sum - as_float(c);
+            r.codes[i] = code > 7 ? 7 : code;
+            r.values[i] = value > 6 ? 6 : value;
+        } else {
+            // 6 at most, so that the number of steps fits an int32; what is above saturates anyway.
+            const float t = (y > 6 ? 6 : y) * as_float((255 << 23) - p);
+            const int32_t steps = int32_t(t);
+            const float fraction = t - float(steps);
+            const int32_t up = ROUNDING == HALF_AWAY ? fraction >= 0.5f : uniform[i] < fraction;
+            const int32_t code = steps + up + (p >> 22) - 254;
+            const float value = float(steps + up) * as_float(p - (1 << 23));
+            r.codes[i] = code > 7 ? 7 : code;
+            r.values[i] = value > 6 ? 6 : value;
+        }
+    }
+}
+
+// Sum of squared errors in float64, added up as a tree of fixed shape: the same on every machine.
+inline double squared_error(const float* magnitude, int32_t exponent, const Rounded& r) {
+    const float inverse = as_float((254 - exponent) << 23);
+    alignas(64) double s[BLOCK];
+    for (int i = 0; i < BLOCK; ++i) {
+        const double e = double(r.values[i] - magnitude[i] * inverse);
+        s[i] = e * e;
+    }
+    for (int i = 0; i < 16; ++i) s[i] += s[i + 16];
+    for (int i = 0; i < 8; ++i) s[i] += s[i + 8];
+    for (int i = 0; i < 4; ++i) s[i] += s[i + 4];
+    return (s[0] + s[2]) + (s[1] + s[3]);
+}
+
+// Biased exponent of the block's scale and its rounded magnitudes; 255 where the block holds NaN or Inf.
+template <int RULE, int ROUNDING>
+inline int32_t encode(const int32_t* bits, uint64_t block, uint64_t seed, Rounded& r) {
+    alignas(64) float magnitude[BLOCK], uniform[BLOCK];
+    int32_t amax = 0;
+    for (int i = 0; i < BLOCK; ++i) {
+        const int32_t m = bits[i] & 0x7FFFFFFF;
+        magnitude[i] = as_float(m);
+        amax = m > amax ? m : amax;
+    }
+    if (amax >= EXPONENT) return 255;
+    if (ROUNDING == STOCHASTIC) {
+        alignas(64) uint32_t words[BLOCK];
+        for (int i = 0; i < BLOCK / 4; ++i) philox(block * (BLOCK / 4) + i, seed, words + 4 * i);
+        for (int i = 0; i < BLOCK; ++i) uniform[i] = float(int32_t(words[i] >> 8)) * 0x1p-24f;
+    }
+    int32_t exponent = ((amax + CARRY[RULE]) >> 23) - 2;
+    if (RULE == MSE) {
+        const int32_t low = exponent < 0 ? 0 : exponent, high = exponent + 1 < 0 ? 0 : exponent + 1;
+        Rounded other;
+        round_block<NEAREST>(magnitude, low, nullptr, r);
+        round_block<NEAREST>(magnitude, high, nullptr, other);
+        // Each error is in units of its own scale; the larger scale is twice the smaller.
+        const bool better = 4 * squared_error(magnitude, high, other) < squared_error(magnitude, low, r);
+        exponent = better ? high : low;
+        if (ROUNDING == NEAREST) {
+            if (better) r = other;
+            return exponent;
+        }
+    }
+    exponent = exponent < 0 ? 0 : exponent;
+    round_block<ROUNDING>(magnitude, exponent, uniform, r);
+    return exponent;
+}
+
+template <class T, int RULE, int ROUNDING>
+void quantize(const T* x, int64_t begin, int64_t end, uint64_t seed, uint8_t* packed, uint8_t* scale) {
+    for (int64_t b = begin; b < end; ++b) {
+        alignas(64) int32_t bits[BLOCK];
+        alignas(64) uint8_t codes[BLOCK];
+        alignas(64) uint16_t pairs[BLOCK / 2];  // two codes each, the even index in the low byte
+        Rounded r;
+        load(x + b * BLOCK, bits);
+        const int32_t exponent = encode<RULE, ROUNDING>(bits, b, seed, r);
+        scale[b] = uint8_t(exponent);
+        uint8_t* to = packed + b * (BLOCK / 2);
+        if (exponent == 255) {
+            std::memset(to, 0, BLOCK / 2);
+            continue;
+        }
+        for (int i = 0; i < BLOCK; ++i) codes[i] = uint8_t(r.codes[i] | ((bits[i] >> 31) & 8));
+        std::memcpy(pairs, codes, sizeof codes);
+        for (int i = 0; i < BLOCK / 2; ++i) to[i] = uint8_t(pairs[i] | (pairs[i] >> 4));
+    }
+}
+
+template <class T, int RULE, int ROUNDING>
+void fake_quantize(const T* x, int64_t begin, int64_t end, uint64_t seed, T* out) {
+    for (int64_t b = begin; b < end; ++b) {
+        alignas(64) int32_t bits[BLOCK];
+        Rounded r;
+        load(x + b * BLOCK, bits);
+        const int32_t exponent = encode<RULE, ROUNDING>(bits, b, seed, r);
+        // Half of the value times twice the scale, since 2^-127 is no normal float; the exponent is 253 at most.
+        const float unit = exponent == 255 ? as_float(0x7FC00000) : as_float((exponent + 1) << 23);
+        if (exponent == 255) std::memset(r.values, 0, sizeof r.values);
+        for (int i = 0; i < BLOCK; ++i)
+            r.values[i] = as_float(as_bits(r.values[i] * 0.5f * unit) | (exponent == 255 ? 0 : bits[i] & INT32_MIN));
+        store(out + b * BLOCK, r.values);
+    }
+}
+
+// Bit patterns as bfloat16, in which every value is exact, of 32 codes (0..15) under a scale.
+inline void decode(const uint8_t* codes, int32_t scale, uint16_t* bits) {
+    if (scale >= 2 && scale <= 252) {
+        // Code m > 1 is 0x3F00 + 64 m in bfloat16, 1 is 0x3F00 and 0 is 0; the scale adds to the exponent.
+        const uint16_t base = uint16_t(0x3F00 + ((scale - 127) << 7));
+        for (int i = 0; i < BLOCK; ++i) {
+            const uint16_t m = codes[i] & 7, sign = uint16_t((codes[i] & 8) << 12);
+            const uint16_t above = m == 1 ? 0 : uint16_t(m << 6);
+            bits[i] = sign | (m == 0 ? 0 : uint16_t(base + above));
+        }
+        return;
+    }
+    // At the ends of the range there are subnormals and Inf.
+    static const float values[] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
+    for (int i = 0; i < BLOCK; ++i) {
+        const float value = std::ldexp(values[codes[i] & 7], scale - 127);
+        bits[i] = scale == 255 ? 0x7FC0 : uint16_t(uint32_t(as_bits(value)) >> 16 | (codes[i] & 8) << 12);
+    }
+}
+
+inline void store(bfloat16* out, const uint16_t* bits) { std::memcpy(out, bits, 2 * BLOCK); }
+inline void store(float* out, const uint16_t* bits) {
+    for (int i = 0; i < BLOCK; ++i) out[i] = as_float(int32_t(uint32_t(bits[i]) << 16));
+}
+inline void store(float16* out, const uint16_t* bits) {
+    for (int i = 0; i < BLOCK; ++i) out[i] = float16(as_float(int32_t(uint32_t(bits[i]) << 16)));
+}
+
+template <class T>
+void dequantize(const uint8_t* packed, const uint8_t* scale, int64_t begin, int64_t end, T* out) {
+    for (int64_t b = begin; b < end; ++b) {
+        const uint8_t* from = packed + b * (BLOCK / 2);
+        alignas(64) uint16_t pairs[BLOCK / 2], bits[BLOCK];
+        alignas(64) uint8_t codes[BLOCK];
+        for (int i = 0; i < BLOCK / 2; ++i) pairs[i] = (from[i] | uint16_t(from[i] << 4)) & 0x0F0F;
+        std::memcpy(codes, pairs, sizeof codes);
+        decode(codes, scale[b], bits);
+        store(out + b * BLOCK, bits);
+    }
+}
+
+template <class F>
+void parallel(int64_t blocks, int threads, F&& work) {
+    std::vector<std::thread> others;
+    for (int t = 1; t < threads; ++t)
+        others.emplace_back([&, t] { work(blocks * t / threads, blocks * (t + 1) / threads); });
+    work(0, blocks / threads);
+    for (auto& thread : others) thread.join();
+}
+
+template <class T, int RULE>
+void quantize_by(int rounding, const void* x, int64_t blocks, uint64_t seed, uint8_t* packed, uint8_t* scale,
+                 void* fake, int threads) {
+    const T* from = static_cast<const T*>(x);
+    T* to = static_cast<T*>(fake);
+    parallel(blocks, threads, [=](int64_t begin, int64_t end) {
+        if (rounding == NEAREST)
+            to ? fake_quantize<T, RULE, NEAREST>(from, begin, end, seed, to)
+               : quantize<T, RULE, NEAREST>(from, begin, end, seed, packed, scale);
+        else if (rounding == HALF_AWAY)
+            to ? fake_quantize<T, RULE, HALF_AWAY>(from, begin, end, seed, to)
+               : quantize<T, RULE, HALF_AWAY>(from, begin, end, seed, packed, scale);
+        else
+            to ? fake_quantize<T, RULE, STOCHASTIC>(from, begin, end, seed, to)
+               : quantize<T, RULE, STOCHASTIC>(from, begin, end, seed, packed, scale);
+    });
+}
+
+template <class T>
+void quantize_as(int rule, int rounding, const void* x, int64_t blocks, uint64_t seed, uint8_t* packed, uint8_t* scale,
+                 void* fake, int threads) {
+    switch (rule) {
+        case MSE: return quantize_by<T, MSE>(rounding, x, blocks, seed, packed, scale, fake, threads);
+        case EVEN: return quantize_by<T, EVEN>(rounding, x, blocks, seed, packed, scale, fake, threads);
+        case FLOOR: return quantize_by<T, FLOOR>(rounding, x, blocks, seed, packed, scale, fake, threads);
+        default: return quantize_by<T, RCEIL>(rounding, x, blocks, seed, packed, scale, fake, threads);
+    }
+}
+
+}  // namespace
+
+// x [blocks, 32] of `dtype`; into packed [blocks, 16] and scale [blocks], or, where `fake` is given, rounded values there.
+extern "C" void aqn_quantize(const void* x, int dtype, int64_t blocks, int rule, int rounding, uint64_t seed,
+                             uint8_t* packed, uint8_t* scale, void* fake, int threads) {
+    switch (dtype) {
+        case FLOAT32: return quantize_as<float>(rule, rounding, x, blocks, seed, packed, scale, fake, threads);
+        case BFLOAT16: return quantize_as<bfloat16>(rule, rounding, x, blocks, seed, packed, scale, fake, threads);
+        default: return quantize_as<float16>(rule, rounding, x, blocks, seed, packed, scale, fake, threads);
+    }
+}
+
+extern "C" void aqn_dequantize(const uint8_t* packed, const uint8_t* scale, int64_t blocks, int dtype, void* out,
+                               int threads) {
+    parallel(blocks, threads, [=](int64_t begin, int64_t end) {
+        switch (dtype) {
+            case FLOAT32: return dequantize(packed, scale, begin, end, static_cast<float*>(out));
+            case BFLOAT16: return dequantize(packed, scale, begin, end, static_cast<bfloat16*>(out));
+            default: return dequantize(packed, scale, begin, end, static_cast<float16*>(out));
+        }
+    });
+}

@@ -1,0 +1,147 @@
+"""What of a bf16 checkpoint gets packed, under which names, and what stays: decided from the model's structure."""
+
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from verl_aqn.errors import ConfigError, ModelError
+from verl_aqn.mxfp4.codec import BLOCK
+from verl_aqn.mxfp4.experts import is_fused, why_not_packable
+from verl_aqn.mxfp4.model import check_names, empty_model
+from verl_aqn.mxfp4.names import ROLES, Expert, Naming, parts_in
+from verl_aqn.mxfp4.storage import Weights
+
+EXCLUDE = ("lm_head", "embed_tokens")
+# A router decides which expert runs: an error there is not noise in a sum but another expert. Whether transformers
+# makes it of an nn.Linear or not, vLLM does, and must be told to leave it alone.
+ROUTERS = ("*.mlp.gate", "*.router", "*.shared_expert_gate")
+
+
+class Piece(NamedTuple):
+    """A matrix that becomes one packed module, and where in the source it is."""
+
+    module: str
+    tensor: str
+    shape: tuple[int, int]
+    expert: int | None = None
+    """Index into a fused stack."""
+    half: int = 0
+    """Which of the equal parts of the rows, for gate and up in one stack."""
+
+    def read(self, weights: Weights) -> Tensor:
+        """The matrix [N, K]."""
+        rows = self.shape[0]
+        return weights.read(self.tensor, self.expert)[self.half * rows : (self.half + 1) * rows]
+
+
+class Plan(NamedTuple):
+    pieces: list[Piece]
+    ignored: list[str]
+    """Linear layers, routers and experts that stay as they are, by their names in the packed checkpoint."""
+    kept: dict[str, str]
+    """The source's tensors that stay, and their names in the packed checkpoint."""
+
+
+def make_plan(src: Path, weights: Weights, exclude: tuple[str, ...]) -> Plan:
+    """Pack every ``nn.Linear`` and fused expert but the output head, routers, and what ``exclude`` names.
+
+    Raises:
+        ModelError: the tensors are not those of config.json's model, or a layer does not fit MXFP4.
+        ConfigError: an entry of ``exclude`` matches nothing, or some experts of a layer and not the others.
+    """
+    model = empty_model(src)
+    naming = Naming(model.config.model_type)
+    sources = naming.sources(weights.specs)
+    check_names(model, naming, sources, src)
+    modules = dict(model.named_modules())
+    experts = {name: list(_experts(name, module)) for name, module in modules.items() if is_fused(module)}
+    known = [*modules, *(naming.of_expert(e) for of_module in experts.values() for e in of_module)]
+    for pattern in exclude:
+        if pattern not in EXCLUDE and not any(matches(name, pattern) for name in known):
+            raise ConfigError(f"exclude names {pattern!r}, which matches no module of {type(model).__name__}")
+
+    pieces: list[Piece] = []
+    ignored: list[str] = []
+    for name, module in modules.items():
+        out = naming.in_checkpoint(name)
+        router = any(matches(name, pattern) for pattern in ROUTERS)
+        kept = router or module is model.get_output_embeddings() or any(matches(name, p) for p in exclude)
+        if name in experts:
+            # vLLM asks for gate_proj, up_proj and down_proj, whatever the checkpoint calls them.
+            if _excluded(name, [naming.of_expert(expert) for expert in experts[name]], exclude):
+                ignored += [f"{out}.{expert.number}.{expert.role}" for expert in experts[name]]
+                continue
+            if fault := why_not_packable(module):
+                raise ModelError(f"{name} of {src}: {type(module).__name__} cannot be packed ({fault}): exclude it")
+            pieces += [_expert_piece(expert, module, naming, sources) for expert in experts[name]]
+        elif kept and (router or isinstance(module, nn.Linear)):
+            ignored.append(out)
+        elif isinstance(module, nn.Linear):
+            (tensor,) = sources[name + ".weight"]
+            pieces.append(Piece(out, tensor, (module.out_features, module.in_features)))
+    for piece in pieces:
+        _check(src, weights, piece)
+    if not pieces:
+        raise ModelError(f"{src} has no linear layer to quantise: {type(model).__name__} with exclude {list(exclude)}")
+    used = {piece.tensor for piece in pieces}
+    keep = {name: _kept_name(naming, name) for name in weights.specs if name not in used}
+    return Plan(pieces, ignored, keep)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether ``pattern`` is a module's full name, the last parts of it, or a pattern with ``*`` that fits it."""
+    return name == pattern or name.endswith("." + pattern) or fnmatchcase(name, pattern)
+
+
+def _experts(name: str, module: nn.Module) -> Iterator[Expert]:
+    for number in range(len(module.get_parameter("down_proj"))):
+        for role in ROLES:
+            yield Expert(name, number, role)
+
+
+def _excluded(module: str, names: list[str], exclude: tuple[str, ...]) -> bool:
+    """Whether ``exclude`` names all of a layer's experts."""
+    if any(matches(module, pattern) for pattern in exclude):
+        return True
+    excluded = [any(matches(name, pattern) for pattern in exclude) for name in names]
+    if any(excluded) and not all(excluded):
+        raise ConfigError(
+            f"exclude names some experts of {module} ({names[excluded.index(True)]}) but not all: a layer's experts "
+            f"have one precision in vLLM; name {module} or none of them"
+        )
+    return all(excluded)
+
+
+def _expert_piece(expert: Expert, module: nn.Module, naming: Naming, sources: dict[str, list[str]]) -> Piece:
+    stack, half = ROLES[expert.role]
+    _, rows, k = getattr(module, stack).shape
+    shape = (rows // parts_in(stack), k)
+    out = naming.of_expert(expert)
+    if out + ".weight" in sources[f"{expert.module}.{stack}"]:
+        return Piece(out, out + ".weight", shape)
+    (tensor,) = sources[f"{expert.module}.{stack}"]
+    return Piece(out, tensor, shape, expert.number, half)
+
+
+def _check(src: Path, weights: Weights, piece: Piece) -> None:
+    spec = weights.specs[piece.tensor]
+    n, k = piece.shape
+    expected: tuple[int, ...] = piece.shape
+    if piece.expert is not None:
+        expected = (spec.shape[0], parts_in(piece.tensor.rpartition(".")[2]) * n, k)
+    if spec.shape != expected or not spec.dtype.is_floating_point:
+        raise ModelError(
+            f"tensor {piece.tensor} of {weights.file_of(piece.tensor)} is {spec.dtype} {list(spec.shape)}, but "
+            f"config.json asks for {list(expected)}: the two are not of the same model"
+        )
+    if k % BLOCK:
+        raise ModelError(
+            f"{piece.module} of {src} takes {k} inputs, not a multiple of {BLOCK} as MXFP4 needs: exclude it"
+        )
+
+
+def _kept_name(naming: Naming, name: str) -> str:
+    return name if naming.expert(name) else naming.in_checkpoint(naming.in_model(name))

@@ -1,0 +1,144 @@
+"""Write Hugging Face model folders: a stream of tensors into one file or shards, published whole or not at all."""
+
+import contextlib
+import fcntl
+import json
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from verl_aqn.errors import ModelError
+from verl_aqn.mxfp4.storage import DTYPE_NAMES, INDEX, SINGLE, Spec, companions
+
+MAX_SHARD_BYTES = 5 * 10**9
+_LOCK = ".lock"
+
+
+def write_model(
+    folder: Path,
+    config: dict[str, Any],
+    layout: dict[str, Spec],
+    tensors: Iterable[tuple[str, Tensor]],
+    source: Path,
+    extra: dict[str, dict[str, Any]],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Fill ``folder`` with ``config.json``, the safetensors of ``tensors``, and the companions of ``source``.
+
+    ``extra`` are further JSON files by name.
+
+    ``layout`` announces every tensor beforehand, so that each can be written, and forgotten, as soon as it is made;
+    they may come in any order. What is larger than ``max_shard_bytes`` is written in shards with an index, each no
+    larger than that unless a single tensor is.
+    """
+    for name, value in {"config.json": config, **extra}.items():
+        (folder / name).write_text(json.dumps(value, indent=2) + "\n")
+    for file in companions(source):
+        shutil.copyfile(file, folder / file.name)
+
+    shards = _shards(layout, max_shard_bytes)
+    names = [SINGLE]
+    if len(shards) > 1:
+        names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
+        index = {
+            "metadata": {"total_size": sum(spec.nbytes for spec in layout.values())},
+            "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in sorted(shard)},
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    missing = set(layout)
+    with contextlib.ExitStack() as stack:
+        place: dict[str, tuple[BinaryIO, int]] = {}
+        for file_name, shard in zip(names, shards, strict=True):
+            stream: BinaryIO = stack.enter_context((folder / file_name).open("wb"))
+            header, offsets = _header(shard)
+            stream.write(header)
+            place |= {name: (stream, offset) for name, offset in offsets.items()}
+        for name, tensor in tensors:
+            assert layout[name] == (tensor.dtype, tuple(tensor.shape)), name
+            stream, offset = place[name]
+            stream.seek(offset)
+            stream.write(tensor_bytes(tensor))
+            missing.remove(name)
+    assert not missing, missing
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's values in row-major order, as they lie in a safetensors file."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A temporary sibling of ``target`` that takes its name when the block ends well and disappears when it does not.
+
+    What writers of the same target left behind that were killed is removed first. A writer holds a lock in its folder
+    for as long as it lives, whatever its host or container; a free lock is that of a dead one.
+
+    Raises:
+        ModelError: ``target`` exists, before the block or by the end of it.
+    """
+    taken = ModelError(f"{target} exists already: remove it or choose another folder")
+    if target.exists():
+        raise taken
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in target.parent.glob(f".{target.name}.*.tmp"):
+        _remove_unless_locked(leftover)
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
+    # Locked under a name that nobody cleans up, so that it never stands unlocked under one that is.
+    unborn = temporary.with_suffix(".new")
+    unborn.mkdir()
+    with (unborn / _LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        unborn.rename(temporary)
+        try:
+            yield temporary
+            (temporary / _LOCK).unlink()
+            try:
+                temporary.rename(target)
+            except OSError as error:
+                raise (taken if target.exists() else error) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_unless_locked(folder: Path) -> None:
+    with contextlib.suppress(FileNotFoundError), (folder / _LOCK).open("r+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return  # its writer is at work
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _shards(layout: dict[str, Spec], max_shard_bytes: int) -> list[dict[str, Spec]]:
+    """``layout`` cut, in its own order, into parts of at most ``max_shard_bytes`` or of one tensor."""
+    shards: list[dict[str, Spec]] = [{}]
+    size = 0
+    for name, spec in layout.items():
+        if shards[-1] and size + spec.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = spec
+        size += spec.nbytes
+    return shards
+
+
+def _header(shard: dict[str, Spec]) -> tuple[bytes, dict[str, int]]:
+    """(the first bytes of a safetensors file of these tensors, where in the file each of them starts)."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offsets, offset = {}, 0
+    # Wide dtypes first, so that every tensor is aligned to its own element.
+    for name, spec in sorted(shard.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+        offsets[name], end = offset, offset + spec.nbytes
+        header[name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: start + offset for name, offset in offsets.items()}
