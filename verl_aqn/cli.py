@@ -100,6 +100,10 @@ def quantize(
     format_: Annotated[
         str, typer.Option("--format", help="compressed-tensors (vLLM) or modelslim (vllm-ascend).")
     ] = "compressed-tensors",
+    calibrate: Annotated[
+        list[str] | None,
+        typer.Option(help="Make up for rounding errors (GPTQ) on these texts: a JSONL file or 'embedded'. Repeatable."),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture by layer (PNG, SVG or PDF).")] = None,
     as_json: Json = False,
 ) -> None:
@@ -109,8 +113,10 @@ def quantize(
     from verl_aqn.mxfp4.storage import read_config
 
     if kind := foreign_layout(read_config(src)):
-        if exclude or plot:
-            raise ConfigError(f"{src} is MXFP4 already ({kind}) and is not rounded again: drop --exclude and --plot")
+        if exclude or plot or calibrate:
+            raise ConfigError(
+                f"{src} is MXFP4 already ({kind}) and is not rounded again: drop --exclude, --plot and --calibrate"
+            )
         with _progress("converting") as progress:
             imported = import_checkpoint(src, dst, format_, progress)
         if as_json:
@@ -125,7 +131,13 @@ def quantize(
 
         check_picture(plot)
     with _progress("quantising") as progress:
-        report = quantize_checkpoint(src, dst, scale_rule, (*EXCLUDE, *(exclude or ())), progress, format=format_)
+        leave = (*EXCLUDE, *(exclude or ()))
+        if calibrate:
+            from verl_aqn.mxfp4.gptq import quantize_with_gptq
+
+            report = quantize_with_gptq(src, dst, calibrate, scale_rule, leave, progress, format_)
+        else:
+            report = quantize_checkpoint(src, dst, scale_rule, leave, progress, format=format_)
     title = f"{src.name} in MXFP4 ({scale_rule}): {_db(report.sqnr_db)} dB over all"
     if plot:
         plot_quantization(list(report.modules), title, plot)

@@ -136,3 +136,12 @@ def test_noise_changes_the_answers_and_restoring_gives_the_old_ones(packed):
 def test_norms_in_fp32_do_not_change_what_the_model_says(packed):
     """They are promoted so that small noise is not rounded away; without noise the model stays itself."""
     assert packed["clean"]["logprobs"] == pytest.approx(packed["stock"]["logprobs"], abs=0.15)
+
+
+def test_layers_left_in_16_bits_are_served(tiny_model, tmp_path):
+    """What vLLM merges is left as a whole; the rest stays packed."""
+    exclude = ("lm_head", "model.layers.0.self_attn.[qkv]_proj", "model.layers.1.mlp.down_proj")
+    quantize_checkpoint(tiny_model, tmp_path / "kept", exclude=exclude)
+    served = engine(tmp_path / "kept")["base"]
+    assert served["base_digest"] == checkpoint_digest(tmp_path / "kept")
+    assert served["weights_equal_base"]

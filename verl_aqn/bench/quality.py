@@ -1,0 +1,315 @@
+"""What MXFP4 costs a model, and what each remedy wins back: next-token loss and answers, paired and with intervals.
+
+Every variant is a checkpoint as an engine would load it; it is measured in bfloat16 on the values that its codes stand
+for. All variants see the same texts and problems, so differences are taken text by text and problem by problem: their
+intervals are far narrower than those of the values themselves.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import binomtest
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+
+from verl_aqn.data.word_problems import Problem, problems, prompt
+from verl_aqn.errors import ConfigError, DataError
+from verl_aqn.mxfp4.calibrate import calibration_ids, conversations, read_texts
+from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
+from verl_aqn.mxfp4.gptq import gptq_quantizer
+from verl_aqn.mxfp4.linear import Mxfp4Linear
+from verl_aqn.mxfp4.loftq import loftq_checkpoint
+from verl_aqn.mxfp4.model import load_model
+from verl_aqn.mxfp4.plan import EXCLUDE
+from verl_aqn.mxfp4.remedies import fold_macro_scales, worst_layers
+from verl_aqn.rewards.gsm8k import score
+
+LENGTH = 256  # tokens of a text
+NEW_TOKENS = 24
+RANK = 32
+FALLBACK_BYTES = 0.10  # spent on 16-bit layers, as a share of the packed layers' bytes
+_BATCH, _ANSWERS = 8, 96  # texts, and prompts, that run together
+_RESAMPLES = 10_000
+
+
+class Setting(NamedTuple):
+    """What a variant is made from: bf16 folder, calibration tokens int64 [S, L], and a folder to write in."""
+
+    src: Path
+    ids: Tensor
+    folder: Path
+    worst: dict[Path, tuple[str, ...]]
+    """Layers to leave in 16 bits, by source: found once for all variants that do."""
+
+
+class Measured(NamedTuple):
+    """Per text: NLL and KL(bf16 || variant) in nats, summed over tokens, float64 [S]. Per problem: right, bool [I]."""
+
+    nll: np.ndarray
+    kl: np.ndarray
+    right: np.ndarray
+
+
+def _plain(scale_rule: str) -> Callable[[Setting], tuple[PreTrainedModel, int]]:
+    def make(setting: Setting) -> tuple[PreTrainedModel, int]:
+        report = quantize_checkpoint(setting.src, setting.folder / "packed", scale_rule)
+        return load_model(setting.folder / "packed"), report.bytes_after
+
+    return make
+
+
+def _gptq(scale_rule: str) -> Callable[[Setting], tuple[PreTrainedModel, int]]:
+    def make(setting: Setting) -> tuple[PreTrainedModel, int]:
+        quantizer = gptq_quantizer(setting.src, setting.ids, scale_rule)
+        report = quantize_checkpoint(setting.src, setting.folder / "packed", scale_rule, quantizer=quantizer)
+        return load_model(setting.folder / "packed"), report.bytes_after
+
+    return make
+
+
+def _loftq(setting: Setting) -> tuple[PreTrainedModel, int]:
+    from peft import PeftModel
+
+    packed, adapter = setting.folder / "packed", setting.folder / "adapter"
+    report = loftq_checkpoint(setting.src, packed, adapter, RANK)
+    size = (adapter / "adapter_model.safetensors").stat().st_size
+    return PeftModel.from_pretrained(load_model(packed), adapter), report.bytes_after + size
+
+
+def _macro(setting: Setting) -> tuple[PreTrainedModel, int]:
+    fold_macro_scales(setting.src, setting.folder / "folded")
+    return _plain("mse")(setting._replace(src=setting.folder / "folded"))
+
+
+def _fallback(calibrated: bool) -> Callable[[Setting], tuple[PreTrainedModel, int]]:
+    def make(setting: Setting) -> tuple[PreTrainedModel, int]:
+        if setting.src not in setting.worst:
+            report = quantize_checkpoint(setting.src, setting.folder / "all")
+            budget = int(FALLBACK_BYTES * sum(module.bytes_after for module in report.modules))
+            ids = setting.ids[:2, :128]
+            setting.worst[setting.src] = worst_layers(_original(setting.src), setting.folder / "all", ids, budget)
+            print(f"in 16 bits: {', '.join(setting.worst[setting.src])}", file=sys.stderr)
+        keep = setting.worst[setting.src]
+        quantizer = gptq_quantizer(setting.src, setting.ids) if calibrated else None
+        packed = setting.folder / "packed"
+        report = quantize_checkpoint(setting.src, packed, exclude=(*EXCLUDE, *keep), quantizer=quantizer)
+        return load_model(packed), report.bytes_after
+
+    return make
+
+
+# Name -> (what it is, how it is made).
+VARIANTS: dict[str, tuple[str, Callable[[Setting], tuple[PreTrainedModel, int]]]] = {
+    "mse": ("plain, best of two exponents", _plain("mse")),
+    "even": ("plain", _plain("even")),
+    "floor": ("plain", _plain("floor")),
+    "rceil": ("plain", _plain("rceil")),
+    "gptq": ("error-compensated, mse", _gptq("mse")),
+    "gptq-even": ("error-compensated, even", _gptq("even")),
+    "loftq": (f"mse + adapter of rank {RANK}", _loftq),
+    "macro": ("mse, rows rescaled within their pairs", _macro),
+    "fallback": (f"mse, worst layers in bf16 for {FALLBACK_BYTES:.0%} more bytes", _fallback(False)),
+    "gptq+fallback": ("the same layers in bf16, the rest gptq", _fallback(True)),
+}
+
+
+def measure(
+    src: str | Path, items: int, sequences: int, only: list[str], text: str, calibrate: list[str], seed: int = 0
+) -> list[dict[str, Any]]:
+    """One row for bf16, one for ``mse`` and one for each variant of ``only``, with 95 % intervals; progress on stderr.
+
+    ``text`` and ``calibrate`` name JSONL files or ``embedded``, whose test side is measured and whose training side
+    calibrates.
+
+    Raises:
+        ConfigError: an unknown variant, or the measured file is among the calibration texts.
+        DataError: a file that cannot be read or is too short.
+    """
+    for name in only:
+        if name not in VARIANTS:
+            raise ConfigError(f"unknown variant {name!r}: use some of {', '.join(VARIANTS)}")
+    if text != "embedded" and Path(text).resolve() in [Path(source).resolve() for source in calibrate]:
+        raise ConfigError(f"{text} would be calibrated on and measured on: give two files")
+    src = Path(src)
+    tokenizer = AutoTokenizer.from_pretrained(src)
+    texts = conversations(tokenizer, sequences, "test", seed) if text == "embedded" else read_texts(text)
+    if len(texts) < sequences:
+        raise DataError(f"{text} holds {len(texts)} texts, {sequences} are asked for: lower --sequences")
+    tokens = [tokenizer(t, add_special_tokens=False)["input_ids"][:LENGTH] for t in texts[:sequences]]
+    counts = np.array([len(t) - 1 for t in tokens], dtype=float)
+    questions = problems(items, "test", seed)
+    ids = calibration_ids(src, calibrate, seed=seed)
+
+    def run(name: str, model: PreTrainedModel, started: float) -> tuple[Measured, list[Tensor]]:
+        nll, kl, hidden = _losses(model, tokens, reference)
+        right = _answers(model, tokenizer, questions)
+        print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+        return Measured(nll, kl, right), hidden
+
+    reference: list[Tensor] = []
+    worst: dict[Path, tuple[str, ...]] = {}
+    started = time.monotonic()
+    bf16, reference = run("bf16", _original(src), started)
+    size = (src / "model.safetensors").stat().st_size
+    found = {"bf16": (bf16, size)}
+    for name in ["mse", *(name for name in VARIANTS if name in only and name != "mse")]:
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="verl-aqn-quality-") as folder:
+            model, size = VARIANTS[name][1](Setting(src, ids, Path(folder), worst))
+        found[name] = (run(name, _dense(model), started)[0], size)
+    return [_row(name, found[name][1], found[name][0], bf16, found["mse"][0], counts) for name in found]
+
+
+def paired_interval(difference: np.ndarray, weight: np.ndarray) -> tuple[float, float, float]:
+    """(sum difference / sum weight, and its 95 % bootstrap interval over items [n]); always the same resamples."""
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(len(difference), size=(_RESAMPLES, len(difference)))
+    means = difference[drawn].sum(1) / weight[drawn].sum(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(difference.sum() / weight.sum()), float(low), float(high)
+
+
+def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
+    """Two-sided exact p of McNemar's test: ``a`` and ``b``, bool [n], are right equally often on the same items."""
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+def print_table(rows: list[dict[str, Any]], title: str) -> None:
+    view = Table(title=title, title_justify="left")
+    for column in ("variant", "MB", "loss", "− bf16", "− mse", "KL", "answers", "− mse, points", "p"):
+        view.add_column(column, justify="left" if column == "variant" else "right")
+    for row in rows:
+        view.add_row(
+            row["variant"],
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['loss']:.3f}",
+            _interval(row["loss_minus_bf16"], 3),
+            _interval(row["loss_minus_mse"], 3),
+            _interval(row["kl"], 3),
+            _interval([100 * x for x in row["accuracy"]], 1),
+            _interval([100 * x for x in row["accuracy_minus_mse"]], 1),
+            f"{row['mcnemar_p']:.1g}",
+        )
+    # Rows are wide; a file or a pipe has no width of its own.
+    Console(width=None if sys.stdout.isatty() else 180).print(view)
+
+
+def _row(name: str, size: int, it: Measured, bf16: Measured, mse: Measured, counts: np.ndarray) -> dict[str, Any]:
+    from verl_aqn.runs.stats import wilson
+
+    right, n = int(it.right.sum()), len(it.right)
+    versus_mse = paired_interval(it.nll - mse.nll, counts)
+    answers = paired_interval(it.right.astype(float) - mse.right, np.ones(n))
+    return {
+        "variant": name,
+        "what": VARIANTS[name][0] if name in VARIANTS else "not quantised",
+        "bytes": size,
+        "loss": float(it.nll.sum() / counts.sum()),
+        "loss_minus_bf16": paired_interval(it.nll - bf16.nll, counts),
+        "loss_minus_mse": versus_mse,
+        "kl": paired_interval(it.kl, counts),
+        "accuracy": (right / n, *wilson(right, n)),
+        "accuracy_minus_mse": answers,
+        "mcnemar_p": mcnemar(it.right, mse.right),
+        # Beyond the error bar; bf16 takes no part.
+        "wins_loss": name in VARIANTS and versus_mse[2] < 0,
+        "wins_answers": name in VARIANTS and answers[1] > 0,
+    }
+
+
+def _interval(values: Any, digits: int) -> str:
+    middle, low, high = values
+    return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _original(src: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(src, dtype=torch.bfloat16).eval()
+
+
+def _dense(model: PreTrainedModel) -> PreTrainedModel:
+    """``model`` with plain linears in place of packed ones: dequantised once, not at every token."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Mxfp4Linear):
+            linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            linear.weight = nn.Parameter(module.weight, requires_grad=False)
+            linear.bias = module.bias
+            model.set_submodule(name, linear)
+    return model
+
+
+@torch.inference_mode()
+def _losses(
+    model: PreTrainedModel, tokens: list[list[int]], reference: list[Tensor]
+) -> tuple[np.ndarray, np.ndarray, list[Tensor]]:
+    """NLL [S], KL [S] and the last hidden states, one [L, D] a text; without ``reference`` KL is zero.
+
+    The output head is never quantised, so the reference's hidden states stand for its logits, 85 times larger.
+    """
+    nll, kl = np.zeros(len(tokens)), np.zeros(len(tokens))
+    hidden: list[Tensor] = [torch.empty(0)] * len(tokens)
+    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+    decoder, head = _bare(model).get_decoder(), model.get_output_embeddings()
+    for start in range(0, len(order), _BATCH):
+        batch = order[start : start + _BATCH]
+        longest = len(tokens[batch[-1]])
+        # Padding comes after a text, where a causal model does not look.
+        padded = torch.tensor([tokens[i] + [0] * (longest - len(tokens[i])) for i in batch])
+        for i, states in zip(batch, decoder(input_ids=padded, use_cache=False).last_hidden_state, strict=True):
+            hidden[i] = states[: len(tokens[i])].clone()
+            scores = head(hidden[i][:-1]).float().log_softmax(-1)
+            nll[i] = -scores.gather(1, torch.tensor(tokens[i][1:])[:, None]).double().sum().item()
+            if reference:
+                original = head(reference[i][:-1]).float().log_softmax(-1)
+                kl[i] = (original.exp() * (original - scores)).double().sum().item()
+    return nll, kl, hidden
+
+
+@torch.inference_mode()
+def _answers(model: PreTrainedModel, tokenizer: Any, questions: list[Problem]) -> np.ndarray:
+    """Greedy answers, right or wrong by the strict rule: bool [I]. What all prompts begin with is computed once."""
+    prompts = [
+        tokenizer(
+            tokenizer.apply_chat_template(prompt(q.question), tokenize=False, add_generation_prompt=True),
+            add_special_tokens=False,
+        )["input_ids"]
+        for q in questions
+    ]
+    shared = next(i for i, column in enumerate(zip(*prompts, strict=False)) if len(set(column)) > 1)
+    lengths: dict[int, list[int]] = {}
+    for i, ids in enumerate(prompts):
+        lengths.setdefault(len(ids), []).append(i)
+    right = np.zeros(len(prompts), dtype=bool)
+    for members in lengths.values():  # of one length, so that nothing needs padding
+        for start in range(0, len(members), _ANSWERS):
+            batch = members[start : start + _ANSWERS]
+            cache = DynamicCache(config=model.config)
+            model(input_ids=torch.tensor([prompts[batch[0]][:shared]]), past_key_values=cache, use_cache=True)
+            cache.batch_repeat_interleave(len(batch))
+            step = torch.tensor([prompts[i][shared:] for i in batch])
+            ended = torch.zeros(len(batch), dtype=torch.bool)
+            new = []
+            for _ in range(NEW_TOKENS):
+                logits = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+                step = logits[:, -1].argmax(-1, keepdim=True)
+                ended |= step[:, 0] == tokenizer.eos_token_id
+                new.append(step.masked_fill(ended[:, None], tokenizer.eos_token_id))
+                if ended.all():
+                    break
+            answers = tokenizer.batch_decode(torch.cat(new, 1), skip_special_tokens=True)
+            for i, answer in zip(batch, answers, strict=True):
+                right[i] = score(answer, questions[i].truth) == 1
+    return right
+
+
+def _bare(model: PreTrainedModel) -> PreTrainedModel:
+    """The model inside PEFT's wrapper, adapter and all."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
