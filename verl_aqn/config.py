@@ -51,6 +51,8 @@ class Mxfp4Config:
     activation_rounding: str = "nearest"
     keep_dense: bool = False  # the actor keeps 16-bit weights beside the packed ones: faster, five times the memory
     exclude: tuple[str, ...] = ("lm_head", "embed_tokens")
+    # Texts on which rounding makes up for its errors (GPTQ): JSONL files or `embedded`; none: plain rounding.
+    calibrate: tuple[str, ...] = ()
 
     @property
     def activation_arithmetic(self) -> str:

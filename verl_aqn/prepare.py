@@ -24,7 +24,8 @@ def prepare_model(config: DictConfig) -> Path:
         ModelError: no such folder or hub name, no weights, a file that cannot be read.
     """
     from verl_aqn.data.smollm2 import embedded_model
-    from verl_aqn.mxfp4.checkpoint import is_packed, quantized_cache
+    from verl_aqn.mxfp4.cached import quantized_cache
+    from verl_aqn.mxfp4.checkpoint import is_packed
 
     name = str(config.actor_rollout_ref.model.path)
     source = embedded_model(cache_dir() / "models") if name == "embedded" else Path(name).expanduser()
@@ -35,7 +36,7 @@ def prepare_model(config: DictConfig) -> Path:
     mxfp4 = parse_aqn(config).mxfp4
     path = source
     if mxfp4.enabled and not is_packed(source):
-        path = quantized_cache(source, cache_dir() / "mxfp4", mxfp4.scale_rule, mxfp4.exclude)
+        path = quantized_cache(source, cache_dir() / "mxfp4", mxfp4.scale_rule, mxfp4.exclude, mxfp4.calibrate)
     elif not mxfp4.enabled and is_packed(source):
         raise ModelError(f"{source} is an MXFP4 checkpoint, but aqn.mxfp4.enabled=false asks for an unquantised base")
     config.actor_rollout_ref.model.path = str(path)

@@ -20,12 +20,12 @@ from transformers import (
 
 from verl_aqn.errors import ConfigError, ModelError
 from verl_aqn.mxfp4 import Mxfp4Linear, dequantize, quantize
+from verl_aqn.mxfp4.cached import quantized_cache
 from verl_aqn.mxfp4.checkpoint import (
     base_digest,
     checkpoint_digest,
     model_digest,
     quantize_checkpoint,
-    quantized_cache,
 )
 from verl_aqn.mxfp4.codec import Mxfp4Tensor, sqnr_db
 from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model

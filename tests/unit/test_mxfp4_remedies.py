@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTr
 from verl_aqn.data.smollm2 import tiny_model
 from verl_aqn.errors import ConfigError, DataError, ModelError
 from verl_aqn.mxfp4 import dequantize, quantize
+from verl_aqn.mxfp4.cached import quantized_cache
 from verl_aqn.mxfp4.calibrate import Calibration, calibration_ids
 from verl_aqn.mxfp4.checkpoint import checkpoint_digest, quantize_checkpoint
 from verl_aqn.mxfp4.codec import SCALE_RULES, sqnr_db
@@ -187,6 +188,21 @@ def test_calibration_texts(tmp_path: Path):
         calibration_ids(model, ["embedded"])
     with pytest.raises(ModelError, match="not a folder"):
         calibration_ids(tmp_path / "nowhere", ["embedded"])
+
+
+def test_a_recipe_s_base_is_calibrated_and_cached(tmp_path: Path):
+    model, cache, file = tiny_model(tmp_path / "tiny"), tmp_path / "cache", tmp_path / "texts.jsonl"
+    file.write_text("\n".join([json.dumps({"text": "The quick brown fox jumps over the lazy dog. " * 40})] * 48))
+    plain = quantized_cache(model, cache)
+    first = quantized_cache(model, cache, calibrate=[str(file)])
+    assert "-mxfp4-mse-gptq-" in first.name
+    assert checkpoint_digest(first) != checkpoint_digest(plain)
+    assert quantized_cache(model, cache, calibrate=[str(file)]) == first
+    with file.open("a") as stream:
+        stream.write("\n" + json.dumps({"text": "One more."}))
+    with pytest.raises(DataError, match=r"cannot read calibration texts /nowhere.jsonl \(No such file"):
+        quantized_cache(model, cache, calibrate=["/nowhere.jsonl"])
+    assert quantized_cache(model, cache, calibrate=[str(file)]) != first
 
 
 @pytest.mark.parametrize("shape", [(96, 64), (64, 96)])

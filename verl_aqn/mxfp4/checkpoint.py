@@ -20,11 +20,8 @@ from verl_aqn.mxfp4.linear import Mxfp4Linear
 from verl_aqn.mxfp4.model import PACKED, PACKED_FORMAT, SCALE, open_packed, packed_modules
 from verl_aqn.mxfp4.plan import EXCLUDE, make_plan
 from verl_aqn.mxfp4.report import ModuleReport, QuantReport
-from verl_aqn.mxfp4.storage import Spec, Weights, companions, read_config
+from verl_aqn.mxfp4.storage import Spec, Weights, read_config
 from verl_aqn.mxfp4.writing import MAX_SHARD_BYTES, new_folder, tensor_bytes, write_model
-
-# Part of the cache's key: raise it when the same source would give another packed folder.
-_FORMAT_VERSION = 1
 
 
 def quantize_checkpoint(
@@ -102,37 +99,6 @@ def quantize_checkpoint(
         write_model(folder, config, layout, tensors(), src, extra, max_shard_bytes)
     total = [sum(spec.nbytes for spec in specs.values()) for specs in (weights.specs, layout)]
     return QuantReport(scale_rule, tuple(modules), *total)
-
-
-def quantized_cache(
-    src: str | Path,
-    cache_dir: str | Path,
-    scale_rule: str = "mse",
-    exclude: Iterable[str] = EXCLUDE,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> Path:
-    """The packed folder of ``src`` under ``cache_dir``, made where it is not there yet.
-
-    Its name carries a SHA-256 over everything that it is made of, so a changed source gets another folder. Processes
-    may race: all make it, the first to finish gives it its name, and the others take that one.
-
-    Raises:
-        ModelError, ConfigError: as `quantize_checkpoint`.
-    """
-    src, exclude = Path(src), tuple(exclude)
-    read_config(src)
-    key = hashlib.sha256(json.dumps([_FORMAT_VERSION, scale_rule, sorted(exclude)]).encode())
-    for file in [src / "config.json", *Weights(src).files, *companions(src)]:
-        with file.open("rb") as stream:
-            key.update(file.name.encode() + b"\0" + hashlib.file_digest(stream, "sha256").digest())
-    target = Path(cache_dir) / f"{src.resolve().name}-mxfp4-{scale_rule}-{key.hexdigest()[:16]}"
-    if not target.is_dir():
-        try:
-            quantize_checkpoint(src, target, scale_rule, exclude, progress)
-        except ModelError:
-            if not target.is_dir():  # else another process was faster
-                raise
-    return target
 
 
 def base_digest(tensors: Iterable[tuple[str, Tensor, Tensor]]) -> str:

@@ -1,0 +1,63 @@
+"""Packed checkpoints in the cache: made once from what they are made of, found again by a digest of all of it."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from verl_aqn.errors import DataError, ModelError
+from verl_aqn.mxfp4.checkpoint import EXCLUDE, quantize_checkpoint
+from verl_aqn.mxfp4.storage import Weights, companions, read_config
+
+# Part of the key: raise it when the same source would give another packed folder.
+_FORMAT_VERSION = 2
+
+
+def quantized_cache(
+    src: str | Path,
+    cache_dir: str | Path,
+    scale_rule: str = "mse",
+    exclude: Iterable[str] = EXCLUDE,
+    calibrate: Iterable[str] = (),
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Path:
+    """The packed folder of ``src`` under ``cache_dir``, made where it is not there yet.
+
+    With ``calibrate`` (texts as `verl_aqn.mxfp4.calibrate.calibration_ids` takes them) rounding is error-compensated.
+    The folder's name carries a SHA-256 over everything that it is made of, so a changed source gets another folder.
+    Processes may race: all make it, the first to finish gives it its name, and the others take that one.
+
+    Raises:
+        DataError: a calibration file cannot be read.
+        ModelError, ConfigError: as `quantize_checkpoint`.
+    """
+    src, exclude, calibrate = Path(src), tuple(exclude), tuple(calibrate)
+    read_config(src)
+    key = hashlib.sha256(json.dumps([_FORMAT_VERSION, scale_rule, sorted(exclude), len(calibrate)]).encode())
+    for file in [src / "config.json", *Weights(src).files, *companions(src)]:
+        key.update(file.name.encode() + b"\0" + _sha256(file))
+    for text in calibrate:
+        try:
+            key.update(b"embedded" if text == "embedded" else _sha256(Path(text)))
+        except OSError as error:
+            raise DataError(f"cannot read calibration texts {text} ({error.strerror}): give a JSONL file") from error
+    way = f"{scale_rule}-gptq" if calibrate else scale_rule
+    target = Path(cache_dir) / f"{src.resolve().name}-mxfp4-{way}-{key.hexdigest()[:16]}"
+    if target.is_dir():
+        return target
+    try:
+        if calibrate:
+            from verl_aqn.mxfp4.gptq import quantize_with_gptq  # slow to import, and seldom asked for
+
+            quantize_with_gptq(src, target, list(calibrate), scale_rule, exclude, progress)
+        else:
+            quantize_checkpoint(src, target, scale_rule, exclude, progress)
+    except ModelError:
+        if not target.is_dir():  # else another process was faster
+            raise
+    return target
+
+
+def _sha256(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
