@@ -136,6 +136,21 @@ def test_fake_quantize_of_any_length(k: int, dtype: torch.dtype) -> None:
     assert fake_quantize(torch.randn(0, k)).shape == (0, k)
 
 
+@pytest.mark.parametrize("k", [32, 64])
+def test_slices_are_read_as_they_are_seen(k: int) -> None:
+    """Rows with a stride of their own: kernels that take pointers must not read past the slice."""
+    wide = torch.randn(40, 4 * k, generator=torch.Generator().manual_seed(0))
+    for x in (wide[:, k : 2 * k], wide[:k].t()[:, :32] if k == 32 else wide[::2, :k]):
+        plain = x.contiguous()
+        codes, expected = quantize(x), quantize(plain)
+        assert torch.equal(codes.packed, expected.packed)
+        assert torch.equal(codes.scale, expected.scale)
+        assert torch.equal(fake_quantize(x), fake_quantize(plain))
+    codes = quantize(wide)
+    packed, scale = codes.packed[:, k // 2 : k], codes.scale[:, k // 32 : k // 16]
+    assert torch.equal(dequantize(packed, scale), dequantize(packed.contiguous(), scale.contiguous()))
+
+
 def test_out_is_filled_and_checked() -> None:
     x = torch.randn(4, 64)
     expected = quantize(x, "mse")
