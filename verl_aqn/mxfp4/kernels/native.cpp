@@ -144,22 +144,85 @@ inline int32_t encode(const int32_t* bits, uint64_t block, uint64_t seed, Rounde
     return exponent;
 }
 
+// bfloat16 to nearest without leaving 16 bits, for scales away from the ends of the range: patterns of positive floats
+// are ordered and spaced like their values, so that rounding them is arithmetic of whole numbers. `below[i]` is the
+// pattern of |x| less that of the scale. Returns the biased exponent of the scale, or -1, at the ends.
+template <int RULE>
+inline int32_t narrow(const bfloat16* x, int16_t* below) {
+    int16_t amax = 0;
+    for (int i = 0; i < BLOCK; ++i) {
+        below[i] = int16_t(x[i].bits & 0x7FFF);
+        amax = below[i] > amax ? below[i] : amax;
+    }
+    const int32_t exponent = (((int32_t(amax) << 16) + CARRY[RULE]) >> 23) - 2;
+    if (exponent < 3 || exponent > 250) return -1;
+    for (int i = 0; i < BLOCK; ++i) below[i] = int16_t(below[i] - (exponent << 7));
+    return exponent;
+}
+template <int RULE, class T>
+inline int32_t narrow(const T*, int16_t*) { return -1; }
+
+// From 1 on, the grid has a value at every 64th pattern: `m` rounded to those, half to even. Not above that of 6.
+inline int16_t rounded_pattern(int16_t m) {
+    const int16_t above = m > 0 ? m : int16_t(0);
+    const int16_t odd = int16_t(int16_t(above >> 6) & 1);
+    const int16_t pattern = int16_t(int16_t(above + 31 + odd) & -64);
+    return pattern > 0x140 ? int16_t(0x140) : pattern;
+}
+
+// Below 1 there are 0.5, for what is beyond 0.25, and 1 itself, from 0.75 on.
+template <int RULE>
+inline bool quantize_narrow(const bfloat16* x, uint8_t* scale, uint8_t* codes) {
+    alignas(64) int16_t below[BLOCK];
+    const int32_t exponent = narrow<RULE>(x, below);
+    if (exponent < 0) return false;
+    *scale = uint8_t(exponent);
+    for (int i = 0; i < BLOCK; ++i) {
+        const int16_t m = below[i];
+        const int16_t half = m > -0x100 ? int16_t(1) : int16_t(0), one = m >= -0x40 ? int16_t(1) : int16_t(0);
+        const int16_t code = int16_t(int16_t(rounded_pattern(m) >> 6) + half + one);
+        codes[i] = uint8_t(code | ((x[i].bits >> 12) & 8));
+    }
+    return true;
+}
+template <int RULE, class T>
+inline bool quantize_narrow(const T*, uint8_t*, uint8_t*) { return false; }
+
+template <int RULE>
+inline bool fake_quantize_narrow(const bfloat16* x, bfloat16* out) {
+    alignas(64) int16_t below[BLOCK];
+    const int32_t exponent = narrow<RULE>(x, below);
+    if (exponent < 0) return false;
+    const int16_t one = int16_t(exponent << 7);
+    for (int i = 0; i < BLOCK; ++i) {
+        const int16_t m = below[i];
+        const int16_t small = m > -0x100 ? int16_t(one - 0x80) : int16_t(0);
+        const int16_t value = m >= -0x40 ? int16_t(one + rounded_pattern(m)) : small;
+        out[i].bits = uint16_t(value | (x[i].bits & 0x8000));
+    }
+    return true;
+}
+template <int RULE, class T>
+inline bool fake_quantize_narrow(const T*, T*) { return false; }
+
 template <class T, int RULE, int ROUNDING>
 void quantize(const T* x, int64_t begin, int64_t end, uint64_t seed, uint8_t* packed, uint8_t* scale) {
     for (int64_t b = begin; b < end; ++b) {
-        alignas(64) int32_t bits[BLOCK];
         alignas(64) uint8_t codes[BLOCK];
         alignas(64) uint16_t pairs[BLOCK / 2];  // two codes each, the even index in the low byte
-        Rounded r;
-        load(x + b * BLOCK, bits);
-        const int32_t exponent = encode<RULE, ROUNDING>(bits, b, seed, r);
-        scale[b] = uint8_t(exponent);
         uint8_t* to = packed + b * (BLOCK / 2);
-        if (exponent == 255) {
-            std::memset(to, 0, BLOCK / 2);
-            continue;
+        if (RULE == MSE || ROUNDING != NEAREST || !quantize_narrow<RULE>(x + b * BLOCK, scale + b, codes)) {
+            alignas(64) int32_t bits[BLOCK];
+            Rounded r;
+            load(x + b * BLOCK, bits);
+            const int32_t exponent = encode<RULE, ROUNDING>(bits, b, seed, r);
+            scale[b] = uint8_t(exponent);
+            if (exponent == 255) {
+                std::memset(to, 0, BLOCK / 2);
+                continue;
+            }
+            for (int i = 0; i < BLOCK; ++i) codes[i] = uint8_t(r.codes[i] | ((bits[i] >> 31) & 8));
         }
-        for (int i = 0; i < BLOCK; ++i) codes[i] = uint8_t(r.codes[i] | ((bits[i] >> 31) & 8));
         std::memcpy(pairs, codes, sizeof codes);
         for (int i = 0; i < BLOCK / 2; ++i) to[i] = uint8_t(pairs[i] | (pairs[i] >> 4));
     }
@@ -168,6 +231,7 @@ void quantize(const T* x, int64_t begin, int64_t end, uint64_t seed, uint8_t* pa
 template <class T, int RULE, int ROUNDING>
 void fake_quantize(const T* x, int64_t begin, int64_t end, uint64_t seed, T* out) {
     for (int64_t b = begin; b < end; ++b) {
+        if (RULE != MSE && ROUNDING == NEAREST && fake_quantize_narrow<RULE>(x + b * BLOCK, out + b * BLOCK)) continue;
         alignas(64) int32_t bits[BLOCK];
         Rounded r;
         load(x + b * BLOCK, bits);
@@ -262,7 +326,7 @@ void quantize_as(int rule, int rounding, const void* x, int64_t blocks, uint64_t
 
 }  // namespace
 
-// x [blocks, 32] of `dtype`; into packed [blocks, 16] and scale [blocks], or, where `fake` is given, rounded values there.
+// x [blocks, 32] of `dtype`, into packed [blocks, 16] and scale [blocks]; where `fake` is given, rounded values there.
 extern "C" void aqn_quantize(const void* x, int dtype, int64_t blocks, int rule, int rounding, uint64_t seed,
                              uint8_t* packed, uint8_t* scale, void* fake, int threads) {
     switch (dtype) {

@@ -1,6 +1,7 @@
 """MXFP4 on a CPU through ``native.cpp``, which is compiled on first use and kept in the cache.
 
-Whoever has no C++ compiler gets `reference`, with the same bits, more slowly; `status` says which and why.
+Whoever has no C++ compiler gets `reference`, with the same bits, more slowly; `status` says which and why. So does who
+sets ``VERL_AQN_NATIVE=0``.
 """
 
 import ctypes
