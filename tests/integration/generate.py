@@ -38,11 +38,11 @@ def main(model: str, adapter: str, activation: str = "none") -> dict:
         llm.reset_prefix_cache()
         return llm.collective_rpc(method, args=args)[0]
 
+    order = {"step": 4, "seed": 0, "sigma": 0.3, "unit": "rms"}
     stock = answers()
-    result = {"stock": stock, "prepared": call("aqn_prepare"), "base": call("aqn_base"), "clean": answers()}
+    result = {"stock": stock, "prepared": call("aqn_prepare", order), "base": call("aqn_base"), "clean": answers()}
     result["adapter"] = call("aqn_adapter", 8)
     result["without"] = answers(lora=None)
-    order = {"step": 4, "seed": 0, "sigma": 0.3, "unit": "rms"}
     result["noise"] = call("aqn_apply_noise", order)
     result["noisy"] = answers()
     result["restored"] = call("aqn_restore")
