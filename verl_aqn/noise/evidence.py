@@ -57,6 +57,12 @@ def check_evidence(evidence: Mapping[str, Any], order: NoiseOrder | None, clean_
     assert order is not None
     for group in evidence["groups"]:
         for name in group["modules"]:
+            if name in evidence["router_norms"] and not order.router_norms:
+                raise EvidenceError(
+                    f"{name} feeds a router and has noise, which the order does not allow: it changes the routing"
+                )
+            if not order.selects(name):
+                raise EvidenceError(f"{name} has noise, but the order's include and exclude leave it out")
             wanted = order.layers.multiplier_of(name, evidence["layers"], order.share)
             if not math.isclose(group["multiplier"], wanted, rel_tol=1e-9):
                 raise EvidenceError(

@@ -193,6 +193,7 @@ class NoiseInjector:
             "unchanged_share": unchanged / elements,
             "changed_outside": changed_outside,
             "layers": self._layers,
+            "router_norms": [] if isinstance(self._router, ModelError) else sorted(self._router),
             "groups": [group.to_dict() for group in groups.values()],
             "clean_digest": self._digest({name: norm.clean() for name, norm in self._norms.items()}),
             "weights_digest": self._digest(norms),
