@@ -15,6 +15,7 @@ from verl_aqn.config import order_of, parse_aqn, schedule_of
 from verl_aqn.errors import EvidenceError
 from verl_aqn.mxfp4.checkpoint import checkpoint_digest
 from verl_aqn.noise import check_evidence
+from verl_aqn.prepare import check_steps
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.verl_api import rollout  # noqa: F401  registers the replica
 from verl_aqn.verl_api.workers import AqnActorWorker, AqnTrainingWorker
@@ -39,6 +40,11 @@ class AqnTrainer(PPOTrainerSync):
         for role in self.role_worker_mapping:
             cls = AqnTrainingWorker if role == Role.Critic else AqnActorWorker
             self.role_worker_mapping[role] = ray.remote(cls)
+
+    def _init_dataloader(self):
+        super()._init_dataloader()
+        left = " that are left of the file (too long ones are filtered)"
+        assert check_steps(self.config, len(self.train_dataset), left) == self.total_training_steps
 
     def _build_replay_buffer(self):
         buffer = super()._build_replay_buffer()
