@@ -98,7 +98,7 @@ def _reaches(
     layer: nn.Module, name: str, parts: dict[str, nn.Module], norms: dict[str, nn.Module], block: str, tested: str
 ) -> bool:
     weight: torch.Tensor = norms[tested].weight  # type: ignore[assignment]
-    errors = []
+    why = "it does not call its experts"
     for shape, answer in product(_SHAPES, _ANSWERS):
         with torch.no_grad(), _stubs(parts, norms, block, tested, answer):
             try:
@@ -106,10 +106,10 @@ def _reaches(
             except _Reached as reached:
                 return bool(reached.args[0])
             except Exception as error:  # the wrong shape or answer for this layer: its own code fails, as it may
-                errors.append(error)
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
     raise ModelError(
-        f"{name} ({type(layer).__name__}): cannot see which norm feeds its router ({errors[-1] if errors else 'it'} "
-        "does not call its experts): exclude that norm in aqn.noise.exclude and set aqn.noise.router_norms=true"
+        f"{name} ({type(layer).__name__}): cannot see which norm feeds its router ({why}): exclude that norm in "
+        "aqn.noise.exclude and set aqn.noise.router_norms=true"
     )
 
 
