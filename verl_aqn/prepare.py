@@ -7,7 +7,7 @@ import psutil
 from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.cache import cache_dir
-from verl_aqn.config import parse_aqn, schedule_of
+from verl_aqn.config import order_of, parse_aqn, schedule_of
 from verl_aqn.errors import ConfigError, EnvironmentFault, ModelError
 
 # Measured peak of the whole machine on the embedded experiment; a run that starts below it ends in the OOM killer.
@@ -153,7 +153,7 @@ def check_steps(config: DictConfig, train_rows: int, left: str = "") -> int:
             f"trainer.total_training_steps={wanted}, but {train_rows} training rows{left} at batch {batch} give "
             f"{available} steps in {epochs} epoch(s): lower it, or the batch, or add epochs"
         )
-    schedule_of(config, steps)
+    order_of(parse_aqn(config).noise, schedule_of(config, steps), 0)  # what the first order would say is wrong
     return steps
 
 

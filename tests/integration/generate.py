@@ -47,6 +47,12 @@ def main(model: str, adapter: str, activation: str = "none") -> dict:
     result["noisy"] = answers()
     result["restored"] = call("aqn_restore")
     result["after"] = answers()
+    if result["base"]["layers"]:
+        linear = order | {"sigma": 0.3, "targets": ["linear"]}
+        result["linear"] = call("aqn_apply_noise", linear)
+        result["linear_base"], result["linear_noisy"] = call("aqn_base"), answers()
+        result["linear_restored"] = call("aqn_restore")
+        result["base_after"], result["linear_after"] = call("aqn_base"), answers()
     return result
 
 
