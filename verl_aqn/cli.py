@@ -68,10 +68,21 @@ def schedule(
     """σ at every step."""
     from verl_aqn.config import load_recipe, schedule_of
 
+    if plot:
+        from verl_aqn.plots import check_picture
+
+        check_picture(plot)
     config = load_recipe(recipe, overrides)
     total = steps or config.trainer.total_training_steps
     if total is None:
-        raise ConfigError(f"{recipe} takes its steps from the data: give --steps N")
+        from verl_aqn.prepare import steps_in_data
+
+        total = steps_in_data(config)
+    if total is None:
+        raise ConfigError(
+            f"{recipe} takes its steps from data.train_files={config.data.train_files}, which is not there: "
+            "prepare it, or give --steps N"
+        )
     table = schedule_of(config, int(total)).table()
     if plot:
         from verl_aqn.plots import plot_schedule

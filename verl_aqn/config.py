@@ -10,7 +10,7 @@ import subprocess
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -19,14 +19,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from verl_aqn.errors import ConfigError, EnvironmentFault
-from verl_aqn.schedule import SigmaSchedule
+from verl_aqn.order import LAYER_KINDS, TARGETS, UNITS, Layers, NoiseOrder
+from verl_aqn.schedule import KINDS, SigmaSchedule
 
 PROFILES = ("cpu", "cuda", "npu")
 
 
 @dataclass(frozen=True)
 class NoiseConfig:
-    """Noise on the RMSNorm weights of the rollout (`aqn.noise`)."""
+    """Noise on the weights of the rollout (`aqn.noise`): when (`SigmaSchedule`), where and how much (`NoiseOrder`)."""
 
     enabled: bool = True
     kind: str = "exponential"
@@ -34,7 +35,14 @@ class NoiseConfig:
     sigma_end: float = 1.0e-5
     num_stages: int = 10
     epoch_aware: bool = False
-    unit: str = "absolute"  # or "rms": σ times the root mean square of the module's clean weight
+    warmup: float | None = None  # a share of the steps; null is one stage of the schedule, as QeRL has it
+    off_from_step: int | None = None  # no noise from this RL step (from 0) on
+    unit: str = "absolute"  # "rms" and "multiplicative" are in units of the module's own clean weight
+    targets: tuple[str, ...] = ("norm",)  # and "linear": σ of 0.005 and more collapsed training there, 0.001 was stable
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    router_norms: bool = False
+    layers: Layers = field(default_factory=Layers)
     apply_to: str = "rollout"
     seed: int = 0
 
@@ -79,8 +87,10 @@ class AqnConfig:
 
 
 _CHOICES = {
-    "aqn.noise.kind": ("exponential", "constant"),
-    "aqn.noise.unit": ("absolute", "rms"),
+    "aqn.noise.kind": KINDS,
+    "aqn.noise.unit": UNITS,
+    "aqn.noise.targets": TARGETS,
+    "aqn.noise.layers.kind": LAYER_KINDS,
     "aqn.noise.apply_to": ("rollout",),
     "aqn.mxfp4.scale_rule": ("mse", "even", "floor", "rceil"),
     "aqn.mxfp4.activation": ("none", "mxfp4"),
@@ -99,27 +109,38 @@ def nearest(name: str, valid: list[str]) -> str:
 def _typed(cls: type, raw: Any, where: str) -> Any:
     if not isinstance(raw, dict):
         raise ConfigError(f"{where} must be a block of keys, got {raw!r}")
-    known = {f.name: f for f in fields(cls)}
+    known, hints = {f.name for f in fields(cls)}, get_type_hints(cls)
     values = {}
     for key, value in raw.items():
         path = f"{where}.{key}"
         if key not in known:
             raise ConfigError(f"unknown key {path}: {nearest(key, list(known))}")
-        default = getattr(cls(), key)
-        if is_dataclass(default):
-            value = _typed(type(default), value, path)
-        elif isinstance(default, tuple):
-            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-                raise ConfigError(f"{path} must be a list of names, got {value!r}")
-            value = tuple(value)
-        elif isinstance(default, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
-            value = float(value)
-        elif default is not None and type(value) is not type(default):
-            raise ConfigError(f"{path} must be a {type(default).__name__}, got {value!r}")
-        if path in _CHOICES and value not in _CHOICES[path]:
-            raise ConfigError(f"{path}={value!r} is not one of {', '.join(_CHOICES[path])}")
+        value = _convert(hints[key], value, path)
+        for item in value if isinstance(value, tuple) else (value,):
+            if path in _CHOICES and item not in _CHOICES[path]:
+                raise ConfigError(f"{path}={item!r} is not one of {', '.join(_CHOICES[path])}")
         values[key] = value
     return cls(**values)
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """`value` as the annotation `hint` of a field says: a block, a list of names or blocks, a number, null."""
+    if is_dataclass(hint):
+        assert isinstance(hint, type)
+        return _typed(hint, value, path)
+    options = get_args(hint)
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list) or (options[0] is str and not all(isinstance(item, str) for item in value)):
+            raise ConfigError(f"{path} must be a list of {'names' if options[0] is str else 'blocks'}, got {value!r}")
+        return tuple(_convert(options[0], item, f"{path}[{number}]") for number, item in enumerate(value))
+    if type(None) in options:
+        (kind,) = set(options) - {type(None)}
+        return None if value is None else _convert(kind, value, path)
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{path} must be a {hint.__name__}, got {value!r}")
+    return value
 
 
 def parse_aqn(config: DictConfig | dict) -> AqnConfig:
@@ -149,6 +170,26 @@ def schedule_of(config: DictConfig | dict, total_steps: int) -> SigmaSchedule:
         kind=noise.kind if noise.enabled else "constant",
         epoch_aware=noise.epoch_aware and noise.enabled,
         epochs=epochs,
+        warmup=noise.warmup,
+        off_from_step=noise.off_from_step if noise.enabled else None,
+    )
+
+
+def order_of(noise: NoiseConfig, schedule: SigmaSchedule, step: int) -> NoiseOrder:
+    """The noise of RL step `step` (from 0): all of it, so that no process has to look into a config of its own."""
+    if not noise.enabled:
+        return NoiseOrder(step, noise.seed, 0.0, noise.unit, router_norms=True)  # no noise: none to keep from routers
+    return NoiseOrder(
+        step=step,
+        seed=noise.seed,
+        sigma=schedule.sigma(step),
+        unit=noise.unit,
+        targets=noise.targets,
+        include=noise.include,
+        exclude=noise.exclude,
+        router_norms=noise.router_norms,
+        layers=noise.layers,
+        share=step / schedule.total_steps,
     )
 
 

@@ -46,7 +46,7 @@ class Console:
         self.say(f"data     {todo.rows['train']:,} training and {todo.rows['test']:,} validation prompts")
         noise = aqn.noise
         if noise.enabled:
-            unit = "of each norm's rms" if noise.unit == "rms" else "absolute"
+            unit = {"rms": "of each module's rms", "multiplicative": "of each weight"}.get(noise.unit, noise.unit)
             self.say(
                 f"noise    σ {noise.sigma_start:g} → {noise.sigma_end:g} ({unit}), {noise.num_stages} stages, "
                 f"{todo.steps} steps"

@@ -7,7 +7,7 @@ import psutil
 from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.cache import cache_dir
-from verl_aqn.config import parse_aqn, schedule_of
+from verl_aqn.config import order_of, parse_aqn, schedule_of
 from verl_aqn.errors import ConfigError, EnvironmentFault, ModelError
 
 # Measured peak of the whole machine on the embedded experiment; a run that starts below it ends in the OOM killer.
@@ -105,8 +105,31 @@ def prepare_data(config: DictConfig) -> dict[str, int]:
     return rows
 
 
-def check_steps(config: DictConfig, train_rows: int) -> int:
-    """The RL steps that the run will take.
+def steps_in_data(config: DictConfig) -> int | None:
+    """The RL steps of a recipe by the data it names; None where those are not on disk (nothing is made or fetched)."""
+    from verl_aqn.data.parquet import check_parquet
+
+    value = config.data.train_files
+    if value == "embedded":
+        rows = N_TRAIN
+    else:
+        made = {"gsm8k": cache_dir() / "data" / "gsm8k" / "train.parquet"}
+        names = [value] if isinstance(value, str) else list(value)
+        files = [made.get(name, Path(name).expanduser()) for name in names]
+        if not all(file.is_file() for file in files):
+            return None
+        rows = sum(check_parquet(file) for file in files)
+    limit = config.data.train_max_samples
+    return check_steps(config, min(rows, limit) if limit > 0 else rows)
+
+
+def check_steps(config: DictConfig, train_rows: int, left: str = "") -> int:
+    """The RL steps that the run will take: those that the recipe states, or as many as the data have.
+
+    verl ends a run after `rows // train_batch_size` steps an epoch, whatever group filtering did: a group that it drops
+    costs data and not a step, and a loader that has come to its end starts over. So only the rows count, but those that
+    verl keeps: prompts that are too long go. Called with the rows of the files before a run, and in the trainer with
+    those that are left (`left` says so in the error).
 
     Raises:
         ConfigError: sizes that do not fit, or fewer steps in the data than the recipe wants: the run would end
@@ -118,15 +141,20 @@ def check_steps(config: DictConfig, train_rows: int) -> int:
         raise ConfigError(
             f"data.train_batch_size={batch} is not a multiple of actor.ppo_mini_batch_size={actor.ppo_mini_batch_size}"
         )
+    filtering = OmegaConf.select(config, "algorithm.filter_groups.enable")
+    refilling = OmegaConf.select(config, "trainer.v1.sampler.sync_refill_failed_groups")
+    generated = OmegaConf.select(config, "data.gen_batch_size")
+    if generated and not (filtering or refilling) and batch % generated:  # with either, verl draws one by one
+        raise ConfigError(f"data.train_batch_size={batch} is not a multiple of data.gen_batch_size={generated}")
     available = train_rows // batch * epochs
     wanted = config.trainer.total_training_steps
     steps = int(wanted) if wanted is not None else available
     if steps < 1 or steps > available:
         raise ConfigError(
-            f"trainer.total_training_steps={wanted}, but {train_rows} training rows at batch {batch} give {available} "
-            f"steps in {epochs} epoch(s): lower it, or the batch, or add epochs"
+            f"trainer.total_training_steps={wanted}, but {train_rows} training rows{left} at batch {batch} give "
+            f"{available} steps in {epochs} epoch(s): lower it, or the batch, or add epochs"
         )
-    schedule_of(config, steps)
+    order_of(parse_aqn(config).noise, schedule_of(config, steps), 0)  # what the first order would say is wrong
     return steps
 
 

@@ -31,10 +31,12 @@ class Plan:
 def plan(recipe: str, overrides: list[str]) -> Plan:
     """Compose the recipe, prepare its model and data, and check all that can be checked without starting a process."""
     config = load_recipe(recipe, overrides)
-    schedule_of(config, int(config.trainer.total_training_steps or 1))  # a wrong σ before any file is touched
+    if (stated := config.trainer.total_training_steps) is not None:
+        schedule_of(config, int(stated))  # a wrong σ before any file is touched
     check_machine(config)
     rows = prepare_data(config)
     steps = check_steps(config, rows["train"])
+    config.trainer.total_training_steps = steps  # the schedule's, and the trainer's: it refuses if it finds fewer
     source = prepare_model(config)
     return Plan(config=config, steps=steps, rows=rows, source=source)
 

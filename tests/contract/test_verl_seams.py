@@ -44,6 +44,7 @@ SYMBOLS = {
     "verl.trainer.ppo.v1:AgentLoopManagerTQ.create": None,
     "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync.fit": ["self", "agent_loop_manager"],
     "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync._validate": ["self"],
+    "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync._init_dataloader": ["self"],
     "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync._build_replay_buffer": ["self"],
     "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync._init_resource_pool_mgr": ["self"],
     "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync._compute_metrics": [

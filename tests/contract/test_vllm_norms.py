@@ -77,3 +77,77 @@ def test_noise_reaches_what_vllm_computes(model, sigma):
     assert change.item() == pytest.approx(sigma, rel=0.3)
     check_evidence(injector.restore(), None, injector.clean_digest)
     assert torch.equal(model["rms"](x), clean)
+
+
+class Experts(nn.Module):
+    """vLLM's RoutedExperts as the search for routers sees it."""
+
+    local_num_experts = 4
+
+
+ROUTED = {
+    ("qwen3_moe", "Qwen3MoeDecoderLayer"): ("self_attn", "mlp", {}),
+    ("qwen2_moe", "Qwen2MoeDecoderLayer"): ("self_attn", "mlp", {}),
+    ("mixtral", "MixtralDecoderLayer"): ("self_attn", "block_sparse_moe", {}),
+    ("gpt_oss", "TransformerBlock"): ("attn", "mlp", {}),
+    ("glm4_moe", "Glm4MoeDecoderLayer"): ("self_attn", "mlp", {}),
+    ("olmoe", "OlmoeDecoderLayer"): ("self_attn", "mlp", {}),
+    ("deepseek_v2", "DeepseekV2DecoderLayer"): (
+        "self_attn",
+        "mlp",
+        {"use_sequence_parallel_moe": False, "use_mha": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_the_norm_in_front_of_the_router_is_found_in_vllm_s_own_layers(layernorm, name):
+    """Their real forward, with fused add-and-norm; only the parts are stand-ins, which need an engine to be built."""
+    import importlib
+
+    module, cls = name
+    attention, experts, attributes = ROUTED[name]
+    layer_class = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), cls)
+    layers = nn.ModuleList()
+    for number in range(2):
+        layer = layer_class.__new__(layer_class)
+        nn.Module.__init__(layer)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            setattr(layer, norm, layernorm.RMSNorm(64, dtype=torch.bfloat16))
+        setattr(layer, attention, nn.Linear(64, 64))
+        dense, routed = nn.Linear(64, 64), nn.Module()
+        routed.gate, routed.experts = nn.Linear(64, 4), Experts()
+        setattr(layer, experts, dense if number == 0 else routed)  # the first layer is dense, as often
+        for attribute, value in attributes.items():
+            setattr(layer, attribute, value)
+        layers.append(layer)
+    model = nn.ModuleDict({"layers": layers, "norm": layernorm.RMSNorm(64, dtype=torch.bfloat16)})
+    injector = NoiseInjector(model)
+    order = NoiseOrder(3, 0, 0.05, "absolute")
+    evidence = injector.apply(order)
+    check_evidence(evidence, order, injector.clean_digest)
+    assert injector.describe(order)["router_norms"] == ["layers.1.post_attention_layernorm"]
+    assert len(evidence["groups"][0]["modules"]) == 4
+
+
+def test_experts_of_vllm_say_how_many_they_hold():
+    import inspect
+
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    assert "self.local_num_experts =" in inspect.getsource(RoutedExperts)
+
+
+def test_linear_layers_say_which_part_of_a_weight_they_hold():
+    """What `split_layer` reads to give tensor-parallel ranks their slices."""
+    import inspect
+
+    from vllm.model_executor.layers import linear
+    from vllm.model_executor.layers.minimax_rms_norm.rms_norm_tp import MiniMaxText01RMSNormTP
+
+    source = inspect.getsource(linear.LinearBase)
+    for attribute in ("self.input_size =", "self.output_size =", "self.tp_rank", "self.tp_size"):
+        assert attribute in source
+    assert "self.tp_rank // self.num_kv_head_replicas" in inspect.getsource(linear.QKVParallelLinear)
+    for attribute in ("self.weight_shard_world =", "self.weight_shard_rank ="):
+        assert attribute in inspect.getsource(MiniMaxText01RMSNormTP)

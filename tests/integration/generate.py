@@ -38,15 +38,21 @@ def main(model: str, adapter: str, activation: str = "none") -> dict:
         llm.reset_prefix_cache()
         return llm.collective_rpc(method, args=args)[0]
 
+    order = {"step": 4, "seed": 0, "sigma": 0.3, "unit": "rms"}
     stock = answers()
-    result = {"stock": stock, "prepared": call("aqn_prepare"), "base": call("aqn_base"), "clean": answers()}
+    result = {"stock": stock, "prepared": call("aqn_prepare", order), "base": call("aqn_base"), "clean": answers()}
     result["adapter"] = call("aqn_adapter", 8)
     result["without"] = answers(lora=None)
-    order = {"step": 4, "seed": 0, "sigma": 0.3, "unit": "rms"}
     result["noise"] = call("aqn_apply_noise", order)
     result["noisy"] = answers()
     result["restored"] = call("aqn_restore")
     result["after"] = answers()
+    if result["base"]["layers"]:
+        linear = order | {"sigma": 0.3, "targets": ["linear"]}
+        result["linear"] = call("aqn_apply_noise", linear)
+        result["linear_base"], result["linear_noisy"] = call("aqn_base"), answers()
+        result["linear_restored"] = call("aqn_restore")
+        result["base_after"], result["linear_after"] = call("aqn_base"), answers()
     return result
 
 

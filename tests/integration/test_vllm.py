@@ -133,6 +133,19 @@ def test_noise_changes_the_answers_and_restoring_gives_the_old_ones(packed):
     assert packed["after"] == packed["clean"]
 
 
+def test_noise_on_linear_weights_changes_the_answers_and_is_taken_away_bit_for_bit(packed):
+    order = NoiseOrder(step=4, seed=0, sigma=0.3, unit="rms", targets=("linear",))
+    clean = packed["prepared"]["clean_digest"]
+    check_evidence(packed["linear"], order, clean)
+    check_evidence(packed["linear_restored"], None, clean)
+    assert packed["linear"]["modules"] == 14  # under the trainer's names: q, k, v, o, gate, up, down in two layers
+    assert "model.layers.1.self_attn.k_proj" in packed["linear"]["groups"][0]["modules"]
+    assert packed["linear_noisy"]["tokens"] != packed["clean"]["tokens"]
+    assert packed["linear_after"] == packed["clean"]
+    assert not packed["linear_base"]["weights_equal_base"]
+    assert packed["base_after"] == packed["base"]
+
+
 def test_norms_in_fp32_do_not_change_what_the_model_says(packed):
     """They are promoted so that small noise is not rounded away; without noise the model stays itself."""
     assert packed["clean"]["logprobs"] == pytest.approx(packed["stock"]["logprobs"], abs=0.15)

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from verl_aqn.data.parquet import row, write_parquet
+from verl_aqn.schedule import KINDS
+
 
 def run(*arguments: str, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(
@@ -44,6 +47,34 @@ def test_schedule_as_table_and_picture(tmp_path):
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_schedule_of_every_kind_as_json_table_and_picture(kind, tmp_path, capsys):
+    from verl_aqn.cli import schedule
+
+    schedule("e12_aggressive_1ep", ["profile=cpu", f"aqn.noise.kind={kind}"], None, True, tmp_path / f"{kind}.svg")
+    table = json.loads(capsys.readouterr().out)
+    assert (table[3]["sigma"], len(table)) == (0.05, 29)
+    assert table[28]["sigma"] == (0.05 if kind == "constant" else 1e-5)
+    assert (tmp_path / f"{kind}.svg").stat().st_size > 1000
+    schedule("e12_aggressive_1ep", ["profile=cpu", f"aqn.noise.kind={kind}"], None, False, None)
+    assert "over 29 steps" in capsys.readouterr().out
+
+
+def test_schedule_takes_the_steps_from_the_data_where_the_recipe_does_not_say(tmp_path):
+    null = "trainer.total_training_steps=null"
+    table = json.loads(run("schedule", "e12", "profile=cpu", null, "data.train_max_samples=60", "--json").stdout)
+    assert len(table) == 10  # 60 rows at batch 6
+    file = tmp_path / "train.parquet"
+    prompts = [row("x", [{"role": "user", "content": "y"}], "1", split="train", index=i, question="y", answer="1")
+               for i in range(20)]  # fmt: skip
+    write_parquet(prompts, file)
+    table = json.loads(run("schedule", "e12_2ep", "profile=cpu", null, f"data.train_files={file}", "--json").stdout)
+    assert len(table) == 6  # 20 rows at batch 6, two epochs
+    missing = run("schedule", "e12", "profile=cpu", null, "data.train_files=/nowhere.parquet")
+    assert "give --steps N" in one_line(missing, 2)
+    assert len(json.loads(run("schedule", "e12", null, "profile=cpu", "--steps", "7", "--json").stdout)) == 7
+
+
 def test_exit_code_of_a_command_that_failed_without_an_exception(monkeypatch):
     from verl_aqn import cli, doctor
 
@@ -72,6 +103,9 @@ def test_dry_run_prints_the_resolved_config_and_starts_nothing(tmp_path):
         (["train", "e12", "profile=cpu", "data.train_files=/nowhere.parquet"], 1, "/nowhere.parquet"),
         (["train", "e12", "profile=cpu", "data.train_max_samples=16"], 2, "give 2 steps"),
         (["train", "e12", "profile=cpu", "data.train_batch_size=9"], 2, "not a multiple"),
+        (["train", "e12", "profile=cpu", "data.gen_batch_size=4"], 2, "not a multiple of data.gen_batch_size"),
+        (["train", "e12", "profile=cpu", "aqn.noise.off_from_step=29"], 2, "takes 29 steps"),
+        (["schedule", "e12", "profile=cpu", "--plot", "/nowhere/s.png"], 2, "/nowhere/s.png"),
         (["schedule"], 2, "recipe"),
         (["trian"], 2, "trian"),
         (["quantize", "/nowhere", "/tmp/verl-aqn-never"], 1, "/nowhere"),

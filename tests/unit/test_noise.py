@@ -10,20 +10,18 @@ from torch import nn
 from transformers import (
     GemmaConfig,
     LlamaConfig,
-    MixtralConfig,
     Qwen2Config,
     Qwen3Config,
 )
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma.modeling_gemma import GemmaModel, GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaRMSNorm
-from transformers.models.mixtral.modeling_mixtral import MixtralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
 from verl_aqn.errors import ConfigError, EvidenceError, ModelError
-from verl_aqn.noise import NoiseInjector, NoiseOrder, check_evidence, draw, find_norms, sigma_interval
+from verl_aqn.noise import NoiseInjector, NoiseOrder, check_evidence, find_norms, sigma_interval
 
 TINY = {
     "vocab_size": 32,
@@ -50,35 +48,7 @@ def weights(model: nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().float().clone() for p in model.parameters()])
 
 
-# ---------------------------------------------------------------- the draw
-
-
-@given(st.integers(0, 2**40), st.integers(0, 10**6), st.text(max_size=40), st.integers(0, 300), st.integers(0, 300))
-@settings(max_examples=50)
-def test_a_shorter_draw_is_the_beginning_of_a_longer_one(seed, step, name, short, more):
-    assert torch.equal(draw(seed, step, name, short), draw(seed, step, name, short + more)[:short])
-
-
-def test_draw_is_float32_on_the_cpu_and_depends_on_each_part_of_its_key():
-    first = draw(1, 2, "a", 64)
-    assert first.dtype == torch.float32
-    assert first.device.type == "cpu"
-    assert torch.equal(first, draw(1, 2, "a", 64))
-    for other in (draw(2, 2, "a", 64), draw(1, 3, "a", 64), draw(1, 2, "b", 64), draw(12, 0, "a", 64)):
-        assert not torch.equal(first, other)
-
-
-def test_draw_is_pinned():
-    """Fails when numpy changes its stream: runs made before and after would then not be comparable."""
-    assert draw(0, 0, "a", 3).tolist() == pytest.approx([-0.27634031, 1.01974845, -0.54014814], abs=1e-7)
-    assert draw(1, 29, "model.norm", 3).tolist() == pytest.approx([1.55121469, -1.76098168, -0.44477725], abs=1e-7)
-
-
-def test_draw_is_standard_normal():
-    sample = torch.cat([draw(0, step, f"layer.{i}", 1000) for step in range(5) for i in range(20)]).numpy()
-    assert stats.kstest(sample, "norm").pvalue > 0.01
-    one, two = sample[:50_000], sample[50_000:]
-    assert abs(np.corrcoef(one, two)[0, 1]) < 4 / np.sqrt(50_000)
+# ---------------------------------------------------------------- sampling interval
 
 
 @pytest.mark.parametrize("n", [10, 100, 87_552])
@@ -203,14 +173,16 @@ def test_promoted_weights_keep_their_values():
 
 def test_excluded_norms_stay_clean():
     model = LlamaModel(LlamaConfig(**TINY))
-    injector = NoiseInjector(model, exclude=["*.post_attention_layernorm"])
-    assert injector.names == ["layers.0.input_layernorm", "layers.1.input_layernorm", "norm"]
-    injector.apply(NoiseOrder(0, 0, 0.05, "absolute"))
+    injector = NoiseInjector(model)
+    order = NoiseOrder(0, 0, 0.05, "absolute", exclude=("*.post_attention_layernorm",))
+    evidence = injector.apply(order)
+    check_evidence(evidence, order, injector.clean_digest)
+    assert evidence["groups"][0]["modules"] == ["layers.0.input_layernorm", "layers.1.input_layernorm", "norm"]
     assert torch.equal(model.layers[0].post_attention_layernorm.weight, torch.ones(32))
     with pytest.raises(ConfigError, match="nothing_like_it"):
-        NoiseInjector(model, exclude=["nothing_like_it"])
+        injector.apply(NoiseOrder(0, 0, 0.05, "absolute", exclude=("nothing_like_it",)))
     with pytest.raises(EvidenceError, match="excluded"):
-        NoiseInjector(model, exclude=["*"])
+        injector.apply(NoiseOrder(0, 0, 0.05, "absolute", exclude=("*",)))
 
 
 def test_order_survives_the_wire_and_refuses_nonsense():
@@ -234,120 +206,3 @@ def test_a_sound_injector_passes_or_is_told_that_its_dtype_is_too_coarse(dtype, 
             check_evidence(evidence, order, injector.clean_digest)
     else:
         check_evidence(evidence, order, injector.clean_digest)
-
-
-# ---------------------------------------------------------------- what went wrong before, rebuilt
-
-
-class NoMatch(nn.Module):
-    """A norm of another make, as vLLM's class was to the fork: nothing is recognised."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(8, 8)
-
-
-class SigmaAlwaysZero(NoiseInjector):
-    def _write(self, order):
-        super()._write(NoiseOrder(order.step, order.seed, 0.0, order.unit))
-
-
-class StepNotPassedOn(NoiseInjector):
-    def apply(self, order):
-        return super().apply(NoiseOrder(0, order.seed, order.sigma, order.unit))
-
-
-class Accumulates(NoiseInjector):
-    def _write(self, order):
-        for name, now in self._read().items():
-            self._put(name, now + order.sigma * self._scales[name][order.unit] * draw(0, order.step, name, now.numel()))
-
-
-class LayerScalesDropped(NoiseInjector):
-    def _write(self, order):
-        super()._write(NoiseOrder(order.step, order.seed, order.sigma, "absolute"))
-
-
-class ValidatesWithNoise(NoiseInjector):
-    def restore(self):
-        return self._evidence(0.0, "absolute", None)
-
-
-class SkipsOneModule(NoiseInjector):
-    def _write(self, order):
-        super()._write(order)
-        self._put(self.names[0], self._clean[self.names[0]])
-
-
-def caught(injector: NoiseInjector, order: NoiseOrder, says: str) -> None:
-    evidence = injector.apply(order)
-    with pytest.raises(EvidenceError, match=says) as error:
-        check_evidence(evidence, order, injector.clean_digest)
-    assert "\n" not in str(error.value)
-
-
-def test_failure_no_module_matched():
-    with pytest.raises(EvidenceError, match="no RMSNorm"):
-        NoiseInjector(NoMatch())
-    order = NoiseOrder(3, 0, 0.05, "rms")
-    injector = NoiseInjector(make_model())
-    with pytest.raises(EvidenceError, match="0 modules"):
-        check_evidence(injector.apply(order) | {"modules": 0}, order, injector.clean_digest)
-
-
-def test_failure_sigma_always_zero_although_the_log_says_otherwise():
-    caught(SigmaAlwaysZero(make_model()), NoiseOrder(3, 0, 0.05, "rms"), "still clean")
-
-
-def test_failure_step_never_passed_on():
-    caught(StepNotPassedOn(make_model()), NoiseOrder(7, 0, 0.05, "rms"), "step 7")
-
-
-def test_failure_stale_sigma():
-    injector = NoiseInjector(make_model())
-    evidence = injector.apply(NoiseOrder(7, 0, 0.05, "rms"))
-    with pytest.raises(EvidenceError, match=r"0\.0172 was ordered"):
-        check_evidence(evidence, NoiseOrder(7, 0, 0.0172, "rms"), injector.clean_digest)
-
-
-def test_failure_noise_accumulates():
-    injector = Accumulates(make_model())
-    order = NoiseOrder(3, 0, 0.05, "rms")
-    check_evidence(injector.apply(order), order, injector.clean_digest)
-    caught(injector, NoiseOrder(4, 0, 0.05, "rms"), "piled up")
-
-
-def test_failure_layer_scales_dropped_on_the_way():
-    caught(LayerScalesDropped(make_model()), NoiseOrder(3, 0, 0.05, "rms"), "is in the weights")
-
-
-def test_failure_noise_on_during_validation():
-    injector = ValidatesWithNoise(make_model())
-    injector.apply(NoiseOrder(3, 0, 0.05, "rms"))
-    with pytest.raises(EvidenceError, match="stayed on"):
-        check_evidence(injector.restore(), None, injector.clean_digest)
-
-
-def test_failure_noise_lost_in_bfloat16():
-    injector = NoiseInjector(make_model(dtype=torch.bfloat16), dtype=None)
-    caught(injector, NoiseOrder(27, 0, 1e-5, "absolute"), "dtype cannot hold")
-
-
-def test_failure_one_module_left_out():
-    caught(SkipsOneModule(make_model(57, 576)), NoiseOrder(3, 0, 0.05, "rms"), "not written to all")
-
-
-def test_failure_clean_weights_taken_while_noise_is_on():
-    model = make_model()
-    first = NoiseInjector(model)
-    first.apply(NoiseOrder(3, 0, 0.05, "rms"))
-    order = NoiseOrder(4, 0, 0.05, "rms")
-    with pytest.raises(EvidenceError, match="not those the run began with"):
-        check_evidence(NoiseInjector(model).apply(order), order, first.clean_digest)
-
-
-def test_failure_noise_in_front_of_a_router():
-    model = MixtralModel(MixtralConfig(**TINY, num_local_experts=2))
-    with pytest.raises(ModelError, match="router"):
-        NoiseInjector(model)
-    assert len(NoiseInjector(model, exclude=["*.post_attention_layernorm"]).names) == 3

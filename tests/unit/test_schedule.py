@@ -1,5 +1,6 @@
 """The schedule against the plan's table, QeRL's formula, and every way in which it broke before."""
 
+import dataclasses
 import itertools
 import math
 import subprocess
@@ -7,11 +8,11 @@ import sys
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from verl_aqn.errors import ConfigError
-from verl_aqn.schedule import SigmaSchedule
+from verl_aqn.schedule import KINDS, SigmaSchedule
 
 # Experiment plan, E12-aggressive-1ep: σ printed to three digits, by step.
 PLAN = [
@@ -114,7 +115,13 @@ def test_epoch_aware_sigma_end_zero():
         ({"num_stages": 2.5}, "num_stages"),
         ({"total_steps": 0}, "total_steps"),
         ({"epochs": 0}, "epochs"),
-        ({"kind": "cosine"}, "exponential, constant"),
+        ({"kind": "sine"}, "exponential, linear, cosine, logarithmic, constant"),
+        ({"warmup": 1.0}, "warmup"),
+        ({"warmup": -0.1}, "warmup"),
+        ({"warmup": True}, "warmup"),
+        ({"off_from_step": 0}, "off_from_step"),
+        ({"off_from_step": 0.5}, "off_from_step"),
+        ({"off_from_step": 29}, "takes 29 steps"),
     ],
 )
 def test_impossible_schedules_are_refused(changes, says):
@@ -129,9 +136,67 @@ def test_negative_step_is_an_error():
         SigmaSchedule(0.05, 1e-5, 10, 29).sigma(-1)
 
 
+KINDS_AT = {  # f(x) for σ 1 -> 0.1, written out anew
+    "exponential": lambda x: 0.1**x,
+    "linear": lambda x: 1 - 0.9 * x,
+    "cosine": lambda x: 0.55 + 0.45 * math.cos(math.pi * x),
+    "logarithmic": lambda x: 1 - 0.9 * math.log(1 + 9 * x, 10),
+    "constant": lambda x: 1.0,
+}
+
+
+def test_every_kind_is_tested():
+    assert set(KINDS_AT) == set(KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_follows_its_formula(kind):
+    """Warm-up, then five noisy stages of two steps."""
+    schedule = SigmaSchedule(1.0, 0.1, 6, 12, kind=kind, warmup=1 / 6)
+    wanted = [0.0] + [KINDS_AT[kind](j / 4) for j in range(5)]
+    assert [schedule.sigma(s) for s in range(12)] == pytest.approx([sigma for sigma in wanted for _ in "ab"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_and_two_stages_are_defined_for_every_kind(kind):
+    one = SigmaSchedule(0.05, 1e-5, 1, 4, kind=kind)
+    assert {one.sigma(s) for s in range(6)} == {0.05}
+    two = SigmaSchedule(0.05, 1e-5, 2, 4, kind=kind)
+    assert [two.sigma(s) for s in range(4)] == ([0.05] * 4 if kind == "constant" else [0, 0, 0.05, 0.05])
+    warm = SigmaSchedule(0.05, 1e-5, 1, 4, kind=kind, warmup=0.25)
+    assert [warm.sigma(s) for s in range(6)] == [0] + [0.05] * 5
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "constant"])
+@pytest.mark.parametrize("aware", [False, True])
+def test_sigma_end_zero_is_reached_by_every_kind_and_not_before_the_end(kind, aware):
+    schedule = SigmaSchedule(0.05, 0.0, 5, 10, kind=kind, epoch_aware=aware, epochs=2)
+    assert schedule.sigma(9) == 0.0
+    assert all(schedule.sigma(s) > 0 for s in range(8) if schedule.stage(s) % 5)
+
+
+def test_warm_up_is_free_to_choose():
+    assert [row["sigma"] for row in SigmaSchedule(0.05, 0.05, 4, 10, warmup=0.3).table()] == [0] * 3 + [0.05] * 7
+    none = SigmaSchedule(0.05, 1e-5, 10, 29, warmup=0)
+    assert (none.sigma(0), none.sigma(28)) == (0.05, 1e-5)
+    assert SigmaSchedule(1, 0.1, 4, 1000, warmup=0.29).sigma(289) == 0  # 0.29 * 1000 is below 290 in floating point
+    assert SigmaSchedule(1, 0.1, 4, 1000, warmup=0.29).sigma(290) == 1
+    each = SigmaSchedule(0.05, 0.0005, 4, 20, warmup=0.2, epoch_aware=True, epochs=2)
+    assert [s for s in range(20) if each.sigma(s) == 0] == [0, 1, 10, 11]
+    assert SigmaSchedule(0.05, 1e-5, 4, 2, warmup=0.5, epoch_aware=True, epochs=5).sigma(9) > 0
+
+
+def test_noise_can_stop_early():
+    whole = SigmaSchedule(0.05, 1e-5, 10, 29)
+    short = SigmaSchedule(0.05, 1e-5, 10, 29, off_from_step=20)
+    assert [short.sigma(s) for s in range(20)] == [whole.sigma(s) for s in range(20)]
+    assert {short.sigma(s) for s in range(20, 40)} == {0.0}
+    assert {short.stage(s) for s in range(20, 40)} == {10}
+
+
 schedules = st.builds(
-    lambda start, ratio, stages, steps, epochs, aware: SigmaSchedule(
-        start, start * ratio, stages, steps, epoch_aware=aware, epochs=epochs
+    lambda start, ratio, stages, steps, epochs, aware, kind, warmup: SigmaSchedule(
+        start, start * ratio, stages, steps, kind, aware, epochs, warmup
     ),
     st.floats(1e-6, 1),
     st.floats(0, 1),
@@ -139,6 +204,8 @@ schedules = st.builds(
     st.integers(1, 60),
     st.integers(1, 4),
     st.booleans(),
+    st.sampled_from(KINDS),
+    st.none() | st.floats(0, 0.99),
 )
 
 
@@ -151,9 +218,32 @@ def test_sigma_stays_in_its_range_and_stages_never_go_back(schedule, step):
 
 @given(schedules)
 def test_noise_never_rises_but_for_leaving_a_warm_up(schedule):
-    noisy = [row["sigma"] for row in schedule.table() if row["stage"] % schedule.num_stages or schedule.num_stages == 1]
+    table = schedule.table()
+    has_warm_up = schedule._stages > schedule._noisy
+    warm = {row["stage"] for row in table if has_warm_up and row["stage"] % schedule._stages == 0}
+    noisy = [row["sigma"] for row in table if row["stage"] not in warm]
+    assert all(row["sigma"] == 0 for row in table if row["stage"] in warm)
     # Powers with fractional exponents round: equal neighbours may differ in the last places.
     assert all(after <= before * (1 + 1e-12) for before, after in itertools.pairwise(noisy))
+
+
+@given(schedules)
+def test_both_ends_are_hit_where_there_are_steps_for_them(schedule):
+    stages = schedule._stages * schedule._parts
+    # A warm-up leaves one step at least for a noisy stage; half of a part may go to it.
+    assume(schedule.total_steps >= 2 * stages and (schedule.warmup or 0) <= 0.5)
+    sigma = [row["sigma"] for row in schedule.table()]
+    assert max(sigma) == schedule.sigma_start
+    if schedule.kind != "constant" and schedule.num_stages > 2:
+        assert sigma[-1] == schedule.sigma_end
+
+
+@given(schedules, st.integers(0, 80), st.integers(0, 80))
+def test_sigma_is_a_pure_function_of_the_step(schedule, step, before):
+    """A run that is resumed at a step has the σ of one that came to it."""
+    resumed = dataclasses.replace(schedule)
+    schedule.sigma(before)
+    assert (resumed.sigma(step), resumed.stage(step)) == (schedule.sigma(step), schedule.stage(step))
 
 
 @given(st.integers(3, 12), st.integers(1, 200), st.integers(0, 220))

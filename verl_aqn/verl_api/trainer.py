@@ -11,10 +11,11 @@ from omegaconf import DictConfig
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from verl_aqn.config import parse_aqn, schedule_of
+from verl_aqn.config import order_of, parse_aqn, schedule_of
 from verl_aqn.errors import EvidenceError
 from verl_aqn.mxfp4.checkpoint import checkpoint_digest
-from verl_aqn.noise import NoiseOrder, check_evidence
+from verl_aqn.noise import check_evidence
+from verl_aqn.prepare import check_steps
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.verl_api import rollout  # noqa: F401  registers the replica
 from verl_aqn.verl_api.workers import AqnActorWorker, AqnTrainingWorker
@@ -40,6 +41,11 @@ class AqnTrainer(PPOTrainerSync):
             cls = AqnTrainingWorker if role == Role.Critic else AqnActorWorker
             self.role_worker_mapping[role] = ray.remote(cls)
 
+    def _init_dataloader(self):
+        super()._init_dataloader()
+        left = " that are left of the file (too long ones are filtered)"
+        assert check_steps(self.config, len(self.train_dataset), left) == self.total_training_steps
+
     def _build_replay_buffer(self):
         buffer = super()._build_replay_buffer()
         buffer.poll_interval = 0.1  # verl looks every 2 s whether the answers are there
@@ -49,12 +55,15 @@ class AqnTrainer(PPOTrainerSync):
         self.schedule = schedule_of(self.config, self.total_training_steps)
         self.event("rollout ready")
         super().on_init_end()  # wakes the replicas (verl put them to sleep) and sends the adapter
-        norms = self.rollout("aqn_prepare")[0]
+        # The first order here, so that a pattern that matches nothing is told before anything is generated.
+        norms = self.rollout("aqn_prepare", order_of(self.aqn.noise, self.schedule, 0).to_dict())[0]
         self.clean_digest = norms["clean_digest"]
         self.record("rollout", **norms)
         self.check_base("start")
         self.check_adapter()
-        self.event(f"{norms['norms']} norms found, base and adapter equal in actor and rollout")
+        linears = f" and {norms['linears']} linear weights" if norms["linears"] else ""
+        alone = f" ({len(norms['router_norms'])} in front of routers left alone)" if norms["router_norms"] else ""
+        self.event(f"{norms['norms']} norms{linears} found{alone}, base and adapter equal in actor and rollout")
 
     def on_step_begin(self):
         super().on_step_begin()
@@ -66,12 +75,12 @@ class AqnTrainer(PPOTrainerSync):
 
     def on_validate_begin(self):
         self.event(f"validating after step {self.global_steps}")
-        self.restore_norms()
+        self.restore_clean()
         super().on_validate_begin()
 
     def fit(self, agent_loop_manager):
         super().fit(agent_loop_manager)
-        self.restore_norms()
+        self.restore_clean()
         self.check_base("end")
 
     def _validate(self) -> dict[str, float]:
@@ -97,8 +106,7 @@ class AqnTrainer(PPOTrainerSync):
 
     def apply_noise(self, step: int) -> None:
         """Noise of RL step `step` (from 0) on every replica, read back and checked."""
-        sigma = self.schedule.sigma(step)
-        order = NoiseOrder(step=step, seed=self.aqn.noise.seed, sigma=sigma, unit=self.aqn.noise.unit)
+        order = order_of(self.aqn.noise, self.schedule, step)
         ranks = self.rollout("aqn_apply_noise", order.to_dict(), clear_cache=True)
         for rank, evidence in enumerate(ranks):
             self.record("noise", rank=rank, stage=self.schedule.stage(step), **evidence)
@@ -106,20 +114,17 @@ class AqnTrainer(PPOTrainerSync):
         if len({evidence["weights_digest"] for evidence in ranks}) != 1:
             raise EvidenceError(f"step {step}: the rollout's ranks hold different noise; see evidence.jsonl")
         self.noise_metrics = {
-            "aqn/sigma": sigma,
+            "aqn/sigma": order.sigma,
             "aqn/sigma_realised": ranks[0]["sigma_realised"],
             "aqn/stage": self.schedule.stage(step),
             "aqn/modules": ranks[0]["modules"],
         }
 
-    def restore_norms(self) -> None:
-        """Clean norms on every replica, bit for bit."""
+    def restore_clean(self) -> None:
+        """Clean weights on every replica, bit for bit."""
         for rank, evidence in enumerate(self.rollout("aqn_restore", clear_cache=True)):
             self.record("clean", rank=rank, **evidence)
-            if evidence["weights_digest"] != self.clean_digest:
-                raise EvidenceError(
-                    f"the rollout's norms are not the clean ones after noise was switched off (rank {rank})"
-                )
+            check_evidence(evidence, None, self.clean_digest)
 
     def check_adapter(self) -> None:
         """The rollout multiplies with the adapter that the actor sent."""

@@ -11,15 +11,14 @@ from verl_aqn.vllm_api import plugin, readback
 class AqnWorkerExtension(vLLMColocateWorkerExtension):
     """Methods that the server calls on every rank of the engine by `collective_rpc`."""
 
-    def aqn_prepare(self) -> dict:
-        """What the engine is made of: its norms, found and kept clean when the model was loaded."""
+    def aqn_prepare(self, order: dict) -> dict:
+        """What the engine is made of: its norms, kept clean since the model was loaded, and what `order` would do."""
         injector = getattr(self.model_runner.get_model(), "aqn_injector", None)
         if injector is None:
             raise EnvironmentFault("vLLM worker: the verl-aqn plugin is not loaded; is verl-aqn installed there?")
         self.aqn_injector: NoiseInjector = injector
         return {
-            "norms": len(self.aqn_injector.names),
-            "clean_digest": self.aqn_injector.clean_digest,
+            **self.aqn_injector.describe(NoiseOrder.from_dict(order)),
             "vllm": plugin.check_version(),
             "dtype": str(self.model_runner.vllm_config.model_config.dtype),
         }
@@ -29,12 +28,12 @@ class AqnWorkerExtension(vLLMColocateWorkerExtension):
         return readback.describe_base(self.model_runner.get_model())
 
     def aqn_apply_noise(self, order: dict) -> dict:
-        """Write clean + noise to the norms; evidence read back from them."""
+        """Write clean + noise as the order says; evidence read back from the weights."""
         with torch.no_grad():
             return self.aqn_injector.apply(NoiseOrder.from_dict(order))
 
     def aqn_restore(self) -> dict:
-        """Write the clean norms; evidence read back from them."""
+        """Write the clean weights; evidence read back from them."""
         with torch.no_grad():
             return self.aqn_injector.restore()
 

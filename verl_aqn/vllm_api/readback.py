@@ -13,6 +13,7 @@ from verl_aqn.digest import tensor_digest
 from verl_aqn.errors import EvidenceError
 from verl_aqn.mxfp4 import dequantize
 from verl_aqn.mxfp4.checkpoint import combined_digest, module_digest
+from verl_aqn.noise.targets import hf_names
 
 # How vLLM's kernels round activations; the scheme asks all of them for MXFP4 and only some comply. What is written here
 # of kernels for GPUs was read in vLLM 0.28 (FlashInfer and B12X quantise as NVIDIA's hardware does), not measured.
@@ -49,15 +50,6 @@ def check_activations(asked: str, actor: list[list[str]], rollout: list[dict]) -
                 f"recipe asks for {asked!r}: set actor_rollout_ref.rollout.engine_kwargs.vllm.linear_backend (marlin "
                 "for W4A16), or aqn.mxfp4.activation"
             )
-
-
-def hf_names(model: torch.nn.Module, name: str, parts: int) -> list[str]:
-    """Trainer's names of the `parts` that vLLM fused into module `name`."""
-    parent, _, leaf = name.rpartition(".")
-    leaves = getattr(model, "packed_modules_mapping", {}).get(leaf, [leaf])
-    if len(leaves) != parts:
-        raise ValueError(f"{name} has {parts} parts, but the model names {leaves}")
-    return [f"{parent}.{leaf}" for leaf in leaves]
 
 
 def remember_packed(layer: Any) -> None:

@@ -1,0 +1,13 @@
+"""Adaptive quantization noise: N(0, σ²) on the weights of RMSNorm modules, and the evidence that it is there.
+
+Noise is a function, not a state: `draw(seed, step, name, numel)` gives the same numbers in every process, and
+weights are always written as clean + noise. What was written is then read back and measured.
+"""
+
+from verl_aqn.noise.evidence import check_evidence, sigma_interval
+from verl_aqn.noise.gaussian import draw
+from verl_aqn.noise.injector import NoiseInjector
+from verl_aqn.noise.targets import find_norms
+from verl_aqn.order import UNITS, NoiseOrder
+
+__all__ = ["UNITS", "NoiseInjector", "NoiseOrder", "check_evidence", "draw", "find_norms", "sigma_interval"]

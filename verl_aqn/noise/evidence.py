@@ -1,0 +1,113 @@
+"""Whether the noise that was measured in a worker is the noise that was ordered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from verl_aqn.errors import EvidenceError
+from verl_aqn.order import NoiseOrder
+
+
+def sigma_interval(sigma: float, n: int) -> tuple[float, float]:
+    """Where the root mean square of n draws of N(0, σ²) lies with 95 % probability.
+
+    σ · sqrt(χ²_n / n) at 2.5 % and 97.5 %, with Wilson and Hilferty's cube for the quantiles (1931): within 0.5 % of
+    the exact ones at n = 10, closer above.
+    """
+    low, high = ((1 - 2 / (9 * n) + z * math.sqrt(2 / (9 * n))) ** 1.5 for z in (-1.959964, 1.959964))
+    return sigma * low, sigma * high
+
+
+def check_evidence(evidence: Mapping[str, Any], order: NoiseOrder | None, clean_digest: str) -> None:
+    """Raises EvidenceError unless `evidence` is what `order` asks for (None: clean weights, as `restore` leaves them).
+
+    `clean_digest` is the digest of the clean norms when the run began. σ is checked in every group of modules with one
+    multiplier. It may be off by the sampling interval, by rounding, and by a fifth: neighbouring stages differ by a
+    factor of 1.5 at least, noise added twice by 1.4.
+    """
+    sigma = order.sigma if order else 0.0
+    asked = evidence["sigma_asked"]
+    if evidence["modules"] == 0 or evidence["elements"] == 0:
+        raise EvidenceError("noise matched 0 modules: the rollout runs without noise; check the model class")
+    if evidence["clean_digest"] != clean_digest:
+        raise EvidenceError(
+            "the clean norm weights are not those the run began with: something rewrote them or read them while noise "
+            "was on; restart the run"
+        )
+    if asked != sigma:
+        raise EvidenceError(f"noise of σ {sigma:g} was ordered, but the worker was asked for {asked:g}: stale order?")
+    if order and (evidence["step"], evidence["unit"]) != (order.step, order.unit):
+        raise EvidenceError(
+            f"noise was ordered for step {order.step} in unit {order.unit}, but the worker reports step "
+            f"{evidence['step']} in unit {evidence['unit']}: the step does not reach the rollout"
+        )
+    if order:
+        _check_order(evidence["order"], order)
+    if evidence["changed_outside"]:
+        raise EvidenceError(
+            f"{evidence['changed_outside']} weights that were to be clean differ from clean at σ {sigma:g}: noise of "
+            "an earlier step stayed on, or went where it was not ordered; restart the rollout"
+        )
+    if sigma == 0:
+        if evidence["weights_digest"] != clean_digest:
+            raise EvidenceError("σ is 0, but the norms are not the clean ones bit for bit; restart the rollout")
+        return
+    assert order is not None
+    for group in evidence["groups"]:
+        for name in group["modules"]:
+            if name in evidence["router_norms"] and not order.router_norms:
+                raise EvidenceError(
+                    f"{name} feeds a router and has noise, which the order does not allow: it changes the routing"
+                )
+            if not order.selects(name):
+                raise EvidenceError(f"{name} has noise, but the order's include and exclude leave it out")
+            wanted = order.layers.multiplier_of(name, evidence["layers"], order.share)
+            if not math.isclose(group["multiplier"], wanted, rel_tol=1e-9):
+                raise EvidenceError(
+                    f"{name} was to have σ times {wanted:g}, the worker gave it {group['multiplier']:g}: "
+                    "multipliers are lost on the way"
+                )
+        _check_group(group, sigma)
+
+
+def _check_order(held: Mapping[str, Any], order: NoiseOrder) -> None:
+    received = NoiseOrder.from_dict(held)
+    for key, wanted in vars(order).items():
+        if getattr(received, key) != wanted:
+            raise EvidenceError(
+                f"the noise order said {key} = {wanted}, the worker received {getattr(received, key)}: "
+                "it is lost on the way"
+            )
+
+
+def _check_group(group: Mapping[str, Any], sigma: float) -> None:
+    sigma = sigma * group["multiplier"]
+    what = f"{len(group['modules'])} {group['kind']} weights" + (
+        f" with multiplier {group['multiplier']:g}" if group["multiplier"] != 1 else ""
+    )
+    unchanged, rounding = group["unchanged_share"], group["sigma_rounding"]
+    # A draw is lost when it is below half a spacing: with probability spacing · φ(0) / σ = 1.4 · rounding / σ at most.
+    lost = min(1.0, 1.4 * rounding / sigma)
+    if unchanged > 0.5 and lost > 0.1:
+        raise EvidenceError(
+            f"{unchanged:.0%} of the {what} did not change at σ {sigma:g}: their dtype cannot hold this noise; "
+            "keep the norms in float32"
+        )
+    if group["silent"] and lost < 0.5:
+        raise EvidenceError(
+            f"nothing of {group['silent'][0]} changed at σ {sigma:g}: the noise was not written to all of the modules "
+            f"({len(group['silent'])} of {what} are still clean); restart the rollout"
+        )
+    if unchanged > lost + 4 * math.sqrt(lost / group["elements"]) + 0.005:
+        raise EvidenceError(
+            f"{unchanged:.1%} of the {what} are still clean at σ {sigma:g}: the noise was not written to all of "
+            "them; restart the rollout"
+        )
+    realised, (low, high) = group["sigma_realised"], sigma_interval(sigma, group["elements"])
+    if not low / 1.2 - rounding <= realised <= high * 1.2 + rounding:
+        raise EvidenceError(
+            f"σ {sigma:g} was ordered for {what}, {realised:.3g} is in the weights (expected {low:.3g} to {high:.3g}): "
+            "noise is missing or has piled up; restart the rollout"
+        )

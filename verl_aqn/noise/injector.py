@@ -1,0 +1,252 @@
+"""Writes the noise that an order asks for, takes it away again, and measures what is in the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from verl_aqn.digest import tensor_digest
+from verl_aqn.errors import ConfigError, EvidenceError, ModelError
+from verl_aqn.noise.evidence import sigma_interval
+from verl_aqn.noise.gaussian import draw_spans
+from verl_aqn.noise.routers import router_norms
+from verl_aqn.noise.targets import Norm, PackedLinear, Target, find_linears, find_norms
+from verl_aqn.order import NoiseOrder, count_layers
+
+Selection = list[tuple[Target, float]]  # with its multiplier of σ
+
+
+class NoiseInjector:
+    """Noise on the weights of `model`, as orders ask for it: always clean + noise, whatever was there before.
+
+    `dtype`: what the norm weights become, in place. bfloat16 cannot hold the later stages: its spacing near 1 is
+    2^-8 to 2^-7, so σ = 1e-5 would vanish. vLLM's RMSNorm takes float32 weights with 16-bit activations; HF's Llama
+    and Qwen then return float32, which their 16-bit linear layers refuse, so that is a ModelError here.
+    None keeps the weights' own dtype. Linear layers keep theirs.
+
+    Make it after the weights are loaded and before the model is compiled or its graphs captured: promotion replaces
+    the weights' storage, while `apply` and `restore` afterwards write into the same storage. Clean norms are copied to
+    the CPU (a few hundred kB); of linear layers there is no copy, they are dequantised again.
+
+    Norms in front of a router get no noise unless an order says `router_norms`.
+
+    Raises EvidenceError if no norm is found.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None = torch.float32) -> None:
+        found = find_norms(model)
+        if not found:
+            raise EvidenceError(
+                f"no RMSNorm found in {type(model).__name__}: noise would do nothing; pass the model itself, "
+                "with its weights loaded"
+            )
+        self._model = model
+        # Now, while the layers are as they were built: later they may be compiled or wrapped.
+        self._router: set[str] | ModelError
+        try:
+            self._router = router_norms(model, found)
+        except ModelError as error:
+            self._router = error  # of no importance to an order that takes these norms along
+        self._norms = {name: Norm(name, found[name], dtype) for name in sorted(found)}
+        self._layers = count_layers(found)
+        self._touched: dict[str, Target] = {}  # linear weights that may not be clean
+        self.clean_digest = self._digest({name: norm.clean() for name, norm in self._norms.items()})
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the norms that were found, sorted."""
+        return list(self._norms)
+
+    def describe(self, order: NoiseOrder) -> dict[str, Any]:
+        """What an order would do: modules by kind, multipliers, norms left alone. Raises what `apply` raises."""
+        chosen = self._select(order)
+        return {
+            "norms": sum(target.kind == "norm" for target, _ in chosen),
+            "linears": sum(target.kind == "linear" for target, _ in chosen),
+            "router_norms": [] if order.router_norms else sorted(self._routers()),
+            "multipliers": sorted({multiplier for _, multiplier in chosen}),
+            "clean_digest": self.clean_digest,
+        }
+
+    def apply(self, order: NoiseOrder) -> dict[str, Any]:
+        """Writes clean + noise to the modules of the order and clean to all others; returns evidence.
+
+        Raises:
+            ConfigError: a pattern of the order matches no module.
+            EvidenceError: no module is left, or noise on linear layers finds none.
+            ModelError: the model cannot take this noise; the message says what to change.
+        """
+        chosen = self._select(order)
+        self._write(order, chosen)
+        return self._evidence(order, chosen)
+
+    def restore(self) -> dict[str, Any]:
+        """Writes the clean weights, bit for bit; returns evidence with σ 0 and no step."""
+        self._clean_all(())
+        evidence = self._evidence(None, [])
+        self._touched.clear()
+        return evidence
+
+    # ---- which modules ----
+
+    @cached_property
+    def _linears(self) -> dict[str, PackedLinear]:
+        return {target.name: target for target in find_linears(self._model)}
+
+    def _routers(self) -> set[str]:
+        if isinstance(self._router, ModelError):
+            raise self._router
+        return self._router
+
+    def _select(self, order: NoiseOrder) -> Selection:
+        candidates: dict[str, Target] = {}
+        if "norm" in order.targets:
+            candidates |= self._norms
+        if "linear" in order.targets:
+            candidates |= self._linears
+        order.check_patterns(list(candidates))
+        left_alone: set[str] = set() if order.router_norms or "norm" not in order.targets else self._routers()
+        for pattern in order.include:
+            matches = [name for name in candidates if fnmatchcase(name, pattern)]
+            if set(matches) <= left_alone:
+                raise ConfigError(
+                    f"noise.include: {pattern!r} matches only norms that feed a router, such as {matches[0]}: set "
+                    "aqn.noise.router_norms=true to have noise there"
+                )
+        names = [name for name in candidates if order.selects(name) and name not in left_alone]
+        order.layers.check(names, self._layers)
+        chosen = [(candidates[n], order.layers.multiplier_of(n, self._layers, order.share)) for n in names]
+        chosen = [(target, multiplier) for target, multiplier in chosen if multiplier > 0]
+        if not chosen:
+            raise EvidenceError("every module is excluded or has multiplier 0: noise would do nothing; exclude fewer")
+        return chosen
+
+    # ---- writing ----
+
+    def _write(self, order: NoiseOrder, chosen: Selection) -> None:
+        if order.sigma == 0:
+            self._clean_all(())
+            return
+        self._clean_all({target.name for target, _ in chosen})
+        # All norms in one draw, which is many times faster; linear layers one by one, which is smaller.
+        norms = [pair for pair in chosen if pair[0].kind == "norm"]
+        for batch in (norms, *([pair] for pair in chosen if pair[0].kind != "norm")):
+            spans = [span for target, _ in batch for span in target.spans]
+            z = draw_spans(order.seed, order.step, spans)
+            sizes = [sum(span.numel for span in target.spans) for target, _ in batch]
+            for (target, multiplier), part in zip(batch, z.split(sizes), strict=True):
+                self._put(target, order.sigma * multiplier, order.unit, part)
+
+    def _put(self, target: Target, sigma: float, unit: str, z: torch.Tensor) -> None:
+        if target.kind != "norm":
+            self._touched[target.name] = target
+        clean = target.clean().float()
+        target.write(clean + sigma * target.unit(unit) * z.view(clean.shape))
+
+    def _clean_all(self, but: Iterable[str]) -> None:
+        kept = set(but)
+        for target in (*self._norms.values(), *self._touched.values()):
+            if target.name not in kept:
+                target.write(target.clean())
+
+    # ---- measuring ----
+
+    def _evidence(self, order: NoiseOrder | None, chosen: Selection) -> dict[str, Any]:
+        """Of an order, or of clean weights (None). Reads every norm, and the linear weights that noise may be in."""
+        sigma, unit = (order.sigma, order.unit) if order else (0.0, "absolute")
+        multipliers = {target.name: multiplier for target, multiplier in chosen} if sigma else {}
+        everything: dict[str, Target] = {**self._norms, **self._touched}
+        groups: dict[tuple[str, float], _Group] = {}
+        changed_outside = outside = 0
+        norms = {}
+        for name, target in everything.items():
+            now = target.data().to("cpu", copy=True)
+            if target.kind == "norm":
+                norms[name] = now
+            if name in multipliers:
+                key = (target.kind, multipliers[name])
+                groups.setdefault(key, _Group(*key)).add(target, now, unit)
+            else:
+                changed_outside += int(torch.count_nonzero(now != target.clean()))
+                outside += now.numel()
+        measured = sum(group.elements for group in groups.values())
+        elements = measured or outside
+        unchanged = sum(group.unchanged for group in groups.values()) if measured else outside - changed_outside
+        return {
+            "step": order.step if order else None,
+            "sigma_asked": sigma,
+            "unit": unit,
+            "order": order.to_dict() if order else None,
+            "modules": len(chosen) or len(everything),
+            "elements": elements,
+            # Over all groups, in units of the multiplier: what console and metrics show beside σ asked.
+            "sigma_realised": math.sqrt(sum(g.squares / g.multiplier**2 for g in groups.values()) / elements),
+            "sigma_interval": list(sigma_interval(sigma, elements)),
+            "sigma_rounding": math.sqrt(sum(g.rounding / g.multiplier**2 for g in groups.values()) / elements),
+            "unchanged_share": unchanged / elements,
+            "changed_outside": changed_outside,
+            "layers": self._layers,
+            "router_norms": [] if isinstance(self._router, ModelError) else sorted(self._router),
+            "groups": [group.to_dict() for group in groups.values()],
+            "clean_digest": self._digest({name: norm.clean() for name, norm in self._norms.items()}),
+            "weights_digest": self._digest(norms),
+        }
+
+    def _digest(self, weights: dict[str, torch.Tensor]) -> str:
+        """Of the norms that every rank holds whole, so that ranks can be compared."""
+        return tensor_digest((name, weight) for name, weight in weights.items() if not self._norms[name].part)
+
+
+class _Group:
+    """Measurements over modules of one kind with one multiplier, σ in the order's unit."""
+
+    def __init__(self, kind: str, multiplier: float):
+        self.kind, self.multiplier = kind, multiplier
+        self.names: list[str] = []
+        self.silent: list[str] = []
+        self.squares = self.rounding = 0.0
+        self.elements = self.unchanged = 0
+
+    def add(self, target: Target, now: torch.Tensor, unit: str) -> None:
+        # numpy rather than torch: on vectors this short, torch's threads cost more than the sums.
+        weight, size = _flat(now), target.unit(unit)
+        delta = (weight - _flat(target.clean())).astype(np.float64)
+        # Rounding to the weights' dtype is uniform within one spacing, hence the 12.
+        spacing = np.spacing(np.abs(weight)) * (torch.finfo(now.dtype).eps / np.finfo(np.float32).eps)
+        if isinstance(size, torch.Tensor):
+            sizes = np.abs(_flat(size))
+            kept = sizes > 0  # a weight of 0 takes no multiplicative noise: it says nothing
+            delta, spacing = delta[kept] / sizes[kept], spacing[kept] / sizes[kept]
+        else:
+            delta, spacing = delta / size, spacing / size
+        still = int(np.count_nonzero(delta == 0))
+        self.names.append(target.name)
+        if still == delta.size:
+            self.silent.append(target.name)
+        self.squares += float(delta @ delta)
+        self.rounding += float(spacing @ spacing) / 12
+        self.unchanged += still
+        self.elements += delta.size
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "multiplier": self.multiplier,
+            "modules": self.names,
+            "silent": self.silent,
+            "elements": self.elements,
+            "sigma_realised": math.sqrt(self.squares / self.elements),
+            "sigma_rounding": math.sqrt(self.rounding / self.elements),
+            "unchanged_share": self.unchanged / self.elements,
+        }
+
+
+def _flat(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.float().reshape(-1).numpy()

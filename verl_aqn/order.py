@@ -1,0 +1,228 @@
+"""What one rollout's noise is to be: the order that the trainer sends to every process. Imports nothing heavy.
+
+All that decides the noise travels in the order; no process reads it out of a config of its own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any
+
+from verl_aqn.errors import ConfigError
+
+UNITS = ("absolute", "rms", "multiplicative")
+TARGETS = ("norm", "linear")
+LAYER_KINDS = ("uniform", "targeted", "variable", "inverse", "zones")
+
+_LAYERS = re.compile(r"\d+(-\d+)?")
+_LAYER_OF = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True)
+class Zone:
+    """Modules that share a multiplier: `before` the boundary, and `after` it. `modules` as in `Layers`."""
+
+    modules: tuple[str, ...] = ()
+    before: float = 1.0
+    after: float = 1.0
+
+
+@dataclass(frozen=True)
+class Layers:
+    """σ's multiplier by module. A module's layer is the first number in its name; one without (the last norm of a
+    model) counts as the last layer. Layers are numbered 0 … L-1. `modules`: layers ("3", "0-7", both ends included)
+    or shell patterns of module names ("*.q_norm"); each must match a module that gets noise.
+
+    ========  =======================================================================================================
+    uniform   1
+    targeted  `multiplier` for `modules`, `others` for the rest
+    variable  a straight line over depth, from `first` in layer 0 to `last` in layer L-1
+    inverse   1 / (a + b · layer), from `first` in layer 0 down to `last` in layer L-1
+    zones     of the first zone that holds the module: `before` up to the step `boundary` · T, from it on `after`;
+              `others` for modules in none
+    ========  =======================================================================================================
+
+    0 means no noise. Raises ConfigError for negative numbers, a key that has no effect on the kind, an `inverse` that
+    does not fall.
+    """
+
+    kind: str = "uniform"
+    modules: tuple[str, ...] = ()
+    multiplier: float = 1.0
+    others: float = 1.0
+    first: float = 1.0
+    last: float = 1.0
+    boundary: float = 0.5  # a share of the run's steps
+    zones: tuple[Zone, ...] = ()
+
+    def __post_init__(self) -> None:
+        keys = {
+            "uniform": (),
+            "targeted": ("modules", "multiplier", "others"),
+            "variable": ("first", "last"),
+            "inverse": ("first", "last"),
+            "zones": ("zones", "boundary", "others"),
+        }
+        if self.kind not in keys:
+            raise ConfigError(f"noise.layers.kind is {self.kind!r}: choose one of {', '.join(LAYER_KINDS)}")
+        for field in fields(self):
+            if field.name not in ("kind", *keys[self.kind]) and getattr(self, field.name) != field.default:
+                raise ConfigError(
+                    f"noise.layers.{field.name} has no effect with kind {self.kind!r}: it belongs to "
+                    f"{' and '.join(kind for kind, names in keys.items() if field.name in names)}"
+                )
+        numbers = {name: getattr(self, name) for name in ("multiplier", "others", "first", "last")}
+        for number, zone in enumerate(self.zones):
+            numbers |= {f"zones[{number}].before": zone.before, f"zones[{number}].after": zone.after}
+        for name, value in numbers.items():
+            if not math.isfinite(value) or value < 0:
+                raise ConfigError(f"noise.layers.{name} is {value}: a multiplier of σ is 0 or more")
+        if not 0 <= self.boundary <= 1:
+            raise ConfigError(f"noise.layers.boundary is {self.boundary}: give a share of the steps, from 0 to 1")
+        if self.kind == "inverse" and not self.first >= self.last > 0:
+            raise ConfigError(
+                f"noise.layers: inverse falls from first to last, not from {self.first} to {self.last}: "
+                "swap them, or use kind variable"
+            )
+        if not self.modules and self.kind == "targeted":
+            raise ConfigError("noise.layers: targeted needs modules, for example ['0-7'] or ['*.q_norm']")
+        if self.kind == "zones" and not (self.zones and all(zone.modules for zone in self.zones)):
+            raise ConfigError("noise.layers: zones needs zones, and each of them modules, for example ['0-7']")
+
+    def multiplier_of(self, name: str, layers: int, share: float) -> float:
+        """Multiplier of module `name` in a model of `layers` layers, `share` = step / T of the run."""
+        layer = layer_of(name, layers)
+        depth = layer / (layers - 1) if layers > 1 else 0.0
+        if self.kind == "targeted":
+            return self.multiplier if _in(self.modules, name, layer) else self.others
+        if self.kind == "variable":
+            return self.first + (self.last - self.first) * depth
+        if self.kind == "inverse":
+            return 1 / (1 / self.first + (1 / self.last - 1 / self.first) * depth)
+        for zone in self.zones:
+            if _in(zone.modules, name, layer):
+                return zone.after if share >= self.boundary else zone.before
+        return self.others if self.kind == "zones" else 1.0
+
+    def check(self, names: Sequence[str], layers: int) -> None:
+        """Raises ConfigError for an entry of `modules` that none of `names` is in."""
+        for entry in (*self.modules, *(entry for zone in self.zones for entry in zone.modules)):
+            if not any(_in((entry,), name, layer_of(name, layers)) for name in names):
+                hint = f"layers are 0 to {layers - 1}" if _LAYERS.fullmatch(entry) else nearest_name(entry, names)
+                raise ConfigError(f"noise.layers: {entry!r} matches no module that gets noise; {hint}")
+
+
+@dataclass(frozen=True)
+class NoiseOrder:
+    """What one rollout's noise is to be.
+
+    `step`: RL step from 0. `sigma`: standard deviation, 0 for none; by `unit`, with z ~ N(0, 1) for every element and
+    w the clean effective weight (1 + the parameter in Gemma's norms):
+
+    ==============  ====================================================================================
+    absolute        w + σz, as QeRL does
+    rms             w + σ · rms(w) · z, rms over the module: σ means the same in every layer and model
+    multiplicative  w · (1 + σz)
+    ==============  ====================================================================================
+
+    `targets`: kinds of modules, of "norm" and "linear" (packed MXFP4 layers, on their dequantised weights).
+    `include`, `exclude`: shell patterns of module names; an empty `include` means all. `router_norms`: also the norms
+    that feed the router of a mixture of experts. `layers`: multipliers of σ by module. `share`: step / steps of the
+    run, which tells the sides of a zone's boundary apart.
+
+    Raises ConfigError for values that make no sense, and for a key of `from_dict` that it does not know.
+    """
+
+    step: int
+    seed: int
+    sigma: float
+    unit: str
+    targets: tuple[str, ...] = ("norm",)
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    router_norms: bool = False
+    layers: Layers = Layers()
+    share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.unit not in UNITS:
+            raise ConfigError(f"noise.unit is {self.unit!r}: choose one of {', '.join(UNITS)}")
+        if not self.targets or not set(self.targets) <= set(TARGETS):
+            raise ConfigError(f"noise.targets is {list(self.targets)}: choose from {', '.join(TARGETS)}")
+        if not math.isfinite(self.sigma) or self.sigma < 0 or self.step < 0:
+            raise ConfigError(f"noise order has step {self.step} and sigma {self.sigma}: both must be 0 or more")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> NoiseOrder:
+        """The order that `to_dict` gave, whatever carried it (JSON makes lists of tuples)."""
+        return _build(cls, values, "noise order")
+
+    def selects(self, name: str) -> bool:
+        """Whether `include` and `exclude` let the module through."""
+        included = not self.include or any(fnmatchcase(name, pattern) for pattern in self.include)
+        return included and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
+
+    def check_patterns(self, names: Sequence[str]) -> None:
+        """Raises ConfigError for a pattern of `include` or `exclude` that none of `names` matches."""
+        for key in ("include", "exclude"):
+            for pattern in getattr(self, key):
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    raise ConfigError(f"noise.{key}: {pattern!r} matches no module; {nearest_name(pattern, names)}")
+
+
+def layer_of(name: str, layers: int) -> int:
+    """The layer that a module's name tells, or the last one."""
+    found = _LAYER_OF.search(name)
+    return int(found[1]) if found else layers - 1
+
+
+def count_layers(names: Iterable[str]) -> int:
+    """How many layers the names tell of; 1 at least."""
+    return 1 + max((layer_of(name, 1) for name in names), default=0)
+
+
+def nearest_name(pattern: str, names: Sequence[str]) -> str:
+    """The module name nearest to a pattern, for an error."""
+    bare = pattern.replace("*", "")
+    close = difflib.get_close_matches(bare, names, n=1, cutoff=0.0)
+    by_leaf = difflib.get_close_matches(bare.rpartition(".")[2], [n.rpartition(".")[2] for n in names], n=1)
+    if by_leaf:
+        close = [name for name in names if name.endswith(by_leaf[0])][:1]
+    return f"the nearest is {close[0]!r}" if close else "there are none"
+
+
+def _in(entries: Sequence[str], name: str, layer: int) -> bool:
+    for entry in entries:
+        if _LAYERS.fullmatch(entry):
+            low, _, high = entry.partition("-")
+            if int(low) <= layer <= int(high or low):
+                return True
+        elif fnmatchcase(name, entry):
+            return True
+    return False
+
+
+def _build(cls: type, values: Mapping[str, Any], what: str) -> Any:
+    known = {field.name: field for field in fields(cls)}
+    if unknown := set(values) - set(known):
+        raise ConfigError(f"{what} has the unknown key {min(unknown)!r}: do all processes run the same verl-aqn?")
+    if missing := {n for n, f in known.items() if f.default is MISSING} - set(values):
+        raise ConfigError(f"{what} lacks the key {min(missing)!r}: do all processes run the same verl-aqn?")
+    built = {}
+    for name, value in values.items():
+        if name == "layers":
+            value = _build(Layers, value, "layers of the noise order")
+        elif name == "zones":
+            value = tuple(_build(Zone, zone, "zone of the noise order") for zone in value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        built[name] = value
+    return cls(**built)
