@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -91,12 +91,65 @@ def schedule(
     if as_json:
         print(json.dumps(table))
         return
-    view = Table(title=f"σ of {recipe} over {total} steps", title_justify="left")
+    before = ", before target_kl scales it" if config.aqn.noise.target_kl is not None else ""
+    view = Table(title=f"σ of {recipe} over {total} steps{before}", title_justify="left")
     for column in ("step", "stage", "σ"):
         view.add_column(column, justify="right")
     for row in table:
         view.add_row(str(row["step"]), str(row["stage"]), f"{row['sigma']:.3g}")
     RichConsole().print(view)
+
+
+@app.command()
+def probe(
+    recipe: Recipe,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as Hydra takes them.")] = None,
+    sigma: Annotated[
+        list[float] | None,
+        typer.Option(help="σ to measure, beside σ_start. May be repeated; by default σ_start/27 … ·3."),
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=2, help="Prompts of the training data.")] = 16,
+    samples: Annotated[int, typer.Option(min=2, help="Answers sampled for each prompt.")] = 4,
+    as_json: Json = False,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG, SVG or PDF).")] = None,
+) -> None:
+    """What σ does to the policy before training: KL, entropy, accuracy, groups with reward variance."""
+    if any(not 0 < value < math.inf for value in sigma or ()):
+        raise ConfigError("--sigma takes numbers above 0; the clean policy is always measured")
+    if plot:
+        from verl_aqn.plots import check_picture
+
+        check_picture(plot)
+    from verl_aqn.config import load_recipe
+    from verl_aqn.probe import FACTORS, Probe, check_strength, survey
+    from verl_aqn.train import resolve
+
+    todo = resolve(load_recipe(recipe, overrides))
+    measured = Probe(todo.config, todo.steps, prompts, samples)
+    start, unit = measured.order.sigma, measured.order.unit
+    sigmas = [*(sigma or [float(f"{start * factor:.3g}") for factor in FACTORS]), start]
+    with _progress("measuring") as progress:
+        rows = survey(measured, sigmas, progress)
+    title = f"σ of {recipe} ({unit}), {todo.source.name}: {prompts} prompts × {samples} answers"
+    if plot:
+        from verl_aqn.plots import plot_strength
+
+        plot_strength(rows, start, title, f"σ ({unit})", plot)
+    if as_json:
+        print(json.dumps({"sigma_start": start, "unit": unit, "step": measured.order.step, "prompts": prompts,
+                          "samples": samples, "rows": [row.to_dict() for row in rows]}))  # fmt: skip
+    else:
+        view = Table(title=title, title_justify="left")
+        for column in ("σ", "KL, nats a token", "entropy", "accuracy, %", "groups with variance, %"):
+            view.add_column(column, justify="right")
+        for row in rows:
+            shares = [_interval([100 * x for x in share], ".0f") for share in (row.accuracy, row.variance) if share]
+            mark = " ← σ_start" if row.sigma == start else ""
+            view.add_row(f"{row.sigma:.3g}{mark}", _interval(row.kl, ".3g"), _interval(row.entropy, ".3g"), *shares)
+        console = RichConsole()
+        (console if console.is_terminal else RichConsole(width=120)).print(view)
+    sys.stdout.flush()
+    check_strength(measured, rows, start)
 
 
 @app.command()
@@ -247,6 +300,11 @@ def _table(report: "QuantReport", title: str) -> Table:
             f"{row.bytes_after:,}",
         )
     return view
+
+
+def _interval(values: Sequence[float], form: str) -> str:
+    middle, low, high = (format(value, form) for value in values)
+    return f"{middle} [{low}, {high}]"
 
 
 def _megabytes(before: int, after: int) -> str:

@@ -4,6 +4,7 @@ Imports neither torch, verl, vLLM nor Ray: reading and checking a recipe takes a
 """
 
 import difflib
+import math
 import os
 import shutil
 import subprocess
@@ -33,6 +34,9 @@ class NoiseConfig:
     kind: str = "exponential"
     sigma_start: float = 0.05
     sigma_end: float = 1.0e-5
+    # KL(clean || noisy) in nats a token: σ_start becomes what has it, σ_end keeps its ratio (`verl_aqn.probe`).
+    target_kl: float | None = None
+    probe: bool = True  # measure KL and entropy at σ_start before a run starts
     num_stages: int = 10
     epoch_aware: bool = False
     warmup: float | None = None  # a share of the steps; null is one stage of the schedule, as QeRL has it
@@ -45,6 +49,10 @@ class NoiseConfig:
     layers: Layers = field(default_factory=Layers)
     apply_to: str = "rollout"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.target_kl is not None and not 0 < self.target_kl < math.inf:
+            raise ConfigError(f"aqn.noise.target_kl is {self.target_kl}: give a number above 0 (nats a token), or null")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from verl_aqn.runs.verdict import compare_before_after, plan_verdict
 from verl_aqn.supervise import Outcome
 
 if TYPE_CHECKING:
+    from verl_aqn.probe import Strength
     from verl_aqn.train import Plan
 
 
@@ -51,8 +52,17 @@ class Console:
                 f"noise    σ {noise.sigma_start:g} → {noise.sigma_end:g} ({unit}), {noise.num_stages} stages, "
                 f"{todo.steps} steps"
             )
+            if todo.fitted:
+                self.say(f"         σ_start found for a KL of {noise.target_kl:g}: {_nats(todo.fitted.kl)}")
         else:
             self.say(f"noise    none, {todo.steps} steps")
+
+    def strength(self, clean: "Strength", noisy: "Strength", prompts: int) -> None:
+        """What σ_start does to the policy."""
+        self.say(
+            f"strength σ {noisy.sigma:g}: KL {_nats(noisy.kl)}, entropy {clean.entropy[0]:.3g} → "
+            f"{noisy.entropy[0]:.3g} ({prompts} prompts)"
+        )
 
     def record(self, name: str, record: dict) -> None:
         """A new record of the run."""
@@ -104,6 +114,11 @@ def records(run: RunFolder, name: str, kind: str) -> list[dict]:
         if record.get("kind") == kind:
             by_step[record["step"]] = record
     return [by_step[step] for step in sorted(by_step)]
+
+
+def _nats(values: tuple[float, float, float]) -> str:
+    middle, low, high = values
+    return f"{middle:.3g} nats a token (95 % interval {low:.2g}–{high:.2g})"
 
 
 def sigma_table(run: RunFolder) -> Table:

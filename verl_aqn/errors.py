@@ -23,3 +23,7 @@ class EnvironmentFault(AqnError, RuntimeError):
 
 class EvidenceError(AqnError, RuntimeError):
     """What was read back from a process is not what was asked of it. The run stops."""
+
+
+class StrengthError(AqnError, RuntimeError):
+    """The noise is so strong that no answer is left to learn from."""

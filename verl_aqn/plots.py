@@ -11,6 +11,7 @@ from verl_aqn.errors import ConfigError
 if TYPE_CHECKING:
     from verl_aqn.mxfp4.error_split import ErrorSplit
     from verl_aqn.mxfp4.report import ModuleReport
+    from verl_aqn.probe import Strength
 
 # Blue, orange, grey and so on keep apart for most kinds of colour blindness (after Okabe and Ito).
 _PARTS = {
@@ -115,6 +116,32 @@ def plot_quantization(modules: list[ModuleReport], title: str, path: Path) -> No
     for axis in (top, bottom):
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
+    _save(figure, path)
+
+
+def plot_strength(rows: list[Strength], sigma_start: float, title: str, label: str, path: Path) -> None:
+    """KL above, entropy below, against σ logarithmic, with 95 % intervals; the clean policy's entropy as a band."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained")
+    clean, noisy = rows[0], rows[1:]
+    sigma = [row.sigma for row in noisy]
+    for axis, name, color in zip(axes, ("kl", "entropy"), ("#0072b2", "#d55e00"), strict=True):
+        middle, low, high = zip(*(getattr(row, name) for row in noisy), strict=True)
+        ends = [[m - a for m, a in zip(middle, low, strict=True)], [b - m for m, b in zip(middle, high, strict=True)]]
+        axis.errorbar(sigma, middle, ends, fmt="o-", color=color, capsize=3, linewidth=1.5, label="under noise, 95 %")
+        axis.axvline(sigma_start, color="#666666", linestyle=":", label="σ_start")
+        axis.set(xscale="log", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    axes[1].axhspan(*clean.entropy[1:], color="#999999", alpha=0.25, linewidth=0)
+    axes[1].axhline(clean.entropy[0], color="#666666", linewidth=1, label="clean policy, 95 %")
+    axes[0].set(ylabel="KL(clean || noisy), nats a token", title=title)
+    axes[1].set(xlabel=label, ylabel="entropy, nats a token")
+    for axis in axes:
+        axis.legend(frameon=False)
     _save(figure, path)
 
 

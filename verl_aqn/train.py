@@ -8,6 +8,7 @@ import json
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -16,6 +17,9 @@ from verl_aqn.console import Console
 from verl_aqn.prepare import check_machine, check_steps, prepare_data, prepare_model
 from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.supervise import supervise
+
+if TYPE_CHECKING:
+    from verl_aqn.probe import Strength
 
 
 @dataclass
@@ -26,6 +30,8 @@ class Plan:
     steps: int
     rows: dict[str, int]
     source: Path
+    fitted: "Strength | None" = None
+    """What `aqn.noise.target_kl` found for σ_start."""
 
 
 def plan(recipe: str, overrides: list[str]) -> Plan:
@@ -34,11 +40,21 @@ def plan(recipe: str, overrides: list[str]) -> Plan:
     if (stated := config.trainer.total_training_steps) is not None:
         schedule_of(config, int(stated))  # a wrong σ before any file is touched
     check_machine(config)
+    return resolve(config)
+
+
+def resolve(config: DictConfig) -> Plan:
+    """Data and model as files, the steps, and σ_start where the recipe gives a KL for it; all put into `config`."""
     rows = prepare_data(config)
     steps = check_steps(config, rows["train"])
     config.trainer.total_training_steps = steps  # the schedule's, and the trainer's: it refuses if it finds fewer
     source = prepare_model(config)
-    return Plan(config=config, steps=steps, rows=rows, source=source)
+    fitted = None
+    if (noise := parse_aqn(config).noise).enabled and noise.target_kl is not None:
+        from verl_aqn.probe import fit_sigma
+
+        fitted = fit_sigma(config, steps)
+    return Plan(config=config, steps=steps, rows=rows, source=source, fitted=fitted)
 
 
 def train(recipe: str, overrides: list[str], *, dry_run: bool = False) -> int:
@@ -52,9 +68,22 @@ def train(recipe: str, overrides: list[str], *, dry_run: bool = False) -> int:
     run = open_run(Path(base).expanduser(), identity(todo.config), fresh=parse_aqn(todo.config).run.fresh)
     launch(run, todo)
     console.start(run, todo)
+    measure_noise(run, todo, console)
     outcome = supervise(run, console)
     run.set_status(outcome.status, outcome.message)
     return console.end(run, todo, outcome)
+
+
+def measure_noise(run: RunFolder, todo: Plan, console: Console) -> None:
+    """On record before the first attempt: what σ_start does to the policy (`aqn.noise.probe`)."""
+    noise = parse_aqn(todo.config).noise
+    if run.resumed or not noise.enabled or not noise.probe or noise.sigma_start == 0:
+        return
+    from verl_aqn.probe import START_PROMPTS, measure_start
+
+    clean, noisy = measure_start(todo.config, todo.steps)
+    run.append("evidence.jsonl", {"kind": "strength", "clean": clean.to_dict(), "noisy": noisy.to_dict()})
+    console.strength(clean, noisy, START_PROMPTS)
 
 
 def identity(config: DictConfig) -> dict:
