@@ -2,8 +2,8 @@
 
 σ is not portable: the same number is nothing to one model and the end of another. So it is measured on the recipe's own
 base, prompts, reward and temperature, with the noise of the first step that has any, written and read back by
-`NoiseInjector`. KL and entropy are exact over the vocabulary, teacher forced on one answer of the clean policy a prompt; it
-is the one before training (an adapter starts as zero).
+`NoiseInjector`. KL and entropy are exact over the vocabulary, teacher forced on one answer of the clean policy a prompt.
+The policy is the one before training (an adapter starts as zero).
 
 Everything runs in float32, activations too: norms in bfloat16 cannot hold small noise, and HF's layers refuse float32
 norms under 16-bit activations. The rollout's own 16-bit arithmetic is not part of what is measured. All σ see the same
@@ -272,7 +272,9 @@ class Probe:
     def _rewards(self, prompt: Prompt, group: list[list[int]]) -> list[float]:
         texts = self.tokenizer.batch_decode(group, skip_special_tokens=True)
         found = [self.reward(solution_str=text, **prompt.reward) for text in texts]
-        return [float(value.get("acc", value["score"]) if isinstance(value, dict) else value) for value in found]
+        return [
+            float(value["acc" if "acc" in value else "score"] if isinstance(value, dict) else value) for value in found
+        ]
 
 
 def survey(
@@ -293,7 +295,9 @@ def check_strength(probe: Probe, rows: list[Strength], sigma: float, halvings: i
     The error names the largest smaller σ that leaves some: the largest of `rows`, refined `halvings` times in log σ.
     """
     by_sigma = {row.sigma: row for row in rows}
-    if not _teaches(by_sigma[0.0]) or _teaches(by_sigma[sigma]):
+    clean, accuracy = by_sigma[0.0].accuracy, by_sigma[sigma].accuracy
+    assert clean is not None and accuracy is not None
+    if not _teaches(by_sigma[0.0]) or _teaches(by_sigma[sigma]) or accuracy[0] > clean[0]:
         return
     good = max(s for s, row in by_sigma.items() if s < sigma and _teaches(row))
     bad = min(s for s in by_sigma if s > good and s > 0)
@@ -301,8 +305,6 @@ def check_strength(probe: Probe, rows: list[Strength], sigma: float, halvings: i
         middle = float(f"{math.sqrt(good * bad) if good else bad / 4:.2e}")
         good, bad = (middle, bad) if _teaches(probe.measure(middle)) else (good, middle)
     largest = f"the largest σ that does is about {good:g}" if good else f"nor does σ {bad:g}"
-    accuracy = by_sigma[sigma].accuracy
-    assert accuracy is not None
     raise StrengthError(
         f"aqn.noise.sigma_start={sigma:g} ({probe.order.unit}) leaves nothing to learn from: accuracy "
         f"{100 * accuracy[0]:.1f} %, no group of {probe.samples} answers to {len(probe.prompts)} prompts has reward "

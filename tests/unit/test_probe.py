@@ -1,0 +1,178 @@
+"""What σ does to the policy: exactness, keys, the search for a KL, and the command."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from verl_aqn import cli, probe
+from verl_aqn.cli import app, main
+from verl_aqn.config import load_recipe
+from verl_aqn.data.smollm2 import tiny_model
+from verl_aqn.errors import ConfigError, StrengthError
+from verl_aqn.probe import Probe, Strength, check_strength, fit_sigma, measure_start, survey
+from verl_aqn.train import resolve
+
+LETTERS = """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    return {"score": 0.0, "acc": float(len(solution_str) % 2)}
+"""
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("probe")
+    model = tiny_model(folder / "tiny")
+    (folder / "reward.py").write_text(LETTERS)
+    patch = pytest.MonkeyPatch()
+    patch.setenv("VERL_AQN_CACHE", str(folder / "cache"))
+    yield [
+        "profile=cpu",
+        f"actor_rollout_ref.model.path={model}",
+        "data.max_response_length=4",
+        f"reward.custom_reward_function.path={folder / 'reward.py'}",
+        "trainer.total_training_steps=6",
+        "aqn.noise.num_stages=3",
+    ]
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def todo(overrides):
+    return resolve(load_recipe("e12_aggressive_1ep", overrides))
+
+
+@pytest.fixture(scope="module")
+def held(todo):
+    return Probe(todo.config, todo.steps, 4, 2)
+
+
+def test_the_clean_policy_is_at_no_distance_and_noise_takes_it_away(held):
+    rows = survey(held, [0.3, 0.003, 0.03])
+    assert [row.sigma for row in rows] == [0, 0.003, 0.03, 0.3]
+    assert rows[0].kl == (0, 0, 0)
+    kls = [row.kl[0] for row in rows]
+    assert kls == sorted(kls)
+    assert kls[2] == pytest.approx(100 * kls[1], rel=0.3)  # as σ²
+    assert all(low <= middle <= high for row in rows for middle, low, high in (row.kl, row.entropy, row.accuracy))
+
+
+def test_same_seed_same_numbers_another_seed_others(held, todo):
+    one = held.measure(0.05)
+    again = Probe(todo.config, todo.steps, 4, 2)
+    assert again.measure(0.05) == one
+    assert again.answers == held.answers
+    config = todo.config.copy()
+    config.aqn.noise.seed = 1
+    assert Probe(config, todo.steps, 4, 2).measure(0.05).kl != one.kl
+
+
+def test_the_model_is_clean_afterwards_bit_for_bit(held):
+    before = {name: tensor.clone() for name, tensor in held.model.state_dict().items()}
+    with held._noise(0.1):
+        assert not torch.equal(held.model.state_dict()["model.norm.weight"], before["model.norm.weight"])
+    held.measure(0.1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in held.model.state_dict().items())
+
+
+def test_batches_do_not_change_what_is_sampled_or_measured(todo, held, monkeypatch):
+    """Shared beginning, left padding and dropped rows against one prompt at a time from its first token."""
+    monkeypatch.setattr(probe, "_TOGETHER", 1)
+    alone = Probe(todo.config, todo.steps, 4, 2)
+    pairs = [pair for groups in zip(alone.answers, held.answers, strict=True) for pair in zip(*groups, strict=True)]
+    # A random model's distribution is so flat that rounding may move a draw to the next token.
+    assert sum(one == other for one, other in pairs) >= len(pairs) - 1
+    assert alone.measure(0.05).kl[0] == pytest.approx(held.measure(0.05).kl[0], rel=1e-3)
+    ids = held.prompts[0].ids + held.answers[0][0][:-1]
+    with torch.inference_mode():
+        logits = held.model(torch.tensor([ids])).logits[0, len(held.prompts[0].ids) - 1 :]
+        ours = held.model.get_output_embeddings()(held.clean_states[0])
+    torch.testing.assert_close(ours, logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("unit", ["absolute", "rms", "multiplicative"])
+def test_sigma_by_kl_in_every_unit(todo, unit):
+    config = todo.config.copy()
+    config.aqn.noise.unit, config.aqn.noise.target_kl = unit, 0.02
+    found = fit_sigma(config, todo.steps)
+    assert found.kl[0] == pytest.approx(0.02, rel=0.05)
+    assert config.aqn.noise.sigma_start == found.sigma
+    assert config.aqn.noise.sigma_end / found.sigma == pytest.approx(1e-5 / 0.05, rel=1e-5)
+    again = Probe(config, todo.steps, probe.PROMPTS, 1, probe.START_TOKENS).measure(found.sigma, sampled=False)
+    assert again == found
+
+
+def test_sigma_by_kl_on_linear_layers_and_unquantised(todo, overrides):
+    config = todo.config.copy()
+    config.aqn.noise.targets, config.aqn.noise.target_kl = ["linear"], 0.02
+    assert fit_sigma(config, todo.steps).kl[0] == pytest.approx(0.02, rel=0.05)
+    dense = resolve(load_recipe("e12_aggressive_1ep", [*overrides, "aqn.mxfp4.enabled=false"]))
+    assert measure_start(dense.config, dense.steps)[1].kl[0] > 0
+
+
+def test_plan_resolves_a_kl(overrides):
+    found = resolve(load_recipe("e12_aggressive_1ep", [*overrides, "aqn.noise.target_kl=0.05"]))
+    assert found.fitted.sigma == found.config.aqn.noise.sigma_start
+    assert found.fitted.kl[0] == pytest.approx(0.05, rel=0.05)
+
+
+def test_refuses(todo, overrides):
+    with pytest.raises(ConfigError, match="target_kl is -1"):
+        load_recipe("e12", ["profile=cpu", "aqn.noise.target_kl=-1"])
+    config = todo.config.copy()
+    config.aqn.noise.target_kl = 1e12
+    with pytest.raises(ConfigError, match=r"target_kl=1e\+12 is not reached: KL is"):
+        fit_sigma(config, todo.steps)
+    for override, message in (
+        ("aqn.noise.enabled=false", "there is no noise to measure"),
+        ("trainer.total_training_steps=1", "σ is 0 at each of the 1 steps"),
+        ("actor_rollout_ref.rollout.top_p=0.5", "from the whole vocabulary"),
+        ("reward.custom_reward_function.path=/nowhere.py", "cannot be loaded"),
+    ):
+        wrong = resolve(load_recipe("e12_aggressive_1ep", [*overrides, override]))
+        with pytest.raises(ConfigError, match=message):
+            Probe(wrong.config, wrong.steps, 2, 2)
+
+
+def test_a_sigma_that_leaves_nothing_names_the_largest_that_does():
+    def row(sigma: float, limit: float = 0.02) -> Strength:
+        share = (0.5, 0.3, 0.7) if sigma <= limit else (0.0, 0.0, 0.2)
+        return Strength(sigma, (sigma, 0, 1), (1, 1, 1), share, share)
+
+    fake = SimpleNamespace(measure=row, order=SimpleNamespace(unit="rms"), samples=4, prompts=[0] * 8)
+    rows = [row(sigma) for sigma in (0, 0.01, 0.05, 0.1)]
+    check_strength(fake, rows, 0.01)
+    with pytest.raises(StrengthError, match=r"0\.05 \(rms\) leaves nothing.* the largest σ that does is about 0\.018"):
+        check_strength(fake, rows, 0.05)
+    nothing = SimpleNamespace(**{**vars(fake), "measure": lambda sigma: row(sigma, 0)})
+    with pytest.raises(StrengthError, match="nor does σ"):
+        check_strength(nothing, [row(0), row(0.05, 0)], 0.05)
+    check_strength(fake, [row(0, -1), row(0.05)], 0.05)  # the clean policy teaches nothing either
+
+
+def test_command(overrides, capsys, tmp_path, monkeypatch):
+    small = [*overrides, "--sigma", "0.01", "--prompts", "3", "--samples", "2"]
+    arguments = ["probe", "e12_aggressive_1ep", *small]
+    monkeypatch.setattr(probe, "check_strength", lambda measured, rows, sigma: None)  # by chance, with so few answers
+    app([*arguments, "--json", "--plot", str(tmp_path / "p.png")], standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)
+    assert [row["sigma"] for row in found["rows"]] == [0, 0.01, 0.05]
+    assert (found["unit"], found["step"]) == ("rms", 2)
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+    def strong(measured, rows, sigma):
+        raise StrengthError("too strong")
+
+    monkeypatch.setattr(probe, "check_strength", strong)
+    monkeypatch.setattr(cli.sys, "argv", ["verl-aqn", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    out = capsys.readouterr()
+    assert "← σ_start" in out.out
+    assert out.err.splitlines()[-1] == "error: too strong"
+    monkeypatch.setattr(cli.sys, "argv", ["verl-aqn", "probe", "e12", "--sigma", "0"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
