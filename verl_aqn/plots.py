@@ -138,8 +138,11 @@ def plot_strength(rows: list[Strength], sigma_start: float, title: str, label: s
         axis.grid(alpha=0.3, which="both")
     axes[1].axhspan(*clean.entropy[1:], color="#999999", alpha=0.25, linewidth=0)
     axes[1].axhline(clean.entropy[0], color="#666666", linewidth=1, label="clean policy, 95 %")
-    axes[0].set(ylabel="KL(clean || noisy), nats a token", title=title)
+    axes[0].set(ylabel="KL(clean || noisy), nats a token")
+    axes[0].set_title(title.replace(": ", "\n"), fontsize="medium")
     axes[1].set(xlabel=label, ylabel="entropy, nats a token")
+    axes[1].yaxis.set_major_formatter("{x:g}")
+    axes[1].yaxis.set_minor_formatter("{x:g}")
     for axis in axes:
         axis.legend(frameon=False)
     _save(figure, path)

@@ -2,7 +2,7 @@
 
 σ is not portable: the same number is nothing to one model and the end of another. So it is measured on the recipe's own
 base, prompts, reward and temperature, with the noise of the first step that has any, written and read back by
-`NoiseInjector`. KL and entropy are exact over the vocabulary, teacher forced on one answer of the clean policy a prompt.
+`NoiseInjector`. KL and entropy are exact over the vocabulary, teacher forced on one clean answer a prompt.
 The policy is the one before training (an adapter starts as zero).
 
 Everything runs in float32, activations too: norms in bfloat16 cannot hold small noise, and HF's layers refuse float32
@@ -296,7 +296,8 @@ def check_strength(probe: Probe, rows: list[Strength], sigma: float, halvings: i
     """
     by_sigma = {row.sigma: row for row in rows}
     clean, accuracy = by_sigma[0.0].accuracy, by_sigma[sigma].accuracy
-    assert clean is not None and accuracy is not None
+    assert clean is not None
+    assert accuracy is not None
     if not _teaches(by_sigma[0.0]) or _teaches(by_sigma[sigma]) or accuracy[0] > clean[0]:
         return
     good = max(s for s, row in by_sigma.items() if s < sigma and _teaches(row))
