@@ -176,3 +176,18 @@ def test_command(overrides, capsys, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
+
+
+def test_a_run_measures_its_start_once_and_says_so(todo, capsys):
+    from verl_aqn.console import Console
+    from verl_aqn.train import measure_noise
+
+    written = []
+    run = SimpleNamespace(resumed=False, append=lambda name, record: written.append((name, json.dumps(record))))
+    measure_noise(run, todo, Console())
+    (name, record), said = written[0], capsys.readouterr().err
+    assert (name, json.loads(record)["noisy"]["sigma"]) == ("evidence.jsonl", 0.05)
+    assert "strength σ 0.05: KL" in said
+    run.resumed = True
+    measure_noise(run, todo, Console())
+    assert len(written) == 1
