@@ -23,3 +23,7 @@ class EnvironmentFault(AqnError, RuntimeError):
 
 class EvidenceError(AqnError, RuntimeError):
     """What was read back from a process is not what was asked of it. The run stops."""
+
+
+class TrainingError(AqnError, RuntimeError):
+    """Training cannot go on or would teach nothing, though every part of it works."""
