@@ -36,7 +36,7 @@ class NoiseConfig:
     sigma_end: float = 1.0e-5
     # KL(clean || noisy) in nats a token: σ_start becomes what has it, σ_end keeps its ratio (`verl_aqn.probe`).
     target_kl: float | None = None
-    probe: bool = True  # measure KL and entropy at σ_start before a run starts
+    probe: bool = False  # measure KL and entropy at σ_start before a run starts; holds the model in fp32 for that
     num_stages: int = 10
     epoch_aware: bool = False
     warmup: float | None = None  # a share of the steps; null is one stage of the schedule, as QeRL has it
@@ -77,6 +77,13 @@ class Mxfp4Config:
 
 
 @dataclass(frozen=True)
+class ParityConfig:
+    """Figures on how far trainer and rollout are apart (`aqn.parity`)."""
+
+    rescore: int = 16  # one in so many samples is scored again without noise, to tell noise from kernels; 0: none
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Where a run lives (`aqn.run`)."""
 
@@ -90,6 +97,7 @@ class AqnConfig:
 
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     mxfp4: Mxfp4Config = field(default_factory=Mxfp4Config)
+    parity: ParityConfig = field(default_factory=ParityConfig)
     run: RunConfig = field(default_factory=RunConfig)
     profile: str = "auto"
 
@@ -244,14 +252,15 @@ def _verl_config_dir() -> Path:
 def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
     """Compose recipe + profile + experiment + overrides, and check the `aqn:` block.
 
-    `profile=` and `experiment=` among the overrides choose those files; otherwise the profile is detected, and
-    the experiment is `embedded` on a CPU and `gsm8k` on accelerators. Everything else is a Hydra override.
+    `profile=`, `experiment=` and `correction=` among the overrides choose those files; otherwise the profile is
+    detected, the experiment is `embedded` on a CPU and `gsm8k` on accelerators, and the rollout correction is the
+    recipe's own. Everything else is a Hydra override.
 
     Raises:
         ConfigError: no such recipe, key, or value.
     """
     path = find_recipe(recipe)
-    chosen: dict[str, str | None] = {"profile": "auto", "experiment": None}
+    chosen: dict[str, str | None] = {"profile": "auto", "experiment": None, "correction": None}
     rest = []
     for override in overrides or []:
         key, sep, value = override.partition("=")
@@ -265,12 +274,14 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
     profile = detect_profile() if chosen["profile"] in (None, "auto") else chosen["profile"]
     experiment = chosen["experiment"] or ("embedded" if profile == "cpu" else "gsm8k")
     conf = Path(__file__).resolve().parent / "conf"
-    for group, value in (("profile", profile), ("experiment", experiment)):
+    groups = []
+    for group, name in (("profile", profile), ("experiment", experiment), ("correction", chosen["correction"])):
+        if name is None:
+            continue
         names = [p.stem for p in (conf / group).glob("*.yaml")]
-        if value not in names:
-            raise ConfigError(f"no {group} {value!r}: {nearest(str(value), names)}")
-
-    groups = [f"+profile={profile}", f"+experiment={experiment}"]
+        if name not in names:
+            raise ConfigError(f"no {group} {name!r}: {nearest(name, names)}")
+        groups.append(f"+{group}={name}")
     try:
         config = _compose(path, [*groups, *rest])
     except (HydraException, OmegaConfBaseException) as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console as RichConsole
+from rich.markup import escape
 from rich.table import Table
 
 from verl_aqn.config import parse_aqn
@@ -34,6 +35,10 @@ class Console:
         """One line of progress with the time since the start."""
         passed = int(time.monotonic() - self.began)
         self.err.print(f"[dim]{passed // 60:3d}:{passed % 60:02d}[/dim]  {text}", soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """A line about something that runs, but perhaps not as meant."""
+        self.say(f"[yellow]warning:[/yellow] {escape(text)}")
 
     def start(self, run: RunFolder, todo: "Plan") -> None:
         """What is about to run, and where it is kept."""
@@ -69,6 +74,8 @@ class Console:
         kind = record.get("kind")
         if kind == "phase":
             self.say(record["text"])
+        elif kind == "warning":
+            self.warn(record["text"])
         elif kind == "step":
             metrics = record["metrics"]
             self.say(
@@ -170,6 +177,8 @@ def items(folder: Path, step: int) -> dict[str, bool]:
 def verdict(run: RunFolder, todo: "Plan") -> str:
     """The plan's criterion in words, and whether training changed the accuracy (paired test)."""
     validations = records(run, "metrics.jsonl", "validation")
+    if not validations:
+        return "no verdict: the recipe validates never (trainer.val_before_train, trainer.test_freq)"
     first, last = validations[0], validations[-1]
     comparable = "word_problems" not in str(todo.config.data.val_files)
     text = plan_verdict(last["accuracy"], last["items"], comparable=comparable)

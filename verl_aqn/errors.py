@@ -27,3 +27,7 @@ class EvidenceError(AqnError, RuntimeError):
 
 class StrengthError(AqnError, RuntimeError):
     """The noise is so strong that no answer is left to learn from."""
+
+
+class TrainingError(AqnError, RuntimeError):
+    """Training cannot go on or would teach nothing, though every part of it works."""

@@ -146,6 +146,12 @@ def check_steps(config: DictConfig, train_rows: int, left: str = "") -> int:
     generated = OmegaConf.select(config, "data.gen_batch_size")
     if generated and not (filtering or refilling) and batch % generated:  # with either, verl draws one by one
         raise ConfigError(f"data.train_batch_size={batch} is not a multiple of data.gen_batch_size={generated}")
+    groups = config.algorithm.filter_groups
+    if groups is not None and groups.enable and groups.max_num_gen_batches <= 0:
+        raise ConfigError(
+            f"algorithm.filter_groups.max_num_gen_batches={groups.max_num_gen_batches} would draw prompts for ever "
+            "where no group's rewards differ: set it to 10, say"
+        )
     available = train_rows // batch * epochs
     wanted = config.trainer.total_training_steps
     steps = int(wanted) if wanted is not None else available
@@ -156,6 +162,23 @@ def check_steps(config: DictConfig, train_rows: int, left: str = "") -> int:
         )
     order_of(parse_aqn(config).noise, schedule_of(config, steps), 0)  # what the first order would say is wrong
     return steps
+
+
+def warnings_of(config: DictConfig) -> list[str]:
+    """What a recipe asks for that runs but does not do what it seems to."""
+    rollout, correction = config.actor_rollout_ref.rollout, config.algorithm.rollout_correction
+    cut = [f"top_p={rollout.top_p:g}"] if rollout.top_p < 1 else []
+    cut += [f"top_k={rollout.top_k}"] if rollout.top_k > 0 else []
+    used = [key for key in ("rollout_is", "rollout_rs", "bypass_mode") if correction and correction.get(key)]
+    if not cut:
+        return []
+    text = f"rollout.{' and '.join(cut)}: the rollout's probabilities are of the tokens that sampling left over"
+    if used:
+        return [
+            f"{text}, the trainer's of all: the importance ratio of rollout_correction.{' and '.join(used)} is biased "
+            "downwards; use top_p=1 and top_k=-1, or correction=none"
+        ]
+    return [f"{text}: aqn/parity/* contains that, and noise is not told from kernels"]
 
 
 def check_machine(config: DictConfig) -> None:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.config import load_recipe, parse_aqn, schedule_of
 from verl_aqn.console import Console
-from verl_aqn.prepare import check_machine, check_steps, prepare_data, prepare_model
+from verl_aqn.prepare import check_machine, check_steps, prepare_data, prepare_model, warnings_of
 from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.supervise import supervise
 
@@ -68,6 +68,9 @@ def train(recipe: str, overrides: list[str], *, dry_run: bool = False) -> int:
     run = open_run(Path(base).expanduser(), identity(todo.config), fresh=parse_aqn(todo.config).run.fresh)
     launch(run, todo)
     console.start(run, todo)
+    for text in warnings_of(todo.config):
+        run.append("events.jsonl", {"kind": "warning", "text": text})
+        console.warn(text)
     measure_noise(run, todo, console)
     outcome = supervise(run, console)
     run.set_status(outcome.status, outcome.message)

@@ -47,6 +47,20 @@ SYMBOLS = {
     "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync._init_dataloader": ["self"],
     "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync._build_replay_buffer": ["self"],
     "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync._init_resource_pool_mgr": ["self"],
+    "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync._add_prompts_to_generate": ["self", "num_prompts"],
+    "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer.sample": ["self", "global_steps", "partition_id", "batch_size"],
+    "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer._evict_terminal_groups": [
+        "self",
+        "global_steps",
+        "partition_id",
+        "eviction_reasons",
+    ],
+    "verl.workers.rollout.vllm_rollout.vllm_async_server:vLLMHttpServer.generate": [
+        "self",
+        "prompt_ids",
+        "sampling_params",
+        "request_id",
+    ],
     "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync._compute_metrics": [
         "self",
         "batch",
@@ -57,7 +71,14 @@ SYMBOLS = {
     ],
     **{
         f"verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync.{hook}": ["self"]
-        for hook in ("on_init_end", "on_step_begin", "on_step_end", "on_validate_begin", "on_train_end")
+        for hook in (
+            "on_init_end",
+            "on_step_begin",
+            "on_sample_end",
+            "on_step_end",
+            "on_validate_begin",
+            "on_train_end",
+        )
     },
 }
 
@@ -138,3 +159,38 @@ def test_adapter_path_never_sends_the_base():
     source = inspect.getsource(ActorRolloutRefWorker)
     assert 'self.base_sync_done: bool = "dummy" not in self.config.rollout.load_format' in source
     assert "do_lora_base_sync = not self.base_sync_done" in source
+
+
+def test_refills_go_through_the_trainer_and_after_evictions():
+    """Where AqnTrainer counts what was thrown away, and may refuse to draw more."""
+    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    build = inspect.getsource(PPOTrainer._build_replay_buffer)
+    assert "refill_fn=self._add_prompts_to_generate" in build
+    assert 'sampler_cls = ReplayBuffer if self.trainer_mode == "sync"' in build
+    sample = inspect.getsource(ReplayBuffer.sample)
+    assert sample.index("self._evict_terminal_groups(") < sample.index("self.refill_fn(")
+    reasons = inspect.getsource(ReplayBuffer._terminal_eviction_reasons)
+    assert "return set(), dapo_uids, failed_uids, dapo_counts" in reasons
+    # verl's own limit is not in force, which is why ours is.
+    assert "is ignored by the built-in V1 ReplayBuffer" in inspect.getsource(PPOTrainer._resolve_filter_groups_metric)
+
+
+def test_sample_ends_before_the_rollout_sleeps_and_the_adapter_changes():
+    """Where the rollout scores its own sequences again: same adapter, noise taken off."""
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+    step = inspect.getsource(PPOTrainer._step_once)
+    positions = [step.index(text) for text in (".sample(", "self.on_sample_end()", "self._update_actor(")]
+    assert positions == sorted(positions)
+    assert "sleep_replicas" in inspect.getsource(PPOTrainerSync.on_sample_end)
+
+
+def test_adapter_only_checkpoints_keep_the_value_head():
+    from verl.utils.checkpoint.checkpoint_manager import BaseCheckpointManager
+    from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
+
+    assert 'if "lora_" in k or ".adapter_" in k' in inspect.getsource(FSDPCheckpointManager.save_checkpoint)
+    assert BaseCheckpointManager.is_lora_only_state_dict({"base_model.model.lm_head.adapter_row": None})

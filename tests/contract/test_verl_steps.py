@@ -23,7 +23,7 @@ def trainer(steps, rows=20, epochs=2, batch=6, filtering=True):
                 "val_batch_size": None, "dataloader_num_workers": 0, "shuffle": True, "seed": 1,
             },
             "trainer": {"total_epochs": epochs, "total_training_steps": steps, "v1": {"sampler": {}}},
-            "algorithm": {"filter_groups": {"enable": filtering}},
+            "algorithm": {"filter_groups": {"enable": filtering, "max_num_gen_batches": 10}},
             "actor_rollout_ref": {"actor": {"ppo_mini_batch_size": batch, "optim": {}}},
             "aqn": {},
         }

@@ -41,11 +41,11 @@ def tiny_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def train(tiny_model, tmp_path_factory):
-    """`train(run_dir, *overrides)` → a started `verl-aqn train` process."""
+    """`train(run_dir, *overrides, recipe=…)` → a started `verl-aqn train` process."""
     cache = tmp_path_factory.mktemp("cache")
 
-    def start(run_dir: Path, *overrides: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "verl_aqn.cli", "train", "e12_aggressive_1ep", *TINY]
+    def start(run_dir: Path, *overrides: str, recipe: str = "e12_aggressive_1ep") -> subprocess.Popen:
+        command = [sys.executable, "-m", "verl_aqn.cli", "train", recipe, *TINY]
         command += [f"actor_rollout_ref.model.path={tiny_model}", f"aqn.run.dir={run_dir}", *overrides]
         env = {**os.environ, "VERL_AQN_CACHE": str(cache)}
         return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -19,12 +19,15 @@ PLAN = {  # recipe: (σ_end, epoch_aware, epochs, steps)
 }
 
 
+ALGORITHMS = ["grpo", "dapo", "ppo"]
+
+
 def test_the_plan_s_recipes_are_all_there():
-    assert set(recipe_names()) == {*PLAN, "e6a"}
+    assert set(recipe_names()) == {*PLAN, "e6a", *ALGORITHMS}
 
 
 @pytest.mark.parametrize("profile", ["cpu", "cuda", "npu"])
-@pytest.mark.parametrize("recipe", [*PLAN, "e6a"])
+@pytest.mark.parametrize("recipe", [*PLAN, "e6a", *ALGORITHMS])
 def test_every_recipe_composes_on_every_profile(recipe, profile):
     config = load_recipe(recipe, [f"profile={profile}"])
     aqn = parse_aqn(config)
@@ -86,6 +89,41 @@ def test_control_has_no_noise_and_differs_in_nothing_else():
     assert control == treated
 
 
+def test_grpo_has_nothing_of_dapo():
+    config = load_recipe("grpo", ["profile=cuda"])
+    actor = config.actor_rollout_ref.actor
+    assert (actor.clip_ratio_low, actor.clip_ratio_high, actor.loss_agg_mode) == (0.2, 0.2, "seq-mean-token-mean")
+    assert (actor.use_kl_loss, actor.kl_loss_coef) == (True, 0.001)
+    assert (config.algorithm.adv_estimator, config.algorithm.filter_groups.enable) == ("grpo", False)
+    assert not config.reward.reward_kwargs.overlong_buffer_cfg.enable
+
+
+def test_dapo_is_e12_aggressive_and_keeps_its_dynamic_sampling_on_the_embedded_task():
+    dapo, e12 = (OmegaConf.to_container(load_recipe(r, ["profile=cuda"])) for r in ("dapo", "e12_aggressive_1ep"))
+    assert dapo.pop("embedded") == {"refill": True}
+    dapo["trainer"]["experiment_name"] = e12["trainer"]["experiment_name"]
+    assert dapo == e12
+    assert load_recipe("dapo", ["profile=cpu"]).algorithm.filter_groups.enable is True
+    assert load_recipe("e12_aggressive_1ep", ["profile=cpu"]).algorithm.filter_groups.enable is False
+
+
+@pytest.mark.parametrize("profile", ["cpu", "cuda", "npu"])
+def test_ppo_has_a_critic_on_the_actor_s_base(profile):
+    config = load_recipe("ppo", [f"profile={profile}"])
+    assert (config.algorithm.adv_estimator, config.algorithm.gamma, config.algorithm.lam) == ("gae", 1.0, 1.0)
+    assert config.critic.strategy == "fsdp2"
+    config.actor_rollout_ref.model.path = "/packed"  # as prepare_model does
+    for key in ("path", "external_lib", "lora_rank", "lora_alpha", "override_config", "use_remove_padding"):
+        assert config.critic.model[key] == config.actor_rollout_ref.model[key], key
+
+
+@pytest.mark.parametrize(("choice", "level"), [("tis", "token"), ("none", None)])
+def test_rollout_correction_is_chosen_by_name(choice, level):
+    config = load_recipe("e12", ["profile=cuda", f"correction={choice}"])
+    assert config.algorithm.rollout_correction.rollout_is == level
+    assert config.algorithm.rollout_correction.bypass_mode is False
+
+
 def test_defaults_in_yaml_are_those_of_the_types():
     config = load_recipe("e12_aggressive_1ep", ["profile=cpu", "experiment=gsm8k"])
     config.aqn.profile = "auto"
@@ -112,6 +150,7 @@ def test_defaults_in_yaml_are_those_of_the_types():
         ("aqn.noise.num_stages=2.5", "must be a int"),
         ("profile=quantum", "valid: cpu, cuda, npu"),
         ("experiment=gsm", "did you mean 'gsm8k'"),
+        ("correction=tsi", "did you mean 'tis'"),
         ("nonsense", "key=value"),
     ],
 )

@@ -4,24 +4,23 @@ Imported by verl through `actor_rollout_ref.model.external_lib`, so that process
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
-from verl.models.transformers.monkey_patch import apply_monkey_patch
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine.base import EngineRegistry
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
 
 from verl_aqn.digest import tensor_digest
 from verl_aqn.mxfp4.checkpoint import is_packed, model_digest
 from verl_aqn.mxfp4.experts import packed_layers
-from verl_aqn.mxfp4.linear import Activation, Mxfp4Linear
-from verl_aqn.mxfp4.model import load_model
+from verl_aqn.verl_api.critic import AqnValueEngine
+from verl_aqn.verl_api.packed_base import PackedBase
 from verl_aqn.verl_api.shared_prompt import SharedPrompts, share_prompts
 
 ADAPTER_DTYPE = torch.bfloat16  # what the rollout multiplies with
 
 
-class AqnFSDPEngine(FSDPEngineWithLMHead):
+class AqnFSDPEngine(PackedBase):
     """The actor: packed base (uint8), LoRA in fp32 master weights that compute and travel in bf16."""
 
     sent_adapter: str | None = None
@@ -29,29 +28,7 @@ class AqnFSDPEngine(FSDPEngineWithLMHead):
     def _build_module(self):
         if not is_packed(self.model_config.local_path):
             return super()._build_module()
-        module = load_model(self.model_config.local_path, dtype=torch.bfloat16)
-        told = self.model_config.override_config  # by verl_aqn.prepare.tell_workers
-        for layer in packed_layers(module):
-            layer.activation = Activation.parse(told.get("mxfp4_activation"))
-            if isinstance(layer, Mxfp4Linear):
-                layer.keep_dense = bool(told.get("mxfp4_keep_dense"))
-        apply_monkey_patch(
-            model=module,
-            use_remove_padding=self.use_remove_padding,
-            ulysses_sp_size=self.ulysses_sequence_parallel_size,
-        )
-        if self.model_config.enable_gradient_checkpointing:
-            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return module
-
-    def _build_lora_module(self, module):
-        module = super()._build_lora_module(module)
-        # verl casts adapters to the dtype of the first frozen parameter (bf16 here): an Adam step of 1e-5 on a
-        # weight of 0.02 is below half of bf16's spacing there and would be lost.
-        for param in module.parameters():
-            if param.requires_grad:
-                param.data = param.data.float()
-        return module
+        return self._finished(self._causal_model())
 
     def get_per_tensor_param(self, layered_summon=False, base_sync_done=False, **kwargs):
         """Adapter tensors in bf16 for the rollout, and the digest that the rollout must show afterwards."""
@@ -127,13 +104,12 @@ def served_adapter(adapter: list[tuple[str, torch.Tensor]], scaling: float) -> I
 
 
 def _register() -> None:
-    """Put the engine before verl's own where this module is imported: by vendor, which verl looks up first."""
-    EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")(AqnFSDPEngine)
-    EngineRegistry.register(model_type="value_model", backend=["fsdp", "fsdp2"], device="cpu")(FSDPEngineWithValueHead)
-    for device, vendor in (("cuda", "nvidia"), ("npu", "huawei")):
-        EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device=device, vendor=vendor)(
-            AqnFSDPEngine
-        )
+    """Put the engines before verl's own where this module is imported: by vendor, which verl looks up first."""
+    for model_type, engine in (("language_model", AqnFSDPEngine), ("value_model", AqnValueEngine)):
+        register = partial(EngineRegistry.register, model_type=model_type, backend=["fsdp", "fsdp2"])
+        register(device="cpu")(engine)
+        for device, vendor in (("cuda", "nvidia"), ("npu", "huawei")):
+            register(device=device, vendor=vendor)(engine)
 
 
 _register()

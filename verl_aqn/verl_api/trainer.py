@@ -7,17 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import transfer_queue
 from omegaconf import DictConfig
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils.debug import marked_timer
 
+import verl_aqn.verl_api.rollout  # noqa: F401  registers the replica
 from verl_aqn.config import order_of, parse_aqn, schedule_of
 from verl_aqn.errors import EvidenceError
 from verl_aqn.mxfp4.checkpoint import checkpoint_digest
 from verl_aqn.noise import check_evidence
 from verl_aqn.prepare import check_steps
 from verl_aqn.runs.folder import RunFolder
-from verl_aqn.verl_api import rollout  # noqa: F401  registers the replica
+from verl_aqn.verl_api.groups import AqnReplayBuffer, check_refill, count_groups, remedy
+from verl_aqn.verl_api.parity import can_rescore, clip_range, scored_again, step_metrics
 from verl_aqn.verl_api.workers import AqnActorWorker, AqnTrainingWorker
 from verl_aqn.vllm_api.readback import check_activations
 
@@ -32,6 +36,7 @@ class AqnTrainer(PPOTrainerSync):
         self.folder = RunFolder(Path(self.aqn.run.dir))
         self.noise_metrics: dict[str, float] = {}
         self.base_weights: list[str] = []
+        self.clean_logp: dict[str, list[float]] = {}  # of the rollout's own sequences, scored again without noise
 
     # ---- verl's seams ----
 
@@ -48,8 +53,13 @@ class AqnTrainer(PPOTrainerSync):
 
     def _build_replay_buffer(self):
         buffer = super()._build_replay_buffer()
+        buffer.__class__ = AqnReplayBuffer
         buffer.poll_interval = 0.1  # verl looks every 2 s whether the answers are there
         return buffer
+
+    def _add_prompts_to_generate(self, num_prompts):
+        check_refill(self.replay_buffer.thrown_away, self.config, self.global_steps, self.noise_metrics["aqn/sigma"])
+        return super()._add_prompts_to_generate(num_prompts)
 
     def on_init_end(self):
         self.schedule = schedule_of(self.config, self.total_training_steps)
@@ -68,6 +78,13 @@ class AqnTrainer(PPOTrainerSync):
     def on_step_begin(self):
         super().on_step_begin()
         self.apply_noise(self.global_steps - 1)
+
+    def on_sample_end(self):
+        rollout = self.config.actor_rollout_ref.rollout
+        keys = scored_again(self.replay_buffer.taken.keys, self.aqn.parity.rescore if can_rescore(rollout) else 0)
+        with marked_timer("rescore", self.timing_raw):
+            self.clean_logp = self.score_without_noise(keys) if keys else {}
+        super().on_sample_end()  # puts the rollout to sleep on devices that can
 
     def on_step_end(self):
         super().on_step_end()
@@ -93,14 +110,60 @@ class AqnTrainer(PPOTrainerSync):
     def _compute_metrics(self, batch, metrics, timing_raw, global_steps, epoch):
         super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)
         metrics.update(self.noise_metrics)
+        metrics.update(self.group_and_parity_metrics(batch, metrics))
         numbers = {key: float(value) for key, value in metrics.items() if _is_number(value)}
         self.write("metrics.jsonl", kind="step", step=global_steps, total=self.total_training_steps, metrics=numbers)
 
+    # ---- groups and parity ----
+
+    def score_without_noise(self, keys: list[str]) -> dict[str, list[float]]:
+        """Log-probabilities that the rollout, with this step's adapter and clean norms, gives to its own responses."""
+        self.restore_clean()
+        data = transfer_queue.kv_batch_get(keys=keys, partition_id="train", select_fields=["prompts", "responses"])
+        servers, asked = self.servers(), []
+        limit = self.config.actor_rollout_ref.rollout.max_model_len
+        longest = limit - 1 if limit else None  # the engine wants room for one token more
+        for n, (prompt, response) in enumerate(zip(data["prompts"].unbind(), data["responses"].unbind(), strict=True)):
+            tokens = [*prompt.tolist(), *response.tolist()]
+            params = {"prompt_logprobs": 0, "max_tokens": 1}
+            request = servers[n % len(servers)].generate.remote(tokens[:longest], params, f"score-{keys[n]}")
+            asked.append((keys[n], len(prompt), request))
+        found = {}
+        for key, start, request in asked:
+            scores = ray.get(request).extra_fields["prompt_logprobs"]  # of tokens 1, 2, …; the last is a filler
+            found[key] = [score for (score,) in scores[start - 1 : -1]]
+        return found
+
+    def group_and_parity_metrics(self, batch: Any, metrics: dict) -> dict[str, float]:
+        """`aqn/groups…` and `aqn/parity/…` of a step; see verl_api/parity.py for what each figure is."""
+        keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
+        fields = ["rm_scores", "response_mask", "rollout_log_probs", "old_log_probs", "entropy"]
+        data = transfer_queue.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
+        data = data.to_padded_tensor()
+        rewards = data["rm_scores"].sum(dim=1).tolist()
+        groups, flat = count_groups([key.rsplit("_", 2)[0] for key in keys], rewards)
+        if groups and flat == groups and not self.use_critic:
+            sigma, mean = self.noise_metrics["aqn/sigma"], sum(rewards) / len(rewards)
+            self.warn(
+                f"step {self.global_steps}: in no group do the rewards differ, so it teaches nothing (σ {sigma:g}, "
+                f"mean reward {mean:.3f}): {remedy(sigma, mean)}"
+            )
+        refused = self.replay_buffer.thrown_away.total()
+        groups += refused + int(metrics.get("training/filter_groups/discarded_surplus_samples", 0))
+        found = {"aqn/groups": groups, "aqn/groups_without_variance": flat + refused}
+        if {"rollout_log_probs", "old_log_probs", "entropy"} <= set(data.keys()):  # bypass mode has one of them only
+            found |= step_metrics(data, keys, self.clean_logp, clip_range(self.config.actor_rollout_ref.actor))
+        return found
+
     # ---- noise and evidence ----
+
+    def servers(self) -> list[Any]:
+        """The server of every replica."""
+        return [replica.servers[0] for replica in self.llm_server_manager.get_replicas()]
 
     def rollout(self, method: str, *args: Any, clear_cache: bool = False) -> list[dict]:
         """Answers of every rank of every replica."""
-        servers = [replica.servers[0] for replica in self.llm_server_manager.get_replicas()]
+        servers = self.servers()
         answers = ray.get([server.aqn_call.remote(method, *args, clear_cache=clear_cache) for server in servers])
         return [answer for replica in answers for answer in replica]
 
@@ -166,6 +229,9 @@ class AqnTrainer(PPOTrainerSync):
 
     def event(self, text: str) -> None:
         self.write("events.jsonl", kind="phase", text=text)
+
+    def warn(self, text: str) -> None:
+        self.write("events.jsonl", kind="warning", text=text)
 
 
 def _is_number(value: Any) -> bool:

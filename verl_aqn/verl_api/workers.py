@@ -18,6 +18,9 @@ class AqnTrainingWorker(TrainingWorker):
 
     def __init__(self, config):
         assert_loaded("training worker")
+        # verl imports a model's external_lib where its config is made: for a critic that is not the worker's process.
+        import verl_aqn.verl_api.engine  # noqa: F401
+
         if os.environ.get("VERL_PLATFORM") == "cpu" and not torch.distributed.is_initialized():
             # verl would ask for "cpu:gloo,cpu:gloo", which torch refuses; it keeps a group that exists.
             torch.distributed.init_process_group(

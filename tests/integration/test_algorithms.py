@@ -1,0 +1,91 @@
+"""GRPO, DAPO and PPO with a critic, a step or two each on a tiny model; and a run that cannot learn says why."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.integration.conftest import lines, newest
+
+SHORT = ["trainer.val_before_train=false", "trainer.test_freq=-1", "trainer.save_freq=-1"]
+ONE_STEP = ["trainer.total_training_steps=1", "aqn.noise.num_stages=1", *SHORT]
+TWO_STEPS = ["trainer.total_training_steps=2", "aqn.noise.num_stages=2", *SHORT]  # σ 0, then σ_start
+
+
+@pytest.fixture
+def run(train, tmp_path):
+    """`run(recipe, *overrides)` → (exit code, standard error in one line, run folder)."""
+
+    def start(recipe: str, *overrides: str) -> tuple[int, str, Path]:
+        process = train(tmp_path, *overrides, recipe=recipe)
+        _, err = process.communicate(timeout=800)
+        return process.returncode, err.replace("\n", " "), newest(tmp_path)
+
+    return start
+
+
+def steps_of(outcome: tuple[int, str, Path]) -> list[dict]:
+    code, err, folder = outcome
+    assert code == 0, err + (folder / "training.log").read_text()[-3000:]
+    return [record["metrics"] for record in lines(folder / "metrics.jsonl", "step")]
+
+
+def test_grpo_with_correction_and_a_warning_where_top_p_biases_it(run):
+    top_p = "actor_rollout_ref.rollout.top_p=0.95"
+    outcome = run("grpo", *ONE_STEP, "algorithm.filter_groups.enable=false", "correction=tis", top_p)
+    (step,) = steps_of(outcome)
+    assert step["actor/kl_loss"] >= 0
+    assert step["actor/grad_norm"] > 0
+    assert step["aqn/groups"] == 2
+    assert 0 < step["rollout_corr/rollout_is_mean"] < step["rollout_corr/rollout_is_max"] <= 2
+    _, err, folder = outcome
+    (warning,) = lines(folder / "events.jsonl", "warning")
+    assert "rollout_correction.rollout_is is biased" in warning["text"]
+    assert "warning: rollout.top_p=0.95" in err
+    # Scored sequences would not be comparable with what top_p left over.
+    assert "aqn/parity/kl_k3" in step
+    assert "aqn/parity/rescored_tokens" not in step
+
+
+def test_dapo_tells_noise_from_kernels(run):
+    clean, noisy = steps_of(run("dapo", *TWO_STEPS, "aqn.parity.rescore=2"))
+    for step in (clean, noisy):
+        assert step["aqn/groups"] >= 2 + step["aqn/groups_without_variance"]
+        assert 0 < step["aqn/parity/rescored_tokens"] <= step["aqn/parity/tokens"] / 1.5
+        assert step["aqn/parity/kernels/abs_dlogp_mean"] < 0.05
+        assert step["aqn/parity/trainer_entropy"] > 0
+    assert clean["aqn/sigma"] == 0
+    assert clean["aqn/parity/noise/abs_dlogp_mean"] < 0.05  # what decoding and scoring differ by
+    assert noisy["aqn/sigma"] > 0
+    assert noisy["aqn/parity/noise/abs_dlogp_mean"] > 5 * clean["aqn/parity/noise/abs_dlogp_mean"]
+    assert noisy["aqn/parity/noise/abs_dlogp_mean"] > 5 * noisy["aqn/parity/kernels/abs_dlogp_mean"]
+    assert noisy["aqn/parity/kl_k3"] > 5 * clean["aqn/parity/kl_k3"]
+
+
+def test_ppo_trains_a_critic_on_the_packed_base(run):
+    fast = ["critic.optim.lr=1e-2", "critic.optim.lr_warmup_steps=0", "trainer.save_freq=1"]
+    outcome = run("ppo", *TWO_STEPS, "algorithm.filter_groups.enable=false", *fast)
+    first, second = steps_of(outcome)
+    assert first["critic/values/mean"] == 0  # the value head starts from 0 …
+    assert second["critic/values/mean"] != 0  # … and has learned
+    assert first["critic/grad_norm"] > 0
+    assert second["actor/grad_norm"] > 0
+    saved = [
+        torch.load(outcome[2] / f"checkpoints/global_step_{n}/critic/model_world_size_1_rank_0.pt", weights_only=False)
+        for n in (1, 2)
+    ]
+    trained = {name for name in saved[0] if "lora_" in name or name.endswith("adapter_row")}
+    assert trained == set(saved[0]), "a critic's checkpoint holds adapters and value head only"
+    assert sum(name.endswith("adapter_row") for name in trained) == 1
+    for part in ("adapter_row", "lora_B"):
+        assert any(not torch.equal(saved[0][n].full_tensor(), saved[1][n].full_tensor()) for n in trained if part in n)
+
+
+def test_a_run_whose_groups_never_differ_stops_and_says_why(run):
+    constant = ["reward.custom_reward_function.name=constant", "algorithm.filter_groups.max_num_gen_batches=2"]
+    code, err, folder = run("dapo", *ONE_STEP, *constant, "reward.reward_kwargs.overlong_buffer_cfg.enable=false")
+    assert code == 1
+    assert "groups had no variance in score and were thrown away (σ 0.05, mean score 0.000" in err
+    assert "lower aqn.noise.sigma_start" in err
+    assert "Traceback" not in err
+    assert not lines(folder / "metrics.jsonl", "step")

@@ -1,0 +1,69 @@
+"""The critic's module: the base as the actor has it, adapters and a value head that alone are trained."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from verl_aqn.data.smollm2 import tiny_model
+from verl_aqn.mxfp4.cached import quantized_cache
+from verl_aqn.mxfp4.experts import packed_layers
+from verl_aqn.verl_api.critic import AqnValueEngine
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    base = tmp_path_factory.mktemp("critic")
+    plain = tiny_model(base / "tiny")
+    return {"plain": plain, "packed": quantized_cache(plain, base / "mxfp4", "mse", ("lm_head", "embed_tokens"), ())}
+
+
+@pytest.fixture(params=["packed", "plain"])
+def module(request, folders):
+    engine = AqnValueEngine.__new__(AqnValueEngine)
+    engine.use_remove_padding, engine.ulysses_sequence_parallel_size = False, 1
+    engine.model_config = SimpleNamespace(
+        local_path=str(folders[request.param]),
+        override_config={"attn_implementation": "sdpa"},
+        enable_gradient_checkpointing=False,
+        lora_adapter_path=None,
+        lora_rank=8,
+        lora_alpha=16,
+        target_modules="all-linear",
+        target_parameters=None,
+        exclude_modules=None,
+    )
+    built = engine._build_lora_module(engine._build_module())
+    assert len(list(packed_layers(built))) == (14 if request.param == "packed" else 0)
+    return built
+
+
+def test_values_start_at_zero_and_only_adapters_and_head_are_trained(module):
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or ".adapter_" in name for name in trained)
+    assert sum("adapter_row" in name for name in trained) == 1
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):
+        values = module(torch.arange(6).reshape(2, 3)).logits
+    assert values.shape == (2, 3, 1)
+    assert not values.any()
+
+
+def test_a_value_teaches_head_and_adapters_and_leaves_the_embedding_alone(module):
+    before = module.get_input_embeddings().weight.clone()
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1.0)
+    losses = []
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            values = module(torch.arange(6).reshape(2, 3)).logits
+        loss = (values.float() - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 0.05)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == 1.0
+    assert losses[2] < losses[1] < losses[0]
+    moved = [p for name, p in module.named_parameters() if "lora_B" in name]
+    assert any(p.abs().max() > 0 for p in moved)
+    assert torch.equal(module.get_input_embeddings().weight, before)

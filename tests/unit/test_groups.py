@@ -1,0 +1,84 @@
+"""Groups whose rewards do not differ: counted, and a run that meets nothing else is ended with a reason."""
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from verl_aqn.config import load_recipe
+from verl_aqn.errors import ConfigError, TrainingError
+from verl_aqn.prepare import check_steps
+from verl_aqn.verl_api import trainer as trainer_module
+from verl_aqn.verl_api.groups import check_refill, count_groups
+
+
+def config(batches: int = 10) -> OmegaConf:
+    rule = {"enable": True, "metric": "acc", "max_num_gen_batches": batches}
+    return OmegaConf.create({"algorithm": {"filter_groups": rule}, "data": {"train_batch_size": 4}})
+
+
+def test_groups_are_counted_by_prompt():
+    uids = ["a", "b", "a", "b", "c", "c", "alone"]
+    assert count_groups(uids, [1, 0, 1, 1, 0, 0, 1]) == (3, 2)
+
+
+def test_a_refill_within_the_limit_is_let_through():
+    check_refill(Counter({0.0: 39}), config(), step=4, sigma=0.05)
+
+
+@pytest.mark.parametrize(
+    ("thrown_away", "sigma", "words"),
+    [
+        ({0.0: 40}, 0.05, "lower aqn.noise.sigma_start, set aqn.noise.unit=rms, or give easier prompts"),
+        ({0.0: 40}, 0.0, r"mean acc 0\.000, .*: give easier prompts"),
+        ({1.0: 38, 0.0: 2}, 0.05, r"mean acc 0\.950.*give harder prompts"),
+    ],
+)
+def test_refills_without_end_stop_with_one_line(thrown_away, sigma, words):
+    with pytest.raises(TrainingError, match=words) as error:
+        check_refill(Counter(thrown_away), config(), step=4, sigma=sigma)
+    assert str(error.value).startswith("step 4: 40 groups had no variance in acc")
+    assert f"σ {sigma:g}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_no_limit_is_refused_before_the_run():
+    recipe = load_recipe("e12", ["profile=cuda", "algorithm.filter_groups.max_num_gen_batches=0"])
+    with pytest.raises(ConfigError, match="would draw prompts for ever"):
+        check_steps(recipe, 7473)
+    check_steps(load_recipe("e12", ["profile=cuda"]), 7473)
+
+
+class Data(dict):
+    def to_padded_tensor(self):
+        return self
+
+
+def step_figures(monkeypatch, rewards: list[float], *, critic: bool = False) -> tuple[dict, list[str]]:
+    """What the trainer writes and warns of for two prompts with two answers each, three groups thrown away before."""
+    data = Data(rm_scores=torch.tensor([[0.0, reward] for reward in rewards]), response_mask=torch.ones(4, 2))
+    monkeypatch.setattr(trainer_module.transfer_queue, "kv_batch_get", lambda **_: data)
+    trainer, warned = trainer_module.AqnTrainer.__new__(trainer_module.AqnTrainer), []
+    trainer.use_critic, trainer.global_steps, trainer.noise_metrics = critic, 7, {"aqn/sigma": 0.05}
+    trainer.replay_buffer = SimpleNamespace(thrown_away=Counter({0.0: 3}))
+    trainer.warn = warned.append
+    keys, tags = ["a_0_0", "a_1_0", "b_0_0", "b_1_0", "pad_0_0"], [{}, {}, {}, {}, {"is_padding": True}]
+    batch = SimpleNamespace(keys=keys, tags=tags, partition_id="train")
+    surplus = {"training/filter_groups/discarded_surplus_samples": 1}
+    return trainer.group_and_parity_metrics(batch, surplus), warned
+
+
+def test_what_the_filter_threw_away_is_counted_too(monkeypatch):
+    figures, warned = step_figures(monkeypatch, [1.0, 0.0, 1.0, 1.0])
+    assert figures == {"aqn/groups": 2 + 3 + 1, "aqn/groups_without_variance": 1 + 3}
+    assert not warned
+
+
+def test_a_step_that_teaches_nothing_is_warned_of_unless_there_is_a_critic(monkeypatch):
+    _, (warning,) = step_figures(monkeypatch, [0.0] * 4)
+    assert warning.startswith(
+        "step 7: in no group do the rewards differ, so it teaches nothing (σ 0.05, mean reward 0.000)"
+    )
+    assert not step_figures(monkeypatch, [0.0] * 4, critic=True)[1]

@@ -1,0 +1,66 @@
+"""Groups of answers to one prompt whose rewards are all equal: they teach nothing, and too many of them end a run."""
+
+from collections import Counter, defaultdict
+
+from omegaconf import DictConfig
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+
+from verl_aqn.errors import TrainingError
+
+
+class AqnReplayBuffer(ReplayBuffer):
+    """verl's sampler, which also tells what it threw away and what it took.
+
+    verl builds its own class where groups are filtered (a custom sampler would not be given the filter), so its object
+    is turned into this one after it was made.
+    """
+
+    thrown_away: Counter  # groups without variance of this step: {their metric's one value: how many}
+    taken: KVBatchMeta
+
+    def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict]:
+        if partition_id == "val":
+            return super().sample(global_steps, partition_id, batch_size)
+        self.thrown_away = Counter()
+        self.taken, metrics = super().sample(global_steps, partition_id, batch_size)
+        return self.taken, metrics
+
+    def _evict_terminal_groups(self, global_steps, partition_id, eviction_reasons):
+        self.thrown_away.update(eviction_reasons[3])
+        return super()._evict_terminal_groups(global_steps, partition_id, eviction_reasons)
+
+
+def check_refill(thrown_away: Counter, config: DictConfig, step: int, sigma: float) -> None:
+    """Raise TrainingError before a refill where this step has already thrown away as many groups as a recipe allows.
+
+    verl's own limit (`algorithm.filter_groups.max_num_gen_batches`) is ignored by its V1 trainer, which would draw
+    prompts for ever; here it holds, in batches of `data.train_batch_size` groups.
+    """
+    rule = config.algorithm.filter_groups
+    count = thrown_away.total()
+    if count < rule.max_num_gen_batches * config.data.train_batch_size:
+        return
+    mean = sum(value * times for value, times in thrown_away.items()) / count
+    raise TrainingError(
+        f"step {step}: {count} groups had no variance in {rule.metric} and were thrown away (σ {sigma:g}, mean "
+        f"{rule.metric} {mean:.3f}, limit algorithm.filter_groups.max_num_gen_batches={rule.max_num_gen_batches}): "
+        f"{remedy(sigma, mean)}"
+    )
+
+
+def remedy(sigma: float, mean: float) -> str:
+    """What to do where rewards do not differ."""
+    if mean > 0.5:
+        return "give harder prompts"
+    noise = "lower aqn.noise.sigma_start, set aqn.noise.unit=rms, or " if sigma > 0 else ""
+    return f"{noise}give easier prompts (worked examples help)"
+
+
+def count_groups(uids: list[str], rewards: list[float]) -> tuple[int, int]:
+    """`(groups, those whose rewards are all equal)`; a sample whose group has no other is not a group."""
+    by_group: dict[str, list[float]] = defaultdict(list)
+    for uid, reward in zip(uids, rewards, strict=True):
+        by_group[uid].append(reward)
+    groups = [found for found in by_group.values() if len(found) > 1]
+    return len(groups), sum(min(found) == max(found) for found in groups)
