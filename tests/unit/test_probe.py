@@ -1,10 +1,12 @@
 """What σ does to the policy: exactness, keys, the search for a KL, and the command."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from verl_aqn import cli, probe
 from verl_aqn.cli import app, main
@@ -184,6 +186,9 @@ def test_a_run_measures_its_start_once_and_says_so(todo, capsys):
 
     written = []
     run = SimpleNamespace(resumed=False, append=lambda name, record: written.append((name, json.dumps(record))))
+    measure_noise(run, todo, Console())
+    assert not written, "only where a recipe asks for it"
+    todo = replace(todo, config=OmegaConf.merge(todo.config, {"aqn": {"noise": {"probe": True}}}))
     measure_noise(run, todo, Console())
     (name, record), said = written[0], capsys.readouterr().err
     assert (name, json.loads(record)["noisy"]["sigma"]) == ("evidence.jsonl", 0.05)
