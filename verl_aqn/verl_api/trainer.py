@@ -3,6 +3,7 @@
 One place decides σ: `on_step_begin` here. The rollout is told, and what it answers is checked there and then.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,14 @@ class AqnTrainer(PPOTrainerSync):
     def _build_replay_buffer(self):
         buffer = super()._build_replay_buffer()
         buffer.__class__ = AqnReplayBuffer
+        buffer.thrown_away = Counter()  # prompts are added before the first sample is taken
         buffer.poll_interval = 0.1  # verl looks every 2 s whether the answers are there
         return buffer
 
     def _add_prompts_to_generate(self, num_prompts):
-        check_refill(self.replay_buffer.thrown_away, self.config, self.global_steps, self.noise_metrics["aqn/sigma"])
+        check_refill(
+            self.replay_buffer.thrown_away, self.config, self.global_steps, self.noise_metrics.get("aqn/sigma", 0.0)
+        )
         return super()._add_prompts_to_generate(num_prompts)
 
     def on_init_end(self):
