@@ -47,12 +47,22 @@ class NoiseConfig:
     exclude: tuple[str, ...] = ()
     router_norms: bool = False
     layers: Layers = field(default_factory=Layers)
-    apply_to: str = "rollout"
+    apply_to: str = "rollout"  # "rollout+actor": old log-probs and the update see the noise of the batch's rollout
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.target_kl is not None and not 0 < self.target_kl < math.inf:
             raise ConfigError(f"aqn.noise.target_kl is {self.target_kl}: give a number above 0 (nats a token), or null")
+        if self.in_actor and "linear" in self.targets:
+            raise ConfigError(
+                "aqn.noise.targets has `linear`, which the actor's packed layers cannot carry: set "
+                "aqn.noise.apply_to=rollout, or targets=[norm]"
+            )
+
+    @property
+    def in_actor(self) -> bool:
+        """Whether the actor's forward has the rollout's noise."""
+        return self.enabled and self.apply_to == "rollout+actor"
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,7 @@ _CHOICES = {
     "aqn.noise.unit": UNITS,
     "aqn.noise.targets": TARGETS,
     "aqn.noise.layers.kind": LAYER_KINDS,
-    "aqn.noise.apply_to": ("rollout",),
+    "aqn.noise.apply_to": ("rollout", "rollout+actor"),
     "aqn.mxfp4.scale_rule": ("mse", "even", "floor", "rceil"),
     "aqn.mxfp4.activation": ("none", "mxfp4"),
     "aqn.mxfp4.activation_scale_rule": ("mse", "even", "floor", "rceil"),

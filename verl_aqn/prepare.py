@@ -45,13 +45,19 @@ def prepare_model(config: DictConfig) -> Path:
 
 
 def tell_workers(config: DictConfig) -> None:
-    """Put what `aqn.mxfp4` says of the linear layers where verl's actor and vLLM's kernel look for it.
+    """Put what `aqn` says of the model's layers where verl's actor and vLLM's kernel look for it.
 
     Raises:
-        ConfigError: 4-bit activations are asked for without a quantised base.
+        ConfigError: 4-bit activations are asked for without a quantised base, or noise in an actor that cannot have it.
     """
-    mxfp4 = parse_aqn(config).mxfp4
+    mxfp4, noise = parse_aqn(config).mxfp4, parse_aqn(config).noise
     actor_rollout = config.actor_rollout_ref
+    if noise.in_actor:
+        if actor_rollout.actor.strategy != "fsdp2":
+            raise ConfigError(
+                f"aqn.noise.apply_to=rollout+actor needs actor.strategy=fsdp2, not {actor_rollout.actor.strategy}"
+            )
+        OmegaConf.update(actor_rollout, "model.override_config.noise_in_actor", True, force_add=True)
     if mxfp4.keep_dense:
         OmegaConf.update(actor_rollout, "model.override_config.mxfp4_keep_dense", True, force_add=True)
     if mxfp4.activation == "none":

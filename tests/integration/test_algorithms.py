@@ -62,10 +62,19 @@ def test_dapo_tells_noise_from_kernels(run):
     assert noisy["aqn/parity/kl_k3"] > 5 * clean["aqn/parity/kl_k3"]
 
 
-def test_ppo_trains_a_critic_on_the_packed_base(run):
+def test_ppo_trains_a_critic_on_the_packed_base_with_noise_in_the_actor_too(run):
     fast = ["critic.optim.lr=1e-2", "critic.optim.lr_warmup_steps=0", "trainer.save_freq=1"]
-    outcome = run("ppo", *TWO_STEPS, "algorithm.filter_groups.enable=false", *fast)
+    in_actor = ["aqn.noise.apply_to=rollout+actor", "aqn.parity.rescore=2"]
+    outcome = run("ppo", *TWO_STEPS, "algorithm.filter_groups.enable=false", *fast, *in_actor)
     first, second = steps_of(outcome)
+    # The actor has the very noise of the rollout: what is left between the two is the kernels'.
+    (rollout,) = [record for record in lines(outcome[2] / "evidence.jsonl", "noise") if record["sigma_asked"]]
+    (actor,) = [record for record in lines(outcome[2] / "evidence.jsonl", "actor noise") if record["sigma_asked"]]
+    assert actor["weights_digest"] == rollout["weights_digest"] != rollout["clean_digest"]
+    assert [record["uses"] > 0 for record in lines(outcome[2] / "evidence.jsonl", "actor clean")] == [False, True]
+    assert second["aqn/parity/noise/abs_dlogp_mean"] > 0.1
+    assert second["aqn/parity/abs_dlogp_mean"] < 0.05
+    assert second["aqn/parity/kernels/abs_dlogp_mean"] < 0.05
     assert first["critic/values/mean"] == 0  # the value head starts from 0 …
     assert second["critic/values/mean"] != 0  # … and has learned
     assert first["critic/grad_norm"] > 0

@@ -17,7 +17,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralModel
 
 from verl_aqn.config import load_recipe, order_of, parse_aqn, schedule_of
 from verl_aqn.errors import ConfigError, EvidenceError
-from verl_aqn.noise import NoiseInjector, NoiseOrder, check_evidence, draw
+from verl_aqn.noise import NoiseInjector, NoiseOrder, check_equal_noise, check_evidence, check_used, draw
 from verl_aqn.order import Layers, Zone
 from verl_aqn.schedule import SigmaSchedule
 
@@ -215,12 +215,28 @@ class EachRankItsOwn(NoiseInjector):
 
 
 def test_failure_ranks_with_different_noise():
-    """Each passes alone; the trainer compares the ranks' digests."""
+    """Each passes alone; together they do not."""
     sound, other = NoiseInjector(make_model()), EachRankItsOwn(make_model())
     one, two = sound.apply(ORDER), other.apply(ORDER)
     check_evidence(two, ORDER, other.clean_digest)
     assert one["clean_digest"] == two["clean_digest"]
-    assert one["weights_digest"] != two["weights_digest"]
+    check_equal_noise({"rollout rank 0": one, "rollout rank 1": one})
+    with pytest.raises(EvidenceError, match="rollout rank 0 and actor rank 1 hold different noise at step 3"):
+        check_equal_noise({"rollout rank 0": one, "actor rank 0": one, "actor rank 1": two})
+
+
+def test_failure_an_actor_whose_forward_goes_another_way():
+    """A compiled or replaced forward would not call the norms that hold the noise."""
+    model = make_model()
+    injector = NoiseInjector(model, beside=True)
+    check_evidence(injector.apply(ORDER), ORDER, injector.clean_digest)
+    with pytest.raises(EvidenceError, match="its forward did not use it"):
+        check_used({"uses": injector.uses(), **injector.restore()}, ORDER.sigma)
+    injector.apply(ORDER)
+    for norm in model.modules():
+        if list(norm.parameters(recurse=False)):
+            norm(torch.ones(1, norm.weight.numel()))
+    check_used({"uses": injector.uses(), **injector.restore()}, ORDER.sigma)
 
 
 # ---------------------------------------------------------------- noise where there must be none

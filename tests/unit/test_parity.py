@@ -75,6 +75,9 @@ def test_split_gives_each_cause_its_own():
     assert only_kernels["aqn/parity/noise/kl_k3"] == 0
     assert only_kernels["aqn/parity/kernels/abs_dlogp_mean"] == pytest.approx(0.01, rel=1e-4)
     assert only_kernels["aqn/parity/rescored_tokens"] == 301
+    noise_in_both = split_metrics(noisy, noisy - 0.4, noisy + 0.01, CLIP, noisy_trainer=True)
+    assert noise_in_both["aqn/parity/noise/abs_dlogp_mean"] == pytest.approx(0.4)
+    assert noise_in_both["aqn/parity/kernels/abs_dlogp_mean"] == pytest.approx(0.01, rel=1e-4)
 
 
 def test_step_reads_response_tokens_only_and_finds_rescored_samples_by_name():

@@ -209,6 +209,18 @@ def test_four_bit_activations_reach_actor_and_rollout(profile, arithmetic):
         assert engine.additional_config.mxfp4_activation == arithmetic
 
 
+def test_noise_in_the_actor_is_told_and_refused_where_it_cannot_be():
+    in_actor = "aqn.noise.apply_to=rollout+actor"
+    for override, told in ((in_actor, True), ("aqn.noise.apply_to=rollout", None)):
+        config = load_recipe("e12", ["profile=cpu", override])
+        tell_workers(config)
+        assert config.actor_rollout_ref.model.override_config.get("noise_in_actor") is told
+    with pytest.raises(ConfigError, match="packed layers cannot carry"):
+        load_recipe("e12", ["profile=cpu", in_actor, "aqn.noise.targets=[norm,linear]"])
+    with pytest.raises(ConfigError, match=r"needs actor\.strategy=fsdp2"):
+        tell_workers(load_recipe("e12", ["profile=cpu", in_actor, "actor_rollout_ref.actor.strategy=fsdp"]))
+
+
 def test_weight_only_is_the_default_and_forced_on_gpus():
     config = load_recipe("e12", ["profile=cuda"])
     tell_workers(config)

@@ -4,10 +4,20 @@ Noise is a function, not a state: `draw(seed, step, name, numel)` gives the same
 weights are always written as clean + noise. What was written is then read back and measured.
 """
 
-from verl_aqn.noise.evidence import check_evidence, sigma_interval
+from verl_aqn.noise.evidence import check_equal_noise, check_evidence, check_used, sigma_interval
 from verl_aqn.noise.gaussian import draw
 from verl_aqn.noise.injector import NoiseInjector
 from verl_aqn.noise.targets import find_norms
 from verl_aqn.order import UNITS, NoiseOrder
 
-__all__ = ["UNITS", "NoiseInjector", "NoiseOrder", "check_evidence", "draw", "find_norms", "sigma_interval"]
+__all__ = [
+    "UNITS",
+    "NoiseInjector",
+    "NoiseOrder",
+    "check_equal_noise",
+    "check_evidence",
+    "check_used",
+    "draw",
+    "find_norms",
+    "sigma_interval",
+]

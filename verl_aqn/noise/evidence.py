@@ -72,6 +72,22 @@ def check_evidence(evidence: Mapping[str, Any], order: NoiseOrder | None, clean_
         _check_group(group, sigma)
 
 
+def check_equal_noise(holders: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises EvidenceError unless all `holders`, evidence by name ("rollout 0", "actor 1"), have the same norms."""
+    (first, evidence), *others = holders.items()
+    for name, other in others:
+        if other["weights_digest"] != evidence["weights_digest"]:
+            raise EvidenceError(
+                f"{first} and {name} hold different noise at step {evidence['step']}; see evidence.jsonl"
+            )
+
+
+def check_used(evidence: Mapping[str, Any], sigma: float) -> None:
+    """Raises EvidenceError where noise of `sigma` was in an actor, but its forwards, `uses` of them, had none of it."""
+    if sigma > 0 and evidence["uses"] == 0:
+        raise EvidenceError(f"noise of σ {sigma:g} was given to the actor, but its forward did not use it")
+
+
 def _check_order(held: Mapping[str, Any], order: NoiseOrder) -> None:
     received = NoiseOrder.from_dict(held)
     for key, wanted in vars(order).items():

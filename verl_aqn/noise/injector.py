@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
@@ -17,7 +18,7 @@ from verl_aqn.errors import ConfigError, EvidenceError, ModelError
 from verl_aqn.noise.evidence import sigma_interval
 from verl_aqn.noise.gaussian import draw_spans
 from verl_aqn.noise.routers import router_norms
-from verl_aqn.noise.targets import Norm, PackedLinear, Target, find_linears, find_norms
+from verl_aqn.noise.targets import Norm, NormBeside, PackedLinear, Target, find_linears, find_norms
 from verl_aqn.order import NoiseOrder, count_layers
 
 Selection = list[tuple[Target, float]]  # with its multiplier of σ
@@ -37,10 +38,14 @@ class NoiseInjector:
 
     Norms in front of a router get no noise unless an order says `router_norms`.
 
+    `beside`: for a model whose parameters are sharded, cast and saved (an FSDP actor, before it is wrapped). Noise on
+    norms is then a float32 tensor beside the parameter, which stays as it is; `dtype` has no meaning, linear layers get
+    no noise, and the evidence says how many forwards of each norm used its noise at least (`uses`).
+
     Raises EvidenceError if no norm is found.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None = torch.float32) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None = torch.float32, beside: bool = False) -> None:
         found = find_norms(model)
         if not found:
             raise EvidenceError(
@@ -54,7 +59,9 @@ class NoiseInjector:
             self._router = router_norms(model, found)
         except ModelError as error:
             self._router = error  # of no importance to an order that takes these norms along
-        self._norms = {name: Norm(name, found[name], dtype) for name in sorted(found)}
+        self._norms: dict[str, Norm] = {
+            name: NormBeside(name, found[name]) if beside else Norm(name, found[name], dtype) for name in sorted(found)
+        }
         self._layers = count_layers(found)
         self._touched: dict[str, Target] = {}  # linear weights that may not be clean
         self.clean_digest = self._digest({name: norm.clean() for name, norm in self._norms.items()})
@@ -93,6 +100,24 @@ class NoiseInjector:
         evidence = self._evidence(None, [])
         self._touched.clear()
         return evidence
+
+    def uses(self) -> int:
+        """Forwards since the noise was written, of the norm with noise that had the fewest; only with `beside`."""
+        return min(
+            (norm.uses for norm in self._norms.values() if isinstance(norm, NormBeside) and norm.noisy), default=0
+        )
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Forwards without noise for a while; only with `beside`."""
+        norms = [norm for norm in self._norms.values() if isinstance(norm, NormBeside)]
+        for norm in norms:
+            norm.paused = True
+        try:
+            yield
+        finally:
+            for norm in norms:
+                norm.paused = False
 
     # ---- which modules ----
 

@@ -107,21 +107,68 @@ class Norm(Target):
         self._module = module
         if dtype is not None:
             _promote(name, module, dtype)
-        self._clean = self.data().to("cpu", copy=True)
+        self._clean = self._weight().to("cpu", copy=True)
         numel = self._clean.numel()
         # vLLM shards the norm over the whole width of q or k in some models, and says so in these attributes.
         rank, world = getattr(module, "weight_shard_rank", 0), getattr(module, "weight_shard_world", 1)
         super().__init__(name, [Span(name, rank * numel, numel)], world > 1)
 
-    def data(self) -> torch.Tensor:
+    def _weight(self) -> torch.Tensor:
         weight: nn.Parameter = self._module.weight  # type: ignore[assignment]
         return weight.data
+
+    def data(self) -> torch.Tensor:
+        return self._weight()
 
     def clean(self) -> torch.Tensor:
         return self._clean
 
     def effective(self) -> torch.Tensor:
         return self._clean.float() + self._offset
+
+
+class NormBeside(Norm):
+    """An RMSNorm whose noisy weight is a float32 tensor of its own, which stands in for the parameter in its forward.
+
+    The parameter is never written: FSDP shards it, casts it to bfloat16, which could not hold small noise, and saves
+    it. `uses` counts the forwards that had noise since the last `write`; `paused` ones have none. The output keeps the
+    activations' dtype.
+    """
+
+    paused = False
+
+    def __init__(self, name: str, module: nn.Module):
+        super().__init__(name, module, None)
+        self._clean = self._clean.float()
+        self._noisy: torch.Tensor | None = None
+        self._parameter: nn.Parameter | None = None
+        self.uses = 0
+        module.register_forward_pre_hook(self._swap_in)
+        module.register_forward_hook(self._swap_out, always_call=True)
+
+    @property
+    def noisy(self) -> bool:
+        return self._noisy is not None
+
+    def data(self) -> torch.Tensor:
+        return self._clean if self._noisy is None else self._noisy
+
+    def write(self, values: torch.Tensor) -> None:
+        self._noisy = None if values is self._clean else values.view(self._clean.shape)
+        self.uses = 0
+
+    def _swap_in(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if self._noisy is None or self.paused:
+            return
+        self._noisy = self._noisy.to(args[0].device)  # moved once
+        self._parameter, module._parameters["weight"] = module._parameters["weight"], self._noisy  # type: ignore
+        self.uses += 1
+
+    def _swap_out(self, module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor | None:
+        if self._parameter is None:
+            return None
+        module._parameters["weight"], self._parameter = self._parameter, None
+        return None if out is None else out.to(args[0].dtype)  # there is no output where the forward raised
 
 
 class PackedLinear(Target):

@@ -4,6 +4,7 @@ Imported by verl through `actor_rollout_ref.model.external_lib`, so that process
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -13,6 +14,7 @@ from verl.workers.engine.base import EngineRegistry
 from verl_aqn.digest import tensor_digest
 from verl_aqn.mxfp4.checkpoint import is_packed, model_digest
 from verl_aqn.mxfp4.experts import packed_layers
+from verl_aqn.noise import NoiseInjector
 from verl_aqn.verl_api.critic import AqnValueEngine
 from verl_aqn.verl_api.packed_base import PackedBase
 from verl_aqn.verl_api.shared_prompt import SharedPrompts, share_prompts
@@ -21,14 +23,29 @@ ADAPTER_DTYPE = torch.bfloat16  # what the rollout multiplies with
 
 
 class AqnFSDPEngine(PackedBase):
-    """The actor: packed base (uint8), LoRA in fp32 master weights that compute and travel in bf16."""
+    """The actor: packed base (uint8), LoRA in fp32 master weights that compute and travel in bf16.
+
+    `noise` is there where the recipe wants the rollout's noise in the actor too.
+    """
 
     sent_adapter: str | None = None
+    noise: NoiseInjector | None = None
 
     def _build_module(self):
-        if not is_packed(self.model_config.local_path):
+        noisy = self.model_config.override_config.get("noise_in_actor") and not self.engine_config.forward_only
+        if not is_packed(self.model_config.local_path) and not noisy:
             return super()._build_module()
-        return self._finished(self._causal_model())
+        module = self._finished(self._causal_model())
+        if noisy:
+            # Here the norms have the rollout's names and are whole; PEFT and FSDP wrap them afterwards.
+            self.noise = NoiseInjector(module, beside=True)
+        return module
+
+    @contextmanager
+    def disable_adapter(self):
+        """The reference policy: neither adapter nor noise."""
+        with super().disable_adapter(), self.noise.paused() if self.noise else nullcontext():
+            yield
 
     def get_per_tensor_param(self, layered_summon=False, base_sync_done=False, **kwargs):
         """Adapter tensors in bf16 for the rollout, and the digest that the rollout must show afterwards."""

@@ -1,8 +1,9 @@
 """How far trainer and rollout are apart on the tokens that the rollout sampled, and what makes the difference.
 
 Three probabilities of a sampled token are known: the rollout's as it sampled it (noise on its norms), the rollout's
-without noise (a few sequences are scored again), and the trainer's, which never has noise. From the first to the second
-is what noise does; from the second to the third is what the kernels do: two implementations of one quantised model.
+without noise (a few sequences are scored again), and the trainer's. From the first to the second is what noise does.
+What the kernels do, two implementations of one quantised model, is from the trainer to whichever of the two has as much
+noise: the second, since the trainer has none; the first with `aqn.noise.apply_to=rollout+actor`.
 
 Every figure is over response tokens, [T] stands for all of them in one row. Natural logarithms.
 """
@@ -39,8 +40,8 @@ def parity_metrics(rollout: Tensor, trainer: Tensor, entropy: Tensor, clip: tupl
     """Figures over all tokens of a step: noise and kernels together.
 
     `rollout_entropy_sampled`: with noise, mean of −log p_rollout of the sampled tokens, an unbiased estimate of the
-    rollout's entropy at temperature 1. `trainer_surprisal`: the same tokens' −log p_trainer. `trainer_entropy`: without
-    noise, the trainer's entropy over the whole vocabulary after the same prefixes.
+    rollout's entropy at temperature 1. `trainer_surprisal`: the same tokens' −log p_trainer. `trainer_entropy`: the
+    trainer's entropy over the whole vocabulary after the same prefixes, without noise unless the actor has it too.
 
     Args:
         rollout, trainer: log-probabilities [T] of the sampled tokens. entropy: the trainer's [T].
@@ -55,29 +56,36 @@ def parity_metrics(rollout: Tensor, trainer: Tensor, entropy: Tensor, clip: tupl
     return {PREFIX + name: value for name, value in figures.items()}
 
 
-def split_metrics(noisy: Tensor, clean: Tensor, trainer: Tensor, clip: tuple[float, float]) -> dict[str, float]:
+def split_metrics(
+    noisy: Tensor, clean: Tensor, trainer: Tensor, clip: tuple[float, float], noisy_trainer: bool = False
+) -> dict[str, float]:
     """What noise and what kernels cause, on the tokens that the rollout scored again without noise.
 
     `noise/…`: the rollout with noise against the rollout without. It holds the engine's own difference between decoding
     token by token and scoring a sequence at once; steps with σ = 0 show how small that is. `kernels/…`: the rollout
     without noise against the trainer, on the same tokens (`kl_k3` there is a distance, not an unbiased KL: the tokens
-    were sampled with noise). log p_noisy − log p_trainer is the sum of the two, token by token.
+    were sampled with noise). log p_noisy − log p_trainer is the sum of the two, token by token; with ``noisy_trainer``
+    it is `kernels/…` alone.
     """
-    parts = {"noise/": gap(noisy, clean, clip), "kernels/": gap(clean, trainer, clip)}
+    parts = {"noise/": gap(noisy, clean, clip), "kernels/": gap(noisy if noisy_trainer else clean, trainer, clip)}
     figures = {part + name: value for part, found in parts.items() for name, value in found.items()}
     figures["rescored_tokens"] = float(noisy.numel())
     return {PREFIX + name: value for name, value in figures.items()}
 
 
 def step_metrics(
-    data: Mapping[str, Tensor], keys: list[str], clean_logp: dict[str, list[float]], clip: tuple[float, float]
+    data: Mapping[str, Tensor],
+    keys: list[str],
+    clean_logp: dict[str, list[float]],
+    clip: tuple[float, float],
+    noisy_trainer: bool = False,
 ) -> dict[str, float]:
     """All figures of one step.
 
     Args:
         data: `rollout_log_probs`, `old_log_probs` (the trainer's), `entropy` and `response_mask`, each [B, R], padded.
         keys: names of the B samples. clean_logp: the rollout's log-probabilities without noise of some of them, from
-            the first response token on.
+            the first response token on. noisy_trainer: whether the trainer's forward has the rollout's noise.
     """
     mask = data["response_mask"].bool()
     rollout, trainer = data["rollout_log_probs"].float(), data["old_log_probs"].float()
@@ -88,7 +96,7 @@ def step_metrics(
         clean[row, :length] = torch.tensor(values)
         scored[row, :length] = mask[row, :length]
     if scored.any():
-        figures |= split_metrics(rollout[scored], clean[scored], trainer[scored], clip)
+        figures |= split_metrics(rollout[scored], clean[scored], trainer[scored], clip, noisy_trainer)
     return figures
 
 

@@ -18,7 +18,7 @@ import verl_aqn.verl_api.rollout  # noqa: F401  registers the replica
 from verl_aqn.config import order_of, parse_aqn, schedule_of
 from verl_aqn.errors import EvidenceError
 from verl_aqn.mxfp4.checkpoint import checkpoint_digest
-from verl_aqn.noise import check_evidence
+from verl_aqn.noise import check_equal_noise, check_evidence, check_used
 from verl_aqn.prepare import check_steps
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.verl_api.groups import AqnReplayBuffer, check_refill, count_groups, remedy
@@ -89,6 +89,14 @@ class AqnTrainer(PPOTrainerSync):
         with marked_timer("rescore", self.timing_raw):
             self.clean_logp = self.score_without_noise(keys) if keys else {}
         super().on_sample_end()  # puts the rollout to sleep on devices that can
+        if self.aqn.noise.in_actor:
+            self.apply_actor_noise(self.global_steps - 1)
+
+    def _step_once(self, metrics, timing_raw, sample_batch_size):
+        batch = super()._step_once(metrics, timing_raw, sample_batch_size)
+        if self.aqn.noise.in_actor:
+            self.restore_actor()
+        return batch
 
     def on_step_end(self):
         super().on_step_end()
@@ -156,7 +164,8 @@ class AqnTrainer(PPOTrainerSync):
         groups += refused + int(metrics.get("training/filter_groups/discarded_surplus_samples", 0))
         found = {"aqn/groups": groups, "aqn/groups_without_variance": flat + refused}
         if {"rollout_log_probs", "old_log_probs", "entropy"} <= set(data.keys()):  # bypass mode has one of them only
-            found |= step_metrics(data, keys, self.clean_logp, clip_range(self.config.actor_rollout_ref.actor))
+            clip = clip_range(self.config.actor_rollout_ref.actor)
+            found |= step_metrics(data, keys, self.clean_logp, clip, self.aqn.noise.in_actor)
         return found
 
     # ---- noise and evidence ----
@@ -178,8 +187,8 @@ class AqnTrainer(PPOTrainerSync):
         for rank, evidence in enumerate(ranks):
             self.record("noise", rank=rank, stage=self.schedule.stage(step), **evidence)
             check_evidence(evidence, order, self.clean_digest)
-        if len({evidence["weights_digest"] for evidence in ranks}) != 1:
-            raise EvidenceError(f"step {step}: the rollout's ranks hold different noise; see evidence.jsonl")
+        self.rollout_noise = {f"rollout rank {rank}": evidence for rank, evidence in enumerate(ranks)}
+        check_equal_noise(self.rollout_noise)
         self.noise_metrics = {
             "aqn/sigma": order.sigma,
             "aqn/sigma_realised": ranks[0]["sigma_realised"],
@@ -192,6 +201,21 @@ class AqnTrainer(PPOTrainerSync):
         for rank, evidence in enumerate(self.rollout("aqn_restore", clear_cache=True)):
             self.record("clean", rank=rank, **evidence)
             check_evidence(evidence, None, self.clean_digest)
+
+    def apply_actor_noise(self, step: int) -> None:
+        """The noise of the rollout of RL step `step`, bit for bit, in the forward of every actor rank."""
+        order = order_of(self.aqn.noise, self.schedule, step)
+        for rank, evidence in enumerate(self.actor_rollout_wg.apply_noise(order.to_dict())):
+            self.record("actor noise", rank=rank, **evidence)
+            check_evidence(evidence, order, self.clean_digest)
+            check_equal_noise(self.rollout_noise | {f"actor rank {rank}": evidence})
+
+    def restore_actor(self) -> None:
+        """No noise in the actor, after it was used."""
+        for rank, evidence in enumerate(self.actor_rollout_wg.restore_clean()):
+            self.record("actor clean", rank=rank, **evidence)
+            check_evidence(evidence, None, self.clean_digest)
+            check_used(evidence, self.noise_metrics["aqn/sigma"])
 
     def check_adapter(self) -> None:
         """The rollout multiplies with the adapter that the actor sent."""

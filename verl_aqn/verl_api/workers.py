@@ -8,6 +8,7 @@ from verl.single_controller.base.decorator import Dispatch, register
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from verl_aqn.errors import EvidenceError
+from verl_aqn.order import NoiseOrder
 from verl_aqn.verl_api.plugin import assert_loaded
 
 SYNC_TIMEOUT_S = 600
@@ -49,6 +50,17 @@ class AqnActorWorker(ActorRolloutRefWorker):
     def sent_adapter(self) -> str | None:
         """Digest of the adapter that was last sent to the rollout, in the form that the rollout holds it."""
         return self.actor.engine.sent_adapter
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def apply_noise(self, order: dict) -> dict:
+        """The rollout's noise in this actor's forward from now on; evidence as the rollout's."""
+        return self.actor.engine.noise.apply(NoiseOrder.from_dict(order))
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def restore_clean(self) -> dict:
+        """No noise from now on; evidence, and how many forwards had it (`uses`)."""
+        noise = self.actor.engine.noise
+        return {"uses": noise.uses(), **noise.restore()}
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     async def update_weights(self, global_steps: int | None = None, mode: str = "auto"):
