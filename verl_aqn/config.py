@@ -103,8 +103,13 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class AqnConfig:
-    """The whole `aqn:` block."""
+    """The whole `aqn:` block. `seed`: of noise, adapters before training, order of the data, and the rollout's sampler.
 
+    Two runs of one seed draw the same noise and begin with the same adapter; their samples differ, since vLLM's sampler
+    depends on the order in which requests reach it.
+    """
+
+    seed: int = 0
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     mxfp4: Mxfp4Config = field(default_factory=Mxfp4Config)
     parity: ParityConfig = field(default_factory=ParityConfig)
@@ -176,12 +181,10 @@ def parse_aqn(config: DictConfig | dict) -> AqnConfig:
         ConfigError: a key that does not exist (with the nearest that does), a value of the wrong type,
             a choice that is not offered.
     """
-    block = config.get("aqn")
+    block = (config if OmegaConf.is_config(config) else OmegaConf.create(config)).get("aqn")
     if block is None:
         raise ConfigError("the config has no aqn: block; a recipe's defaults start with `base`")
-    return _typed(
-        AqnConfig, OmegaConf.to_container(block, resolve=True) if OmegaConf.is_config(block) else block, "aqn"
-    )
+    return _typed(AqnConfig, OmegaConf.to_container(block, resolve=True), "aqn")
 
 
 def schedule_of(config: DictConfig | dict, total_steps: int) -> SigmaSchedule:

@@ -63,4 +63,4 @@ def lines(path: Path, kind: str | None = None) -> list[dict]:
     if not path.exists():
         return []
     records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    return [record for record in records if kind in (None, record["kind"])]
+    return [record for record in records if kind is None or record["kind"] == kind]

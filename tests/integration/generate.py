@@ -1,4 +1,6 @@
-"""`python -m tests.integration.generate MODEL ADAPTER [ACTIVATION]`: what vLLM answers and holds, as a JSON line.
+"""`python -m tests.integration.generate MODEL ADAPTER OUT [ACTIVATION]`: what vLLM answers and holds, as a JSON line.
+
+OUT is for what tests.integration.shards saves.
 
 A process of its own: an engine sets up its process for good.
 """
@@ -7,9 +9,11 @@ import json
 import sys
 
 
-def main(model: str, adapter: str, activation: str = "none") -> dict:
+def main(model: str, adapter: str, out: str, activation: str = "none") -> dict:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
+
+    from tests.integration.shards import save_shard
 
     llm = LLM(
         model,
@@ -23,31 +27,40 @@ def main(model: str, adapter: str, activation: str = "none") -> dict:
         worker_extension_cls="verl_aqn.verl_api.worker_extension.AqnWorkerExtension",
     )
     prompts = ["Two and two", "The apples of Ann", "Once"]
-    sampling = SamplingParams(temperature=0, max_tokens=12, logprobs=0, ignore_eos=True)
+    greedy = SamplingParams(temperature=0, max_tokens=12, logprobs=0, ignore_eos=True)
+    random = SamplingParams(temperature=1, seed=7, max_tokens=12, ignore_eos=True)
     request = LoRARequest("test", 1, adapter)
 
     def answers(lora=request) -> dict:
-        outputs = llm.generate(prompts, sampling, lora_request=lora, use_tqdm=False)
+        outputs = llm.generate(prompts, greedy, lora_request=lora, use_tqdm=False)
         return {
             "prompts": [list(o.prompt_token_ids) for o in outputs],
             "tokens": [list(o.outputs[0].token_ids) for o in outputs],
             "logprobs": [o.outputs[0].cumulative_logprob for o in outputs],
         }
 
+    def sampled() -> list[list[int]]:
+        return [
+            list(o.outputs[0].token_ids) for o in llm.generate(prompts, random, lora_request=request, use_tqdm=False)
+        ]
+
     def call(method, *args):
         llm.reset_prefix_cache()
         return llm.collective_rpc(method, args=args)[0]
 
     order = {"step": 4, "seed": 0, "sigma": 0.3, "unit": "rms"}
-    stock = answers()
-    result = {"stock": stock, "prepared": call("aqn_prepare", order), "base": call("aqn_base"), "clean": answers()}
+    result = {"loaded": answers(), "prepared": call("aqn_prepare", order), "base": call("aqn_base"), "clean": answers()}
+    result["clean sampled"] = sampled()
     result["adapter"] = call("aqn_adapter", 8)
     result["without"] = answers(lora=None)
+    result["silence"] = call("aqn_apply_noise", order | {"sigma": 0.0})
+    result["silent"], result["silent sampled"] = answers(), sampled()
     result["noise"] = call("aqn_apply_noise", order)
     result["noisy"] = answers()
     result["restored"] = call("aqn_restore")
     result["after"] = answers()
     if result["base"]["layers"]:
+        llm.collective_rpc(save_shard, args=(out,))
         linear = order | {"sigma": 0.3, "targets": ["linear"]}
         result["linear"] = call("aqn_apply_noise", linear)
         result["linear_base"], result["linear_noisy"] = call("aqn_base"), answers()

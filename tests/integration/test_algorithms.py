@@ -30,10 +30,24 @@ def steps_of(outcome: tuple[int, str, Path]) -> list[dict]:
     return [record["metrics"] for record in lines(folder / "metrics.jsonl", "step")]
 
 
-def test_grpo_with_correction_and_a_warning_where_top_p_biases_it(run):
-    top_p = "actor_rollout_ref.rollout.top_p=0.95"
-    outcome = run("grpo", *ONE_STEP, "algorithm.filter_groups.enable=false", "correction=tis", top_p)
-    (step,) = steps_of(outcome)
+def test_grpo_on_two_ranks_with_correction_and_a_warning_where_top_p_biases_it(run):
+    """Two actor ranks that share the base, and two rollout replicas: the same base, adapter and noise in all of them."""
+    top_p, two = "actor_rollout_ref.rollout.top_p=0.95", "trainer.n_gpus_per_node=2"
+    in_actor = "aqn.noise.apply_to=rollout+actor"
+    outcome = run("grpo", *TWO_STEPS, "algorithm.filter_groups.enable=false", "correction=tis", top_p, two, in_actor)
+    _, step = steps_of(outcome)
+    evidence = outcome[2] / "evidence.jsonl"
+    noise = [record for record in lines(evidence, "noise") + lines(evidence, "actor noise") if record["sigma_asked"]]
+    assert [(record["kind"], record["rank"]) for record in noise] == [
+        ("noise", 0),
+        ("noise", 1),
+        ("actor noise", 0),
+        ("actor noise", 1),
+    ]
+    assert len({record["weights_digest"] for record in noise}) == 1
+    (start, end), adapter = lines(evidence, "base"), lines(evidence, "adapter")[-1]
+    assert [len(start["actor"]), len(start["rollout"]), len(adapter["held"])] == [2, 2, 2]
+    assert {*start["actor"], *end["actor"], *(held["base_digest"] for held in end["rollout"])} == {start["disk"]}
     assert step["actor/kl_loss"] >= 0
     assert step["actor/grad_norm"] > 0
     assert step["aqn/groups"] == 2
@@ -47,8 +61,19 @@ def test_grpo_with_correction_and_a_warning_where_top_p_biases_it(run):
     assert "aqn/parity/rescored_tokens" not in step
 
 
-def test_dapo_tells_noise_from_kernels(run):
-    clean, noisy = steps_of(run("dapo", *TWO_STEPS, "aqn.parity.rescore=2"))
+def test_dapo_tells_noise_from_kernels_and_validates_without_noise(run):
+    strong = ["aqn.noise.sigma_start=2", "actor_rollout_ref.actor.optim.lr=0"]  # the policy stays what it was
+    outcome = run("dapo", *TWO_STEPS, "aqn.parity.rescore=2", *strong, "trainer.val_before_train=true")
+    clean, noisy = steps_of(outcome)
+    before, after = (
+        {
+            record["input"]: (record["output"], record["acc"])
+            for record in lines(outcome[2] / f"validation/{step}.jsonl")
+        }
+        for step in (0, 2)
+    )
+    assert len(before) == 4
+    assert after == before  # greedy, token for token
     for step in (clean, noisy):
         assert step["aqn/groups"] >= 2 + step["aqn/groups_without_variance"]
         assert 0 < step["aqn/parity/rescored_tokens"] <= step["aqn/parity/tokens"] / 1.5
@@ -56,7 +81,7 @@ def test_dapo_tells_noise_from_kernels(run):
         assert step["aqn/parity/trainer_entropy"] > 0
     assert clean["aqn/sigma"] == 0
     assert clean["aqn/parity/noise/abs_dlogp_mean"] < 0.05  # what decoding and scoring differ by
-    assert noisy["aqn/sigma"] > 0
+    assert noisy["aqn/sigma"] == 2
     assert noisy["aqn/parity/noise/abs_dlogp_mean"] > 5 * clean["aqn/parity/noise/abs_dlogp_mean"]
     assert noisy["aqn/parity/noise/abs_dlogp_mean"] > 5 * noisy["aqn/parity/kernels/abs_dlogp_mean"]
     assert noisy["aqn/parity/kl_k3"] > 5 * clean["aqn/parity/kl_k3"]

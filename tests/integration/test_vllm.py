@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,20 +19,30 @@ from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model
 from verl_aqn.noise import NoiseOrder, check_evidence
 
 
-def engine(*arguments) -> dict:
+def start(module: str, *arguments, **variables: str) -> subprocess.CompletedProcess:
+    """`python -m tests.integration.<module> ARGUMENTS`, an engine of its own."""
     env = {**os.environ, "VERL_PLATFORM": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    # One process instead of three: half the time.
-    env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHINDUCTOR_CACHE_DIR": str(cache_dir() / "torchinductor")}
+    # The engine in the process that asks it: half the time.
+    env |= variables | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "TORCHINDUCTOR_CACHE_DIR": str(cache_dir() / "torchinductor"),
+    }
     # vLLM leaves sockets behind. pytest's own folders are too deep for a socket's path of 107 characters.
     with tempfile.TemporaryDirectory(prefix="aqn-") as sockets:
-        result = subprocess.run(
-            [sys.executable, "-m", "tests.integration.generate", *map(str, arguments)],
+        return subprocess.run(
+            [sys.executable, "-m", f"tests.integration.{module}", *map(str, arguments)],
             capture_output=True,
             text=True,
             env=env | {"TMPDIR": sockets},
             timeout=400,
             check=False,
         )
+
+
+def engine(model: Path, *arguments) -> dict:
+    """Answers of the engine on a model beside the folders `adapter` and `shards`."""
+    root = model.parent
+    result = start("generate", model, root / "adapter", root / "shards", *arguments)
     lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, result.stderr[-3000:]
     return json.loads(lines[0].removeprefix("RESULT "))
@@ -43,6 +54,7 @@ def folders(tiny_model, tmp_path_factory):
     from peft import LoraConfig, get_peft_model
 
     root = tmp_path_factory.mktemp("vllm")
+    (root / "shards").mkdir()
     quantize_checkpoint(tiny_model, root / "packed")
     dequantize_checkpoint(root / "packed", root / "dense")
     torch.manual_seed(3)
@@ -56,17 +68,17 @@ def folders(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def packed(folders):
-    return engine(folders / "packed", folders / "adapter")
+    return engine(folders / "packed")
 
 
 @pytest.fixture(scope="module")
 def dense(folders):
-    return engine(folders / "dense", folders / "adapter")
+    return engine(folders / "dense")
 
 
 @pytest.fixture(scope="module")
 def four_bit_activations(folders):
-    return engine(folders / "packed", folders / "adapter", "even/nearest")
+    return engine(folders / "packed", "even/nearest")
 
 
 def actor_logprobs(folders, answers: dict, activation: str) -> list[float]:
@@ -90,8 +102,8 @@ def test_w4a4_is_the_same_arithmetic_in_trainer_and_rollout(packed, four_bit_act
     assert four_bit_activations["base"]["activations"] == ["even/nearest"]
     assert four_bit_activations["base"]["base_digest"] == packed["base"]["base_digest"]
     for answers, same, other in (
-        (packed["stock"], "none", "even/nearest"),
-        (four_bit_activations["stock"], "even/nearest", "none"),
+        (packed["loaded"], "none", "even/nearest"),
+        (four_bit_activations["loaded"], "even/nearest", "none"),
     ):
         rollout = torch.tensor(answers["logprobs"])
         near = (torch.tensor(actor_logprobs(folders, answers, same)) - rollout).abs().max()
@@ -100,14 +112,14 @@ def test_w4a4_is_the_same_arithmetic_in_trainer_and_rollout(packed, four_bit_act
         assert near < 0.5 * far
 
 
-@pytest.mark.parametrize("which", ["stock", "without"])
+@pytest.mark.parametrize("which", ["loaded", "without"])
 def test_packed_answers_equal_those_of_the_dequantised_checkpoint(packed, dense, which):
     assert packed[which]["tokens"] == dense[which]["tokens"]
     assert packed[which]["logprobs"] == pytest.approx(dense[which]["logprobs"], abs=1e-3)
 
 
 def test_adapter_matters(packed):
-    assert packed["stock"]["tokens"] != packed["without"]["tokens"]
+    assert packed["loaded"]["tokens"] != packed["without"]["tokens"]
 
 
 def test_engine_holds_the_packed_base_bit_for_bit(packed, dense, folders):
@@ -152,15 +164,46 @@ def test_noise_on_linear_weights_changes_the_answers_and_is_taken_away_bit_for_b
     assert packed["base_after"] == packed["base"]
 
 
-def test_norms_in_fp32_do_not_change_what_the_model_says(packed):
-    """They are promoted so that small noise is not rounded away; without noise the model stays itself."""
-    assert packed["clean"]["logprobs"] == pytest.approx(packed["stock"]["logprobs"], abs=0.15)
+def whole(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Every weight that can carry noise, put together of what the ranks saved: {name: {"clean", "noisy"}}."""
+    held = [torch.load(path) for path in sorted(folder.iterdir())]
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name in held[0]:
+        spans = [span for rank in held for span in rank[name]["spans"]]
+        found[name] = {}
+        for when in ("clean", "noisy"):
+            found[name][when] = torch.full((max(offset + numel for offset, numel in spans),), torch.nan)
+            parts = torch.cat([rank[name][when] for rank in held]).float().split([numel for _, numel in spans])
+            for (offset, numel), part in zip(spans, parts, strict=True):
+                found[name][when][offset : offset + numel] = part
+    return found
 
 
-def test_layers_left_in_16_bits_are_served(tiny_model, folders, tmp_path):
+def test_two_tensor_parallel_ranks_hold_the_base_and_the_noise_of_one(packed, folders, tmp_path):
+    two_cores = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    result = start("shards", folders / "packed", tmp_path, **two_cores)
+    assert result.returncode == 0, result.stderr[-3000:]
+    one, two = whole(folders / "shards"), whole(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert len(one) == 5 + 14  # norms and linear layers
+    assert one.keys() == two.keys()
+    for name, weights in one.items():
+        assert not torch.equal(weights["clean"], weights["noisy"])
+        assert all(torch.equal(weights[when], two[name][when]) for when in ("clean", "noisy")), name
+
+
+def test_an_order_of_sigma_0_changes_no_token_and_no_probability(packed):
+    check_evidence(
+        packed["silence"], NoiseOrder(step=4, seed=0, sigma=0.0, unit="rms"), packed["prepared"]["clean_digest"]
+    )
+    assert packed["silent"] == packed["clean"] == packed["loaded"]
+    assert packed["silent sampled"] == packed["clean sampled"] != packed["clean"]["tokens"]
+
+
+def test_layers_left_in_16_bits_are_served(tiny_model, folders):
     """What vLLM merges is left as a whole; the rest stays packed."""
     exclude = ("lm_head", "model.layers.0.self_attn.[qkv]_proj", "model.layers.1.mlp.down_proj")
-    quantize_checkpoint(tiny_model, tmp_path / "kept", exclude=exclude)
-    served = engine(tmp_path / "kept", folders / "adapter")["base"]
-    assert served["base_digest"] == checkpoint_digest(tmp_path / "kept")
+    quantize_checkpoint(tiny_model, folders / "kept", exclude=exclude)
+    served = engine(folders / "kept")["base"]
+    assert served["base_digest"] == checkpoint_digest(folders / "kept")
     assert served["weights_equal_base"]

@@ -22,6 +22,7 @@ def folders(tmp_path_factory):
 def module(request, folders):
     engine = AqnValueEngine.__new__(AqnValueEngine)
     engine.use_remove_padding, engine.ulysses_sequence_parallel_size = False, 1
+    engine.engine_config = SimpleNamespace(seed=0)
     engine.model_config = SimpleNamespace(
         local_path=str(folders[request.param]),
         override_config={"attn_implementation": "sdpa"},

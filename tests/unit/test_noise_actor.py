@@ -112,13 +112,12 @@ def test_recomputed_activations_see_the_noise_of_the_forward():
     assert torch.equal(*gradients)
 
 
-@pytest.fixture
-def engine(tmp_path):
-    """verl's engine with a tiny model, an adapter on it that does something."""
+def build(tmp_path, seed: int = 0) -> AqnFSDPEngine:
+    """verl's engine with a tiny model and a fresh adapter."""
     make().save_pretrained(tmp_path)
     engine = AqnFSDPEngine.__new__(AqnFSDPEngine)
     engine.use_remove_padding, engine.ulysses_sequence_parallel_size = False, 1
-    engine.engine_config = SimpleNamespace(forward_only=False)
+    engine.engine_config = SimpleNamespace(forward_only=False, seed=seed)
     engine.model_config = SimpleNamespace(
         local_path=str(tmp_path),
         override_config={"noise_in_actor": True},
@@ -131,6 +130,26 @@ def engine(tmp_path):
         exclude_modules=None,
     )
     engine.module = engine._build_lora_module(engine._build_module()).eval()
+    return engine
+
+
+def lora_a(engine: AqnFSDPEngine) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for name, p in engine.module.named_parameters() if "lora_A" in name])
+
+
+def test_an_adapter_begins_as_its_seed_says(tmp_path):
+    state = torch.get_rng_state()
+    first = lora_a(build(tmp_path))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    assert torch.equal(lora_a(build(tmp_path)), first)
+    assert not torch.equal(lora_a(build(tmp_path, seed=1)), first)
+
+
+@pytest.fixture
+def engine(tmp_path):
+    """An engine whose adapter does something."""
+    engine = build(tmp_path)
     for name, parameter in engine.module.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.1)

@@ -209,6 +209,16 @@ def test_four_bit_activations_reach_actor_and_rollout(profile, arithmetic):
         assert engine.additional_config.mxfp4_activation == arithmetic
 
 
+@pytest.mark.parametrize("recipe", ["e12_aggressive_1ep", "ppo"])
+def test_one_seed_is_everybody_s(recipe):
+    config = load_recipe(recipe, ["profile=cpu", "aqn.seed=5"])
+    actor_rollout = config.actor_rollout_ref
+    seeds = [config.aqn.noise.seed, config.data.seed, actor_rollout.rollout.seed, actor_rollout.actor.fsdp_config.seed]
+    seeds += [actor_rollout.actor.data_loader_seed, config.critic.data_loader_seed, config.critic.fsdp.seed]
+    assert set(seeds) == {5}
+    assert parse_aqn(load_recipe(recipe, ["profile=cpu", "aqn.noise.seed=3"])).noise.seed == 3
+
+
 def test_noise_in_the_actor_is_told_and_refused_where_it_cannot_be():
     in_actor = "aqn.noise.apply_to=rollout+actor"
     for override, told in ((in_actor, True), ("aqn.noise.apply_to=rollout", None)):

@@ -40,7 +40,10 @@ class PackedBase(FSDPEngineWithLMHead):
         return module
 
     def _build_lora_module(self, module):
-        module = super()._build_lora_module(module)
+        # Adapters begin as random numbers, which verl leaves to a generator that nobody has seeded.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.engine_config.seed)
+            module = super()._build_lora_module(module)
         # verl casts adapters to the dtype of the first frozen parameter (bf16 here): an Adam step of 1e-5 on a
         # weight of 0.02 is below half of bf16's spacing there and would be lost.
         for param in module.parameters():
