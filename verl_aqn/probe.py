@@ -38,14 +38,13 @@ from verl_aqn.mxfp4.linear import Activation, Mxfp4Linear, prepare_input
 from verl_aqn.mxfp4.model import load_model
 from verl_aqn.noise import NoiseInjector, check_evidence
 from verl_aqn.order import NoiseOrder
-from verl_aqn.runs.stats import wilson
+from verl_aqn.runs.stats import ratio_interval, wilson
 
 PROMPTS, SAMPLES = 16, 4
 FACTORS = (1 / 27, 1 / 9, 1 / 3, 1.0, 3.0)  # of σ_start: the σ of a probe that is not told any
 START_PROMPTS, START_TOKENS = 4, 64  # of the measurement at a run's start, and of the search for a KL
 TOLERANCE = 0.03  # of the KL that is searched for
 _TOGETHER = 64  # sequences that run together
-_RESAMPLES = 2_000
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ class Probe:
         with self._noise(sigma):
             kl, entropy, counts = self._compare()
             answers = (self.answers if sigma == 0 else self._sample()) if sampled else None
-        strength = Strength(sigma, _bootstrap(kl, counts), _bootstrap(entropy, counts))
+        strength = Strength(sigma, ratio_interval(kl, counts), ratio_interval(entropy, counts))
         if answers is None:
             return strength
         rewards = [self._rewards(prompt, group) for prompt, group in zip(self.prompts, answers, strict=True)]
@@ -439,10 +438,3 @@ def _teaches(row: Strength) -> bool:
 
 def _share(part: int, whole: int) -> tuple[float, float, float]:
     return (part / whole, *wilson(part, whole))
-
-
-def _bootstrap(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float, float]:
-    """Mean a token, and its 95 % bootstrap interval over prompts; always the same resamples."""
-    drawn = np.random.default_rng(0).integers(len(sums), size=(_RESAMPLES, len(sums)))
-    low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
-    return float(sums.sum() / counts.sum()), float(low), float(high)

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import binomtest
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
@@ -31,13 +30,13 @@ from verl_aqn.mxfp4.model import load_model
 from verl_aqn.mxfp4.plan import EXCLUDE
 from verl_aqn.mxfp4.remedies import fold_macro_scales, worst_layers
 from verl_aqn.rewards.gsm8k import score
+from verl_aqn.runs.stats import mcnemar, ratio_interval, wilson
 
 LENGTH = 256  # tokens of a text
 NEW_TOKENS = 24
 RANK = 32
 FALLBACK_BYTES = 0.10  # spent on 16-bit layers, as a share of the packed layers' bytes
 _BATCH, _ANSWERS = 8, 96  # texts, and prompts, that run together
-_RESAMPLES = 10_000
 
 
 class Setting(NamedTuple):
@@ -168,21 +167,6 @@ def measure(
     return [_row(name, found[name][1], found[name][0], bf16, found["mse"][0], counts) for name in found]
 
 
-def paired_interval(difference: np.ndarray, weight: np.ndarray) -> tuple[float, float, float]:
-    """(sum difference / sum weight, and its 95 % bootstrap interval over items [n]); always the same resamples."""
-    rng = np.random.default_rng(0)
-    drawn = rng.integers(len(difference), size=(_RESAMPLES, len(difference)))
-    means = difference[drawn].sum(1) / weight[drawn].sum(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(difference.sum() / weight.sum()), float(low), float(high)
-
-
-def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
-    """Two-sided exact p of McNemar's test: ``a`` and ``b``, bool [n], are right equally often on the same items."""
-    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
-
-
 def print_table(rows: list[dict[str, Any]], title: str) -> None:
     view = Table(title=title, title_justify="left")
     for column in ("variant", "MB", "loss", "− bf16", "− mse", "KL", "answers", "− mse, points", "p"):
@@ -204,22 +188,20 @@ def print_table(rows: list[dict[str, Any]], title: str) -> None:
 
 
 def _row(name: str, size: int, it: Measured, bf16: Measured, mse: Measured, counts: np.ndarray) -> dict[str, Any]:
-    from verl_aqn.runs.stats import wilson
-
     right, n = int(it.right.sum()), len(it.right)
-    versus_mse = paired_interval(it.nll - mse.nll, counts)
-    answers = paired_interval(it.right.astype(float) - mse.right, np.ones(n))
+    versus_mse = ratio_interval(it.nll - mse.nll, counts)
+    answers = ratio_interval(it.right.astype(float) - mse.right, np.ones(n))
     return {
         "variant": name,
         "what": VARIANTS[name][0] if name in VARIANTS else "not quantised",
         "bytes": size,
         "loss": float(it.nll.sum() / counts.sum()),
-        "loss_minus_bf16": paired_interval(it.nll - bf16.nll, counts),
+        "loss_minus_bf16": ratio_interval(it.nll - bf16.nll, counts),
         "loss_minus_mse": versus_mse,
-        "kl": paired_interval(it.kl, counts),
+        "kl": ratio_interval(it.kl, counts),
         "accuracy": (right / n, *wilson(right, n)),
         "accuracy_minus_mse": answers,
-        "mcnemar_p": mcnemar(it.right, mse.right),
+        "mcnemar_p": mcnemar(mse.right, it.right).p_value,
         # Beyond the error bar; bf16 takes no part.
         "wins_loss": name in VARIANTS and versus_mse[2] < 0,
         "wins_answers": name in VARIANTS and answers[1] > 0,
