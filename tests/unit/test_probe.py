@@ -13,7 +13,7 @@ from verl_aqn.cli import app, main
 from verl_aqn.config import load_recipe
 from verl_aqn.data.smollm2 import tiny_model
 from verl_aqn.errors import ConfigError, StrengthError
-from verl_aqn.probe import Probe, Strength, check_strength, fit_sigma, measure_start, survey
+from verl_aqn.probe import Probe, Strength, check_strength, fit_sigma, measure, measure_start, survey
 from verl_aqn.train import resolve
 
 LETTERS = """
@@ -80,7 +80,7 @@ def test_the_model_is_clean_afterwards_bit_for_bit(held):
 
 def test_batches_do_not_change_what_is_sampled_or_measured(todo, held, monkeypatch):
     """Shared beginning, left padding and dropped rows against one prompt at a time from its first token."""
-    monkeypatch.setattr(probe, "_TOGETHER", 1)
+    monkeypatch.setattr(measure, "_TOGETHER", 1)
     alone = Probe(todo.config, todo.steps, 4, 2)
     pairs = [pair for groups in zip(alone.answers, held.answers, strict=True) for pair in zip(*groups, strict=True)]
     # A random model's distribution is so flat that rounding may move a draw to the next token.

@@ -16,15 +16,16 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from verl_aqn.data.word_problems import Problem, problems, prompt
 from verl_aqn.errors import ConfigError, DataError
+from verl_aqn.generate import generate, greedy
 from verl_aqn.mxfp4.calibrate import calibration_ids, conversations, read_texts
 from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
+from verl_aqn.mxfp4.dense import dequantize_linears
 from verl_aqn.mxfp4.gptq import gptq_quantizer
-from verl_aqn.mxfp4.linear import Mxfp4Linear
 from verl_aqn.mxfp4.loftq import loftq_checkpoint
 from verl_aqn.mxfp4.model import load_model
 from verl_aqn.mxfp4.plan import EXCLUDE
@@ -163,7 +164,7 @@ def measure(
         started = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="verl-aqn-quality-") as folder:
             model, size = VARIANTS[name][1](Setting(src, ids, Path(folder), worst))
-        found[name] = (run(name, _dense(model), started)[0], size)
+        found[name] = (run(name, dequantize_linears(model), started)[0], size)
     return [_row(name, found[name][1], found[name][0], bf16, found["mse"][0], counts) for name in found]
 
 
@@ -217,17 +218,6 @@ def _original(src: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(src, dtype=torch.bfloat16).eval()
 
 
-def _dense(model: PreTrainedModel) -> PreTrainedModel:
-    """``model`` with plain linears in place of packed ones: dequantised once, not at every token."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Mxfp4Linear):
-            linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-            linear.weight = nn.Parameter(module.weight, requires_grad=False)
-            linear.bias = module.bias
-            model.set_submodule(name, linear)
-    return model
-
-
 @torch.inference_mode()
 def _losses(
     model: PreTrainedModel, tokens: list[list[int]], reference: list[Tensor]
@@ -255,9 +245,8 @@ def _losses(
     return nll, kl, hidden
 
 
-@torch.inference_mode()
 def _answers(model: PreTrainedModel, tokenizer: Any, questions: list[Problem]) -> np.ndarray:
-    """Greedy answers, right or wrong by the strict rule: bool [I]. What all prompts begin with is computed once."""
+    """Greedy answers, right or wrong by the strict rule: bool [I]."""
     prompts = [
         tokenizer(
             tokenizer.apply_chat_template(prompt(q.question), tokenize=False, add_generation_prompt=True),
@@ -265,31 +254,9 @@ def _answers(model: PreTrainedModel, tokenizer: Any, questions: list[Problem]) -
         )["input_ids"]
         for q in questions
     ]
-    shared = next(i for i, column in enumerate(zip(*prompts, strict=False)) if len(set(column)) > 1)
-    lengths: dict[int, list[int]] = {}
-    for i, ids in enumerate(prompts):
-        lengths.setdefault(len(ids), []).append(i)
-    right = np.zeros(len(prompts), dtype=bool)
-    for members in lengths.values():  # of one length, so that nothing needs padding
-        for start in range(0, len(members), _ANSWERS):
-            batch = members[start : start + _ANSWERS]
-            cache = DynamicCache(config=model.config)
-            model(input_ids=torch.tensor([prompts[batch[0]][:shared]]), past_key_values=cache, use_cache=True)
-            cache.batch_repeat_interleave(len(batch))
-            step = torch.tensor([prompts[i][shared:] for i in batch])
-            ended = torch.zeros(len(batch), dtype=torch.bool)
-            new = []
-            for _ in range(NEW_TOKENS):
-                logits = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-                step = logits[:, -1].argmax(-1, keepdim=True)
-                ended |= step[:, 0] == tokenizer.eos_token_id
-                new.append(step.masked_fill(ended[:, None], tokenizer.eos_token_id))
-                if ended.all():
-                    break
-            answers = tokenizer.batch_decode(torch.cat(new, 1), skip_special_tokens=True)
-            for i, answer in zip(batch, answers, strict=True):
-                right[i] = score(answer, questions[i].truth) == 1
-    return right
+    answers = generate(model, prompts, greedy, {tokenizer.eos_token_id}, NEW_TOKENS, together=_ANSWERS)
+    texts = tokenizer.batch_decode([answer for (answer,) in answers], skip_special_tokens=True)
+    return np.array([score(text, q.truth) == 1 for text, q in zip(texts, questions, strict=True)])
 
 
 def _bare(model: PreTrainedModel) -> PreTrainedModel:
