@@ -129,7 +129,8 @@ def test_refuses(todo, overrides):
     for override, message in (
         ("aqn.noise.enabled=false", "there is no noise to measure"),
         ("trainer.total_training_steps=1", "σ is 0 at each of the 1 steps"),
-        ("actor_rollout_ref.rollout.top_p=0.5", "from the whole vocabulary"),
+        ("actor_rollout_ref.rollout.top_p=0.5", r"from the whole vocabulary: .* actor_rollout_ref\.rollout\.top_p=1"),
+        ("actor_rollout_ref.rollout.top_k=50", r"actor_rollout_ref\.rollout\.top_k=-1"),
         ("reward.custom_reward_function.path=/nowhere.py", "cannot be loaded"),
     ):
         wrong = resolve(load_recipe("e12_aggressive_1ep", [*overrides, override]))

@@ -68,8 +68,10 @@ class Probe:
         self.order = first_noise(config, steps)
         rollout = config.actor_rollout_ref.rollout
         if rollout.temperature <= 0 or rollout.get("top_p", 1) != 1 or rollout.get("top_k", -1) not in (-1, 0):
+            key = "actor_rollout_ref.rollout"
             raise ConfigError(
-                "a probe samples at a temperature above 0 from the whole vocabulary: set top_p=1, top_k=-1"
+                "a probe (also that of aqn.noise.target_kl and aqn.noise.probe) samples from the whole vocabulary: set "
+                f"{key}.temperature above 0, {key}.top_p=1 and {key}.top_k=-1"
             )
         self.temperature, self.samples = float(rollout.temperature), samples
         self.tokens = min(int(config.data.max_response_length), tokens or 10**9)
