@@ -2,9 +2,11 @@
 
 from verl_aqn.probe.measure import PROMPTS, SAMPLES, Probe, Strength
 from verl_aqn.probe.strength import (
+    CLEAR_GROUPS,
     FACTORS,
-    START_PROMPTS,
-    START_TOKENS,
+    FIT_TOKENS,
+    START_GROUPS,
+    SURE_GROUPS,
     check_strength,
     fit_sigma,
     measure_start,
@@ -12,11 +14,13 @@ from verl_aqn.probe.strength import (
 )
 
 __all__ = [
+    "CLEAR_GROUPS",
     "FACTORS",
+    "FIT_TOKENS",
     "PROMPTS",
     "SAMPLES",
-    "START_PROMPTS",
-    "START_TOKENS",
+    "START_GROUPS",
+    "SURE_GROUPS",
     "Probe",
     "Strength",
     "check_strength",

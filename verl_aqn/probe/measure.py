@@ -71,7 +71,7 @@ class Probe:
             key = "actor_rollout_ref.rollout"
             raise ConfigError(
                 "a probe (also that of aqn.noise.target_kl and aqn.noise.probe) samples from the whole vocabulary: set "
-                f"{key}.temperature above 0, {key}.top_p=1 and {key}.top_k=-1"
+                f"{key}.temperature above 0, {key}.top_p=1 and {key}.top_k=-1, or do without"
             )
         self.temperature, self.samples = float(rollout.temperature), samples
         self.tokens = min(int(config.data.max_response_length), tokens or 10**9)
