@@ -6,19 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
+from tests.tiny_configs import SMALL_ASCEND
 from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
 
-SMALL = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 CONFIGS = {
-    "llama": LlamaConfig(**SMALL, attention_bias=True, tie_word_embeddings=True),
-    "qwen3_moe": Qwen3MoeConfig(**SMALL, moe_intermediate_size=64, num_experts=2, num_experts_per_tok=1),
+    "llama": LlamaConfig(**SMALL_ASCEND, attention_bias=True, tie_word_embeddings=True),
+    "qwen3_moe": Qwen3MoeConfig(**SMALL_ASCEND, moe_intermediate_size=64, num_experts=2, num_experts_per_tok=1),
 }
 LAYER = "model.layers.0."
 

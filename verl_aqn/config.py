@@ -36,7 +36,7 @@ class NoiseConfig:
     sigma_end: float = 1.0e-5
     # KL(clean || noisy) in nats a token: σ_start becomes what has it, σ_end keeps its ratio (`verl_aqn.probe`).
     target_kl: float | None = None
-    probe: bool = False  # measure KL and entropy at σ_start before a run starts; holds the model in fp32 for that
+    probe: bool = False  # measure σ_start before a run starts and refuse what teaches nothing; holds the model in fp32
     num_stages: int = 10
     epoch_aware: bool = False
     warmup: float | None = None  # a share of the steps; null is one stage of the schedule, as QeRL has it

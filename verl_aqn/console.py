@@ -62,11 +62,14 @@ class Console:
         else:
             self.say(f"noise    none, {todo.steps} steps")
 
-    def strength(self, clean: "Strength", noisy: "Strength", prompts: int) -> None:
+    def strength(self, clean: "Strength", noisy: "Strength") -> None:
         """What σ_start does to the policy."""
+        assert clean.variance is not None
+        assert noisy.variance is not None
         self.say(
             f"strength σ {noisy.sigma:g}: KL {_nats(noisy.kl)}, entropy {clean.entropy[0]:.3g} → "
-            f"{noisy.entropy[0]:.3g} ({prompts} prompts)"
+            f"{noisy.entropy[0]:.3g}, groups with variance {100 * clean.variance[0]:.0f} % → "
+            f"{100 * noisy.variance[0]:.0f} % [{100 * noisy.variance[1]:.0f}, {100 * noisy.variance[2]:.0f}]"
         )
 
     def record(self, name: str, record: dict) -> None:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.config import load_recipe, parse_aqn, schedule_of
 from verl_aqn.console import Console
+from verl_aqn.errors import StrengthError
 from verl_aqn.prepare import check_machine, check_steps, prepare_data, prepare_model, warnings_of
 from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.supervise import supervise
@@ -78,15 +79,26 @@ def train(recipe: str, overrides: list[str], *, dry_run: bool = False) -> int:
 
 
 def measure_noise(run: RunFolder, todo: Plan, console: Console) -> None:
-    """On record before the first attempt: what σ_start does to the policy (`aqn.noise.probe`)."""
-    noise = parse_aqn(todo.config).noise
-    if run.resumed or not noise.enabled or not noise.probe or noise.sigma_start == 0:
-        return
-    from verl_aqn.probe import START_PROMPTS, measure_start
+    """On record before anything is started, once a run: what σ_start does to the policy (`aqn.noise.probe`).
 
-    clean, noisy = measure_start(todo.config, todo.steps)
+    Raises:
+        StrengthError: it leaves nothing to learn from. The run is then on record as failed.
+    """
+    noise = parse_aqn(todo.config).noise
+    if not noise.enabled or not noise.probe or noise.sigma_start == 0:
+        return
+    if any(record["kind"] == "strength" for record in run.read("evidence.jsonl")):
+        return
+    from verl_aqn.probe import measure_start
+
+    console.say("measuring what σ_start does to the policy")
+    try:
+        clean, noisy = measure_start(todo.config, todo.steps)
+    except StrengthError as error:
+        run.set_status("failed", str(error))
+        raise
     run.append("evidence.jsonl", {"kind": "strength", "clean": clean.to_dict(), "noisy": noisy.to_dict()})
-    console.strength(clean, noisy, START_PROMPTS)
+    console.strength(clean, noisy)
 
 
 def identity(config: DictConfig) -> dict:

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tests.modelslim_folders import SMALL, modelslim_folders  # noqa: F401
+from tests.modelslim_folders import modelslim_folders  # noqa: F401
+from tests.tiny_configs import SMALL
 from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
 
@@ -30,7 +31,7 @@ def test_description_names_every_tensor(folders) -> None:
 
 
 def test_inputs_must_fill_pairs_of_scales(tmp_path: Path) -> None:
-    config = LlamaConfig(**SMALL | {"intermediate_size": 96})
+    config = LlamaConfig(**SMALL)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "odd")
     with pytest.raises(ModelError, match=r"down_proj of .* takes 96 inputs, not a multiple of 64 as vllm-ascend needs"):
         quantize_checkpoint(tmp_path / "odd", tmp_path / "out", format="modelslim")

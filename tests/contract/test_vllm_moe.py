@@ -9,22 +9,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
+from tests.tiny_configs import SMALL_MOE
 from verl_aqn.mxfp4 import dequantize
 from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
 from verl_aqn.mxfp4.model import dequantize_checkpoint
 
-SMALL = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-}
+SIZES = SMALL_MOE | {"intermediate_size": 32, "num_hidden_layers": 1}  # as the layer of vLLM below has them
 CONFIGS = {
-    "mlp": (Qwen3MoeConfig(**SMALL, moe_intermediate_size=32, num_experts=4), ("gate_proj", "down_proj", "up_proj")),
-    "block_sparse_moe": (MixtralConfig(**SMALL, num_local_experts=4), ("w1", "w2", "w3")),
+    "mlp": (
+        Qwen3MoeConfig(**SIZES, moe_intermediate_size=32, num_experts=4),
+        ("gate_proj", "down_proj", "up_proj"),
+    ),
+    "block_sparse_moe": (MixtralConfig(**SIZES, num_local_experts=4), ("w1", "w2", "w3")),
 }
 
 

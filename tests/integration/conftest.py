@@ -29,6 +29,7 @@ TINY = [
     "trainer.total_training_steps=3",
     "trainer.save_freq=1",
     "aqn.noise.num_stages=3",
+    "aqn.noise.probe=false",  # seconds that one run of test_run.py takes for all
 ]
 
 

@@ -31,7 +31,7 @@ def steps_of(outcome: tuple[int, str, Path]) -> list[dict]:
 
 
 def test_grpo_on_two_ranks_with_correction_and_a_warning_where_top_p_biases_it(run):
-    """Two actor ranks that share the base, and two rollout replicas: the same base, adapter and noise in all of them."""
+    """Two actor ranks that share the base and two rollout replicas: one base, one adapter, one noise in all of them."""
     top_p, two = "actor_rollout_ref.rollout.top_p=0.95", "trainer.n_gpus_per_node=2"
     in_actor = "aqn.noise.apply_to=rollout+actor"
     outcome = run("grpo", *TWO_STEPS, "algorithm.filter_groups.enable=false", "correction=tis", top_p, two, in_actor)
@@ -63,7 +63,8 @@ def test_grpo_on_two_ranks_with_correction_and_a_warning_where_top_p_biases_it(r
 
 def test_dapo_tells_noise_from_kernels_and_validates_without_noise(run):
     strong = ["aqn.noise.sigma_start=2", "actor_rollout_ref.actor.optim.lr=0"]  # the policy stays what it was
-    outcome = run("dapo", *TWO_STEPS, "aqn.parity.rescore=2", *strong, "trainer.val_before_train=true")
+    validated = ["trainer.val_before_train=true", "trainer.test_freq=2"]
+    outcome = run("dapo", *TWO_STEPS, "aqn.parity.rescore=2", *strong, *validated)
     clean, noisy = steps_of(outcome)
     before, after = (
         {

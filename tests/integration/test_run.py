@@ -27,7 +27,7 @@ def finished(train, tmp_path_factory) -> Path:
     """Folder of a run of three steps that ended by itself."""
     base = tmp_path_factory.mktemp("finished")
     before = leftovers()
-    process = train(base)
+    process = train(base, "aqn.noise.probe=true")
     out, err = process.communicate(timeout=800)
     assert process.returncode == 0, err + (newest(base) / "training.log").read_text()[-3000:]
     (newest(base) / "stdout.txt").write_text(out)
@@ -44,6 +44,14 @@ def test_a_line_a_step_then_tables_and_verdict(finished):
     assert "not comparable" in out.replace("\n", " ")
     assert "WARNING" not in err
     assert "vllm" not in err.lower()
+
+
+def test_the_start_was_measured_before_ray(finished):
+    (record,) = lines(finished / "evidence.jsonl", "strength")
+    assert record["noisy"]["sigma"] == 0.05
+    assert record["noisy"]["kl"][0] > record["clean"]["kl"][0] == 0
+    err = (finished / "stderr.txt").read_text()
+    assert 0 < err.index("strength σ 0.05: KL") < err.index("starting Ray")
 
 
 def test_base_is_one_and_the_same_and_unchanged_at_the_end(finished):

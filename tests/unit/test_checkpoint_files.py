@@ -12,20 +12,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tests.tiny_configs import SMALL
 from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4.checkpoint import checkpoint_digest, quantize_checkpoint
 from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model
 from verl_aqn.mxfp4.storage import Spec, Weights
 from verl_aqn.mxfp4.writing import new_folder, write_model
-
-SMALL = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 
 
 @pytest.fixture

@@ -9,21 +9,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Qwen3MoeConfig
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from tests.tiny_configs import SMALL_ASCEND
 from verl_aqn.errors import ConfigError, ModelError
 from verl_aqn.mxfp4.checkpoint import checkpoint_digest, quantize_checkpoint
 from verl_aqn.mxfp4.foreign import import_checkpoint
 from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model
 from verl_aqn.mxfp4.storage import Weights
 
-SMALL = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 TOKENS = torch.arange(24).view(2, 12)
 QUARK = {
     "quant_method": "quark",
@@ -52,8 +44,8 @@ def quark(root: Path, config) -> tuple[Path, Path]:
 @pytest.mark.parametrize(
     "config",
     [
-        LlamaConfig(**SMALL, tie_word_embeddings=True, attention_bias=True),
-        Qwen3MoeConfig(**SMALL, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2),
+        LlamaConfig(**SMALL_ASCEND, tie_word_embeddings=True, attention_bias=True),
+        Qwen3MoeConfig(**SMALL_ASCEND, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2),
     ],
     ids=["llama", "qwen3-moe"],
 )
@@ -71,7 +63,7 @@ def test_quark_gives_the_same_bytes(config, tmp_path: Path) -> None:
 
 
 def test_quark_to_modelslim(tmp_path: Path) -> None:
-    theirs, _ = quark(tmp_path, LlamaConfig(**SMALL))
+    theirs, _ = quark(tmp_path, LlamaConfig(**SMALL_ASCEND))
     import_checkpoint(theirs, tmp_path / "slim", format="modelslim", max_shard_bytes=50_000)
     assert len(list((tmp_path / "slim").glob("model-*.safetensors"))) > 1
     before, after = Weights(theirs), Weights(tmp_path / "slim")
@@ -86,7 +78,7 @@ def gpt_oss(folder: Path) -> Path:
     """A tiny model as openai/gpt-oss-* is on the hub: stacks of experts in blocks, the rest in bf16."""
     torch.manual_seed(0)
     config = GptOssConfig(
-        **SMALL, num_local_experts=3, num_experts_per_tok=2, head_dim=16, layer_types=["full_attention"] * 2
+        **SMALL_ASCEND, num_local_experts=3, num_experts_per_tok=2, head_dim=16, layer_types=["full_attention"] * 2
     )
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
@@ -136,7 +128,7 @@ def test_gpt_oss_equals_transformers_own_reading(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     oss = gpt_oss(tmp_path / "oss")
-    theirs, ours = quark(tmp_path, LlamaConfig(**SMALL))
+    theirs, ours = quark(tmp_path, LlamaConfig(**SMALL_ASCEND))
     with pytest.raises(ModelError, match=r"is MXFP4 already \(gpt-oss\): convert it with"):
         quantize_checkpoint(oss, tmp_path / "out")
     with pytest.raises(ModelError, match="is not MXFP4 of Quark or gpt-oss"):

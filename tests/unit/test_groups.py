@@ -14,9 +14,9 @@ from verl_aqn.verl_api import trainer as trainer_module
 from verl_aqn.verl_api.groups import check_refill, count_groups
 
 
-def config(batches: int = 10) -> OmegaConf:
-    rule = {"enable": True, "metric": "acc", "max_num_gen_batches": batches}
-    return OmegaConf.create({"algorithm": {"filter_groups": rule}, "data": {"train_batch_size": 4}})
+def config(**noise) -> OmegaConf:
+    overrides = [f"aqn.noise.{key}={value}" for key, value in noise.items()]
+    return load_recipe("e12", ["profile=cuda", "data.train_batch_size=4", *overrides])
 
 
 def test_groups_are_counted_by_prompt():
@@ -29,16 +29,18 @@ def test_a_refill_within_the_limit_is_let_through():
 
 
 @pytest.mark.parametrize(
-    ("thrown_away", "sigma", "words"),
+    ("thrown_away", "sigma", "noise", "words"),
     [
-        ({0.0: 40}, 0.05, "lower aqn.noise.sigma_start, set aqn.noise.unit=rms, or give easier prompts"),
-        ({0.0: 40}, 0.0, r"mean acc 0\.000, .*: give easier prompts"),
-        ({1.0: 38, 0.0: 2}, 0.05, r"mean acc 0\.950.*give harder prompts"),
+        ({0.0: 40}, 0.05, {}, r"sigma_start \(0\.05 absolute; `verl-aqn probe`.* set aqn\.noise\.target_kl=.* easier"),
+        ({0.0: 40}, 0.05, {"unit": "rms"}, r"lower aqn\.noise\.sigma_start \(0\.05 rms;"),
+        ({0.0: 40}, 0.05, {"target_kl": 0.3}, r": lower aqn\.noise\.target_kl \(0\.3 nats a token\), or give easier"),
+        ({0.0: 40}, 0.0, {}, r"mean acc 0\.000, .*: give easier prompts"),
+        ({1.0: 38, 0.0: 2}, 0.05, {}, r"mean acc 0\.950.*give harder prompts"),
     ],
 )
-def test_refills_without_end_stop_with_one_line(thrown_away, sigma, words):
+def test_refills_without_end_stop_with_one_line(thrown_away, sigma, noise, words):
     with pytest.raises(TrainingError, match=words) as error:
-        check_refill(Counter(thrown_away), config(), step=4, sigma=sigma)
+        check_refill(Counter(thrown_away), config(**noise), step=4, sigma=sigma)
     assert str(error.value).startswith("step 4: 40 groups had no variance in acc")
     assert f"σ {sigma:g}" in str(error.value)
     assert "\n" not in str(error.value)
@@ -63,7 +65,7 @@ def step_figures(monkeypatch, rewards: list[float], *, critic: bool = False) -> 
     trainer, warned = trainer_module.AqnTrainer.__new__(trainer_module.AqnTrainer), []
     trainer.use_critic, trainer.global_steps, trainer.noise_metrics = critic, 7, {"aqn/sigma": 0.05}
     trainer.replay_buffer = SimpleNamespace(thrown_away=Counter({0.0: 3}))
-    trainer.warn = warned.append
+    trainer.warn, trainer.config = warned.append, config()
     keys, tags = ["a_0_0", "a_1_0", "b_0_0", "b_1_0", "pad_0_0"], [{}, {}, {}, {}, {"is_padding": True}]
     batch = SimpleNamespace(keys=keys, tags=tags, partition_id="train")
     surplus = {"training/filter_groups/discarded_surplus_samples": 1}
@@ -81,4 +83,5 @@ def test_a_step_that_teaches_nothing_is_warned_of_unless_there_is_a_critic(monke
     assert warning.startswith(
         "step 7: in no group do the rewards differ, so it teaches nothing (σ 0.05, mean reward 0.000)"
     )
+    assert "lower aqn.noise.sigma_start (0.05 absolute;" in warning
     assert not step_figures(monkeypatch, [0.0] * 4, critic=True)[1]

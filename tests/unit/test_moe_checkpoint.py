@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
+from tests.tiny_configs import SMALL_MOE
 from verl_aqn.errors import ConfigError, ModelError
 from verl_aqn.mxfp4 import dequantize, quantize
 from verl_aqn.mxfp4.checkpoint import checkpoint_digest, model_digest, quantize_checkpoint
@@ -16,22 +17,16 @@ from verl_aqn.mxfp4.experts import Mxfp4Experts
 from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model
 from verl_aqn.mxfp4.report import pool_experts
 
-SMALL = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "num_experts_per_tok": 2,
-}
 CONFIGS = {
-    "qwen3": Qwen3MoeConfig(**SMALL, moe_intermediate_size=32, num_experts=4, mlp_only_layers=[1]),
+    "qwen3": Qwen3MoeConfig(**SMALL_MOE, moe_intermediate_size=32, num_experts=4, mlp_only_layers=[1]),
     "qwen2": Qwen2MoeConfig(
-        **SMALL, moe_intermediate_size=32, shared_expert_intermediate_size=64, num_experts=4, tie_word_embeddings=True
+        **SMALL_MOE,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=64,
+        num_experts=4,
+        tie_word_embeddings=True,
     ),
-    "mixtral": MixtralConfig(**SMALL, num_local_experts=4),
+    "mixtral": MixtralConfig(**SMALL_MOE, num_local_experts=4),
 }
 TOKENS = torch.arange(24).view(2, 12)
 
@@ -172,7 +167,7 @@ def test_refuses_what_is_missing_or_does_not_fit(tmp_path: Path) -> None:
 
 
 def test_refuses_to_pack_gpt_oss_from_bf16(tmp_path: Path) -> None:
-    config = GptOssConfig(**SMALL, num_local_experts=2, head_dim=16, layer_types=["full_attention"] * 2)
+    config = GptOssConfig(**SMALL_MOE, num_local_experts=2, head_dim=16, layer_types=["full_attention"] * 2)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "oss")
     with pytest.raises(ModelError, match=r"GptOssExperts cannot be packed .*: exclude it"):
         quantize_checkpoint(tmp_path / "oss", tmp_path / "packed")

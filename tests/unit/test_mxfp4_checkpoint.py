@@ -18,6 +18,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from tests.tiny_configs import SMALL
 from verl_aqn.errors import ConfigError, ModelError
 from verl_aqn.mxfp4 import Mxfp4Linear, dequantize, quantize
 from verl_aqn.mxfp4.cached import quantized_cache
@@ -30,15 +31,6 @@ from verl_aqn.mxfp4.checkpoint import (
 from verl_aqn.mxfp4.codec import Mxfp4Tensor, sqnr_db
 from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model
 
-SMALL = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 TOKENS = torch.arange(24).view(2, 12)
 LINEARS = 14  # seven in each of two layers
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig, Qwen2Config
 
+from tests.tiny_configs import SMALL
 from verl_aqn.data.smollm2 import tiny_model
 from verl_aqn.errors import ConfigError, DataError, ModelError
 from verl_aqn.mxfp4 import dequantize, quantize
@@ -22,15 +23,6 @@ from verl_aqn.mxfp4.loftq import loftq, loftq_checkpoint
 from verl_aqn.mxfp4.model import load_model
 from verl_aqn.mxfp4.remedies import fold_macro_scales, worst_layers
 
-SMALL = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 TOKENS = torch.arange(96).view(4, 24)
 
 

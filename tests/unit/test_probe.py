@@ -1,24 +1,41 @@
 """What σ does to the policy: exactness, keys, the search for a KL, and the command."""
 
 import json
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from scipy.stats import binomtest
 
-from verl_aqn import cli, probe
+from verl_aqn import cli, probe, train
 from verl_aqn.cli import app, main
 from verl_aqn.config import load_recipe
+from verl_aqn.console import Console
 from verl_aqn.data.smollm2 import tiny_model
 from verl_aqn.errors import ConfigError, StrengthError
-from verl_aqn.probe import Probe, Strength, check_strength, fit_sigma, measure_start, survey
-from verl_aqn.train import resolve
+from verl_aqn.probe import (
+    CLEAR_GROUPS,
+    SURE_GROUPS,
+    Probe,
+    Strength,
+    check_strength,
+    fit_sigma,
+    measure,
+    measure_start,
+    strength,
+    survey,
+)
+from verl_aqn.runs.folder import open_run
+from verl_aqn.runs.stats import mcnemar
+from verl_aqn.train import measure_noise, resolve
 
 LETTERS = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     return {"score": 0.0, "acc": float(len(solution_str) % 2)}
+
+
+def never_nothing(solution_str, **kwargs):
+    return 1.0 + len(solution_str) % 2
 """
 
 
@@ -80,7 +97,7 @@ def test_the_model_is_clean_afterwards_bit_for_bit(held):
 
 def test_batches_do_not_change_what_is_sampled_or_measured(todo, held, monkeypatch):
     """Shared beginning, left padding and dropped rows against one prompt at a time from its first token."""
-    monkeypatch.setattr(probe, "_TOGETHER", 1)
+    monkeypatch.setattr(measure, "_TOGETHER", 1)
     alone = Probe(todo.config, todo.steps, 4, 2)
     pairs = [pair for groups in zip(alone.answers, held.answers, strict=True) for pair in zip(*groups, strict=True)]
     # A random model's distribution is so flat that rounding may move a draw to the next token.
@@ -101,7 +118,7 @@ def test_sigma_by_kl_in_every_unit(todo, unit):
     assert found.kl[0] == pytest.approx(0.02, rel=0.05)
     assert config.aqn.noise.sigma_start == found.sigma
     assert config.aqn.noise.sigma_end / found.sigma == pytest.approx(1e-5 / 0.05, rel=1e-5)
-    again = Probe(config, todo.steps, probe.PROMPTS, 1, probe.START_TOKENS).measure(found.sigma, sampled=False)
+    again = Probe(config, todo.steps, probe.PROMPTS, 1, probe.FIT_TOKENS).measure(found.sigma, sampled=False)
     assert again == found
 
 
@@ -129,7 +146,8 @@ def test_refuses(todo, overrides):
     for override, message in (
         ("aqn.noise.enabled=false", "there is no noise to measure"),
         ("trainer.total_training_steps=1", "σ is 0 at each of the 1 steps"),
-        ("actor_rollout_ref.rollout.top_p=0.5", "from the whole vocabulary"),
+        ("actor_rollout_ref.rollout.top_p=0.5", r"from the whole vocabulary: .* actor_rollout_ref\.rollout\.top_p=1"),
+        ("actor_rollout_ref.rollout.top_k=50", r"actor_rollout_ref\.rollout\.top_k=-1"),
         ("reward.custom_reward_function.path=/nowhere.py", "cannot be loaded"),
     ):
         wrong = resolve(load_recipe("e12_aggressive_1ep", [*overrides, override]))
@@ -180,19 +198,98 @@ def test_command(overrides, capsys, tmp_path, monkeypatch):
     assert ended.value.code == 2
 
 
-def test_a_run_measures_its_start_once_and_says_so(todo, capsys):
-    from verl_aqn.console import Console
-    from verl_aqn.train import measure_noise
+class Run:
+    """A run folder's records."""
 
-    written = []
-    run = SimpleNamespace(resumed=False, append=lambda name, record: written.append((name, json.dumps(record))))
+    def __init__(self):
+        self.records, self.status = [], None
+
+    def read(self, name):
+        return (record for there, record in self.records if there == name)
+
+    def append(self, name, record):
+        self.records.append((name, json.loads(json.dumps(record))))
+
+    def set_status(self, *status):
+        self.status = status
+
+
+def test_a_run_measures_its_start_once_and_says_so(todo, overrides, capsys):
+    run = Run()
+    off = resolve(load_recipe("e12_aggressive_1ep", [*overrides, "aqn.noise.probe=false"]))
+    measure_noise(run, off, Console())
+    assert not run.records, "only where a recipe asks for it"
     measure_noise(run, todo, Console())
-    assert not written, "only where a recipe asks for it"
-    todo = replace(todo, config=OmegaConf.merge(todo.config, {"aqn": {"noise": {"probe": True}}}))
-    measure_noise(run, todo, Console())
-    (name, record), said = written[0], capsys.readouterr().err
-    assert (name, json.loads(record)["noisy"]["sigma"]) == ("evidence.jsonl", 0.05)
+    (name, record), said = run.records[0], capsys.readouterr().err
+    assert (name, record["noisy"]["sigma"]) == ("evidence.jsonl", 0.05)
+    assert record["noisy"]["variance"][0] > 0
     assert "strength σ 0.05: KL" in said
-    run.resumed = True
+    assert "groups with variance" in said
     measure_noise(run, todo, Console())
-    assert len(written) == 1
+    assert len(run.records) == 1, "also where the run was resumed"
+
+
+@pytest.fixture(scope="module")
+def too_strong(overrides):
+    """Logits so large that all samples of a prompt are one answer: no group has variance."""
+    return [*overrides, "aqn.noise.sigma_start=400", "reward.custom_reward_function.name=never_nothing"]
+
+
+def test_a_run_whose_sigma_leaves_nothing_ends_before_anything_is_started(too_strong, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "check_machine", lambda config: None)
+    monkeypatch.setattr(train, "supervise", lambda run, console: pytest.fail("Ray would have been started"))
+    runs = []
+    monkeypatch.setattr(train, "open_run", lambda *args, **kwargs: runs.append(open_run(*args, **kwargs)) or runs[-1])
+    for _ in range(2):  # the second time the dead run is resumed, and refused as well
+        with pytest.raises(
+            StrengthError, match=r"sigma_start=400 \(rms\) leaves nothing.* σ that does is about"
+        ) as error:
+            train.train("e12_aggressive_1ep", [*too_strong, f"aqn.run.dir={tmp_path}"])
+        runs[-1].close()  # a process runs one run, and holds its lock to its end
+    (state,) = [json.loads(path.read_text()) for path in tmp_path.glob("runs/*/state.json")]
+    assert (state["status"], state["attempt"], state["message"]) == ("failed", 2, str(error.value))
+    largest = float(str(error.value).split()[-1])
+    again = resolve(load_recipe("e12_aggressive_1ep", [*too_strong, f"aqn.noise.sigma_start={largest}"]))
+    assert measure_start(again.config, again.steps)[1].variance[0] > 0
+
+
+def test_a_critic_is_not_refused_flat_groups(too_strong):
+    todo = resolve(load_recipe("ppo", too_strong))
+    assert measure_start(todo.config, todo.steps)[1].variance[0] == 0
+
+
+def test_a_few_flat_groups_are_no_reason_to_stop(todo, monkeypatch):
+    """None of 8 under noise: more are taken, and only a clear difference among those counts."""
+
+    def start(clean: dict[int, int], noisy: dict[int, int]) -> list[Strength]:
+        """`measure_start` where so many groups have variance, by the number of groups."""
+
+        class Fake:
+            order = SimpleNamespace(sigma=0.05, unit="rms")
+
+            def __init__(self, config, steps, prompts, samples):
+                self.prompts, self.samples = range(prompts), samples
+
+            def measure(self, sigma):
+                count = len(self.prompts)
+                share = {0.0: clean, 0.05: noisy}.get(sigma, clean)[count] / count
+                return Strength(sigma, (0, 0, 0), (1, 1, 1), (share / 2, 0, 1), (share, 0, 1))
+
+        monkeypatch.setattr(strength, "Probe", Fake)
+        return measure_start(todo.config, todo.steps)
+
+    assert start({8: 0}, {8: 0})[1].variance[0] == 0  # the clean policy teaches nothing either
+    assert start({8: 1}, {8: 1})[1].variance[0] == 1 / 8
+    assert start({8: 8, 32: 32}, {8: 0, 32: 1})[1].variance[0] == 1 / 32
+    assert start({8: 2, 32: CLEAR_GROUPS - 1}, {8: 0, 32: 0})[1].variance[0] == 0
+    with pytest.raises(StrengthError, match=r"no group of 8 answers to 32 prompts has reward variance"):
+        start({8: 2, 32: CLEAR_GROUPS}, {8: 0, 32: 0})
+
+
+def test_the_numbers_of_a_start_are_what_their_comments_say():
+    flat = [False] * SURE_GROUPS
+    clear, unclear = ([True] * n + flat[n:] for n in (CLEAR_GROUPS, CLEAR_GROUPS - 1))
+    assert mcnemar(clear, flat).p_value < 0.05 < mcnemar(unclear, flat).p_value
+    high = binomtest(0, SURE_GROUPS, alternative="less").proportion_ci().high
+    assert high == pytest.approx(0.089, abs=5e-4)
+    assert high < 1 / 11

@@ -2,13 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
 from verl_aqn.errors import DataError
-from verl_aqn.runs.stats import accuracy_text, wilson
+from verl_aqn.runs.stats import accuracy_text, mcnemar, ratio_interval, wilson
 from verl_aqn.runs.verdict import compare_before_after, plan_verdict
 
 counts = st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
@@ -53,6 +54,38 @@ def test_mcnemar_is_scipys_binomial_test(pairs):
     low, high = result.interval
     assert -1 <= low <= high <= 1
     assert result.after - result.before == pytest.approx((result.gained - result.lost) / len(pairs))
+
+
+def test_mcnemar_of_a_published_table():
+    """Airway hyper-responsiveness before and after stem cell transplantation: Fagerland et al. 2013, table 1."""
+    before = [True] * 2 + [False] * 19
+    after = [True, False] + [True] * 7 + [False] * 12
+    assert mcnemar(before, after) == (7, 1, pytest.approx(0.0703, abs=5e-5))
+    assert mcnemar(np.array(after), np.array(before)) == (1, 7, pytest.approx(0.0703, abs=5e-5))
+    assert mcnemar(before, before) == (0, 0, 1.0)
+
+
+def test_ratio_interval():
+    rng = np.random.default_rng(1)
+    sums, counts = rng.normal(-3, 1, 200), np.full(200, 10.0)
+    middle, low, high = ratio_interval(sums, counts)
+    assert low < middle < high < 0
+    # 1.96 standard errors of the mean, and tenths because each item weighs ten.
+    assert high - low == pytest.approx(2 * 1.96 * sums.std() / np.sqrt(200) / 10, rel=0.05)
+    assert ratio_interval(sums, counts) == (middle, low, high)
+    assert ratio_interval(sums, counts, seed=1) != (middle, low, high)
+    assert ratio_interval(np.zeros(9), np.ones(9)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("items", "least"), [(60, 0.91), (16, 0.86)])
+def test_ratio_interval_covers_the_truth_as_often_as_it_says(items, least):
+    """Skewed values that all tokens of an item share, items of different length; with few items it covers less."""
+    rng, covered = np.random.default_rng(0), 0
+    for seed in range(400):
+        counts = rng.integers(5, 25, items).astype(float)
+        low, high = ratio_interval(counts * rng.exponential(1.0, items), counts, resamples=500, seed=seed)[1:]
+        covered += low <= 1.0 <= high
+    assert least <= covered / 400 <= 0.98
 
 
 def test_paired_interval_of_agresti_and_mins_formula():

@@ -16,28 +16,28 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import binomtest
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from verl_aqn.data.word_problems import Problem, problems, prompt
 from verl_aqn.errors import ConfigError, DataError
+from verl_aqn.generate import generate, greedy
 from verl_aqn.mxfp4.calibrate import calibration_ids, conversations, read_texts
 from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
+from verl_aqn.mxfp4.dense import dequantize_linears
 from verl_aqn.mxfp4.gptq import gptq_quantizer
-from verl_aqn.mxfp4.linear import Mxfp4Linear
 from verl_aqn.mxfp4.loftq import loftq_checkpoint
 from verl_aqn.mxfp4.model import load_model
 from verl_aqn.mxfp4.plan import EXCLUDE
 from verl_aqn.mxfp4.remedies import fold_macro_scales, worst_layers
 from verl_aqn.rewards.gsm8k import score
+from verl_aqn.runs.stats import mcnemar, ratio_interval, wilson
 
 LENGTH = 256  # tokens of a text
 NEW_TOKENS = 24
 RANK = 32
 FALLBACK_BYTES = 0.10  # spent on 16-bit layers, as a share of the packed layers' bytes
 _BATCH, _ANSWERS = 8, 96  # texts, and prompts, that run together
-_RESAMPLES = 10_000
 
 
 class Setting(NamedTuple):
@@ -164,23 +164,8 @@ def measure(
         started = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="verl-aqn-quality-") as folder:
             model, size = VARIANTS[name][1](Setting(src, ids, Path(folder), worst))
-        found[name] = (run(name, _dense(model), started)[0], size)
+        found[name] = (run(name, dequantize_linears(model), started)[0], size)
     return [_row(name, found[name][1], found[name][0], bf16, found["mse"][0], counts) for name in found]
-
-
-def paired_interval(difference: np.ndarray, weight: np.ndarray) -> tuple[float, float, float]:
-    """(sum difference / sum weight, and its 95 % bootstrap interval over items [n]); always the same resamples."""
-    rng = np.random.default_rng(0)
-    drawn = rng.integers(len(difference), size=(_RESAMPLES, len(difference)))
-    means = difference[drawn].sum(1) / weight[drawn].sum(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(difference.sum() / weight.sum()), float(low), float(high)
-
-
-def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
-    """Two-sided exact p of McNemar's test: ``a`` and ``b``, bool [n], are right equally often on the same items."""
-    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def print_table(rows: list[dict[str, Any]], title: str) -> None:
@@ -204,22 +189,20 @@ def print_table(rows: list[dict[str, Any]], title: str) -> None:
 
 
 def _row(name: str, size: int, it: Measured, bf16: Measured, mse: Measured, counts: np.ndarray) -> dict[str, Any]:
-    from verl_aqn.runs.stats import wilson
-
     right, n = int(it.right.sum()), len(it.right)
-    versus_mse = paired_interval(it.nll - mse.nll, counts)
-    answers = paired_interval(it.right.astype(float) - mse.right, np.ones(n))
+    versus_mse = ratio_interval(it.nll - mse.nll, counts)
+    answers = ratio_interval(it.right.astype(float) - mse.right, np.ones(n))
     return {
         "variant": name,
         "what": VARIANTS[name][0] if name in VARIANTS else "not quantised",
         "bytes": size,
         "loss": float(it.nll.sum() / counts.sum()),
-        "loss_minus_bf16": paired_interval(it.nll - bf16.nll, counts),
+        "loss_minus_bf16": ratio_interval(it.nll - bf16.nll, counts),
         "loss_minus_mse": versus_mse,
-        "kl": paired_interval(it.kl, counts),
+        "kl": ratio_interval(it.kl, counts),
         "accuracy": (right / n, *wilson(right, n)),
         "accuracy_minus_mse": answers,
-        "mcnemar_p": mcnemar(it.right, mse.right),
+        "mcnemar_p": mcnemar(mse.right, it.right).p_value,
         # Beyond the error bar; bf16 takes no part.
         "wins_loss": name in VARIANTS and versus_mse[2] < 0,
         "wins_answers": name in VARIANTS and answers[1] > 0,
@@ -233,17 +216,6 @@ def _interval(values: Any, digits: int) -> str:
 
 def _original(src: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(src, dtype=torch.bfloat16).eval()
-
-
-def _dense(model: PreTrainedModel) -> PreTrainedModel:
-    """``model`` with plain linears in place of packed ones: dequantised once, not at every token."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Mxfp4Linear):
-            linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-            linear.weight = nn.Parameter(module.weight, requires_grad=False)
-            linear.bias = module.bias
-            model.set_submodule(name, linear)
-    return model
 
 
 @torch.inference_mode()
@@ -273,9 +245,8 @@ def _losses(
     return nll, kl, hidden
 
 
-@torch.inference_mode()
 def _answers(model: PreTrainedModel, tokenizer: Any, questions: list[Problem]) -> np.ndarray:
-    """Greedy answers, right or wrong by the strict rule: bool [I]. What all prompts begin with is computed once."""
+    """Greedy answers, right or wrong by the strict rule: bool [I]."""
     prompts = [
         tokenizer(
             tokenizer.apply_chat_template(prompt(q.question), tokenize=False, add_generation_prompt=True),
@@ -283,31 +254,9 @@ def _answers(model: PreTrainedModel, tokenizer: Any, questions: list[Problem]) -
         )["input_ids"]
         for q in questions
     ]
-    shared = next(i for i, column in enumerate(zip(*prompts, strict=False)) if len(set(column)) > 1)
-    lengths: dict[int, list[int]] = {}
-    for i, ids in enumerate(prompts):
-        lengths.setdefault(len(ids), []).append(i)
-    right = np.zeros(len(prompts), dtype=bool)
-    for members in lengths.values():  # of one length, so that nothing needs padding
-        for start in range(0, len(members), _ANSWERS):
-            batch = members[start : start + _ANSWERS]
-            cache = DynamicCache(config=model.config)
-            model(input_ids=torch.tensor([prompts[batch[0]][:shared]]), past_key_values=cache, use_cache=True)
-            cache.batch_repeat_interleave(len(batch))
-            step = torch.tensor([prompts[i][shared:] for i in batch])
-            ended = torch.zeros(len(batch), dtype=torch.bool)
-            new = []
-            for _ in range(NEW_TOKENS):
-                logits = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-                step = logits[:, -1].argmax(-1, keepdim=True)
-                ended |= step[:, 0] == tokenizer.eos_token_id
-                new.append(step.masked_fill(ended[:, None], tokenizer.eos_token_id))
-                if ended.all():
-                    break
-            answers = tokenizer.batch_decode(torch.cat(new, 1), skip_special_tokens=True)
-            for i, answer in zip(batch, answers, strict=True):
-                right[i] = score(answer, questions[i].truth) == 1
-    return right
+    answers = generate(model, prompts, greedy, {tokenizer.eos_token_id}, NEW_TOKENS, together=_ANSWERS)
+    texts = tokenizer.batch_decode([answer for (answer,) in answers], skip_special_tokens=True)
+    return np.array([score(text, q.truth) == 1 for text, q in zip(texts, questions, strict=True)])
 
 
 def _bare(model: PreTrainedModel) -> PreTrainedModel:

@@ -19,13 +19,11 @@ from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4.calibrate import Calibration, calibration_ids
 from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
 from verl_aqn.mxfp4.codec import BLOCK, Mxfp4Tensor, dequantize, quantize
+from verl_aqn.mxfp4.kernels.reference import E2M1
 from verl_aqn.mxfp4.plan import EXCLUDE
 from verl_aqn.mxfp4.report import QuantReport
 
 DAMPING = 0.01
-_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# Magnitude y has code 1 from above 0.25, code 2 from 0.75 on, and so on: a tie goes to the even code.
-_MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 
 def gptq(weight: Tensor, moment: Tensor, scale_rule: str = "mse", damping: float = DAMPING) -> Mxfp4Tensor:
@@ -135,7 +133,7 @@ def _round_block(block: Tensor, factor: Tensor, scale_rule: str) -> tuple[Tensor
     rest = block.expand(len(scales), *block.shape).clone()
     codes = torch.empty(rest.shape, dtype=torch.uint8)
     error = torch.empty_like(rest)
-    values, middles = torch.tensor(_VALUES), _upper_middles()
+    values, middles = torch.tensor(E2M1), _upper_middles()
     for j in range(BLOCK):
         column = rest[..., j]
         code = torch.bucketize(column.abs() / unit, middles)
@@ -148,7 +146,10 @@ def _round_block(block: Tensor, factor: Tensor, scale_rule: str) -> tuple[Tensor
 
 
 def _upper_middles() -> Tensor:
-    """Boundaries b for ``bucketize``, which counts those below y: where a tie goes up, the next float below it."""
-    middles = torch.tensor(_MIDDLES)
+    """Boundaries b for ``bucketize``, which counts those below y: where a tie goes up, the next float below it.
+
+    Magnitude y has code 1 from above 0.25, code 2 from 0.75 on, and so on: a tie goes to the even code.
+    """
+    middles = torch.tensor(E2M1).unfold(0, 2, 1).mean(1)
     middles[1::2] = torch.nextafter(middles[1::2], torch.zeros(()))
     return middles

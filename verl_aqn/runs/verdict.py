@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from verl_aqn.errors import DataError
-from verl_aqn.runs.stats import accuracy_text, wilson
+from verl_aqn.runs.stats import accuracy_text, mcnemar, wilson
 
 E12_ACCURACY = 0.7248  # E12 on GSM8K, Qwen2.5-1.5B-Instruct: the experiment plan's bar
 
@@ -61,18 +60,11 @@ class Comparison:
 def compare_before_after(before: Sequence[bool], after: Sequence[bool]) -> Comparison:
     """Paired comparison of per-item results, in the same order of items.
 
-    p: exact McNemar test, a two-sided binomial test of gained against lost at 1/2 (Fagerland et al. 2013).
-    Interval: Agresti and Min's adjusted Wald interval for paired shares (2005), half an item added to each cell.
-    DataError where the two differ in length or are empty.
+    p: `mcnemar`, whose DataError it raises. Interval: Agresti and Min's adjusted Wald interval for paired shares
+    (2005), half an item added to each cell.
     """
+    gained, lost, p_value = mcnemar(before, after)
     n = len(before)
-    if n != len(after) or n == 0:
-        raise DataError(f"{n} items before and {len(after)} after: the same items are needed on both sides")
-    gained = sum(1 for b, a in zip(before, after, strict=True) if a and not b)
-    lost = sum(1 for b, a in zip(before, after, strict=True) if b and not a)
-    changed = gained + lost
-    tail = sum(math.comb(changed, k) for k in range(min(gained, lost) + 1))
-    p_value = min(1.0, float(2 * tail / 2**changed))
     total, up, down = n + 2, gained + 0.5, lost + 0.5
     middle = (up - down) / total
     half = NormalDist().inv_cdf(0.975) * math.sqrt((up + down) / total - middle**2) / math.sqrt(total)

@@ -6,6 +6,7 @@ from omegaconf import DictConfig
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
+from verl_aqn.config import NoiseConfig, parse_aqn
 from verl_aqn.errors import TrainingError
 
 
@@ -45,16 +46,23 @@ def check_refill(thrown_away: Counter, config: DictConfig, step: int, sigma: flo
     raise TrainingError(
         f"step {step}: {count} groups had no variance in {rule.metric} and were thrown away (σ {sigma:g}, mean "
         f"{rule.metric} {mean:.3f}, limit algorithm.filter_groups.max_num_gen_batches={rule.max_num_gen_batches}): "
-        f"{remedy(sigma, mean)}"
+        f"{remedy(sigma, mean, parse_aqn(config).noise)}"
     )
 
 
-def remedy(sigma: float, mean: float) -> str:
-    """What to do where rewards do not differ."""
+def remedy(sigma: float, mean: float, noise: NoiseConfig) -> str:
+    """What to do where rewards do not differ, in a step of `sigma` and mean reward `mean`."""
     if mean > 0.5:
         return "give harder prompts"
-    noise = "lower aqn.noise.sigma_start, set aqn.noise.unit=rms, or " if sigma > 0 else ""
-    return f"{noise}give easier prompts (worked examples help)"
+    prompts = "give easier prompts (worked examples help)"
+    if sigma == 0:
+        return prompts
+    if noise.target_kl is not None:
+        return f"lower aqn.noise.target_kl ({noise.target_kl:g} nats a token), or {prompts}"
+    return (
+        f"lower aqn.noise.sigma_start ({noise.sigma_start:g} {noise.unit}; `verl-aqn probe` shows what each σ leaves), "
+        f"set aqn.noise.target_kl=0.1 to have it found, or {prompts}"
+    )
 
 
 def count_groups(uids: list[str], rewards: list[float]) -> tuple[int, int]:

@@ -158,7 +158,7 @@ class AqnTrainer(PPOTrainerSync):
             sigma, mean = self.noise_metrics["aqn/sigma"], sum(rewards) / len(rewards)
             self.warn(
                 f"step {self.global_steps}: in no group do the rewards differ, so it teaches nothing (σ {sigma:g}, "
-                f"mean reward {mean:.3f}): {remedy(sigma, mean)}"
+                f"mean reward {mean:.3f}): {remedy(sigma, mean, parse_aqn(self.config).noise)}"
             )
         refused = self.replay_buffer.thrown_away.total()
         groups += refused + int(metrics.get("training/filter_groups/discarded_surplus_samples", 0))

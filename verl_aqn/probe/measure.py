@@ -1,0 +1,209 @@
+"""What σ does to the policy before training: KL, entropy, accuracy and groups with reward variance, on a few prompts.
+
+σ is not portable: the same number is nothing to one model and the end of another. So it is measured on the recipe's own
+base, prompts, reward and temperature, with the noise of the first step that has any, written and read back by
+`NoiseInjector`. KL and entropy are exact over the vocabulary, teacher forced on one clean answer a prompt.
+The policy is the one before training (an adapter starts as zero).
+
+Everything runs in float32, activations too: norms in bfloat16 cannot hold small noise, and HF's layers refuse float32
+norms under 16-bit activations. The rollout's own 16-bit arithmetic is not part of what is measured. All σ see the same
+prompts and the same uniform numbers for sampling, so differences between them are the noise's.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from verl_aqn.errors import ConfigError
+from verl_aqn.generate import batches, generate, prefix, shared_length
+from verl_aqn.noise import NoiseInjector, check_evidence
+from verl_aqn.probe.inputs import Prompt, first_noise, load_base, read_prompts, reward_of
+from verl_aqn.runs.stats import ratio_interval, wilson
+
+PROMPTS, SAMPLES = 16, 4
+TOLERANCE = 0.03  # of the KL that is searched for
+_TOGETHER = 64  # sequences that run together
+
+
+@dataclass(frozen=True)
+class Strength:
+    """The policy under σ: value, low and high ends of 95 % intervals. Nats a token; shares as fractions of 1.
+
+    KL(clean || noisy) and the noisy policy's entropy: bootstrap over prompts. Accuracy, and the share of groups whose
+    rewards differ: Wilson's, as if samples of a prompt were independent. Those two are None where nothing was sampled.
+    """
+
+    sigma: float
+    kl: tuple[float, float, float]
+    entropy: tuple[float, float, float]
+    accuracy: tuple[float, float, float] | None = None
+    variance: tuple[float, float, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Probe:
+    """A recipe's base and prompts, held ready for any number of σ. The weights are clean outside of `measure`.
+
+    `config` is resolved (`prepare_model`, `prepare_data`) and has `steps` RL steps.
+
+    Raises:
+        ConfigError: noise is disabled or σ is 0 at every step; a sampling option that is not taken into account.
+        DataError: a data file without a prompt that is short enough.
+        ModelError, EvidenceError: as `load_model` and `NoiseInjector`.
+    """
+
+    def __init__(
+        self, config: DictConfig, steps: int, prompts: int = PROMPTS, samples: int = SAMPLES, tokens: int | None = None
+    ) -> None:
+        self.order = first_noise(config, steps)
+        rollout = config.actor_rollout_ref.rollout
+        if rollout.temperature <= 0 or rollout.get("top_p", 1) != 1 or rollout.get("top_k", -1) not in (-1, 0):
+            key = "actor_rollout_ref.rollout"
+            raise ConfigError(
+                "a probe (also that of aqn.noise.target_kl and aqn.noise.probe) samples from the whole vocabulary: set "
+                f"{key}.temperature above 0, {key}.top_p=1 and {key}.top_k=-1, or do without"
+            )
+        self.temperature, self.samples = float(rollout.temperature), samples
+        self.tokens = min(int(config.data.max_response_length), tokens or 10**9)
+        self.tokenizer = AutoTokenizer.from_pretrained(config.actor_rollout_ref.model.path)
+        self.prompts = read_prompts(config, self.tokenizer, prompts)
+        self.reward = reward_of(config)
+        self.model = load_base(config)
+        self.injector = NoiseInjector(self.model)
+        ends = self.model.generation_config.eos_token_id
+        self.ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self.answers: list[list[list[int]]] = self._sample()  # of the clean policy, [prompt][sample]
+        self.clean_states = self._states()
+
+    def measure(self, sigma: float, sampled: bool = True) -> Strength:
+        """The policy under noise of `sigma` (0: the clean one); without `sampled` only KL and entropy, much faster."""
+        with self._noise(sigma):
+            kl, entropy, counts = self._compare()
+            answers = (self.answers if sigma == 0 else self._sample()) if sampled else None
+        strength = Strength(sigma, ratio_interval(kl, counts), ratio_interval(entropy, counts))
+        if answers is None:
+            return strength
+        rewards = [self._rewards(prompt, group) for prompt, group in zip(self.prompts, answers, strict=True)]
+        right = sum(reward > 0 for group in rewards for reward in group)
+        varied, groups = sum(len(set(group)) > 1 for group in rewards), len(rewards)
+        return replace(
+            strength,
+            accuracy=_share(right, groups * self.samples),
+            variance=_share(varied, groups),
+        )
+
+    def sigma_for(self, target: float) -> Strength:
+        """The σ, of three digits, whose KL is within `TOLERANCE` of `target`; the order's σ is where the search begins.
+
+        A bracket on log σ, narrowed by the line between its ends (KL grows about as σ²) or halved where that stalls.
+        Raises ConfigError where no σ reaches the target, or none of three digits comes as near.
+        """
+        low = high = None
+        sigma, tried = float(f"{self.order.sigma:.2e}"), 0
+        for tried in range(40):
+            found = self.measure(sigma, sampled=False)
+            kl = found.kl[0]
+            if abs(kl / target - 1) <= TOLERANCE:
+                return found
+            if kl < target:
+                low = (math.log(sigma), math.log(max(kl, target * 1e-6) / target))
+            else:
+                high = (math.log(sigma), math.log(kl / target))
+            if low and high:
+                share = -low[1] / (high[1] - low[1])
+                share = 0.5 if tried % 3 == 2 else min(max(share, 0.05), 0.95)
+                guess = low[0] + share * (high[0] - low[0])
+            else:
+                # A first step as if KL were c · σ², a little beyond; no more than a factor of ten.
+                end = low or high
+                assert end is not None
+                guess = end[0] - min(max(end[1] / 2, -2.3), 2.3) + (0.1 if low else -0.1)
+            before, sigma = sigma, float(f"{math.exp(guess):.2e}")
+            if sigma == before or not 1e-9 < sigma < 1e6:
+                break
+        raise ConfigError(
+            f"aqn.noise.target_kl={target:g} is not reached: KL is {kl:.3g} at σ {found.sigma:g} "
+            f"({self.order.unit}); choose another"
+        )
+
+    # ---- noise ----
+
+    @contextmanager
+    def _noise(self, sigma: float) -> Iterator[None]:
+        """Noise of `sigma`, read back and checked; clean weights before and after, bit for bit."""
+        order, clean = replace(self.order, sigma=sigma), self.injector.clean_digest
+        try:
+            check_evidence(self.injector.apply(order), order, clean)
+            yield
+        finally:
+            check_evidence(self.injector.restore(), None, clean)
+
+    # ---- running the model ----
+
+    def _sample(self) -> list[list[list[int]]]:
+        """Answers [prompt][sample], the end token included. The k-th token of a sample takes the same uniform number
+        whatever σ is and whatever else is sampled."""
+        uniforms = {(i, j): self._uniforms(i, j) for i in range(len(self.prompts)) for j in range(self.samples)}
+
+        def choose(logits: Tensor, rows: list[tuple[int, int]], number: int) -> Tensor:
+            chances = (logits.double() / self.temperature).softmax(-1).cumsum(-1)
+            draws = chances.new_tensor([[uniforms[row][number]] for row in rows])
+            return torch.searchsorted(chances, draws * chances[:, -1:], right=True).clamp(max=chances.shape[1] - 1)
+
+        ids = [prompt.ids for prompt in self.prompts]
+        return generate(self.model, ids, choose, self.ends, self.tokens, self.samples, _TOGETHER)
+
+    def _uniforms(self, prompt: int, sample: int) -> np.ndarray:
+        return np.random.default_rng([self.order.seed, self.prompts[prompt].row, sample]).random(self.tokens)
+
+    @torch.inference_mode()
+    def _states(self) -> list[Tensor]:
+        """The last hidden state before each token of a prompt's first clean answer, [P] of [A, D]: they stand for the
+        logits, many times larger (the output head takes no noise)."""
+        states = [torch.empty(0)] * len(self.prompts)
+        decoder = self.model.get_decoder()
+        ids = [prompt.ids for prompt in self.prompts]
+        shared = shared_length(ids)
+        for batch in batches(ids, _TOGETHER):
+            rows = [ids[i][shared:] + self.answers[i][0][:-1] for i in batch]
+            longest = max(map(len, rows))
+            # Padding comes after a row, where a causal model does not look.
+            padded = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.model.device)
+            cache = prefix(self.model, ids[0][:shared], len(batch))
+            hidden = decoder(input_ids=padded, past_key_values=cache, use_cache=True).last_hidden_state
+            for i, row, state in zip(batch, rows, hidden, strict=True):
+                states[i] = state[len(row) - len(self.answers[i][0]) : len(row)].clone()
+        return states
+
+    @torch.inference_mode()
+    def _compare(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """By prompt, summed over its clean answer: KL(clean || now), entropy now, tokens; float64 [P]."""
+        head = self.model.get_output_embeddings()
+        kl, entropy, counts = (np.zeros(len(self.prompts)) for _ in range(3))
+        for i, (clean, now) in enumerate(zip(self.clean_states, self._states(), strict=True)):
+            p, q = ((head(state).float() / self.temperature).log_softmax(-1) for state in (clean, now))
+            kl[i] = (p.exp() * (p - q)).sum(-1, dtype=torch.float64).sum().item()
+            entropy[i] = -(q.exp() * q).sum(-1, dtype=torch.float64).sum().item()
+            counts[i] = len(now)
+        return kl, entropy, counts
+
+    def _rewards(self, prompt: Prompt, group: list[list[int]]) -> list[float]:
+        texts = self.tokenizer.batch_decode(group, skip_special_tokens=True)
+        found = [self.reward(solution_str=text, **prompt.reward) for text in texts]
+        return [
+            float(value["acc" if "acc" in value else "score"] if isinstance(value, dict) else value) for value in found
+        ]
+
+
+def _share(part: int, whole: int) -> tuple[float, float, float]:
+    return (part / whole, *wilson(part, whole))
