@@ -70,8 +70,8 @@ class Probe:
         if rollout.temperature <= 0 or rollout.get("top_p", 1) != 1 or rollout.get("top_k", -1) not in (-1, 0):
             key = "actor_rollout_ref.rollout"
             raise ConfigError(
-                "a probe (also that of aqn.noise.target_kl and aqn.noise.probe) samples from the whole vocabulary: set "
-                f"{key}.temperature above 0, {key}.top_p=1 and {key}.top_k=-1, or do without"
+                f"a probe samples from the whole vocabulary: set {key}.temperature above 0, {key}.top_p=1 and "
+                f"{key}.top_k=-1, or do without it (aqn.noise.probe=false, aqn.noise.target_kl=null)"
             )
         self.temperature, self.samples = float(rollout.temperature), samples
         self.tokens = min(int(config.data.max_response_length), tokens or 10**9)

@@ -107,7 +107,8 @@ def _measured_start(config: DictConfig, steps: int) -> list[Strength]:
 def _release_memory() -> None:
     """Gives freed tensors back to the system: glibc kept 0.7 GB of an embedded model for the whole run."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+        trim(0)
 
 
 def _teaches(row: Strength) -> bool:
