@@ -9,4 +9,7 @@ bash scripts/setup.sh
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 unset PYTHONDONTWRITEBYTECODE
-exec .venv/bin/pytest "$@"
+if (($#)); then exec .venv/bin/pytest "$@"; fi
+# Small tests side by side, one on each core; then real runs, which want the machine for themselves.
+OMP_NUM_THREADS=1 .venv/bin/pytest -n logical --dist loadscope tests/unit tests/contract
+exec .venv/bin/pytest tests/integration

@@ -154,6 +154,21 @@ def test_apply_writes_into_the_same_storage():
     assert [p.data_ptr() for p in model.parameters()] == before
 
 
+def test_a_compiled_model_sees_noise_come_and_go():
+    """Compiled graphs read the weights' storage at every call, which is why noise is written in place."""
+    model = make_model(2, 64)
+    injector = NoiseInjector(model)
+    forward = torch.compile(lambda x: model["norm_1"](model["norm_0"](x)), backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, 64)
+    clean = forward(x)
+    injector.apply(NoiseOrder(3, 0, 0.1, "rms"))
+    noisy = forward(x)
+    assert torch.equal(noisy, model["norm_1"](model["norm_0"](x)))
+    assert not torch.equal(noisy, clean)
+    injector.restore()
+    assert torch.equal(forward(x), clean)
+
+
 def test_promotion_that_changes_the_activations_is_refused_and_undone():
     """HF's Llama norm with float32 weights returns float32, which a bf16 linear layer does not take."""
     model = make_model(dtype=torch.bfloat16)
