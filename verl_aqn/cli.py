@@ -231,6 +231,55 @@ def doctor(as_json: Json = False) -> None:
     raise typer.Exit(1 if faults else 0)
 
 
+@app.command()
+def runs(
+    folder: Annotated[
+        Path | None, typer.Argument(help="A folder that runs were put in (aqn.run.dir); by default /tmp/mxfp4_*.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """The runs on record: how they ended and what they reached."""
+    from verl_aqn.runs.listing import describe, find_runs
+
+    found = [describe(run) for run in find_runs(folder)]
+    if as_json:
+        print(json.dumps(found))
+        return
+    if not found:
+        print("no runs in /tmp/mxfp4_*: start one with `verl-aqn train RECIPE`, or name a folder")
+        return
+    view = Table(title="Runs (accuracy without noise, 95 % interval)", title_justify="left")
+    for column in ("run", "recipe", "status", "steps", "σ", "seed", "accuracy", "minutes"):
+        view.add_column(column, justify="left" if column in ("run", "recipe", "status") else "right", no_wrap=True)
+    for row in found:
+        view.add_row(
+            row["run"],
+            row["recipe"] or "–",
+            row["status"],
+            f"{row['step']}/{row['steps'] or '?'}",
+            _sigmas(row["noise"]),
+            "–" if row["seed"] is None else str(row["seed"]),
+            _accuracy(row["accuracy"], row["items"]),
+            f"{row['minutes']:g}",
+        )
+    RichConsole(width=None if sys.stdout.isatty() else 160).print(view)
+
+
+def _sigmas(noise: dict | None) -> str:
+    if not noise or not noise.get("enabled", True):
+        return "off" if noise else "–"
+    return f"{noise['sigma_start']:g} → {noise['sigma_end']:g}"
+
+
+def _accuracy(accuracy: float | None, items: int | None) -> str:
+    from verl_aqn.runs.stats import wilson
+
+    if accuracy is None or not items:
+        return "–"
+    low, high = wilson(round(accuracy * items), items)
+    return f"{100 * accuracy:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
 @data_app.command("gsm8k")
 def data_gsm8k(
     dst: Annotated[Path | None, typer.Option(help="Folder to write; by default the cache, where recipes look.")] = None,

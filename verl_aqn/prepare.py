@@ -110,11 +110,16 @@ def prepare_data(config: DictConfig) -> dict[str, int]:
         value = config.data[key]
         if value in makers:
             config.data[key] = str(makers[value]()[split])
-        files = [config.data[key]] if isinstance(config.data[key], str) else list(config.data[key])
         limit = config.data[f"{'train' if split == 'train' else 'val'}_max_samples"]
-        count = sum(check_parquet(Path(file).expanduser()) for file in files)
+        count = sum(check_parquet(file) for file in data_files(config, key))
         rows[split] = min(count, limit) if limit > 0 else count
     return rows
+
+
+def data_files(config: DictConfig, *keys: str) -> list[Path]:
+    """The files of `data.train_files` and `data.val_files`, or of `keys`, each of which is a path or a list of them."""
+    found = [config.data[key] for key in keys or ("train_files", "val_files")]
+    return [Path(f).expanduser() for files in found for f in ([files] if isinstance(files, str) else files)]
 
 
 def steps_in_data(config: DictConfig) -> int | None:

@@ -3,9 +3,7 @@
 Read `train` first: it is the whole way in one breath.
 """
 
-import importlib.metadata
 import json
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from verl_aqn.config import load_recipe, parse_aqn, schedule_of
 from verl_aqn.console import Console
 from verl_aqn.errors import StrengthError
-from verl_aqn.prepare import check_machine, check_steps, prepare_data, prepare_model, warnings_of
+from verl_aqn.prepare import check_machine, check_steps, data_files, prepare_data, prepare_model, warnings_of
 from verl_aqn.runs.folder import RunFolder, open_run
+from verl_aqn.runs.provenance import provenance
 from verl_aqn.supervise import supervise
 
 if TYPE_CHECKING:
@@ -109,18 +108,6 @@ def identity(config: DictConfig) -> dict:
     return container
 
 
-def versions() -> dict[str, str]:
-    """Installed versions of everything that a result can depend on."""
-    names = ("verl-aqn", "verl", "vllm", "ray", "torch", "transformers", "peft", "tensordict", "TransferQueue", "numpy")
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {"python": platform.python_version(), "machine": platform.machine(), **found}
-
-
 def launch(run: RunFolder, todo: Plan) -> None:
     """Write the config that the training process reads; on the first attempt also the records of what was asked."""
     config = todo.config.copy()
@@ -132,7 +119,7 @@ def launch(run: RunFolder, todo: Plan) -> None:
     text = OmegaConf.to_yaml(config, resolve=True)
     if not run.resumed:
         run.write_text("config.yaml", text)
-        run.write_text("versions.json", json.dumps(versions(), indent=2))
+        run.write_text("versions.json", json.dumps(provenance(data_files(config)), indent=2))
         run.write_text("schedule.json", json.dumps(schedule_of(config, todo.steps).table()))
     launch_file = run.path / "launch.yaml"  # the config of the newest attempt
     launch_file.write_text(text)

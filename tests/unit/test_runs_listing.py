@@ -1,0 +1,106 @@
+"""`verl-aqn runs`, and what a run records of where it came from."""
+
+import hashlib
+import json
+import subprocess
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from verl_aqn.cli import app
+from verl_aqn.errors import DataError
+from verl_aqn.runs.folder import RunFolder, open_run
+from verl_aqn.runs.listing import describe, find_runs
+from verl_aqn.runs.provenance import checkout, device, provenance
+
+CONFIG = {
+    "aqn": {"seed": 3, "noise": {"enabled": True, "sigma_start": 0.05, "sigma_end": 1e-5}},
+    "trainer": {"experiment_name": "e12", "total_training_steps": 29},
+}
+
+
+def make(base, status: str | None = "finished", config: dict | None = CONFIG) -> RunFolder:
+    run = open_run(base, {"of": str(base)}, fresh=True)
+    if config:
+        run.write_text("config.yaml", yaml.safe_dump(config))
+    run.append("evidence.jsonl", {"kind": "base", "disk": "b" * 64})
+    for step in (0, 1, 2):
+        run.append("metrics.jsonl", {"kind": "validation", "step": step, "accuracy": 0.25 * step, "items": 40})
+        run.append("evidence.jsonl", {"kind": "adapter", "sent": f"adapter {step}"})
+    run.append("metrics.jsonl", {"kind": "step", "step": 2, "metrics": {}})
+    if status:
+        run.set_status(status)
+    run.close()
+    return run
+
+
+def test_a_run_in_plain_values(tmp_path):
+    row = describe(make(tmp_path / "base"))
+    assert (row["recipe"], row["status"], row["step"], row["steps"], row["seed"]) == ("e12", "finished", 2, 29, 3)
+    assert (row["accuracy"], row["items"]) == (0.5, 40)
+    assert (row["base"], row["adapter"]) == ("b" * 64, "adapter 2")
+    assert 0 <= row["minutes"] < 1
+    json.dumps(row)
+
+
+def test_a_run_that_nobody_holds_is_dead(tmp_path):
+    assert describe(make(tmp_path / "base", status=None))["status"] == "dead"
+    run = open_run(tmp_path / "other", {})
+    assert describe(run)["status"] == "running"
+    run.close()
+
+
+def test_records_of_an_older_version_are_read(tmp_path):
+    row = describe(make(tmp_path / "base", config={"trainer": {"total_training_steps": 5}}))
+    assert (row["recipe"], row["seed"], row["noise"], row["steps"]) == (None, None, None, 5)
+    assert describe(make(tmp_path / "bare", config=None))["steps"] is None
+
+
+def test_runs_are_found_from_above_and_from_within_oldest_first(tmp_path):
+    first, second = make(tmp_path / "a"), make(tmp_path / "b")
+    assert [run.path for run in find_runs(tmp_path)] == [first.path, second.path]
+    assert [run.path for run in find_runs(tmp_path / "a")] == [first.path]
+    assert [run.path for run in find_runs(second.path)] == [second.path]
+    (tmp_path / "c").mkdir()
+    for folder, says in ((tmp_path / "c", "holds no runs"), (tmp_path / "d", "is not there")):
+        with pytest.raises(DataError, match=says):
+            find_runs(folder)
+
+
+def test_command(tmp_path):
+    make(tmp_path / "a")
+    make(tmp_path / "b", status="failed", config={"aqn": {"noise": {"enabled": False}}})
+    shown = CliRunner().invoke(app, ["runs", str(tmp_path)])
+    assert shown.exit_code == 0
+    assert "50.0 % [35.2, 64.8]" in shown.stdout
+    assert "0.05 → 1e-05" in shown.stdout
+    assert [word in shown.stdout for word in ("finished", "failed", "2/29", "2/?", "off")] == [True] * 5
+    rows = json.loads(CliRunner().invoke(app, ["runs", str(tmp_path), "--json"]).stdout)
+    assert [row["status"] for row in rows] == ["finished", "failed"]
+
+
+def test_provenance_names_commit_device_and_data(tmp_path):
+    (tmp_path / "train.parquet").write_bytes(b"rows")
+    found = provenance([tmp_path / "train.parquet"])
+    assert found["data"] == {"train.parquet": hashlib.sha256(b"rows").hexdigest()}
+    assert found["torch"]
+    assert found["device"] == device() != ""
+    json.dumps(found)
+
+
+def test_a_checkout_is_dirty_with_a_change_or_a_new_file(tmp_path):
+    def git(*arguments: str) -> None:
+        who = ["-c", "user.name=t", "-c", "user.email=t@t"]
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True)
+
+    assert checkout(tmp_path) == {"commit": None, "dirty": None}
+    git("init")
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-m", "one")
+    clean = checkout(tmp_path)
+    assert len(clean["commit"]) == 40
+    assert clean["dirty"] is False
+    (tmp_path / "new").write_text("2")
+    assert checkout(tmp_path) == clean | {"dirty": True}

@@ -1,0 +1,79 @@
+"""What runs there are, and how far they came: for `verl-aqn runs`."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from verl_aqn.errors import DataError
+from verl_aqn.runs.folder import RunFolder
+
+DEFAULT_BASES = "/tmp/mxfp4_*"  # where recipes put their runs when aqn.run.dir is not set
+
+
+def find_runs(folder: Path | None = None) -> list[RunFolder]:
+    """Runs under `folder`: a base folder, one that holds base folders, or one run; by default the recipes' own.
+
+    Oldest first. Raises DataError where `folder` is not there or holds no run.
+    """
+    if folder is None:
+        bases = sorted(Path(DEFAULT_BASES).parent.glob(Path(DEFAULT_BASES).name))
+        paths = [path for base in bases for path in base.glob("runs/[!.]*/state.json")]
+    else:
+        patterns = ("state.json", "runs/[!.]*/state.json", "*/runs/[!.]*/state.json")
+        paths = [path for pattern in patterns for path in folder.glob(pattern)]
+        if not paths:
+            what = "holds no runs" if folder.is_dir() else "is not there"
+            raise DataError(f"{folder} {what}: give a folder that `verl-aqn train` was told as aqn.run.dir")
+    return sorted((RunFolder(path.parent) for path in paths), key=lambda run: run.state["created"])
+
+
+def describe(run: RunFolder) -> dict[str, Any]:
+    """One run in plain values. What a record of an older version does not have is None.
+
+    `status` is that of state.json, or `dead` where it says running and no process holds the run. `step` and `steps`:
+    done and wanted. `accuracy`: of the last validation, a fraction of 1 over `items`. `minutes`: from the first attempt
+    to the last sign of life. `base` and `adapter`: digests of the MXFP4 base and of the last adapter in the rollout.
+    """
+    state = run.state
+    status = state["status"]
+    if status == "running" and not run.locked:
+        status = "dead"
+    try:
+        config = yaml.safe_load((run.path / "config.yaml").read_text())
+    except FileNotFoundError:  # killed before it was written
+        config = {}
+    steps = [record for record in run.read("metrics.jsonl") if record["kind"] == "step"]
+    validations = [record for record in run.read("metrics.jsonl") if record["kind"] == "validation"]
+    evidence = list(run.read("evidence.jsonl"))
+    base = next((record.get("disk") for record in evidence if record["kind"] == "base"), None)
+    adapter = next((record.get("sent") for record in reversed(evidence) if record["kind"] == "adapter"), None)
+    last = validations[-1] if validations else {}
+    files = [path.stat().st_mtime for path in (run.path / "metrics.jsonl", run.path / "state.json") if path.exists()]
+    return {
+        "run": run.path.name,
+        "recipe": _get(config, "trainer", "experiment_name"),
+        "status": status,
+        "attempt": state.get("attempt"),
+        "created": state["created"],
+        "minutes": round((max(files) - datetime.fromisoformat(state["created"]).timestamp()) / 60, 1),
+        "step": steps[-1]["step"] if steps else 0,
+        "steps": _get(config, "trainer", "total_training_steps"),
+        "accuracy": last.get("accuracy"),
+        "items": last.get("items"),
+        "seed": _get(config, "aqn", "seed"),
+        "noise": _get(config, "aqn", "noise"),
+        "base": base,
+        "adapter": adapter,
+        "message": state.get("message", ""),
+        "path": str(run.path),
+    }
+
+
+def _get(config: Any, *keys: str) -> Any:
+    for key in keys:
+        config = config.get(key) if isinstance(config, dict) else None
+    return config
