@@ -48,16 +48,10 @@ def tell_workers(config: DictConfig) -> None:
     """Put what `aqn` says of the model's layers where verl's actor and vLLM's kernel look for it.
 
     Raises:
-        ConfigError: 4-bit activations are asked for without a quantised base, noise in an actor that cannot have it, or
-            an engine whose ranks hold slices.
+        ConfigError: 4-bit activations are asked for without a quantised base, or noise in an actor that cannot have it.
     """
     mxfp4, noise = parse_aqn(config).mxfp4, parse_aqn(config).noise
     actor_rollout = config.actor_rollout_ref
-    if (ranks := actor_rollout.rollout.tensor_model_parallel_size) != 1:
-        raise ConfigError(
-            f"actor_rollout_ref.rollout.tensor_model_parallel_size={ranks}: a run proves base and adapter by digests, "
-            "which are not compared slice by slice yet; set it to 1 and use more replicas (trainer.n_gpus_per_node)"
-        )
     if noise.in_actor:
         if actor_rollout.actor.strategy != "fsdp2":
             raise ConfigError(

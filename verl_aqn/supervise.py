@@ -67,9 +67,19 @@ def environment(run: RunFolder, temporary: str) -> dict[str, str]:
         env.update(VERL_PLATFORM="cpu")
         env.pop("CUDA_VISIBLE_DEVICES", None)  # Ray refuses a pretended GPU beside an empty list
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        # Actor and rollout take turns: each has every core in its phase.
-        env.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(str(core) for core in sorted(os.sched_getaffinity(0))))
+        ranks = int(config["actor_rollout_ref"]["rollout"]["tensor_model_parallel_size"])
+        env.setdefault("VLLM_CPU_OMP_THREADS_BIND", bind_cores(sorted(os.sched_getaffinity(0)), ranks))
     return env
+
+
+def bind_cores(cores: list[int], ranks: int) -> str:
+    """Cores of each tensor-parallel rank of an engine, as vLLM reads them ("0,1|2,3").
+
+    Actor and rollout take turns, so an engine has every core in its phase, and its ranks share them out. Ranks beyond
+    the number of cores share cores.
+    """
+    shares = [cores[rank::ranks] or [cores[rank % len(cores)]] for rank in range(ranks)]
+    return "|".join(",".join(map(str, share)) for share in shares)
 
 
 def supervise(run: RunFolder, listener: Listener) -> Outcome:

@@ -139,7 +139,7 @@ def test_experts_of_vllm_say_how_many_they_hold():
 
 
 def test_linear_layers_say_which_part_of_a_weight_they_hold():
-    """What `split_layer` reads to give tensor-parallel ranks their slices."""
+    """What `parts_of` reads to give tensor-parallel ranks their slices."""
     import inspect
 
     from vllm.model_executor.layers import linear

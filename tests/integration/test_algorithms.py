@@ -11,6 +11,8 @@ SHORT = ["trainer.val_before_train=false", "trainer.test_freq=-1", "trainer.save
 ONE_STEP = ["trainer.total_training_steps=1", "aqn.noise.num_stages=1", *SHORT]
 TWO_STEPS = ["trainer.total_training_steps=2", "aqn.noise.num_stages=2", *SHORT]  # σ 0, then σ_start
 
+SPLIT = ["trainer.n_gpus_per_node=2", "actor_rollout_ref.rollout.tensor_model_parallel_size=2"]
+
 
 @pytest.fixture
 def run(train, tmp_path):
@@ -61,10 +63,10 @@ def test_grpo_on_two_ranks_with_correction_and_a_warning_where_top_p_biases_it(r
     assert "aqn/parity/rescored_tokens" not in step
 
 
-def test_dapo_tells_noise_from_kernels_and_validates_without_noise(run):
+def test_dapo_on_a_tensor_parallel_rollout_tells_noise_from_kernels_and_validates_without_noise(run):
     strong = ["aqn.noise.sigma_start=2", "actor_rollout_ref.actor.optim.lr=0"]  # the policy stays what it was
     validated = ["trainer.val_before_train=true", "trainer.test_freq=2"]
-    outcome = run("dapo", *TWO_STEPS, "aqn.parity.rescore=2", *strong, *validated)
+    outcome = run("dapo", *TWO_STEPS, "aqn.parity.rescore=2", *strong, *validated, *SPLIT)
     clean, noisy = steps_of(outcome)
     before, after = (
         {
@@ -75,6 +77,13 @@ def test_dapo_tells_noise_from_kernels_and_validates_without_noise(run):
     )
     assert len(before) == 4
     assert after == before  # greedy, token for token
+    start, adapter = (
+        lines(outcome[2] / "evidence.jsonl", "base")[0],
+        lines(outcome[2] / "evidence.jsonl", "adapter")[-1],
+    )
+    assert [len(held["slices"]) for held in start["rollout"]] == [14, 14]
+    assert len({start["disk"], *(held["base_digest"] for held in start["rollout"])}) == 3
+    assert len({adapter["sent"], *(held["adapter_digest"] for held in adapter["held"])}) == 3
     for step in (clean, noisy):
         assert step["aqn/groups"] >= 2 + step["aqn/groups_without_variance"]
         assert 0 < step["aqn/parity/rescored_tokens"] <= step["aqn/parity/tokens"] / 1.5

@@ -29,8 +29,8 @@ from verl_aqn.errors import ConfigError, EvidenceError, ModelError
 from verl_aqn.mxfp4 import dequantize, quantize
 from verl_aqn.noise import NoiseInjector, NoiseOrder, check_evidence, draw, find_norms
 from verl_aqn.noise.routers import router_norms
-from verl_aqn.noise.targets import hf_names
 from verl_aqn.order import Layers, Zone
+from verl_aqn.shards import hf_names
 
 TINY = {
     "vocab_size": 32,

@@ -9,7 +9,8 @@ from torch import nn
 from verl_aqn.errors import EvidenceError
 from verl_aqn.mxfp4 import quantize
 from verl_aqn.mxfp4.checkpoint import base_digest
-from verl_aqn.vllm_api.readback import check_activations, describe_base, hf_names, kernel_activation, remember_packed
+from verl_aqn.shards import hf_names
+from verl_aqn.vllm_api.readback import check_activations, describe_base, kernel_activation, remember_packed
 
 
 class Model(nn.Module):

@@ -6,7 +6,10 @@ import sys
 import time
 from multiprocessing import shared_memory
 
+import pytest
+
 from verl_aqn import supervise
+from verl_aqn.supervise import bind_cores
 
 
 def test_orphans_that_ignore_sigterm_are_ended():
@@ -47,3 +50,11 @@ def test_shared_memory_of_the_dead_is_removed_and_that_of_the_living_is_not():
     finally:
         living.close()
         living.unlink()
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "bound"),
+    [([0, 1], 1, "0,1"), ([0, 1], 2, "0|1"), ([2, 3, 6, 7], 2, "2,6|3,7"), ([4], 2, "4|4")],
+)
+def test_ranks_of_an_engine_share_out_the_cores(cores, ranks, bound):
+    assert bind_cores(cores, ranks) == bound

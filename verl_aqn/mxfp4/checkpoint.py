@@ -3,15 +3,15 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from verl_aqn.errors import ConfigError, ModelError
-from verl_aqn.mxfp4.codec import SCALE_RULES, Mxfp4Tensor, quantize
+from verl_aqn.errors import ConfigError, EvidenceError, ModelError
+from verl_aqn.mxfp4.codec import BLOCK, SCALE_RULES, Mxfp4Tensor, quantize
 from verl_aqn.mxfp4.error_split import split_error
 from verl_aqn.mxfp4.experts import Mxfp4Experts
 from verl_aqn.mxfp4.foreign import foreign_layout
@@ -123,10 +123,38 @@ def combined_digest(modules: Iterable[tuple[str, str]]) -> str:
     return hashlib.sha256(json.dumps(sorted(modules)).encode()).hexdigest()
 
 
-def checkpoint_digest(path: str | Path) -> str:
-    """`base_digest` of a packed folder. Raises ModelError where it is not one or is damaged."""
+def checkpoint_digest(path: str | Path, slices: Mapping[str, Sequence[int]] | None = None) -> str:
+    """`base_digest` of a packed folder, or of what a tensor-parallel rank should hold of it.
+
+    Args:
+        slices: {module: (row, rows, column, columns)} of the weights [N, K] that are held in part.
+
+    Raises:
+        ModelError: the folder is not a packed checkpoint or is damaged.
+    """
     weights = open_packed(Path(path))
-    return base_digest((m, weights.read(m + PACKED), weights.read(m + SCALE)) for m in packed_modules(weights))
+
+    def tensors() -> Iterator[tuple[str, Tensor, Tensor]]:
+        for module in packed_modules(weights):
+            packed, scale = weights.read(module + PACKED), weights.read(module + SCALE)
+            if slices and module in slices:
+                row, rows, column, columns = slices[module]
+                end = column + columns
+                packed = packed[row : row + rows, column // 2 : end // 2].contiguous()
+                scale = scale[row : row + rows, column // BLOCK : end // BLOCK].contiguous()
+            yield module, packed, scale
+
+    return base_digest(tensors())
+
+
+def check_covered(path: str | Path, holders: Sequence[Mapping[str, Sequence[int]]]) -> None:
+    """Raise EvidenceError unless the slices of all `holders` together are the whole of every weight in `path`."""
+    weights = open_packed(Path(path))
+    for module in sorted(set().union(*holders)):
+        tiles = {tuple(slices[module]) for slices in holders if module in slices}
+        n, half = weights.specs[module + PACKED].shape
+        if sum(rows * columns for _, rows, _, columns in tiles) != n * 2 * half:
+            raise EvidenceError(f"the rollout's ranks together do not hold the whole of {module}: {sorted(tiles)}")
 
 
 def model_digest(model: nn.Module) -> str:

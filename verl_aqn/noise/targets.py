@@ -11,6 +11,7 @@ from torch import nn
 from verl_aqn.errors import EvidenceError, ModelError
 from verl_aqn.mxfp4 import dequantize
 from verl_aqn.noise.gaussian import Span
+from verl_aqn.shards import Part, parts_of
 
 
 def find_norms(model: nn.Module) -> dict[str, nn.Module]:
@@ -176,9 +177,14 @@ class PackedLinear(Target):
 
     kind = "linear"
 
-    def __init__(self, name: str, layer: nn.Module, rows: slice, spans: list[Span], part: bool):
-        self._layer, self._rows = layer, rows
-        super().__init__(name, spans, part)
+    def __init__(self, part: Part, layer: nn.Module):
+        self._layer, self._rows = layer, part.rows
+        (row, column), (rows, local) = part.origin, part.shape
+        if local == part.columns:
+            spans = [Span(part.name, row * local, rows * local)]
+        else:
+            spans = [Span(part.name, (row + i) * part.columns + column, local) for i in range(rows)]
+        super().__init__(part.name, spans, not part.whole)
 
     def data(self) -> torch.Tensor:
         weight: nn.Parameter = self._layer.weight  # type: ignore[assignment]
@@ -211,39 +217,8 @@ def find_linears(model: nn.Module) -> Iterator[PackedLinear]:
                 f"{name}: its kernel ({kernel}) keeps weights in an order of its own, so that noise can be neither "
                 "written nor taken away; take `linear` out of aqn.noise.targets"
             )
-        yield from split_layer(model, name, layer)
-
-
-def split_layer(model: nn.Module, name: str, layer: nn.Module) -> Iterator[PackedLinear]:
-    """The parts of one layer of vLLM, and which elements of the whole weights [N, K] this rank holds of them."""
-    weight: nn.Parameter = layer.weight  # type: ignore[assignment]
-    local: int = weight.shape[1]
-    widths: list[int] = list(layer.logical_widths)  # type: ignore[arg-type]
-    rank: int = getattr(layer, "tp_rank", 0)
-    whole: int = getattr(layer, "input_size", local)
-    all_rows = sum(widths) == getattr(layer, "output_size", sum(widths))
-    column = rank * local if whole != local else 0
-    replicas: int = getattr(layer, "num_kv_head_replicas", 1)
-    begin = 0
-    for number, (part, rows) in enumerate(zip(hf_names(model, name, len(widths)), widths, strict=True)):
-        # Ranks beyond the number of k/v heads hold copies of them.
-        row = 0 if all_rows else (rank // (replicas if number else 1)) * rows
-        if whole == local:
-            spans = [Span(part, row * whole, rows * whole)]
-        else:
-            spans = [Span(part, (row + i) * whole + column, local) for i in range(rows)]
-        yield PackedLinear(part, layer, slice(begin, begin + rows), spans, whole != local or not all_rows)
-        begin += rows
-
-
-def hf_names(model: nn.Module, name: str, parts: int) -> list[str]:
-    """Trainer's names of the `parts` that vLLM fused into module `name`."""
-    parent, _, leaf = name.rpartition(".")
-    mapping: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
-    leaves = mapping.get(leaf, [leaf])
-    if len(leaves) != parts:
-        raise ValueError(f"{name} has {parts} parts, but the model names {leaves}")
-    return [f"{parent}.{leaf}" if parent else leaf for leaf in leaves]
+        for part in parts_of(model, name, layer):
+            yield PackedLinear(part, layer)
 
 
 def _promote(name: str, module: nn.Module, dtype: torch.dtype) -> None:

@@ -25,10 +25,12 @@ ADAPTER_DTYPE = torch.bfloat16  # what the rollout multiplies with
 class AqnFSDPEngine(PackedBase):
     """The actor: packed base (uint8), LoRA in fp32 master weights that compute and travel in bf16.
 
-    `noise` is there where the recipe wants the rollout's noise in the actor too.
+    `noise` is there where the recipe wants the rollout's noise in the actor too. `slicings`: the parts of the adapter
+    that ranks of the rollout hold ({}: all of it); `sent_adapters`: the digest of each when it was last sent.
     """
 
-    sent_adapter: str | None = None
+    slicings: tuple[dict[str, list[int]], ...] = ({},)
+    sent_adapters: tuple[str, ...] = ()
     noise: NoiseInjector | None = None
 
     def _build_module(self):
@@ -48,13 +50,16 @@ class AqnFSDPEngine(PackedBase):
             yield
 
     def get_per_tensor_param(self, layered_summon=False, base_sync_done=False, **kwargs):
-        """Adapter tensors in bf16 for the rollout, and the digest that the rollout must show afterwards."""
+        """Adapter tensors in bf16 for the rollout, and the digests that its ranks must show afterwards."""
         params, peft_config = super().get_per_tensor_param(layered_summon, base_sync_done, **kwargs)
         if peft_config is None or not base_sync_done:
             return params, peft_config
         adapter = [(name, tensor.to(ADAPTER_DTYPE)) for name, tensor in params]
         scaling = peft_config["lora_alpha"] / peft_config["r"]
-        self.sent_adapter = tensor_digest(served_adapter(adapter, scaling))
+        served = list(served_adapter(adapter, scaling))
+        self.sent_adapters = tuple(
+            tensor_digest((name, cut(tensor, slices.get(name))) for name, tensor in served) for slices in self.slicings
+        )
         return iter(adapter), peft_config
 
     def base_digest(self) -> str | None:
@@ -118,6 +123,14 @@ def served_adapter(adapter: list[tuple[str, torch.Tensor]], scaling: float) -> I
         module, _, kind = name.removesuffix(".weight").removesuffix(".default").rpartition(".lora_")
         module = module.removeprefix("base_model.model.")
         yield f"{module}.{kind}", tensor * scaling if kind == "B" else tensor
+
+
+def cut(tensor: torch.Tensor, part: list[int] | None) -> torch.Tensor:
+    """The (row, rows, column, columns) of a matrix, or all of it."""
+    if part is None:
+        return tensor
+    row, rows, column, columns = part
+    return tensor[row : row + rows, column : column + columns]
 
 
 def _register() -> None:

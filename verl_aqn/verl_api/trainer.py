@@ -17,7 +17,7 @@ from verl.utils.debug import marked_timer
 import verl_aqn.verl_api.rollout  # noqa: F401  registers the replica
 from verl_aqn.config import order_of, parse_aqn, schedule_of
 from verl_aqn.errors import EvidenceError
-from verl_aqn.mxfp4.checkpoint import checkpoint_digest
+from verl_aqn.mxfp4.checkpoint import check_covered, checkpoint_digest
 from verl_aqn.noise import check_equal_noise, check_evidence, check_used
 from verl_aqn.prepare import check_steps
 from verl_aqn.runs.folder import RunFolder
@@ -68,6 +68,7 @@ class AqnTrainer(PPOTrainerSync):
     def on_init_end(self):
         self.schedule = schedule_of(self.config, self.total_training_steps)
         self.event("rollout ready")
+        self.expect_slices()
         super().on_init_end()  # wakes the replicas (verl put them to sleep) and sends the adapter
         # The first order here, so that a pattern that matches nothing is told before anything is generated.
         norms = self.rollout("aqn_prepare", order_of(self.aqn.noise, self.schedule, 0).to_dict())[0]
@@ -217,12 +218,21 @@ class AqnTrainer(PPOTrainerSync):
             check_evidence(evidence, None, self.clean_digest)
             check_used(evidence, self.noise_metrics["aqn/sigma"])
 
+    def expect_slices(self) -> None:
+        """Tell the actor which parts of the adapter the rollout's ranks hold, so that it knows their digests."""
+        held = self.rollout("aqn_adapter_slices", self.config.actor_rollout_ref.model.lora_rank)
+        slicings: list[dict] = [{}]  # all of it
+        slicings += [slices for number, slices in enumerate(held) if slices and slices not in held[:number]]
+        self.slicing_of_rank = [slicings.index(slices) for slices in held]
+        self.actor_rollout_wg.expect_slices(slicings)
+
     def check_adapter(self) -> None:
         """The rollout multiplies with the adapter that the actor sent."""
-        sent = self.actor_rollout_wg.sent_adapter()
+        sent = self.actor_rollout_wg.sent_adapters()
         held = self.rollout("aqn_adapter", self.config.actor_rollout_ref.model.lora_rank)
-        self.record("adapter", step=self.global_steps, sent=sent[0], held=held)
-        if any(answer["adapter_digest"] != sent[0] for answer in held):
+        self.record("adapter", step=self.global_steps, sent=sent[0][0], held=held)
+        wanted = [sent[0][slicing] for slicing in self.slicing_of_rank]
+        if [answer["adapter_digest"] for answer in held] != wanted:
             raise EvidenceError(f"after step {self.global_steps} the rollout's adapter is not the one that was sent")
 
     def check_base(self, when: str) -> None:
@@ -234,10 +244,13 @@ class AqnTrainer(PPOTrainerSync):
         disk = checkpoint_digest(self.config.actor_rollout_ref.model.path)
         held, rounding = self.rollout("aqn_base"), self.actor_rollout_wg.activations()
         self.record("base", when=when, disk=disk, actor=actor, actor_activations=rounding, rollout=held)
-        if {disk, *actor, *(answer["base_digest"] for answer in held)} != {disk}:
+        path, slicings = self.config.actor_rollout_ref.model.path, [answer["slices"] for answer in held]
+        wanted = [checkpoint_digest(path, slices) if slices else disk for slices in slicings]
+        if {disk, *actor} != {disk} or [answer["base_digest"] for answer in held] != wanted:
             raise EvidenceError(
                 f"at the {when} the MXFP4 base differs between disk, actor and rollout; see evidence.jsonl"
             )
+        check_covered(path, slicings)
         # A kernel that keeps weights in an order of its own gives None: there they must be what they were.
         if any(answer["weights_equal_base"] is False for answer in held):
             raise EvidenceError(f"at the {when} the rollout computes with other weights than its MXFP4 base")

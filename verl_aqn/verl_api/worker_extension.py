@@ -37,6 +37,10 @@ class AqnWorkerExtension(vLLMColocateWorkerExtension):
         with torch.no_grad():
             return self.aqn_injector.restore()
 
+    def aqn_adapter_slices(self, rank: int) -> dict:
+        """Which parts of the adapter this rank of the engine holds; also of an engine that sleeps."""
+        return readback.adapter_slices(self.model_runner.get_model(), rank)
+
     def aqn_adapter(self, rank: int) -> dict:
         """The adapter as the engine multiplies with it."""
         return readback.describe_adapter(self.model_runner.get_model(), rank)

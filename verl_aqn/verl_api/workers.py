@@ -47,9 +47,14 @@ class AqnActorWorker(ActorRolloutRefWorker):
         return self.actor.engine.activations()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def sent_adapter(self) -> str | None:
-        """Digest of the adapter that was last sent to the rollout, in the form that the rollout holds it."""
-        return self.actor.engine.sent_adapter
+    def expect_slices(self, slicings: list[dict]) -> None:
+        """Which parts of the adapter the rollout's ranks hold: from now on `sent_adapters` has a digest for each."""
+        self.actor.engine.slicings = tuple(slicings)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def sent_adapters(self) -> list[str]:
+        """Digests of the adapter that was last sent, in the form and the parts that the rollout holds it in."""
+        return list(self.actor.engine.sent_adapters)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def apply_noise(self, order: dict) -> dict:
