@@ -1,10 +1,9 @@
 """The critic's module: the base as the actor has it, adapters and a value head that alone are trained."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
+from tests.engines import bare_engine
 from verl_aqn.data.smollm2 import tiny_model
 from verl_aqn.mxfp4.cached import quantized_cache
 from verl_aqn.mxfp4.experts import packed_layers
@@ -20,20 +19,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(params=["packed", "plain"])
 def module(request, folders):
-    engine = AqnValueEngine.__new__(AqnValueEngine)
-    engine.use_remove_padding, engine.ulysses_sequence_parallel_size = False, 1
-    engine.engine_config = SimpleNamespace(seed=0)
-    engine.model_config = SimpleNamespace(
-        local_path=str(folders[request.param]),
-        override_config={"attn_implementation": "sdpa"},
-        enable_gradient_checkpointing=False,
-        lora_adapter_path=None,
-        lora_rank=8,
-        lora_alpha=16,
-        target_modules="all-linear",
-        target_parameters=None,
-        exclude_modules=None,
-    )
+    engine = bare_engine(AqnValueEngine, folders[request.param], {"attn_implementation": "sdpa"})
     built = engine._build_lora_module(engine._build_module())
     assert len(list(packed_layers(built))) == (14 if request.param == "packed" else 0)
     return built

@@ -1,7 +1,5 @@
 """Noise in the actor's forward: the rollout's to the last bit, while the parameters stay as they are."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
@@ -10,6 +8,7 @@ from transformers.models.gemma.modeling_gemma import GemmaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
 
+from tests.engines import bare_engine
 from tests.unit.test_noise import TINY
 from verl_aqn.noise import NoiseInjector, NoiseOrder, check_evidence
 from verl_aqn.verl_api.engine import AqnFSDPEngine
@@ -115,20 +114,7 @@ def test_recomputed_activations_see_the_noise_of_the_forward():
 def build(tmp_path, seed: int = 0) -> AqnFSDPEngine:
     """verl's engine with a tiny model and a fresh adapter."""
     make().save_pretrained(tmp_path)
-    engine = AqnFSDPEngine.__new__(AqnFSDPEngine)
-    engine.use_remove_padding, engine.ulysses_sequence_parallel_size = False, 1
-    engine.engine_config = SimpleNamespace(forward_only=False, seed=seed)
-    engine.model_config = SimpleNamespace(
-        local_path=str(tmp_path),
-        override_config={"noise_in_actor": True},
-        enable_gradient_checkpointing=False,
-        lora_adapter_path=None,
-        lora_rank=8,
-        lora_alpha=16,
-        target_modules="all-linear",
-        target_parameters=None,
-        exclude_modules=None,
-    )
+    engine = bare_engine(AqnFSDPEngine, tmp_path, {"noise_in_actor": True}, seed)
     engine.module = engine._build_lora_module(engine._build_module()).eval()
     return engine
 
