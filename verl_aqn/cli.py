@@ -214,6 +214,32 @@ def quantize(
 
 
 @app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of runs, or of experiments (their newest run); the control first.")
+    ],
+    factor: Annotated[
+        list[str] | None, typer.Option(help="A key that may differ, with all under it. May be repeated.")
+    ] = None,
+    any_: Annotated[bool, typer.Option("--any", help="Compare whatever differs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Paired tests of runs with the same items; runs of one config are the seeds of an arm."""
+    from verl_aqn.runs.arms import FACTOR, arms
+    from verl_aqn.runs.compare import compare as compared
+    from verl_aqn.runs.compare import table
+
+    report = compared(arms(runs, factor or [FACTOR], any_))
+    if as_json:
+        print(json.dumps(report.to_dict()))
+        return
+    console = RichConsole(highlight=False)
+    (console if console.is_terminal else RichConsole(width=160, highlight=False)).print(table(report))
+    for contrast in report.arms:
+        console.print(contrast.text, soft_wrap=True, markup=False)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Versions, and whether the plugin is seen by verl and vLLM."""
     from verl_aqn.doctor import examine
