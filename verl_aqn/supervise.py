@@ -144,7 +144,7 @@ def remove_shared_memory(since: float) -> None:
     """Unlink what killed processes left in /dev/shm: made after `since`, ours, and mapped by no living process."""
     made = {
         str(path)
-        for pattern in ("psm_*", "sem.mp-*", "verl_weights_*")
+        for pattern in ("psm_*", "sem.mp-*", "verl_weights_*", "vllm_dist_*")
         for path in Path("/dev/shm").glob(pattern)
         if path.stat().st_ctime >= since and path.stat().st_uid == os.getuid()
     }

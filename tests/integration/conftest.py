@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 HERE = Path(__file__).parent
@@ -52,6 +53,16 @@ def train(tiny_model, tmp_path_factory):
         return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     return start
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def leftovers() -> set[str]:
+    """Processes, shared memory, sockets and folders that a run could leave behind."""
+    paths = [*Path("/dev/shm").iterdir(), *Path("/tmp").glob("aqn-*"), *Path("/tmp").glob("????????-????-????-*")]
+    return {*map(str, paths), *(f"process {child.pid}" for child in descendants(os.getpid()))}
 
 
 def newest(run_dir: Path) -> Path:

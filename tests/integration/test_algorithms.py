@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.integration.conftest import lines, newest
+from tests.integration.conftest import leftovers, lines, newest
 
 SHORT = ["trainer.val_before_train=false", "trainer.test_freq=-1", "trainer.save_freq=-1"]
 ONE_STEP = ["trainer.total_training_steps=1", "aqn.noise.num_stages=1", *SHORT]
@@ -19,8 +19,10 @@ def run(train, tmp_path):
     """`run(recipe, *overrides)` → (exit code, standard error in one line, run folder)."""
 
     def start(recipe: str, *overrides: str) -> tuple[int, str, Path]:
+        before = leftovers()
         process = train(tmp_path, *overrides, recipe=recipe)
         _, err = process.communicate(timeout=800)
+        assert leftovers() == before
         return process.returncode, err.replace("\n", " "), newest(tmp_path)
 
     return start

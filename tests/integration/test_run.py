@@ -9,17 +9,7 @@ import psutil
 import pytest
 import torch
 
-from tests.integration.conftest import lines, newest
-
-
-def descendants(pid: int) -> list[psutil.Process]:
-    return psutil.Process(pid).children(recursive=True)
-
-
-def leftovers() -> set[str]:
-    """Processes, shared memory, sockets and folders that a run could leave behind."""
-    paths = [*Path("/dev/shm").iterdir(), *Path("/tmp").glob("aqn-*"), *Path("/tmp").glob("????????-????-????-*")]
-    return {*map(str, paths), *(f"process {child.pid}" for child in descendants(os.getpid()))}
+from tests.integration.conftest import descendants, leftovers, lines, newest
 
 
 @pytest.fixture(scope="module")

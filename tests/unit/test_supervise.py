@@ -1,10 +1,12 @@
 """Nothing stays behind: no process, however deep and stubborn, and no shared memory of the dead."""
 
+import mmap
 import os
 import subprocess
 import sys
 import time
 from multiprocessing import shared_memory
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +52,23 @@ def test_shared_memory_of_the_dead_is_removed_and_that_of_the_living_is_not():
     finally:
         living.close()
         living.unlink()
+
+
+def test_channels_between_the_ranks_of_a_dead_engine_are_removed():
+    """vLLM's tensor-parallel ranks on a CPU leave them behind however they end."""
+    started, name = time.time(), f"/dev/shm/vllm_dist_{os.getpid()}-tp:0-[0-1]-cpushm_"
+    for rank in (0, 1):
+        with open(f"{name}{rank}", "wb") as file:
+            file.write(bytes(64))
+    try:
+        with open(f"{name}1", "rb") as file, mmap.mmap(file.fileno(), 64, access=mmap.ACCESS_READ):
+            supervise.remove_shared_memory(started - 1)
+            assert [os.path.exists(f"{name}{rank}") for rank in (0, 1)] == [False, True]
+        supervise.remove_shared_memory(started - 1)
+        assert not os.path.exists(f"{name}1")
+    finally:
+        for rank in (0, 1):
+            Path(f"{name}{rank}").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(
