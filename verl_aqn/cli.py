@@ -233,10 +233,9 @@ def compare(
     if as_json:
         print(json.dumps(report.to_dict()))
         return
-    console = RichConsole(highlight=False)
-    (console if console.is_terminal else RichConsole(width=160, highlight=False)).print(table(report))
+    _print_wide(table(report))
     for contrast in report.arms:
-        console.print(contrast.text, soft_wrap=True, markup=False)
+        RichConsole(highlight=False).print(contrast.text, soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -265,7 +264,7 @@ def runs(
     as_json: Json = False,
 ) -> None:
     """The runs on record: how they ended and what they reached."""
-    from verl_aqn.runs.listing import describe, find_runs
+    from verl_aqn.runs.listing import describe, find_runs, table
 
     found = [describe(run) for run in find_runs(folder)]
     if as_json:
@@ -274,36 +273,12 @@ def runs(
     if not found:
         print("no runs in /tmp/mxfp4_*: start one with `verl-aqn train RECIPE`, or name a folder")
         return
-    view = Table(title="Runs (accuracy without noise, 95 % interval)", title_justify="left")
-    for column in ("run", "recipe", "status", "steps", "σ", "seed", "accuracy", "minutes"):
-        view.add_column(column, justify="left" if column in ("run", "recipe", "status") else "right", no_wrap=True)
-    for row in found:
-        view.add_row(
-            row["run"],
-            row["recipe"] or "–",
-            row["status"],
-            f"{row['step']}/{row['steps'] or '?'}",
-            _sigmas(row["noise"]),
-            "–" if row["seed"] is None else str(row["seed"]),
-            _accuracy(row["accuracy"], row["items"]),
-            f"{row['minutes']:g}",
-        )
-    RichConsole(width=None if sys.stdout.isatty() else 160).print(view)
+    _print_wide(table(found))
 
 
-def _sigmas(noise: dict | None) -> str:
-    if not noise or not noise.get("enabled", True):
-        return "off" if noise else "–"
-    return f"{noise['sigma_start']:g} → {noise['sigma_end']:g}"
-
-
-def _accuracy(accuracy: float | None, items: int | None) -> str:
-    from verl_aqn.runs.stats import wilson
-
-    if accuracy is None or not items:
-        return "–"
-    low, high = wilson(round(accuracy * items), items)
-    return f"{100 * accuracy:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+def _print_wide(view: Table) -> None:
+    """A table with long rows: a file or a pipe has no width of its own."""
+    RichConsole(width=None if sys.stdout.isatty() else 160, highlight=False).print(view)
 
 
 @data_app.command("gsm8k")

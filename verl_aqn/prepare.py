@@ -50,8 +50,8 @@ def tell_workers(config: DictConfig) -> None:
     Raises:
         ConfigError: 4-bit activations are asked for without a quantised base, or noise in an actor that cannot have it.
     """
-    mxfp4, noise = parse_aqn(config).mxfp4, parse_aqn(config).noise
-    actor_rollout = config.actor_rollout_ref
+    aqn, actor_rollout = parse_aqn(config), config.actor_rollout_ref
+    mxfp4, noise = aqn.mxfp4, aqn.noise
     if noise.in_actor:
         if actor_rollout.actor.strategy != "fsdp2":
             raise ConfigError(
@@ -67,7 +67,7 @@ def tell_workers(config: DictConfig) -> None:
     activation = mxfp4.activation_arithmetic
     OmegaConf.update(actor_rollout, "model.override_config.mxfp4_activation", activation, force_add=True)
     engine = "rollout.engine_kwargs.vllm"
-    if parse_aqn(config).profile == "cpu":
+    if aqn.profile == "cpu":
         OmegaConf.update(actor_rollout, f"{engine}.additional_config.mxfp4_activation", activation, force_add=True)
     elif OmegaConf.select(actor_rollout, f"{engine}.linear_backend") == "marlin":
         actor_rollout.rollout.engine_kwargs.vllm.linear_backend = "auto"  # Marlin leaves activations in 16 bits

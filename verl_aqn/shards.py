@@ -5,9 +5,16 @@ Nothing here imports vLLM: the layers say it in their own attributes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+
+Slice = Sequence[int]
+"""(row, rows, column, columns): the part of a matrix from (row, column) on."""
+
+Slices = dict[str, list[int]]
+"""By name the `Slice` of every matrix that a rank holds in part; {}: it holds all of all."""
 
 
 class Part(NamedTuple):
@@ -22,6 +29,12 @@ class Part(NamedTuple):
     shape: tuple[int, int]
     columns: int
     whole: bool
+
+    @property
+    def slice(self) -> list[int]:
+        """As a `Slice`."""
+        (row, column), (rows, columns) = self.origin, self.shape
+        return [row, rows, column, columns]
 
 
 def parts_of(model: nn.Module, name: str, layer: nn.Module) -> list[Part]:
@@ -41,6 +54,21 @@ def parts_of(model: nn.Module, name: str, layer: nn.Module) -> list[Part]:
         parts.append(Part(part, slice(begin, begin + rows), (row, column), (rows, local), columns, whole))
         begin += rows
     return parts
+
+
+def cut(matrix: Tensor, part: Slice | None) -> Tensor:
+    """The `Slice` of a matrix, or all of it."""
+    if part is None:
+        return matrix
+    row, rows, column, columns = part
+    return matrix[row : row + rows, column : column + columns]
+
+
+def distinct(held: Sequence[Slices]) -> tuple[list[Slices], list[int]]:
+    """Every way in which ranks hold a model, {} (the whole) first; and which of them each of `held` is."""
+    ways: list[Slices] = [{}]
+    ways += [slices for number, slices in enumerate(held) if slices and slices not in held[:number]]
+    return ways, [ways.index(slices) for slices in held]
 
 
 def hf_names(model: nn.Module, name: str, parts: int) -> list[str]:

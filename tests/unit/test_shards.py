@@ -16,8 +16,7 @@ from verl_aqn.mxfp4.checkpoint import (
     quantize_checkpoint,
 )
 from verl_aqn.mxfp4.model import PACKED, SCALE, open_packed, packed_modules
-from verl_aqn.shards import parts_of
-from verl_aqn.verl_api.engine import cut
+from verl_aqn.shards import cut, parts_of
 from verl_aqn.vllm_api.readback import adapter_slices, adapter_tensors
 
 R = 4  # LoRA's rank

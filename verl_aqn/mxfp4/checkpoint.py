@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from verl_aqn.mxfp4.plan import EXCLUDE, make_plan
 from verl_aqn.mxfp4.report import ModuleReport, QuantReport
 from verl_aqn.mxfp4.storage import Spec, Weights, read_config
 from verl_aqn.mxfp4.writing import MAX_SHARD_BYTES, new_folder, tensor_bytes, write_model
+from verl_aqn.shards import Slices, cut
 
 
 def quantize_checkpoint(
@@ -123,14 +124,10 @@ def combined_digest(modules: Iterable[tuple[str, str]]) -> str:
     return hashlib.sha256(json.dumps(sorted(modules)).encode()).hexdigest()
 
 
-def checkpoint_digest(path: str | Path, slices: Mapping[str, Sequence[int]] | None = None) -> str:
-    """`base_digest` of a packed folder, or of what a tensor-parallel rank should hold of it.
+def checkpoint_digest(path: str | Path, slices: Slices | None = None) -> str:
+    """`base_digest` of a packed folder, or of what a rank that holds `slices` of its weights [N, K] should hold.
 
-    Args:
-        slices: {module: (row, rows, column, columns)} of the weights [N, K] that are held in part.
-
-    Raises:
-        ModelError: the folder is not a packed checkpoint or is damaged.
+    Raises ModelError where the folder is not a packed checkpoint or is damaged.
     """
     weights = open_packed(Path(path))
 
@@ -139,15 +136,14 @@ def checkpoint_digest(path: str | Path, slices: Mapping[str, Sequence[int]] | No
             packed, scale = weights.read(module + PACKED), weights.read(module + SCALE)
             if slices and module in slices:
                 row, rows, column, columns = slices[module]
-                end = column + columns
-                packed = packed[row : row + rows, column // 2 : end // 2].contiguous()
-                scale = scale[row : row + rows, column // BLOCK : end // BLOCK].contiguous()
+                packed = cut(packed, (row, rows, column // 2, columns // 2)).contiguous()
+                scale = cut(scale, (row, rows, column // BLOCK, columns // BLOCK)).contiguous()
             yield module, packed, scale
 
     return base_digest(tensors())
 
 
-def check_covered(path: str | Path, holders: Sequence[Mapping[str, Sequence[int]]]) -> None:
+def check_covered(path: str | Path, holders: Sequence[Slices]) -> None:
     """Raise EvidenceError unless the slices of all `holders` together are the whole of every weight in `path`."""
     weights = open_packed(Path(path))
     for module in sorted(set().union(*holders)):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.markup import escape
+from rich.table import Table
 
 from verl_aqn.errors import DataError
 from verl_aqn.runs.folder import RunFolder
+from verl_aqn.runs.stats import wilson
 
 DEFAULT_BASES = "/tmp/mxfp4_*"  # where recipes put their runs when aqn.run.dir is not set
 
@@ -46,8 +50,9 @@ def describe(run: RunFolder) -> dict[str, Any]:
         config = yaml.safe_load((run.path / "config.yaml").read_text())
     except FileNotFoundError:  # killed before it was written
         config = {}
-    steps = [record for record in run.read("metrics.jsonl") if record["kind"] == "step"]
-    validations = [record for record in run.read("metrics.jsonl") if record["kind"] == "validation"]
+    metrics = list(run.read("metrics.jsonl"))
+    steps = [record for record in metrics if record["kind"] == "step"]
+    validations = [record for record in metrics if record["kind"] == "validation"]
     evidence = list(run.read("evidence.jsonl"))
     base = next((record.get("disk") for record in evidence if record["kind"] == "base"), None)
     adapter = next((record.get("sent") for record in reversed(evidence) if record["kind"] == "adapter"), None)
@@ -71,6 +76,38 @@ def describe(run: RunFolder) -> dict[str, Any]:
         "message": state.get("message", ""),
         "path": str(run.path),
     }
+
+
+def table(rows: Iterable[dict[str, Any]]) -> Table:
+    """What `describe` says of runs, a run a row."""
+    view = Table(title="Runs (accuracy without noise, 95 % interval)", title_justify="left")
+    for column in ("run", "recipe", "status", "steps", "σ", "seed", "accuracy", "minutes"):
+        view.add_column(column, justify="left" if column in ("run", "recipe", "status") else "right", no_wrap=True)
+    for row in rows:
+        view.add_row(
+            row["run"],
+            row["recipe"] or "–",
+            row["status"],
+            f"{row['step']}/{row['steps'] or '?'}",
+            _sigmas(row["noise"]),
+            "–" if row["seed"] is None else str(row["seed"]),
+            _accuracy(row["accuracy"], row["items"]),
+            f"{row['minutes']:g}",
+        )
+    return view
+
+
+def _sigmas(noise: dict | None) -> str:
+    if not noise or not noise.get("enabled", True):
+        return "off" if noise else "–"
+    return f"{noise['sigma_start']:g} → {noise['sigma_end']:g}"
+
+
+def _accuracy(accuracy: float | None, items: int | None) -> str:
+    if accuracy is None or not items:
+        return "–"
+    low, high = wilson(round(accuracy * items), items)
+    return escape(f"{100 * accuracy:.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
 
 
 def _get(config: Any, *keys: str) -> Any:

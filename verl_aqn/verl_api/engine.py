@@ -15,6 +15,7 @@ from verl_aqn.digest import tensor_digest
 from verl_aqn.mxfp4.checkpoint import is_packed, model_digest
 from verl_aqn.mxfp4.experts import packed_layers
 from verl_aqn.noise import NoiseInjector
+from verl_aqn.shards import Slices, cut
 from verl_aqn.verl_api.critic import AqnValueEngine
 from verl_aqn.verl_api.packed_base import PackedBase
 from verl_aqn.verl_api.shared_prompt import SharedPrompts, share_prompts
@@ -29,7 +30,7 @@ class AqnFSDPEngine(PackedBase):
     that ranks of the rollout hold ({}: all of it); `sent_adapters`: the digest of each when it was last sent.
     """
 
-    slicings: tuple[dict[str, list[int]], ...] = ({},)
+    slicings: tuple[Slices, ...] = ({},)
     sent_adapters: tuple[str, ...] = ()
     noise: NoiseInjector | None = None
 
@@ -123,14 +124,6 @@ def served_adapter(adapter: list[tuple[str, torch.Tensor]], scaling: float) -> I
         module, _, kind = name.removesuffix(".weight").removesuffix(".default").rpartition(".lora_")
         module = module.removeprefix("base_model.model.")
         yield f"{module}.{kind}", tensor * scaling if kind == "B" else tensor
-
-
-def cut(tensor: torch.Tensor, part: list[int] | None) -> torch.Tensor:
-    """The (row, rows, column, columns) of a matrix, or all of it."""
-    if part is None:
-        return tensor
-    row, rows, column, columns = part
-    return tensor[row : row + rows, column : column + columns]
 
 
 def _register() -> None:

@@ -19,8 +19,10 @@ from verl_aqn.config import order_of, parse_aqn, schedule_of
 from verl_aqn.errors import EvidenceError
 from verl_aqn.mxfp4.checkpoint import check_covered, checkpoint_digest
 from verl_aqn.noise import check_equal_noise, check_evidence, check_used
+from verl_aqn.order import NoiseOrder
 from verl_aqn.prepare import check_steps
 from verl_aqn.runs.folder import RunFolder
+from verl_aqn.shards import distinct
 from verl_aqn.verl_api.groups import AqnReplayBuffer, check_refill, count_groups, remedy
 from verl_aqn.verl_api.parity import can_rescore, clip_range, scored_again, step_metrics
 from verl_aqn.verl_api.workers import AqnActorWorker, AqnTrainingWorker
@@ -159,7 +161,7 @@ class AqnTrainer(PPOTrainerSync):
             sigma, mean = self.noise_metrics["aqn/sigma"], sum(rewards) / len(rewards)
             self.warn(
                 f"step {self.global_steps}: in no group do the rewards differ, so it teaches nothing (σ {sigma:g}, "
-                f"mean reward {mean:.3f}): {remedy(sigma, mean, parse_aqn(self.config).noise)}"
+                f"mean reward {mean:.3f}): {remedy(sigma, mean, self.aqn.noise)}"
             )
         refused = self.replay_buffer.thrown_away.total()
         groups += refused + int(metrics.get("training/filter_groups/discarded_surplus_samples", 0))
@@ -185,9 +187,7 @@ class AqnTrainer(PPOTrainerSync):
         """Noise of RL step `step` (from 0) on every replica, read back and checked."""
         order = order_of(self.aqn.noise, self.schedule, step)
         ranks = self.rollout("aqn_apply_noise", order.to_dict(), clear_cache=True)
-        for rank, evidence in enumerate(ranks):
-            self.record("noise", rank=rank, stage=self.schedule.stage(step), **evidence)
-            check_evidence(evidence, order, self.clean_digest)
+        self.check_ranks("noise", ranks, order, stage=self.schedule.stage(step))
         self.rollout_noise = {f"rollout rank {rank}": evidence for rank, evidence in enumerate(ranks)}
         check_equal_noise(self.rollout_noise)
         self.noise_metrics = {
@@ -199,31 +199,32 @@ class AqnTrainer(PPOTrainerSync):
 
     def restore_clean(self) -> None:
         """Clean weights on every replica, bit for bit."""
-        for rank, evidence in enumerate(self.rollout("aqn_restore", clear_cache=True)):
-            self.record("clean", rank=rank, **evidence)
-            check_evidence(evidence, None, self.clean_digest)
+        self.check_ranks("clean", self.rollout("aqn_restore", clear_cache=True), None)
 
     def apply_actor_noise(self, step: int) -> None:
         """The noise of the rollout of RL step `step`, bit for bit, in the forward of every actor rank."""
         order = order_of(self.aqn.noise, self.schedule, step)
-        for rank, evidence in enumerate(self.actor_rollout_wg.apply_noise(order.to_dict())):
-            self.record("actor noise", rank=rank, **evidence)
-            check_evidence(evidence, order, self.clean_digest)
-            check_equal_noise(self.rollout_noise | {f"actor rank {rank}": evidence})
+        ranks = self.actor_rollout_wg.apply_noise(order.to_dict())
+        self.check_ranks("actor noise", ranks, order)
+        check_equal_noise(self.rollout_noise | {f"actor rank {rank}": evidence for rank, evidence in enumerate(ranks)})
 
     def restore_actor(self) -> None:
         """No noise in the actor, after it was used."""
-        for rank, evidence in enumerate(self.actor_rollout_wg.restore_clean()):
-            self.record("actor clean", rank=rank, **evidence)
-            check_evidence(evidence, None, self.clean_digest)
+        ranks = self.actor_rollout_wg.restore_clean()
+        self.check_ranks("actor clean", ranks, None)
+        for evidence in ranks:
             check_used(evidence, self.noise_metrics["aqn/sigma"])
+
+    def check_ranks(self, kind: str, ranks: list[dict], order: NoiseOrder | None, **more: Any) -> None:
+        """What each rank read back, on record and then held against `order` (None: clean)."""
+        for rank, evidence in enumerate(ranks):
+            self.record(kind, rank=rank, **more, **evidence)
+            check_evidence(evidence, order, self.clean_digest)
 
     def expect_slices(self) -> None:
         """Tell the actor which parts of the adapter the rollout's ranks hold, so that it knows their digests."""
         held = self.rollout("aqn_adapter_slices", self.config.actor_rollout_ref.model.lora_rank)
-        slicings: list[dict] = [{}]  # all of it
-        slicings += [slices for number, slices in enumerate(held) if slices and slices not in held[:number]]
-        self.slicing_of_rank = [slicings.index(slices) for slices in held]
+        slicings, self.slicing_of_rank = distinct(held)
         self.actor_rollout_wg.expect_slices(slicings)
 
     def check_adapter(self) -> None:
@@ -241,16 +242,18 @@ class AqnTrainer(PPOTrainerSync):
         if actor[0] is None:
             self.record("base", when=when, quantised=False)
             return
-        disk = checkpoint_digest(self.config.actor_rollout_ref.model.path)
         held, rounding = self.rollout("aqn_base"), self.actor_rollout_wg.activations()
+        path = self.config.actor_rollout_ref.model.path
+        slicings, slicing_of_rank = distinct([answer["slices"] for answer in held])
+        digests = [checkpoint_digest(path, slices) for slices in slicings]
+        disk = digests[0]
         self.record("base", when=when, disk=disk, actor=actor, actor_activations=rounding, rollout=held)
-        path, slicings = self.config.actor_rollout_ref.model.path, [answer["slices"] for answer in held]
-        wanted = [checkpoint_digest(path, slices) if slices else disk for slices in slicings]
+        wanted = [digests[slicing] for slicing in slicing_of_rank]
         if {disk, *actor} != {disk} or [answer["base_digest"] for answer in held] != wanted:
             raise EvidenceError(
                 f"at the {when} the MXFP4 base differs between disk, actor and rollout; see evidence.jsonl"
             )
-        check_covered(path, slicings)
+        check_covered(path, [answer["slices"] for answer in held])
         # A kernel that keeps weights in an order of its own gives None: there they must be what they were.
         if any(answer["weights_equal_base"] is False for answer in held):
             raise EvidenceError(f"at the {when} the rollout computes with other weights than its MXFP4 base")

@@ -13,7 +13,7 @@ from verl_aqn.digest import tensor_digest
 from verl_aqn.errors import EvidenceError
 from verl_aqn.mxfp4 import dequantize
 from verl_aqn.mxfp4.checkpoint import combined_digest, module_digest
-from verl_aqn.shards import hf_names, parts_of
+from verl_aqn.shards import Slices, hf_names, parts_of
 
 # How vLLM's kernels round activations; the scheme asks all of them for MXFP4 and only some comply. What is written here
 # of kernels for GPUs was read in vLLM 0.28 (FlashInfer and B12X quantise as NVIDIA's hardware does), not measured.
@@ -62,9 +62,9 @@ def remember_packed(layer: Any) -> None:
 def describe_base(model: torch.nn.Module) -> dict:
     """What the MXFP4 layers were loaded with, and what they compute with now.
 
-    `base_digest`: of the packed bytes that each layer was loaded with, under the trainer's names. `slices`: {name:
-    (row, rows, column, columns)} of the weights that a tensor-parallel rank holds in part; the digest is then of these
-    parts. `weights_digest`: of the weights as the kernel keeps them, to be compared between two moments.
+    `base_digest`: of the packed bytes that each layer was loaded with, under the trainer's names. `slices`: the
+    `Slices` of the weights that a tensor-parallel rank holds in part; the digest is then of these parts.
+    `weights_digest`: of the weights as the kernel keeps them, to be compared between two moments.
     `weights_equal_base`: whether those are bit for bit the packed ones; None where a kernel keeps them in an order of
     its own. `activations`: what the kernels round their inputs to.
     """
@@ -87,7 +87,7 @@ def describe_base(model: torch.nn.Module) -> dict:
     return {
         "layers": len(layers),
         "base_digest": combined_digest(loaded),
-        "slices": {p.name: [p.origin[0], p.shape[0], p.origin[1], p.shape[1]] for p in parts if not p.whole},
+        "slices": {part.name: part.slice for part in parts if not part.whole},
         "weights_digest": tensor_digest((name, layer.weight.data) for name, layer in layers.items()),
         "weights_equal_base": equal if dense else None,
         "activations": sorted({kernel_activation(layer.scheme.kernel) for layer in layers.values()}),
@@ -100,22 +100,22 @@ def adapter_tensors(
 ) -> Iterator[tuple[str, torch.Tensor, list[int] | None]]:
     """A [r, K] and B·α/r [N, r] in the LoRA layers' own buffers, under the trainer's names.
 
-    With each: None, or (row, rows, column, columns) of the part that a tensor-parallel rank holds.
+    With each: None, or the `Slice` of it that a tensor-parallel rank holds.
     """
     for name, layer in model.named_modules():
         stacked_a, stacked_b = getattr(layer, "lora_a_stacked", None), getattr(layer, "lora_b_stacked", None)
         if not isinstance(stacked_a, tuple) or not isinstance(stacked_b, tuple):
             continue  # no LoRA layer, or the head: its adapters are one tensor, and nothing here trains it
         for part, a, b in zip(parts_of(model, name, layer.base_layer), stacked_a, stacked_b, strict=True):
-            (row, column), (rows, local) = part.origin, part.shape
-            narrow = local != part.columns
-            yield f"{part.name}.A", a[slot, 0, :rank], [0, rank, column, local] if narrow else None
+            row, rows, column, columns = part.slice
+            narrow = columns != part.columns
+            yield f"{part.name}.A", a[slot, 0, :rank], [0, rank, column, columns] if narrow else None
             low = not narrow and not part.whole
             yield f"{part.name}.B", b[slot, 0, :, :rank], [row, rows, 0, rank] if low else None
 
 
-def adapter_slices(model: torch.nn.Module, rank: int) -> dict[str, list[int]]:
-    """{tensor: (row, rows, column, columns)} of the adapter's tensors that this rank holds in part; reads no weight."""
+def adapter_slices(model: torch.nn.Module, rank: int) -> Slices:
+    """The adapter's tensors that this rank holds in part; reads no weight."""
     return {name: part for name, _, part in adapter_tensors(model, rank) if part}
 
 
