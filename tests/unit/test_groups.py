@@ -7,7 +7,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from verl_aqn.config import load_recipe
+from verl_aqn.config import load_recipe, parse_aqn
 from verl_aqn.errors import ConfigError, TrainingError
 from verl_aqn.prepare import check_steps
 from verl_aqn.verl_api import trainer as trainer_module
@@ -65,7 +65,7 @@ def step_figures(monkeypatch, rewards: list[float], *, critic: bool = False) -> 
     trainer, warned = trainer_module.AqnTrainer.__new__(trainer_module.AqnTrainer), []
     trainer.use_critic, trainer.global_steps, trainer.noise_metrics = critic, 7, {"aqn/sigma": 0.05}
     trainer.replay_buffer = SimpleNamespace(thrown_away=Counter({0.0: 3}))
-    trainer.warn, trainer.config = warned.append, config()
+    trainer.warn, trainer.config, trainer.aqn = warned.append, config(), parse_aqn(config())
     keys, tags = ["a_0_0", "a_1_0", "b_0_0", "b_1_0", "pad_0_0"], [{}, {}, {}, {}, {"is_padding": True}]
     batch = SimpleNamespace(keys=keys, tags=tags, partition_id="train")
     surplus = {"training/filter_groups/discarded_surplus_samples": 1}
