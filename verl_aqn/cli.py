@@ -16,6 +16,7 @@ from rich.table import Table
 
 from verl_aqn import __version__
 from verl_aqn.bench.cli import bench_app
+from verl_aqn.console import Console, print_wide
 from verl_aqn.errors import AqnError, ConfigError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ app.add_typer(bench_app, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Recipe = Annotated[str, typer.Argument(help="A file, or the bare name of one in recipes/.")]
+RecipeOrPlan = Annotated[str, typer.Argument(help="A file, or the bare name of one in recipes/ or recipes/plans/.")]
 
 
 def _version(value: bool) -> None:
@@ -43,16 +45,24 @@ def callback(version: Annotated[bool, typer.Option("--version", callback=_versio
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def train(
-    recipe: Recipe,
+    recipe: RecipeOrPlan,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as Hydra takes them.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Resolve and check the recipe, print it, and stop.")
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew even if the last run died.")] = False,
 ) -> None:
-    """Run a recipe; resume it if its last run died."""
+    """Run a recipe, or a plan of several; resume what died."""
+    from verl_aqn.config import find_recipe
+    from verl_aqn.plans import Series, read_plan
     from verl_aqn.train import train as run
 
+    path = find_recipe(recipe)
+    if plan := read_plan(path, overrides or []):
+        if fresh:
+            raise ConfigError("--fresh is for one run: give a plan another folder with aqn.run.dir=DIR")
+        series = Series(plan, path.stem)
+        raise typer.Exit(series.preview() if dry_run else series.run())
     extra = ["aqn.run.fresh=true"] if fresh else []
     raise typer.Exit(run(recipe, [*(overrides or []), *extra], dry_run=dry_run))
 
@@ -227,15 +237,12 @@ def compare(
     """Paired tests of runs with the same items; runs of one config are the seeds of an arm."""
     from verl_aqn.runs.arms import FACTOR, arms
     from verl_aqn.runs.compare import compare as compared
-    from verl_aqn.runs.compare import table
 
     report = compared(arms(runs, factor or [FACTOR], any_))
     if as_json:
         print(json.dumps(report.to_dict()))
-        return
-    _print_wide(table(report))
-    for contrast in report.arms:
-        RichConsole(highlight=False).print(contrast.text, soft_wrap=True, markup=False)
+    else:
+        Console().report(report)
 
 
 @app.command()
@@ -273,12 +280,7 @@ def runs(
     if not found:
         print("no runs in /tmp/mxfp4_*: start one with `verl-aqn train RECIPE`, or name a folder")
         return
-    _print_wide(table(found))
-
-
-def _print_wide(view: Table) -> None:
-    """A table with long rows: a file or a pipe has no width of its own."""
-    RichConsole(width=None if sys.stdout.isatty() else 160, highlight=False).print(view)
+    print_wide(table(found))
 
 
 @data_app.command("gsm8k")

@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from verl_aqn.config import parse_aqn
+from verl_aqn.runs.compare import Report
+from verl_aqn.runs.compare import table as comparison_table
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.stats import accuracy_text, wilson
 from verl_aqn.runs.verdict import compare_before_after, plan_verdict
@@ -18,7 +20,7 @@ from verl_aqn.supervise import Outcome
 
 if TYPE_CHECKING:
     from verl_aqn.probe import Strength
-    from verl_aqn.train import Plan
+    from verl_aqn.train import Prepared
 
 
 class Console:
@@ -40,7 +42,7 @@ class Console:
         """A line about something that runs, but perhaps not as meant."""
         self.say(f"[yellow]warning:[/yellow] {escape(text)}")
 
-    def start(self, run: RunFolder, todo: "Plan") -> None:
+    def start(self, run: RunFolder, todo: "Prepared") -> None:
         """What is about to run, and where it is kept."""
         aqn = parse_aqn(todo.config)
         self.width = len(str(todo.steps))
@@ -94,6 +96,13 @@ class Console:
             if record["step"] == 0:  # later ones wait for the line of their step, which is written after them
                 self.say_accuracy()
 
+    def report(self, report: Report) -> None:
+        """A comparison: its table, and a sentence for each pair of arms."""
+        print_wide(comparison_table(report))
+        for contrast in report.arms:
+            self.out.print(contrast.text, soft_wrap=True, markup=False)
+        sys.stdout.flush()
+
     def say_accuracy(self) -> None:
         """The validation that has not been told yet, if there is one."""
         if self.validation:
@@ -102,7 +111,7 @@ class Console:
             self.say(f"accuracy {accuracy_text(correct, problems)}")
             self.validation = None
 
-    def end(self, run: RunFolder, todo: "Plan", outcome: Outcome) -> int:
+    def end(self, run: RunFolder, todo: "Prepared", outcome: Outcome) -> int:
         """Tables and verdict of a finished run, or one line about one that is not. Returns the exit code."""
         if outcome.status != "finished":
             self.err.print(f"[red]error:[/red] {outcome.message} (log: {run.path / 'training.log'})", soft_wrap=True)
@@ -115,6 +124,11 @@ class Console:
         self.out.print(f"[dim]record: {run.path}[/dim]", soft_wrap=True)
         sys.stdout.flush()
         return 0
+
+
+def print_wide(view: Table) -> None:
+    """A table with long rows: a file or a pipe has no width of its own."""
+    RichConsole(width=None if sys.stdout.isatty() else 160, highlight=False).print(view)
 
 
 def records(run: RunFolder, name: str, kind: str) -> list[dict]:
@@ -177,7 +191,7 @@ def items(folder: Path, step: int) -> dict[str, bool]:
     return {item["input"]: item["acc"] > 0 for item in map(json.loads, path.read_text().splitlines())}
 
 
-def verdict(run: RunFolder, todo: "Plan") -> str:
+def verdict(run: RunFolder, todo: "Prepared") -> str:
     """The plan's criterion in words, and whether training changed the accuracy (paired test)."""
     validations = records(run, "metrics.jsonl", "validation")
     if not validations:

@@ -208,7 +208,7 @@ def test_several_arms_are_corrected():
     report = compare(_arms(control, *(rng.random((3, 300)) < share for share in (0.6, 0.7, 0.75))))
     ps = [one.p_value for one in report.arms]
     assert [one.corrected for one in report.arms] == holm(ps)
-    assert "after Holm's correction for 3 arms" in report.arms[0].text
+    assert "after Holm's correction for 3 tests" in report.arms[0].text
 
 
 def test_a_handful_of_items_is_too_few_and_no_crash():

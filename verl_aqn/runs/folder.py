@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from verl_aqn.errors import AqnError, DataError, EnvironmentFault
+from verl_aqn.errors import AqnError, BusyError, DataError, EnvironmentFault
 
 STATUSES = ("running", "finished", "failed", "interrupted")
 LINKS = ("training.log", "checkpoints")
@@ -133,14 +133,13 @@ def open_run(base: Path, config: dict[str, Any], *, fresh: bool = False) -> RunF
     """The folder for a run of `config` (plain values) under `base`, locked for the life of this process.
 
     The newest run under `base` decides: finished -> a new run; dead with the same config -> it is resumed
-    (attempt + 1); dead with another config -> a new run, and `note` says so; alive -> AqnError, also with `fresh`,
+    (attempt + 1); dead with another config -> a new run, and `note` says so; alive -> BusyError, also with `fresh`,
     which otherwise always gives a new run.
 
     Raises DataError where base/training.log or base/checkpoints is no link of ours, EnvironmentFault where `base`
     cannot be written.
     """
-    base = Path(base)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    base, digest = Path(base), _digest(config)
     with _faults(base):
         (base / "runs").mkdir(parents=True, exist_ok=True)
         for name in LINKS:
@@ -152,7 +151,7 @@ def open_run(base: Path, config: dict[str, Any], *, fresh: bool = False) -> RunF
             if newest is not None:
                 lock = _try_lock(newest.path / "lock")
                 if lock is None:
-                    raise AqnError(
+                    raise BusyError(
                         f"a run is in progress in {newest.path} (pid {newest.state['pid']}): wait for it, stop it, "
                         "or use another folder"
                     )
@@ -168,6 +167,18 @@ def open_run(base: Path, config: dict[str, Any], *, fresh: bool = False) -> RunF
                 if died and not fresh:
                     note = f"{newest.path.name} did not finish but had another config: a new run was started"
             return _create(base, digest, note)
+
+
+def finished_run(base: Path, config: dict[str, Any]) -> RunFolder | None:
+    """The newest finished run of `config` (as `open_run` takes it) under `base`."""
+    states = [(run, run.state) for run in _runs(base)]
+    digest = _digest(config)
+    done = [(run, s) for run, s in states if s["status"] == "finished" and s["config_digest"] == digest]
+    return max(done, key=lambda one: one[1]["created"], default=(None, None))[0]
+
+
+def _digest(config: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def _create(base: Path, digest: str, note: str) -> RunFolder:
@@ -203,8 +214,11 @@ def _resume(run: RunFolder, state: dict[str, Any], lock: int | None) -> RunFolde
 
 def _newest(base: Path) -> RunFolder | None:
     """By creation time, not by name: two runs made within one second differ only in their random part."""
-    runs = [RunFolder(path) for path in (base / "runs").glob("[!.]*") if path.is_dir()]
-    return max(runs, key=lambda run: run.state["created"], default=None)
+    return max(_runs(base), key=lambda run: run.state["created"], default=None)
+
+
+def _runs(base: Path) -> list[RunFolder]:
+    return [RunFolder(path) for path in (base / "runs").glob("[!.]*") if path.is_dir()]
 
 
 def _cut_torn_line(path: Path) -> None:
