@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -141,21 +142,27 @@ def clean_after_killed(run: RunFolder) -> None:
 
 
 def remove_shared_memory(since: float) -> None:
-    """Unlink what killed processes left in /dev/shm: made after `since`, ours, and mapped by no living process."""
-    made = {
-        str(path)
-        for pattern in ("psm_*", "sem.mp-*", "verl_weights_*", "vllm_dist_*")
-        for path in Path("/dev/shm").glob(pattern)
-        if path.stat().st_ctime >= since and path.stat().st_uid == os.getuid()
-    }
+    """Unlink what killed processes left in /dev/shm: made after `since`, ours, and mapped by no living process.
+
+    By inode and not by name: whoever makes a semaphore has it mapped under a temporary name.
+    """
+    made = {}
+    for pattern in ("psm_*", "sem.mp-*", "verl_weights_*", "vllm_dist_*"):
+        for path in Path("/dev/shm").glob(pattern):
+            with suppress(FileNotFoundError):  # gone meanwhile: its owner lives
+                status = path.stat()
+                if status.st_ctime >= since and status.st_uid == os.getuid():
+                    made[status.st_ino] = path
     for process in Path("/proc").glob("[0-9]*") if made else ():
         try:
-            maps = (process / "maps").read_text()
+            maps = (process / "maps").read_text().splitlines()
         except OSError:
             continue
-        made -= {path for path in made if path in maps}
-    for path in made:
-        Path(path).unlink(missing_ok=True)
+        for line in maps:
+            if "/dev/shm/" in line:
+                made.pop(int(line.split()[4]), None)
+    for path in made.values():
+        path.unlink(missing_ok=True)
 
 
 def end_descendants() -> None:
