@@ -223,6 +223,35 @@ def quantize(
     (console if console.is_terminal else RichConsole(width=200)).print(_table(report, title))
 
 
+@app.command("eval")
+def eval_(
+    target: Annotated[
+        Path, typer.Argument(help="A run, a checkpoint (global_step_N), or a model folder, packed or not.")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as Hydra takes them.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter folder to use instead of the run's.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="mxfp4 or bf16; by default what the run or the folder has.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Accuracy without noise, in the rollout, by the code that validates during training; items are saved."""
+    from verl_aqn.evaluate import evaluate
+
+    result = evaluate(target, overrides or [], adapter, precision)
+    if as_json:
+        print(json.dumps(result.to_dict()))
+        return
+    view = Table(title=f"{target.name}, step {result.step}, {result.precision}, noise off", title_justify="left")
+    for column in ("score", "accuracy, %", "95 % interval", "problems"):
+        view.add_column(column, justify="left" if column == "score" else "right")
+    for name, score in result.scores.items():
+        low, high = (100 * bound for bound in score.interval)
+        view.add_row(name, f"{100 * score.accuracy:.1f}", f"{low:.1f} to {high:.1f}", str(result.items))
+    print_wide(view)
+    print(f"items: {result.file}")
+
+
 @app.command()
 def compare(
     runs: Annotated[

@@ -1,5 +1,6 @@
 """A real run through verl, Ray and vLLM on a tiny random model, and what it must prove."""
 
+import json
 import os
 import signal
 import time
@@ -9,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from tests.integration.conftest import descendants, leftovers, lines, newest
+from tests.integration.conftest import descendants, leftovers, lines, newest, verl_aqn
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +149,29 @@ def test_checkpoint_holds_the_adapter_only_and_no_noise(finished):
     names = list(torch.load(file, weights_only=False))
     assert names
     assert all("lora_" in name for name in names)
+
+
+def test_eval_answers_as_the_run_did_and_changes_nothing_of_it(finished):
+    before = leftovers()
+    metrics = (finished / "metrics.jsonl").read_bytes()
+    process = verl_aqn("eval", str(finished), "--json")
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    result = json.loads(out)
+    (was,) = (record for record in lines(finished / "metrics.jsonl", "validation") if record["step"] == 3)
+    assert (result["step"], result["precision"], result["items"]) == (3, "mxfp4", was["items"])
+    assert result["scores"]["strict"]["accuracy"] == was["accuracy"]
+    answers = [
+        {line["input"]: line["output"] for line in lines(Path(file))}
+        for file in (result["file"], finished / "validation" / "3.jsonl")
+    ]
+    assert answers[0] == answers[1]
+    evidence = Path(result["run"]) / "evidence.jsonl"
+    assert lines(evidence, "clean")  # read back before anything was answered
+    assert result["adapter"] == lines(finished / "evidence.jsonl", "adapter")[-1]["sent"]
+    assert (finished / "metrics.jsonl").read_bytes() == metrics
+    assert lines(finished / "evaluations.jsonl") == [result]
+    assert leftovers() <= before
 
 
 ONE_STEP = ["trainer.total_training_steps=1", "trainer.val_before_train=false", "aqn.noise.num_stages=1"]

@@ -184,7 +184,7 @@ def _under(key: str, factor: str) -> bool:
 def _is_seed_or_place(key: str) -> bool:
     last = key.rsplit(".", 1)[-1]
     return (
-        last == "seed"
+        last in ("seed", "resume_from_path")
         or last.endswith("_seed")
         or last in ("experiment_name", "project_name")
         or key.startswith("aqn.run.")
