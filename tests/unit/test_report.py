@@ -331,3 +331,25 @@ def test_imports_neither_torch_nor_verl(tmp_path):
         "print(sorted({'torch', 'verl', 'vllm', 'ray', 'transformers'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_run_keeps_what_rounding_did_to_its_base(tmp_path):
+    from verl_aqn.config import load_recipe
+    from verl_aqn.train import Prepared, launch
+
+    data = tmp_path / "rows.parquet"
+    data.write_bytes(b"rows")
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    (packed / QUANTIZATION).write_text("{}")
+    overrides = [f"data.train_files={data}", f"data.val_files={data}", f"actor_rollout_ref.model.path={packed}"]
+    config = load_recipe("e12", ["profile=cpu", *overrides])
+    run = open_run(tmp_path / "base", {})
+    launch(run, Prepared(config=config, steps=29, rows={}, source=packed))
+    assert (run.path / QUANTIZATION).read_text() == "{}"
+    run.close()
+    (packed / QUANTIZATION).unlink()
+    other = open_run(tmp_path / "other", {})
+    launch(other, Prepared(config=config, steps=29, rows={}, source=packed))
+    assert not (other.path / QUANTIZATION).exists()
+    other.close()
