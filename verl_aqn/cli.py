@@ -275,6 +275,22 @@ def compare(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of experiments (their newest run).")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The page to write; a new file.")],
+    factor: Annotated[list[str] | None, typer.Option(help="As in `compare`. May be repeated.")] = None,
+    any_: Annotated[bool, typer.Option("--any", help="As in `compare`.")] = False,
+    answers: Annotated[int, typer.Option(min=0, help="Validation problems to show with their answers.")] = 24,
+) -> None:
+    """Runs on one self-contained HTML page: charts, evidence, answers side by side, comparison."""
+    from verl_aqn.report.page import write_report
+    from verl_aqn.runs.arms import FACTOR
+
+    size = write_report(runs, output, factor or [FACTOR], any_, answers)
+    print(f"{output}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {size / 1e6:.1f} MB")
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Versions, and whether the plugin is seen by verl and vLLM."""
     from verl_aqn.doctor import examine

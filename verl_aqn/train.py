@@ -131,6 +131,9 @@ def launch(run: RunFolder, todo: Prepared) -> None:
         run.write_text("config.yaml", text)
         run.write_text("versions.json", json.dumps(provenance(data_files(config)), indent=2))
         run.write_text("schedule.json", json.dumps(schedule_of(config, todo.steps).table()))
+        quantization = Path(config.actor_rollout_ref.model.path) / "quantization.json"
+        if quantization.is_file():  # not beside a bf16 base, or one that another tool packed
+            run.write_text(quantization.name, quantization.read_text())
     launch_file = run.path / "launch.yaml"  # the config of the newest attempt
     launch_file.write_text(text)
     run.append("events.jsonl", {"kind": "attempt", **run.state})

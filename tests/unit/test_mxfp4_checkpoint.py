@@ -111,6 +111,8 @@ def test_report_and_folder(source: Path, tmp_path: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
     summary = json.loads(json.dumps(report.to_dict()))
+    assert summary == json.loads((tmp_path / "packed" / "quantization.json").read_text())
+    assert summary["base_digest"] == checkpoint_digest(tmp_path / "packed")
     assert summary["bytes_before"] == report.bytes_before
     assert 17 < summary["sqnr_db"] < 20
     config = json.loads((tmp_path / "packed" / "config.json").read_text())

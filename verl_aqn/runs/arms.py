@@ -88,7 +88,7 @@ def read_run(path: Path) -> Run:
             f"{folder.path / file} has {len(lines)} answers to {len(answers)} problems: one to each is needed "
             "(actor_rollout_ref.rollout.val_kwargs.n=1)"
         )
-    config, versions = _records(folder.path)
+    config, versions = records_of(folder.path)
     seed, name = config.get("aqn", {}).get("seed"), config.get("trainer", {}).get("experiment_name")
     settings = settings_of(config | {"versions": versions}) | {STEP: max(steps)}
     return Run(folder.path, str(name or folder.path.name), seed, settings, answers)
@@ -96,6 +96,16 @@ def read_run(path: Path) -> Run:
 
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:
     """All of a resolved config that decides a result, seed and places aside, by dotted key. Lists are values."""
+    flat = {key: value for key, value in flatten(config).items() if not is_seed_or_place(key)}
+    if flat.get("aqn.noise.target_kl") is not None:
+        # σ_start was searched for, with the run's own seed: chosen were the KL and how far σ falls.
+        start, end = flat.pop("aqn.noise.sigma_start"), flat.pop("aqn.noise.sigma_end")
+        flat["aqn.noise.sigma_end / sigma_start"] = float(f"{end / start:.4g}")
+    return flat
+
+
+def flatten(config: dict[str, Any]) -> dict[str, Any]:
+    """Nested blocks as one, by dotted key. Lists are values."""
     flat: dict[str, Any] = {}
     todo: list[tuple[str, Any]] = [("", config)]
     while todo:
@@ -103,12 +113,8 @@ def settings_of(config: dict[str, Any]) -> dict[str, Any]:
         for key, value in block.items():
             if isinstance(value, dict):
                 todo.append((f"{prefix}{key}.", value))
-            elif not _is_seed_or_place(f"{prefix}{key}"):
+            else:
                 flat[f"{prefix}{key}"] = value
-    if flat.get("aqn.noise.target_kl") is not None:
-        # σ_start was searched for, with the run's own seed: chosen were the KL and how far σ falls.
-        start, end = flat.pop("aqn.noise.sigma_start"), flat.pop("aqn.noise.sigma_end")
-        flat["aqn.noise.sigma_end / sigma_start"] = float(f"{end / start:.4g}")
     return flat
 
 
@@ -181,7 +187,8 @@ def _under(key: str, factor: str) -> bool:
     return key == factor or key.startswith(f"{factor}.")
 
 
-def _is_seed_or_place(key: str) -> bool:
+def is_seed_or_place(key: str) -> bool:
+    """Whether a setting may differ between runs of one arm: seeds, names, and folders that a run writes to."""
     last = key.rsplit(".", 1)[-1]
     return (
         last in ("seed", "resume_from_path")
@@ -192,9 +199,9 @@ def _is_seed_or_place(key: str) -> bool:
     )
 
 
-def _records(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def records_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The config of a run, resolved, and the versions that it ran with ({} where an old record has none)."""
     path, versions = folder / "config.yaml", folder / "versions.json"
     if not path.is_file():
         raise DataError(f"{folder} has no config.yaml: what it was a run of is unknown, so it cannot be compared")
-    return yaml.safe_load(path.read_text()), json.loads(versions.read_text()) if versions.is_file() else {}
+    return yaml.safe_load(path.read_text()) or {}, json.loads(versions.read_text()) if versions.is_file() else {}

@@ -64,7 +64,9 @@ class RunFolder:
 
     @property
     def locked(self) -> bool:
-        """Whether some process, this one included, is running this run."""
+        """Whether some process, this one included, is running this run. A copy without its lock is nobody's."""
+        if not (self.path / "lock").exists():
+            return False
         with _faults(self.path):
             handle = _try_lock(self.path / "lock", exclusive=False)
         if handle is not None:
