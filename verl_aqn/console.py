@@ -12,13 +12,17 @@ from rich.table import Table
 
 from verl_aqn.config import parse_aqn
 from verl_aqn.runs.folder import RunFolder
-from verl_aqn.runs.stats import accuracy_text, wilson
+from verl_aqn.runs.stats import accuracy_text, share_text
 from verl_aqn.runs.verdict import compare_before_after, plan_verdict
 from verl_aqn.supervise import Outcome
 
 if TYPE_CHECKING:
     from verl_aqn.probe import Strength
     from verl_aqn.train import Plan
+
+
+# What the table calls a rule, and what the record of a validation does.
+RULES = {"strict": "accuracy", "flexible": "flexible", "math-verify": "math_verify"}
 
 
 class Console:
@@ -100,6 +104,13 @@ class Console:
             problems = self.validation["items"]
             correct = round(self.validation["accuracy"] * problems)
             self.say(f"accuracy {accuracy_text(correct, problems)}")
+            others = [
+                f"{rule} {share_text(self.validation[key], problems)}"
+                for rule, key in RULES.items()
+                if rule != "strict" and key in self.validation
+            ]
+            if others:
+                self.say(f"         {escape(', '.join(others))}")
             self.validation = None
 
     def end(self, run: RunFolder, todo: "Plan", outcome: Outcome) -> int:
@@ -155,19 +166,14 @@ def sigma_table(run: RunFolder) -> Table:
 
 
 def result_table(run: RunFolder) -> Table:
-    """Accuracy at every validation with its interval."""
-    table = Table(title="Accuracy (noise off)", title_justify="left")
-    for column in ("after step", "accuracy", "95 % interval", "problems"):
+    """Accuracy at every validation by each rule with its interval; "–" in records that are older than the rule."""
+    table = Table(title="Accuracy (noise off), % with 95 % interval", title_justify="left")
+    for column in ("step", *RULES, "problems"):
         table.add_column(column, justify="right")
     for validation in records(run, "metrics.jsonl", "validation"):
-        correct = round(validation["accuracy"] * validation["items"])
-        low, high = wilson(correct, validation["items"])
-        table.add_row(
-            str(validation["step"]),
-            f"{100 * validation['accuracy']:.1f} %",
-            f"{100 * low:.1f} to {100 * high:.1f} %",
-            str(validation["items"]),
-        )
+        count = validation["items"]
+        shares = [escape(share_text(validation.get(key), count)) for key in RULES.values()]
+        table.add_row(str(validation["step"]), *shares, str(count))
     return table
 
 
