@@ -18,6 +18,7 @@ import yaml
 
 from verl_aqn.cache import cache_dir
 from verl_aqn.runs.folder import RunFolder
+from verl_aqn.trackers import stay_here
 
 POLL_S = 0.5
 GRACE_S = 20
@@ -58,8 +59,8 @@ def environment(run: RunFolder, temporary: str) -> dict[str, str]:
         VLLM_NO_USAGE_STATS="1",
         DO_NOT_TRACK="1",
         HYDRA_FULL_ERROR="1",
-        TENSORBOARD_DIR=str(run.path / "tensorboard"),
     )
+    stay_here(env, run.path, run.state["attempt"])
     if "RAY_ADDRESS" not in env:
         # Ray's name for "this machine only": it then binds to loopback, and verl's servers take their address from it.
         env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
