@@ -1,6 +1,7 @@
 """What a person sees of a run: a line a step while it runs, a short table at its end."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -88,9 +89,9 @@ class Console:
             self.say(
                 f"step {record['step']:{self.width}d}/{record['total']}   "
                 f"σ {metrics.get('aqn/sigma', 0.0):<8.2e} "
-                f"reward {metrics.get('critic/score/mean', float('nan')):6.3f}   "
-                f"entropy {metrics.get('actor/entropy', float('nan')):5.2f}   "
-                f"{metrics.get('timing_s/step', float('nan')):5.1f} s"
+                f"reward {_number(metrics, 'critic/score/mean'):6.3f}   "
+                f"entropy {_number(metrics, 'actor/entropy'):5.2f}   "
+                f"{_number(metrics, 'timing_s/step'):5.1f} s"
             )
             self.say_accuracy()
         elif kind == "validation":
@@ -135,6 +136,12 @@ def records(run: RunFolder, name: str, kind: str) -> list[dict]:
         if record.get("kind") == kind:
             by_step[record["step"]] = record
     return [by_step[step] for step in sorted(by_step)]
+
+
+def _number(metrics: dict, name: str) -> float:
+    """A figure of a step; NaN, which the record has as null, or where it was not measured."""
+    value = metrics.get(name)
+    return math.nan if value is None else value
 
 
 def _nats(values: tuple[float, float, float]) -> str:

@@ -94,7 +94,7 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
     clean_after_killed(run)
     started = time.time()
     temporary = tempfile.mkdtemp(prefix="aqn-", dir="/tmp")  # short: socket paths end at 107 characters
-    run.append("events.jsonl", {"kind": "temporary", "path": temporary, "started": started})
+    run.append("events.jsonl", {"kind": "temporary", "path": temporary, "since": started})
     tails = {name: _Tail(run.path / name) for name in ("events.jsonl", "metrics.jsonl")}
     stop: list[int] = []
     previous = {
@@ -138,7 +138,7 @@ def clean_after_killed(run: RunFolder) -> None:
     for record in run.read("events.jsonl"):
         if record["kind"] == "temporary" and Path(record["path"]).exists():
             shutil.rmtree(record["path"], ignore_errors=True)
-            remove_shared_memory(record["started"])
+            remove_shared_memory(record["since"] if "since" in record else record["started"])  # its name before
 
 
 def remove_shared_memory(since: float) -> None:
