@@ -1,5 +1,7 @@
 """What math-verify says of answers labelled by hand, and that no answer can hang, exhaust or use the machine."""
 
+import subprocess
+import sys
 import time
 
 import pytest
@@ -142,10 +144,17 @@ def test_a_judge_that_dies_is_an_error_with_its_last_words(monkeypatch):
         scores(["#### 7"], ["7"])
 
 
-def test_this_process_never_imports_it():
-    import subprocess
-    import sys
+def test_in_a_process_that_ignores_its_children():
+    code = (
+        "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+        "from verl_aqn.rewards.math_verify import scores\n"
+        "print(scores(['#### 7', '#### 9**9**9**9', '#### 7'], ['7'] * 3))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[1.0, 0.0, 1.0]\n"
 
+
+def test_this_process_never_imports_it():
     code = "import sys, verl_aqn.rewards.math_verify as m; m.scores(['#### 7'], ['7']); print('sympy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -76,6 +76,8 @@ def main() -> None:
     import gc
     import logging
 
+    # A process that ignores it, as a Ray worker may, hands that on: forks would be gone before they are waited for.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     logging.disable()  # its warning that time limits are now somebody else's business
     # Fill the caches of patterns and grammar before the first fork, so that no fork has to.
     for warming in ("#### 72", r"\boxed{72}", r"so $\frac{144}{2}$", "72%", "1 + 71", "72.0"):
