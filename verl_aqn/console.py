@@ -1,6 +1,7 @@
 """What a person sees of a run: a line a step while it runs, a short table at its end."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -14,13 +15,17 @@ from verl_aqn.config import parse_aqn
 from verl_aqn.runs.compare import Report
 from verl_aqn.runs.compare import table as comparison_table
 from verl_aqn.runs.folder import RunFolder
-from verl_aqn.runs.stats import accuracy_text, wilson
+from verl_aqn.runs.stats import accuracy_text, share_text
 from verl_aqn.runs.verdict import compare_before_after, plan_verdict
 from verl_aqn.supervise import Outcome
 
 if TYPE_CHECKING:
     from verl_aqn.probe import Strength
     from verl_aqn.train import Prepared
+
+
+# What the table calls a rule, and what the record of a validation does.
+RULES = {"strict": "accuracy", "flexible": "flexible", "math-verify": "math_verify"}
 
 
 class Console:
@@ -86,9 +91,9 @@ class Console:
             self.say(
                 f"step {record['step']:{self.width}d}/{record['total']}   "
                 f"σ {metrics.get('aqn/sigma', 0.0):<8.2e} "
-                f"reward {metrics.get('critic/score/mean', float('nan')):6.3f}   "
-                f"entropy {metrics.get('actor/entropy', float('nan')):5.2f}   "
-                f"{metrics.get('timing_s/step', float('nan')):5.1f} s"
+                f"reward {_number(metrics, 'critic/score/mean'):6.3f}   "
+                f"entropy {_number(metrics, 'actor/entropy'):5.2f}   "
+                f"{_number(metrics, 'timing_s/step'):5.1f} s"
             )
             self.say_accuracy()
         elif kind == "validation":
@@ -109,6 +114,13 @@ class Console:
             problems = self.validation["items"]
             correct = round(self.validation["accuracy"] * problems)
             self.say(f"accuracy {accuracy_text(correct, problems)}")
+            others = [
+                f"{rule} {share_text(self.validation[key], problems)}"
+                for rule, key in RULES.items()
+                if rule != "strict" and key in self.validation
+            ]
+            if others:
+                self.say(f"         {escape(', '.join(others))}")
             self.validation = None
 
     def end(self, run: RunFolder, todo: "Prepared", outcome: Outcome) -> int:
@@ -140,6 +152,12 @@ def records(run: RunFolder, name: str, kind: str) -> list[dict]:
     return [by_step[step] for step in sorted(by_step)]
 
 
+def _number(metrics: dict, name: str) -> float:
+    """A figure of a step; NaN, which the record has as null, or where it was not measured."""
+    value = metrics.get(name)
+    return math.nan if value is None else value
+
+
 def _nats(values: tuple[float, float, float]) -> str:
     middle, low, high = values
     return f"{middle:.3g} nats a token (95 % interval {low:.2g}–{high:.2g})"
@@ -169,19 +187,14 @@ def sigma_table(run: RunFolder) -> Table:
 
 
 def result_table(run: RunFolder) -> Table:
-    """Accuracy at every validation with its interval."""
-    table = Table(title="Accuracy (noise off)", title_justify="left")
-    for column in ("after step", "accuracy", "95 % interval", "problems"):
+    """Accuracy at every validation by each rule with its interval; "–" in records that are older than the rule."""
+    table = Table(title="Accuracy (noise off), % with 95 % interval", title_justify="left")
+    for column in ("step", *RULES, "problems"):
         table.add_column(column, justify="right")
     for validation in records(run, "metrics.jsonl", "validation"):
-        correct = round(validation["accuracy"] * validation["items"])
-        low, high = wilson(correct, validation["items"])
-        table.add_row(
-            str(validation["step"]),
-            f"{100 * validation['accuracy']:.1f} %",
-            f"{100 * low:.1f} to {100 * high:.1f} %",
-            str(validation["items"]),
-        )
+        count = validation["items"]
+        shares = [escape(share_text(validation.get(key), count)) for key in RULES.values()]
+        table.add_row(str(validation["step"]), *shares, str(count))
     return table
 
 

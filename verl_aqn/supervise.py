@@ -19,6 +19,7 @@ import yaml
 
 from verl_aqn.cache import cache_dir
 from verl_aqn.runs.folder import RunFolder
+from verl_aqn.trackers import stay_here
 
 POLL_S = 0.5
 GRACE_S = 20
@@ -59,8 +60,8 @@ def environment(run: RunFolder, temporary: str) -> dict[str, str]:
         VLLM_NO_USAGE_STATS="1",
         DO_NOT_TRACK="1",
         HYDRA_FULL_ERROR="1",
-        TENSORBOARD_DIR=str(run.path / "tensorboard"),
     )
+    stay_here(env, run.path, run.state["attempt"])
     if "RAY_ADDRESS" not in env:
         # Ray's name for "this machine only": it then binds to loopback, and verl's servers take their address from it.
         env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -94,7 +95,7 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
     clean_after_killed(run)
     started = time.time()
     temporary = tempfile.mkdtemp(prefix="aqn-", dir="/tmp")  # short: socket paths end at 107 characters
-    run.append("events.jsonl", {"kind": "temporary", "path": temporary, "started": started})
+    run.append("events.jsonl", {"kind": "temporary", "path": temporary, "since": started})
     tails = {name: _Tail(run.path / name) for name in ("events.jsonl", "metrics.jsonl")}
     stop: list[int] = []
     previous = {
@@ -138,7 +139,7 @@ def clean_after_killed(run: RunFolder) -> None:
     for record in run.read("events.jsonl"):
         if record["kind"] == "temporary" and Path(record["path"]).exists():
             shutil.rmtree(record["path"], ignore_errors=True)
-            remove_shared_memory(record["started"])
+            remove_shared_memory(record["since"] if "since" in record else record["started"])  # its name before
 
 
 def remove_shared_memory(since: float) -> None:

@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 
 import psutil
+import pyarrow.json
 import pytest
 import torch
+import yaml
 
 from tests.integration.conftest import descendants, leftovers, lines, newest, verl_aqn
 
@@ -82,6 +84,28 @@ def test_validation_is_clean_to_the_last_bit(finished):
 
 def test_last_step_is_validated_although_test_freq_does_not_divide_it(finished):
     assert [record["step"] for record in lines(finished / "metrics.jsonl", "validation")] == [0, 3]
+
+
+def test_the_record_is_whole_and_readable_by_others(finished):
+    """What it takes to say later what was run, on what, and with which result."""
+    state, versions = (json.loads((finished / f"{name}.json").read_text()) for name in ("state", "versions"))
+    assert (state["status"], state["attempt"]) == ("finished", 1)
+    assert {"commit", "dirty", "device", "python", "torch", "verl", "vllm", "math-verify"} <= versions.keys()
+    assert set(versions["data"]) == {"train.parquet", "test.parquet"}
+    assert all(len(digest) == 64 for digest in versions["data"].values())
+    config = (finished / "config.yaml").read_text()
+    assert "${" not in config
+    assert isinstance(yaml.safe_load(config)["aqn"]["seed"], int)
+    assert len(lines(finished / "evidence.jsonl", "base")[0]["disk"]) == 64
+    assert len(lines(finished / "metrics.jsonl", "step")) == 3
+    for record in lines(finished / "metrics.jsonl", "validation"):
+        items = pyarrow.json.read_json(finished / "validation" / f"{record['step']}.jsonl").to_pylist()
+        assert len(items) == record["items"]
+        assert {"input", "output", "gts", "acc", "flexible", "math_verify"} <= items[0].keys()
+        for rule, column in (("accuracy", "acc"), ("math_verify", "math_verify")):
+            assert record[rule] == pytest.approx(sum(item[column] for item in items) / len(items))
+    for name in ("metrics", "evidence", "events"):
+        assert pyarrow.json.read_json(finished / f"{name}.jsonl").num_rows == len(lines(finished / f"{name}.jsonl"))
 
 
 def test_metrics_hold_sigma_asked_and_realised(finished):

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from verl_aqn.runs.arms import Arm, Run
 from verl_aqn.runs.compare import compare
@@ -125,6 +126,12 @@ def test_holm_is_closed_testing_and_rs_p_adjust():
         others = [other for other in range(4) if other != index]
         families = [(index, *rest) for size in range(4) for rest in itertools.combinations(others, size)]
         assert found == pytest.approx(max(min(1, len(f) * min(ps[member] for member in f)) for f in families))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 12])
+def test_holm_is_statsmodels(size):
+    ps = list(np.random.default_rng(size).random(size).round(1) ** 3)  # with ties
+    assert holm(ps) == pytest.approx(multipletests(ps, method="holm")[1], abs=1e-12)
 
 
 def test_the_detectable_difference_is_found_in_80_percent():

@@ -91,18 +91,31 @@ class RunFolder:
                     raise DataError(f"{path} exists with other content: it is not overwritten; use a new run") from None
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
-        """Adds one line of JSON in one O_APPEND write, so that writers in several processes never mix.
+        """Adds one line of JSON; writers in several processes take turns, and what a killed one left half is removed.
 
-        numpy and torch scalars become numbers. A full disk is an EnvironmentFault.
+        numpy and torch scalars become numbers; NaN and infinities, which JSON does not have, become null. A full disk
+        is an EnvironmentFault.
         """
-        line = (json.dumps(record, default=lambda scalar: scalar.item()) + "\n").encode()
+        try:
+            text = json.dumps(record, default=lambda scalar: scalar.item(), allow_nan=False)
+        except ValueError:
+            plain = json.loads(json.dumps(record, default=lambda scalar: scalar.item()), parse_constant=lambda _: None)
+            text = json.dumps(plain)
+        line = (text + "\n").encode()
         path = self.path / name
         with _faults(path):
-            handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
             try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+                # The kernel stops the write of a killed process between pages: a long line is then torn, and the next
+                # one would be glued to it.
+                _cut_torn_line(handle)
                 if os.write(handle, line) < len(line):  # a disk that fills up within the line
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
+                fcntl.flock(
+                    handle, fcntl.LOCK_UN
+                )  # a process forked in between holds the file open, and with it the lock
                 os.close(handle)
 
     def read(self, name: str) -> Iterator[dict[str, Any]]:
@@ -204,7 +217,8 @@ def _create(base: Path, digest: str, note: str) -> RunFolder:
 
 def _resume(run: RunFolder, state: dict[str, Any], lock: int | None) -> RunFolder:
     for path in run.path.glob("*.jsonl"):
-        _cut_torn_line(path)
+        with path.open("rb+") as file:
+            _cut_torn_line(file.fileno())
     attempt = state["attempt"] + 1
     now = _now()
     news = {"status": "running", "attempt": attempt, "pid": os.getpid(), "started": now, "updated": now, "message": ""}
@@ -223,10 +237,11 @@ def _runs(base: Path) -> list[RunFolder]:
     return [RunFolder(path) for path in (base / "runs").glob("[!.]*") if path.is_dir()]
 
 
-def _cut_torn_line(path: Path) -> None:
+def _cut_torn_line(handle: int) -> None:
     """Removes what a killed writer left behind the last line end, before the next record is glued to it."""
-    with path.open("rb+") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)
+    size = os.fstat(handle).st_size
+    if size and os.pread(handle, 1, size - 1) != b"\n":
+        os.ftruncate(handle, os.pread(handle, size, 0).rfind(b"\n") + 1)
 
 
 def _write_state(folder: Path, state: dict[str, Any]) -> None:
