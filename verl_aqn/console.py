@@ -4,11 +4,14 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from verl_aqn.config import parse_aqn
@@ -141,6 +144,16 @@ class Console:
 def print_wide(view: Table) -> None:
     """A table with long rows: a file or a pipe has no width of its own."""
     RichConsole(width=None if sys.stdout.isatty() else 160, highlight=False).print(view)
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on standard error, as the callback that long work takes; nothing where that is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = RichConsole(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total, module: bar.update(task, completed=done, total=total, description=f"{what} {module}")
 
 
 def records(run: RunFolder, name: str, kind: str) -> list[dict]:

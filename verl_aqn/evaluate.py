@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from verl_aqn.cache import cache_dir
 from verl_aqn.config import load_recipe, parse_aqn
-from verl_aqn.console import Console, records
+from verl_aqn.console import RULES, Console, records
 from verl_aqn.errors import AqnError, ConfigError, DataError, EvidenceError
 from verl_aqn.prepare import check_machine
 from verl_aqn.runs.arms import find_run
@@ -25,12 +25,11 @@ from verl_aqn.train import identity, launch, resolve
 
 CONTROL = "e6a"  # the recipe that a model folder is validated by: its noise is off, its data and lengths are the plan's
 PRECISIONS = ("mxfp4", "bf16")
-SCORES = {"strict": "acc", "flexible": "flexible", "math-verify": "math_verify"}  # by their column in the items file
 
 
 @dataclass(frozen=True)
 class Score:
-    """Right answers as a fraction of 1, with Wilson's 95 % interval."""
+    """Right answers by one rule as a fraction of 1, with Wilson's 95 % interval."""
 
     accuracy: float
     interval: tuple[float, float]
@@ -113,7 +112,7 @@ def settings(target: Target, overrides: list[str], adapter: Path | None, precisi
         model.lora_adapter_path, model.lora_rank, model.lora_alpha = str(adapter.resolve()), rank, alpha
     base = Path(str(model.path))
     if (packed := _is_packed(base)) and precision == "bf16":
-        from verl_aqn.mxfp4.dense import dequantized_cache
+        from verl_aqn.mxfp4.cached import dequantized_cache
 
         model.path = str(dequantized_cache(base, cache_dir() / "bf16"))
     if precision or not target.run:
@@ -158,15 +157,12 @@ def read(run: RunFolder, target: str, precision: str) -> Evaluation:
     """The result of a finished evaluation out of its folder."""
     (validation,) = records(run, "metrics.jsonl", "validation")
     file = run.path / "validation" / f"{validation['step']}.jsonl"
-    items = [json.loads(line) for line in file.read_text().splitlines()]
-    scores = {}
-    for name, column in SCORES.items():
-        if column in items[0]:
-            right = sum(item[column] > 0 for item in items)
-            scores[name] = Score(right / len(items), wilson(right, len(items)))
+    items = validation["items"]
+    shares = {rule: validation[key] for rule, key in RULES.items() if key in validation}
+    scores = {rule: Score(share, wilson(round(share * items), items)) for rule, share in shares.items()}
     evidence = {record["kind"]: record for record in run.read("evidence.jsonl")}
     return Evaluation(
-        target, str(run.path), str(file), validation["step"], precision, len(items), scores,
+        target, str(run.path), str(file), validation["step"], precision, items, scores,
         evidence["base"].get("disk"), evidence["adapter"]["sent"],
     )  # fmt: skip
 
