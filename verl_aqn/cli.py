@@ -17,6 +17,7 @@ from rich.table import Table
 from verl_aqn import __version__
 from verl_aqn.bench.cli import bench_app
 from verl_aqn.errors import AqnError, ConfigError
+from verl_aqn.export.cli import export_command
 
 if TYPE_CHECKING:
     from verl_aqn.mxfp4.report import QuantReport
@@ -25,6 +26,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 data_app = typer.Typer(no_args_is_help=True, help="Prepare data sets.")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
+app.command("export")(export_command)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Recipe = Annotated[str, typer.Argument(help="A file, or the bare name of one in recipes/.")]

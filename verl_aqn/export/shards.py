@@ -58,7 +58,9 @@ def read_adapter(actor: Path) -> Adapter:
     for module, pair in found.items():
         if set(pair) != {"A", "B"} or {pair["A"].shape[0], pair["B"].shape[1]} != {meta["r"]}:
             shapes = {kind: list(tensor.shape) for kind, tensor in sorted(pair.items())}
-            raise DataError(f"the adapter of {module} in {actor} is {shapes}, not A [r, K] and B [N, r] of r={meta['r']}")
+            raise DataError(
+                f"the adapter of {module} in {actor} is {shapes}, not A [r, K] and B [N, r] of r={meta['r']}"
+            )
     matrices = {module: (pair["A"], pair["B"]) for module, pair in sorted(found.items())}
     return Adapter(matrices, int(meta["r"]), float(meta["lora_alpha"]))
 
@@ -85,7 +87,9 @@ def _join(name: str, parts: list[Tensor], actor: Path) -> Tensor:
     sharded = [(axis, placement.dim) for axis, placement in enumerate(first.placements) if isinstance(placement, Shard)]
     known = all(isinstance(placement, (Shard, Replicate)) for placement in first.placements)
     if not known or len(sharded) > 1:
-        raise DataError(f"tensor {name} in {actor} is laid out as {first.placements}: only shards of one axis are joined")
+        raise DataError(
+            f"tensor {name} in {actor} is laid out as {first.placements}: only shards of one axis are joined"
+        )
     if not sharded:
         whole = first.to_local()
     else:
