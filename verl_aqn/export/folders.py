@@ -34,6 +34,7 @@ def write_peft_folder(folder: Path, adapter: Adapter, base: Path) -> None:
     file.write_text(json.dumps(written, indent=2) + "\n")
     tensors = {name: tensor.contiguous() for name, tensor in adapter.tensors()}
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_model.safetensors").chmod(0o644)  # safetensors leaves it to its owner alone
     for source in companions(base):
         if source.name != "generation_config.json":  # an adapter has none
             shutil.copyfile(source, folder / source.name)
@@ -88,7 +89,7 @@ def write_card(folder: Path, proof: dict[str, Any]) -> None:
             "# plain PEFT, over the bf16 folder that equals the base",
             *(["verl_aqn.mxfp4.model.dequantize_checkpoint(BASE, DENSE)"] if base["digest"] else []),
             f"base = AutoModelForCausalLM.from_pretrained({plain}, dtype=torch.bfloat16)",
-            "model = PeftModel.from_pretrained(base, FOLDER)",
+            "model = PeftModel.from_pretrained(base, FOLDER, autocast_adapter_dtype=False)  # True, the default: in fp32",
             "```",
         ]
     text += [

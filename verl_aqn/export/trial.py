@@ -100,7 +100,7 @@ def trainer_answers(source: Source, prompts: list[list[int]], adapter: Path, tok
         base = AutoModelForCausalLM.from_pretrained(source.base, dtype=torch.bfloat16).to(device)
     for layer in packed_layers(base):
         layer.activation = Activation.parse(aqn.mxfp4.activation_arithmetic)
-    model = PeftModel.from_pretrained(base, str(adapter)).eval()
+    model = PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False).eval()
     stops = base.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
     length = int(source.config.actor_rollout_ref.rollout.response_length)
