@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.cache import cache_dir
 from verl_aqn.errors import EnvironmentFault
-from verl_aqn.supervise import bind_cores
+from verl_aqn.supervise import bind_cores, end_with_parent
 
 TIMEOUT_S = 3600
 
@@ -46,7 +47,7 @@ def greedy_answers(
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                env=environment(config, temporary), start_new_session=True,
+                env=environment(config, temporary), start_new_session=True, preexec_fn=end_with_parent,
             )  # fmt: skip
             try:
                 process.wait(TIMEOUT_S)
@@ -54,7 +55,7 @@ def greedy_answers(
                 raise EnvironmentFault(f"vLLM did not answer {len(prompts)} prompts in {TIMEOUT_S} s") from None
             finally:
                 if process.poll() is None:
-                    process.kill()
+                    os.killpg(process.pid, signal.SIGKILL)  # its group is its own, with the ranks of an engine
                     process.wait()
         if process.returncode or not result.is_file():
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]

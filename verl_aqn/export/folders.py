@@ -89,7 +89,7 @@ def write_card(folder: Path, proof: dict[str, Any]) -> None:
             "# plain PEFT, over the bf16 folder that equals the base",
             *(["verl_aqn.mxfp4.model.dequantize_checkpoint(BASE, DENSE)"] if base["digest"] else []),
             f"base = AutoModelForCausalLM.from_pretrained({plain}, dtype=torch.bfloat16)",
-            "model = PeftModel.from_pretrained(base, FOLDER, autocast_adapter_dtype=False)  # True, the default: in fp32",
+            "model = PeftModel.from_pretrained(base, FOLDER, autocast_adapter_dtype=False)  # the default is fp32",
             "```",
         ]
     text += [
