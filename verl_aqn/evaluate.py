@@ -17,7 +17,7 @@ from verl_aqn.config import load_recipe, parse_aqn
 from verl_aqn.console import RULES, Console, records
 from verl_aqn.errors import AqnError, ConfigError, DataError, EvidenceError
 from verl_aqn.prepare import check_machine
-from verl_aqn.runs.arms import find_run
+from verl_aqn.runs.checkpoints import find_checkpoint
 from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.runs.stats import wilson
 from verl_aqn.supervise import supervise
@@ -70,20 +70,13 @@ def find_target(path: Path) -> Target:
     """A checkpoint (global_step_N), a run or experiment folder (its last checkpoint), or a model folder.
 
     Raises:
-        DataError: it is none of these, or a run without a checkpoint.
+        DataError: it is none of these, or a run without a checkpoint that was written to its end.
     """
-    path = path.expanduser().resolve()
-    if path.name.startswith("global_step_"):
-        if not (path / "actor").is_dir():
-            raise DataError(f"{path} is no checkpoint of a run: it has no folder `actor`")
-        return Target(path, find_run(path.parent.parent), path)
+    path = path.expanduser()
     if (path / "config.json").is_file():
-        return Target(path)
-    run = find_run(path)
-    steps = {int(folder.name.removeprefix("global_step_")): folder for folder in run.checkpoints.glob("global_step_*")}
-    if not steps:
-        raise DataError(f"{run.path} has no checkpoint: finish it, or evaluate a model folder")
-    return Target(path, run, steps[max(steps)])
+        return Target(path.resolve())
+    run, step = find_checkpoint(path)
+    return Target(path.resolve(), run, run.checkpoints / f"global_step_{step}")
 
 
 def settings(target: Target, overrides: list[str], adapter: Path | None, precision: str | None) -> DictConfig:

@@ -110,7 +110,7 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
                 stderr=subprocess.STDOUT,
                 env=environment(run, temporary),
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
             )
         error = ""
         while process.poll() is None and not stop:
@@ -130,7 +130,8 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """For a child before it starts: it gets SIGTERM when this process dies, however that comes."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 

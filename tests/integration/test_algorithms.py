@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.integration.conftest import leftovers, lines, newest
+from verl_aqn.export.shards import read_adapter
 
 SHORT = ["trainer.val_before_train=false", "trainer.test_freq=-1", "trainer.save_freq=-1"]
 ONE_STEP = ["trainer.total_training_steps=1", "aqn.noise.num_stages=1", *SHORT]
@@ -38,7 +39,9 @@ def test_grpo_on_two_ranks_with_correction_and_a_warning_where_top_p_biases_it(r
     """Two actor ranks that share the base and two rollout replicas: one base, one adapter, one noise in all of them."""
     top_p, two = "actor_rollout_ref.rollout.top_p=0.95", "trainer.n_gpus_per_node=2"
     in_actor = "aqn.noise.apply_to=rollout+actor"
-    outcome = run("grpo", *TWO_STEPS, "algorithm.filter_groups.enable=false", "correction=tis", top_p, two, in_actor)
+    saved = "trainer.save_freq=2"
+    options = ["algorithm.filter_groups.enable=false", "correction=tis", top_p, two, in_actor, saved]
+    outcome = run("grpo", *TWO_STEPS, *options)
     _, step = steps_of(outcome)
     evidence = outcome[2] / "evidence.jsonl"
     noise = [record for record in lines(evidence, "noise") + lines(evidence, "actor noise") if record["sigma_asked"]]
@@ -51,6 +54,7 @@ def test_grpo_on_two_ranks_with_correction_and_a_warning_where_top_p_biases_it(r
     assert len({record["weights_digest"] for record in noise}) == 1
     (start, end), adapter = lines(evidence, "base"), lines(evidence, "adapter")[-1]
     assert [len(start["actor"]), len(start["rollout"]), len(adapter["held"])] == [2, 2, 2]
+    assert read_adapter(outcome[2] / "checkpoints/global_step_2/actor").digest() == adapter["sent"]
     assert {*start["actor"], *end["actor"], *(held["base_digest"] for held in end["rollout"])} == {start["disk"]}
     assert step["actor/kl_loss"] >= 0
     assert step["actor/grad_norm"] > 0

@@ -11,8 +11,13 @@ import pyarrow.json
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.integration.conftest import descendants, leftovers, lines, newest, verl_aqn
+from verl_aqn.export.engine import greedy_answers
+from verl_aqn.mxfp4.model import load_model
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +201,61 @@ def test_eval_answers_as_the_run_did_and_changes_nothing_of_it(finished):
     assert (finished / "metrics.jsonl").read_bytes() == metrics
     assert lines(finished / "evaluations.jsonl") == [result]
     assert leftovers() <= before
+
+
+@pytest.fixture(scope="module")
+def exported(finished, tmp_path_factory) -> Path:
+    """The run's adapter, exported as a user does it."""
+    before, folder = leftovers(), tmp_path_factory.mktemp("export") / "adapter"
+    proof = export(finished.parent.parent, folder)
+    assert leftovers() == before
+    assert proof["adapter"]["digest"] == lines(finished / "evidence.jsonl", "adapter")[-1]["sent"]
+    assert proof["nonzero_b"] == 14
+    assert proof["answers"]["against"] == "the run's recorded validation"
+    assert proof["answers"]["equal"] == proof["answers"]["prompts"] == 4
+    return folder
+
+
+def export(*arguments) -> dict:
+    process = verl_aqn("export", *map(str, arguments), "--json")
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    return json.loads(out)
+
+
+def test_an_exported_adapter_serves_in_plain_peft_and_in_vllm_without_our_worker(finished, exported):
+    config = OmegaConf.load(finished / "config.yaml")
+    config.actor_rollout_ref.rollout.engine_kwargs.vllm.pop("worker_extension_cls")
+    base = Path(config.actor_rollout_ref.model.path)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = PeftModel.from_pretrained(load_model(base), str(exported), autocast_adapter_dtype=False)
+    prompt = tokenizer("Ann has 2 apples and", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt])).logits[0, -1].float()
+        with model.disable_adapter():
+            assert not torch.equal(model(torch.tensor([prompt])).logits[0, -1].float(), logits)
+    # Whatever vLLM answers first is all but the likeliest of plain PEFT: its text is not the expected one, so that the
+    # likeliest tokens come with it.
+    (answer,) = greedy_answers(config, base, exported, [prompt], ["\0"])
+    served = {int(token): logprob for token, logprob in answer["tops"][0].items()}
+    ours = logits.log_softmax(-1)
+    assert max(abs(logprob - float(ours[token])) for token, logprob in served.items()) < 0.25
+    assert float(ours.max() - ours[answer["tokens"][0]]) < 0.25
+
+
+def test_a_merged_export_is_a_bf16_model_that_answers_as_the_run(finished, exported):
+    folder = exported.parent / "merged"
+    proof = export(finished / "checkpoints/global_step_3", folder, "--merge")
+    assert proof["merge"]["changed"] == proof["merge"]["tensors"] == 14
+    assert proof["merge"]["kept"] > 0.9  # lr is 1e-2
+    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    base = Path(proof["base"]["path"])
+    model = PeftModel.from_pretrained(load_model(base), str(exported), autocast_adapter_dtype=False)
+    tokens = torch.arange(1000, 1032).view(2, 16)
+    with torch.no_grad():
+        far = (merged(tokens).logits - load_model(base)(tokens).logits).float().norm()
+        near = (merged(tokens).logits - model(tokens).logits).float().norm()
+    assert near < 0.2 * far
 
 
 ONE_STEP = ["trainer.total_training_steps=1", "trainer.val_before_train=false", "aqn.noise.num_stages=1"]

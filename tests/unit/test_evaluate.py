@@ -27,6 +27,7 @@ def run(tmp_path, model):
     run.write_text("config.yaml", OmegaConf.to_yaml(config, resolve=True))
     for step in (9, 10):
         (run.checkpoints / f"global_step_{step}" / "actor").mkdir(parents=True)
+    (run.checkpoints / "latest_checkpointed_iteration.txt").write_text("10")
     return run
 
 

@@ -1,7 +1,6 @@
 """Packed checkpoints as transformers models: build, load, and write out as plain bfloat16."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,38 +54,55 @@ def load_model(
     return model.to(device).eval()
 
 
-def dequantize_checkpoint(src: str | Path, dst: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write packed folder ``src`` as an ordinary bfloat16 folder ``dst``: the same model, for whatever reads no MXFP4.
+class DenseView:
+    """A packed folder read as the bfloat16 folder that it equals; ``specs`` and ``read`` are those of `Weights`.
 
     A stack of packed experts [E, N, K/2] is gpt-oss's (`verl_aqn.mxfp4.foreign`) and becomes [E, K, N], as transformers
     holds it.
 
     Raises:
+        ModelError: ``folder`` is not a packed checkpoint or is damaged.
+    """
+
+    def __init__(self, folder: Path):
+        self._weights = open_packed(folder)
+        self._module: dict[str, str] = {}
+        self.specs = {n: spec for n, spec in self._weights.specs.items() if not n.endswith((PACKED, SCALE))}
+        for module in packed_modules(self._weights):
+            *lead, n, half = self._weights.specs[module + PACKED].shape
+            name = module if lead else module + ".weight"
+            self._module[name] = module
+            self.specs[name] = Spec(torch.bfloat16, (*lead, 2 * half, n) if lead else (n, 2 * half))
+
+    def read(self, name: str) -> Tensor:
+        """The tensor's values on the CPU, dequantised where they are packed."""
+        module = self._module.get(name)
+        if module is None:
+            return self._weights.read(name)
+        weight = dequantize(self._weights.read(module + PACKED), self._weights.read(module + SCALE))
+        return weight.transpose(1, 2) if weight.dim() == 3 else weight
+
+
+def dequantize_checkpoint(src: str | Path, dst: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write packed folder ``src`` as an ordinary bfloat16 folder ``dst``: the same model, for whatever reads no MXFP4.
+
+    Tensors are read, dequantised and written one by one, so that memory is bounded by the largest of them.
+
+    Raises:
         ModelError: ``src`` is not a packed checkpoint or is damaged, or ``dst`` exists.
     """
-    src, dst = Path(src), Path(dst)
-    weights = open_packed(src)
-    modules = packed_modules(weights)
+    src = Path(src)
+    view = DenseView(src)
+    layout = dict(sorted(view.specs.items()))
+    with new_folder(Path(dst)) as folder:
+        tensors = ((name, view.read(name)) for name in layout)
+        write_model(folder, dense_config(src), layout, tensors, src, {}, max_shard_bytes)
+
+
+def dense_config(src: Path) -> dict[str, Any]:
+    """``config.json`` of a folder's bfloat16 equal."""
     config = read_config(src)
-    del config["quantization_config"]
-
-    layout = {name: spec for name, spec in weights.specs.items() if not name.endswith((PACKED, SCALE))}
-    kept = list(layout)
-    dense = {}
-    for module in modules:
-        *lead, n, half = weights.specs[module + PACKED].shape
-        dense[module] = module if lead else module + ".weight"
-        layout[dense[module]] = Spec(torch.bfloat16, (*lead, 2 * half, n) if lead else (n, 2 * half))
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name in kept:
-            yield name, weights.read(name)
-        for module, name in dense.items():
-            weight = dequantize(weights.read(module + PACKED), weights.read(module + SCALE))
-            yield name, weight.transpose(1, 2) if weight.dim() == 3 else weight
-
-    with new_folder(dst) as folder:
-        write_model(folder, config, dict(sorted(layout.items())), tensors(), src, {}, max_shard_bytes)
+    return {k: v for k, v in config.items() if k not in ("quantization_config", "torch_dtype")} | {"dtype": "bfloat16"}
 
 
 def empty_model(path: Path, dtype: torch.dtype = torch.bfloat16, attn_implementation: str = "eager") -> PreTrainedModel:

@@ -3,7 +3,6 @@
 Imported by verl through `actor_rollout_ref.model.external_lib`, so that processes without a model stay light.
 """
 
-from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -11,6 +10,7 @@ import torch
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine.base import EngineRegistry
 
+from verl_aqn.adapter import ADAPTER_DTYPE, served_adapter
 from verl_aqn.digest import tensor_digest
 from verl_aqn.mxfp4.checkpoint import is_packed, model_digest
 from verl_aqn.mxfp4.experts import packed_layers
@@ -19,8 +19,6 @@ from verl_aqn.shards import Slices, cut
 from verl_aqn.verl_api.critic import AqnValueEngine
 from verl_aqn.verl_api.packed_base import PackedBase
 from verl_aqn.verl_api.shared_prompt import SharedPrompts, share_prompts
-
-ADAPTER_DTYPE = torch.bfloat16  # what the rollout multiplies with
 
 
 class AqnFSDPEngine(PackedBase):
@@ -116,14 +114,6 @@ class AqnFSDPEngine(PackedBase):
             or tu.get_non_tensor_data(data=micro_batch, key="calculate_sum_pi_squared", default=False)
             or tu.get_non_tensor_data(data=micro_batch, key="distillation_use_topk", default=False)
         )
-
-
-def served_adapter(adapter: list[tuple[str, torch.Tensor]], scaling: float) -> Iterator[tuple[str, torch.Tensor]]:
-    """A and B·α/r under module names, as vLLM holds them: it folds the scaling into B in the adapter's dtype."""
-    for name, tensor in adapter:
-        module, _, kind = name.removesuffix(".weight").removesuffix(".default").rpartition(".lora_")
-        module = module.removeprefix("base_model.model.")
-        yield f"{module}.{kind}", tensor * scaling if kind == "B" else tensor
 
 
 def _register() -> None:

@@ -1,0 +1,109 @@
+"""Runs as `verl-aqn train` leaves them, with a checkpoint as verl's FSDP engine writes it, made without either."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from omegaconf import OmegaConf
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from verl_aqn.adapter import Adapter
+from verl_aqn.config import load_recipe
+from verl_aqn.data.parquet import row, write_parquet
+from verl_aqn.mxfp4.checkpoint import checkpoint_digest, is_packed
+from verl_aqn.mxfp4.model import load_model
+
+RANK, ALPHA = 8, 16
+
+
+def trained(base: Path, seed: int = 3, std: float = 0.3) -> PeftModel:
+    """The actor's model after some training: random fp32 adapters on all linear layers of a packed base."""
+    torch.manual_seed(seed)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(load_model(base), config).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+        if "lora_B" in name:
+            parameter.data.normal_(std=std)
+    return model
+
+
+def state_of(model: PeftModel) -> dict[str, torch.Tensor]:
+    """What `save_lora_only` saves."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora_" in name}
+
+
+def adapter_of(state: dict[str, torch.Tensor]) -> Adapter:
+    """The adapter of a checkpoint's state, put together by another way than the exporter's."""
+    pairs = {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.default.weight"): name
+        for name in state
+        if ".lora_A." in name
+    }
+    return Adapter(
+        {
+            module: (state[name].bfloat16(), state[name.replace(".lora_A.", ".lora_B.")].bfloat16())
+            for module, name in sorted(pairs.items())
+        },
+        RANK,
+        ALPHA,
+    )
+
+
+def write_actor(folder: Path, states: list[dict[str, torch.Tensor]]) -> Path:
+    """verl's checkpoint of an actor, a file for each rank's state."""
+    folder.mkdir(parents=True)
+    for rank, state in enumerate(states):
+        torch.save(state, folder / f"model_world_size_{len(states)}_rank_{rank}.pt")
+    (folder / "fsdp_config.json").write_text(json.dumps({"FSDP_version": 2, "world_size": len(states)}))
+    meta = {"r": RANK, "lora_alpha": ALPHA, "task_type": "CAUSAL_LM"}
+    (folder / "lora_train_meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def write_run(
+    experiment: Path, base: Path, state: dict[str, torch.Tensor], answers: dict[str, str] | None = None, step: int = 3
+) -> Path:
+    """A run under `experiment` with one checkpoint; `answers`: of its validation, by prompt as verl writes it down."""
+    run = experiment / "runs" / "20260101-000000-abcdef"
+    write_actor(run / "checkpoints" / f"global_step_{step}" / "actor", [state])
+    (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(step))
+    (run / "validation").mkdir()
+    (run / "training.log").touch()
+    (run / "state.json").write_text(json.dumps({"status": "finished", "created": "2026-01-01"}))
+    (experiment / "training.log").symlink_to(run / "training.log")
+    (experiment / "checkpoints").symlink_to(run / "checkpoints")
+    data = experiment / "test.parquet"
+    write_parquet(questions(), data)
+    config: Any = load_recipe("e12_aggressive_1ep", ["profile=cpu", f"actor_rollout_ref.model.path={base}"])
+    config.data.val_files = str(data)
+    config.actor_rollout_ref.model.lora_rank = RANK
+    config.data.max_response_length = config.actor_rollout_ref.rollout.response_length = 6
+    (run / "config.yaml").write_text(yaml.safe_dump(OmegaConf.to_container(config, resolve=True)))
+    evidence = [{"kind": "adapter", "step": step, "sent": adapter_of(state).digest()}]
+    if is_packed(base):
+        evidence.insert(0, {"kind": "base", "when": "start", "disk": checkpoint_digest(base)})
+    (run / "evidence.jsonl").write_text("".join(json.dumps(record) + "\n" for record in evidence))
+    if answers is not None:
+        lines = [{"input": text, "output": answer, "gts": "1", "acc": 0.0} for text, answer in answers.items()]
+        (run / f"validation/{step}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+def questions() -> list[dict[str, Any]]:
+    """Rows of validation data."""
+    return [
+        row(
+            "verl_aqn/word_problems",
+            [{"role": "user", "content": f"{number} + 1?"}],
+            str(number + 1),
+            split="test",
+            index=number,
+            question=f"{number} + 1?",
+            answer=str(number + 1),
+        )
+        for number in range(4)
+    ]

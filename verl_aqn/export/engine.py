@@ -1,0 +1,114 @@
+"""Ask vLLM for greedy answers, in a process that is started here and is gone when this returns."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from verl_aqn.cache import cache_dir
+from verl_aqn.errors import EnvironmentFault
+from verl_aqn.supervise import bind_cores, end_with_parent
+
+TIMEOUT_S = 3600
+
+
+def greedy_answers(
+    config: DictConfig,
+    model: Path,
+    adapter: Path | None,
+    prompts: list[list[int]],
+    expected: list[str],
+) -> list[dict[str, Any]]:
+    """Answers of an engine with the settings of the run ``config`` on ``model``; see `verl_aqn.vllm_api.answers`.
+
+    Raises:
+        EnvironmentFault: the engine did not start or did not answer; the message ends with its last word.
+    """
+    # A short path: sockets lie below it, and theirs end at 107 characters.
+    with tempfile.TemporaryDirectory(prefix="aqn-", dir="/tmp") as temporary:
+        request, result, log = (Path(temporary) / name for name in ("request.json", "result.json", "engine.log"))
+        question = {
+            "model": str(model),
+            "adapter": str(adapter) if adapter else None,
+            "rank": int(config.actor_rollout_ref.model.lora_rank),
+            "engine": engine_options(config, merged=adapter is None),
+            "max_tokens": int(config.actor_rollout_ref.rollout.response_length),
+            "prompts": prompts,
+            "expected": expected,
+        }
+        request.write_text(json.dumps(question))
+        command = [sys.executable, "-m", "verl_aqn.vllm_api.answers", str(request), str(result)]
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                env=environment(config, temporary), start_new_session=True, preexec_fn=end_with_parent,
+            )  # fmt: skip
+            try:
+                process.wait(TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                raise EnvironmentFault(f"vLLM did not answer {len(prompts)} prompts in {TIMEOUT_S} s") from None
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)  # its group is its own, with the ranks of an engine
+                    process.wait()
+        if process.returncode or not result.is_file():
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            raise EnvironmentFault(
+                f"vLLM ended with code {process.returncode} on {model}: {lines[-1][:400] if lines else 'no word'}"
+            )
+        return json.loads(result.read_text())["answers"]
+
+
+def engine_options(config: DictConfig, *, merged: bool) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`: those of the run's rollout, so that what it answers can be what that answered.
+
+    They include this project's worker extension, under which norms are kept in fp32; with bf16 norms 6 of 192 answers
+    of SmolLM2-135M become others. A merged model has no packed layer: what the run says of those is left out.
+    """
+    rollout = config.actor_rollout_ref.rollout
+    special: Any = OmegaConf.to_container(rollout.engine_kwargs.get("vllm") or OmegaConf.create({}), resolve=True)
+    if merged:
+        for key in ("additional_config", "linear_backend", "quantization"):
+            special.pop(key, None)
+    cpu = config.aqn.profile == "cpu"
+    options = {
+        "dtype": rollout.dtype,
+        "max_model_len": rollout.max_model_len or rollout.prompt_length + rollout.response_length,
+        "max_num_seqs": rollout.max_num_seqs,
+        "max_num_batched_tokens": rollout.max_num_batched_tokens,
+        "enforce_eager": rollout.enforce_eager,
+        "gpu_memory_utilization": rollout.gpu_memory_utilization,
+        "tensor_parallel_size": 1 if cpu else rollout.tensor_model_parallel_size,
+        "enable_prefix_caching": rollout.enable_prefix_caching,
+        "trust_remote_code": config.actor_rollout_ref.model.trust_remote_code,
+    }
+    return {key: value for key, value in (options | special).items() if value is not None}
+
+
+def environment(config: DictConfig, temporary: str) -> dict[str, str]:
+    """Of the engine's process: everything in one process where one device does, and no traces outside `temporary`."""
+    env = dict(os.environ)
+    env.pop("PYTHONDONTWRITEBYTECODE", None)
+    env.update(
+        TMPDIR=temporary,
+        VLLM_RPC_BASE_PATH=temporary,
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_LOGGING_LEVEL="WARNING",
+        VLLM_NO_USAGE_STATS="1",
+        DO_NOT_TRACK="1",
+        TOKENIZERS_PARALLELISM="false",
+        TORCHINDUCTOR_CACHE_DIR=str(cache_dir() / "torchinductor"),
+    )
+    if config.aqn.profile == "cpu":
+        cores = sorted(os.sched_getaffinity(0))
+        env["VERL_PLATFORM"] = "cpu"
+        env.setdefault("OMP_NUM_THREADS", str(len(cores)))
+        env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+        env.setdefault("VLLM_CPU_OMP_THREADS_BIND", bind_cores(cores, 1))
+    return env

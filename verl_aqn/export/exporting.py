@@ -1,0 +1,103 @@
+"""A run's checkpoint as others load it: a PEFT adapter, or a merged bf16 model; proved before it gets its name.
+
+Read `export` first: it is the whole way.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from verl_aqn.adapter import Adapter
+from verl_aqn.config import parse_aqn
+from verl_aqn.errors import ConfigError, EnvironmentFault, EvidenceError
+from verl_aqn.export.folders import write_card, write_peft_folder
+from verl_aqn.export.questions import read_questions
+from verl_aqn.export.shards import read_adapter
+from verl_aqn.export.source import Source, find_source
+from verl_aqn.export.trial import check, try_out
+from verl_aqn.mxfp4.merging import covered, open_base, write_merged
+from verl_aqn.mxfp4.writing import new_folder
+
+RECORD = "verl_aqn_export.json"
+
+
+def export(run: Path, dst: Path, *, merge: bool = False, say: Callable[[str], None] = lambda text: None) -> dict:
+    """Write the adapter of ``run``, or with ``merge`` a bf16 model of base and adapter, to the new folder ``dst``.
+
+    ``run`` is a run, a folder of runs, or a checkpoint (`verl_aqn.export.source.find_source`). Returns the proof, which
+    is also in ``dst``. ``dst`` appears complete and proved, or not at all.
+
+    Raises:
+        ConfigError: ``dst`` exists.
+        DataError, ModelError: the run, its checkpoint, base or data cannot be used.
+        EvidenceError: what was exported is not what the run recorded, or does not answer as the run does.
+    """
+    from transformers import AutoTokenizer
+
+    if dst.exists() or dst.is_symlink():
+        raise ConfigError(f"{dst} exists already: nothing is overwritten, give another folder")
+    source = find_source(run)
+    say(f"step {source.step} of {source.run.path}")
+    adapter = read_adapter(source.actor)
+    nonzero = check_adapter(source, adapter)
+    if merge:
+        covered(source.base, open_base(source.base, source.packed), adapter)
+    tokenizer = AutoTokenizer.from_pretrained(source.base)
+    questions = read_questions(source, tokenizer)
+
+    proof: dict[str, Any] = {
+        "run": source.run.path.name,
+        "run_path": str(source.run.path),
+        "step": source.step,
+        "merged": merge,
+        "dtype": "bfloat16",
+        "base": {"path": str(source.base), "digest": source.base_digest},
+        "adapter": {"digest": adapter.digest(), "recorded": source.sent, "modules": len(adapter.matrices)},
+        "nonzero_b": nonzero,
+        "rank": adapter.rank,
+        "alpha": adapter.alpha,
+        "activation": parse_aqn(source.config).mxfp4.activation_arithmetic,
+        "merge": None,
+    }
+    try:
+        with new_folder(dst) as folder, tempfile.TemporaryDirectory(prefix="aqn-") as beside:
+            peft = Path(beside) if merge else folder
+            write_peft_folder(peft, adapter, source.base)
+            if merge:
+                say("merging")
+                report = write_merged(folder, source.base, source.packed, adapter)
+                proof["merge"] = asdict(report)
+                if not report.changed:
+                    raise EvidenceError(
+                        "merged to bf16 the model is its base, bit for bit: all that the adapter adds is below bf16's "
+                        "last bit; export without --merge"
+                    )
+            before = "" if questions.answers else "the trainer's model and then "
+            say(f"asking {before}vLLM {len(questions.prompts)} prompts")
+            trial = try_out(source, questions, folder, peft, tokenizer)
+            check(trial)
+            proof["answers"] = trial.to_dict()
+            write_card(folder, proof)
+            (folder / RECORD).write_text(json.dumps(proof, indent=2) + "\n")
+    except OSError as error:
+        raise EnvironmentFault(f"cannot write {dst} ({error.strerror}): choose another folder") from error
+    return proof
+
+
+def check_adapter(source: Source, adapter: Adapter) -> int:
+    """How many modules have a B that is not zero; EvidenceError where the adapter is not the run's, or adds nothing."""
+    digest = adapter.digest()
+    if digest != source.sent:
+        raise EvidenceError(
+            f"the adapter in {source.actor} is not the one that the rollout had after step {source.step}: "
+            f"its digest is {digest[:16]}…, on record is {source.sent[:16]}…"
+        )
+    nonzero = sum(bool(b.any()) for _, b in adapter.matrices.values())
+    if not nonzero:
+        raise EvidenceError(
+            f"after step {source.step} every B is zero: the policy is still its base, nothing to export"
+        )
+    return nonzero

@@ -1,0 +1,58 @@
+"""The prompts that an export is tried on, and the run's own greedy answers to them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from omegaconf import DictConfig, OmegaConf
+
+from verl_aqn.errors import DataError
+from verl_aqn.export.source import Source
+from verl_aqn.prepare import data_files
+
+PROMPTS = 32
+
+
+@dataclass(frozen=True)
+class Questions:
+    """`prompts` [[token, …], …]; `answers`: the run's to each, None where it recorded no greedy ones of this step."""
+
+    prompts: list[list[int]]
+    answers: list[str] | None
+
+
+def read_questions(source: Source, tokenizer: Any) -> Questions:
+    """The first prompts of the recorded validation after the checkpoint's step, or else of the validation data.
+
+    Raises:
+        DataError: the validation data is gone, or does not have the recorded prompts.
+    """
+    prompts = _prompts(source.config, tokenizer)
+    file = f"validation/{source.step}.jsonl"
+    rollout = source.config.actor_rollout_ref.rollout
+    val = rollout.val_kwargs
+    greedy = val.temperature == 0 and val.n == 1 and not rollout.multi_turn.enable
+    records = list(source.run.read(file))[:PROMPTS] if greedy else []
+    if not records:
+        return Questions(prompts[:PROMPTS], None)
+    by_text = {tokenizer.decode(ids, skip_special_tokens=True): ids for ids in prompts}
+    if unknown := [record["input"] for record in records if record["input"] not in by_text]:
+        raise DataError(
+            f"{len(unknown)} prompts of {source.run.path / file} are not in data.val_files="
+            f"{source.config.data.val_files}: the file is not the one that the run was validated on"
+        )
+    return Questions([by_text[r["input"]] for r in records], [r["output"] for r in records])
+
+
+def _prompts(config: DictConfig, tokenizer: Any) -> list[list[int]]:
+    """Every row of the validation data as the run's policy gets it."""
+    files: list[Path] = data_files(config, "val_files")
+    if missing := [file for file in files if not file.is_file()]:
+        raise DataError(f"{missing[0]} is not there: the run's validation data is needed to try the export on")
+    options: Any = OmegaConf.to_container(config.data.get("apply_chat_template_kwargs") or OmegaConf.create({}))
+    key = config.data.prompt_key
+    rows = [row[key] for file in files for row in pq.read_table(file, columns=[key]).to_pylist()]
+    texts = [tokenizer.apply_chat_template(r, tokenize=False, add_generation_prompt=True, **options) for r in rows]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return [prompt for prompt in ids if len(prompt) <= config.data.max_prompt_length]

@@ -1,0 +1,69 @@
+"""What is exported: one checkpoint of a run, and what the run has on record about it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from verl_aqn.errors import DataError, EvidenceError, ModelError
+from verl_aqn.mxfp4.checkpoint import checkpoint_digest, is_packed
+from verl_aqn.runs.checkpoints import find_checkpoint
+from verl_aqn.runs.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint. `base_digest` is None for an unquantised base, of which a run records none; `sent`: the digest of
+    the adapter that the rollout was given after this step."""
+
+    run: RunFolder
+    step: int
+    config: DictConfig
+    base: Path
+    base_digest: str | None
+    sent: str
+
+    @property
+    def actor(self) -> Path:
+        """Where verl put the actor."""
+        return self.run.checkpoints / f"global_step_{self.step}" / "actor"
+
+    @property
+    def packed(self) -> bool:
+        return self.base_digest is not None
+
+
+def find_source(path: Path) -> Source:
+    """The checkpoint `path` (``global_step_N``), or the last one of the run `path` or of the newest run in it.
+
+    Nothing large is read but the base, whose digest must be the recorded one.
+
+    Raises:
+        DataError: no run, no checkpoint, or nothing on record about its step.
+        ModelError: the base is gone. EvidenceError: it is not the run's.
+    """
+    run, step = find_checkpoint(path)
+    file = next((run.path / name for name in ("launch.yaml", "config.yaml") if (run.path / name).is_file()), None)
+    if file is None:
+        raise DataError(f"{run.path} has no config.yaml: what it was a run of is unknown")
+    config = OmegaConf.load(file)
+    assert isinstance(config, DictConfig)
+    evidence = list(run.read("evidence.jsonl"))
+    # Of a step that was taken twice, after a crash, the later one was saved.
+    sent = next((r["sent"] for r in reversed(evidence) if r["kind"] == "adapter" and r["step"] == step), None)
+    if sent is None:
+        raise DataError(
+            f"{run.path / 'evidence.jsonl'} says nothing of the adapter of step {step}: nothing to prove by"
+        )
+    base = Path(config.actor_rollout_ref.model.path)
+    if not (base / "config.json").is_file():
+        raise ModelError(
+            f"the run's base {base} is not there: `verl-aqn train RECIPE --dry-run` with the run's settings makes a "
+            "packed one again in the cache"
+        )
+    digest = next((record.get("disk") for record in reversed(evidence) if record["kind"] == "base"), None)
+    if is_packed(base) != (digest is not None):
+        raise EvidenceError(f"{base} is not the run's base: one of them is packed MXFP4 and the other is not")
+    if digest is not None and checkpoint_digest(base) != digest:
+        raise EvidenceError(f"{base} is not the run's base: its digest is not {digest[:16]}…, which the run recorded")
+    return Source(run, step, config, base, digest, sent)

@@ -1,0 +1,108 @@
+"""Greedy answers of an exported folder, held against those of the run."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from verl_aqn.errors import EvidenceError
+from verl_aqn.export.difference import first_difference
+from verl_aqn.export.engine import greedy_answers
+from verl_aqn.export.questions import Questions
+from verl_aqn.export.source import Source
+from verl_aqn.generate import generate, greedy
+
+# How far from a tie the first differing token may be, in nats. Measured on 192 recorded answers of SmolLM2-135M after 5
+# steps: the adapter answers all of them as the run did; merged to bf16, 21 differ by up to 1.25 (the base without
+# adapter: 68, by up to 6.4). The logits there are 16 to 32, where bf16 knows steps of 0.125.
+TIE_ADAPTER = 0.25
+TIE_OTHER = 2.0  # merged, or answers of another implementation
+RECORDED = "the run's recorded validation"
+TRAINER = "the trainer's model (no greedy validation of this step is on record)"
+
+
+@dataclass(frozen=True)
+class Differing:
+    """An answer that is not the run's. `gap`: see `Difference`."""
+
+    prompt: int
+    token: int
+    gap: float | None
+    expected: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Trial:
+    """`equal` of `prompts` answers are those of `against`; those that differ part at a near tie (`bound`, nats)."""
+
+    against: str
+    prompts: int
+    equal: int
+    bound: float
+    differing: list[Differing]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def try_out(source: Source, questions: Questions, folder: Path, adapter: Path, tokenizer: Any) -> Trial:
+    """Let vLLM answer with ``folder``: a PEFT folder over the run's base, or a merged model.
+
+    ``adapter``: a PEFT folder of the same adapter, for the trainer's own model where the run recorded no answers.
+    """
+    merged = folder != adapter
+    recorded = questions.answers is not None
+    expected = questions.answers or trainer_answers(source, questions.prompts, adapter, tokenizer)
+    model = folder if merged else source.base
+    found = greedy_answers(source.config, model, None if merged else adapter, questions.prompts, expected)
+    bound = TIE_OTHER if merged or not recorded else TIE_ADAPTER
+    differing = []
+    for number, (answer, text) in enumerate(zip(found, expected, strict=True)):
+        if answer["text"] == text:
+            continue
+        tops = [{int(token): logprob for token, logprob in place.items()} for place in answer["tops"]]
+        where = first_difference(
+            answer["tokens"], tops, text, lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+        )
+        differing.append(Differing(number, where.token, where.gap, text, answer["text"]))
+    equal = len(expected) - len(differing)
+    return Trial(RECORDED if recorded else TRAINER, len(expected), equal, bound, differing)
+
+
+def check(trial: Trial) -> None:
+    """Raise EvidenceError unless every answer is the run's up to a near tie."""
+    far = [d for d in trial.differing if d.gap is None or d.gap > trial.bound]
+    if far:
+        worst = max(far, key=lambda d: float("inf") if d.gap is None else d.gap)
+        gap = "far more" if worst.gap is None else f"{worst.gap:.3g}"
+        raise EvidenceError(
+            f"{len(far)} of {trial.prompts} answers are not those of {trial.against}: {worst.answer!r} for "
+            f"{worst.expected!r}, where token {worst.token} differs by {gap} nats ({trial.bound:g} allowed)"
+        )
+
+
+def trainer_answers(source: Source, prompts: list[list[int]], adapter: Path, tokenizer: Any) -> list[str]:
+    """Greedy answers of the actor's model: packed base and adapter in plain PEFT, in bf16 and without noise."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from verl_aqn.config import parse_aqn
+    from verl_aqn.mxfp4.experts import packed_layers
+    from verl_aqn.mxfp4.linear import Activation
+    from verl_aqn.mxfp4.model import load_model
+
+    aqn = parse_aqn(source.config)
+    device = "cpu" if aqn.profile in ("cpu", "auto") else aqn.profile
+    if source.packed:
+        base = load_model(source.base, torch.bfloat16, device)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(source.base, dtype=torch.bfloat16).to(device)
+    for layer in packed_layers(base):
+        layer.activation = Activation.parse(aqn.mxfp4.activation_arithmetic)
+    model = PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False).eval()
+    stops = base.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
+    length = int(source.config.actor_rollout_ref.rollout.response_length)
+    answers = generate(model, prompts, greedy, ends, length)
+    return [tokenizer.decode(ids, skip_special_tokens=True) for (ids,) in answers]
