@@ -11,7 +11,7 @@ _STEP = re.compile(r"global_step_(\d+)")
 
 
 def find_checkpoint(path: Path) -> tuple[RunFolder, int]:
-    """The run and the step of the checkpoint `path` (``global_step_N``), or of the last one of the run `path`, or of the
+    """The run and the step of the checkpoint `path` (global_step_N), or of the last one of the run `path`, or of the
     newest run in it. DataError where there is none.
     """
     real = path.resolve()
