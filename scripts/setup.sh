@@ -20,7 +20,7 @@ fi
 lock=scripts/requirements-cpu.lock
 stamp=.venv/.verl-aqn-setup
 # Where the checkout stands is part of the stamp: an editable install points there.
-want=$( { echo "$profile $PWD"; cat pyproject.toml "$lock" scripts/setup.sh scripts/vllm-metadata/pyproject.toml; } | sha256sum)
+want=$( { echo "$profile $PWD"; cat pyproject.toml scripts/*.lock scripts/setup.sh scripts/vllm-metadata/pyproject.toml; } | sha256sum)
 [[ -f $stamp && $(cat "$stamp") == "$want" ]] && exit 0
 
 python=${PYTHON:-}
@@ -55,6 +55,9 @@ if [[ $profile == cpu ]]; then
     # The oracle of the MXFP4 tests, outside the environment: PEFT imports torchao wherever it finds it, which
     # would cost every process of a run seven seconds.
     uv install --no-deps --target .venv/oracles torchao==0.18.0
+    # Trackers that verl can log to, for their test: outside the environment, because some declare older versions of
+    # what is in it (protobuf, pillow) than they run with.
+    uv install --no-deps --target .venv/trackers -r scripts/requirements-trackers.lock
 else
     uv install -e ".[$profile,dev]"
 fi

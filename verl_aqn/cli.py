@@ -1,35 +1,33 @@
 """The `verl-aqn` command. Results go to standard output, progress and errors to standard error."""
 
-import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from verl_aqn import __version__
 from verl_aqn.bench.cli import bench_app
+from verl_aqn.console import Console, print_wide, progress_bar
 from verl_aqn.errors import AqnError, ConfigError
-from verl_aqn.export.cli import export_command
-
-if TYPE_CHECKING:
-    from verl_aqn.mxfp4.report import QuantReport
+from verl_aqn.export.cli import export
+from verl_aqn.mxfp4.cli import quantize
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 data_app = typer.Typer(no_args_is_help=True, help="Prepare data sets.")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
-app.command("export")(export_command)
+app.command()(export)
+app.command()(quantize)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Recipe = Annotated[str, typer.Argument(help="A file, or the bare name of one in recipes/.")]
+RecipeOrPlan = Annotated[str, typer.Argument(help="A file, or the bare name of one in recipes/ or recipes/plans/.")]
 
 
 def _version(value: bool) -> None:
@@ -45,16 +43,24 @@ def callback(version: Annotated[bool, typer.Option("--version", callback=_versio
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def train(
-    recipe: Recipe,
+    recipe: RecipeOrPlan,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as Hydra takes them.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Resolve and check the recipe, print it, and stop.")
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew even if the last run died.")] = False,
 ) -> None:
-    """Run a recipe; resume it if its last run died."""
+    """Run a recipe, or a plan of several; resume what died."""
+    from verl_aqn.config import find_recipe
+    from verl_aqn.plans import Series, read_plan
     from verl_aqn.train import train as run
 
+    path = find_recipe(recipe)
+    if plan := read_plan(path, overrides or []):
+        if fresh:
+            raise ConfigError("--fresh is for one run: give a plan another folder with aqn.run.dir=DIR")
+        series = Series(plan, path.stem)
+        raise typer.Exit(series.preview() if dry_run else series.run())
     extra = ["aqn.run.fresh=true"] if fresh else []
     raise typer.Exit(run(recipe, [*(overrides or []), *extra], dry_run=dry_run))
 
@@ -130,7 +136,7 @@ def probe(
     measured = Probe(todo.config, todo.steps, prompts, samples)
     start, unit = measured.order.sigma, measured.order.unit
     sigmas = [*(sigma or [float(f"{start * factor:.3g}") for factor in FACTORS]), start]
-    with _progress("measuring") as progress:
+    with progress_bar("measuring") as progress:
         rows = survey(measured, sigmas, progress)
     title = f"σ of {recipe} ({unit}), {todo.source.name}: {prompts} prompts × {samples} answers"
     if plot:
@@ -154,65 +160,33 @@ def probe(
     check_strength(measured, rows, start)
 
 
-@app.command()
-def quantize(
-    src: Annotated[Path, typer.Argument(help="A bf16 checkpoint folder, or an MXFP4 one of Quark or gpt-oss.")],
-    dst: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
-    scale_rule: Annotated[str, typer.Option(help="mse, even, floor or rceil.")] = "mse",
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(help="A module to leave in bf16: its name, the end of it, or a pattern with *. May be repeated."),
+@app.command("eval")
+def eval_(
+    target: Annotated[
+        Path, typer.Argument(help="A run, a checkpoint (global_step_N), or a model folder, packed or not.")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as Hydra takes them.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter folder to use instead of the run's.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="mxfp4 or bf16; by default what the run or the folder has.")
     ] = None,
-    format_: Annotated[
-        str, typer.Option("--format", help="compressed-tensors (vLLM) or modelslim (vllm-ascend).")
-    ] = "compressed-tensors",
-    calibrate: Annotated[
-        list[str] | None,
-        typer.Option(help="Make up for rounding errors (GPTQ) on these texts: a JSONL file or 'embedded'. Repeatable."),
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture by layer (PNG, SVG or PDF).")] = None,
     as_json: Json = False,
 ) -> None:
-    """bf16 checkpoint → packed MXFP4 checkpoint that stock vLLM loads."""
-    from verl_aqn.mxfp4.checkpoint import EXCLUDE, quantize_checkpoint
-    from verl_aqn.mxfp4.foreign import foreign_layout, import_checkpoint
-    from verl_aqn.mxfp4.storage import read_config
+    """Accuracy without noise, in the rollout, by the code that validates during training; items are saved."""
+    from verl_aqn.evaluate import evaluate
 
-    if kind := foreign_layout(read_config(src)):
-        if exclude or plot or calibrate:
-            raise ConfigError(
-                f"{src} is MXFP4 already ({kind}) and is not rounded again: drop --exclude, --plot and --calibrate"
-            )
-        with _progress("converting") as progress:
-            imported = import_checkpoint(src, dst, format_, progress)
-        if as_json:
-            print(json.dumps(asdict(imported)))
-        else:
-            size = _megabytes(imported.bytes_before, imported.bytes_after)
-            print(f"{src.name} is MXFP4 already ({kind}): {imported.modules} modules converted bit by bit, {size}")
-        return
-
-    if plot:
-        from verl_aqn.plots import check_picture, plot_quantization
-
-        check_picture(plot)
-    with _progress("quantising") as progress:
-        leave = (*EXCLUDE, *(exclude or ()))
-        if calibrate:
-            from verl_aqn.mxfp4.gptq import quantize_with_gptq
-
-            report = quantize_with_gptq(src, dst, calibrate, scale_rule, leave, progress, format_)
-        else:
-            report = quantize_checkpoint(src, dst, scale_rule, leave, progress, format=format_)
-    title = f"{src.name} in MXFP4 ({scale_rule}): {_db(report.sqnr_db)} dB over all"
-    if plot:
-        plot_quantization(list(report.modules), title, plot)
+    result = evaluate(target, overrides or [], adapter, precision)
     if as_json:
-        print(json.dumps(report.to_dict()))
+        print(json.dumps(result.to_dict()))
         return
-    console = RichConsole()
-    # A pipe or a file has no width of its own: the table would be cut to 80 columns.
-    (console if console.is_terminal else RichConsole(width=200)).print(_table(report, title))
+    view = Table(title=f"{target.name}, step {result.step}, {result.precision}, noise off", title_justify="left")
+    for column in ("score", "accuracy, %", "95 % interval", "problems"):
+        view.add_column(column, justify="left" if column == "score" else "right")
+    for name, score in result.scores.items():
+        low, high = (100 * bound for bound in score.interval)
+        view.add_row(name, f"{100 * score.accuracy:.1f}", f"{low:.1f} to {high:.1f}", str(result.items))
+    print_wide(view)
+    print(f"items: {result.file}")
 
 
 @app.command()
@@ -229,15 +203,28 @@ def compare(
     """Paired tests of runs with the same items; runs of one config are the seeds of an arm."""
     from verl_aqn.runs.arms import FACTOR, arms
     from verl_aqn.runs.compare import compare as compared
-    from verl_aqn.runs.compare import table
 
     report = compared(arms(runs, factor or [FACTOR], any_))
     if as_json:
         print(json.dumps(report.to_dict()))
-        return
-    _print_wide(table(report))
-    for contrast in report.arms:
-        RichConsole(highlight=False).print(contrast.text, soft_wrap=True, markup=False)
+    else:
+        Console().report(report)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of experiments (their newest run).")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The page to write; a new file.")],
+    factor: Annotated[list[str] | None, typer.Option(help="As in `compare`. May be repeated.")] = None,
+    any_: Annotated[bool, typer.Option("--any", help="As in `compare`.")] = False,
+    answers: Annotated[int, typer.Option(min=0, help="Validation problems to show with their answers.")] = 24,
+) -> None:
+    """Runs on one self-contained HTML page: charts, evidence, answers side by side, comparison."""
+    from verl_aqn.report.page import write_report
+    from verl_aqn.runs.arms import FACTOR
+
+    size = write_report(runs, output, factor or [FACTOR], any_, answers)
+    print(f"{output}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {size / 1e6:.1f} MB")
 
 
 @app.command()
@@ -275,12 +262,7 @@ def runs(
     if not found:
         print("no runs in /tmp/mxfp4_*: start one with `verl-aqn train RECIPE`, or name a folder")
         return
-    _print_wide(table(found))
-
-
-def _print_wide(view: Table) -> None:
-    """A table with long rows: a file or a pipe has no width of its own."""
-    RichConsole(width=None if sys.stdout.isatty() else 160, highlight=False).print(view)
+    print_wide(table(found))
 
 
 @data_app.command("gsm8k")
@@ -325,52 +307,9 @@ def main() -> None:
         _fail(error.format_message(), 2)
 
 
-def _db(value: float) -> str:
-    return f"{value:.2f}" if math.isfinite(value) else "∞"
-
-
-def _table(report: "QuantReport", title: str) -> Table:
-    """By module, the experts of a layer taken together."""
-    from verl_aqn.mxfp4.report import PARTS, pool_experts
-
-    size = _megabytes(report.bytes_before, report.bytes_after)
-    view = Table(title=f"{title}, checkpoint {size}", title_justify="left")
-    view.add_column("module")
-    shares = ["% of weights\ndeadzone", "\nclipped"]
-    parts = ["% of error\ndeadzone", *(f"\n{part.replace('_', ' ')}" for part in PARTS[1:])]
-    for column in ("shape", "SQNR\ndB", *shares, *parts, "bytes\nbefore", "\nafter"):
-        view.add_column(column, justify="right")
-    for row in pool_experts(report.modules):
-        error = row.error
-        view.add_row(
-            row.name,
-            "×".join(map(str, row.shape)),
-            _db(row.sqnr_db),
-            *(f"{100 * share:.2f}" for share in (error.deadzone_share, error.clipped_share)),
-            *(f"{100 * getattr(error, part) / error.noise:.1f}" if error.noise else "–" for part in PARTS),
-            f"{row.bytes_before:,}",
-            f"{row.bytes_after:,}",
-        )
-    return view
-
-
 def _interval(values: Sequence[float], form: str) -> str:
     middle, low, high = (format(value, form) for value in values)
     return f"{middle} [{low}, {high}]"
-
-
-def _megabytes(before: int, after: int) -> str:
-    return f"{before / 1e6:,.1f} → {after / 1e6:,.1f} MB"
-
-
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on standard error, as the callback that `quantize_checkpoint` takes; nothing where that is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = RichConsole(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total, module: bar.update(task, completed=done, total=total, description=f"{what} {module}")
 
 
 def _fail(text: str, code: int) -> None:

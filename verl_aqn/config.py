@@ -137,13 +137,14 @@ def nearest(name: str, valid: list[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(sorted(valid))}"
 
 
-def _typed(cls: type, raw: Any, where: str) -> Any:
+def typed(cls: type, raw: Any, where: str) -> Any:
+    """A dataclass from plain values. ConfigError: an unknown key (with the nearest), a wrong type, no such choice."""
     if not isinstance(raw, dict):
         raise ConfigError(f"{where} must be a block of keys, got {raw!r}")
     known, hints = {f.name for f in fields(cls)}, get_type_hints(cls)
     values = {}
     for key, value in raw.items():
-        path = f"{where}.{key}"
+        path = f"{where}.{key}" if where else str(key)
         if key not in known:
             raise ConfigError(f"unknown key {path}: {nearest(key, list(known))}")
         value = _convert(hints[key], value, path)
@@ -158,12 +159,16 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     """`value` as the annotation `hint` of a field says: a block, a list of names or blocks, a number, null."""
     if is_dataclass(hint):
         assert isinstance(hint, type)
-        return _typed(hint, value, path)
+        return typed(hint, value, path)
     options = get_args(hint)
     if get_origin(hint) is tuple:
         if not isinstance(value, list) or (options[0] is str and not all(isinstance(item, str) for item in value)):
             raise ConfigError(f"{path} must be a list of {'names' if options[0] is str else 'blocks'}, got {value!r}")
         return tuple(_convert(options[0], item, f"{path}[{number}]") for number, item in enumerate(value))
+    if get_origin(hint) is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{path} must be a block of keys, got {value!r}")
+        return {key: _convert(options[1], item, f"{path}.{key}") for key, item in value.items()}
     if type(None) in options:
         (kind,) = set(options) - {type(None)}
         return None if value is None else _convert(kind, value, path)
@@ -184,7 +189,7 @@ def parse_aqn(config: DictConfig | dict) -> AqnConfig:
     block = (config if OmegaConf.is_config(config) else OmegaConf.create(config)).get("aqn")
     if block is None:
         raise ConfigError("the config has no aqn: block; a recipe's defaults start with `base`")
-    return _typed(AqnConfig, OmegaConf.to_container(block, resolve=True), "aqn")
+    return typed(AqnConfig, OmegaConf.to_container(block, resolve=True), "aqn")
 
 
 def schedule_of(config: DictConfig | dict, total_steps: int) -> SigmaSchedule:
@@ -233,17 +238,22 @@ def recipe_names() -> list[str]:
     return sorted(p.stem for folder in recipe_dirs() for p in folder.glob("*.yaml") if p.stem != "base")
 
 
+def plan_names() -> list[str]:
+    """Names of the shipped plans."""
+    return sorted(p.stem for folder in recipe_dirs() for p in folder.glob("plans/*.yaml"))
+
+
 def find_recipe(recipe: str) -> Path:
-    """The file of a recipe given by path or by bare name."""
+    """The file of a recipe or plan given by path or by bare name."""
     if recipe.endswith((".yaml", ".yml")) or os.sep in recipe:
         path = Path(recipe).expanduser()
         if not path.is_file():
             raise ConfigError(f"no recipe file {recipe}")
         return path.resolve()
-    for folder in recipe_dirs():
-        if (path := folder / f"{recipe}.yaml").is_file():
+    for path in (folder / place / f"{recipe}.yaml" for folder in recipe_dirs() for place in ("", "plans")):
+        if path.is_file():
             return path
-    raise ConfigError(f"no recipe {recipe!r}: {nearest(recipe, recipe_names())}")
+    raise ConfigError(f"no recipe {recipe!r}: {nearest(recipe, [*recipe_names(), *plan_names()])}")
 
 
 def detect_profile() -> str:

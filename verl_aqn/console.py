@@ -1,24 +1,34 @@
 """What a person sees of a run: a line a step while it runs, a short table at its end."""
 
 import json
+import math
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from verl_aqn.config import parse_aqn
+from verl_aqn.runs.compare import Report
+from verl_aqn.runs.compare import table as comparison_table
 from verl_aqn.runs.folder import RunFolder
-from verl_aqn.runs.stats import accuracy_text, wilson
+from verl_aqn.runs.stats import accuracy_text, share_text
 from verl_aqn.runs.verdict import compare_before_after, plan_verdict
 from verl_aqn.supervise import Outcome
 
 if TYPE_CHECKING:
     from verl_aqn.probe import Strength
-    from verl_aqn.train import Plan
+    from verl_aqn.train import Prepared
+
+
+# What the table calls a rule, and what the record of a validation does.
+RULES = {"strict": "accuracy", "flexible": "flexible", "math-verify": "math_verify"}
 
 
 class Console:
@@ -40,7 +50,7 @@ class Console:
         """A line about something that runs, but perhaps not as meant."""
         self.say(f"[yellow]warning:[/yellow] {escape(text)}")
 
-    def start(self, run: RunFolder, todo: "Plan") -> None:
+    def start(self, run: RunFolder, todo: "Prepared") -> None:
         """What is about to run, and where it is kept."""
         aqn = parse_aqn(todo.config)
         self.width = len(str(todo.steps))
@@ -84,9 +94,9 @@ class Console:
             self.say(
                 f"step {record['step']:{self.width}d}/{record['total']}   "
                 f"σ {metrics.get('aqn/sigma', 0.0):<8.2e} "
-                f"reward {metrics.get('critic/score/mean', float('nan')):6.3f}   "
-                f"entropy {metrics.get('actor/entropy', float('nan')):5.2f}   "
-                f"{metrics.get('timing_s/step', float('nan')):5.1f} s"
+                f"reward {_number(metrics, 'critic/score/mean'):6.3f}   "
+                f"entropy {_number(metrics, 'actor/entropy'):5.2f}   "
+                f"{_number(metrics, 'timing_s/step'):5.1f} s"
             )
             self.say_accuracy()
         elif kind == "validation":
@@ -94,15 +104,29 @@ class Console:
             if record["step"] == 0:  # later ones wait for the line of their step, which is written after them
                 self.say_accuracy()
 
+    def report(self, report: Report) -> None:
+        """A comparison: its table, and a sentence for each pair of arms."""
+        print_wide(comparison_table(report))
+        for contrast in report.arms:
+            self.out.print(contrast.text, soft_wrap=True, markup=False)
+        sys.stdout.flush()
+
     def say_accuracy(self) -> None:
         """The validation that has not been told yet, if there is one."""
         if self.validation:
             problems = self.validation["items"]
             correct = round(self.validation["accuracy"] * problems)
             self.say(f"accuracy {accuracy_text(correct, problems)}")
+            others = [
+                f"{rule} {share_text(self.validation[key], problems)}"
+                for rule, key in RULES.items()
+                if rule != "strict" and key in self.validation
+            ]
+            if others:
+                self.say(f"         {escape(', '.join(others))}")
             self.validation = None
 
-    def end(self, run: RunFolder, todo: "Plan", outcome: Outcome) -> int:
+    def end(self, run: RunFolder, todo: "Prepared", outcome: Outcome) -> int:
         """Tables and verdict of a finished run, or one line about one that is not. Returns the exit code."""
         if outcome.status != "finished":
             self.err.print(f"[red]error:[/red] {outcome.message} (log: {run.path / 'training.log'})", soft_wrap=True)
@@ -117,6 +141,21 @@ class Console:
         return 0
 
 
+def print_wide(view: Table) -> None:
+    """A table with long rows: a file or a pipe has no width of its own."""
+    RichConsole(width=None if sys.stdout.isatty() else 160, highlight=False).print(view)
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on standard error, as the callback that long work takes; nothing where that is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = RichConsole(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total, module: bar.update(task, completed=done, total=total, description=f"{what} {module}")
+
+
 def records(run: RunFolder, name: str, kind: str) -> list[dict]:
     """Records of one kind; of a step that was taken twice (after a crash) the later one."""
     by_step: dict[int, dict] = {}
@@ -124,6 +163,12 @@ def records(run: RunFolder, name: str, kind: str) -> list[dict]:
         if record.get("kind") == kind:
             by_step[record["step"]] = record
     return [by_step[step] for step in sorted(by_step)]
+
+
+def _number(metrics: dict, name: str) -> float:
+    """A figure of a step; NaN, which the record has as null, or where it was not measured."""
+    value = metrics.get(name)
+    return math.nan if value is None else value
 
 
 def _nats(values: tuple[float, float, float]) -> str:
@@ -155,19 +200,14 @@ def sigma_table(run: RunFolder) -> Table:
 
 
 def result_table(run: RunFolder) -> Table:
-    """Accuracy at every validation with its interval."""
-    table = Table(title="Accuracy (noise off)", title_justify="left")
-    for column in ("after step", "accuracy", "95 % interval", "problems"):
+    """Accuracy at every validation by each rule with its interval; "–" in records that are older than the rule."""
+    table = Table(title="Accuracy (noise off), % with 95 % interval", title_justify="left")
+    for column in ("step", *RULES, "problems"):
         table.add_column(column, justify="right")
     for validation in records(run, "metrics.jsonl", "validation"):
-        correct = round(validation["accuracy"] * validation["items"])
-        low, high = wilson(correct, validation["items"])
-        table.add_row(
-            str(validation["step"]),
-            f"{100 * validation['accuracy']:.1f} %",
-            f"{100 * low:.1f} to {100 * high:.1f} %",
-            str(validation["items"]),
-        )
+        count = validation["items"]
+        shares = [escape(share_text(validation.get(key), count)) for key in RULES.values()]
+        table.add_row(str(validation["step"]), *shares, str(count))
     return table
 
 
@@ -177,7 +217,7 @@ def items(folder: Path, step: int) -> dict[str, bool]:
     return {item["input"]: item["acc"] > 0 for item in map(json.loads, path.read_text().splitlines())}
 
 
-def verdict(run: RunFolder, todo: "Plan") -> str:
+def verdict(run: RunFolder, todo: "Prepared") -> str:
     """The plan's criterion in words, and whether training changed the accuracy (paired test)."""
     validations = records(run, "metrics.jsonl", "validation")
     if not validations:

@@ -21,6 +21,10 @@ class EnvironmentFault(AqnError, RuntimeError):
     """The machine or its installation cannot run this: versions, plugin not loaded, memory, ports."""
 
 
+class BusyError(AqnError, RuntimeError):
+    """Another process is at this run."""
+
+
 class EvidenceError(AqnError, RuntimeError):
     """What was read back from a process is not what was asked of it. The run stops."""
 

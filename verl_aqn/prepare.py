@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl_aqn.cache import cache_dir
 from verl_aqn.config import order_of, parse_aqn, schedule_of
 from verl_aqn.errors import ConfigError, EnvironmentFault, ModelError
+from verl_aqn.rewards.math_verify import check_installed
 
 # Measured peak of the whole machine on the embedded experiment; a run that starts below it ends in the OOM killer.
 CPU_MEMORY_GB = 11.0
@@ -193,11 +194,12 @@ def warnings_of(config: DictConfig) -> list[str]:
 
 
 def check_machine(config: DictConfig) -> None:
-    """Memory and ports.
+    """Memory, ports, and what validation scores with.
 
     Raises:
-        EnvironmentFault: too little of the one, or one of the other is taken.
+        EnvironmentFault: too little of the first, one of the second is taken, or the third is not installed.
     """
+    check_installed()
     if parse_aqn(config).profile == "cpu":
         free = psutil.virtual_memory().available / 1e9
         if free < CPU_MEMORY_GB:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +19,7 @@ import yaml
 
 from verl_aqn.cache import cache_dir
 from verl_aqn.runs.folder import RunFolder
+from verl_aqn.trackers import stay_here
 
 POLL_S = 0.5
 GRACE_S = 20
@@ -58,8 +60,8 @@ def environment(run: RunFolder, temporary: str) -> dict[str, str]:
         VLLM_NO_USAGE_STATS="1",
         DO_NOT_TRACK="1",
         HYDRA_FULL_ERROR="1",
-        TENSORBOARD_DIR=str(run.path / "tensorboard"),
     )
+    stay_here(env, run.path, run.state["attempt"])
     if "RAY_ADDRESS" not in env:
         # Ray's name for "this machine only": it then binds to loopback, and verl's servers take their address from it.
         env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -93,7 +95,7 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
     clean_after_killed(run)
     started = time.time()
     temporary = tempfile.mkdtemp(prefix="aqn-", dir="/tmp")  # short: socket paths end at 107 characters
-    run.append("events.jsonl", {"kind": "temporary", "path": temporary, "started": started})
+    run.append("events.jsonl", {"kind": "temporary", "path": temporary, "since": started})
     tails = {name: _Tail(run.path / name) for name in ("events.jsonl", "metrics.jsonl")}
     stop: list[int] = []
     previous = {
@@ -138,25 +140,31 @@ def clean_after_killed(run: RunFolder) -> None:
     for record in run.read("events.jsonl"):
         if record["kind"] == "temporary" and Path(record["path"]).exists():
             shutil.rmtree(record["path"], ignore_errors=True)
-            remove_shared_memory(record["started"])
+            remove_shared_memory(record["since"] if "since" in record else record["started"])  # its name before
 
 
 def remove_shared_memory(since: float) -> None:
-    """Unlink what killed processes left in /dev/shm: made after `since`, ours, and mapped by no living process."""
-    made = {
-        str(path)
-        for pattern in ("psm_*", "sem.mp-*", "verl_weights_*", "vllm_dist_*")
-        for path in Path("/dev/shm").glob(pattern)
-        if path.stat().st_ctime >= since and path.stat().st_uid == os.getuid()
-    }
+    """Unlink what killed processes left in /dev/shm: made after `since`, ours, and mapped by no living process.
+
+    By inode and not by name: whoever makes a semaphore has it mapped under a temporary name.
+    """
+    made = {}
+    for pattern in ("psm_*", "sem.mp-*", "verl_weights_*", "vllm_dist_*"):
+        for path in Path("/dev/shm").glob(pattern):
+            with suppress(FileNotFoundError):  # gone meanwhile: its owner lives
+                status = path.stat()
+                if status.st_ctime >= since and status.st_uid == os.getuid():
+                    made[status.st_ino] = path
     for process in Path("/proc").glob("[0-9]*") if made else ():
         try:
-            maps = (process / "maps").read_text()
+            maps = (process / "maps").read_text().splitlines()
         except OSError:
             continue
-        made -= {path for path in made if path in maps}
-    for path in made:
-        Path(path).unlink(missing_ok=True)
+        for line in maps:
+            if "/dev/shm/" in line:
+                made.pop(int(line.split()[4]), None)
+    for path in made.values():
+        path.unlink(missing_ok=True)
 
 
 def end_descendants() -> None:

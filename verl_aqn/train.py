@@ -16,14 +16,14 @@ from verl_aqn.errors import StrengthError
 from verl_aqn.prepare import check_machine, check_steps, data_files, prepare_data, prepare_model, warnings_of
 from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.runs.provenance import provenance
-from verl_aqn.supervise import supervise
+from verl_aqn.supervise import Outcome, supervise
 
 if TYPE_CHECKING:
     from verl_aqn.probe import Strength
 
 
 @dataclass
-class Plan:
+class Prepared:
     """A recipe resolved and checked: everything that a run needs to start."""
 
     config: DictConfig
@@ -34,7 +34,7 @@ class Plan:
     """What `aqn.noise.target_kl` found for σ_start."""
 
 
-def plan(recipe: str, overrides: list[str]) -> Plan:
+def prepare(recipe: str, overrides: list[str]) -> Prepared:
     """Compose the recipe, prepare its model and data, and check all that can be checked without starting a process."""
     config = load_recipe(recipe, overrides)
     if (stated := config.trainer.total_training_steps) is not None:
@@ -43,29 +43,38 @@ def plan(recipe: str, overrides: list[str]) -> Plan:
     return resolve(config)
 
 
-def resolve(config: DictConfig) -> Plan:
-    """Data and model as files, the steps, and σ_start where the recipe gives a KL for it; all put into `config`."""
+def resolve(config: DictConfig, *, fit: bool = True) -> Prepared:
+    """Data and model as files, the steps, and σ_start where the recipe gives a KL for it; all put into `config`.
+
+    Without `fit` σ_start is left as it is: to look at a recipe without measuring.
+    """
     rows = prepare_data(config)
     steps = check_steps(config, rows["train"])
     config.trainer.total_training_steps = steps  # the schedule's, and the trainer's: it refuses if it finds fewer
     source = prepare_model(config)
     fitted = None
-    if (noise := parse_aqn(config).noise).enabled and noise.target_kl is not None:
+    if fit and (noise := parse_aqn(config).noise).enabled and noise.target_kl is not None:
         from verl_aqn.probe import fit_sigma
 
         fitted = fit_sigma(config, steps)
-    return Plan(config=config, steps=steps, rows=rows, source=source, fitted=fitted)
+    return Prepared(config=config, steps=steps, rows=rows, source=source, fitted=fitted)
 
 
 def train(recipe: str, overrides: list[str], *, dry_run: bool = False) -> int:
     """Run a recipe to its end; resume it if it died before. Returns the exit code."""
     console = Console()
-    todo = plan(recipe, overrides)
+    todo = prepare(recipe, overrides)
     if dry_run:
         print(OmegaConf.to_yaml(todo.config, resolve=True))
         return 0
     base = parse_aqn(todo.config).run.dir or f"/tmp/mxfp4_{Path(recipe).stem}"
-    run = open_run(Path(base).expanduser(), identity(todo.config), fresh=parse_aqn(todo.config).run.fresh)
+    run, outcome = execute(todo, Path(base).expanduser(), console)
+    return console.end(run, todo, outcome)
+
+
+def execute(todo: Prepared, base: Path, console: Console) -> tuple[RunFolder, Outcome]:
+    """The run itself, in a folder of its own under `base`."""
+    run = open_run(base, identity(todo.config), fresh=parse_aqn(todo.config).run.fresh)
     launch(run, todo)
     console.start(run, todo)
     for text in warnings_of(todo.config):
@@ -74,10 +83,11 @@ def train(recipe: str, overrides: list[str], *, dry_run: bool = False) -> int:
     measure_noise(run, todo, console)
     outcome = supervise(run, console)
     run.set_status(outcome.status, outcome.message)
-    return console.end(run, todo, outcome)
+    run.close()
+    return run, outcome
 
 
-def measure_noise(run: RunFolder, todo: Plan, console: Console) -> None:
+def measure_noise(run: RunFolder, todo: Prepared, console: Console) -> None:
     """On record before anything is started, once a run: what σ_start does to the policy (`aqn.noise.probe`).
 
     Raises:
@@ -108,7 +118,7 @@ def identity(config: DictConfig) -> dict:
     return container
 
 
-def launch(run: RunFolder, todo: Plan) -> None:
+def launch(run: RunFolder, todo: Prepared) -> None:
     """Write the config that the training process reads; on the first attempt also the records of what was asked."""
     config = todo.config.copy()
     OmegaConf.update(config, "aqn.run.dir", str(run.path))
@@ -121,6 +131,9 @@ def launch(run: RunFolder, todo: Plan) -> None:
         run.write_text("config.yaml", text)
         run.write_text("versions.json", json.dumps(provenance(data_files(config)), indent=2))
         run.write_text("schedule.json", json.dumps(schedule_of(config, todo.steps).table()))
+        quantization = Path(config.actor_rollout_ref.model.path) / "quantization.json"
+        if quantization.is_file():  # not beside a bf16 base, or one that another tool packed
+            run.write_text(quantization.name, quantization.read_text())
     launch_file = run.path / "launch.yaml"  # the config of the newest attempt
     launch_file.write_text(text)
     run.append("events.jsonl", {"kind": "attempt", **run.state})

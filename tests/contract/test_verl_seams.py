@@ -44,6 +44,15 @@ SYMBOLS = {
     "verl.trainer.ppo.v1:AgentLoopManagerTQ.create": None,
     "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync.fit": ["self", "agent_loop_manager"],
     "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync._validate": ["self"],
+    "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync._dump_generations": [
+        "self",
+        "inputs",
+        "outputs",
+        "gts",
+        "scores",
+        "reward_extra_infos_dict",
+        "dump_path",
+    ],
     "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync._init_dataloader": ["self"],
     "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync._build_replay_buffer": ["self"],
     "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync._init_resource_pool_mgr": ["self"],
@@ -135,6 +144,16 @@ def test_hooks_surround_step_and_validation_in_the_order_we_rely_on():
     positions = [loop.index(text) for text in order]
     assert positions == sorted(positions)
     assert source.index("self.on_validate_begin()") < source.index("while current_epoch")
+
+
+def test_a_validation_dumps_its_answers_once_and_before_its_metrics():
+    """Where math-verify's column is made, and the shares that the record of the validation takes."""
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    source = inspect.getsource(PPOTrainer._validate)
+    assert source.count("self._dump_generations(") == 1
+    assert "dump_path=val_data_dir" in source
+    assert source.index("self._dump_generations(") < source.index("return self._val_metrics_update(")
 
 
 def test_last_step_is_validated_and_saved_whatever_the_frequency():

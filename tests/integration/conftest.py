@@ -47,12 +47,17 @@ def train(tiny_model, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
 
     def start(run_dir: Path, *overrides: str, recipe: str = "e12_aggressive_1ep") -> subprocess.Popen:
-        command = [sys.executable, "-m", "verl_aqn.cli", "train", recipe, *TINY]
-        command += [f"actor_rollout_ref.model.path={tiny_model}", f"aqn.run.dir={run_dir}", *overrides]
-        env = {**os.environ, "VERL_AQN_CACHE": str(cache)}
-        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        places = [f"actor_rollout_ref.model.path={tiny_model}", f"aqn.run.dir={run_dir}"]
+        return verl_aqn("train", recipe, *TINY, *places, *overrides, cache=cache)
 
     return start
+
+
+def verl_aqn(*arguments: str, cache: Path | None = None) -> subprocess.Popen:
+    """The command, started as a user would."""
+    env = {**os.environ, **({"VERL_AQN_CACHE": str(cache)} if cache else {})}
+    command = [sys.executable, "-m", "verl_aqn.cli", *arguments]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def descendants(pid: int) -> list[psutil.Process]:

@@ -9,13 +9,15 @@ import time
 from pathlib import Path
 
 import psutil
+import pyarrow.json
 import pytest
 import torch
+import yaml
 from omegaconf import OmegaConf
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.integration.conftest import descendants, leftovers, lines, newest
+from tests.integration.conftest import descendants, leftovers, lines, newest, verl_aqn
 from verl_aqn.export.engine import greedy_answers
 from verl_aqn.mxfp4.model import load_model
 
@@ -91,6 +93,28 @@ def test_last_step_is_validated_although_test_freq_does_not_divide_it(finished):
     assert [record["step"] for record in lines(finished / "metrics.jsonl", "validation")] == [0, 3]
 
 
+def test_the_record_is_whole_and_readable_by_others(finished):
+    """What it takes to say later what was run, on what, and with which result."""
+    state, versions = (json.loads((finished / f"{name}.json").read_text()) for name in ("state", "versions"))
+    assert (state["status"], state["attempt"]) == ("finished", 1)
+    assert {"commit", "dirty", "device", "python", "torch", "verl", "vllm", "math-verify"} <= versions.keys()
+    assert set(versions["data"]) == {"train.parquet", "test.parquet"}
+    assert all(len(digest) == 64 for digest in versions["data"].values())
+    config = (finished / "config.yaml").read_text()
+    assert "${" not in config
+    assert isinstance(yaml.safe_load(config)["aqn"]["seed"], int)
+    assert len(lines(finished / "evidence.jsonl", "base")[0]["disk"]) == 64
+    assert len(lines(finished / "metrics.jsonl", "step")) == 3
+    for record in lines(finished / "metrics.jsonl", "validation"):
+        items = pyarrow.json.read_json(finished / "validation" / f"{record['step']}.jsonl").to_pylist()
+        assert len(items) == record["items"]
+        assert {"input", "output", "gts", "acc", "flexible", "math_verify"} <= items[0].keys()
+        for rule, column in (("accuracy", "acc"), ("math_verify", "math_verify")):
+            assert record[rule] == pytest.approx(sum(item[column] for item in items) / len(items))
+    for name in ("metrics", "evidence", "events"):
+        assert pyarrow.json.read_json(finished / f"{name}.jsonl").num_rows == len(lines(finished / f"{name}.jsonl"))
+
+
 def test_metrics_hold_sigma_asked_and_realised(finished):
     steps = lines(finished / "metrics.jsonl", "step")
     assert [step["metrics"]["aqn/sigma"] for step in steps] == [0.0, 0.05, 1e-5]
@@ -156,6 +180,29 @@ def test_checkpoint_holds_the_adapter_only_and_no_noise(finished):
     names = list(torch.load(file, weights_only=False))
     assert names
     assert all("lora_" in name for name in names)
+
+
+def test_eval_answers_as_the_run_did_and_changes_nothing_of_it(finished):
+    before = leftovers()
+    metrics = (finished / "metrics.jsonl").read_bytes()
+    process = verl_aqn("eval", str(finished), "--json")
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    result = json.loads(out)
+    (was,) = (record for record in lines(finished / "metrics.jsonl", "validation") if record["step"] == 3)
+    assert (result["step"], result["precision"], result["items"]) == (3, "mxfp4", was["items"])
+    assert result["scores"]["strict"]["accuracy"] == was["accuracy"]
+    answers = [
+        {line["input"]: line["output"] for line in lines(Path(file))}
+        for file in (result["file"], finished / "validation" / "3.jsonl")
+    ]
+    assert answers[0] == answers[1]
+    evidence = Path(result["run"]) / "evidence.jsonl"
+    assert lines(evidence, "clean")  # read back before anything was answered
+    assert result["adapter"] == lines(finished / "evidence.jsonl", "adapter")[-1]["sent"]
+    assert (finished / "metrics.jsonl").read_bytes() == metrics
+    assert lines(finished / "evaluations.jsonl") == [result]
+    assert leftovers() <= before
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from verl_aqn.runs.arms import Arm, Run
 from verl_aqn.runs.compare import compare
@@ -127,6 +128,12 @@ def test_holm_is_closed_testing_and_rs_p_adjust():
         assert found == pytest.approx(max(min(1, len(f) * min(ps[member] for member in f)) for f in families))
 
 
+@pytest.mark.parametrize("size", [1, 2, 5, 12])
+def test_holm_is_statsmodels(size):
+    ps = list(np.random.default_rng(size).random(size).round(1) ** 3)  # with ties
+    assert holm(ps) == pytest.approx(multipletests(ps, method="holm")[1], abs=1e-12)
+
+
 def test_the_detectable_difference_is_found_in_80_percent():
     for freedom in (4, 8, 30, 500):
         shift = detectable(1.0, freedom)
@@ -208,7 +215,7 @@ def test_several_arms_are_corrected():
     report = compare(_arms(control, *(rng.random((3, 300)) < share for share in (0.6, 0.7, 0.75))))
     ps = [one.p_value for one in report.arms]
     assert [one.corrected for one in report.arms] == holm(ps)
-    assert "after Holm's correction for 3 arms" in report.arms[0].text
+    assert "after Holm's correction for 3 tests" in report.arms[0].text
 
 
 def test_a_handful_of_items_is_too_few_and_no_crash():

@@ -105,7 +105,7 @@ def test_more_than_the_factor_is_refused_unless_named(tmp_path):
         arms([one, two])
     assert len(arms([one, two], any_difference=True)) == 2
     assert len(arms([one, two], ["aqn.noise", "actor_rollout_ref.actor.optim"])) == 2
-    with pytest.raises(ConfigError, match=r"--factor aqn\.nois: no key"):
+    with pytest.raises(ConfigError, match=r"factor aqn\.nois: no key"):
         arms([one, two], ["aqn.nois"])
     (two / "versions.json").write_text(json.dumps({"torch": "2.12.0"}))
     with pytest.raises(ConfigError, match=r"versions.torch"):

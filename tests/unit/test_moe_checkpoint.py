@@ -55,6 +55,7 @@ def logits(model, experts: str | None = None) -> torch.Tensor:
 def test_round_trip(name: str, tmp_path: Path) -> None:
     source = make(tmp_path / "source", name)
     report = quantize_checkpoint(source, tmp_path / "packed")
+    assert report.base_digest == checkpoint_digest(tmp_path / "packed")
     dequantize_checkpoint(tmp_path / "packed", tmp_path / "dense")
     model = load_model(tmp_path / "packed")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)

@@ -21,7 +21,7 @@ from transformers import (
 from tests.tiny_configs import SMALL
 from verl_aqn.errors import ConfigError, ModelError
 from verl_aqn.mxfp4 import Mxfp4Linear, dequantize, quantize
-from verl_aqn.mxfp4.cached import quantized_cache
+from verl_aqn.mxfp4.cached import dequantized_cache, quantized_cache
 from verl_aqn.mxfp4.checkpoint import (
     base_digest,
     checkpoint_digest,
@@ -30,6 +30,7 @@ from verl_aqn.mxfp4.checkpoint import (
 )
 from verl_aqn.mxfp4.codec import Mxfp4Tensor, sqnr_db
 from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model
+from verl_aqn.mxfp4.storage import read_config
 
 TOKENS = torch.arange(24).view(2, 12)
 LINEARS = 14  # seven in each of two layers
@@ -111,6 +112,8 @@ def test_report_and_folder(source: Path, tmp_path: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
     summary = json.loads(json.dumps(report.to_dict()))
+    assert summary == json.loads((tmp_path / "packed" / "quantization.json").read_text())
+    assert summary["base_digest"] == checkpoint_digest(tmp_path / "packed")
     assert summary["bytes_before"] == report.bytes_before
     assert 17 < summary["sqnr_db"] < 20
     config = json.loads((tmp_path / "packed" / "config.json").read_text())
@@ -235,6 +238,19 @@ def test_cache(source: Path, tmp_path: Path) -> None:
     assert (changed / "tokenizer.json").read_text() == "{}"
     assert checkpoint_digest(changed) == checkpoint_digest(first)
     assert not [p for p in cache.iterdir() if p.name.startswith(".")]
+
+
+def test_bf16_equal_of_a_packed_folder_is_made_once(source: Path, tmp_path: Path) -> None:
+    packed = quantized_cache(source, tmp_path / "cache")
+    first = dequantized_cache(packed, tmp_path / "cache")
+    stamp = (first / "model.safetensors").stat().st_mtime_ns
+    assert dequantized_cache(packed, tmp_path / "cache") == first
+    assert (first / "model.safetensors").stat().st_mtime_ns == stamp
+    assert "quantization_config" not in read_config(first)
+    name = "model.layers.0.mlp.up_proj.weight"
+    codes, equal = load_file(packed / "model.safetensors"), load_file(first / "model.safetensors")
+    dense = dequantize(codes[f"{name}_packed"], codes[f"{name}_scale"], torch.bfloat16)
+    assert torch.equal(equal[name], dense)
 
 
 def test_cache_loses_a_race_gracefully(source: Path, tmp_path: Path) -> None:

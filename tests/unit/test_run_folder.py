@@ -284,6 +284,52 @@ def test_ten_writers_never_mix_their_lines(base):
         assert [r["n"] for r in records if r["writer"] == writer] == list(range(100))
 
 
+def write_until_killed(path, writer, done, kilobytes):
+    run = RunFolder(path)
+    for n in range(10**9):
+        run.append("evidence.jsonl", {"writer": writer, "n": n, "padding": "x" * (kilobytes * 1000)})
+        done[writer] = n + 1
+
+
+@pytest.mark.parametrize("kilobytes", [1, 1500])  # the kernel stops a killed write between pages: long lines tear
+def test_ten_writers_killed_at_random_lose_no_finished_record(base, kilobytes):
+    run, rng = open_run(base, CONFIG), np.random.default_rng(kilobytes)
+    context = multiprocessing.get_context("fork")
+    done = context.RawArray("l", 10)
+    writers = [
+        context.Process(target=write_until_killed, args=(run.path, writer, done, kilobytes)) for writer in range(10)
+    ]
+    for writer in writers:
+        writer.start()
+    deadline = time.monotonic() + 60
+    while min(done) < 1 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    for writer in rng.permutation(10):
+        time.sleep(rng.uniform(0, 0.02))  # those that are left go on writing behind the dead
+        writers[writer].kill()
+    for writer in writers:
+        writer.join()
+    run.append("evidence.jsonl", {"writer": 10, "n": 0})
+    records = list(run.read("evidence.jsonl"))
+    assert records[-1] == {"writer": 10, "n": 0}
+    for writer, finished in enumerate(done):
+        found = [record["n"] for record in records if record["writer"] == writer]
+        assert found == list(range(len(found)))
+        assert finished <= len(found) <= finished + 1
+        assert finished
+    # Whole lines, for every other program too.
+    assert [json.loads(line) for line in (run.path / "evidence.jsonl").read_text().splitlines()] == records
+
+
+def test_a_torn_line_in_front_of_a_living_writer_does_not_spoil_its_record(base):
+    run = open_run(base, CONFIG)
+    path = run.path / "evidence.jsonl"
+    for before in ("", '{"step": 0}\n'):
+        path.write_text(before + '{"step": 1, "rew')
+        run.append("evidence.jsonl", {"step": 2})
+        assert path.read_text() == before + '{"step": 2}\n'
+
+
 def test_of_ten_starters_one_gets_the_run(base):
     """Threads suffice: each open file has its own flock."""
 

@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from statsmodels.stats import contingency_tables
+from statsmodels.stats.proportion import proportion_confint
 
 from verl_aqn.errors import DataError
 from verl_aqn.runs.stats import accuracy_text, mcnemar, ratio_interval, wilson
@@ -20,6 +22,23 @@ def test_wilson_is_scipys(count, confidence):
     successes, n = count
     exact = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
     assert wilson(successes, n, confidence) == pytest.approx((exact.low, exact.high), abs=1e-12)
+
+
+@given(counts, st.sampled_from([0.9, 0.95, 0.99]))
+def test_wilson_is_statsmodels(count, confidence):
+    low, high = wilson(*count, confidence)
+    assert proportion_confint(*count, alpha=1 - confidence, method="wilson") == pytest.approx((low, high), abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [192, 1319])
+def test_wilson_covers_the_true_share(n):
+    """Exactly, from the binomial distribution: near 95 % at each share, and 95 % over all of them."""
+    shares, successes = np.linspace(0.05, 0.95, 181), np.arange(n + 1)
+    low, high = np.array([wilson(count, n) for count in successes]).T
+    within = (low <= shares[:, None]) & (shares[:, None] <= high)
+    covered = (stats.binom.pmf(successes, n, shares[:, None]) * within).sum(1)
+    assert covered.min() >= 0.925
+    assert covered.mean() == pytest.approx(0.95, abs=0.003)
 
 
 def test_wilson_of_newcombes_examples():
@@ -54,6 +73,28 @@ def test_mcnemar_is_scipys_binomial_test(pairs):
     low, high = result.interval
     assert -1 <= low <= high <= 1
     assert result.after - result.before == pytest.approx((result.gained - result.lost) / len(pairs))
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=300))
+def test_mcnemar_is_statsmodels(pairs):
+    table = np.zeros((2, 2), dtype=int)
+    for before, after in pairs:
+        table[int(before), int(after)] += 1
+    theirs = contingency_tables.mcnemar(table, exact=True)
+    gained, lost, p_value = mcnemar(*zip(*pairs, strict=True))
+    assert (gained, lost) == (table[0, 1], table[1, 0])
+    assert p_value == pytest.approx(theirs.pvalue, rel=1e-9)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0.1, 0.1), (0.15, 0.05), (0.03, 0.01), (0.3, 0.05)])
+def test_paired_interval_covers_the_true_difference(gained, lost):
+    rng, truth = np.random.default_rng(0), gained - lost
+    covered = 0
+    for _ in range(1000):
+        kind = rng.choice(3, 192, p=[gained, lost, 1 - gained - lost])
+        low, high = compare_before_after(kind == 1, kind == 0).interval
+        covered += low <= truth <= high
+    assert 0.935 <= covered / 1000 <= 0.98
 
 
 def test_mcnemar_of_a_published_table():

@@ -1,6 +1,7 @@
 """Nothing stays behind: no process, however deep and stubborn, and no shared memory of the dead."""
 
 import mmap
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -52,6 +53,15 @@ def test_shared_memory_of_the_dead_is_removed_and_that_of_the_living_is_not():
     finally:
         living.close()
         living.unlink()
+
+
+def test_a_semaphore_that_another_run_is_about_to_hand_to_its_child_stays():
+    """Its maker has it mapped under a name that is gone: the C library links it to its own name afterwards."""
+    lock = multiprocessing.get_context("spawn").Lock()
+    name = f"/dev/shm/sem.{lock._semlock.name.removeprefix('/')}"
+    assert os.path.exists(name)
+    supervise.remove_shared_memory(time.time() - 60)
+    assert os.path.exists(name)
 
 
 def test_channels_between_the_ranks_of_a_dead_engine_are_removed():

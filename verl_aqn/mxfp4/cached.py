@@ -1,4 +1,4 @@
-"""Packed checkpoints in the cache: made once from what they are made of, found again by a digest of all of it."""
+"""Packed checkpoints and bf16 equals of them in the cache: made once, found again by a digest of what they are of."""
 
 import hashlib
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from verl_aqn.errors import DataError, ModelError
 from verl_aqn.mxfp4.checkpoint import EXCLUDE, quantize_checkpoint
+from verl_aqn.mxfp4.model import dequantize_checkpoint
 from verl_aqn.mxfp4.storage import Weights, companions, read_config
 
 # Part of the key: raise it when the same source would give another packed folder.
@@ -33,9 +34,7 @@ def quantized_cache(
     """
     src, exclude, calibrate = Path(src), tuple(exclude), tuple(calibrate)
     read_config(src)
-    key = hashlib.sha256(json.dumps([_FORMAT_VERSION, scale_rule, sorted(exclude), len(calibrate)]).encode())
-    for file in [src / "config.json", *Weights(src).files, *companions(src)]:
-        key.update(file.name.encode() + b"\0" + _sha256(file))
+    key = _key([_FORMAT_VERSION, scale_rule, sorted(exclude), len(calibrate)], src)
     for text in calibrate:
         try:
             key.update(b"embedded" if text == "embedded" else _sha256(Path(text)))
@@ -56,6 +55,26 @@ def quantized_cache(
         if not target.is_dir():  # else another process was faster
             raise
     return target
+
+
+def dequantized_cache(src: str | Path, cache_dir: str | Path) -> Path:
+    """The exact bf16 equal of the packed folder ``src`` under ``cache_dir``, made where it is not there yet."""
+    src = Path(src)
+    target = Path(cache_dir) / f"{src.resolve().name}-bf16-{_key([_FORMAT_VERSION, 'bf16'], src).hexdigest()[:16]}"
+    if not target.is_dir():
+        try:
+            dequantize_checkpoint(src, target)
+        except ModelError:
+            if not target.is_dir():
+                raise
+    return target
+
+
+def _key(made_with: list, src: Path) -> "hashlib._Hash":
+    key = hashlib.sha256(json.dumps(made_with).encode())
+    for file in [src / "config.json", *Weights(src).files, *companions(src)]:
+        key.update(file.name.encode() + b"\0" + _sha256(file))
+    return key
 
 
 def _sha256(file: Path) -> bytes:

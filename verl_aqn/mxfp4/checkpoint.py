@@ -19,7 +19,7 @@ from verl_aqn.mxfp4.formats import FORMATS, finish, packed_specs
 from verl_aqn.mxfp4.linear import Mxfp4Linear
 from verl_aqn.mxfp4.model import PACKED, PACKED_FORMAT, SCALE, open_packed, packed_modules
 from verl_aqn.mxfp4.plan import EXCLUDE, make_plan
-from verl_aqn.mxfp4.report import ModuleReport, QuantReport
+from verl_aqn.mxfp4.report import FILE, ModuleReport, QuantReport
 from verl_aqn.mxfp4.storage import Spec, Weights, read_config
 from verl_aqn.mxfp4.writing import MAX_SHARD_BYTES, new_folder, tensor_bytes, write_model
 from verl_aqn.shards import Slices, cut
@@ -44,7 +44,8 @@ def quantize_checkpoint(
 
     Tensors are read, quantised and written one by one, a fused stack expert by expert, so that memory is bounded by
     the largest tensor and not by the model. ``dst`` appears complete or not at all, in shards of at most
-    ``max_shard_bytes``. ``format`` is one of ``verl_aqn.mxfp4.formats.FORMATS``.
+    ``max_shard_bytes``. ``format`` is one of ``verl_aqn.mxfp4.formats.FORMATS``. The report lies in it too
+    (``quantization.json``), so that what rounding did can be read after the source is gone.
 
     ``progress(done, total, module)`` is called after each module. ``quantizer(module, weight)`` replaces plain rounding
     under ``scale_rule``: it gets the module's name and weight [N, K] as it is stored, and returns its codes.
@@ -77,6 +78,7 @@ def quantize_checkpoint(
     # In order of name, which puts a layer's tensors into the same shard.
     layout = dict(sorted(layout.items()))
     modules: list[ModuleReport] = []
+    digests: list[tuple[str, str]] = []
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, out in plan.kept.items():
@@ -91,6 +93,7 @@ def quantize_checkpoint(
             yield piece.module + scale_name, scale
             error = split_error(weight, packed, scale)
             bytes_after = packed.nbytes + scale.nbytes
+            digests.append((piece.module, module_digest(packed, scale)))
             modules.append(ModuleReport(piece.module, piece.shape, error, weight.nbytes, bytes_after))
             if progress is not None:
                 progress(done, len(plan.pieces), piece.module)
@@ -98,8 +101,10 @@ def quantize_checkpoint(
     config, extra = finish(format, config, layout, {piece.module for piece in plan.pieces}, plan.ignored, src)
     with new_folder(dst) as folder:
         write_model(folder, config, layout, tensors(), src, extra, max_shard_bytes)
-    total = [sum(spec.nbytes for spec in specs.values()) for specs in (weights.specs, layout)]
-    return QuantReport(scale_rule, tuple(modules), *total)
+        before, after = (sum(spec.nbytes for spec in specs.values()) for specs in (weights.specs, layout))
+        report = QuantReport(scale_rule, tuple(modules), before, after, combined_digest(digests))
+        (folder / FILE).write_text(json.dumps(report.to_dict()) + "\n")
+    return report
 
 
 def base_digest(tensors: Iterable[tuple[str, Tensor, Tensor]]) -> str:

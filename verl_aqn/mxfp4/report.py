@@ -8,6 +8,9 @@ from typing import Any
 
 from verl_aqn.mxfp4.error_split import ErrorSplit
 
+# In the folder that `quantize_checkpoint` makes, and in that of each run of it: `QuantReport.to_dict()`.
+FILE = "quantization.json"
+
 PARTS = ("deadzone", "clipped", "scale_bias", "grid_noise")
 
 
@@ -37,12 +40,16 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class QuantReport:
-    """What `quantize_checkpoint` did. ``bytes_*`` count all weights, those left in 16 bits included."""
+    """What `quantize_checkpoint` did. ``bytes_*`` count all weights, those left in 16 bits included.
+
+    ``base_digest`` is the packed base's (`verl_aqn.mxfp4.checkpoint.base_digest`): it tells whose numbers these are.
+    """
 
     scale_rule: str
     modules: tuple[ModuleReport, ...]
     bytes_before: int
     bytes_after: int
+    base_digest: str
 
     @property
     def error(self) -> ErrorSplit:
@@ -57,6 +64,7 @@ class QuantReport:
         """For JSON: an SQNR without any noise, which is infinite, becomes None. Energies are sums of squares."""
         return {
             "scale_rule": self.scale_rule,
+            "base_digest": self.base_digest,
             **_numbers(self.error),
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,

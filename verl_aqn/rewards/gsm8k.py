@@ -48,6 +48,12 @@ def compute_score(
     return {"score": strict, "acc": strict, "flexible": score(solution_str, ground_truth, "flexible")}
 
 
+def number(answer: str) -> Decimal | None:
+    """The number that `answer` is, or None where it is anything else, such as a text that holds one."""
+    match = _NUMBER.fullmatch(_plain(answer.strip()))
+    return _value(match) if match else None
+
+
 def _marked_number(text: str) -> Decimal | None:
     _, mark, rest = _plain(text).rpartition(_MARK)
     line = rest.partition("\n")[0].strip()

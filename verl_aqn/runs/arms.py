@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
 
 from verl_aqn.errors import ConfigError, DataError
 from verl_aqn.runs.folder import RunFolder
 
 FACTOR = "aqn.noise"
+_COPIES = {  # settings that follow another one
+    ".noise_in_actor": "aqn.noise.apply_to",
+    "critic.model.path": "actor_rollout_ref.model.path",
+    ".prometheus.served_model_name": "actor_rollout_ref.model.path",
+}
 STEP = "step of the last validation"
 
 
@@ -82,17 +88,37 @@ def read_run(path: Path) -> Run:
             f"{folder.path / file} has {len(lines)} answers to {len(answers)} problems: one to each is needed "
             "(actor_rollout_ref.rollout.val_kwargs.n=1)"
         )
-    settings = _config(folder.path)
-    seed, name = settings.get("aqn.seed"), str(settings.get("trainer.experiment_name") or folder.path.name)
-    settings = {key: value for key, value in settings.items() if not _is_seed_or_place(key)}
-    if settings.get("aqn.noise.target_kl") is not None:
+    config, versions = records_of(folder.path)
+    seed, name = config.get("aqn", {}).get("seed"), config.get("trainer", {}).get("experiment_name")
+    settings = settings_of(config | {"versions": versions}) | {STEP: max(steps)}
+    return Run(folder.path, str(name or folder.path.name), seed, settings, answers)
+
+
+def settings_of(config: dict[str, Any]) -> dict[str, Any]:
+    """All of a resolved config that decides a result, seed and places aside, by dotted key. Lists are values."""
+    flat = {key: value for key, value in flatten(config).items() if not is_seed_or_place(key)}
+    if flat.get("aqn.noise.target_kl") is not None:
         # σ_start was searched for, with the run's own seed: chosen were the KL and how far σ falls.
-        start, end = settings.pop("aqn.noise.sigma_start"), settings.pop("aqn.noise.sigma_end")
-        settings["aqn.noise.sigma_end / sigma_start"] = float(f"{end / start:.4g}")
-    return Run(folder.path, name, seed, settings | {STEP: max(steps)}, answers)
+        start, end = flat.pop("aqn.noise.sigma_start"), flat.pop("aqn.noise.sigma_end")
+        flat["aqn.noise.sigma_end / sigma_start"] = float(f"{end / start:.4g}")
+    return flat
 
 
-def arms(paths: Sequence[Path], factors: Iterable[str] = (FACTOR,), any_difference: bool = False) -> list[Arm]:
+def flatten(config: dict[str, Any]) -> dict[str, Any]:
+    """Nested blocks as one, by dotted key. Lists are values."""
+    flat: dict[str, Any] = {}
+    todo: list[tuple[str, Any]] = [("", config)]
+    while todo:
+        prefix, block = todo.pop()
+        for key, value in block.items():
+            if isinstance(value, dict):
+                todo.append((f"{prefix}{key}.", value))
+            else:
+                flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def arms(paths: Sequence[Path], factors: Sequence[str] = (FACTOR,), any_difference: bool = False) -> list[Arm]:
     """The runs grouped by their settings; the first is the control, the arm of the first path.
 
     Settings of arms may differ under the keys `factors`, anywhere with `any_difference`. ConfigError where fewer than
@@ -116,7 +142,11 @@ def arms(paths: Sequence[Path], factors: Iterable[str] = (FACTOR,), any_differen
         same.append(run)
     if len(groups) < 2:
         raise ConfigError(f"{len(runs)} run(s) of one config: a comparison takes runs that differ, such as e12 and e6a")
-    _check_factors(groups, list(factors), any_difference)
+    if (others := beyond(factors, [group[0].settings for group in groups])) and not any_difference:
+        raise ConfigError(
+            f"these runs differ in more than {', '.join(factors)}: {others}. Name what may differ with --factor KEY, "
+            "or allow everything with --any"
+        )
     items = sorted(runs[0].answers)
     for run in runs:
         if unlike := run.answers.keys() ^ runs[0].answers.keys():
@@ -132,39 +162,36 @@ def arms(paths: Sequence[Path], factors: Iterable[str] = (FACTOR,), any_differen
     ]
 
 
-def differences(one: Arm | Run, other: Arm | Run) -> dict[str, tuple[Any, Any]]:
+def differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Settings that are not equal, by key: (of one, of the other), None where there is none."""
-    keys = sorted(one.settings.keys() | other.settings.keys())
-    pairs = {key: (one.settings.get(key), other.settings.get(key)) for key in keys}
+    pairs = {key: (one.get(key), other.get(key)) for key in sorted(one.keys() | other.keys())}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _check_factors(groups: list[list[Run]], factors: list[str], any_difference: bool) -> None:
-    known = {key for group in groups for key in group[0].settings}
+def beyond(factors: Sequence[str], settings: Sequence[dict[str, Any]]) -> str:
+    """The keys in which `settings` differ from the first of them and that no factor names, as a text; "" for none.
+
+    ConfigError where a factor names no key at all.
+    """
+    known = {key for one in settings for key in one}
     for factor in factors:
         if not any(_under(key, factor) for key in known):
-            raise ConfigError(f"--factor {factor}: no key of these runs is called that or lies under it")
-    found = {key for group in groups[1:] for key in differences(groups[0][0], group[0])}
+            raise ConfigError(f"factor {factor}: no key of these runs is called that or lies under it")
+    found = {key for one in settings[1:] for key in differences(settings[0], one)}
     others = sorted(key for key in found if not any(_under(key, factor) for factor in factors))
-    if others and not any_difference:
-        listed = ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
-        raise ConfigError(
-            f"these runs differ in more than {', '.join(factors)}: {listed}. Name what may differ with --factor KEY, "
-            "or allow everything with --any"
-        )
+    return ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
 
 
 def _under(key: str, factor: str) -> bool:
-    # What `aqn.noise.apply_to` says to the actor is copied into the model's config.
-    if key.endswith(".noise_in_actor"):
-        key = "aqn.noise.apply_to"
+    key = next((source for copy, source in _COPIES.items() if key.endswith(copy)), key)
     return key == factor or key.startswith(f"{factor}.")
 
 
-def _is_seed_or_place(key: str) -> bool:
+def is_seed_or_place(key: str) -> bool:
+    """Whether a setting may differ between runs of one arm: seeds, names, and folders that a run writes to."""
     last = key.rsplit(".", 1)[-1]
     return (
-        last == "seed"
+        last in ("seed", "resume_from_path")
         or last.endswith("_seed")
         or last in ("experiment_name", "project_name")
         or key.startswith("aqn.run.")
@@ -172,22 +199,9 @@ def _is_seed_or_place(key: str) -> bool:
     )
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """Config and versions of packages by dotted key. Lists are values."""
-    from omegaconf import OmegaConf  # not for those who only want the statistics
-
-    path = folder / "config.yaml"
+def records_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config of a run, resolved, and the versions that it ran with ({} where an old record has none)."""
+    path, versions = folder / "config.yaml", folder / "versions.json"
     if not path.is_file():
         raise DataError(f"{folder} has no config.yaml: what it was a run of is unknown, so it cannot be compared")
-    versions = folder / "versions.json"
-    flat: dict[str, Any] = {}
-    todo: list[tuple[str, Any]] = [("", OmegaConf.to_container(OmegaConf.load(path)))]
-    todo.append(("versions.", json.loads(versions.read_text()) if versions.is_file() else {}))
-    while todo:
-        prefix, block = todo.pop()
-        for key, value in block.items():
-            if isinstance(value, dict):
-                todo.append((f"{prefix}{key}.", value))
-            else:
-                flat[f"{prefix}{key}"] = value
-    return flat
+    return yaml.safe_load(path.read_text()) or {}, json.loads(versions.read_text()) if versions.is_file() else {}

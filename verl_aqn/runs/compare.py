@@ -35,18 +35,19 @@ class Score:
 
 @dataclass(frozen=True)
 class Contrast:
-    """A treated arm less the control, on the same items; fractions of 1.
+    """The arm of `score` less `control`, on the same items; fractions of 1.
 
     `interval` and `bootstrap` are 95 % and of this difference alone, not corrected for the number of arms. `interval`
     is `spread`'s over seeds and items; of one seed each Agresti and Min's over items; of one against several the
     bootstrap's.
     `p_value` is None where one arm has several seeds and the other one: neither runs nor methods can then be tested.
-    `corrected` is `p_value` after Holm's correction over all arms. `detectable` is the difference found in 80 % of
+    `corrected` is `p_value` after Holm's correction over all contrasts. `detectable` is the difference found in 80 % of
     cases (of one run each, where an arm has one seed). `seeds_needed`: an arm, to find 5 points; None where no number
     would do. With one seed it is the least, as if seeds did not differ at all.
     """
 
     score: Score
+    control: str
     differs: dict[str, tuple[Any, Any]]
     difference: float
     interval: tuple[float, float]
@@ -62,18 +63,19 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Report:
-    """All treated arms against the control on `items` items."""
+    """Arms against others on `items` items. `control` is the first of all arms, `arms` are the contrasts asked for."""
 
     items: int
     control: Score
+    scores: tuple[Score, ...]
     arms: tuple[Contrast, ...]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def compare(arms: Sequence[Arm]) -> Report:
-    """Each arm after the first against the first, which is the control.
+def compare(arms: Sequence[Arm], pairs: Sequence[tuple[Arm, Arm]] = ()) -> Report:
+    """Each arm after the first against the first, which is the control; or the `pairs` (arm, control) and no others.
 
     One seed each: exact McNemar test. Several each: `spread`'s test over seeds and items (McNemar's where nothing
     varies). The verdict is about the method, so it takes two seeds an arm at least: what one does, another need not.
@@ -82,12 +84,12 @@ def compare(arms: Sequence[Arm]) -> Report:
     - no significant difference: it is not, and a difference of 5 points would have been found in 80 % of cases.
     - not enough data: neither.
     """
-    control, treated = arms[0], arms[1:]
-    tests = [_test(arm, control) for arm in treated]
+    pairs = pairs or [(arm, arms[0]) for arm in arms[1:]]
+    tests = [_test(arm, control) for arm, control in pairs]
     known = [index for index, test in enumerate(tests) if test["p_value"] is not None]
     corrected = dict(zip(known, holm([tests[index]["p_value"] for index in known]), strict=True))
     contrasts = []
-    for index, (arm, test) in enumerate(zip(treated, tests, strict=True)):
+    for index, ((arm, control), test) in enumerate(zip(pairs, tests, strict=True)):
         p = corrected.get(index)
         several = min(len(arm.runs), len(control.runs)) > 1
         if not several:
@@ -96,13 +98,14 @@ def compare(arms: Sequence[Arm]) -> Report:
             verdict = HELPS if test["difference"] > 0 else HURTS
         else:
             verdict = SAME if test["detectable"] <= WANTED else UNKNOWN
-        differs = differences(control, arm)
+        differs = differences(control.settings, arm.settings)
         changes = [f"{key} {_short(was)} → {_short(now)}" for key, (was, now) in differs.items()]
         more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
         text = f"{arm.name} against {control.name}: {verdict}. {_sentence(test, p, len(known), verdict, several)}"
         text += f" What differs: {', '.join(changes[:4])}{more}."
-        contrasts.append(Contrast(score=_score(arm), differs=differs, corrected=p, verdict=verdict, text=text, **test))
-    return Report(control.right.shape[1], _score(control), tuple(contrasts))
+        contrasts.append(Contrast(_score(arm), control.name, differs, corrected=p, verdict=verdict, text=text, **test))
+    scores = tuple(_score(arm) for arm in arms)
+    return Report(arms[0].right.shape[1], scores[0], scores, tuple(contrasts))
 
 
 def _score(arm: Arm) -> Score:
@@ -150,7 +153,7 @@ def _short(value: Any) -> str:
 
 def _sentence(test: dict[str, Any], p: float | None, tests: int, verdict: str, several: bool) -> str:
     low, high = (100 * bound for bound in test["interval"])
-    correction = f" after Holm's correction for {tests} arms" if tests > 1 else ""
+    correction = f" after Holm's correction for {tests} tests" if tests > 1 else ""
     found = f"{100 * test['difference']:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}"
     found += f"; {test['test']}, p = {p:.2g}{correction})" if p is not None else ")"
     needed = test["seeds_needed"]
@@ -176,24 +179,27 @@ def _sentence(test: dict[str, Any], p: float | None, tests: int, verdict: str, s
 
 
 def table(report: Report) -> Table:
-    """An arm a row, the control first; points of 100."""
+    """An arm a row, with what it was held against: a row more for each further control; points of 100."""
     view = Table(title=f"Last validation, {report.items} items answered by all", title_justify="left")
     view.add_column("arm")
-    for column in ("seeds", "accuracy, %", "difference, points", "bootstrap", "p", "found in 80 %"):
-        view.add_column(column, justify="right")
-    rows: list[tuple[Score, Contrast | None]] = [(report.control, None)]
-    rows += [(contrast.score, contrast) for contrast in report.arms]
-    for score, contrast in rows:
+    for column in ("seeds", "accuracy, %", "against", "difference, points", "bootstrap", "p", "found in 80 %"):
+        view.add_column(column, justify="left" if column == "against" else "right")
+    for score in report.scores:
         row = [escape(score.arm), str(len(score.runs)), _interval(score.accuracy, score.interval, ".1f")]
-        if contrast:
+        contrasts = [contrast for contrast in report.arms if contrast.score.arm == score.arm]
+        if not contrasts:
+            view.add_row(*row)
+        for contrast in contrasts:
             low, high = contrast.bootstrap
-            row += [
+            view.add_row(
+                *row,
+                escape(contrast.control),
                 _interval(contrast.difference, contrast.interval, "+.1f"),
                 f"{100 * low:+.1f}, {100 * high:+.1f}",
                 "–" if contrast.corrected is None else f"{contrast.corrected:.2g}",
                 f"{100 * contrast.detectable:.1f}",
-            ]
-        view.add_row(*row)
+            )
+            row = ["", "", ""]
     return view
 
 

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from verl_aqn.errors import AqnError, DataError, EnvironmentFault
+from verl_aqn.errors import AqnError, BusyError, DataError, EnvironmentFault
 
 STATUSES = ("running", "finished", "failed", "interrupted")
 LINKS = ("training.log", "checkpoints")
@@ -64,7 +64,9 @@ class RunFolder:
 
     @property
     def locked(self) -> bool:
-        """Whether some process, this one included, is running this run."""
+        """Whether some process, this one included, is running this run. A copy without its lock is nobody's."""
+        if not (self.path / "lock").exists():
+            return False
         with _faults(self.path):
             handle = _try_lock(self.path / "lock", exclusive=False)
         if handle is not None:
@@ -89,18 +91,31 @@ class RunFolder:
                     raise DataError(f"{path} exists with other content: it is not overwritten; use a new run") from None
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
-        """Adds one line of JSON in one O_APPEND write, so that writers in several processes never mix.
+        """Adds one line of JSON; writers in several processes take turns, and what a killed one left half is removed.
 
-        numpy and torch scalars become numbers. A full disk is an EnvironmentFault.
+        numpy and torch scalars become numbers; NaN and infinities, which JSON does not have, become null. A full disk
+        is an EnvironmentFault.
         """
-        line = (json.dumps(record, default=lambda scalar: scalar.item()) + "\n").encode()
+        try:
+            text = json.dumps(record, default=lambda scalar: scalar.item(), allow_nan=False)
+        except ValueError:
+            plain = json.loads(json.dumps(record, default=lambda scalar: scalar.item()), parse_constant=lambda _: None)
+            text = json.dumps(plain)
+        line = (text + "\n").encode()
         path = self.path / name
         with _faults(path):
-            handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
             try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+                # The kernel stops the write of a killed process between pages: a long line is then torn, and the next
+                # one would be glued to it.
+                _cut_torn_line(handle)
                 if os.write(handle, line) < len(line):  # a disk that fills up within the line
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
+                fcntl.flock(
+                    handle, fcntl.LOCK_UN
+                )  # a process forked in between holds the file open, and with it the lock
                 os.close(handle)
 
     def read(self, name: str) -> Iterator[dict[str, Any]]:
@@ -133,14 +148,13 @@ def open_run(base: Path, config: dict[str, Any], *, fresh: bool = False) -> RunF
     """The folder for a run of `config` (plain values) under `base`, locked for the life of this process.
 
     The newest run under `base` decides: finished -> a new run; dead with the same config -> it is resumed
-    (attempt + 1); dead with another config -> a new run, and `note` says so; alive -> AqnError, also with `fresh`,
+    (attempt + 1); dead with another config -> a new run, and `note` says so; alive -> BusyError, also with `fresh`,
     which otherwise always gives a new run.
 
     Raises DataError where base/training.log or base/checkpoints is no link of ours, EnvironmentFault where `base`
     cannot be written.
     """
-    base = Path(base)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    base, digest = Path(base), _digest(config)
     with _faults(base):
         (base / "runs").mkdir(parents=True, exist_ok=True)
         for name in LINKS:
@@ -152,7 +166,7 @@ def open_run(base: Path, config: dict[str, Any], *, fresh: bool = False) -> RunF
             if newest is not None:
                 lock = _try_lock(newest.path / "lock")
                 if lock is None:
-                    raise AqnError(
+                    raise BusyError(
                         f"a run is in progress in {newest.path} (pid {newest.state['pid']}): wait for it, stop it, "
                         "or use another folder"
                     )
@@ -168,6 +182,18 @@ def open_run(base: Path, config: dict[str, Any], *, fresh: bool = False) -> RunF
                 if died and not fresh:
                     note = f"{newest.path.name} did not finish but had another config: a new run was started"
             return _create(base, digest, note)
+
+
+def finished_run(base: Path, config: dict[str, Any]) -> RunFolder | None:
+    """The newest finished run of `config` (as `open_run` takes it) under `base`."""
+    states = [(run, run.state) for run in _runs(base)]
+    digest = _digest(config)
+    done = [(run, s) for run, s in states if s["status"] == "finished" and s["config_digest"] == digest]
+    return max(done, key=lambda one: one[1]["created"], default=(None, None))[0]
+
+
+def _digest(config: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def _create(base: Path, digest: str, note: str) -> RunFolder:
@@ -191,7 +217,8 @@ def _create(base: Path, digest: str, note: str) -> RunFolder:
 
 def _resume(run: RunFolder, state: dict[str, Any], lock: int | None) -> RunFolder:
     for path in run.path.glob("*.jsonl"):
-        _cut_torn_line(path)
+        with path.open("rb+") as file:
+            _cut_torn_line(file.fileno())
     attempt = state["attempt"] + 1
     now = _now()
     news = {"status": "running", "attempt": attempt, "pid": os.getpid(), "started": now, "updated": now, "message": ""}
@@ -203,14 +230,18 @@ def _resume(run: RunFolder, state: dict[str, Any], lock: int | None) -> RunFolde
 
 def _newest(base: Path) -> RunFolder | None:
     """By creation time, not by name: two runs made within one second differ only in their random part."""
-    runs = [RunFolder(path) for path in (base / "runs").glob("[!.]*") if path.is_dir()]
-    return max(runs, key=lambda run: run.state["created"], default=None)
+    return max(_runs(base), key=lambda run: run.state["created"], default=None)
 
 
-def _cut_torn_line(path: Path) -> None:
+def _runs(base: Path) -> list[RunFolder]:
+    return [RunFolder(path) for path in (base / "runs").glob("[!.]*") if path.is_dir()]
+
+
+def _cut_torn_line(handle: int) -> None:
     """Removes what a killed writer left behind the last line end, before the next record is glued to it."""
-    with path.open("rb+") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)
+    size = os.fstat(handle).st_size
+    if size and os.pread(handle, 1, size - 1) != b"\n":
+        os.ftruncate(handle, os.pread(handle, size, 0).rfind(b"\n") + 1)
 
 
 def _write_state(folder: Path, state: dict[str, Any]) -> None:

@@ -39,8 +39,9 @@ def describe(run: RunFolder) -> dict[str, Any]:
     """One run in plain values. What a record of an older version does not have is None.
 
     `status` is that of state.json, or `dead` where it says running and no process holds the run. `step` and `steps`:
-    done and wanted. `accuracy`: of the last validation, a fraction of 1 over `items`. `minutes`: from the first attempt
-    to the last sign of life. `base` and `adapter`: digests of the MXFP4 base and of the last adapter in the rollout.
+    done and wanted. Of the last validation, fractions of 1 over `items`: `accuracy` (strict), `flexible` and
+    `math_verify`. `minutes`: from the first attempt to the last sign of life. `base` and `adapter`: digests of the
+    MXFP4 base and of the last adapter in the rollout.
     """
     state = run.state
     status = state["status"]
@@ -68,6 +69,8 @@ def describe(run: RunFolder) -> dict[str, Any]:
         "step": steps[-1]["step"] if steps else 0,
         "steps": _get(config, "trainer", "total_training_steps"),
         "accuracy": last.get("accuracy"),
+        "flexible": last.get("flexible"),
+        "math_verify": last.get("math_verify"),
         "items": last.get("items"),
         "seed": _get(config, "aqn", "seed"),
         "noise": _get(config, "aqn", "noise"),

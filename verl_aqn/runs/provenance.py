@@ -14,6 +14,7 @@ from typing import Any
 
 _PACKAGES = (
     "verl-aqn", "verl", "vllm", "ray", "torch", "transformers", "peft", "tensordict", "TransferQueue", "numpy",
+    "math-verify",
 )  # fmt: skip
 
 

@@ -21,6 +21,8 @@ from verl_aqn.mxfp4.checkpoint import check_covered, checkpoint_digest
 from verl_aqn.noise import check_equal_noise, check_evidence, check_used
 from verl_aqn.order import NoiseOrder
 from verl_aqn.prepare import check_steps
+from verl_aqn.rewards import math_verify
+from verl_aqn.rewards.gsm8k import number
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.shards import distinct
 from verl_aqn.verl_api.groups import AqnReplayBuffer, check_refill, count_groups, remedy
@@ -39,6 +41,7 @@ class AqnTrainer(PPOTrainerSync):
         self.folder = RunFolder(Path(self.aqn.run.dir))
         self.noise_metrics: dict[str, float] = {}
         self.base_weights: list[str] = []
+        self.shares: dict[str, float] = {}  # of the last validation's answers, right by the other two rules
         self.clean_logp: dict[str, list[float]] = {}  # of the rollout's own sequences, scored again without noise
 
     # ---- verl's seams ----
@@ -118,9 +121,23 @@ class AqnTrainer(PPOTrainerSync):
     def _validate(self) -> dict[str, float]:
         metrics = super()._validate()
         accuracy = next(v for k, v in metrics.items() if k.startswith("val-core/") and k.endswith("/acc/mean@1"))
+        shares = {"accuracy": float(accuracy), **self.shares}
         items = len(self.val_dataset)
-        self.write("metrics.jsonl", kind="validation", step=self.global_steps, accuracy=float(accuracy), items=items)
-        return metrics
+        self.write("metrics.jsonl", kind="validation", step=self.global_steps, **shares, items=items)
+        return metrics | {f"aqn/validation/{name}": share for name, share in shares.items()}
+
+    def _dump_generations(self, inputs, outputs, gts, scores, reward_extra_infos_dict, dump_path):
+        if dump_path == self.config.trainer.validation_data_dir:
+            # Only a number can be looked for in an answer, and only some rewards have a flexible rule.
+            if all(number(str(truth)) is not None for truth in gts):
+                found = math_verify.scores(outputs, [str(truth) for truth in gts])
+                reward_extra_infos_dict = reward_extra_infos_dict | {"math_verify": found}
+            self.shares = {
+                rule: sum(map(bool, reward_extra_infos_dict[rule])) / len(outputs)
+                for rule in ("flexible", "math_verify")
+                if rule in reward_extra_infos_dict
+            }
+        super()._dump_generations(inputs, outputs, gts, scores, reward_extra_infos_dict, dump_path)
 
     def _compute_metrics(self, batch, metrics, timing_raw, global_steps, epoch):
         super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)

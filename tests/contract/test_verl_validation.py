@@ -1,0 +1,61 @@
+"""The answers of a validation as verl hands them to be written, and what becomes of them on record."""
+
+import json
+
+import pytest
+from omegaconf import OmegaConf
+
+from verl_aqn.runs.folder import RunFolder
+
+
+@pytest.fixture
+def trainer(tmp_path, monkeypatch):
+    """verl's trainer with its own writer, in front of answers that are already there: `trainer.answers`."""
+    from verl.trainer.ppo.v1 import trainer_sync
+
+    from verl_aqn.verl_api.trainer import AqnTrainer
+
+    made = AqnTrainer.__new__(AqnTrainer)
+    made.config = OmegaConf.create({"trainer": {"validation_data_dir": str(tmp_path / "validation")}})
+    made.folder, made.global_steps, made.shares = RunFolder(tmp_path), 29, {}
+
+    def validate(self):
+        outputs, truths, more = self.answers
+        self._init_dump_executor()
+        self._dump_generations(
+            inputs=[str(n) for n in range(len(outputs))], outputs=outputs, gts=truths, scores=more["acc"],
+            reward_extra_infos_dict=more, dump_path=self.config.trainer.validation_data_dir,
+        )  # fmt: skip
+        self._shutdown_dump_executor()
+        self.val_dataset = outputs
+        return {"val-core/task/acc/mean@1": sum(more["acc"]) / len(outputs)}
+
+    monkeypatch.setattr(trainer_sync.PPOTrainerSync, "_validate", validate)
+    return made
+
+
+def test_three_scores_by_item_and_in_the_record(trainer):
+    outputs = ["#### 72", "\\boxed{72}", "72 or 7", "#### 72\n#### none"]
+    trainer.answers = outputs, ["72"] * 4, {"acc": [1.0, 0.0, 0.0, 0.0], "flexible": [1.0, 1.0, 0.0, 1.0]}
+    metrics = trainer._validate()
+    items = [json.loads(line) for line in (trainer.folder.path / "validation/29.jsonl").read_text().splitlines()]
+    assert [item["math_verify"] for item in items] == [1.0, 1.0, 0.0, 1.0]
+    assert [item["output"] for item in items] == outputs
+    (record,) = trainer.folder.read("metrics.jsonl")
+    shares = {"accuracy": 0.25, "flexible": 0.75, "math_verify": 0.75}
+    assert record == {"kind": "validation", "step": 29, **shares, "items": 4}
+    assert {f"aqn/validation/{name}": share for name, share in shares.items()}.items() <= metrics.items()
+
+
+def test_truths_that_are_no_numbers_and_a_reward_with_one_rule_have_no_other_columns(trainer):
+    trainer.answers = ["a", "b"], ["a", "72"], {"acc": [1.0, 0.0]}
+    trainer._validate()
+    (record,) = trainer.folder.read("metrics.jsonl")
+    assert record == {"kind": "validation", "step": 29, "accuracy": 0.5, "items": 2}
+
+
+def test_training_answers_are_not_judged(trainer, tmp_path):
+    trainer._init_dump_executor()
+    trainer._dump_generations(["q"], ["#### 72"], ["72"], [1.0], {}, str(tmp_path / "rollouts"))
+    trainer._shutdown_dump_executor()
+    assert "math_verify" not in (tmp_path / "rollouts/29.jsonl").read_text()

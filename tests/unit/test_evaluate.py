@@ -1,0 +1,116 @@
+"""What `verl-aqn eval` takes for its target, and what it makes of a run's config; the real thing is in test_run.py."""
+
+import json
+
+import pytest
+from omegaconf import OmegaConf
+
+from verl_aqn.config import load_recipe
+from verl_aqn.errors import ConfigError, DataError, EvidenceError
+from verl_aqn.evaluate import Evaluation, Score, check_adapter, find_target, read, settings
+from verl_aqn.runs.folder import open_run
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, model):
+    """A run with checkpoints after steps 9 and 10."""
+    run = open_run(tmp_path / "base", {})
+    config = load_recipe("e12", ["profile=cpu", f"actor_rollout_ref.model.path={model}", "aqn.noise.probe=true"])
+    run.write_text("config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    for step in (9, 10):
+        (run.checkpoints / f"global_step_{step}" / "actor").mkdir(parents=True)
+    return run
+
+
+def test_a_run_is_its_last_checkpoint(run):
+    for path in (run.path, run.path.parent.parent):
+        target = find_target(path)
+        assert (target.run.path, target.checkpoint.name) == (run.path, "global_step_10")
+
+
+def test_a_checkpoint_is_itself(run):
+    target = find_target(run.checkpoints / "global_step_9")
+    assert (target.run.path, target.checkpoint.name) == (run.path, "global_step_9")
+
+
+def test_a_folder_with_a_config_is_a_model(model):
+    assert find_target(model).run is None
+
+
+@pytest.mark.parametrize("make", ["nothing", "empty", "checkpoint", "run"])
+def test_what_is_no_target(tmp_path, make):
+    path = tmp_path / ("global_step_3" if make == "checkpoint" else "x")
+    if make != "nothing":
+        path.mkdir()
+    if make == "run":
+        open_run(path, {})
+    with pytest.raises(DataError) as error:
+        find_target(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_is_validated_as_it_was_and_takes_no_step(run):
+    config = settings(find_target(run.path), ["data.val_max_samples=7"], None, None)
+    assert (config.trainer.val_only, config.trainer.val_before_train) == (True, True)
+    assert (config.trainer.resume_mode, config.trainer.resume_from_path[-14:]) == ("resume_path", "global_step_10")
+    assert config.data.val_max_samples == 7
+    # Its noise stays in the config, so that evaluations of two arms differ in what the arms differ in.
+    assert (config.aqn.noise.sigma_end, config.aqn.noise.probe) == (5e-4, False)
+    assert config.aqn.mxfp4.enabled
+
+
+@pytest.mark.parametrize("override", ["data.val_max_sample=7", "aqn.nois.enabled=false", "data"])
+def test_a_key_that_the_run_has_not_is_refused(run, override):
+    with pytest.raises(ConfigError, match=override.partition("=")[0].rpartition(".")[2]):
+        settings(find_target(run.path), [override], None, None)
+
+
+def test_a_model_folder_is_validated_without_an_adapter(model):
+    config = settings(find_target(model), ["profile=cpu"], None, None)
+    assert config.actor_rollout_ref.model.path == str(model)
+    assert (config.trainer.resume_mode, config.actor_rollout_ref.model.lora_adapter_path) == ("disable", None)
+    assert not config.aqn.mxfp4.enabled  # the folder's own precision
+    assert settings(find_target(model), ["profile=cpu"], None, "mxfp4").aqn.mxfp4.enabled
+
+
+def test_precision_is_one_of_two(model):
+    with pytest.raises(ConfigError, match="--precision int4 is not one of mxfp4, bf16"):
+        settings(find_target(model), [], None, "int4")
+
+
+def test_an_adapter_brings_its_size(run, tmp_path):
+    with pytest.raises(DataError, match="no PEFT adapter folder"):
+        settings(find_target(run.path), [], tmp_path, None)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
+    config = settings(find_target(run.path), [], tmp_path, None)
+    model = config.actor_rollout_ref.model
+    assert (model.lora_adapter_path, model.lora_rank, model.lora_alpha) == (str(tmp_path), 4, 8)
+    assert config.trainer.resume_mode == "disable"
+
+
+def test_scores_are_columns_with_intervals_of_their_own(run):
+    shares = {"accuracy": 0.25, "flexible": 0.5, "math_verify": 0.75}
+    run.append("metrics.jsonl", {"kind": "validation", "step": 10, **shares, "items": 4})
+    run.append("evidence.jsonl", {"kind": "base", "disk": "b"})
+    run.append("evidence.jsonl", {"kind": "adapter", "step": 10, "sent": "a"})
+    found = read(run, "x", "mxfp4")
+    scores = {name: score.accuracy for name, score in found.scores.items()}
+    assert scores == {"strict": 0.25, "flexible": 0.5, "math-verify": 0.75}
+    assert found.scores["strict"].interval == pytest.approx((0.0456, 0.6994), abs=1e-3)
+    assert (found.base, found.adapter, found.step, found.items) == ("b", "a", 10, 4)
+
+
+def test_another_adapter_than_the_run_s_is_told(run):
+    result = Evaluation("x", "x", "x", 10, "mxfp4", 1, {"strict": Score(1.0, (0.2, 1.0))}, None, "other")
+    check_adapter(run, result)  # nothing on record after step 10
+    run.append("evidence.jsonl", {"kind": "adapter", "step": 10, "sent": "mine"})
+    with pytest.raises(EvidenceError, match="another adapter than the one on record after step 10"):
+        check_adapter(run, result)

@@ -1,0 +1,203 @@
+"""Plans: what is refused before the first run, the order of runs, what is skipped, tried again, or not worth trying."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from verl_aqn import plans
+from verl_aqn.config import find_recipe, load_recipe, plan_names
+from verl_aqn.errors import BusyError, ConfigError
+from verl_aqn.plans import Plan, Series, read_plan
+from verl_aqn.runs.folder import open_run
+from verl_aqn.runs.provenance import provenance
+from verl_aqn.supervise import Outcome
+from verl_aqn.train import Prepared, identity
+
+ARMS = {"control": {"recipe": "e6a"}, "noisy": {"recipe": "e12"}}
+
+
+def written(tmp_path, **changes):
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump({"arms": ARMS, "seeds": [0, 1], **changes}))
+    return path
+
+
+def test_a_recipe_is_no_plan():
+    assert read_plan(find_recipe("e12"), []) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": [0]}, "unknown key seed: did you mean 'seeds'"),
+        ({"seeds": []}, "give each seed once, and one at least"),
+        ({"seeds": [1, 1]}, "give each seed once"),
+        ({"seeds": ["a"]}, r"seeds\[0\] must be a int"),
+        ({"arms": {}}, "arms must be a block of names"),
+        ({"arms": {"a/b": {"recipe": "e12"}}}, "a name of letters"),
+        ({"arms": {"a": {}}}, "and a recipe"),
+        ({"arms": {"a": {"recipes": "e12"}}}, r"unknown key arms\.a\.recipes: did you mean 'recipe'"),
+        ({"arms": {**ARMS, "c": {"recipe": "e12", "when": {"arm": "noisy", "above": "contrl"}}}}, "'contrl' is no arm"),
+        ({"contrasts": [["noisy", "e12"]]}, "no pair .* of control, noisy"),
+        ({"contrasts": [["noisy", "noisy"]]}, "no pair"),
+    ],
+)
+def test_what_a_plan_cannot_say(tmp_path, changes, words):
+    with pytest.raises(ConfigError, match=words) as error:
+        read_plan(written(tmp_path, **changes), [])
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_yaml(tmp_path):
+    (tmp_path / "plan.yaml").write_text("arms: [")
+    with pytest.raises(ConfigError, match="is no YAML"):
+        read_plan(tmp_path / "plan.yaml", [])
+
+
+def test_seeds_and_overrides_of_the_command_line_come_last(tmp_path):
+    plan = read_plan(written(tmp_path, overrides=["profile=cpu"]), ["seeds=[7]", "data.seed=3"])
+    assert plan.seeds == (7,)
+    assert plan.overrides == ("profile=cpu", "data.seed=3")
+
+
+def test_order_is_seed_by_seed_and_conditional_arms_come_last():
+    arms = {**ARMS, "long": {"recipe": "e12_2ep", "when": {"arm": "noisy", "above": "control"}}}
+    plan = plans.typed(Plan, {"arms": arms, "seeds": [0, 1]}, "")
+    assert list(plan.runs(False)) == [("control", 0), ("noisy", 0), ("control", 1), ("noisy", 1)]
+    assert list(plan.runs(True)) == [("long", 0), ("long", 1)]
+    assert plan.pairs == [("noisy", "control"), ("long", "control")]
+
+
+@pytest.fixture
+def light(monkeypatch, tmp_path):
+    """Recipes are composed but no model is quantised; a run is what `outcomes` says of it."""
+    outcomes, taken = {}, []
+    model = tmp_path / "model"
+    model.mkdir()
+
+    def resolve(config, fit=True):
+        config.actor_rollout_ref.model.path = str(model)
+        return Prepared(config=config, steps=29, rows={"train": 1, "test": 4}, source=model)
+
+    def execute(todo, base, console):
+        name = f"{todo.config.trainer.experiment_name}-{todo.config.aqn.seed}"
+        taken.append(name)
+        result = outcomes.get(name, [1, 0, 1, 0])
+        if isinstance(result, Exception):
+            raise result
+        run = open_run(base, identity(todo.config))
+        run.write_text("config.yaml", yaml.safe_dump(identity(todo.config)))
+        run.write_text("versions.json", json.dumps(provenance([])))
+        status = result if isinstance(result, str) else "finished"
+        if status == "finished":
+            run.append("metrics.jsonl", {"kind": "validation", "step": 29, "accuracy": sum(result) / 4, "items": 4})
+            (run.path / "validation").mkdir()
+            for number, acc in enumerate(result):
+                run.append("validation/29.jsonl", {"input": f"{number}?", "output": "", "gts": "1", "acc": acc})
+        run.set_status(status)
+        run.close()
+        return run, Outcome(status, "" if status == "finished" else "it broke")
+
+    monkeypatch.setattr(plans, "resolve", resolve)
+    monkeypatch.setattr(plans, "prepare", lambda recipe, overrides: resolve(load_recipe(recipe, overrides)))
+    monkeypatch.setattr(plans, "execute", execute)
+    monkeypatch.setattr(plans, "data_files", lambda config: [])
+    return outcomes, taken
+
+
+def series(tmp_path, **changes):
+    path = written(tmp_path, **changes)
+    return Series(read_plan(path, ["profile=cpu", f"aqn.run.dir={tmp_path / 'out'}"]), "plan")
+
+
+def test_each_run_once_and_the_comparison_at_the_end(light, tmp_path, capsys):
+    outcomes, taken = light
+    outcomes |= {"noisy-0": [1, 1, 1, 1], "noisy-1": [1, 1, 1, 0]}
+    assert series(tmp_path).run() == 0
+    assert taken == ["control-0", "noisy-0", "control-1", "noisy-1"]
+    first = capsys.readouterr()
+    assert "noisy against control" in first.out
+    assert "+37.5 points" in first.out
+
+    assert series(tmp_path).run() == 0  # all on record: nothing runs, the same comparison
+    assert len(taken) == 4
+    again = capsys.readouterr()
+    assert again.out == first.out
+    assert "noisy, seed 1: on record, 75.0 % (3 of 4" in again.err
+
+
+def test_more_seeds_run_only_what_is_new(light, tmp_path):
+    _, taken = light
+    series(tmp_path).run()
+    del taken[:]
+    assert series(tmp_path, seeds=[0, 1, 2]).run() == 0
+    assert taken == ["control-2", "noisy-2"]
+
+
+def test_a_run_that_fails_does_not_end_the_plan_and_is_tried_again(light, tmp_path, capsys):
+    outcomes, taken = light
+    outcomes["control-0"] = "failed"
+    outcomes["noisy-1"] = BusyError("a run is in progress")
+    assert series(tmp_path).run() == 1
+    assert taken == ["control-0", "noisy-0", "control-1", "noisy-1"]
+    err = capsys.readouterr().err
+    assert "it broke" in err
+    assert "noisy, seed 1 did not finish" in err
+    outcomes.clear()
+    del taken[:]
+    assert series(tmp_path).run() == 0
+    assert taken == ["control-0", "noisy-1"]
+
+
+def test_ctrl_c_ends_the_plan(light, tmp_path):
+    outcomes, taken = light
+    outcomes["noisy-0"] = "interrupted"
+    with pytest.raises(KeyboardInterrupt):
+        series(tmp_path).run()
+    assert taken == ["control-0", "noisy-0"]
+
+
+@pytest.mark.parametrize(("noisy", "run"), [([1, 1, 1, 0], True), ([1, 1, 0, 0], False), ([0, 0, 0, 0], False)])
+def test_two_epochs_only_where_one_shows_promise(light, tmp_path, capsys, noisy, run):
+    outcomes, taken = light
+    outcomes["noisy-0"] = noisy  # the control has two of four
+    arms = {**ARMS, "long": {"recipe": "e12_2ep", "when": {"arm": "noisy", "above": "control"}}}
+    factors = ["aqn.noise", "trainer.total_epochs", "trainer.total_training_steps"]
+    series(tmp_path, arms=arms, seeds=[0], factors=factors).run()
+    assert ("long-0" in taken) == run
+    assert ("noisy shows no promise" in capsys.readouterr().err) != run
+
+
+def test_arms_that_differ_in_more_than_the_factor_are_refused_before_the_first_run(light, tmp_path):
+    _, taken = light
+    arms = {**ARMS, "fast": {"recipe": "e6a", "overrides": ["actor_rollout_ref.actor.optim.lr=1e-3"]}}
+    with pytest.raises(ConfigError, match=r"fast and control differ in more than aqn\.noise: .*optim\.lr"):
+        series(tmp_path, arms=arms)
+    with pytest.raises(ConfigError, match="one and the same"):
+        series(tmp_path, arms={**ARMS, "again": {"recipe": "e6a"}})
+    assert not taken
+
+
+def test_runs_of_other_versions_are_not_mixed_in(light, tmp_path):
+    series(tmp_path).run()
+    for file in tmp_path.glob("out/*/runs/*/versions.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"commit": "elsewhere"}))
+    with pytest.raises(ConfigError, match=r"made with other versions\.commit.*aqn\.run\.dir"):
+        series(tmp_path)
+
+
+def test_preview_tells_what_is_on_record(light, tmp_path, capsys):
+    series(tmp_path, seeds=[0]).run()
+    capsys.readouterr()
+    assert series(tmp_path).preview() == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "e6a" in line or "e12" in line]
+    assert [row[-5:] for row in rows] == [["done", "│", "to", "run", "│"]] * 2
+
+
+@pytest.mark.parametrize("name", plan_names())
+@pytest.mark.parametrize("profile", ["cpu", "cuda", "npu"])
+def test_shipped_plans_compare_what_differs_in_their_factors_only(light, tmp_path, name, profile):
+    plan = read_plan(find_recipe(name), [f"profile={profile}", f"aqn.run.dir={tmp_path / 'out'}"])
+    assert Series(replace(plan, seeds=(0,)), name).plan.pairs

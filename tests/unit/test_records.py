@@ -1,0 +1,149 @@
+"""Records outlive the code that wrote them: read by other programs, and by later versions of this one.
+
+`old_run/` is a small run in the form of commit e5c6b7d (the first whole one), its values made up: no seed of its own,
+no commit, device or data in versions.json, no order in the evidence, NaN as Python writes it, `started` of a folder a
+number.
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pyarrow.json
+import pytest
+from rich.console import Console as RichConsole
+
+from verl_aqn import supervise
+from verl_aqn.console import Console, items, records, result_table, sigma_table
+from verl_aqn.runs.arms import read_run
+from verl_aqn.runs.folder import RunFolder, open_run
+from verl_aqn.runs.listing import describe, find_runs
+
+OLD = Path(__file__).parent / "old_run"
+FILES = ("metrics.jsonl", "evidence.jsonl", "events.jsonl")
+
+
+@pytest.fixture
+def old(tmp_path) -> RunFolder:
+    shutil.copytree(OLD, tmp_path / "old")
+    (run,) = find_runs(tmp_path / "old")
+    return run
+
+
+def shown(table) -> list[list[str]]:
+    console = RichConsole(width=100)
+    with console.capture() as captured:
+        console.print(table)
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in captured.get().splitlines() if "│" in line]
+
+
+def test_an_old_run_is_listed_and_shown(old):
+    row = describe(old)
+    assert (row["status"], row["step"], row["steps"], row["seed"], row["minutes"] > 0) == ("finished", 2, 2, None, True)
+    assert (row["accuracy"], row["flexible"], row["math_verify"], row["items"]) == (0.75, None, None, 4)
+    assert (row["base"], row["adapter"]) == ("b" * 64, "2" * 64)
+    assert shown(result_table(old)) == [
+        ["0", "25.0 [4.6, 69.9]", "–", "–", "4"],
+        ["2", "75.0 [30.1, 95.4]", "–", "–", "4"],
+    ]
+    assert shown(sigma_table(old)) == [["0", "0", "0", "0", "61"], ["1", "1", "5.00e-02", "5.010e-02", "61"]]
+    assert items(old.path, 2) == {"0 + 1?": True, "1 + 1?": True, "2 + 1?": True, "3 + 1?": False}
+
+
+def test_an_old_run_is_compared(old):
+    run = read_run(old.path)
+    assert (run.seed, sum(run.answers.values()), len(run.answers)) == (None, 3, 4)
+    assert run.settings["aqn.noise.sigma_start"] == 0.05
+
+
+def test_an_old_run_is_carried_on(old):
+    """What its killed attempt left behind is looked for, under the name that it was recorded by."""
+    digest = open_run(old.path.parents[2] / "other", {}).state["config_digest"]
+    state = old.state | {"status": "failed", "config_digest": digest}
+    (old.path / "state.json").write_text(json.dumps(state))
+    run = open_run(old.path.parents[1], {})
+    assert (run.path, run.resumed) == (old.path, True)
+    supervise.clean_after_killed(run)
+    run.append("metrics.jsonl", {"kind": "validation", "step": 3, "accuracy": 1.0, "math_verify": 1.0, "items": 4})
+    assert [record["step"] for record in records(run, "metrics.jsonl", "validation")] == [0, 2, 3]
+    assert shown(result_table(run))[-1][1:4] == ["100.0 [51.0, 100.0]", "–", "100.0 [51.0, 100.0]"]
+
+
+def test_the_folder_of_a_killed_attempt_is_removed(tmp_path):
+    run = open_run(tmp_path / "base", {})
+    for key in ("since", "started"):  # its name before
+        left = tmp_path / key
+        left.mkdir()
+        run.append("events.jsonl", {"kind": "temporary", "path": str(left), key: 0.0})
+    supervise.clean_after_killed(run)
+    assert not any((tmp_path / key).exists() for key in ("since", "started"))
+
+
+@pytest.fixture
+def mixed(tmp_path) -> Path:
+    """Every kind of record that a run writes, as the trainer and the supervisor do."""
+    run = open_run(tmp_path / "base", {})
+    noise = {
+        "sigma_asked": 0.05,
+        "unit": "rms",
+        "groups": [{"modules": ["a"], "multiplier": 1.0}],
+        "weights_digest": "d",
+    }
+    held = [{"modules": 14, "adapter_digest": "d", "b_max": np.float32(0)}]
+    base = {"disk": "d", "actor": ["d"], "rollout": [{"layers": 8, "slices": {}, "weights_equal_base": None}]}
+    evidence = [
+        {
+            "kind": "strength",
+            "clean": {"sigma": 0.0, "variance": None},
+            "noisy": {"sigma": 0.05, "variance": [0, 0, 1]},
+        },
+        {"kind": "rollout", "norms": 5, "clean_digest": "d", "router_norms": []},
+        {"kind": "base", "when": "start", **base},
+        {"kind": "base", "when": "end", "quantised": False},
+        {"kind": "adapter", "step": 0, "sent": "d", "held": held},
+        {"kind": "noise", "rank": 0, "stage": 1, "step": 1, "order": {"seed": 0, "share": 0.5}, **noise},
+        {"kind": "clean", "rank": 0, "step": None, "order": None, **noise, "groups": []},
+    ]
+    metrics = [
+        {"kind": "validation", "step": 0, "accuracy": 0.5, "items": 2},
+        {
+            "kind": "step",
+            "step": 1,
+            "total": 1,
+            "metrics": {"actor/grad_norm": math.nan, "aqn/sigma": np.float64(0.05)},
+        },
+        {"kind": "validation", "step": 1, "accuracy": 1.0, "flexible": 1.0, "math_verify": math.inf, "items": 2},
+    ]
+    events = [
+        {"kind": "attempt", **run.state},
+        {"kind": "temporary", "path": "/tmp/aqn-none", "since": 1.5},
+        {"kind": "phase", "text": "rollout ready"},
+        {"kind": "warning", "text": "…"},
+        {"kind": "error", "text": "…"},
+    ]
+    for name, rows in zip(FILES, (metrics, evidence, events), strict=True):
+        for row in rows:
+            run.append(name, row)
+    return run.path
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_other_programs_read_the_records(mixed, name):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    rows = [json.loads(line, parse_constant=refuse) for line in (mixed / name).read_text().splitlines()]
+    table = pyarrow.json.read_json(mixed / name)
+    frame = pandas.read_json(mixed / name, lines=True)
+    assert table.column("kind").to_pylist() == frame["kind"].tolist() == [row["kind"] for row in rows]
+    assert {key for row in rows for key in row} == set(table.column_names) == set(frame.columns)
+
+
+def test_what_is_no_number_is_null_and_is_shown_as_nan(mixed, capsys):
+    step, last = list(RunFolder(mixed).read("metrics.jsonl"))[1:]
+    assert (step["metrics"]["actor/grad_norm"], step["metrics"]["aqn/sigma"], last["math_verify"]) == (None, 0.05, None)
+    Console().record("metrics.jsonl", step | {"metrics": {"critic/score/mean": None}})
+    assert "reward    nan" in capsys.readouterr().err

@@ -1,0 +1,214 @@
+"""Accuracy of a run, a checkpoint or a model folder: verl's own validation, in the rollout, without a step of training.
+
+The process is that of a run (the same trainer, engines, agent loop, reward and evidence), told to validate and stop:
+the base is packed as in the rollout, the adapter is unmerged, clean norms are read back before anything is answered.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from verl_aqn.cache import cache_dir
+from verl_aqn.config import load_recipe, parse_aqn
+from verl_aqn.console import RULES, Console, records
+from verl_aqn.errors import AqnError, ConfigError, DataError, EvidenceError
+from verl_aqn.prepare import check_machine
+from verl_aqn.runs.arms import find_run
+from verl_aqn.runs.folder import RunFolder, open_run
+from verl_aqn.runs.stats import wilson
+from verl_aqn.supervise import supervise
+from verl_aqn.train import identity, launch, resolve
+
+CONTROL = "e6a"  # the recipe that a model folder is validated by: its noise is off, its data and lengths are the plan's
+PRECISIONS = ("mxfp4", "bf16")
+
+
+@dataclass(frozen=True)
+class Score:
+    """Right answers by one rule as a fraction of 1, with Wilson's 95 % interval."""
+
+    accuracy: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was evaluated and how it went. `items` problems are in `file`, a JSON line each.
+
+    `step`: RL steps behind the adapter. `base` and `adapter`: digests of what the rollout held; None for an
+    unquantised base. `run`: the folder of the evaluation, a run folder like any other.
+    """
+
+    target: str
+    run: str
+    file: str
+    step: int
+    precision: str
+    items: int
+    scores: dict[str, Score]
+    base: str | None
+    adapter: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to evaluate: a model folder, or a checkpoint of a run."""
+
+    path: Path
+    run: RunFolder | None = None
+    checkpoint: Path | None = None
+
+
+def find_target(path: Path) -> Target:
+    """A checkpoint (global_step_N), a run or experiment folder (its last checkpoint), or a model folder.
+
+    Raises:
+        DataError: it is none of these, or a run without a checkpoint.
+    """
+    path = path.expanduser().resolve()
+    if path.name.startswith("global_step_"):
+        if not (path / "actor").is_dir():
+            raise DataError(f"{path} is no checkpoint of a run: it has no folder `actor`")
+        return Target(path, find_run(path.parent.parent), path)
+    if (path / "config.json").is_file():
+        return Target(path)
+    run = find_run(path)
+    steps = {int(folder.name.removeprefix("global_step_")): folder for folder in run.checkpoints.glob("global_step_*")}
+    if not steps:
+        raise DataError(f"{run.path} has no checkpoint: finish it, or evaluate a model folder")
+    return Target(path, run, steps[max(steps)])
+
+
+def settings(target: Target, overrides: list[str], adapter: Path | None, precision: str | None) -> DictConfig:
+    """The config of a run that only validates.
+
+    A run's own config with its noise block untouched, so that two evaluations differ in what their runs differ in; for
+    a model folder the control's recipe. `precision` None is that of the run, or of the folder.
+    """
+    if precision not in (None, *PRECISIONS):
+        raise ConfigError(f"--precision {precision} is not one of {', '.join(PRECISIONS)}")
+    if target.run:
+        config = with_overrides(_config_of(target.run), overrides)
+    else:
+        config = load_recipe(CONTROL, [f"actor_rollout_ref.model.path={target.path}", *overrides])
+    OmegaConf.set_struct(config, False)
+    trainer = config.trainer
+    trainer.val_only = trainer.val_before_train = True
+    trainer.save_freq, trainer.logger = -1, ["console"]
+    trainer.resume_mode = "resume_path" if target.checkpoint and not adapter else "disable"
+    trainer.resume_from_path = str(target.checkpoint) if target.checkpoint and not adapter else None
+    config.aqn.noise.probe = False
+    config.algorithm.adv_estimator = "grpo"  # a critic has nothing to say about answers
+    model = config.actor_rollout_ref.model
+    if adapter:
+        rank, alpha = _adapter_size(adapter)
+        model.lora_adapter_path, model.lora_rank, model.lora_alpha = str(adapter.resolve()), rank, alpha
+    base = Path(str(model.path))
+    if (packed := _is_packed(base)) and precision == "bf16":
+        from verl_aqn.mxfp4.cached import dequantized_cache
+
+        model.path = str(dequantized_cache(base, cache_dir() / "bf16"))
+    if precision or not target.run:
+        config.aqn.mxfp4.enabled = packed if precision is None else precision == "mxfp4"
+    return config
+
+
+def evaluate(path: Path, overrides: list[str], adapter: Path | None = None, precision: str | None = None) -> Evaluation:
+    """Validate once, in a new run folder: `evaluations/` in the run, or /tmp/mxfp4_eval_NAME for a model folder.
+
+    Raises:
+        EvidenceError: the rollout held another adapter than the run that it is of had recorded.
+        AqnError: the evaluation failed, or was stopped.
+    """
+    target, console = find_target(path), Console()
+    config = settings(target, overrides, adapter, precision)
+    check_machine(config)
+    todo = resolve(config, fit=False)
+    named = parse_aqn(config).run.dir if not target.run else None
+    base = target.run.path / "evaluations" if target.run else Path(named or f"/tmp/mxfp4_eval_{target.path.name}")
+    run = open_run(base.expanduser(), identity(todo.config), fresh=True)
+    launch(run, todo)
+    used = "mxfp4" if parse_aqn(config).mxfp4.enabled else "bf16"
+    console.say(f"run      {run.path}")
+    console.say(f"model    {config.actor_rollout_ref.model.path} ({used})")
+    console.say(f"adapter  {adapter or target.checkpoint or 'none'}, unmerged")
+    console.say(f"data     {todo.rows['test']:,} validation prompts, noise off")
+    outcome = supervise(run, console)
+    run.set_status(outcome.status, outcome.message)
+    run.close()
+    if outcome.status != "finished":
+        raise AqnError(f"{outcome.message} (log: {run.log})")
+    result = read(run, str(path), used)
+    if target.run:
+        if not adapter:
+            check_adapter(target.run, result)
+        target.run.append("evaluations.jsonl", result.to_dict())
+    return result
+
+
+def read(run: RunFolder, target: str, precision: str) -> Evaluation:
+    """The result of a finished evaluation out of its folder."""
+    (validation,) = records(run, "metrics.jsonl", "validation")
+    file = run.path / "validation" / f"{validation['step']}.jsonl"
+    items = validation["items"]
+    shares = {rule: validation[key] for rule, key in RULES.items() if key in validation}
+    scores = {rule: Score(share, wilson(round(share * items), items)) for rule, share in shares.items()}
+    evidence = {record["kind"]: record for record in run.read("evidence.jsonl")}
+    return Evaluation(
+        target, str(run.path), str(file), validation["step"], precision, items, scores,
+        evidence["base"].get("disk"), evidence["adapter"]["sent"],
+    )  # fmt: skip
+
+
+def check_adapter(run: RunFolder, result: Evaluation) -> None:
+    """The adapter that was evaluated is the one that the run had after that step."""
+    sent = {record["step"]: record["sent"] for record in run.read("evidence.jsonl") if record["kind"] == "adapter"}
+    if sent.get(result.step, result.adapter) != result.adapter:
+        raise EvidenceError(
+            f"{result.run} evaluated another adapter than the one on record after step {result.step} of {run.path}"
+        )
+
+
+def with_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
+    """`config` with key=value on top. ConfigError for a key that it has not."""
+    OmegaConf.set_struct(config, True)
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override {override!r} is not of the form key=value")
+        try:
+            config.merge_with_dotlist([override])
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{override}: {str(error).splitlines()[0]}") from error
+    parse_aqn(config)
+    return config
+
+
+def _config_of(run: RunFolder) -> DictConfig:
+    path = run.path / "config.yaml"
+    if not path.is_file():
+        raise DataError(f"{run.path} has no config.yaml: it was killed before it began")
+    config = OmegaConf.load(path)
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def _is_packed(base: Path) -> bool:
+    from verl_aqn.mxfp4.checkpoint import is_packed
+
+    return base.is_dir() and is_packed(base)
+
+
+def _adapter_size(adapter: Path) -> tuple[int, int]:
+    """(rank, alpha) of a PEFT folder."""
+    try:
+        told = json.loads((adapter / "adapter_config.json").read_text())
+        return int(told["r"]), int(told["lora_alpha"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{adapter} is no PEFT adapter folder: adapter_config.json with r and lora_alpha") from error

@@ -1,0 +1,257 @@
+"""One self-contained page of runs. Nothing on it is fetched, and nothing that a model wrote is run."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from verl_aqn import __version__
+from verl_aqn.errors import AqnError, ConfigError
+from verl_aqn.report import evidence, sections
+from verl_aqn.report.answers import read_answers
+from verl_aqn.report.charts import COLOURS
+from verl_aqn.report.records import Run, read_runs
+from verl_aqn.report.tables import Cell, Table, chart_table
+from verl_aqn.runs.arms import FACTOR, arms, is_seed_or_place
+from verl_aqn.runs.compare import Report, compare
+from verl_aqn.runs.verdict import compare_before_after
+
+ANSWERS = 24
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_report(
+    paths: Sequence[Path],
+    dst: Path,
+    factors: Iterable[str] = (FACTOR,),
+    any_difference: bool = False,
+    answers: int = ANSWERS,
+) -> int:
+    """Write the page of the runs in `paths` to the new file `dst`; returns its size in bytes.
+
+    `factors` and `any_difference` as `verl_aqn.runs.arms.arms`; runs that cannot be compared are shown all the same,
+    with the reason. `answers`: how many problems are shown with what was answered.
+
+    Raises:
+        ConfigError: `dst` exists or cannot be written, or a run is named twice.
+        DataError: a path holds no run, or one of its records is damaged.
+    """
+    check_free(dst)
+    page = render(read_runs(paths), list(factors), any_difference, answers).encode(errors="replace")
+    try:
+        with dst.open("xb") as file:
+            file.write(page)
+    except FileExistsError:
+        check_free(dst)
+        raise
+    except OSError as error:
+        dst.unlink(missing_ok=True)  # half a page
+        raise ConfigError(f"cannot write {dst} ({error.strerror}): give another file with -o") from error
+    return len(page)
+
+
+def check_free(dst: Path) -> None:
+    """ConfigError unless a new file can be made at `dst`."""
+    if dst.exists() or dst.is_symlink():
+        raise ConfigError(f"{dst} exists and is not overwritten: remove it, or give another file with -o")
+    if not dst.absolute().parent.is_dir():
+        raise ConfigError(f"{dst.parent} is no folder: make it, or give another file with -o")
+
+
+def render(runs: Sequence[Run], factors: list[str], any_difference: bool, answers: int) -> str:
+    """The page as text."""
+    together, missing_together = sections.draw(sections.TOGETHER, runs)
+    training, missing_training = sections.draw(sections.TRAINING, runs)
+    mismatch, missing_mismatch = sections.draw(sections.MISMATCH, runs)
+    accuracy, accuracies = sections.accuracy(runs)
+    bases, without_base = sections.bases(runs)
+    spent, phases, seconds = sections.times(runs)
+    deviation = evidence.deviation(runs)
+    drawn = [accuracy, *together, *training, *mismatch, deviation, *(base.chart for base in bases), seconds]
+    script = (_TEMPLATES / "report.js").read_text()
+    return _environment().get_template("report.html").render(
+        title=_title(runs),
+        version=__version__,
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        runs=runs,
+        overview=overview(runs),
+        notes=notes(runs),
+        accuracy=accuracy,
+        accuracies=accuracies,
+        changes=changes(runs),
+        comparison=comparison(runs, factors, any_difference),
+        together=together,
+        training=training,
+        missing_training=missing_together + missing_training,
+        mismatch=mismatch,
+        missing_mismatch=missing_mismatch,
+        checks=evidence.checks(runs),
+        deviation=deviation,
+        readings=[(run, [evidence.noise_table(run), evidence.adapter_table(run)]) for run in runs],
+        bases=bases,
+        without_base=without_base,
+        spent=spent,
+        phases=phases,
+        seconds=seconds,
+        answers=read_answers(runs, answers),
+        differing=differing(runs),
+        settings=settings(runs),
+        data={chart.key: chart.data for chart in drawn if chart},
+        style=Markup((_TEMPLATES / "report.css").read_text()),
+        script=Markup(script),
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )  # fmt: skip
+
+
+def _title(runs: Sequence[Run]) -> str:
+    if len(runs) < 3:
+        return " and ".join(run.label for run in runs)
+    names = list(dict.fromkeys(str(run.summary["recipe"] or run.label) for run in runs))
+    return ", ".join(names) if len(names) < 5 else f"{', '.join(names[:4])} and {len(names) - 4} more"
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals["chart_table"] = chart_table
+    environment.globals["COLOURS"] = COLOURS
+    return environment
+
+
+def overview(runs: Sequence[Run]) -> Table:
+    """What each run is and how it ended."""
+    rows = []
+    for run in runs:
+        one, versions = run.summary, run.settings
+        noise = one["noise"] or {}
+        sigma = "–"
+        if noise:
+            sigma = f"{noise.get('sigma_start', '?')} → {noise.get('sigma_end', '?')}"
+            sigma = sigma if noise.get("enabled", True) else "off"
+        commit = str(versions.get("versions.commit") or "–")[:7] + (
+            " + changes" if versions.get("versions.dirty") else ""
+        )
+        good = {"finished": True, "running": None}.get(one["status"], False)
+        rows.append(
+            [
+                Cell(run.label, colour=run.place % COLOURS),
+                Cell(one["status"], good=good),
+                Cell(f"{one['step']}/{one['steps'] or '?'}", one["step"]),
+                Cell(sections.last_accuracy(run), one["accuracy"]),
+                Cell(sigma, noise.get("sigma_start")),
+                Cell(f"{one['minutes']:g}", one["minutes"]),
+                Cell(str(versions.get("versions.device") or "–")),
+                Cell(commit, code=True),
+                Cell(one["run"], code=True),
+            ]
+        )
+    columns = ["run", "status", "steps", "accuracy [95 %]", "σ", "minutes", "device", "commit", "folder"]
+    return Table("Runs", columns, rows, frozenset({2, 5}))
+
+
+def notes(runs: Sequence[Run]) -> list[str]:
+    """What a reader has to know of each run: why it ended, how often it was resumed, what it warned of."""
+    found = []
+    for run in runs:
+        if message := run.summary["message"]:
+            found.append(f"{run.label}: {message}")
+        elif run.summary["status"] == "dead":
+            found.append(f"{run.label} is on record as running, but no process runs it: it was killed")
+        if (run.summary["attempt"] or 1) > 1:
+            found.append(f"{run.label} was resumed: {run.summary['attempt']} attempts")
+        warned = [str(one.get("text")) for one in run.events if one.get("kind") == "warning"]
+        found += [f"{run.label}: {text}" for text in dict.fromkeys(warned)]
+    return found
+
+
+def changes(runs: Sequence[Run]) -> list[tuple[Run, str]]:
+    """Of each run with two validations, the paired comparison of the first with the last."""
+    found = []
+    for run in runs:
+        if len(run.answered) < 2:
+            continue
+        before, after = ({line["input"]: line["acc"] > 0 for line in run.folder.read(f"validation/{step}.jsonl")
+                          if "input" in line and line.get("acc") is not None}
+                         for step in (run.answered[0], run.answered[-1]))  # fmt: skip
+        if both := sorted(before.keys() & after.keys()):
+            text = compare_before_after([before[key] for key in both], [after[key] for key in both]).text
+            found.append((run, f"steps {run.answered[0]} to {run.answered[-1]}: {text}"))
+    return found
+
+
+def comparison(runs: Sequence[Run], factors: list[str], any_difference: bool) -> dict[str, Any]:
+    """`compare`'s result as a table and sentences, or why there is none."""
+    if len(runs) < 2:
+        return {"reason": ""}
+    try:
+        report = compare(arms([run.folder.path for run in runs], factors, any_difference))
+    except AqnError as error:
+        return {"reason": str(error)}
+    return {"reason": "", "table": _arms(report), "sentences": [arm.text for arm in report.arms]}
+
+
+def _arms(report: Report) -> Table:
+    def points(value: float, ends: tuple[float, float], form: str) -> Cell:
+        low, high = ends
+        return Cell(f"{100 * value:{form}} [{100 * low:{form}}, {100 * high:{form}}]", value)
+
+    control = report.control
+    rows = [
+        [Cell(f"{control.arm} (control)"), Cell(str(len(control.runs)), len(control.runs)),
+         points(control.accuracy, control.interval, ".1f"), *[Cell("–")] * 5]
+    ]  # fmt: skip
+    for arm in report.arms:
+        low, high = arm.bootstrap
+        rows.append(
+            [
+                Cell(arm.score.arm),
+                Cell(str(len(arm.score.runs)), len(arm.score.runs)),
+                points(arm.score.accuracy, arm.score.interval, ".1f"),
+                points(arm.difference, arm.interval, "+.1f"),
+                Cell(f"{100 * low:+.1f}, {100 * high:+.1f}", low),
+                Cell("–" if arm.corrected is None else f"{arm.corrected:.2g}", arm.corrected),
+                Cell(f"{100 * arm.detectable:.1f}", arm.detectable),
+                Cell(arm.verdict),
+            ]
+        )
+    columns = ["arm", "seeds", "accuracy, %", "difference, points", "bootstrap", "p", "found in 80 %", "verdict"]
+    caption = f"Last validation, {report.items} problems answered by all; 95 % intervals in brackets"
+    return Table(caption, columns, rows, frozenset(range(1, 7)))
+
+
+def differing(runs: Sequence[Run]) -> Table | None:
+    """Settings and versions that are not the same in all runs; None of one run. Folders and names are left out."""
+    if len(runs) < 2:
+        return None
+    rows = []
+    for key in sorted({key for run in runs for key in run.settings}):
+        values = [_value(run.settings, key) for run in runs]
+        seed = key.rsplit(".", 1)[-1].endswith("seed")
+        if len(set(values)) > 1 and (seed or not is_seed_or_place(key)):
+            rows.append([Cell(key, code=True), *(Cell(value) for value in values)])
+    return Table("Settings that differ", ["key", *(run.label for run in runs)], rows)
+
+
+def settings(runs: Sequence[Run]) -> Table:
+    """Every setting of every run, and the versions of packages."""
+    keys = sorted({key for run in runs for key in run.settings}, key=lambda key: (not key.startswith("aqn."), key))
+    rows = [[Cell(key, code=True), *(Cell(_value(run.settings, key)) for run in runs)] for key in keys]
+    return Table("All settings", ["key", *(run.label for run in runs)], rows)
+
+
+def _value(found: dict[str, Any], key: str) -> str:
+    if key not in found:
+        return "–"
+    return "null" if found[key] is None else str(found[key])
