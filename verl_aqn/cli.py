@@ -15,7 +15,7 @@ from verl_aqn import __version__
 from verl_aqn.bench.cli import bench_app
 from verl_aqn.console import Console, print_wide, progress_bar
 from verl_aqn.errors import AqnError, ConfigError
-from verl_aqn.export.cli import export_command
+from verl_aqn.export.cli import export
 from verl_aqn.mxfp4.cli import quantize
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -23,7 +23,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Prepare data sets.")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.command()(quantize)
-app.command("export")(export_command)
+app.command()(export)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Recipe = Annotated[str, typer.Argument(help="A file, or the bare name of one in recipes/.")]

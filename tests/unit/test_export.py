@@ -238,6 +238,8 @@ def test_the_adapter_as_peft_loads_it(validated, rollout, base, engine, tmp_path
     assert proof["adapter"]["digest"] in card
     assert proof["base"]["digest"] in card
     assert not list(tmp_path.glob(".out*"))
+    assert (base / "quantization.json").is_file()
+    assert not (tmp_path / "out/quantization.json").exists()
 
     tensors = load_file(tmp_path / "out/adapter_model.safetensors")
     assert len(tensors) == 28
@@ -279,6 +281,7 @@ def test_a_merged_model_is_base_and_adapter_rounded_once(validated, state, base,
     assert proof["merge"]["got_db"] == pytest.approx(proof["merge"]["asked_db"], abs=0.1)
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
     assert (tmp_path / "out/generation_config.json").is_file() == (base / "generation_config.json").is_file()
+    assert not (tmp_path / "out/quantization.json").exists()
     assert "held 100 %" in (tmp_path / "out/README.md").read_text()
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 
-def export_command(
+def export(
     run: Annotated[
         Path, typer.Argument(help="A run, a folder of runs (the newest), or RUN/checkpoints/global_step_N.")
     ],
@@ -18,10 +18,10 @@ def export_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
 ) -> None:
     """A run's adapter as PEFT and vLLM load it, or a merged bf16 model; proved against the run's own record."""
-    from verl_aqn.export.exporting import export
+    from verl_aqn.export.exporting import export as export_run
 
     err = Console(stderr=True, highlight=False)
-    proof = export(run, dst, merge=merge, say=lambda text: err.print(f"[dim]{escape(text)}[/dim]", soft_wrap=True))
+    proof = export_run(run, dst, merge=merge, say=lambda text: err.print(f"[dim]{escape(text)}[/dim]", soft_wrap=True))
     if as_json:
         print(json.dumps(proof))
         return

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from verl_aqn.adapter import Adapter
 from verl_aqn.mxfp4.model import PACKED
 from verl_aqn.mxfp4.names import Naming
+from verl_aqn.mxfp4.report import FILE
 from verl_aqn.mxfp4.storage import Weights, companions, read_config
 
 
@@ -36,7 +37,7 @@ def write_peft_folder(folder: Path, adapter: Adapter, base: Path) -> None:
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     (folder / "adapter_model.safetensors").chmod(0o644)  # safetensors leaves it to its owner alone
     for source in companions(base):
-        if source.name != "generation_config.json":  # an adapter has none
+        if source.name not in ("generation_config.json", FILE):  # about the base, not the adapter
             shutil.copyfile(source, folder / source.name)
 
 

@@ -15,6 +15,7 @@ from verl_aqn.adapter import Adapter
 from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4.model import DenseView, dense_config
 from verl_aqn.mxfp4.names import Naming
+from verl_aqn.mxfp4.report import FILE
 from verl_aqn.mxfp4.storage import Spec, Weights, read_config
 from verl_aqn.mxfp4.writing import MAX_SHARD_BYTES, write_model
 
@@ -123,6 +124,7 @@ def write_merged(
     }
     tensors = ((name, read(name, spec)) for name, spec in layout.items())
     write_model(folder, dense_config(src), layout, tensors, src, {}, max_shard_bytes)
+    (folder / FILE).unlink(missing_ok=True)  # what rounding did to the base is not about this model
     return sums.report(len(module_of))
 
 
