@@ -122,10 +122,10 @@ class Series:
         self.plan, self.console = plan, console or Console()
         self.done: dict[tuple[str, int], RunFolder] = {}
         self.minutes: list[float] = []
-        configs = {arm: resolve(self.config(arm, plan.seeds[0]), fit=False).config for arm in plan.arms}
-        first = next(iter(configs.values()))
+        self.configs = {arm: self.composed(arm) for arm in plan.arms}
+        first = next(iter(self.configs.values()))
         self.base = Path(parse_aqn(first).run.dir or f"/tmp/mxfp4_plan_{name}").expanduser()
-        settings = {arm: settings_of(identity(config)) for arm, config in configs.items()}
+        settings = {arm: settings_of(identity(config)) for arm, config in self.configs.items()}
         for arm, control in plan.pairs:
             if settings[arm] == settings[control]:
                 raise ConfigError(f"the arms {control} and {arm} are one and the same: leave one out")
@@ -133,9 +133,18 @@ class Series:
                 raise ConfigError(f"{arm} and {control} differ in more than {', '.join(plan.factors)}: {others}")
         self.look(provenance(data_files(first)))
 
-    def config(self, arm: str, seed: int) -> DictConfig:
-        """The recipe of a run as `verl-aqn train` would load it."""
-        return load_recipe(self.plan.arms[arm].recipe, self.overrides(arm, seed))
+    def composed(self, arm: str) -> DictConfig:
+        """An arm's recipe with its model and data as files; σ_start is not searched for."""
+        config = load_recipe(self.plan.arms[arm].recipe, self.overrides(arm, self.plan.seeds[0]))
+        return resolve(config, fit=False).config
+
+    def identity(self, arm: str, seed: int) -> dict:
+        """What the run of a seed would be told apart by."""
+        config = self.configs[arm].copy()
+        config.aqn.seed = seed
+        if parse_aqn(config).noise.target_kl is not None:
+            config = resolve(config).config
+        return identity(config)
 
     def overrides(self, arm: str, seed: int) -> list[str]:
         own = [f"aqn.seed={seed}", f"trainer.experiment_name={arm}"]
@@ -150,7 +159,7 @@ class Series:
         for arm, seed in (*self.plan.runs(False), *self.plan.runs(True)):
             if not (self.folder(arm, seed) / "runs").is_dir():
                 continue
-            run = finished_run(self.folder(arm, seed), identity(resolve(self.config(arm, seed)).config))
+            run = finished_run(self.folder(arm, seed), self.identity(arm, seed))
             if run is None:
                 continue
             then = json.loads((run.path / "versions.json").read_text())

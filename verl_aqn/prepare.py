@@ -15,7 +15,7 @@ from verl_aqn.rewards.math_verify import check_installed
 CPU_MEMORY_GB = 11.0
 
 # Rows of the embedded task; a recipe takes as many of them as it has steps for.
-N_TRAIN, N_TEST = 2048, 192
+N_TRAIN, N_TEST = 2048, 384
 
 
 def prepare_model(config: DictConfig) -> Path:

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.integration.conftest import descendants, leftovers, lines, newest, verl_aqn
+from tests.integration.conftest import TINY, descendants, leftovers, lines, newest, verl_aqn
 from verl_aqn.export.engine import greedy_answers
 from verl_aqn.mxfp4.model import load_model
 
@@ -256,6 +256,19 @@ def test_a_merged_export_is_a_bf16_model_that_answers_as_the_run(finished, expor
         far = (merged(tokens).logits - load_model(base)(tokens).logits).float().norm()
         near = (merged(tokens).logits - model(tokens).logits).float().norm()
     assert near < 0.2 * far
+
+
+def test_eval_of_a_folder_in_bf16_with_an_exported_adapter(finished, exported, tmp_path):
+    before, recorded = leftovers(), OmegaConf.load(finished / "config.yaml")
+    base = recorded.actor_rollout_ref.model.path
+    where = [*TINY, "data.val_max_samples=2", f"aqn.run.dir={tmp_path}", "--adapter", str(exported)]
+    process = verl_aqn("eval", base, *where, "--precision", "bf16", "--json", cache=tmp_path / "cache")
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    result = json.loads(out)
+    assert (result["precision"], result["base"], result["step"], result["items"]) == ("bf16", None, 0, 2)
+    assert result["adapter"] == lines(finished / "evidence.jsonl", "adapter")[-1]["sent"]
+    assert leftovers() <= before
 
 
 ONE_STEP = ["trainer.total_training_steps=1", "trainer.val_before_train=false", "aqn.noise.num_stages=1"]

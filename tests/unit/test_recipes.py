@@ -64,6 +64,12 @@ def test_aggressive_schedule_is_the_plan_s_table():
     assert table[28]["sigma"] == 1e-5
 
 
+def test_the_embedded_task_has_as_many_problems_as_a_plan_asks_for():
+    assert load_recipe("e12", ["profile=cpu"]).data.val_max_samples == 192
+    assert load_recipe("dapo", ["profile=cpu", "++embedded.items=384"]).data.val_max_samples == 384
+    assert load_recipe("e12", ["profile=cuda", "++embedded.items=384"]).data.val_max_samples == -1
+
+
 def test_e12_hyper_parameters():
     config = load_recipe("e12_aggressive_1ep", ["profile=cuda"])
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
