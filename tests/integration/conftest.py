@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,13 @@ def verl_aqn(*arguments: str, cache: Path | None = None) -> subprocess.Popen:
 
 def descendants(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """As a power cut ends it and all that it started."""
+    for victim in [psutil.Process(process.pid), *descendants(process.pid)]:
+        os.kill(victim.pid, signal.SIGKILL)
+    process.communicate()
 
 
 def leftovers() -> set[str]:

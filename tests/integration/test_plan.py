@@ -1,13 +1,10 @@
 """A plan of real runs, killed in its middle and started again."""
 
-import os
-import signal
 import time
 
-import psutil
 import yaml
 
-from tests.integration.conftest import descendants, leftovers, lines, newest
+from tests.integration.conftest import kill, leftovers, lines, newest
 
 PLAN = {"arms": {"control": {"recipe": "e6a"}, "noisy": {"recipe": "e12_aggressive_1ep"}}}
 SHORT = ["trainer.total_training_steps=1", "trainer.val_before_train=false", "aqn.noise.num_stages=1"]
@@ -23,9 +20,7 @@ def test_a_killed_plan_goes_on_where_it_was_and_ends_with_the_comparison(train, 
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    for victim in [psutil.Process(process.pid), *descendants(process.pid)]:
-        os.kill(victim.pid, signal.SIGKILL)
-    process.communicate()
+    kill(process)
     done = newest(out / "control-seed0")
     records = (done / "metrics.jsonl").read_bytes()
 

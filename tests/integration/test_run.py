@@ -1,7 +1,6 @@
 """A real run through verl, Ray and vLLM on a tiny random model, and what it must prove."""
 
 import json
-import os
 import signal
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from omegaconf import OmegaConf
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.integration.conftest import TINY, descendants, leftovers, lines, newest, verl_aqn
+from tests.integration.conftest import TINY, descendants, kill, leftovers, lines, newest, verl_aqn
 from verl_aqn.export.engine import greedy_answers
 from verl_aqn.mxfp4.model import load_model
 
@@ -147,9 +146,7 @@ def test_a_killed_run_resumes_with_the_same_sigma_and_noise(train, tmp_path, fin
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    for victim in [psutil.Process(process.pid), *descendants(process.pid)]:
-        os.kill(victim.pid, signal.SIGKILL)
-    process.communicate()
+    kill(process)
     folder = newest(tmp_path)
     saved = int((folder / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
     assert saved < 3, "the kill came too late to test anything"
