@@ -13,10 +13,10 @@ from rich.table import Table
 
 from verl_aqn import __version__
 from verl_aqn.bench.cli import bench_app
-from verl_aqn.console import Console, print_wide, progress_bar
 from verl_aqn.errors import AqnError, ConfigError
 from verl_aqn.export.cli import export
-from verl_aqn.mxfp4.cli import quantize
+from verl_aqn.quantize import quantize
+from verl_aqn.terminal import print_wide, progress_bar
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 data_app = typer.Typer(no_args_is_help=True, help="Prepare data sets.")
@@ -201,6 +201,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Paired tests of runs with the same items; runs of one config are the seeds of an arm."""
+    from verl_aqn.console import Console
     from verl_aqn.runs.arms import FACTOR, arms
     from verl_aqn.runs.compare import compare as compared
 

@@ -4,14 +4,11 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from verl_aqn.config import parse_aqn
@@ -21,6 +18,7 @@ from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.stats import accuracy_text, share_text
 from verl_aqn.runs.verdict import compare_before_after, plan_verdict
 from verl_aqn.supervise import Outcome
+from verl_aqn.terminal import print_wide
 
 if TYPE_CHECKING:
     from verl_aqn.probe import Strength
@@ -141,30 +139,6 @@ class Console:
         return 0
 
 
-def print_wide(view: Table) -> None:
-    """A table with long rows: a file or a pipe has no width of its own."""
-    RichConsole(width=None if sys.stdout.isatty() else 160, highlight=False).print(view)
-
-
-@contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on standard error, as the callback that long work takes; nothing where that is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = RichConsole(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total, module: bar.update(task, completed=done, total=total, description=f"{what} {module}")
-
-
-def records(run: RunFolder, name: str, kind: str) -> list[dict]:
-    """Records of one kind; of a step that was taken twice (after a crash) the later one."""
-    by_step: dict[int, dict] = {}
-    for record in run.read(name):
-        if record.get("kind") == kind:
-            by_step[record["step"]] = record
-    return [by_step[step] for step in sorted(by_step)]
-
-
 def _number(metrics: dict, name: str) -> float:
     """A figure of a step; NaN, which the record has as null, or where it was not measured."""
     value = metrics.get(name)
@@ -182,7 +156,7 @@ def sigma_table(run: RunFolder) -> Table:
     for column in ("stage", "steps", "σ asked", "σ in the rollout", "norms"):
         table.add_column(column, justify="right")
     stages: dict[int, list[dict]] = {}
-    for record in records(run, "evidence.jsonl", "noise"):
+    for record in run.by_step("evidence.jsonl", "noise").values():
         stages.setdefault(record["stage"], []).append(record)
     for stage, group in stages.items():
         steps = [record["step"] for record in group]
@@ -204,7 +178,7 @@ def result_table(run: RunFolder) -> Table:
     table = Table(title="Accuracy (noise off), % with 95 % interval", title_justify="left")
     for column in ("step", *RULES, "problems"):
         table.add_column(column, justify="right")
-    for validation in records(run, "metrics.jsonl", "validation"):
+    for validation in run.by_step("metrics.jsonl", "validation").values():
         count = validation["items"]
         shares = [escape(share_text(validation.get(key), count)) for key in RULES.values()]
         table.add_row(str(validation["step"]), *shares, str(count))
@@ -219,7 +193,7 @@ def items(folder: Path, step: int) -> dict[str, bool]:
 
 def verdict(run: RunFolder, todo: "Prepared") -> str:
     """The plan's criterion in words, and whether training changed the accuracy (paired test)."""
-    validations = records(run, "metrics.jsonl", "validation")
+    validations = list(run.by_step("metrics.jsonl", "validation").values())
     if not validations:
         return "no verdict: the recipe validates never (trainer.val_before_train, trainer.test_freq)"
     first, last = validations[0], validations[-1]

@@ -14,10 +14,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from verl_aqn.cache import cache_dir
 from verl_aqn.config import load_recipe, parse_aqn
-from verl_aqn.console import RULES, Console, records
+from verl_aqn.console import RULES, Console
 from verl_aqn.errors import AqnError, ConfigError, DataError, EvidenceError
 from verl_aqn.prepare import check_machine
-from verl_aqn.runs.checkpoints import find_checkpoint
+from verl_aqn.runs.checkpoints import config_of, find_checkpoint
 from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.runs.stats import wilson
 from verl_aqn.supervise import supervise
@@ -88,7 +88,7 @@ def settings(target: Target, overrides: list[str], adapter: Path | None, precisi
     if precision not in (None, *PRECISIONS):
         raise ConfigError(f"--precision {precision} is not one of {', '.join(PRECISIONS)}")
     if target.run:
-        config = with_overrides(_config_of(target.run), overrides)
+        config = with_overrides(config_of(target.run), overrides)
     else:
         config = load_recipe(CONTROL, [f"actor_rollout_ref.model.path={target.path}", *overrides])
     OmegaConf.set_struct(config, False)
@@ -148,7 +148,7 @@ def evaluate(path: Path, overrides: list[str], adapter: Path | None = None, prec
 
 def read(run: RunFolder, target: str, precision: str) -> Evaluation:
     """The result of a finished evaluation out of its folder."""
-    (validation,) = records(run, "metrics.jsonl", "validation")
+    (validation,) = run.by_step("metrics.jsonl", "validation").values()
     file = run.path / "validation" / f"{validation['step']}.jsonl"
     items = validation["items"]
     shares = {rule: validation[key] for rule, key in RULES.items() if key in validation}
@@ -180,15 +180,6 @@ def with_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
         except OmegaConfBaseException as error:
             raise ConfigError(f"{override}: {str(error).splitlines()[0]}") from error
     parse_aqn(config)
-    return config
-
-
-def _config_of(run: RunFolder) -> DictConfig:
-    path = run.path / "config.yaml"
-    if not path.is_file():
-        raise DataError(f"{run.path} has no config.yaml: it was killed before it began")
-    config = OmegaConf.load(path)
-    assert isinstance(config, DictConfig)
     return config
 
 

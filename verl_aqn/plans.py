@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from verl_aqn.config import load_recipe, parse_aqn, typed
-from verl_aqn.console import Console, print_wide, records
+from verl_aqn.console import Console
 from verl_aqn.errors import BusyError, ConfigError, DataError, StrengthError
 from verl_aqn.prepare import data_files
 from verl_aqn.runs.arms import FACTOR, arms, beyond, settings_of
@@ -25,6 +25,7 @@ from verl_aqn.runs.compare import Report, compare
 from verl_aqn.runs.folder import RunFolder, finished_run
 from verl_aqn.runs.provenance import provenance
 from verl_aqn.runs.stats import accuracy_text
+from verl_aqn.terminal import print_wide
 from verl_aqn.train import execute, identity, prepare, resolve
 
 
@@ -225,10 +226,10 @@ class Series:
 
     def last(self, run: RunFolder) -> dict:
         """The last validation of a run."""
-        found = records(run, "metrics.jsonl", "validation")
+        found = run.by_step("metrics.jsonl", "validation")
         if not found:
             raise DataError(f"{run.path} was never validated: a plan cannot use it")
-        return found[-1]
+        return found[max(found)]
 
     def result(self, arm: str, seed: int) -> str:
         last = self.last(self.done[arm, seed])

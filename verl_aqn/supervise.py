@@ -44,33 +44,38 @@ class Listener(Protocol):
 def environment(run: RunFolder, temporary: str) -> dict[str, str]:
     """Environment of the training process and, through Ray, of every process under it."""
     config = yaml.safe_load((run.path / "launch.yaml").read_text())
-    env = dict(os.environ)
-    env.pop("PYTHONDONTWRITEBYTECODE", None)  # ten processes import verl; compiled files make that 6 s faster each
-    cores = str(len(os.sched_getaffinity(0)))
-    env.setdefault("OMP_NUM_THREADS", cores)
-    env.update(
-        TOKENIZERS_PARALLELISM="false",
-        RAY_DEDUP_LOGS="0",
-        RAY_USAGE_STATS_ENABLED="0",
-        # Sockets and temporary files of every process; removed with the folder.
-        TMPDIR=temporary,
-        RAY_TMPDIR=temporary,
-        VLLM_RPC_BASE_PATH=temporary,
-        TORCHINDUCTOR_CACHE_DIR=str(cache_dir() / "torchinductor"),
-        VLLM_NO_USAGE_STATS="1",
-        DO_NOT_TRACK="1",
-        HYDRA_FULL_ERROR="1",
-    )
+    ranks = int(config["actor_rollout_ref"]["rollout"]["tensor_model_parallel_size"])
+    env = engine_environment(temporary, cpu=config["aqn"]["profile"] == "cpu", ranks=ranks)
+    env.update(RAY_TMPDIR=temporary, RAY_DEDUP_LOGS="0", RAY_USAGE_STATS_ENABLED="0", HYDRA_FULL_ERROR="1")
     stay_here(env, run.path, run.state["attempt"])
     if "RAY_ADDRESS" not in env:
         # Ray's name for "this machine only": it then binds to loopback, and verl's servers take their address from it.
         env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    if config["aqn"]["profile"] == "cpu":
-        env.update(VERL_PLATFORM="cpu")
+    return env
+
+
+def engine_environment(temporary: str, *, cpu: bool, ranks: int) -> dict[str, str]:
+    """Of a process with vLLM in it: sockets and temporary files lie in `temporary`, nobody is told of its use.
+
+    `cpu`: it runs on this machine's cores, which the `ranks` of an engine share out.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    env = dict(os.environ)
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # ten processes import verl; compiled files make that 6 s faster each
+    env.setdefault("OMP_NUM_THREADS", str(len(cores)))
+    env.update(
+        TMPDIR=temporary,
+        VLLM_RPC_BASE_PATH=temporary,
+        TORCHINDUCTOR_CACHE_DIR=str(cache_dir() / "torchinductor"),
+        TOKENIZERS_PARALLELISM="false",
+        VLLM_NO_USAGE_STATS="1",
+        DO_NOT_TRACK="1",
+    )
+    if cpu:
+        env["VERL_PLATFORM"] = "cpu"
         env.pop("CUDA_VISIBLE_DEVICES", None)  # Ray refuses a pretended GPU beside an empty list
-        env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        ranks = int(config["actor_rollout_ref"]["rollout"]["tensor_model_parallel_size"])
-        env.setdefault("VLLM_CPU_OMP_THREADS_BIND", bind_cores(sorted(os.sched_getaffinity(0)), ranks))
+        env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+        env.setdefault("VLLM_CPU_OMP_THREADS_BIND", bind_cores(cores, ranks))
     return env
 
 

@@ -207,3 +207,10 @@ def test_script_takes_devices_toggles_and_overrides(tmp_path):
     assert (config["trainer"]["n_gpus_per_node"], config["data"]["seed"]) == (2, 7)
     assert config["aqn"]["run"]["dir"] == str(tmp_path)
     assert config["ray_kwargs"]["ray_init"]["num_gpus"] == 2
+
+
+def test_help_does_not_wait_for_heavy_packages():
+    heavy = {"torch", "numpy", "scipy", "hydra", "omegaconf", "transformers", "pyarrow", "ray", "vllm", "verl"}
+    code = "import sys, verl_aqn.cli; print(*{name.split('.')[0] for name in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not heavy & set(loaded)

@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console as RichConsole
 
 from verl_aqn import supervise
-from verl_aqn.console import Console, items, records, result_table, sigma_table
+from verl_aqn.console import Console, items, result_table, sigma_table
 from verl_aqn.runs.arms import read_run
 from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.runs.listing import describe, find_runs
@@ -68,7 +68,7 @@ def test_an_old_run_is_carried_on(old):
     assert (run.path, run.resumed) == (old.path, True)
     supervise.clean_after_killed(run)
     run.append("metrics.jsonl", {"kind": "validation", "step": 3, "accuracy": 1.0, "math_verify": 1.0, "items": 4})
-    assert [record["step"] for record in records(run, "metrics.jsonl", "validation")] == [0, 2, 3]
+    assert list(run.by_step("metrics.jsonl", "validation")) == [0, 2, 3]
     assert shown(result_table(run))[-1][1:4] == ["100.0 [51.0, 100.0]", "–", "100.0 [51.0, 100.0]"]
 
 

@@ -14,7 +14,7 @@ from verl_aqn.report.answers import read_answers
 from verl_aqn.report.charts import Chart, Series, number
 from verl_aqn.report.evidence import checks, noise_table
 from verl_aqn.report.page import render, write_report
-from verl_aqn.report.records import QUANTIZATION, newest, read_runs
+from verl_aqn.report.records import QUANTIZATION, read_runs
 from verl_aqn.report.sections import NESTED, OUTSIDE, PHASES, bases, times
 from verl_aqn.runs.folder import open_run
 
@@ -174,7 +174,7 @@ def test_records_of_an_older_version_and_odd_ones_give_a_page(tmp_path):
 def test_of_a_step_taken_twice_the_later_record_counts(tmp_path):
     run = write_run(tmp_path, steps=3)
     run.append("metrics.jsonl", {"kind": "step", "step": 2, "metrics": metrics(2, 0.05) | {"critic/score/mean": 9.0}})
-    assert list(newest(run, "metrics.jsonl", "step")) == [1, 2, 3]
+    assert list(run.by_step("metrics.jsonl", "step")) == [1, 2, 3]
     (read,) = read_runs([run.path])
     assert [read.steps[step]["critic/score/mean"] for step in (1, 2, 3)] == [0.1, 9.0, pytest.approx(0.3)]
 

@@ -11,9 +11,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl_aqn.cache import cache_dir
 from verl_aqn.errors import EnvironmentFault
-from verl_aqn.supervise import bind_cores, end_with_parent
+from verl_aqn.supervise import end_with_parent, engine_environment
 
 TIMEOUT_S = 3600
 
@@ -92,23 +91,7 @@ def engine_options(config: DictConfig, *, merged: bool) -> dict[str, Any]:
 
 
 def environment(config: DictConfig, temporary: str) -> dict[str, str]:
-    """Of the engine's process: everything in one process where one device does, and no traces outside `temporary`."""
-    env = dict(os.environ)
-    env.pop("PYTHONDONTWRITEBYTECODE", None)
-    env.update(
-        TMPDIR=temporary,
-        VLLM_RPC_BASE_PATH=temporary,
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_LOGGING_LEVEL="WARNING",
-        VLLM_NO_USAGE_STATS="1",
-        DO_NOT_TRACK="1",
-        TOKENIZERS_PARALLELISM="false",
-        TORCHINDUCTOR_CACHE_DIR=str(cache_dir() / "torchinductor"),
-    )
-    if config.aqn.profile == "cpu":
-        cores = sorted(os.sched_getaffinity(0))
-        env["VERL_PLATFORM"] = "cpu"
-        env.setdefault("OMP_NUM_THREADS", str(len(cores)))
-        env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-        env.setdefault("VLLM_CPU_OMP_THREADS_BIND", bind_cores(cores, 1))
+    """Of the engine's process: everything in one process where one device does."""
+    env = engine_environment(temporary, cpu=config.aqn.profile == "cpu", ranks=1)
+    env.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING")
     return env

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from verl_aqn.errors import DataError, EvidenceError, ModelError
 from verl_aqn.mxfp4.checkpoint import checkpoint_digest, is_packed
-from verl_aqn.runs.checkpoints import find_checkpoint
+from verl_aqn.runs.checkpoints import config_of, find_checkpoint
 from verl_aqn.runs.folder import RunFolder
 
 
@@ -43,11 +43,7 @@ def find_source(path: Path) -> Source:
         ModelError: the base is gone. EvidenceError: it is not the run's.
     """
     run, step = find_checkpoint(path)
-    file = next((run.path / name for name in ("launch.yaml", "config.yaml") if (run.path / name).is_file()), None)
-    if file is None:
-        raise DataError(f"{run.path} has no config.yaml: what it was a run of is unknown")
-    config = OmegaConf.load(file)
-    assert isinstance(config, DictConfig)
+    config = config_of(run)
     evidence = list(run.read("evidence.jsonl"))
     # Of a step that was taken twice, after a crash, the later one was saved.
     sent = next((r["sent"] for r in reversed(evidence) if r["kind"] == "adapter" and r["step"] == step), None)

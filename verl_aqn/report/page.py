@@ -21,6 +21,7 @@ from verl_aqn.report.records import Run, read_runs
 from verl_aqn.report.tables import Cell, Table, chart_table
 from verl_aqn.runs.arms import FACTOR, arms, is_seed_or_place
 from verl_aqn.runs.compare import Report, compare
+from verl_aqn.runs.stats import share_text
 from verl_aqn.runs.verdict import compare_before_after
 
 ANSWERS = 24
@@ -149,7 +150,7 @@ def overview(runs: Sequence[Run]) -> Table:
                 Cell(run.label, colour=run.place % COLOURS),
                 Cell(one["status"], good=good),
                 Cell(f"{one['step']}/{one['steps'] or '?'}", one["step"]),
-                Cell(sections.last_accuracy(run), one["accuracy"]),
+                Cell(share_text(one["accuracy"], one["items"], " %"), one["accuracy"]),
                 Cell(sigma, noise.get("sigma_start")),
                 Cell(f"{one['minutes']:g}", one["minutes"]),
                 Cell(str(versions.get("versions.device") or "–")),

@@ -80,10 +80,10 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 def _read(folder: RunFolder, label: str, place: int, summary: dict[str, Any]) -> Run:
     steps = {}
-    for step, record in newest(folder, "metrics.jsonl", "step").items():
+    for step, record in folder.by_step("metrics.jsonl", "step").items():
         metrics = record.get("metrics") or {}
         steps[step] = {key: float(value) for key, value in metrics.items() if isinstance(value, int | float)}
-    validations = newest(folder, "metrics.jsonl", "validation")
+    validations = folder.by_step("metrics.jsonl", "validation")
     evidence = list(folder.read("evidence.jsonl"))
     config, versions = records_of(folder.path) if (folder.path / "config.yaml").is_file() else ({}, {})
     settings = flatten(config | {"versions": versions})
@@ -103,16 +103,6 @@ def _read(folder: RunFolder, label: str, place: int, summary: dict[str, Any]) ->
         no_quantization=why,
         answered=tuple(sorted(int(name) for name in names if name.isdecimal())),
     )
-
-
-def newest(folder: RunFolder, name: str, kind: str) -> dict[int, dict[str, Any]]:
-    """Records of one kind by step, ascending. A resumed run takes some steps again: the later record counts."""
-    found = {
-        int(record["step"]): record
-        for record in folder.read(name)
-        if record.get("kind") == kind and isinstance(record.get("step"), int)
-    }
-    return dict(sorted(found.items()))
 
 
 def base_of(evidence: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

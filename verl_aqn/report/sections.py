@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -194,15 +195,6 @@ def accuracy(runs: Sequence[Run]) -> tuple[Chart | None, Table]:
     return Chart("accuracy", "Accuracy", series, span, note, " %", ".1f", tall=True), table
 
 
-def last_accuracy(run: Run) -> str:
-    """The last accuracy with its interval, or "–"."""
-    if not run.validations:
-        return "–"
-    last = run.validations[max(run.validations)]
-    low, high = wilson(round(last["accuracy"] * last["items"]), last["items"])
-    return f"{100 * last['accuracy']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-
-
 @dataclass(frozen=True)
 class Base:
     """The rounding error of one packed base and the runs that have it."""
@@ -272,8 +264,6 @@ def _base(place: int, members: list[Run]) -> Base:
 
 def _sqnr(group: list[dict[str, Any]]) -> float | None:
     """dB of matrices taken together, None where there is no error at all."""
-    import math
-
     noise = sum(one["noise"] for one in group)
     return 10 * math.log10(sum(one["signal"] for one in group) / noise) if noise > 0 else None
 

@@ -1,7 +1,9 @@
-"""The checkpoints of a run."""
+"""The checkpoints of a run, and the config that they were made under."""
 
 import re
 from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.errors import DataError
 from verl_aqn.runs.arms import find_run
@@ -33,3 +35,13 @@ def find_checkpoint(path: Path) -> tuple[RunFolder, int]:
     if not (folder / "actor").is_dir():
         raise DataError(f"{folder / 'actor'} is not there: name a checkpoint that is (verl keeps the newest ones)")
     return run, step
+
+
+def config_of(run: RunFolder) -> DictConfig:
+    """The resolved config of a run. DataError where it has none."""
+    path = run.path / "config.yaml"
+    if not path.is_file():
+        raise DataError(f"{run.path} has no config.yaml: it was killed before it began")
+    config = OmegaConf.load(path)
+    assert isinstance(config, DictConfig)
+    return config

@@ -88,6 +88,7 @@ def compare(arms: Sequence[Arm], pairs: Sequence[tuple[Arm, Arm]] = ()) -> Repor
     tests = [_test(arm, control) for arm, control in pairs]
     known = [index for index, test in enumerate(tests) if test["p_value"] is not None]
     corrected = dict(zip(known, holm([tests[index]["p_value"] for index in known]), strict=True))
+    scores = {arm.name: _score(arm) for arm in arms}
     contrasts = []
     for index, ((arm, control), test) in enumerate(zip(pairs, tests, strict=True)):
         p = corrected.get(index)
@@ -103,9 +104,9 @@ def compare(arms: Sequence[Arm], pairs: Sequence[tuple[Arm, Arm]] = ()) -> Repor
         more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
         text = f"{arm.name} against {control.name}: {verdict}. {_sentence(test, p, len(known), verdict, several)}"
         text += f" What differs: {', '.join(changes[:4])}{more}."
-        contrasts.append(Contrast(_score(arm), control.name, differs, corrected=p, verdict=verdict, text=text, **test))
-    scores = tuple(_score(arm) for arm in arms)
-    return Report(arms[0].right.shape[1], scores[0], scores, tuple(contrasts))
+        score = scores[arm.name]
+        contrasts.append(Contrast(score, control.name, differs, corrected=p, verdict=verdict, text=text, **test))
+    return Report(arms[0].right.shape[1], scores[arms[0].name], tuple(scores.values()), tuple(contrasts))
 
 
 def _score(arm: Arm) -> Score:

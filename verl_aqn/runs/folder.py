@@ -113,9 +113,8 @@ class RunFolder:
                 if os.write(handle, line) < len(line):  # a disk that fills up within the line
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
-                fcntl.flock(
-                    handle, fcntl.LOCK_UN
-                )  # a process forked in between holds the file open, and with it the lock
+                # Not left to close(): a process forked in between holds the file open, and with it the lock.
+                fcntl.flock(handle, fcntl.LOCK_UN)
                 os.close(handle)
 
     def read(self, name: str) -> Iterator[dict[str, Any]]:
@@ -135,6 +134,15 @@ class RunFolder:
                     yield json.loads(line)
                 except ValueError as error:
                     raise DataError(f"{path} line {number} is damaged ({error}): remove that line") from error
+
+    def by_step(self, name: str, kind: str) -> dict[int, dict[str, Any]]:
+        """Records of one kind by step, ascending. A resumed run takes some steps again: the later record counts."""
+        found = {
+            int(record["step"]): record
+            for record in self.read(name)
+            if record.get("kind") == kind and isinstance(record.get("step"), int)
+        }
+        return dict(sorted(found.items()))
 
     def close(self) -> None:
         """Lets go of the lock. The kernel does the same when the process ends, however it ends."""

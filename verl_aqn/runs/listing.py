@@ -13,7 +13,7 @@ from rich.table import Table
 
 from verl_aqn.errors import DataError
 from verl_aqn.runs.folder import RunFolder
-from verl_aqn.runs.stats import wilson
+from verl_aqn.runs.stats import share_text
 
 DEFAULT_BASES = "/tmp/mxfp4_*"  # where recipes put their runs when aqn.run.dir is not set
 
@@ -94,7 +94,7 @@ def table(rows: Iterable[dict[str, Any]]) -> Table:
             f"{row['step']}/{row['steps'] or '?'}",
             _sigmas(row["noise"]),
             "–" if row["seed"] is None else str(row["seed"]),
-            _accuracy(row["accuracy"], row["items"]),
+            escape(share_text(row["accuracy"], row["items"], " %")),
             f"{row['minutes']:g}",
         )
     return view
@@ -104,13 +104,6 @@ def _sigmas(noise: dict | None) -> str:
     if not noise or not noise.get("enabled", True):
         return "off" if noise else "–"
     return f"{noise['sigma_start']:g} → {noise['sigma_end']:g}"
-
-
-def _accuracy(accuracy: float | None, items: int | None) -> str:
-    if accuracy is None or not items:
-        return "–"
-    low, high = wilson(round(accuracy * items), items)
-    return escape(f"{100 * accuracy:.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
 
 
 def _get(config: Any, *keys: str) -> Any:

@@ -45,12 +45,12 @@ def accuracy_text(successes: int, n: int) -> str:
     return f"{share:.1f} % ({successes} of {n}; 95 % interval {100 * low:.1f}–{100 * high:.1f} %)"
 
 
-def share_text(share: float | None, n: int) -> str:
+def share_text(share: float | None, n: int | None, unit: str = "") -> str:
     """'84.4 [78.6, 88.8]': a share of `n` items in percent, with its 95 % interval; '–' where there is none."""
-    if share is None:
+    if share is None or not n:
         return "–"
     low, high = wilson(round(share * n), n)
-    return f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{100 * share:.1f}{unit} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def mcnemar(before: Sequence[bool] | np.ndarray, after: Sequence[bool] | np.ndarray) -> Pairs:

@@ -1,4 +1,4 @@
-"""`verl-aqn quantize`."""
+"""`verl-aqn quantize`; outside verl_aqn.mxfp4, which imports torch, so that other commands need not wait for it."""
 
 import json
 import math
@@ -10,8 +10,8 @@ import typer
 from rich.console import Console as RichConsole
 from rich.table import Table
 
-from verl_aqn.console import progress_bar
 from verl_aqn.errors import ConfigError
+from verl_aqn.terminal import progress_bar
 
 if TYPE_CHECKING:
     from verl_aqn.mxfp4.report import QuantReport
