@@ -90,7 +90,6 @@ def prepare_data(config: DictConfig) -> dict[str, int]:
     Raises:
         DataError: a file that is missing, unreadable, empty, or lacks a column.
     """
-    from verl_aqn.data.gsm8k import prepare_gsm8k
     from verl_aqn.data.parquet import check_parquet
     from verl_aqn.data.word_problems import prepare_word_problems
 
@@ -98,7 +97,7 @@ def prepare_data(config: DictConfig) -> dict[str, int]:
         "embedded": lambda: prepare_word_problems(
             cache_dir() / "data" / f"word_problems-{N_TRAIN}-{N_TEST}", N_TRAIN, N_TEST
         ),
-        "gsm8k": lambda: prepare_gsm8k(cache_dir() / "data" / "gsm8k"),
+        "gsm8k": _gsm8k,
     }
     rows = {}
     for split, key in (("train", "train_files"), ("test", "val_files")):
@@ -109,6 +108,15 @@ def prepare_data(config: DictConfig) -> dict[str, int]:
         count = sum(check_parquet(file) for file in data_files(config, key))
         rows[split] = min(count, limit) if limit > 0 else count
     return rows
+
+
+def _gsm8k() -> dict[str, Path]:
+    """GSM8K as it was prepared in the cache (`verl-aqn data gsm8k`, which takes a folder too), else from the hub."""
+    from verl_aqn.data.gsm8k import prepare_gsm8k
+
+    folder = cache_dir() / "data" / "gsm8k"
+    made = {split: folder / f"{split}.parquet" for split in ("train", "test")}
+    return made if all(file.is_file() for file in made.values()) else prepare_gsm8k(folder)
 
 
 def data_files(config: DictConfig, *keys: str) -> list[Path]:

@@ -6,9 +6,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from verl_aqn.config import load_recipe
 from verl_aqn.data.gsm8k import INSTRUCTION, ground_truth, prepare_gsm8k
 from verl_aqn.data.parquet import check_parquet, write_parquet
 from verl_aqn.errors import DataError
+from verl_aqn.prepare import prepare_data
 
 ROWS = [
     {"question": "Ida has 3 hens and buys 4. How many?", "answer": "She has 3+4 = <<3+4=7>>7.\n#### 7"},
@@ -39,6 +41,18 @@ def test_rows_from_jsonl(source, tmp_path):
         "extra_info": {"split": "test", "index": 0, **ROWS[0]},
     }
     assert [p.name for p in sorted((tmp_path / "out").iterdir())] == ["test.parquet", "train.parquet"]
+
+
+def test_a_recipe_takes_what_was_prepared_and_asks_no_hub(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = load_recipe("e12", ["profile=cuda"])
+    with pytest.raises(DataError, match="verl-aqn data gsm8k --source"):
+        prepare_data(config)
+    paths = prepare_gsm8k(tmp_path / "cache/data/gsm8k", source)
+    config = load_recipe("e12", ["profile=cuda"])
+    assert prepare_data(config) == {"train": 3, "test": 3}
+    assert [config.data.train_files, config.data.val_files] == [str(paths["train"]), str(paths["test"])]
 
 
 def test_rows_from_a_hub_snapshot(tmp_path):
