@@ -162,8 +162,8 @@ def read(run: RunFolder, target: str, precision: str) -> Evaluation:
 
 def check_adapter(run: RunFolder, result: Evaluation) -> None:
     """The adapter that was evaluated is the one that the run had after that step."""
-    sent = {record["step"]: record["sent"] for record in run.read("evidence.jsonl") if record["kind"] == "adapter"}
-    if sent.get(result.step, result.adapter) != result.adapter:
+    after = run.by_step("evidence.jsonl", "adapter").get(result.step)
+    if after and after["sent"] != result.adapter:
         raise EvidenceError(
             f"{result.run} evaluated another adapter than the one on record after step {result.step} of {run.path}"
         )

@@ -72,7 +72,7 @@ def read_run(path: Path) -> Run:
     status = folder.state["status"]
     if status != "finished":
         raise DataError(f"{folder.path} is {status}: only finished runs are compared, so finish it or leave it out")
-    steps = [record["step"] for record in folder.read("metrics.jsonl") if record.get("kind") == "validation"]
+    steps = folder.by_step("metrics.jsonl", "validation")
     file = f"validation/{max(steps, default=0)}.jsonl"
     if not steps or not (folder.path / file).is_file():
         raise DataError(f"{folder.path} has no answers of a validation ({file}): it cannot be compared")
