@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from verl_aqn.config import parse_aqn
 from verl_aqn.runs.compare import Report
 from verl_aqn.runs.compare import table as comparison_table
 from verl_aqn.runs.folder import RunFolder
+from verl_aqn.runs.listing import sigmas
 from verl_aqn.runs.stats import accuracy_text, share_text
 from verl_aqn.runs.verdict import compare_before_after, plan_verdict
 from verl_aqn.supervise import Outcome
@@ -61,10 +63,7 @@ class Console:
         noise = aqn.noise
         if noise.enabled:
             unit = {"rms": "of each module's rms", "multiplicative": "of each weight"}.get(noise.unit, noise.unit)
-            self.say(
-                f"noise    σ {noise.sigma_start:g} → {noise.sigma_end:g} ({unit}), {noise.num_stages} stages, "
-                f"{todo.steps} steps"
-            )
+            self.say(f"noise    σ {sigmas(asdict(noise))} ({unit}), {noise.num_stages} stages, {todo.steps} steps")
             if todo.fitted:
                 self.say(f"         σ_start found for a KL of {noise.target_kl:g}: {_nats(todo.fitted.kl)}")
         else:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from verl_aqn.cli import app
 from verl_aqn.errors import DataError
 from verl_aqn.runs.folder import RunFolder, open_run
-from verl_aqn.runs.listing import describe, find_runs
+from verl_aqn.runs.listing import describe, find_runs, sigmas
 from verl_aqn.runs.provenance import checkout, device, provenance
 
 CONFIG = {
@@ -104,3 +104,11 @@ def test_a_checkout_is_dirty_with_a_change_or_a_new_file(tmp_path):
     assert clean["dirty"] is False
     (tmp_path / "new").write_text("2")
     assert checkout(tmp_path) == clean | {"dirty": True}
+
+
+def test_a_constant_sigma_has_no_end():
+    noise = {"enabled": True, "sigma_start": 0.005, "sigma_end": 5e-4}
+    assert sigmas(noise | {"kind": "exponential"}) == sigmas(noise) == "0.005 → 0.0005"
+    assert sigmas(noise | {"kind": "constant"}) == "0.005"
+    assert sigmas(noise | {"enabled": False}) == "off"
+    assert (sigmas(None), sigmas({"sigma_start": 1})) == ("–", "1 → ?")

@@ -21,6 +21,7 @@ from verl_aqn.report.records import Run, read_runs
 from verl_aqn.report.tables import Cell, Table, chart_table
 from verl_aqn.runs.arms import FACTOR, arms, is_seed_or_place
 from verl_aqn.runs.compare import Report, compare
+from verl_aqn.runs.listing import sigmas
 from verl_aqn.runs.stats import share_text
 from verl_aqn.runs.verdict import compare_before_after
 
@@ -137,10 +138,6 @@ def overview(runs: Sequence[Run]) -> Table:
     for run in runs:
         one, versions = run.summary, run.settings
         noise = one["noise"] or {}
-        sigma = "–"
-        if noise:
-            sigma = f"{noise.get('sigma_start', '?')} → {noise.get('sigma_end', '?')}"
-            sigma = sigma if noise.get("enabled", True) else "off"
         commit = str(versions.get("versions.commit") or "–")[:7] + (
             " + changes" if versions.get("versions.dirty") else ""
         )
@@ -151,7 +148,7 @@ def overview(runs: Sequence[Run]) -> Table:
                 Cell(one["status"], good=good),
                 Cell(f"{one['step']}/{one['steps'] or '?'}", one["step"]),
                 Cell(share_text(one["accuracy"], one["items"], " %"), one["accuracy"]),
-                Cell(sigma, noise.get("sigma_start")),
+                Cell(sigmas(noise), noise.get("sigma_start")),
                 Cell(f"{one['minutes']:g}", one["minutes"]),
                 Cell(str(versions.get("versions.device") or "–")),
                 Cell(commit, code=True),

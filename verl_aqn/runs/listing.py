@@ -92,7 +92,7 @@ def table(rows: Iterable[dict[str, Any]]) -> Table:
             row["recipe"] or "–",
             row["status"],
             f"{row['step']}/{row['steps'] or '?'}",
-            _sigmas(row["noise"]),
+            sigmas(row["noise"]),
             "–" if row["seed"] is None else str(row["seed"]),
             escape(share_text(row["accuracy"], row["items"], " %")),
             f"{row['minutes']:g}",
@@ -100,10 +100,12 @@ def table(rows: Iterable[dict[str, Any]]) -> Table:
     return view
 
 
-def _sigmas(noise: dict | None) -> str:
+def sigmas(noise: dict[str, Any] | None) -> str:
+    """'0.05 → 1e-05' of a config's `aqn.noise`, '0.005' of a constant σ, whose end is not used; 'off', '–' without."""
     if not noise or not noise.get("enabled", True):
         return "off" if noise else "–"
-    return f"{noise['sigma_start']:g} → {noise['sigma_end']:g}"
+    keys = ("sigma_start",) if noise.get("kind") == "constant" else ("sigma_start", "sigma_end")
+    return " → ".join("?" if noise.get(key) is None else f"{noise[key]:g}" for key in keys)
 
 
 def _get(config: Any, *keys: str) -> Any:
