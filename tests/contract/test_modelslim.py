@@ -1,4 +1,4 @@
-"""ModelSlim folders hold what was read in the source of vllm-ascend 0.23.0; tests/npu asks that source itself."""
+"""ModelSlim folders hold what was read in the source of vllm-ascend 0.23.0; test_modelslim_ascend.py asks it."""
 
 import json
 from pathlib import Path

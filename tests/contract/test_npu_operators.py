@@ -17,12 +17,11 @@ from torch import Tensor
 from tests import mxfp4_definition as definition
 from verl_aqn.mxfp4.kernels import npu, reference
 
-# torch_npu 2.10.0.post2, torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml, line 320 (PyPI's cp312 wheel)
+# torch_npu 2.10.0.post4, csrc/aten/npu_native_functions_by_codegen.yaml; test_ascend_packages.py compares.
 DYNAMIC = (
     'npu_dynamic_mx_quant(Tensor input, *, int axis=-1, str round_mode="rint", int dst_type=296, int block_size=32, '
     "int? scale_alg=0, float dst_type_max=0.0) -> (Tensor, Tensor)"
 )
-# Ascend/op-plugin master: docs/zh/custom_APIs/torch_npu, torch_npu.npu_anti_mx_quant, and AntiMxQuantKernelNpuOpApi.cpp
 ANTI = "npu_anti_mx_quant(Tensor x, Tensor mxscale, *, int? axis=-1, int? dst_type=15, int? src_type=292) -> Tensor"
 
 

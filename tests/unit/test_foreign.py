@@ -131,8 +131,10 @@ def test_refusals(tmp_path: Path) -> None:
     theirs, ours = quark(tmp_path, LlamaConfig(**SMALL_ASCEND))
     with pytest.raises(ModelError, match=r"is MXFP4 already \(gpt-oss\): convert it with"):
         quantize_checkpoint(oss, tmp_path / "out")
-    with pytest.raises(ModelError, match="is not MXFP4 of Quark or gpt-oss"):
+    with pytest.raises(ModelError, match="in the layout of compressed-tensors already"):
         import_checkpoint(ours, tmp_path / "out")
+    with pytest.raises(ModelError, match="is not MXFP4 of compressed-tensors, Quark or gpt-oss"):
+        import_checkpoint(tmp_path / "source", tmp_path / "out")
     with pytest.raises(ModelError, match="no place for fused experts"):
         import_checkpoint(oss, tmp_path / "out", format="modelslim")
     with pytest.raises(ConfigError, match="unknown format 'gguf': use one of compressed-tensors, modelslim"):

@@ -1,14 +1,14 @@
-"""Checkpoints that are MXFP4 already, in the layouts of Quark and gpt-oss: rewritten bit by bit, never rounded again.
+"""Checkpoints that are MXFP4 already: rewritten in another layout bit by bit, never rounded again.
 
-==========  ========================================================  ============================
-layout      tensors                                                   ``quant_method``
-==========  ========================================================  ============================
-Quark       ``M.weight`` uint8 [N, K/2], ``M.weight_scale`` [N, K/32]   ``quark``, weights fp4 / e8m0
-gpt-oss     ``S_blocks`` uint8 [E, N, K/32, 16], ``S_scales`` [E, N, K/32]  ``mxfp4``
-==========  ========================================================  ============================
+==================  ========================================================  ============================
+layout              tensors                                                   ``quant_method``
+==================  ========================================================  ============================
+compressed-tensors  ``M.weight_packed`` [N, K/2], ``M.weight_scale`` [N, K/32]  ``compressed-tensors``
+Quark               ``M.weight`` uint8 [N, K/2], ``M.weight_scale`` [N, K/32]   ``quark``, weights fp4 / e8m0
+gpt-oss             ``S_blocks`` uint8 [E, N, K/32, 16], ``S_scales`` [E, N, K/32]  ``mxfp4``
+==================  ========================================================  ============================
 
-Both have the even index in the low nibble and E8M0 scales along K, as compressed-tensors does: the bytes are the same
-and only names and shapes change, to ``M.weight_packed`` and ``M.weight_scale``.
+All have the even index in the low nibble and E8M0 scales along K: bytes stay, and only names and shapes change.
 
 gpt-oss keeps all experts of a layer in one stack S, ``...experts.gate_up_proj`` or ``...experts.down_proj``. It stays
 one: ``S.weight_packed`` [E, N, K/2]. Its rows are output features; in ``gate_up_proj`` gate and up alternate (gate is
@@ -26,20 +26,24 @@ from torch import Tensor, nn
 
 from verl_aqn.errors import ConfigError, ModelError
 from verl_aqn.mxfp4.formats import FORMATS, finish, packed_specs
-from verl_aqn.mxfp4.model import empty_model
+from verl_aqn.mxfp4.model import PACKED, PACKED_FORMAT, SCALE, empty_model
 from verl_aqn.mxfp4.names import Naming
 from verl_aqn.mxfp4.plan import ROUTERS, matches
 from verl_aqn.mxfp4.storage import Spec, Weights, read_config
 from verl_aqn.mxfp4.writing import MAX_SHARD_BYTES, new_folder, write_model
 
 # (codes, scales) as each names them after the module or stack.
-_SUFFIXES = {"quark": (".weight", ".weight_scale"), "gpt-oss": ("_blocks", "_scales")}
+_SUFFIXES = {
+    "compressed-tensors": (PACKED, SCALE),
+    "quark": (".weight", ".weight_scale"),
+    "gpt-oss": ("_blocks", "_scales"),
+}
 _METHODS = {"quark": "quark", "mxfp4": "gpt-oss"}
 
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What `import_checkpoint` did: ``imported`` is "quark" or "gpt-oss", ``modules`` the number of packed modules."""
+    """What `import_checkpoint` did: ``imported`` is the layout it found, ``modules`` the number of packed modules."""
 
     imported: str
     modules: int
@@ -48,8 +52,11 @@ class ImportReport:
 
 
 def foreign_layout(config: dict[str, Any]) -> str | None:
-    """ "quark" or "gpt-oss" where ``config`` (of config.json) names one of them, else None."""
-    return _METHODS.get((config.get("quantization_config") or {}).get("quant_method", ""))
+    """The MXFP4 layout that ``config`` (of config.json) names, a key of `_SUFFIXES`, else None."""
+    quantization = config.get("quantization_config") or {}
+    if quantization.get("format") == PACKED_FORMAT:
+        return "compressed-tensors"
+    return _METHODS.get(quantization.get("quant_method", ""))
 
 
 def import_checkpoint(
@@ -59,7 +66,7 @@ def import_checkpoint(
     progress: Callable[[int, int, str], None] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> ImportReport:
-    """Rewrite ``src``, MXFP4 as Quark or gpt-oss lays it out, into the new folder ``dst`` with the same codes.
+    """Rewrite ``src``, MXFP4 in one of the layouts above, into the new folder ``dst`` with the same codes.
 
     Raises:
         ModelError: ``src`` is in another layout, a tensor of it is not MXFP4 or is damaged, or ``dst`` exists.
@@ -71,7 +78,9 @@ def import_checkpoint(
     config = read_config(src)
     kind = foreign_layout(config)
     if kind is None:
-        raise ModelError(f"{src} is not MXFP4 of Quark or gpt-oss: quantise it from bf16")
+        raise ModelError(f"{src} is not MXFP4 of compressed-tensors, Quark or gpt-oss: quantise it from bf16")
+    if kind == format:
+        raise ModelError(f"{src} is MXFP4 in the layout of {format} already: there is nothing to convert")
     weights = Weights(src)
     codes, scales = _SUFFIXES[kind]
     shapes = {
@@ -111,7 +120,7 @@ def _matrix_shape(kind: str, name: str, weights: Weights) -> tuple[int, ...]:
     """[..., N, K] of the codes ``name``, after checking that they and their scales are MXFP4."""
     codes, scales = _SUFFIXES[kind]
     spec, scale = weights.specs[name], weights.specs[name.removesuffix(codes) + scales]
-    shape = spec.shape if kind == "quark" else (*spec.shape[:-2], spec.shape[-2] * spec.shape[-1])
+    shape = (*spec.shape[:-2], spec.shape[-2] * spec.shape[-1]) if kind == "gpt-oss" else spec.shape
     *lead, half = shape
     if spec.dtype != torch.uint8 or half % 16 or scale != Spec(torch.uint8, (*lead, half // 16)):
         raise ModelError(

@@ -2,8 +2,8 @@
 
 NOT RUN ON HARDWARE. Written from published sources, and tested against stand-ins that follow them:
 
-* torch_npu 2.10.0.post2 (its wheel): the signature of ``npu_dynamic_mx_quant`` and the shapes of its results.
-  ``npu_anti_mx_quant`` is not in that wheel; Ascend/op-plugin's master has it.
+* torch_npu 2.10.0.post4 (its wheel): the signatures of ``npu_dynamic_mx_quant`` and ``npu_anti_mx_quant``, which
+  2.10.0.post2 lacks, and the shapes of their results.
 * Ascend/op-plugin, docs/zh/custom_APIs/torch_npu, the pages of both operators: dtypes, arguments, formulas, and that of
   all chips the Ascend 950 alone has them.
 * hicann/ops-nn, quant/dynamic_mx_quant/op_kernel/arch35/dynamic_mx_quant_tail_axis.h: what they compute to the bit.
@@ -20,6 +20,7 @@ codes are left open, and whether subnormals are kept nobody says. Blocks there a
 import torch
 from torch import Tensor
 
+from verl_aqn.ascend import has_mx_units
 from verl_aqn.mxfp4.kernels import reference
 
 _SCALE_ALG = {"floor": 0, "rceil": 2}
@@ -39,7 +40,7 @@ def supports(scale_rule: str, rounding: str, dtype: torch.dtype) -> bool:
 
 
 def supports_dequantize(dtype: torch.dtype) -> bool:
-    """Whether `dequantize` to ``dtype`` leaves it to the operator, which torch_npu 2.10.0.post2 does not have."""
+    """Whether `dequantize` to ``dtype`` leaves it to the operator, which torch_npu has since 2.10.0.post4."""
     import torch_npu
 
     return _on_ascend_950() and dtype in _DST_TYPE and hasattr(torch_npu, "npu_anti_mx_quant")
@@ -105,4 +106,4 @@ def _rows(mask: Tensor) -> Tensor:
 def _on_ascend_950() -> bool:
     import torch_npu
 
-    return torch_npu.npu.get_device_name().startswith("Ascend950")
+    return has_mx_units(torch_npu.npu.get_device_name())

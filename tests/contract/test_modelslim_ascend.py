@@ -1,29 +1,23 @@
 """The functions of vllm-ascend that look modules up, make parameters and rearrange them, run on our folders.
 
-They are taken out of its source, so that torch_npu need not be there; vllm-ascend must. They passed on the wheel of
-0.23.0 (2026-11-22), on a CPU. No NPU has run any of this.
+They are taken out of the source of the pinned wheel, so that torch_npu need not be there. No NPU has run any of this.
 """
 
 import ast
-import importlib.util
 import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.ascend_packages import read
 from tests.modelslim_folders import LAYER, modelslim_folders  # noqa: F401
 
 
 def definitions(file: str, *names: str, inside: str | None = None) -> dict[str, Any]:
     """Functions and tables of a module of vllm-ascend, without importing it."""
-    spec = importlib.util.find_spec("vllm_ascend")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("vllm-ascend is not installed")
-    tree = ast.parse((Path(next(iter(spec.submodule_search_locations))) / file).read_text())
+    tree = ast.parse(read(f"vllm_ascend/{file}"))
     body = tree.body
     if inside:
         body = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == inside).body

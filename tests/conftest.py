@@ -1,0 +1,6 @@
+"""Options of the whole suite."""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all-kills", action="store_true", help="test_faults.py: every process, every phase")
+    parser.addoption("--all-memory", action="store_true", help="test_memory.py: every model with every batch")

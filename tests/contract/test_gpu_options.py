@@ -1,0 +1,44 @@
+"""What the profile cuda asks of vLLM and verl. Held against the CPU's vLLM 0.28; read so in 0.23.0 and 0.24.0 too."""
+
+import typing
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from verl_aqn.config import load_recipe
+
+
+def test_marlin_is_a_backend_and_serves_mxfp4_alone():
+    from vllm.config.kernel import LinearBackend
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.kernels import linear
+    from vllm.platforms import PlatformEnum
+
+    asked = load_recipe("e12", ["profile=cuda"]).actor_rollout_ref.rollout.engine_kwargs.vllm
+    assert asked.linear_backend in typing.get_args(LinearBackend)
+    assert asked.keys() <= {field.name for field in fields(EngineArgs)}
+    possible = linear._POSSIBLE_MXFP4_KERNELS[PlatformEnum.CUDA]
+    left = linear._filter_kernels_by_backend(asked.linear_backend, possible)
+    assert [kernel.__name__ for kernel in left] == ["MarlinMxFp4LinearKernel"]
+
+
+@pytest.mark.parametrize(("rank", "merge", "level"), [(32, False, 1), (32, True, 2), (0, False, 2)])
+def test_verl_keeps_the_rollout_s_weights_in_its_sleep_for_an_adapter_alone(rank, merge, level):
+    """Level 2 discards them; verl then sends whole weights, which a packed base is not among."""
+    from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
+
+    server = SimpleNamespace(
+        config=SimpleNamespace(mtp=None), model_config=SimpleNamespace(lora_rank=rank, lora={"merge": merge})
+    )
+    server.lora_as_adapter = vLLMHttpServer.lora_as_adapter.fget(server)
+    assert vLLMHttpServer._resolve_sleep_level(server) == level
+
+
+def test_vllm_s_kernels_for_norms_stand_back_where_weights_are_float32():
+    """They would read the noise's float32 as 16-bit numbers, or refuse; vLLM's plain forward takes both dtypes."""
+    (folder,) = find_spec("vllm").submodule_search_locations
+    source = (Path(folder) / "kernels/vllm_c.py").read_text()
+    assert source.count("variance_size is None and (weight is None or weight.dtype == x.dtype)") == 2

@@ -1,0 +1,73 @@
+"""Which Ascend chip this is: only the Ascend 950 (vllm-ascend calls it A5) computes with MXFP4. Imports no torch."""
+
+from verl_aqn.errors import EnvironmentFault
+from verl_aqn.preflight.findings import Finding
+
+BYTES_PACKED, BYTES_BF16 = 17 / 32, 2  # of one weight: 4 bits and its part of a scale byte for 32
+
+# What vllm-ascend 0.23.0 (setup.py) and verl 0.9.1 (utils/device.py) map to A2, A3 and A5, by the names' beginnings.
+_GENERATIONS = {
+    "ascend950": "950",
+    "ascend910_95": "950",  # its name before the release
+    "ascend910_93": "A3",
+    "ascend910b": "A2",
+    "ascenda2g": "A2",
+}
+
+
+def generation(name: str) -> str:
+    """`A2`, `A3` or `950` of a device that calls itself `name`, as in "Ascend910_9392".
+
+    Raises:
+        EnvironmentFault: neither vllm-ascend nor verl knows such a chip.
+    """
+    for beginning, found in _GENERATIONS.items():
+        if name.lower().startswith(beginning):
+            return found
+    raise EnvironmentFault(f"unknown Ascend chip {name!r}: this project knows 910B (A2), 910_93 (A3) and 950")
+
+
+def has_mx_units(name: str) -> bool:
+    """Whether a chip multiplies MXFP4; on the others a packed base is served as its exact bf16 equal."""
+    return generation(name) == "950"
+
+
+def chip_name() -> str:
+    """What the first NPU of this machine calls itself.
+
+    Raises:
+        EnvironmentFault: torch_npu is missing, or no device answers.
+    """
+    try:
+        import torch_npu
+
+        return torch_npu.npu.get_device_name()
+    except (ImportError, AssertionError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise EnvironmentFault(
+            f"no Ascend device answers ({reason}): set aqn.mxfp4.serve to packed (Ascend 950) or bf16 (A2, A3)"
+        ) from error
+
+
+def examine() -> list[Finding]:
+    """What `doctor` says of this machine's NPUs."""
+    try:
+        chip = chip_name()
+        kind = generation(chip)
+    except EnvironmentFault as fault:
+        return [Finding("NPU", "no answer", str(fault))]
+    import torch_npu
+    from vllm_ascend import _build_info
+
+    packed, bf16 = f"{BYTES_PACKED:.2f} GB", f"{BYTES_BF16} GB"
+    if has_mx_units(chip):
+        path = f"packed, as W4A4_MXFP4: {packed} for 1e9 weights instead of {bf16} in bf16; activations are rounded too"
+    else:
+        path = f"no MX units: as the exact bf16 equal, {bf16} for 1e9 weights instead of {packed}"
+    built, wanted = _build_info.__device_type__, {"950": "A5"}.get(kind, kind)
+    rebuild = f"PyPI's wheel is for A2: build vllm-ascend from source with SOC_VERSION={chip.lower()}, or take an image"
+    return [
+        Finding("NPU", f"{torch_npu.npu.device_count()} × {chip} ({kind})"),
+        Finding("MXFP4 in the rollout", path),
+        Finding("vllm-ascend is built for", built, "" if built == wanted else rebuild),
+    ]
