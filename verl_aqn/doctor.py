@@ -1,48 +1,104 @@
-"""`verl-aqn doctor`: is everything in place that a run needs?"""
+"""`verl-aqn doctor`: is everything in place that a run needs, and does it fit?"""
 
-import importlib.metadata
-import subprocess
-import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-import psutil
+from omegaconf import DictConfig
 
-from verl_aqn.config import detect_profile
-from verl_aqn.mxfp4.kernels import native
-
-# Each check runs in a process of its own, because what matters is what a *new* process sees.
-_PROBES = {
-    "verl plugin": "import verl; from verl.plugin.platform.platform_manager import PlatformRegistry as R; "
-    "assert R.get('cpu') is not None, 'verl did not load the verl-aqn entry point'; "
-    "from verl_aqn.verl_api.plugin import check_versions as c; print(', '.join(f'{k} {v}' for k, v in c().items()))",
-    "vLLM plugin": "from vllm.plugins import load_general_plugins as load; load(); "
-    "from verl_aqn.vllm_api import plugin as p; assert p.is_registered(), 'vLLM did not call the verl-aqn plugin'; "
-    "print('vllm', p.check_version())",
-}
+from verl_aqn import ascend
+from verl_aqn.config import detect_profile, load_recipe, parse_aqn
+from verl_aqn.errors import AqnError, ConfigError
+from verl_aqn.preflight import checks
+from verl_aqn.preflight.findings import Finding
+from verl_aqn.preflight.node import Node, cluster_address, cluster_nodes, local_node
 
 
-def examine() -> tuple[int, list[dict]]:
-    """Number of faults, and rows of `{"what", "found", "fix"}` (fix is empty where all is well)."""
-    rows = [
-        {"what": "Python", "found": sys.version.split()[0], "fix": ""},
-        {"what": "profile", "found": detect_profile(), "fix": ""},
-        {"what": "memory free", "found": f"{psutil.virtual_memory().available / 1e9:.1f} GB", "fix": ""},
-    ]
+@dataclass
+class Report:
+    """What was found; `memory` and `plan` in bytes, where a recipe was given."""
+
+    findings: list[Finding] = field(default_factory=list)
+    memory: dict[str, Any] | None = None
+    plan: list[dict[str, Any]] | None = None
+
+    @property
+    def faults(self) -> int:
+        return sum(bool(finding.fix) for finding in self.findings)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"checks": [f.to_dict() for f in self.findings], "memory": self.memory, "plan": self.plan}
+
+
+def examine(recipe: str | None = None, overrides: list[str] | None = None, *, plan: bool = False) -> Report:
+    """This machine, or every node of the cluster that a run would join; with a recipe also what that asks of them."""
+    if recipe is None and plan:
+        raise ConfigError("doctor --plan needs a recipe: whose model?")
+    config = load_recipe(recipe, overrides) if recipe else None
+    profile = parse_aqn(config).profile if config is not None else detect_profile()
+    report = Report()
+    if plan:  # a question about devices that are not here
+        assert config is not None
+        report.plan = _plan(config)
+        return report
+    from verl_aqn.mxfp4.kernels import native
+
+    report.findings.append(Finding("profile", profile))
+    if profile == "npu":
+        report.findings += ascend.examine()
     kernels = native.status()
     found = "compiled" if kernels.available else f"plain PyTorch, several times slower: {kernels.detail}"
-    rows.append({"what": "MXFP4 on CPU", "found": found, "fix": ""})
-    for package in ("verl-aqn", "verl", "vllm", "torch", "ray", "transformers", "peft", "compressed-tensors"):
-        try:
-            rows.append({"what": package, "found": importlib.metadata.version(package), "fix": ""})
-        except importlib.metadata.PackageNotFoundError:
-            rows.append({"what": package, "found": "missing", "fix": "bash scripts/setup.sh"})
-    for what, code in _PROBES.items():
-        probe = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        lines = (probe.stdout if probe.returncode == 0 else probe.stderr).strip().splitlines()
-        rows.append(
-            {
-                "what": what,
-                "found": lines[-1] if lines else "no answer",
-                "fix": "" if probe.returncode == 0 else "bash scripts/setup.sh",
-            }
-        )
-    return sum(bool(row["fix"]) for row in rows), rows
+    report.findings.append(Finding("MXFP4 on CPU", found))
+    run = parse_aqn(config).run.dir if config is not None else None
+    nodes = _nodes(report, config, str(Path(run or "/tmp").expanduser()), profile)
+    for node in nodes:
+        report.findings += checks.check_node(node, nodes[0], f" of {node.host}" if len(nodes) > 1 else "")
+    if config is not None:
+        _recipe(report, config, nodes)
+    return report
+
+
+def _nodes(report: Report, config: DictConfig | None, folder: str, profile: str) -> list[Node]:
+    address = cluster_address(config)
+    if address is None:
+        return [local_node(folder, profile)]
+    try:
+        nodes, resources = cluster_nodes(address, folder, profile)
+    except ConnectionError as error:
+        first_line = str(error).strip().splitlines()[0]
+        report.findings.append(Finding("Ray cluster", first_line, f"start it, or unset RAY_ADDRESS ({address})"))
+        return []
+    wanted = int(config.trainer.nnodes) if config is not None else 1
+    fix = f"add nodes, or set trainer.nnodes to {len(nodes)}" if len(nodes) < wanted else ""
+    has = ", ".join(f"{resources[name]:g} {name}" for name in ("CPU", "GPU", "NPU") if name in resources)
+    report.findings.append(Finding("Ray cluster", f"{len(nodes)} node(s) at {address}: {has}", fix))
+    return nodes
+
+
+def _recipe(report: Report, config: DictConfig, nodes: list[Node]) -> None:
+    findings = report.findings
+    findings += checks.check_recipe(config)
+    findings += checks.check_ports(config)
+    findings.append(checks.check_schedule(config))
+    shape = None
+    try:
+        shape = checks.recipe_shape(config)
+    except AqnError as error:
+        findings.append(Finding("model", str(error), "set actor_rollout_ref.model.path to a folder with config.json"))
+    for node in nodes:
+        where = f" of {node.host}" if len(nodes) > 1 else ""
+        findings.append(checks.check_devices(config, len(node.devices), where))
+        findings += checks.check_storage(config, shape, node.shared_memory, node.disk, where)
+        if shape is not None:
+            findings += checks.check_memory(config, shape, node.memory, node.devices, where)
+    if shape is not None:
+        findings += checks.check_heads(config, shape)
+        findings += checks.check_experts(config, shape)
+        report.memory = checks.memory_of(config, shape)
+
+
+def _plan(config: DictConfig) -> list[dict[str, Any]]:
+    from verl_aqn.preflight.memory import sizes
+    from verl_aqn.preflight.plan import plan
+
+    return [found.to_dict() for found in plan(checks.recipe_shape(config), sizes(config))]

@@ -1,0 +1,92 @@
+"""The memory estimate against what the kernel counted: actor and rollout, two models, a batch of its own each.
+
+With `--all-memory` each model with each batch: four minutes more.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from verl_aqn.config import load_recipe
+from verl_aqn.data.smollm2 import tiny_model
+from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
+from verl_aqn.preflight import memory
+from verl_aqn.preflight.model import shape_of
+from verl_aqn.preflight.shape import Shape
+from verl_aqn.prepare import tell_workers
+
+# Layers of 512 features: 71 and 92 M parameters, of which the embeddings and the head are 50.
+LAYERS = (8, 16)
+# Logits weigh most in one, activations in the other.
+ACTOR = {
+    "short prompts": ["data.train_batch_size=6", "actor_rollout_ref.actor.ppo_mini_batch_size=6"],
+    "long prompts": ["data.max_prompt_length=256", "data.max_response_length=8"],
+}
+ROLLOUT = {
+    "16 sequences": ["actor_rollout_ref.rollout.max_num_seqs=16"],
+    "128 sequences": ["actor_rollout_ref.rollout.max_num_seqs=128"],
+}
+CACHE = 1 << 30
+
+
+def pytest_generate_tests(metafunc):
+    batches = list(ACTOR if metafunc.function is test_a_rank_of_the_actor else ROLLOUT)
+    each = list(itertools.product(LAYERS, batches))
+    cases = each if metafunc.config.getoption("--all-memory") else list(zip(LAYERS, batches, strict=True))
+    metafunc.parametrize(("layers", "batch"), cases, indirect=["layers"])
+
+
+@pytest.fixture(scope="module")
+def layers(request, tmp_path_factory) -> Path:
+    """Folder of a packed model with so many layers."""
+    root = tmp_path_factory.mktemp(f"layers{request.param}")
+    quantize_checkpoint(tiny_model(root / "tiny", layers=request.param, hidden=512), root / "packed")
+    return root / "packed"
+
+
+def recipe(packed: Path, overrides: list[str]) -> tuple[DictConfig, Shape]:
+    path = f"actor_rollout_ref.model.path={packed}"
+    config = load_recipe("e12_aggressive_1ep", ["profile=cpu", path, *overrides])
+    tell_workers(config)
+    return config, shape_of(packed, ("lm_head", "embed_tokens"))
+
+
+def peaks(kind: str, config: DictConfig, folder: Path) -> dict[str, int]:
+    """VmHWM after each phase of `python -m tests.memory.KIND`, bytes."""
+    file = folder / "config.yaml"
+    file.write_text(OmegaConf.to_yaml(config, resolve=True))
+    env = {**os.environ, "VERL_PLATFORM": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    with tempfile.TemporaryDirectory(prefix="aqn-") as sockets:  # short: a socket's path ends at 107 characters
+        done = subprocess.run(
+            [sys.executable, "-m", f"tests.memory.{kind}", str(file)], capture_output=True, text=True, check=False,
+            timeout=850, env=env | {"TMPDIR": sockets},
+        )  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+def check(estimate: memory.Estimate, peak: int) -> None:
+    """Within 15 % of the process's peak, and of what it has above the constant of a bare process within 25 %."""
+    assert estimate.total == pytest.approx(peak, rel=0.15), estimate.parts
+    bare = estimate.resident["process"]
+    assert estimate.total - bare == pytest.approx(peak - bare, rel=0.25), estimate.parts
+
+
+def test_a_rank_of_the_actor(layers, tmp_path, batch):
+    config, shape = recipe(layers, ACTOR[batch])
+    found = peaks("actor", config, tmp_path)
+    check(memory.actor(shape, memory.sizes(config), memory.CPU), found["update"])
+
+
+def test_a_rank_of_the_rollout(layers, tmp_path, batch):
+    config, shape = recipe(layers, ROLLOUT[batch])
+    found = peaks("rollout", config, tmp_path)
+    check(memory.rollout(shape, memory.sizes(config), memory.CPU, CACHE), found["answered"])

@@ -1,0 +1,262 @@
+"""What a recipe asks of the machines that it runs on, checked one by one.
+
+`refuse` raises the first fault that would end a run; `verl-aqn doctor` shows them all.
+"""
+
+import os
+import shutil
+import socket
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from omegaconf import DictConfig, OmegaConf
+
+from verl_aqn.config import parse_aqn, schedule_of
+from verl_aqn.errors import ConfigError, DataError, EnvironmentFault
+from verl_aqn.preflight.findings import Finding, gb
+from verl_aqn.preflight.memory import ADAPTER_RANKS, CPU, DEVICE, actor, machine, rollout, sizes, whole_cache
+from verl_aqn.preflight.node import PACKAGES, Node, cluster_address, devices_here, free_disk
+from verl_aqn.preflight.plan import fit
+from verl_aqn.preflight.shape import Shape
+from verl_aqn.prepare import find_model, steps_in_data
+
+SETUP = "bash scripts/setup.sh"
+SKEW_S = 1.0  # records of several nodes are put in order by their times
+
+
+def check_recipe(config: DictConfig) -> Iterator[Finding]:
+    """What can be seen from the recipe alone."""
+    given, actor, ranks = sizes(config), config.actor_rollout_ref.actor, sizes(config).ranks
+    highest = ADAPTER_RANKS[-1]
+    yield Finding(
+        "LoRA rank",
+        f"{given.rank}, in vLLM's slots of {given.served_rank}",
+        "" if 0 < given.rank <= highest else f"set actor_rollout_ref.model.lora_rank to 1 to {highest}",
+    )
+    for what, mini in (("actor", actor.ppo_mini_batch_size), ("critic", config.critic.ppo_mini_batch_size)):
+        if what == "critic" and not given.critic:
+            continue
+        # verl's workers assert this, once everything is loaded; batches themselves it fills up with padding.
+        key = "actor_rollout_ref.actor" if what == "actor" else "critic"
+        answers = int(mini) * given.samples
+        yield Finding(
+            f"{what}'s batches",
+            f"{given.batch} prompts × {given.samples} answers, mini-batches of {answers} answers on {ranks} ranks",
+            f"{answers} answers do not divide by {ranks} ranks: change {key}.ppo_mini_batch_size or rollout.n"
+            if answers % ranks
+            else f"set {key}.ppo_mini_batch_size to at most {given.batch} (data.train_batch_size)"
+            if mini > given.batch
+            else "",
+        )
+    parts = given.tensor_parallel
+    yield Finding(
+        "rollout's ranks",
+        f"{ranks // parts} engine(s) of {parts}",
+        f"set rollout.tensor_model_parallel_size to a divisor of {ranks} (n_gpus_per_node × nnodes)" if ranks % parts
+        else "",
+    )  # fmt: skip
+    freq = int(config.trainer.test_freq)
+    yield Finding(
+        "last step validated",
+        "yes" if freq > 0 else f"no (trainer.test_freq={freq})",
+        "" if freq > 0 else "set trainer.test_freq to a number above 0",
+        fatal=False,
+    )
+
+
+def check_ports(config: DictConfig) -> Iterator[Finding]:
+    """Ports that the recipe names are free here."""
+    for key in ("ray_kwargs.ray_init.dashboard_port", "transfer_queue.metrics.port"):
+        port = OmegaConf.select(config, key)
+        if port:
+            with socket.socket() as probe:
+                taken = probe.connect_ex(("127.0.0.1", int(port))) == 0
+            yield Finding(f"port {port}", "in use" if taken else "free", f"choose another {key}" if taken else "")
+
+
+def check_storage(config: DictConfig, shape: Shape | None, shared: int, disk: int, where: str) -> Iterator[Finding]:
+    """/dev/shm for the adapter's way to the rollout, and the disk for checkpoints.
+
+    Each rank on a machine has a buffer in shared memory where memory of devices cannot be shared: on CPUs and NPUs. A
+    checkpoint is the adapter and Adam's two moments in fp32; one more than is kept is there while it is written.
+    """
+    given = sizes(config)
+    if parse_aqn(config).profile != "cuda":
+        bucket = int(config.actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes) << 20
+        need = bucket * int(config.trainer.n_gpus_per_node)
+        yield Finding(
+            f"/dev/shm{where}",
+            f"{gb(shared)} free, {gb(need)} needed",
+            "make it larger (docker run --shm-size), or lower rollout.checkpoint_engine.update_weights_bucket_megabytes"
+            if shared < need
+            else "",
+        )
+    if shape is None:
+        return
+    one = 12 * given.rank * shape.adapted
+    keep = int(config.trainer.max_actor_ckpt_to_keep or 0), int(config.trainer.max_critic_ckpt_to_keep or 0)
+    saves = int(config.trainer.save_freq) > 0
+    need = saves * one * (1 + keep[0] + (1 + keep[1]) * given.critic)
+    yield Finding(
+        f"disk{where}",
+        f"{gb(disk)} free, {gb(need)} needed for checkpoints",
+        "free some, set aqn.run.dir elsewhere, or keep fewer (trainer.max_actor_ckpt_to_keep)" if disk < need else "",
+    )
+
+
+def check_heads(config: DictConfig, shape: Shape) -> Iterator[Finding]:
+    """vLLM shares attention heads out evenly."""
+    parts = sizes(config).tensor_parallel
+    if shape.heads % parts:
+        fix = f"set rollout.tensor_model_parallel_size to a divisor of {shape.heads}, not {parts}"
+        yield Finding("attention heads", f"{shape.heads}", fix)
+
+
+def check_experts(config: DictConfig, shape: Shape) -> Iterator[Finding]:
+    """How a MoE model's experts are shared out, and in which form the rollout has them."""
+    aqn, rollout = parse_aqn(config), config.actor_rollout_ref.rollout
+    tensor, data, expert = (int(rollout[f"{kind}_parallel_size"]) for kind in ("tensor_model", "data", "expert"))
+    fix = ""
+    if expert > 1 and not shape.routed:
+        fix = "set rollout.expert_parallel_size=1: this model has no experts"
+    elif expert not in (1, tensor * data):
+        fix = f"set rollout.expert_parallel_size to 1 or {tensor * data} (tensor × data parallel)"
+    elif expert > 1 and data > 1 and aqn.profile == "cpu":
+        fix = "set rollout.data_parallel_size=1: on a CPU experts are shared out among tensor-parallel ranks only"
+    elif shape.routed and max(tensor, expert) > shape.routed:
+        fix = f"set rollout.tensor_model_parallel_size to at most {shape.routed}"
+    elif shape.routed and OmegaConf.select(rollout, "engine_kwargs.vllm.enable_eplb"):
+        fix = (
+            "leave rollout.engine_kwargs.vllm.enable_eplb out: it moves experts, which are then not those of the start"
+        )
+    bf16 = aqn.profile == "cpu" and aqn.mxfp4.enabled and shape.packed_experts
+    form = ", in bf16 in the rollout (on a CPU vLLM has no kernel for packed ones)" if bf16 else ""
+    shared = f", shared out among {expert} ranks" if expert > 1 else ""
+    if shape.routed or fix:
+        yield Finding("experts", f"{shape.routed} in a layer{shared}{form}", fix)
+
+
+def check_devices(config: DictConfig, count: int, where: str = "") -> Finding:
+    """As many accelerators on a machine as the recipe wants there; a CPU only pretends to have them."""
+    profile, wanted = parse_aqn(config).profile, int(config.trainer.n_gpus_per_node)
+    if profile == "cpu":
+        pretended = int(OmegaConf.select(config, "ray_kwargs.ray_init.num_gpus") or 0)
+        fix = f"set ray_kwargs.ray_init.num_gpus={wanted}" if pretended < wanted else ""
+        return Finding(f"devices{where}", f"{wanted} rank(s) on the CPU", fix)
+    fix = f"set trainer.n_gpus_per_node to at most {count}" if count else f"no {profile} device answers: see its driver"
+    return Finding(f"devices{where}", f"{count} {profile}, {wanted} wanted", fix if count < wanted else "")
+
+
+def check_schedule(config: DictConfig) -> Finding:
+    """σ over the steps that the run will take, by the data where those are on disk."""
+    noise = parse_aqn(config).noise
+    try:
+        steps = steps_in_data(config)
+        stated = config.trainer.total_training_steps
+        if steps is None and stated is None:
+            return Finding("schedule", f"no steps: {config.data.train_files} is not on disk", "prepare the data")
+        schedule_of(config, int(steps or stated))
+    except (ConfigError, DataError) as error:
+        return Finding("schedule", "does not fit", str(error))
+    data = "" if steps else f" (stated: {config.data.train_files} is not on disk)"
+    sigma = f"σ {noise.sigma_start:g} → {noise.sigma_end:g} in {noise.num_stages} stages"
+    return Finding("schedule", f"{sigma if noise.enabled else 'no noise'}, {steps or stated} steps{data}")
+
+
+def check_node(node: Node, here: Node, where: str) -> Iterator[Finding]:
+    """Versions, plugins and clock of one node, compared with the first one's."""
+    yield Finding(f"Python{where}", node.python, "" if node.python == here.python else f"{here.host} has {here.python}")
+    yield Finding(f"memory{where}", f"{gb(node.memory)} free")
+    for package in PACKAGES:
+        version, wanted = node.versions.get(package, "missing"), here.versions.get(package, "missing")
+        fix = SETUP if version == "missing" else f"{here.host} has {wanted}: {SETUP}" if version != wanted else ""
+        yield Finding(f"{package}{where}", version, fix)
+    for what, said in node.plugins.items():
+        yield Finding(f"{what}{where}", said, SETUP if what in node.missing else "")
+    if where:
+        fix = "set its clock (chronyd or ntpd)" if abs(node.skew) - node.doubt > SKEW_S else ""
+        yield Finding(f"clock{where}", f"{node.skew:+.3f} s (± {node.doubt:.3f})", fix)
+
+
+def recipe_shape(config: DictConfig) -> Shape:
+    """Of the recipe's model, of which only config.json is read (and fetched, where the hub has it)."""
+    from verl_aqn.preflight.model import shape_of
+
+    return shape_of(find_model(config, weights=False), parse_aqn(config).mxfp4.exclude)
+
+
+def cpu_cache() -> int:
+    """Bytes of KV cache that an engine rank on the CPU takes (see `supervise.engine_environment`)."""
+    return int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) << 30
+
+
+def memory_of(config: DictConfig, shape: Shape) -> dict[str, Any]:
+    """The estimate of actor and rollout, and on a CPU of the whole machine, in bytes."""
+    given = sizes(config)
+    if given.cpu:
+        parts = machine(config, shape, cpu_cache())
+        estimates = actor(shape, given, CPU), rollout(shape, given, CPU, cpu_cache())
+        whole = {"machine": {"bytes": sum(parts.values()), "parts": parts}}
+    else:
+        estimates = actor(shape, given, DEVICE), rollout(shape, given, DEVICE, whole_cache(shape, given))
+        whole = {}
+    return {"parameters": shape.parameters, "actor": estimates[0].to_dict(), "rollout": estimates[1].to_dict(), **whole}
+
+
+def check_memory(config: DictConfig, shape: Shape, free: int, devices: list[int], where: str = "") -> Iterator[Finding]:
+    """The estimate against what is free on a CPU (`free`, bytes), or against the smallest of `devices`."""
+    given = sizes(config)
+    if given.cpu:
+        parts = machine(config, shape, cpu_cache())
+        need, model = sum(parts.values()), config.actor_rollout_ref.model.path
+        largest = ", ".join(f"{name} {gb(parts[name])}" for name in sorted(parts, key=lambda p: -parts[p])[:3])
+        yield Finding(
+            f"memory{where} for this run",
+            f"{gb(free)} of memory are free, the run of {model} needs {gb(need)} ({largest})",
+            "end other work, or lower data.train_batch_size, rollout.n or rollout.max_num_seqs" if free < need else "",
+        )
+    elif devices:
+        found = fit(shape, given, min(devices))
+        yield Finding(
+            f"device memory{where}",
+            f"{gb(min(devices))}, of which the actor takes {gb(found.actor.total)}; KV cache {gb(found.cache)}, "
+            f"{found.sequences} sequence(s) of {given.model_length} tokens",
+            f"{found.fault}: see `verl-aqn doctor RECIPE --plan`" if found.fault else "",
+        )
+
+
+def refuse_recipe(config: DictConfig) -> Shape:
+    """Raise the first fault of the recipe itself, wherever it is to run. Returns the shape of its model.
+
+    Raises:
+        EnvironmentFault: with what was found and what to do.
+    """
+    _raise_first(check_recipe(config))
+    shape = recipe_shape(config)
+    _raise_first([*check_heads(config, shape), *check_experts(config, shape)])
+    return shape
+
+
+def refuse(config: DictConfig) -> None:
+    """As `refuse_recipe`, and what this machine lacks; on a cluster only what is seen from here. Takes seconds."""
+    profile, alone = parse_aqn(config).profile, cluster_address(config) is None
+    shape = refuse_recipe(config)
+    devices = devices_here(profile) if alone else []
+    folder = Path(parse_aqn(config).run.dir or "/tmp").expanduser()
+    shared = shutil.disk_usage("/dev/shm").free
+    _raise_first(
+        [
+            *check_ports(config),
+            *([check_devices(config, len(devices))] if alone else []),
+            *check_storage(config, shape, shared, free_disk(folder), ""),
+            *(check_memory(config, shape, psutil.virtual_memory().available, devices) if alone else ()),
+        ]
+    )
+
+
+def _raise_first(findings: Iterable[Finding]) -> None:
+    for finding in findings:
+        if finding.fix and finding.fatal:
+            raise EnvironmentFault(f"{finding.what}: {finding.found}: {finding.fix}")
