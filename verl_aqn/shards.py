@@ -6,7 +6,7 @@ Nothing here imports vLLM: the layers say it in their own attributes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -14,7 +14,10 @@ Slice = Sequence[int]
 """(row, rows, column, columns): the part of a matrix from (row, column) on."""
 
 Slices = dict[str, list[int]]
-"""By name the `Slice` of every matrix that a rank holds in part; {}: it holds all of all."""
+"""By name the `Slice` of every matrix that a rank does not hold the whole of; {}: it holds all of all."""
+
+NOTHING = [0, 0, 0, 0]
+"""The `Slice` of a matrix that a rank has no part in: another rank's expert."""
 
 
 class Part(NamedTuple):
@@ -54,6 +57,46 @@ def parts_of(model: nn.Module, name: str, layer: nn.Module) -> list[Part]:
         parts.append(Part(part, slice(begin, begin + rows), (row, column), (rows, local), columns, whole))
         begin += rows
     return parts
+
+
+class ExpertPart(NamedTuple):
+    """Of an expert's matrix `name` a layer holds rows `rows` of place `place` in its parameters `stack`.
+
+    `place`: None where another rank holds the expert. `slice`: as a `Slice`. `whole`: nothing is missing.
+    """
+
+    name: str
+    stack: str
+    place: int | None
+    rows: slice
+    slice: list[int]
+    whole: bool
+
+
+def is_experts(layer: Any) -> bool:
+    """Whether `layer` holds routed experts as vLLM 0.28 keeps them: w13 [E, 2I, H] and w2 [E, H, I] of E experts."""
+    return hasattr(layer, "ckpt_down_proj_name")
+
+
+def experts_of(name: str, layer: Any) -> list[ExpertPart]:
+    """Every expert's matrices, under the names they have in a checkpoint; `model` calls `layer` of experts `name`."""
+    config, prefix = layer.moe_config, name.removesuffix(".routed_experts")
+    ranks, rank = config.moe_parallel_config.tp_size, config.moe_parallel_config.tp_rank
+    hidden, inner = config.hidden_dim, config.intermediate_size // ranks
+    shared_out, shared_in = [rank * inner, inner, 0, hidden], [0, hidden, rank * inner, inner]
+    matrices = (
+        (layer.ckpt_gate_proj_name, "w13", slice(0, inner), shared_out),
+        (layer.ckpt_up_proj_name, "w13", slice(inner, 2 * inner), shared_out),
+        (layer.ckpt_down_proj_name, "w2", slice(0, hidden), shared_in),
+    )
+    places = range(config.num_experts) if layer.expert_map is None else layer.expert_map.tolist()
+    return [
+        ExpertPart(f"{prefix}.{expert}.{leaf}", stack, place, rows, part, ranks == 1)
+        if place >= 0
+        else ExpertPart(f"{prefix}.{expert}.{leaf}", stack, None, rows, NOTHING, False)
+        for expert, place in enumerate(places)
+        for leaf, stack, rows, part in matrices
+    ]
 
 
 def cut(matrix: Tensor, part: Slice | None) -> Tensor:

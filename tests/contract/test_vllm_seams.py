@@ -131,3 +131,13 @@ def test_loader_s_hook_has_the_arguments_we_pass_on():
     assert DefaultModelLoader.load_model is BaseModelLoader.load_model
     original = inspect.getclosurevars(BaseModelLoader.load_model).nonlocals["load"]
     assert list(inspect.signature(original).parameters)[:3] == ["self", "vllm_config", "model_config"]
+    source = inspect.getsource(original)
+    # What the base was loaded with is remembered between the two.
+    assert source.index("self.load_weights(model, model_config)") < source.index("process_weights_after_loading(model,")
+
+
+def test_queues_wait_by_a_function_that_can_be_replaced():
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    assert "sched_yield" in shm_broadcast.SpinCondition.wait.__code__.co_names
+    assert callable(shm_broadcast.sched_yield)

@@ -353,7 +353,7 @@ def test_refuses_layers_that_mxfp4_cannot_hold(tmp_path: Path) -> None:
 
 
 def test_refuses_to_quantise_twice_and_to_load_dense(source: Path, packed: Path) -> None:
-    refused(packed, "quantised already")
+    refused(packed, "is MXFP4 already")
     for function in (load_model, checkpoint_digest):
         with pytest.raises(ModelError, match="not a packed MXFP4 checkpoint: make one with"):
             function(source)

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from verl_aqn.errors import EvidenceError
-from verl_aqn.mxfp4 import quantize
-from verl_aqn.mxfp4.checkpoint import base_digest
+from verl_aqn.mxfp4 import dequantize, quantize
+from verl_aqn.mxfp4.checkpoint import base_digest, combined_digest, values_digest
 from verl_aqn.shards import hf_names
-from verl_aqn.vllm_api.readback import check_activations, describe_base, kernel_activation, remember_packed
+from verl_aqn.vllm_api.readback import check_activations, describe_base, kernel_activation, remember_base
 
 
 class Model(nn.Module):
@@ -26,7 +26,7 @@ def fused_model(parts):
     layer.scheme = SimpleNamespace(kernel=object())
     attention.qkv_proj = layer
     model.attn = attention
-    remember_packed(layer)
+    remember_base(model)
     # A kernel that rearranges: nothing of the packed layout is left to read.
     layer.weight = nn.Parameter(layer.weight_packed.data.flip(0).contiguous(), requires_grad=False)
     del layer.weight_packed
@@ -36,17 +36,52 @@ def fused_model(parts):
 def test_digest_is_the_trainer_s_although_the_kernel_has_rearranged_the_weights():
     torch.manual_seed(0)
     parts = [quantize(torch.randn(n, 64)) for n in (8, 4, 4)]
-    said = describe_base(fused_model(parts))
     names = ["attn.q_proj", "attn.k_proj", "attn.v_proj"]
+    said = describe_base(fused_model(parts), names)
     assert said["base_digest"] == base_digest((n, p.packed, p.scale) for n, p in zip(names, parts, strict=True))
     assert (said["layers"], said["weights_equal_base"], said["kernel"]) == (1, None, "object")
+    assert said["form"] == "packed"
+
+
+def plain_model(parts, excluded):
+    """The bf16 equal of `parts` as vLLM loads it, with a layer beside it that the packed base leaves in bf16."""
+    model = Model()
+    for name, weights in (("attn.qkv_proj", parts), ("head", [excluded])):
+        layer = nn.Module()
+        layer.output_partition_sizes, layer.input_size_per_partition = [len(weight) for weight in weights], 64
+        layer.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
+        layer.quant_method = named_kernel("AscendUnquantizedLinearMethod")
+        if name != "head":
+            model.attn = nn.Module()
+        model.get_submodule(name.rpartition(".")[0]).add_module(name.rpartition(".")[2], layer)
+    remember_base(model)
+    return model
+
+
+def test_a_bf16_base_is_known_by_the_values_of_the_packed_one(tmp_path):
+    torch.manual_seed(0)
+    parts = [quantize(torch.randn(n, 64)) for n in (8, 4, 4)]
+    dense = [dequantize(*part, torch.bfloat16) for part in parts]
+    names = ["attn.q_proj", "attn.k_proj", "attn.v_proj"]
+    said = describe_base(model := plain_model(dense, torch.randn(3, 64).bfloat16()), names)
+    assert said["base_digest"] == combined_digest((n, values_digest(w)) for n, w in zip(names, dense, strict=True))
+    assert (said["form"], said["layers"], said["weights_equal_base"]) == ("bf16", 1, True)
+    assert (said["kernel"], said["activations"]) == ("AscendUnquantizedLinearMethod", ["none"])
+    weight = model.attn.qkv_proj.weight
+    weight.data[0, 0] += 1
+    assert describe_base(model, names)["weights_equal_base"] is False
+    # vLLM's CPU platform packs the weight away: what cannot be read is not vouched for.
+    model.attn.qkv_proj.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+    gone = describe_base(model, names)
+    assert gone["base_digest"] == said["base_digest"]
+    assert gone["weights_equal_base"] is gone["weights_digest"] is None
 
 
 def test_one_changed_weight_shows_between_two_moments():
     model = fused_model([quantize(torch.randn(8, 64)) for _ in range(3)])
-    before = describe_base(model)
+    before = describe_base(model, ["attn.q_proj"])
     model.attn.qkv_proj.weight.data[0, 0] ^= 1
-    after = describe_base(model)
+    after = describe_base(model, ["attn.q_proj"])
     assert after["weights_digest"] != before["weights_digest"]
 
 

@@ -1,12 +1,15 @@
-"""Packed checkpoints and bf16 equals of them in the cache: made once, found again by a digest of what they are of."""
+"""Packed checkpoints and their equals in other forms: made once, found again by a digest of what they are of."""
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from verl_aqn.errors import DataError, ModelError
 from verl_aqn.mxfp4.checkpoint import EXCLUDE, quantize_checkpoint
+from verl_aqn.mxfp4.foreign import import_checkpoint
 from verl_aqn.mxfp4.model import dequantize_checkpoint
 from verl_aqn.mxfp4.storage import Weights, companions, read_config
 
@@ -59,13 +62,21 @@ def quantized_cache(
 
 def dequantized_cache(src: str | Path, cache_dir: str | Path) -> Path:
     """The exact bf16 equal of the packed folder ``src`` under ``cache_dir``, made where it is not there yet."""
-    src = Path(src)
-    target = Path(cache_dir) / f"{src.resolve().name}-bf16-{_key([_FORMAT_VERSION, 'bf16'], src).hexdigest()[:16]}"
+    return _made_of(Path(src), Path(cache_dir), "bf16", dequantize_checkpoint)
+
+
+def modelslim_cache(src: str | Path, cache_dir: str | Path) -> Path:
+    """The packed folder ``src`` with the same bytes under ModelSlim's names, made where it is not there yet."""
+    return _made_of(Path(src), Path(cache_dir), "modelslim", partial(import_checkpoint, format="modelslim"))
+
+
+def _made_of(src: Path, cache_dir: Path, form: str, make: Callable[[Path, Path], Any]) -> Path:
+    target = cache_dir / f"{src.resolve().name}-{form}-{_key([_FORMAT_VERSION, form], src).hexdigest()[:16]}"
     if not target.is_dir():
         try:
-            dequantize_checkpoint(src, target)
+            make(src, target)
         except ModelError:
-            if not target.is_dir():
+            if not target.is_dir():  # else another process was faster
                 raise
     return target
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from verl_aqn.errors import ConfigError, EvidenceError, ModelError
-from verl_aqn.mxfp4.codec import BLOCK, SCALE_RULES, Mxfp4Tensor, quantize
+from verl_aqn.mxfp4.codec import BLOCK, SCALE_RULES, Mxfp4Tensor, dequantize, quantize
 from verl_aqn.mxfp4.error_split import split_error
 from verl_aqn.mxfp4.experts import Mxfp4Experts
 from verl_aqn.mxfp4.foreign import foreign_layout
@@ -22,7 +22,7 @@ from verl_aqn.mxfp4.plan import EXCLUDE, make_plan
 from verl_aqn.mxfp4.report import FILE, ModuleReport, QuantReport
 from verl_aqn.mxfp4.storage import Spec, Weights, read_config
 from verl_aqn.mxfp4.writing import MAX_SHARD_BYTES, new_folder, tensor_bytes, write_model
-from verl_aqn.shards import Slices, cut
+from verl_aqn.shards import NOTHING, Slices, cut
 
 
 def quantize_checkpoint(
@@ -124,35 +124,54 @@ def module_digest(packed: Tensor, scale: Tensor) -> str:
     return digest.hexdigest()
 
 
+def values_digest(weight: Tensor) -> str:
+    """SHA-256 (hex) of one unpacked weight [N, K]: its shape, dtype and bytes."""
+    digest = hashlib.sha256(json.dumps([list(weight.shape), str(weight.dtype)]).encode())
+    digest.update(tensor_bytes(weight))
+    return digest.hexdigest()
+
+
 def combined_digest(modules: Iterable[tuple[str, str]]) -> str:
     """SHA-256 (hex) over pairs of module name and `module_digest`, in order of name."""
     return hashlib.sha256(json.dumps(sorted(modules)).encode()).hexdigest()
 
 
-def checkpoint_digest(path: str | Path, slices: Slices | None = None) -> str:
+def checkpoint_digest(path: str | Path, slices: Slices | None = None, form: str = "packed") -> str:
     """`base_digest` of a packed folder, or of what a rank that holds `slices` of its weights [N, K] should hold.
+
+    What a rank holds `NOTHING` of (another rank's expert) is left out.
+
+    ``form="bf16"``: over `values_digest` of the same weights dequantised to bfloat16, in which they are exact.
 
     Raises ModelError where the folder is not a packed checkpoint or is damaged.
     """
     weights = open_packed(Path(path))
 
-    def tensors() -> Iterator[tuple[str, Tensor, Tensor]]:
+    def digests() -> Iterator[tuple[str, str]]:
         for module in packed_modules(weights):
+            part = slices.get(module) if slices else None
+            if part == NOTHING:
+                continue
             packed, scale = weights.read(module + PACKED), weights.read(module + SCALE)
-            if slices and module in slices:
-                row, rows, column, columns = slices[module]
+            if form == "bf16":  # may be cut within a block
+                yield module, values_digest(cut(dequantize(packed, scale, torch.bfloat16), part).contiguous())
+                continue
+            if part:
+                row, rows, column, columns = part
                 packed = cut(packed, (row, rows, column // 2, columns // 2)).contiguous()
                 scale = cut(scale, (row, rows, column // BLOCK, columns // BLOCK)).contiguous()
-            yield module, packed, scale
+            yield module, module_digest(packed, scale)
 
-    return base_digest(tensors())
+    return combined_digest(digests())
 
 
 def check_covered(path: str | Path, holders: Sequence[Slices]) -> None:
     """Raise EvidenceError unless the slices of all `holders` together are the whole of every weight in `path`."""
     weights = open_packed(Path(path))
     for module in sorted(set().union(*holders)):
-        tiles = {tuple(slices[module]) for slices in holders if module in slices}
+        if any(module not in slices for slices in holders):
+            continue  # who has no slice of it holds the whole
+        tiles = {tuple(slices[module]) for slices in holders}
         n, half = weights.specs[module + PACKED].shape
         if sum(rows * columns for _, rows, _, columns in tiles) != n * 2 * half:
             raise EvidenceError(f"the rollout's ranks together do not hold the whole of {module}: {sorted(tiles)}")

@@ -41,8 +41,7 @@ class Mxfp4Linear(nn.Linear):
     beside the bytes from its first forward on: four times the memory again (and on every rank all of it), and no
     dequantisation in forward and backward. The copy is no parameter and in no state dict.
 
-    FSDP2 shards the packed parameters in a torch with pytorch pull request 178075 (tested: 2.13); older ones refuse
-    uint8 parameters in ``fully_shard`` (issue 177844).
+    FSDP2 shards the packed parameters; a torch before 2.13 needs `verl_aqn.mxfp4.sharding.allow_packed_shards` for it.
 
     Raises:
         ModelError: ``in_features`` is not a multiple of 32.

@@ -190,6 +190,16 @@ def _gather(weights: Weights, naming: Naming, target: Tensor, names: list[str], 
     return stack
 
 
+def has_packed_experts(path: Path) -> bool:
+    """Whether a packed folder holds experts of a MoE model among its packed modules.
+
+    Raises:
+        ModelError: the folder is not a packed checkpoint or is damaged.
+    """
+    naming = Naming(read_config(path).get("model_type", ""))
+    return any(naming.expert(module) for module in packed_modules(open_packed(path)))
+
+
 def open_packed(path: Path) -> Weights:
     """The weights of a packed folder; ModelError where it is not one."""
     quantization: dict[str, Any] = read_config(path).get("quantization_config") or {}

@@ -21,6 +21,7 @@ from typing import NamedTuple
 # Which fused stack an expert's matrix is part of, and which half of its rows.
 ROLES = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": ("down_proj", 0)}
 _MIXTRAL_ROLES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+EXPERT_MATRICES = {*ROLES, *_MIXTRAL_ROLES.values()}  # what an expert's matrices are called in checkpoints
 _MIXTRAL_MODELS = {"mixtral", "minimax", "minimax_m2"}
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)(\.weight|\.weight_packed|\.weight_scale)?")
 _SUFFIXES = {".weight": "", ".weight_packed": "_packed", ".weight_scale": "_scale"}

@@ -5,7 +5,9 @@ Imported by verl through `actor_rollout_ref.model.external_lib`, so that process
 
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine.base import EngineRegistry
@@ -126,3 +128,6 @@ def _register() -> None:
 
 
 _register()
+# Checkpoints are loaded as weights only (`runs.checkpoints`). Beside tensors verl's hold numpy's random state.
+_RANDOM_STATE: list[Any] = [np.empty(0).__reduce__()[0], np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+torch.serialization.add_safe_globals(_RANDOM_STATE)

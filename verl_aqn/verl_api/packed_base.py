@@ -1,18 +1,31 @@
 """What actor and critic share: a packed MXFP4 base under adapters with fp32 master weights."""
 
+import math
+
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from verl.models.transformers.monkey_patch import apply_monkey_patch
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
+from verl_aqn.errors import TrainingError
 from verl_aqn.mxfp4.checkpoint import is_packed
 from verl_aqn.mxfp4.experts import packed_layers
 from verl_aqn.mxfp4.linear import Activation, Mxfp4Linear
 from verl_aqn.mxfp4.model import load_model
+from verl_aqn.mxfp4.sharding import allow_packed_shards
 
 
 class PackedBase(FSDPEngineWithLMHead):
     """verl's FSDP engine, whose model may be a packed one."""
+
+    def optimizer_step(self) -> float:
+        """As verl's, which leaves out an update whose gradient is not finite and goes on; here the run stops."""
+        norm = super().optimizer_step()
+        if not math.isfinite(norm):
+            raise TrainingError(
+                f"the gradient is not finite (norm {norm}): nothing was updated; lower the learning rate"
+            )
+        return norm
 
     def _causal_model(self) -> PreTrainedModel:
         """The base as a causal language model: packed, or in bf16 where the recipe leaves it unquantised."""
@@ -21,6 +34,7 @@ class PackedBase(FSDPEngineWithLMHead):
         if not is_packed(path):
             attention = told.get("attn_implementation", "sdpa")
             return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation=attention)
+        allow_packed_shards()
         module = load_model(path, dtype=torch.bfloat16)
         for layer in packed_layers(module):
             layer.activation = Activation.parse(told.get("mxfp4_activation"))

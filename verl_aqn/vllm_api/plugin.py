@@ -1,15 +1,20 @@
 """What vLLM calls in each of its processes (entry point `vllm.general_plugins`).
 
-Everywhere it remembers what MXFP4 layers were loaded with, and readies the norms for noise. On a CPU it adds two things
-that vLLM 0.28 lacks there: a dense MXFP4 kernel, and LoRA products that do not gather a copy of the adapter for every
-token. All runtime patches of vLLM are in this file; tests/contract/test_vllm_seams.py holds what they rely on.
+In our engines it remembers what the base was loaded with, and readies the norms for noise. On a CPU it adds what vLLM
+0.28 lacks there: a dense MXFP4 kernel, LoRA products that do not gather a copy of the adapter for every token, and MoE
+layers beside LoRA and under expert parallelism; and queues wait without taking a core. All runtime patches of vLLM are
+in this file; tests/contract/test_vllm_seams.py holds what they rely on.
 """
 
 import importlib.metadata
+import time
 
 from verl_aqn.errors import EnvironmentFault
+from verl_aqn.stacks import listen
 
 SUPPORTED_VLLM = ("0.23", "0.24", "0.28")
+
+POLL_S = 1e-4  # between looks at a queue on a CPU
 
 _registered = False
 
@@ -34,16 +39,23 @@ def register() -> None:
     global _registered
     if _registered:
         return
+    listen()
     check_version()
     from vllm.platforms import PlatformEnum, current_platform
 
     _patch_loading()
     if current_platform.is_cpu():
+        from vllm.distributed.device_communicators import shm_broadcast
         from vllm.model_executor.kernels.linear import register_linear_kernel
+        from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
         from verl_aqn.vllm_api.cpu_kernel import CpuMxfp4LinearKernel
+        from verl_aqn.vllm_api.cpu_moe import CpuMoEMethod
 
+        # An engine spins while it waits for its worker's answer, on the cores that this needs for its threads.
+        shm_broadcast.sched_yield = lambda: time.sleep(POLL_S)
         register_linear_kernel(CpuMxfp4LinearKernel, PlatformEnum.CPU, "mxfp4")
+        UnquantizedFusedMoEMethod.register_oot(CpuMoEMethod)
         # The platform names its LoRA wrapper by a string; there is no registry.
         if "PunicaWrapperCPU" not in type(current_platform).get_punica_wrapper():
             raise EnvironmentFault(
@@ -56,29 +68,39 @@ def register() -> None:
 
 
 def _patch_loading() -> None:
-    """Two things can only be done while a model is loaded, and vLLM has no hook there."""
-    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW4A4Mxfp4 as Scheme
+    """What can only be done while a model is loaded, where vLLM has no hook; for engines with our worker extension.
+
+    Other engines in the environment, and a draft model, are left alone.
+    """
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader as Loader
+    from vllm.platforms import current_platform
 
     from verl_aqn.noise import NoiseInjector
-    from verl_aqn.vllm_api.readback import remember_packed
+    from verl_aqn.vllm_api.readback import remember_base
 
-    process, load = Scheme.process_weights_after_loading, Loader.load_model
-
-    def process_weights_after_loading(self, layer):
-        remember_packed(layer)  # before the kernel rearranges the packed bytes
-        process(self, layer)
+    load = Loader.load_model
 
     def load_model(self, vllm_config, model_config, *args, **kwargs):
+        ours = "verl_aqn" in (vllm_config.parallel_config.worker_extension_cls or "")
+        if not ours or model_config is not vllm_config.model_config:
+            return load(self, vllm_config, model_config, *args, **kwargs)
+        load_weights = self.load_weights
+
+        def load_and_remember(model, *args, **kwargs):
+            load_weights(model, *args, **kwargs)
+            remember_base(model)  # before kernels rearrange the weights
+
+        self.load_weights = load_and_remember  # of this loader, which loads one model
         model = load(self, vllm_config, model_config, *args, **kwargs)
         # Before the model is compiled or captured in a graph: norms in fp32 have a storage of their own, which both
-        # then hold on to. Only for engines of ours; the plugin may lie in an environment that others use too.
-        ours = "verl_aqn" in (vllm_config.parallel_config.worker_extension_cls or "")
-        if ours and model_config is vllm_config.model_config:
-            model.aqn_injector = NoiseInjector(model)
+        # then hold on to.
+        model.aqn_injector = NoiseInjector(model)
+        if current_platform.device_name == "npu":
+            from verl_aqn.vllm_api.ascend_norm import compute_in_float32
+
+            compute_in_float32(model, model.aqn_injector.names)
         return model
 
-    Scheme.process_weights_after_loading = process_weights_after_loading
     Loader.load_model = load_model
 
 

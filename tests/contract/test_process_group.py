@@ -1,0 +1,43 @@
+"""The actor's process group: where its store listens, and that verl keeps it."""
+
+import os
+import socket
+import subprocess
+import sys
+
+RANK = """
+import os, sys
+import psutil, torch
+import torch.distributed as dist
+from verl_aqn.verl_api import plugin
+from verl_aqn.verl_api.process_group import open_process_group
+
+open_process_group()
+group = dist.group.WORLD
+from verl.utils.distributed import initialize_global_process_group_ray
+initialize_global_process_group_ray()
+assert dist.group.WORLD is group
+total = torch.ones(1)
+dist.all_reduce(total)
+sockets = psutil.Process().net_connections("tcp")
+print(int(total), sorted({c.laddr.ip for c in sockets if c.status == psutil.CONN_LISTEN}))
+dist.barrier()
+"""
+
+
+def free_port(address: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return probe.getsockname()[1]
+
+
+def test_two_ranks_meet_at_one_address_and_listen_at_no_other():
+    place = {"MASTER_ADDR": "127.0.0.3", "MASTER_PORT": str(free_port("127.0.0.3")), "GLOO_SOCKET_IFNAME": "lo"}
+    env = {**os.environ, **place, "WORLD_SIZE": "2", "VERL_PLATFORM": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", RANK], env=env | {"RANK": str(n)}, stdout=subprocess.PIPE, text=True)
+        for n in range(2)
+    ]
+    out = [rank.communicate(timeout=300)[0].splitlines()[-1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert out == ["2 ['127.0.0.1', '127.0.0.3']", "2 ['127.0.0.1']"]  # gloo's own, and the store

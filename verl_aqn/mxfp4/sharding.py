@@ -1,0 +1,42 @@
+"""Packed parameters under FSDP2 in the torch versions that the GPU and NPU profiles pin."""
+
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# The first with pytorch pull request 178075 among those that this project was tested with.
+_FIXED = (2, 13)
+
+
+def allow_packed_shards() -> None:
+    """Let `fully_shard` take uint8 parameters in torch before 2.13 (issue 177844); later ones do so by themselves.
+
+    Older ones stumble over integers twice. They make the parameter of a shard with nn.Parameter's default,
+    requires_grad=True, and set the original's in the next line; torch refuses the first step. And mixed precision casts
+    them when they are gathered, so that a layer would find its bytes as bfloat16. In FSDP2's own module the default
+    becomes what the dtype can have, and integers are not cast. Float parameters are treated as before.
+    """
+    if tuple(map(int, torch.__version__.split(".")[:2])) < _FIXED:
+        _patch()
+
+
+def _patch() -> None:
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    if _fsdp_param.nn is not nn:  # once in a process
+        return
+
+    def parameter(data: Tensor, requires_grad: bool | None = None) -> nn.Parameter:
+        return nn.Parameter(data, data.is_floating_point() if requires_grad is None else requires_grad)
+
+    init_dtype_attrs = _fsdp_param.FSDPParam.init_dtype_attrs
+
+    def without_casting_integers(self: Any, mp_policy: Any) -> None:
+        init_dtype_attrs(self, mp_policy)
+        if not self.orig_dtype.is_floating_point:
+            self.param_dtype = None
+
+    _fsdp_param.nn = types.SimpleNamespace(**vars(nn) | {"Parameter": parameter})  # type: ignore[assignment]
+    _fsdp_param.FSDPParam.init_dtype_attrs = without_casting_integers  # type: ignore[method-assign]
