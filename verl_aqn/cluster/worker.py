@@ -1,0 +1,21 @@
+"""The environment of a run's processes on a cluster. Ray calls `set_up_worker` in each of its workers before anything
+else is imported there: libraries read much of it once, when they are loaded, so this module stays light."""
+
+import os
+from pathlib import Path
+
+from verl_aqn.runs.folder import RunFolder
+from verl_aqn.stacks import folder_in
+from verl_aqn.supervise import worker_environment
+
+# In the environment of every process of a run on a cluster, and so in that of the processes which those start.
+RUN, TEMPORARY = "VERL_AQN_RUN", "VERL_AQN_TEMPORARY"
+
+
+def set_up_worker() -> None:
+    """As `verl_aqn.supervise` does it for a run on one machine."""
+    run, temporary = RunFolder(Path(os.environ[RUN])), Path(os.environ[TEMPORARY])
+    temporary.mkdir(mode=0o700, exist_ok=True)
+    folder_in(temporary).mkdir(exist_ok=True)
+    if (run.path / "launch.yaml").exists():  # where it does not, `verl_api.nodes.check_nodes` says so
+        os.environ.update(worker_environment(run, str(temporary)))
