@@ -57,6 +57,38 @@ def test_nothing_differs_and_everything_does():
     assert spread(right, ~right).p_value == 0
 
 
+def test_of_pairs_with_endless_items_it_is_the_paired_t_test():
+    rng = np.random.default_rng(15)
+    treated, control = rng.normal(0.7, 0.02, (2, 6, 1)).repeat(50, axis=2)
+    found = spread(treated - control)
+    paired = stats.ttest_rel(treated[:, 0], control[:, 0])
+    assert found.p_value == pytest.approx(paired.pvalue, rel=1e-6)
+    assert found.interval() == pytest.approx(tuple(paired.confidence_interval()), rel=1e-6)
+
+
+def simulate_pairs(seeds, items, seed_sd, common_sd, rng):
+    """As `simulate`, of no effect, where a seed moves both arms by `common_sd` and each by `seed_sd` of its own."""
+    problems, common = rng.normal(0.8, 1.5, items), rng.normal(0, common_sd, (seeds, 1))
+    return tuple(
+        rng.random((seeds, items))
+        < 1 / (1 + np.exp(-(problems + common + rng.normal(0, 0.5, items) + rng.normal(0, seed_sd, (seeds, 1)))))
+        for _ in range(2)
+    )
+
+
+@pytest.mark.parametrize(("seed_sd", "common_sd"), [(0.0, 0.0), (0.3, 0.0), (0.15, 0.5)])
+def test_pairs_of_seeds_keep_five_percent_and_find_more_where_seeds_have_much_in_common(seed_sd, common_sd):
+    rng = np.random.default_rng(16)
+    drawn = [simulate_pairs(5, 384, seed_sd, common_sd, rng) for _ in range(1000)]
+    pairs = [spread(treated.astype(float) - control) for treated, control in drawn]
+    assert 0.002 <= np.mean([found.p_value < 0.05 for found in pairs]) <= 0.07
+    apart = [spread(*tables) for tables in drawn]
+    narrower = np.median(
+        [detectable(p.error, p.freedom) / detectable(a.error, a.freedom) for p, a in zip(pairs, apart, strict=True)]
+    )
+    assert narrower < 0.6 if common_sd else 0.9 < narrower < 1.3
+
+
 @pytest.mark.parametrize(
     ("seeds", "seed_sd", "low", "high"),
     # Careful where seeds hardly differ (no test knows that from a few), near 5 % where they do.
@@ -178,7 +210,7 @@ def test_the_four_verdicts():
     helps, hurts = _verdict(4, 1319, 0.05, 1.0), _verdict(4, 1319, 0.05, -1.0)
     assert (helps.verdict, hurts.verdict) == ("helps", "hurts")
     assert helps.difference > 0 > hurts.difference
-    same = _verdict(5, 1319, 0.05, 0.0)
+    same = _verdict(8, 1319, 0.05, 0.0)
     assert same.verdict == "no significant difference"
     assert same.detectable <= 0.05
     assert "smaller ones may be there" in same.text
@@ -192,6 +224,22 @@ def test_not_enough_data_says_how_many_seeds_would_be():
     assert found.verdict == "not enough data"
     assert found.seeds_needed > 2
     assert f"to find 5 points takes {found.seeds_needed} seeds an arm" in found.text
+
+
+def test_equal_seeds_are_paired_from_five_on_whatever_their_order():
+    rng = np.random.default_rng(17)
+    treated, control = simulate_pairs(5, 384, 0.1, 0.8, rng)
+    arms = _arms(control, treated)
+    found = compare(arms).arms[0]
+    pairs = spread(treated.astype(float) - control)
+    assert (found.test, found.p_value) == ("pairs of seeds crossed with items", pairs.p_value)
+    assert found.interval == pairs.interval()
+    turned = Arm(arms[1].name, arms[1].runs[::-1], arms[1].right[::-1])
+    assert compare([arms[0], turned]).arms[0].interval == pytest.approx(found.interval)
+    four = [Arm(arm.name, arm.runs[:4], arm.right[:4]) for arm in arms]
+    other = Arm(arms[1].name, arms[1].runs[1:], arms[1].right[1:])
+    for unlike in (four, [arms[0], other]):
+        assert compare(unlike).arms[0].test == "seeds crossed with items"
 
 
 def test_one_seed_is_never_a_verdict_on_the_method():

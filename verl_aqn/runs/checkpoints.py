@@ -1,6 +1,12 @@
-"""The checkpoints of a run, and the config that they were made under."""
+"""The checkpoints of a run: written aside and renamed, each file with its digest; and their config."""
 
+import hashlib
+import json
+import os
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -9,7 +15,23 @@ from verl_aqn.errors import DataError
 from verl_aqn.runs.arms import find_run
 from verl_aqn.runs.folder import RunFolder
 
+DIGESTS = "digests.json"
+WRITING = ".writing"
+LATEST = "latest_checkpointed_iteration.txt"  # verl's name
 _STEP = re.compile(r"global_step_(\d+)")
+
+
+@contextmanager
+def weights_only() -> Iterator[None]:
+    """What this process loads by torch meanwhile is taken as weights: verl would unpickle whatever a checkpoint holds.
+
+    Not for good: verl's own messages between processes are loaded by torch too, and hold more than weights.
+    """
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # torch reads it at every load
+    try:
+        yield
+    finally:
+        del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
 
 
 def find_checkpoint(path: Path) -> tuple[RunFolder, int]:
@@ -19,7 +41,7 @@ def find_checkpoint(path: Path) -> tuple[RunFolder, int]:
     real = path.resolve()
     match = _STEP.fullmatch(real.name)
     run = find_run(real.parent.parent if match else path)
-    file = run.checkpoints / "latest_checkpointed_iteration.txt"
+    file = run.checkpoints / LATEST
     try:
         last = int(file.read_text())
     except (OSError, ValueError):
@@ -33,8 +55,78 @@ def find_checkpoint(path: Path) -> tuple[RunFolder, int]:
     if match and folder.resolve() != real:
         raise DataError(f"{path} is no checkpoint of {run.path}: give {run.checkpoints}/global_step_N")
     if not (folder / "actor").is_dir():
-        raise DataError(f"{folder / 'actor'} is not there: name a checkpoint that is (verl keeps the newest ones)")
+        raise DataError(f"{folder / 'actor'} is not there: name a checkpoint that is (the newest ones are kept)")
+    if damage := damage_of(folder):
+        raise DataError(f"{damage}: name another checkpoint")
     return run, step
+
+
+def publish(written: Path, checkpoints: Path, keep: int | None) -> int:
+    """Make the folder `written` (global_step_N, on the same disk) a checkpoint: all or nothing, if this is killed.
+
+    Its files are on disk and their digests beside them before it gets its place; only then do older checkpoints go,
+    until `keep` are left (None or 0: all stay). Returns its bytes.
+    """
+    digests = {}
+    for file in sorted(path for path in written.rglob("*") if path.is_file()):
+        with file.open("rb") as content:
+            os.fsync(content.fileno())
+            digests[str(file.relative_to(written))] = hashlib.file_digest(content, "sha256").hexdigest()
+    size = sum((written / name).stat().st_size for name in digests)
+    _write(written / DIGESTS, json.dumps(digests, indent=2))
+    place = checkpoints / written.name
+    if place.exists():  # of an attempt that was resumed before it, or damaged
+        shutil.rmtree(place)
+    written.rename(place)
+    step = _step(place)
+    point_to(checkpoints, step)
+    if keep:
+        for old in _folders(checkpoints)[keep:]:
+            if _step(old) < step:
+                shutil.rmtree(old)
+    return size
+
+
+def point_to(checkpoints: Path, step: int) -> None:
+    """Tell verl which checkpoint is the last."""
+    _write(checkpoints / f".{LATEST}", str(step))
+    (checkpoints / f".{LATEST}").replace(checkpoints / LATEST)
+
+
+def newest_whole(checkpoints: Path) -> tuple[int, list[str]]:
+    """Step of the newest checkpoint that is as it was written, 0 where none was; and what is wrong with newer ones.
+
+    DataError where there are some and none is whole.
+    """
+    wrong: list[str] = []
+    for folder in _folders(checkpoints):
+        damage = damage_of(folder)
+        if not damage:
+            return _step(folder), wrong
+        wrong.append(damage)
+    if wrong:
+        raise DataError(f"{wrong[0]}, and no older checkpoint is whole: move {checkpoints} away to start from step 0")
+    return 0, wrong
+
+
+def damage_of(folder: Path) -> str:
+    """What is wrong with a checkpoint by its digests, "" where nothing is. Those of older versions have none."""
+    file = folder / DIGESTS
+    if not file.is_file():
+        return "" if _step(folder) <= _last(folder.parent) else f"{folder} was not written to its end"
+    try:
+        digests = json.loads(file.read_text())
+    except ValueError:
+        return f"{file} is damaged"
+    for name, digest in digests.items():
+        try:
+            with (folder / name).open("rb") as content:
+                found = hashlib.file_digest(content, "sha256").hexdigest()
+        except OSError as error:
+            return f"{folder / name} cannot be read ({error.strerror})"
+        if found != digest:
+            return f"{folder / name} is not what was written"
+    return ""
 
 
 def config_of(run: RunFolder) -> DictConfig:
@@ -45,3 +137,29 @@ def config_of(run: RunFolder) -> DictConfig:
     config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
     return config
+
+
+def _folders(checkpoints: Path) -> list[Path]:
+    """Checkpoints, the newest first."""
+    found = [path for path in checkpoints.glob("global_step_*") if _STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    match = _STEP.fullmatch(folder.name)
+    assert match, folder
+    return int(match[1])
+
+
+def _last(checkpoints: Path) -> int:
+    try:
+        return int((checkpoints / LATEST).read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

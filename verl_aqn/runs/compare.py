@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
@@ -15,6 +16,9 @@ from verl_aqn.runs.stats import wilson
 from verl_aqn.runs.verdict import compare_before_after
 
 WANTED = 0.05  # a difference that a comparison should be able to find: 5 points
+# Runs an arm from which equal seeds are paired: of fewer, the degrees of freedom that pairs cost (of three runs: an
+# interval half as wide again) outweigh what equal seeds usually have in common.
+PAIRS = 5
 
 HELPS, HURTS, SAME, UNKNOWN = "helps", "hurts", "no significant difference", "not enough data"
 
@@ -78,7 +82,8 @@ def compare(arms: Sequence[Arm], pairs: Sequence[tuple[Arm, Arm]] = ()) -> Repor
     """Each arm after the first against the first, which is the control; or the `pairs` (arm, control) and no others.
 
     One seed each: exact McNemar test. Several each: `spread`'s test over seeds and items (McNemar's where nothing
-    varies). The verdict is about the method, so it takes two seeds an arm at least: what one does, another need not.
+    varies), of pairs where both arms have the same seeds and `PAIRS` or more of them. The verdict is about the method,
+    so it takes two seeds an arm at least: what one does, another need not.
 
     - helps, hurts: p after Holm's correction is below 5 %.
     - no significant difference: it is not, and a difference of 5 points would have been found in 80 % of cases.
@@ -121,18 +126,19 @@ def _score(arm: Arm) -> Score:
 
 def _test(arm: Arm, control: Arm) -> dict[str, Any]:
     items = arm.right.shape[1]
-    drawn = bootstrap(arm.right, control.right)
+    treated, base, how = _tables(arm, control)
+    drawn = bootstrap(treated, base)
     difference = float(arm.right.mean() - control.right.mean())
     result = {"difference": difference, "interval": drawn, "bootstrap": drawn, "p_value": None}
     several = min(len(arm.runs), len(control.runs)) > 1
-    if several and (found := spread(arm.right, control.right)).error > 0:
+    if several and (found := spread(treated, base)).error > 0:
         low, high = found.interval()
         return result | {
-            "test": "seeds crossed with items",
+            "test": how,
             "interval": (max(low, -1.0), min(high, 1.0)),
             "p_value": found.p_value,
             "detectable": detectable(found.error, found.freedom),
-            "seeds_needed": seeds_needed(found.shared, found.per_seed, items, WANTED),
+            "seeds_needed": seeds_needed(found.shared, found.per_seed, items, WANTED, 1 if base is None else 2),
         }
     # Of one run each it cannot be said what the seed did: that it did nothing is the least there can be. It is so for
     # sure where all seeds agree and all items changed alike, and the variance is 0: items then decide, by their number.
@@ -145,6 +151,20 @@ def _test(arm: Arm, control: Arm) -> dict[str, Any]:
     if several or len(arm.runs) == len(control.runs) == 1:
         return result | {"test": "exact McNemar", "interval": pairs.interval, "p_value": pairs.p_value}
     return result | {"test": "none"}
+
+
+def _tables(arm: Arm, control: Arm) -> tuple[np.ndarray, np.ndarray | None, str]:
+    """What `spread` takes of two arms, and the name of its test.
+
+    Runs of one seed share the order of the data, the first adapter and the draws of noise, so that they move together.
+    To pair them depends on the design alone, never on what was found.
+    """
+    by_seed = [dict(zip((run.seed for run in one.runs), one.right, strict=True)) for one in (arm, control)]
+    seeds = by_seed[0].keys()
+    if seeds != by_seed[1].keys() or len(seeds) < PAIRS:
+        return arm.right, control.right, "seeds crossed with items"
+    treated, base = (np.array([rows[seed] for seed in seeds], dtype=float) for rows in by_seed)
+    return treated - base, None, "pairs of seeds crossed with items"
 
 
 def _short(value: Any) -> str:

@@ -1,0 +1,128 @@
+"""Whatever process is killed in whatever phase, the run ends as an undisturbed one, and nothing of it stays.
+
+By itself this kills three; `pytest tests/integration/test_faults.py --all-kills -s` kills every kind of process in
+every phase that it has a part in, and prints a line for each. A run is killed several times and starts again.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.integration.conftest import descendants, finish, leftovers, lines, lines_of, newest
+from verl_aqn.watchdog import title
+
+# Kind of process → what it calls itself.
+KINDS = {
+    "actor rank": "ray::WorkerDict",
+    "rollout worker": "VLLM::Worker",
+    "rollout engine": "VLLM::EngineCore",
+    "rollout server": "ray::AqnHttpServer",
+    "agent loop": "ray::AgentLoopWorkerTQ",
+    "rewards": "ray::RewardLoopWorker",
+    "storage": "ray::SimpleStorageUnit",
+    "trainer": "ray::AqnTaskRunner",
+    "node": "raylet",
+    "head": "gcs_server",
+    "driver": "verl_aqn.verl_api.run",
+}
+PHASES = ("generation", "log-probs", "update", "sync", "checkpoint", "validation")
+# Steps enough for all kills of a run: some take effect only after the step they fell in. From the second on there is a
+# checkpoint to go back to.
+STEPS = ["trainer.total_training_steps=8", "trainer.test_freq=1"]
+FEW = [[("head", "generation"), ("actor rank", "update"), ("rollout worker", "validation")]]
+ALL = [
+    *([(kind, phase) for phase in PHASES] for kind in ("actor rank", "rollout worker", "rollout engine", "trainer")),
+    [(kind, phase) for phase in ("generation", "validation") for kind in ("rollout server", "agent loop")],
+    [("rewards", "generation"), ("storage", "generation"), ("driver", "generation")],
+    *([(kind, phase) for phase in ("generation", "update", "checkpoint")] for kind in ("node", "head")),
+]
+
+
+def pytest_generate_tests(metafunc):
+    if "kills" in metafunc.fixturenames:
+        chosen = ALL if metafunc.config.getoption("--all-kills") else FEW
+        names = [", ".join(dict.fromkeys(kind for kind, _ in kills)) for kills in chosen]
+        metafunc.parametrize("kills", chosen, ids=names)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(train, tmp_path_factory) -> Path:
+    base = tmp_path_factory.mktemp("undisturbed")
+    return finish(train(base, *STEPS), base)[0]
+
+
+def told(folder: Path) -> dict:
+    """What a run did, without what differs between any two runs: sampled answers and times."""
+    noise = lines(folder / "evidence.jsonl", "noise")
+    steps = {one["step"]: one for one in lines(folder / "metrics.jsonl", "step")}
+    return {
+        "steps": {step: sorted(one["metrics"]) for step, one in sorted(steps.items())},
+        "sigma": {step: one["metrics"]["aqn/sigma"] for step, one in sorted(steps.items())},
+        "noise": {one["step"]: (one["sigma_asked"], one["weights_digest"]) for one in noise},
+        "validations": {one["step"]: one["items"] for one in lines(folder / "metrics.jsonl", "validation")},
+        "base": {one["disk"] for one in lines(folder / "evidence.jsonl", "base")},
+        "checkpoint": (folder / "checkpoints" / "latest_checkpointed_iteration.txt").read_text(),
+        "status": json.loads((folder / "state.json").read_text())["status"],
+    }
+
+
+@pytest.mark.timeout(3600)
+def test_processes_are_killed(kills, train, undisturbed, tmp_path):
+    before = leftovers()
+    process = train(tmp_path, *STEPS, "--restarts", str(len(kills)))
+    victims = []
+    for number, (kind, phase) in enumerate(kills):
+        await_phase(process, tmp_path, number, phase)
+        victim = find(process, KINDS[kind])
+        os.kill(victim.pid, signal.SIGKILL)
+        victims.append(victim)
+        killed = time.monotonic()
+        if number + 1 < len(kills):
+            await_phase(process, tmp_path, number + 1, None)
+            print(f"FAULT {kind} | {phase} | {time.monotonic() - killed:.0f} s")
+    _, err = process.communicate(timeout=900)
+    print(f"FAULT {kind} | {phase} | the end")
+    folder = newest(tmp_path)
+    assert process.returncode == 0, err + (folder / "training.log").read_text()[-3000:]
+    # The loss of a head shows only after a while: a run near its end may get there without another restart.
+    restarts = json.loads((folder / "state.json").read_text())["attempt"] - 1
+    assert restarts == len(kills) or (restarts, kind) == (len(kills) - 1, "head")
+    assert f"restart {restarts} of {len(kills)}" in err.replace("\n", " ")
+    assert told(folder) == told(undisturbed)
+    assert leftovers() <= before
+    for victim in victims:
+        assert not psutil.pid_exists(victim.pid) or psutil.Process(victim.pid).create_time() > victim.create_time()
+
+
+def find(process: subprocess.Popen, what: str) -> psutil.Process:
+    """A process of a run by its title, which Ray and vLLM may be changing at this moment."""
+    for _ in range(50):
+        found = []
+        for child in descendants(process.pid):
+            with suppress(psutil.Error):
+                found += [child] if title(child) == what else []
+        if found:
+            return found[0]
+        time.sleep(0.02)
+    raise AssertionError(f"no {what} among {[child.cmdline() for child in descendants(process.pid)]}")
+
+
+def await_phase(process: subprocess.Popen, base: Path, restarts: int, phase: str | None) -> None:
+    """Until the run, started again so many times, is in `phase` of a step after the first; None: of any step."""
+    deadline = time.monotonic() + 600
+    while True:
+        events = lines_of(base)
+        starts = [place for place, one in enumerate(events) if one["kind"] == "temporary"]
+        doing = [one for one in events[starts[restarts] :] if one["kind"] == "doing"] if len(starts) > restarts else []
+        if any(phase is None or (one["phase"] == phase and one.get("step", 0) > 1) for one in doing):
+            return
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, (phase, events[-3:])
+        time.sleep(0.02)

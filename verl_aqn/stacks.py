@@ -1,0 +1,52 @@
+"""Where every Python process of a run stands, by thread: each process promises to write it down when it is asked."""
+
+import faulthandler
+import os
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+FOLDER = "VERL_AQN_STACKS"  # environment variable: where the processes of a run leave their stacks
+SIGNAL = signal.SIGUSR2  # used by neither Ray nor vLLM
+
+
+def folder_in(temporary: str | Path) -> Path:
+    """What FOLDER says in a run with this temporary folder."""
+    return Path(temporary) / "stacks"
+
+
+def listen() -> None:
+    """From now on `SIGNAL` makes this process write its stacks to FOLDER/<pid>.txt and go on.
+
+    By C code that needs neither the interpreter's lock nor memory, so that it also tells of a process that hangs.
+    Does nothing outside a run, and nothing the second time.
+    """
+    folder = os.environ.get(FOLDER)
+    if not folder or not Path(folder).is_dir():  # another node of a cluster has its own folder
+        return
+    path = Path(folder) / f"{os.getpid()}.txt"
+    if not path.exists():
+        faulthandler.register(SIGNAL, file=path.open("w"), all_threads=True)
+
+
+def listening(folder: Path) -> set[int]:
+    """Processes that can be asked, dead ones too."""
+    return {int(path.stem) for path in folder.glob("*.txt")}
+
+
+def collect(folder: Path, processes: Mapping[int, str], wait_s: float = 5) -> str:
+    """The stacks of those of `processes` (pid → what it is) that listen and live, as text."""
+    asked = []
+    for pid in sorted(listening(folder) & set(processes)):
+        try:
+            os.kill(pid, SIGNAL)
+        except ProcessLookupError:
+            continue
+        asked.append(pid)
+    deadline = time.monotonic() + wait_s
+    while time.monotonic() < deadline and not all((folder / f"{pid}.txt").stat().st_size for pid in asked):
+        time.sleep(0.1)
+    time.sleep(0.2 if asked else 0)  # the last one may still be writing
+    told = {pid: (folder / f"{pid}.txt").read_text(errors="replace") for pid in asked}
+    return "\n".join(f"== {pid} {processes[pid]}\n{told[pid] or '(no answer)'}" for pid in asked)

@@ -1,0 +1,55 @@
+"""verl's checkpoints, made whole: a step is on record before it is saved, and what is loaded is what was saved."""
+
+import shutil
+import time
+from pathlib import Path
+
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+from verl_aqn.errors import DataError
+from verl_aqn.runs.checkpoints import WRITING, damage_of, newest_whole, point_to, publish, weights_only
+from verl_aqn.runs.folder import RunFolder
+
+
+class SavingTrainer(PPOTrainerSync):
+    """verl saves within a step, before it validates and before its metrics are written: a run that is killed there
+    would resume after a step of which nothing is known, and never validate the last one. Here saving comes last.
+    """
+
+    folder: RunFolder
+    save_due = False
+
+    def _save_checkpoint(self):
+        self.save_due = True
+
+    def save(self) -> None:
+        """To be called where `save_due`, once the step's metrics and validation are on record."""
+        self.save_due, began = False, time.monotonic()
+        trainer = self.config.trainer
+        place, was = Path(trainer.default_local_dir), trainer.copy()
+        shutil.rmtree(place / WRITING, ignore_errors=True)  # of an attempt that was killed at it
+        # verl forgets old checkpoints by the paths that it wrote to, and `publish` moves them: it does both.
+        aside = {"default_local_dir": str(place / WRITING)}
+        trainer.merge_with(aside | {"max_actor_ckpt_to_keep": None, "max_critic_ckpt_to_keep": None})
+        super()._save_checkpoint()
+        trainer.merge_with(was)
+        size = publish(place / WRITING / f"global_step_{self.global_steps}", place, was.max_actor_ckpt_to_keep)
+        shutil.rmtree(place / WRITING)
+        seconds = time.monotonic() - began
+        self.folder.append(
+            "events.jsonl", {"kind": "checkpoint", "step": self.global_steps, "bytes": size, "seconds": seconds}
+        )
+
+    def _load_checkpoint(self):
+        trainer = self.config.trainer
+        if trainer.resume_mode == "auto":
+            place = Path(trainer.default_local_dir)
+            step, wrong = newest_whole(place)
+            for text in wrong:
+                self.folder.append("events.jsonl", {"kind": "warning", "text": f"{text}: going back to step {step}"})
+            if step:
+                point_to(place, step)
+        elif trainer.resume_mode == "resume_path" and (damage := damage_of(Path(trainer.resume_from_path))):
+            raise DataError(f"{damage}: name another checkpoint")
+        with weights_only():
+            super()._load_checkpoint()
