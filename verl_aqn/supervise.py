@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -15,24 +16,42 @@ from pathlib import Path
 from typing import Protocol
 
 import psutil
-import yaml
+from omegaconf import DictConfig, OmegaConf
 
+from verl_aqn import stacks
 from verl_aqn.cache import cache_dir
+from verl_aqn.config import parse_aqn
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.trackers import stay_here
+from verl_aqn.watchdog import Watchdog
+from verl_aqn.zygote.server import PYTHON, warm_python
 
 POLL_S = 0.5
 GRACE_S = 20
+CLEAN_S = 60  # less than what a cluster's job is given to stop (cluster/node.py)
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_PDEATHSIG = 1
+# Of a process that starts a Ray of its own.
+LOCAL_RAY = {
+    # Ray's name for "this machine only": it then binds to loopback, and verl's servers take their address from it.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # With a token of this run's own; Ray would put one for all into the home folder, which others can read.
+    "RAY_AUTH_MODE": "token",
+    "RAY_prestart_worker_first_driver": "0",  # in an environment that no task of a run is in
+    "RAY_worker_register_timeout_seconds": "600",  # the first one waits until what it is forked from has its imports
+}
 
 
 @dataclass
 class Outcome:
-    """How the training process ended: `finished`, `failed` or `interrupted`."""
+    """How the training process ended: `finished`, `failed` or `interrupted`.
+
+    `again`: it failed by a fault that another attempt need not meet (a process died or hung), not by what was asked.
+    """
 
     status: str
     message: str = ""
+    again: bool = False
 
 
 class Listener(Protocol):
@@ -42,16 +61,44 @@ class Listener(Protocol):
 
 
 def environment(run: RunFolder, temporary: str) -> dict[str, str]:
-    """Environment of the training process and, through Ray, of every process under it."""
-    config = yaml.safe_load((run.path / "launch.yaml").read_text())
-    ranks = int(config["actor_rollout_ref"]["rollout"]["tensor_model_parallel_size"])
-    env = engine_environment(temporary, cpu=config["aqn"]["profile"] == "cpu", ranks=ranks)
-    env.update(RAY_TMPDIR=temporary, RAY_DEDUP_LOGS="0", RAY_USAGE_STATS_ENABLED="0", HYDRA_FULL_ERROR="1")
-    stay_here(env, run.path, run.state["attempt"])
+    """Environment of the training process and, through a Ray that it starts, of every process under it."""
+    env = worker_environment(run, temporary)
+    env.update(RAY_TMPDIR=temporary, RAY_DEDUP_LOGS="0", RAY_USAGE_STATS_ENABLED="0")
     if "RAY_ADDRESS" not in env:
-        # Ray's name for "this machine only": it then binds to loopback, and verl's servers take their address from it.
-        env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        return env | LOCAL_RAY | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    return env | {"RAY_OVERRIDE_JOB_RUNTIME_ENV": "1"}  # the run may set again what its job was submitted with
+
+
+def worker_environment(run: RunFolder, temporary: str) -> dict[str, str]:
+    """Of any process of the run, on whichever machine."""
+    config = launched(run)
+    ranks = int(config.actor_rollout_ref.rollout.tensor_model_parallel_size)
+    env = engine_environment(temporary, cpu=config.aqn.profile == "cpu", ranks=ranks)
+    env["HYDRA_FULL_ERROR"] = "1"
+    env[stacks.FOLDER] = str(stacks.folder_in(temporary))
+    stay_here(env, run.path, run.state["attempt"])
     return env
+
+
+def starts_warm(config: DictConfig) -> bool:
+    """Whether the processes of a run that starts its own Ray are forked: on CPUs.
+
+    Not where verl's `run_ppo` would do more than start Ray: determinism (which wants a hash seed of its own, while a
+    forked process has its parent's), the insight logger, a timeline at the end.
+    """
+    reward = config.reward.reward_model
+    deterministic = config.actor_rollout_ref.rollout.full_determinism or (
+        reward.enable and reward.rollout.full_determinism
+    )
+    timeline = config.ray_kwargs.get("timeline_json_file")
+    return config.aqn.profile == "cpu" and not (deterministic or timeline or "rl_insight" in config.trainer.logger)
+
+
+def launched(run: RunFolder) -> DictConfig:
+    """The config of the newest attempt."""
+    config = OmegaConf.load(run.path / "launch.yaml")
+    assert isinstance(config, DictConfig)
+    return config
 
 
 def engine_environment(temporary: str, *, cpu: bool, ranks: int) -> dict[str, str]:
@@ -67,6 +114,7 @@ def engine_environment(temporary: str, *, cpu: bool, ranks: int) -> dict[str, st
         TMPDIR=temporary,
         VLLM_RPC_BASE_PATH=temporary,
         TORCHINDUCTOR_CACHE_DIR=str(cache_dir() / "torchinductor"),
+        TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS="0",  # they would go to TMPDIR: 10 s in each run
         TOKENIZERS_PARALLELISM="false",
         VLLM_NO_USAGE_STATS="1",
         DO_NOT_TRACK="1",
@@ -102,37 +150,58 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
     temporary = tempfile.mkdtemp(prefix="aqn-", dir="/tmp")  # short: socket paths end at 107 characters
     run.append("events.jsonl", {"kind": "temporary", "path": temporary, "since": started})
     tails = {name: _Tail(run.path / name) for name in ("events.jsonl", "metrics.jsonl")}
+    (promises := stacks.folder_in(temporary)).mkdir()
+    watchdog = Watchdog(parse_aqn(launched(run)).run.patience, promises)
     stop: list[int] = []
     previous = {
         sig: signal.signal(sig, lambda number, _frame: stop.append(number)) for sig in (signal.SIGINT, signal.SIGTERM)
     }
     try:
-        with open(run.path / "training.log", "ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "verl_aqn.verl_api.run", str(run.path)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment(run, temporary),
-                start_new_session=True,
-                preexec_fn=end_with_parent,
-            )
-        error = ""
+        env = environment(run, temporary)
+        if "RAY_ADDRESS" not in env and starts_warm(launched(run)):
+            python, server = warm_python(temporary)
+            env[PYTHON] = str(python)
+            # It runs nothing of this run itself, so it promises no stacks.
+            _start(run, "verl_aqn.zygote.server", server, {**env, stacks.FOLDER: ""})
+        process = _start(run, "verl_aqn.verl_api.run", run.path, env)
+        error: dict = {}
         while process.poll() is None and not stop:
-            error = _drain(tails, listener) or error
+            error = _drain(tails, listener, watchdog) or error
+            if fault := watchdog.fault():
+                kept = run.path / f"stacks-{run.state['attempt']}.txt"
+                kept.write_text(on_nodes("stacks", [temporary]) or stacks.collect(promises, watchdog.vital))
+                if error:
+                    break
+                return Outcome("failed", f"{fault} (every process's stack: {kept})", again=True)
             time.sleep(POLL_S)
         if stop:
             return Outcome("interrupted", "stopped by Ctrl-C" if stop[0] == signal.SIGINT else "stopped by SIGTERM")
-        error = _drain(tails, listener) or error
+        error = _drain(tails, listener, watchdog) or error
         if process.returncode == 0:
             return Outcome("finished")
-        return Outcome("failed", error or f"the training process ended with code {process.returncode}")
+        if error:
+            return Outcome("failed", error["text"], again=error.get("again", False))
+        return Outcome("failed", f"the training process ended with code {process.returncode}", again=True)
     finally:
         end_descendants()
         remove_shared_memory(started)
+        on_nodes("clean", [temporary])
         for sig, handler in previous.items():
             signal.signal(sig, handler)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _start(run: RunFolder, module: str, path: Path, env: dict[str, str]) -> subprocess.Popen:
+    with open(run.path / "training.log", "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, str(path)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=env,
+            start_new_session=True,
+            preexec_fn=end_with_parent,
+        )
 
 
 def end_with_parent() -> None:
@@ -142,10 +211,23 @@ def end_with_parent() -> None:
 
 def clean_after_killed(run: RunFolder) -> None:
     """What earlier attempts of this run left behind because they were killed themselves (kill -9, a power cut)."""
-    for record in run.read("events.jsonl"):
-        if record["kind"] == "temporary" and Path(record["path"]).exists():
-            shutil.rmtree(record["path"], ignore_errors=True)
-            remove_shared_memory(record["since"] if "since" in record else record["started"])  # its name before
+    left = [record for record in run.read("events.jsonl") if record["kind"] == "temporary"]
+    left = [record for record in left if Path(record["path"]).exists()]
+    for record in left:
+        shutil.rmtree(record["path"], ignore_errors=True)
+        remove_shared_memory(record["since"] if "since" in record else record["started"])  # its name before
+    on_nodes("clean", [record["path"] for record in left])
+
+
+def on_nodes(task: str, temporaries: list[str]) -> str:
+    """What `verl_api.nodes` prints for a task on every node, if the run is on a cluster. That may be gone: nothing."""
+    if temporaries and "RAY_ADDRESS" in os.environ:
+        command = [sys.executable, "-m", "verl_aqn.verl_api.nodes", task, *temporaries]
+        with suppress(subprocess.TimeoutExpired):
+            return subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CLEAN_S, check=False
+            ).stdout
+    return ""
 
 
 def remove_shared_memory(since: float) -> None:
@@ -200,14 +282,15 @@ def _reap() -> None:
             return
 
 
-def _drain(tails: dict[str, "_Tail"], listener: Listener) -> str:
-    """Hand new records to the listener; the text of the last error among them."""
-    error = ""
+def _drain(tails: dict[str, "_Tail"], *listeners: Listener) -> dict:
+    """Hand new records to the listeners; the last error among them."""
+    error: dict = {}
     for name, tail in tails.items():
         for record in tail.new():
             if record.get("kind") == "error":
-                error = record["text"]
-            listener.record(name, record)
+                error = record
+            for listener in listeners:
+                listener.record(name, record)
     return error
 
 

@@ -1,6 +1,5 @@
 """A CPU as a verl platform: what verl 0.9.1 asks of a device, answered for a machine without an accelerator."""
 
-import resource
 import types
 from contextlib import contextmanager
 from typing import Any
@@ -9,10 +8,12 @@ import psutil
 import torch
 from verl.plugin.platform.platform_base import PlatformBase
 
+from verl_aqn.preflight.peak import peak_bytes
+
 
 def _peak_bytes(*_args: Any) -> int:
     """Peak resident memory of this process in bytes: the CPU's equal of `max_memory_allocated`."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_bytes()
 
 
 def _free_and_total() -> tuple[int, int]:

@@ -6,15 +6,28 @@ import ray
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
+from verl_aqn.serving import SERVED
 from verl_aqn.verl_api.plugin import assert_loaded
 
 
 class AqnHttpServer(vLLMHttpServer):
     """verl's `collective_rpc` drops the answers; this one returns them."""
 
+    _server_address: str  # where verl's own servers listen: the node's address
+
     def __init__(self, *args, **kwargs):
         assert_loaded("rollout server")
         super().__init__(*args, **kwargs)
+        # verl has one path for actor and rollout; the base may be served in another form than the actor trains on.
+        self.model_config.local_path = self.model_config.override_config.get(SERVED, self.model_config.local_path)
+
+    async def run_server(self, args):
+        """Nobody here asks by HTTP, and what listens there has no authentication: not on the node's address."""
+        address, self._server_address = self._server_address, "127.0.0.1"
+        try:
+            await super().run_server(args)
+        finally:
+            self._server_address = address  # which is also the replica's name, and that of its ranks' group
 
     async def aqn_call(self, method: str, *args: Any, clear_cache: bool = False) -> list[Any]:
         """Call `method` on every rank of the engine.

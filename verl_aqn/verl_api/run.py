@@ -1,14 +1,20 @@
 """The training process: `python -m verl_aqn.verl_api.run RUN_FOLDER`, started and watched by verl_aqn.train."""
 
+import os
 import sys
+import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import ray
 from omegaconf import DictConfig, OmegaConf
 
-from verl_aqn.errors import AqnError
+from verl_aqn.errors import AqnError, ProcessFault
 from verl_aqn.runs.folder import RunFolder
+from verl_aqn.stacks import listen
+from verl_aqn.supervise import launched
+from verl_aqn.zygote.server import PYTHON
 
 
 @ray.remote(num_cpus=1)
@@ -18,12 +24,19 @@ class AqnTaskRunner:
     def run(self, config: DictConfig) -> None:
         """Train from the first step, or the last checkpoint, to the last step."""
         import transfer_queue
+        from verl.trainer.ppo.utils import need_critic, need_reference_policy
         from verl.trainer.ppo.v1 import AgentLoopManagerTQ
+        from verl.utils.config import validate_config
 
+        from verl_aqn.cluster.worker import TEMPORARY
+        from verl_aqn.verl_api.nodes import check_nodes
         from verl_aqn.verl_api.plugin import assert_loaded
         from verl_aqn.verl_api.trainer import AqnTrainer
 
         assert_loaded("task runner")
+        if TEMPORARY in os.environ:
+            check_nodes(config)
+        validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
         config.transfer_queue.enable = True
         OmegaConf.resolve(config)
         transfer_queue.init(config.transfer_queue)
@@ -50,27 +63,47 @@ def root_cause(error: BaseException) -> BaseException:
     return error
 
 
+def start(config: DictConfig, records: RunFolder) -> None:
+    """By verl's own way, on a new Ray or the cluster at RAY_ADDRESS."""
+    from verl_aqn.verl_api.plugin import assert_loaded
+
+    assert_loaded("driver")
+    # Only now: verl chooses its platform while these are imported.
+    from verl.trainer.main_ppo import run_ppo
+
+    if "RAY_ADDRESS" in os.environ:
+        from verl_aqn.verl_api.nodes import join
+
+        join(config, records)
+    run_ppo(config, task_runner_class=AqnTaskRunner)
+
+
 def main(folder: Path) -> int:
     """Run the resolved config of a run folder. Exit code 0 when it finished, 1 when it did not."""
     records = RunFolder(folder)
+    listen()
     try:
-        from verl_aqn.verl_api.plugin import assert_loaded
-
-        assert_loaded("driver")
-        # Only now: verl chooses its platform while these are imported.
-        from verl.trainer.main_ppo import run_ppo
-        from verl.trainer.ppo.utils import need_critic, need_reference_policy
-        from verl.utils.config import validate_config
-
-        config = OmegaConf.load(folder / "launch.yaml")
-        validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
-        records.append("events.jsonl", {"kind": "phase", "text": "starting Ray"})
-        run_ppo(config, task_runner_class=AqnTaskRunner)
+        config = launched(records)
+        cluster = os.environ.get("RAY_ADDRESS")
+        text = f"joining the Ray cluster at {cluster}" if cluster else "starting Ray"
+        records.append("events.jsonl", {"kind": "phase", "text": text, "time": time.time()})
+        if python := os.environ.get(PYTHON):
+            # verl's `run_ppo` but for importing verl, for which Ray would have to wait.
+            settings: Any = OmegaConf.to_container(config.ray_kwargs.ray_init, resolve=True)
+            settings["runtime_env"]["py_executable"] = python
+            ray.init(**settings)
+            runner: Any = AqnTaskRunner
+            ray.get(runner.remote().run.remote(config))
+        else:
+            start(config, records)
     except Exception as error:
         traceback.print_exc()
         cause = root_cause(error)
         text = str(cause) if isinstance(cause, AqnError) else f"{type(cause).__name__}: {cause}"
-        records.append("events.jsonl", {"kind": "error", "text": text.strip().splitlines()[0][:500]})
+        line = (text.strip().splitlines() or ["no word"])[0][:500]
+        # What a user has to mend comes again at the next attempt; what happened to a process need not.
+        again = not isinstance(cause, AqnError) or isinstance(cause, ProcessFault)
+        records.append("events.jsonl", {"kind": "error", "text": line, "again": again})
         return 1
     finally:
         ray.shutdown()

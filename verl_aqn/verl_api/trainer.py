@@ -3,6 +3,7 @@
 One place decides σ: `on_step_begin` here. The rollout is told, and what it answers is checked there and then.
 """
 
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,13 @@ import ray
 import transfer_queue
 from omegaconf import DictConfig
 from verl.trainer.ppo.utils import Role
-from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.debug import marked_timer
 
 import verl_aqn.verl_api.rollout  # noqa: F401  registers the replica
 from verl_aqn.config import order_of, parse_aqn, schedule_of
 from verl_aqn.errors import EvidenceError
 from verl_aqn.mxfp4.checkpoint import check_covered, checkpoint_digest
+from verl_aqn.mxfp4.model import open_packed, packed_modules
 from verl_aqn.noise import check_equal_noise, check_evidence, check_used
 from verl_aqn.order import NoiseOrder
 from verl_aqn.prepare import check_steps
@@ -25,13 +26,16 @@ from verl_aqn.rewards import math_verify
 from verl_aqn.rewards.gsm8k import number
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.shards import distinct
+from verl_aqn.verl_api.divergence import saved_where_it_diverges
 from verl_aqn.verl_api.groups import AqnReplayBuffer, check_refill, count_groups, remedy
 from verl_aqn.verl_api.parity import can_rescore, clip_range, scored_again, step_metrics
+from verl_aqn.verl_api.saving import SavingTrainer
 from verl_aqn.verl_api.workers import AqnActorWorker, AqnTrainingWorker
 from verl_aqn.vllm_api.readback import check_activations
+from verl_aqn.watchdog import ENDING
 
 
-class AqnTrainer(PPOTrainerSync):
+class AqnTrainer(SavingTrainer):
     """Hooks of one run; records go to the run folder `aqn.run.dir`."""
 
     def __init__(self, config: DictConfig):
@@ -40,7 +44,7 @@ class AqnTrainer(PPOTrainerSync):
         assert self.aqn.run.dir is not None
         self.folder = RunFolder(Path(self.aqn.run.dir))
         self.noise_metrics: dict[str, float] = {}
-        self.base_weights: list[str] = []
+        self.base_weights: list[str | None] = []
         self.shares: dict[str, float] = {}  # of the last validation's answers, right by the other two rules
         self.clean_logp: dict[str, list[float]] = {}  # of the rollout's own sequences, scored again without noise
 
@@ -70,9 +74,17 @@ class AqnTrainer(PPOTrainerSync):
         )
         return super()._add_prompts_to_generate(num_prompts)
 
+    def _submit_batch_to_rollout(self, *args, **kwargs):
+        self.doing("generation")  # anew for what refills thrown away groups: the watchdog's patience is for one batch
+        return super()._submit_batch_to_rollout(*args, **kwargs)
+
     def on_init_end(self):
         self.schedule = schedule_of(self.config, self.total_training_steps)
         self.event("rollout ready")
+        addresses = ray.get([server.get_server_address.remote() for server in self.servers()])
+        self.record(
+            "placed", actor_nodes=self.actor_rollout_wg.node(), rollout_nodes=[address for address, _ in addresses]
+        )
         self.expect_slices()
         super().on_init_end()  # wakes the replicas (verl put them to sleep) and sends the adapter
         # The first order here, so that a pattern that matches nothing is told before anything is generated.
@@ -86,6 +98,7 @@ class AqnTrainer(PPOTrainerSync):
         self.event(f"{norms['norms']} norms{linears} found{alone}, base and adapter equal in actor and rollout")
 
     def on_step_begin(self):
+        self.doing("noise")
         super().on_step_begin()
         self.apply_noise(self.global_steps - 1)
 
@@ -104,12 +117,28 @@ class AqnTrainer(PPOTrainerSync):
             self.restore_actor()
         return batch
 
+    def _compute_old_log_prob(self, batch, metrics):
+        self.doing("log-probs")
+        return super()._compute_old_log_prob(batch, metrics)
+
+    def _update_critic(self, batch, metrics):
+        self.doing("critic's update")
+        with saved_where_it_diverges(batch, self.folder, self.global_steps):
+            return super()._update_critic(batch, metrics)
+
+    def _update_actor(self, batch, metrics):
+        self.doing("update")
+        with saved_where_it_diverges(batch, self.folder, self.global_steps):
+            return super()._update_actor(batch, metrics)
+
     def on_step_end(self):
+        self.doing("sync")
         super().on_step_end()
         self.check_adapter()
 
     def on_validate_begin(self):
         self.event(f"validating after step {self.global_steps}")
+        self.doing("validation")
         self.restore_clean()
         super().on_validate_begin()
 
@@ -117,6 +146,9 @@ class AqnTrainer(PPOTrainerSync):
         super().fit(agent_loop_manager)
         self.restore_clean()
         self.check_base("end")
+        peaks = {"actor": self.actor_rollout_wg.memory_peak(), "rollout": self.rollout("aqn_memory_peak")}
+        self.write("events.jsonl", kind="memory", **peaks)
+        self.doing(ENDING)
 
     def _validate(self) -> dict[str, float]:
         metrics = super()._validate()
@@ -140,11 +172,15 @@ class AqnTrainer(PPOTrainerSync):
         super()._dump_generations(inputs, outputs, gts, scores, reward_extra_infos_dict, dump_path)
 
     def _compute_metrics(self, batch, metrics, timing_raw, global_steps, epoch):
+        timing_raw.pop("save_checkpoint", None)  # that is only due yet
         super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)
         metrics.update(self.noise_metrics)
         metrics.update(self.group_and_parity_metrics(batch, metrics))
         numbers = {key: float(value) for key, value in metrics.items() if _is_number(value)}
         self.write("metrics.jsonl", kind="step", step=global_steps, total=self.total_training_steps, metrics=numbers)
+        if self.save_due:
+            self.doing("checkpoint")
+            self.save()
 
     # ---- groups and parity ----
 
@@ -254,22 +290,28 @@ class AqnTrainer(PPOTrainerSync):
             raise EvidenceError(f"after step {self.global_steps} the rollout's adapter is not the one that was sent")
 
     def check_base(self, when: str) -> None:
-        """The packed base on disk, in the actor and in the rollout is one and the same."""
+        """The base on disk, in the actor and in the rollout (packed, or its values in bf16) is one and the same."""
         actor = self.actor_rollout_wg.base_digest()
         if actor[0] is None:
             self.record("base", when=when, quantised=False)
             return
-        held, rounding = self.rollout("aqn_base"), self.actor_rollout_wg.activations()
-        path = self.config.actor_rollout_ref.model.path
+        path, form = self.config.actor_rollout_ref.model.path, self.aqn.mxfp4.serve
+        held = self.rollout("aqn_base", packed_modules(open_packed(Path(path))))
+        rounding = self.actor_rollout_wg.activations()
         slicings, slicing_of_rank = distinct([answer["slices"] for answer in held])
-        digests = [checkpoint_digest(path, slices) for slices in slicings]
-        disk = digests[0]
-        self.record("base", when=when, disk=disk, actor=actor, actor_activations=rounding, rollout=held)
+        digests = [checkpoint_digest(path, slices, form) for slices in slicings]
+        disk = digests[0] if form == "packed" else checkpoint_digest(path)
+        # `served`: what a rollout that holds the whole base must show.
+        self.record(
+            "base", when=when, disk=disk, served=digests[0], actor=actor, actor_activations=rounding, rollout=held
+        )
         wanted = [digests[slicing] for slicing in slicing_of_rank]
         if {disk, *actor} != {disk} or [answer["base_digest"] for answer in held] != wanted:
             raise EvidenceError(
                 f"at the {when} the MXFP4 base differs between disk, actor and rollout; see evidence.jsonl"
             )
+        if {answer["form"] for answer in held} != {form}:
+            raise EvidenceError(f"the rollout holds its base as {held[0]['form']}, not as aqn.mxfp4.serve={form}")
         check_covered(path, [answer["slices"] for answer in held])
         # A kernel that keeps weights in an order of its own gives None: there they must be what they were.
         if any(answer["weights_equal_base"] is False for answer in held):
@@ -289,7 +331,11 @@ class AqnTrainer(PPOTrainerSync):
         self.write("evidence.jsonl", kind=kind, **evidence)
 
     def event(self, text: str) -> None:
-        self.write("events.jsonl", kind="phase", text=text)
+        self.write("events.jsonl", kind="phase", text=text, time=time.time())
+
+    def doing(self, phase: str) -> None:
+        """What happens from now on; the watchdog counts the time."""
+        self.write("events.jsonl", kind="doing", phase=phase, step=self.global_steps, time=time.time())
 
     def warn(self, text: str) -> None:
         self.write("events.jsonl", kind="warning", text=text)

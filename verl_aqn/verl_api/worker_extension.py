@@ -5,6 +5,7 @@ from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
 from verl_aqn.errors import EnvironmentFault
 from verl_aqn.noise import NoiseInjector, NoiseOrder
+from verl_aqn.preflight.peak import memory_peak
 from verl_aqn.vllm_api import plugin, readback
 
 
@@ -23,9 +24,9 @@ class AqnWorkerExtension(vLLMColocateWorkerExtension):
             "dtype": str(self.model_runner.vllm_config.model_config.dtype),
         }
 
-    def aqn_base(self) -> dict:
-        """The packed base as the engine holds it."""
-        return readback.describe_base(self.model_runner.get_model())
+    def aqn_base(self, modules: list[str]) -> dict:
+        """The base's weights of `modules` as the engine holds them."""
+        return readback.describe_base(self.model_runner.get_model(), modules)
 
     def aqn_apply_noise(self, order: dict) -> dict:
         """Write clean + noise as the order says; evidence read back from the weights."""
@@ -36,6 +37,10 @@ class AqnWorkerExtension(vLLMColocateWorkerExtension):
         """Write the clean weights; evidence read back from them."""
         with torch.no_grad():
             return self.aqn_injector.restore()
+
+    def aqn_memory_peak(self) -> dict[str, int]:
+        """The most memory of this process so far, in bytes: `resident`, and `device` where it computes on one."""
+        return memory_peak()
 
     def aqn_adapter_slices(self, rank: int) -> dict:
         """Which parts of the adapter this rank of the engine holds; also of an engine that sleeps."""

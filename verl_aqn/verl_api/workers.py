@@ -1,33 +1,36 @@
 """verl's workers with what a run must prove: the base that they hold, the adapter that they sent."""
 
-import os
-
-import torch.distributed
+import ray
 import zmq
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
-from verl_aqn.errors import EvidenceError
+from verl_aqn.errors import ProcessFault
 from verl_aqn.order import NoiseOrder
+from verl_aqn.preflight.peak import memory_peak
+from verl_aqn.runs.checkpoints import weights_only
 from verl_aqn.verl_api.plugin import assert_loaded
+from verl_aqn.verl_api.process_group import open_process_group
 
 SYNC_TIMEOUT_S = 600
 
 
 class AqnTrainingWorker(TrainingWorker):
-    """One trained model. On a CPU it makes the process group that verl's own string would break."""
+    """One trained model."""
 
     def __init__(self, config):
         assert_loaded("training worker")
         # verl imports a model's external_lib where its config is made: for a critic that is not the worker's process.
         import verl_aqn.verl_api.engine  # noqa: F401
 
-        if os.environ.get("VERL_PLATFORM") == "cpu" and not torch.distributed.is_initialized():
-            # verl would ask for "cpu:gloo,cpu:gloo", which torch refuses; it keeps a group that exists.
-            torch.distributed.init_process_group(
-                "gloo", rank=int(os.environ.get("RANK", 0)), world_size=int(os.environ.get("WORLD_SIZE", 1))
-            )
+        open_process_group()
         super().__init__(config)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def load_checkpoint(self, *arguments, **named):
+        """As verl's, of weights only."""
+        with weights_only():
+            return super().load_checkpoint(*arguments, **named)
 
 
 class AqnActorWorker(ActorRolloutRefWorker):
@@ -35,6 +38,11 @@ class AqnActorWorker(ActorRolloutRefWorker):
 
     actor_worker_cls = AqnTrainingWorker
     ref_worker_cls = AqnTrainingWorker
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def node(self) -> str:
+        """Address of the node that this rank is on."""
+        return ray.util.get_node_ip_address()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def base_digest(self) -> str | None:
@@ -57,6 +65,11 @@ class AqnActorWorker(ActorRolloutRefWorker):
         return list(self.actor.engine.sent_adapters)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def memory_peak(self) -> dict[str, int]:
+        """The most memory of this process so far, in bytes: `resident`, and `device` where it computes on one."""
+        return memory_peak()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def apply_noise(self, order: dict) -> dict:
         """The rollout's noise in this actor's forward from now on; evidence as the rollout's."""
         return self.actor.engine.noise.apply(NoiseOrder.from_dict(order))
@@ -75,7 +88,7 @@ class AqnActorWorker(ActorRolloutRefWorker):
         try:
             return await super().update_weights(global_steps=global_steps, mode=mode)
         except zmq.Again:
-            raise EvidenceError(
+            raise ProcessFault(
                 f"the rollout did not take the adapter within {SYNC_TIMEOUT_S} s: its worker has failed (see the log)"
             ) from None
         finally:

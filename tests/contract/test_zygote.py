@@ -1,0 +1,168 @@
+"""Processes forked from one that has verl, torch and vLLM imported are what `python` would have been."""
+
+import inspect
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from verl.trainer.main_ppo import run_ppo
+
+from verl_aqn.config import load_recipe
+from verl_aqn.supervise import starts_warm
+from verl_aqn.zygote.server import PYTHON, warm_python
+
+TELL = """
+import json, os, random, sys, numpy
+print(json.dumps([os.getpid(), os.getcwd(), sys.argv, os.environ.get("OWN"), os.environ["VLLM_LOGGING_LEVEL"],
+    "verl" in sys.modules, __name__, numpy.random.random(), random.random(), os.environ.get("GONE")]))
+"""
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    """A server, and the Python that asks it."""
+    folder = tmp_path_factory.mktemp("zygote")
+    python, server = warm_python(str(folder))
+    env = {**os.environ, "VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1", PYTHON: str(python), "GONE": "here"}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # as in supervise.environment: it would be an argument of spawned ones
+    with subprocess.Popen([sys.executable, "-m", "verl_aqn.zygote.server", str(server)], env=env) as process:
+        while not server.exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        env.pop("GONE")
+        yield python, process.pid, env
+        process.terminate()
+
+
+@pytest.fixture
+def run(warm, tmp_path):
+    """Call the warm Python as Ray does, with a worker of this code."""
+    python, _, env = warm
+    script = tmp_path / "default_worker.py"
+
+    def call(code: str, *arguments: str, **options) -> subprocess.CompletedProcess:
+        script.write_text(code)
+        options = {"env": env, "capture_output": True, "text": True, "timeout": 300, **options}
+        return subprocess.run([python, script, *arguments], check=False, **options)
+
+    return call
+
+
+def test_a_forked_process_has_the_arguments_environment_folder_and_files_of_its_client(warm, run, tmp_path):
+    _, server, env = warm
+    reader, writer = os.pipe()
+    code = TELL + "import psutil; print(psutil.Process().ppid()); os.write(int(sys.argv[2]), b'word')"
+    done = run(code, "one", str(writer), cwd=tmp_path, env={**env, "OWN": "mine"}, pass_fds=[writer])
+    assert done.returncode == 0, done.stderr
+    told, parent = done.stdout.splitlines()
+    _, folder, arguments, own, level, imported, name, _, _, gone = json.loads(told)
+    script = str(tmp_path / "default_worker.py")
+    assert (folder, arguments, own) == (str(tmp_path), [script, "one", str(writer)], "mine")
+    assert (imported, name, gone, int(parent)) == (True, "__main__", None, server)
+    assert level == "WARN"  # of verl's own for Ray's workers
+    assert os.read(reader, 10) == b"word"
+    os.close(reader)
+    os.close(writer)
+
+
+def test_what_gains_nothing_is_an_ordinary_python(warm):
+    python, _, env = warm
+    code = "import os, sys; print(os.getppid(), 'torch' in sys.modules)"
+    done = subprocess.run([python, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(os.getpid()), "False"]
+
+
+def test_random_numbers_and_ids_differ_between_forked_processes(run):
+    """Also the ids that Ray draws in C++: two workers with one id end each other."""
+    ids = "; ".join(f"print(ray.{kind}.from_random().hex())" for kind in ("ObjectID", "WorkerID", "NodeID"))
+    told = [run(TELL + f"import ray; {ids}").stdout.splitlines() for _ in range(2)]
+    assert json.loads(told[0][0])[7] != json.loads(told[1][0])[7]
+    assert json.loads(told[0][0])[8] != json.loads(told[1][0])[8]
+    assert len({*told[0][1:], *told[1][1:]}) == 6
+
+
+@pytest.mark.parametrize(("end", "status"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), 15)", -15), ("1/0", 1)])
+def test_the_client_ends_as_the_process_does(run, end, status):
+    done = run(f"import os, sys; {end}")
+    assert done.returncode == status
+    assert ("ZeroDivisionError" in done.stderr) == (end == "1/0")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_signal_to_the_client_reaches_the_process(warm, tmp_path, number, status):
+    python, _, env = warm
+    script = tmp_path / "default_worker.py"
+    script.write_text("import os, time; print(os.getpid(), flush=True); time.sleep(600)")
+    with subprocess.Popen([python, script], env=env, stdout=subprocess.PIPE, text=True) as client:
+        process = psutil.Process(int(client.stdout.readline()))
+        assert process.pid != client.pid
+        client.send_signal(number)
+        assert client.wait(60) == status
+    psutil.wait_procs([process], timeout=60)
+    assert not process.is_running()
+
+
+def test_a_process_that_multiprocessing_spawns_from_a_forked_one_is_forked_too(warm, run, tmp_path):
+    module = tmp_path / "worker_of_this_test.py"
+    module.write_text("import os, sys\ndef work(queue): queue.put([os.getppid(), 'verl' in sys.modules])\n")
+    code = f"""
+import multiprocessing, sys
+sys.path.insert(0, {str(tmp_path)!r})
+import worker_of_this_test
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=worker_of_this_test.work, args=(queue,))
+    process.start()
+    print(*queue.get(timeout=60))
+    process.join()
+    print(process.exitcode)
+"""
+    done = run(code)
+    assert done.stdout.split() == [str(warm[1]), "True", "0"], done.stderr
+
+
+@pytest.mark.parametrize("by", ["ray._raylet", "setproctitle"])  # as Ray's do, and vLLM's
+def test_a_forked_process_can_give_itself_a_title(run, by):
+    title = "ray::agent_loop_worker_0_f925dd7d:AgentLoopWorkerTQ.__init__"  # the longest of a run
+    code = f"import psutil, ray, setproctitle; {by}.setproctitle({title!r}); print(*psutil.Process().cmdline())"
+    done = run(code)
+    assert done.stdout.strip() == title, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "warm_start"),
+    [
+        ("aqn.seed=1", True),
+        ("actor_rollout_ref.rollout.full_determinism=true", False),
+        ("trainer.logger=[console,rl_insight]", False),
+        ("ray_kwargs.timeline_json_file=somewhere.json", False),
+        ("profile=cuda", False),
+    ],
+)
+def test_what_verl_s_own_start_does_beside_starting_ray_is_left_to_it(override, warm_start):
+    assert starts_warm(load_recipe("e12", ["profile=cpu", override])) is warm_start
+
+
+def test_verl_s_start_reads_nothing_of_the_config_that_ours_does_not_know():
+    read = {key.removesuffix(".get") for key in re.findall(r"\bconfig\.([\w.]+)", inspect.getsource(run_ppo))}
+    assert read == {
+        "actor_rollout_ref.rollout", "reward.reward_model.rollout", "reward.reward_model.enable", "trainer",
+        "ray_kwargs", "transfer_queue.enable",
+        # Only with CUDA:
+        "global_profiler.tool", "global_profiler", "global_profiler.global_tool_config.nsys.controller_nsight_options",
+    }  # fmt: skip
+
+
+def test_without_a_server_it_is_an_ordinary_python(tmp_path):
+    python, _ = warm_python(str(tmp_path))
+    script = tmp_path / "default_worker.py"
+    script.write_text("print(6 * 7)")
+    done = subprocess.run([python, script], capture_output=True, text=True, check=True)
+    assert done.stdout == "42\n"
