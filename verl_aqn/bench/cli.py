@@ -1,6 +1,8 @@
 """`verl-aqn bench NAME`."""
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -88,3 +90,29 @@ def mxfp4_quality(
     else:
         title = f"{model.name}: loss on {sequences} texts of {Path(text).name}, {items} answers"
         quality.print_table(rows, title)
+
+
+@bench_app.command("step")
+def step(
+    model: Annotated[str, typer.Option(help="A model folder, or 'embedded'.")] = "embedded",
+    steps: Annotated[int, typer.Option(min=1, help="Measured steps of every run, after one that warms up.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of every arm; the arms take turns.")] = 2,
+    small: Annotated[bool, typer.Option("--small", help="2 prompts × 4 samples: for a model of a test.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The RL step on CPUs from end to end, beside stock verl with a bf16 base (with its defaults, and tuned)."""
+    import tempfile
+
+    from verl_aqn.bench.step import ARMS, measure, table
+
+    base = Path(tempfile.mkdtemp(prefix="verl-aqn-bench-"))  # stays where a run fails: its log is in there
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("steps", total=len(ARMS) * rounds * (steps + 1))
+        result = measure(model, steps, rounds, small, base, lambda done: progress.update(task, completed=done))
+    shutil.rmtree(base)
+    if as_json:
+        print(json.dumps(result))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table(result))
+    console.print(f"Sent to the rollout a step: {result['synced_of_bf16_weights']:.1%} of the bf16 weights' bytes.")

@@ -52,7 +52,7 @@ def measure(
         if progress is not None:
             progress(n, rounds)
     return {
-        "device": _device_name(device),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "size": size,
         "rounds": rounds,
@@ -202,7 +202,7 @@ def _linear_report(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _device_name(device: str) -> str:
+def device_name(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     if device != "cpu":

@@ -1,0 +1,286 @@
+"""The RL step from end to end beside stock verl: same machine, model, prompts, seed and number of generated tokens.
+
+Every arm is a run of its own processes, as a user would start it; the arms take turns for as many rounds as are asked.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import psutil
+from omegaconf import DictConfig, OmegaConf
+from rich.table import Table
+
+from verl_aqn.errors import EnvironmentFault
+from verl_aqn.supervise import LOCAL_RAY, end_descendants, end_with_parent, engine_environment, remove_shared_memory
+from verl_aqn.watchdog import title
+
+ARMS = ("ours", "stock tuned", "stock")
+PHASES = {"generation": "gen", "log-probs": "old_log_prob", "update": "update_actor", "sync": "update_weights"}
+RECIPE = "e12_aggressive_1ep"
+ACTOR, ROLLOUT = "ray::WorkerDict", "VLLM::Worker"
+_SMALL = ("data.train_batch_size=2", "actor_rollout_ref.actor.ppo_mini_batch_size=2", "actor_rollout_ref.rollout.n=4")
+
+
+@dataclass
+class Arm:
+    """What one run showed: seconds of each step after the first by phase, and the run's start and memory."""
+
+    steps: list[dict[str, float]] = field(default_factory=list)
+    start_s: float = 0.0
+    """From the call to the beginning of the first step, with a validation of a few prompts."""
+    peak: dict[str, int] = field(default_factory=dict)
+    """Bytes: `actor` and `rollout` resident, `all` what the machine had less while it ran."""
+
+
+def overrides(model: str, steps: int, small: bool) -> list[str]:
+    """What all arms have in common. Every response has its full length, so that each generates as many tokens."""
+    return [
+        "profile=cpu",
+        "experiment=embedded",
+        f"actor_rollout_ref.model.path={model}",
+        *(_SMALL if small else ()),
+        "actor_rollout_ref.rollout.ignore_eos=true",
+        f"trainer.total_training_steps={steps + 1}",
+        "data.val_max_samples=8",
+        "trainer.test_freq=1000",
+        "trainer.save_freq=-1",
+        "trainer.logger=[file]",
+    ]
+
+
+def stock_config(todo: list[str], *, tuned: bool) -> DictConfig:
+    """The same task for verl's own trainer: a bf16 base with bf16 LoRA, of verl's settings but for what a CPU needs.
+
+    `tuned`: with our profile's settings of threads, processes and cache too.
+    """
+    from verl_aqn.config import load_recipe
+    from verl_aqn.train import resolve
+
+    # Noise is the recipe's; a base that is not packed has no noise here, and stock verl none at all.
+    config = load_recipe(RECIPE, [*todo, "aqn.mxfp4.enabled=false", "aqn.noise.enabled=false"])
+    config = resolve(config).config
+    model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
+    OmegaConf.set_struct(config, False)
+    model.external_lib = "verl_aqn.bench.stock"
+    model.override_config = {"attn_implementation": "sdpa"}
+    config.actor_rollout_ref.actor.fsdp_config.model_dtype = "bf16"
+    kwargs = dict(rollout.engine_kwargs.vllm)
+    kwargs.pop("worker_extension_cls")
+    if not tuned:
+        kwargs.pop("block_size")
+        rollout.agent.num_workers = 8
+    rollout.engine_kwargs.vllm = kwargs
+    OmegaConf.resolve(config)
+    config.pop("aqn")
+    return config
+
+
+@contextmanager
+def started(command: list[str], env: dict[str, str], log: Path) -> Iterator[subprocess.Popen]:
+    """A process of a session of its own; all that descends from it is ended."""
+    since = time.time()
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, start_new_session=True,
+            preexec_fn=end_with_parent,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        end_descendants()
+        remove_shared_memory(since)
+
+
+def run_arm(name: str, todo: list[str], folder: Path, on_step: Callable[[], None]) -> Arm:
+    """One run of an arm.
+
+    Raises:
+        EnvironmentFault: it ended badly.
+    """
+    temporary = tempfile.mkdtemp(prefix="aqn-", dir="/tmp")
+    tracked, log = folder / "tracked.jsonl", folder / "log.txt"
+    try:
+        if name == "ours":
+            command = [sys.executable, "-m", "verl_aqn.cli", "train", RECIPE, *todo, "aqn.noise.probe=false"]
+            command += [f"aqn.run.dir={folder}"]
+            env = dict(os.environ)
+        else:
+            config = folder / "config.yaml"
+            made = stock_config(todo, tuned=name == "stock tuned")
+            made.trainer.default_local_dir = str(folder / "checkpoints")
+            config.write_text(OmegaConf.to_yaml(made))
+            command = [sys.executable, "-m", "verl_aqn.bench.stock", str(config)]
+            env = engine_environment(temporary, cpu=True, ranks=1) | LOCAL_RAY
+            env |= {"RAY_TMPDIR": temporary, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+            env["VLLM_PLUGINS"] = ""  # not ours
+            if name == "stock":
+                del env["OMP_NUM_THREADS"], env["VLLM_CPU_OMP_THREADS_BIND"]
+        env["VERL_FILE_LOGGER_PATH"] = str(tracked)
+        begun, arm = time.time(), Arm()
+        with started(command, env, log) as process, watching(arm.peak):
+            seen, first = 0, 0.0
+            while True:
+                ended = process.poll() is not None
+                lines = tracked.read_bytes().splitlines(keepends=True) if tracked.exists() else []
+                lines = [line for line in lines if line.endswith(b"\n")]
+                for line in lines[seen:]:
+                    data = json.loads(line)["data"]
+                    if "timing_s/step" in data:
+                        if not first:
+                            first = time.time() - data["timing_s/step"]
+                            arm.start_s = first - begun
+                        else:
+                            arm.steps.append(seconds(data))
+                        on_step()
+                seen = len(lines)
+                if ended:
+                    break
+                time.sleep(0.2)
+        if process.returncode:
+            raise EnvironmentFault(f"bench step: {name} ended with code {process.returncode}: see {log}")
+        if name == "ours":
+            add_evidence(arm, next(folder.glob("runs/*/events.jsonl")))
+        return arm
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def seconds(data: dict[str, float]) -> dict[str, float]:
+    """Of one step, without validation: phases, the whole, and its tokens."""
+    found = {phase: data[f"timing_s/{key}"] for phase, key in PHASES.items()}
+    found["step"] = data["timing_s/step"] - data.get("timing_s/testing", 0.0)
+    found["tokens"] = data["perf/total_num_tokens"]
+    return found
+
+
+def add_evidence(arm: Arm, events: Path) -> None:
+    """Seconds a step for noise and reading back: before generation, and of the sync what is not verl's own."""
+    doing = [one for one in map(json.loads, events.read_text().splitlines()) if one["kind"] == "doing"]
+    spent: dict[int, float] = {}
+    for one, after in pairwise(doing):
+        if one["phase"] in ("noise", "sync") and one["step"]:
+            spent[one["step"]] = spent.get(one["step"], 0.0) + after["time"] - one["time"]
+    for number, step in enumerate(arm.steps, 2):
+        step["noise and evidence"] = spent[number] - step["sync"]
+
+
+@contextmanager
+def watching(peak: dict[str, int]) -> Iterator[None]:
+    """Fills in the peaks of what descends from this process, by a look every second that costs it nothing."""
+    ended = threading.Event()
+    before = psutil.virtual_memory().available
+
+    def look() -> None:
+        while not ended.wait(1):
+            peak["all"] = max(peak.get("all", 0), before - psutil.virtual_memory().available)
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    what = title(process)
+                    if kind := {ACTOR: "actor", ROLLOUT: "rollout"}.get(what):
+                        peak[kind] = max(peak.get(kind, 0), process.memory_info().rss)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def measure(model: str, steps: int, rounds: int, small: bool, base: Path, on_step: Callable[[int], None]) -> dict:
+    """Arms in turn, `steps` measured steps each, for so many rounds. → what `print_table` prints.
+
+    `base`: a folder for the runs. `on_step` is told how many steps are done.
+    """
+    from verl_aqn.bench.codec import device_name
+    from verl_aqn.config import load_recipe
+    from verl_aqn.preflight.checks import recipe_shape
+
+    todo, done = overrides(model, steps, small), 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        on_step(done)
+
+    runs: dict[str, list[Arm]] = {name: [] for name in ARMS}
+    for number in range(rounds):
+        for name in ARMS:
+            folder = base / f"{number + 1}-{name.replace(' ', '-')}"
+            folder.mkdir(parents=True)
+            runs[name].append(run_arm(name, todo, folder, count))
+    config = load_recipe(RECIPE, todo)
+    shape = recipe_shape(config)
+    adapter = 2 * config.actor_rollout_ref.model.lora_rank * shape.adapted
+    arms = {name: summary(of_arm) for name, of_arm in runs.items()}
+    against = {
+        name: {key: arms["ours"][key] / value for key, value in arms[name].items() if key in arms["ours"]}
+        for name in ARMS[1:]
+    }
+    return {
+        "device": device_name("cpu"),
+        "cores": len(os.sched_getaffinity(0)),
+        "model": Path(model).name,
+        "steps": steps * rounds,
+        "arms": arms,
+        "ours_of": against,
+        "synced_of_bf16_weights": adapter / (2 * shape.parameters),
+        "runs": {name: [vars(arm) for arm in of_arm] for name, of_arm in runs.items()},
+    }
+
+
+def summary(runs: list[Arm]) -> dict[str, float]:
+    """Medians over all measured steps in seconds; of runs the median start, the largest peaks in bytes."""
+    steps = [step for arm in runs for step in arm.steps]
+    found = {key: statistics.median(step[key] for step in steps) for key in steps[0]}
+    found["ms a token"] = 1e3 * statistics.median(step["step"] / step["tokens"] for step in steps)
+    found["start"] = statistics.median(arm.start_s for arm in runs)
+    return found | {f"memory: {kind}": max(arm.peak[kind] for arm in runs) for kind in ("actor", "rollout", "all")}
+
+
+def table(result: dict) -> Table:
+    """One row for each figure: ours, and ours of each other arm's."""
+    view = Table(
+        title=f"RL step of {result['model']}, {result['cores']} cores of {result['device']}, medians of "
+        f"{result['steps']} steps an arm",
+        title_justify="left",
+    )
+    view.add_column("")
+    for name in (*ARMS, *(f"ours of {name}'s" for name in ARMS[1:])):
+        view.add_column(name, justify="right")
+    for key, ours in result["arms"]["ours"].items():
+        cells = [shown(key, result["arms"][name].get(key)) for name in ARMS]
+        ratios = [result["ours_of"][name].get(key) for name in ARMS[1:]]
+        view.add_row(label(key), *cells, *(f"{ratio:.2f}" if ratio else "" for ratio in ratios))
+        if key == "noise and evidence":
+            share = ours / result["arms"]["ours"]["step"]
+            view.add_row("… of the step", f"{share:.2%}", *[""] * (len(view.columns) - 2))
+    return view
+
+
+def label(key: str) -> str:
+    if key.startswith("memory"):
+        return f"{key}, GB"
+    return key if key in ("tokens", "ms a token") else f"{key}, s"
+
+
+def shown(key: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    if key.startswith("memory"):
+        return f"{value / 1e9:.1f}"
+    return f"{value:,.0f}" if key == "tokens" else f"{value:.2f}"
