@@ -37,7 +37,9 @@ fi
 say "installing profile $profile into .venv (about a minute on a fast connection)"
 # Compiled files are wanted: some ten processes import verl, each 6 s slower without them.
 unset PYTHONDONTWRITEBYTECODE
-[[ -x .venv/bin/python ]] || "$python" -m venv .venv
+see_system=()
+[[ $profile == npu ]] && see_system=(--system-site-packages)
+[[ -x .venv/bin/python ]] || "$python" -m venv ${see_system[@]+"${see_system[@]}"} .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check "uv==0.13.9" 2>&1 | grep -v '^WARNING' >&2 || true
 uv() { .venv/bin/uv pip "$@" --quiet --python .venv ${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"}; }
 
@@ -58,6 +60,27 @@ if [[ $profile == cpu ]]; then
     # Trackers that verl can log to, for their test: outside the environment, because some declare older versions of
     # what is in it (protobuf, pillow) than they run with.
     uv install --no-deps --target .venv/trackers -r scripts/requirements-trackers.lock
+    # What the NPU's contract tests read; the compiled parts, three quarters of it, are of no use here.
+    uv install --no-deps --only-binary :all: --python-platform x86_64-manylinux_2_40 --target .venv/contracts \
+        -r scripts/requirements-contracts.lock
+    find .venv/contracts -name '*.so*' -delete
+elif [[ $profile == npu ]]; then
+    .venv/bin/python - scripts/requirements-npu.lock >&2 << 'END' || die "see the file's head; verl's images for Ascend hold the set, its scripts/install_vllm_mcore_npu.sh makes it"
+import importlib.metadata, sys
+missing = 0
+for line in open(sys.argv[1]):
+    name, _, version = line.partition("#")[0].strip().partition("==")
+    try:
+        found = name and importlib.metadata.version(name).partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        found = "not there"
+    if found != version:
+        missing += 1
+        print(f"setup: {name} {version} is needed, and is {found} for {sys.executable}: set PYTHON to one that has it")
+sys.exit(missing > 0)
+END
+    # pip, and not uv, which does not see what the system has. Not [dev]: triton would overwrite triton-ascend.
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[npu]" "pytest>=8" "pytest-timeout>=2.3"
 else
     uv install -e ".[$profile,dev]"
 fi

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from verl_aqn import __version__
 from verl_aqn.bench.cli import bench_app
+from verl_aqn.cluster.cli import node_app, submit
 from verl_aqn.errors import AqnError, ConfigError
 from verl_aqn.export.cli import export
 from verl_aqn.quantize import quantize
@@ -22,6 +23,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 data_app = typer.Typer(no_args_is_help=True, help="Prepare data sets.")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
+app.add_typer(node_app, name="node")
+app.command(context_settings={"ignore_unknown_options": True})(submit)
 app.command()(quantize)
 app.command()(export)
 
@@ -49,6 +52,10 @@ def train(
         bool, typer.Option("--dry-run", help="Resolve and check the recipe, print it, and stop.")
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew even if the last run died.")] = False,
+    restarts: Annotated[
+        int | None,
+        typer.Option(min=0, help="Resume so often by itself where a process died or hung."),
+    ] = None,
 ) -> None:
     """Run a recipe, or a plan of several; resume what died."""
     from verl_aqn.config import find_recipe
@@ -56,13 +63,14 @@ def train(
     from verl_aqn.train import train as run
 
     path = find_recipe(recipe)
-    if plan := read_plan(path, overrides or []):
+    overrides = [*(overrides or []), *([] if restarts is None else [f"aqn.run.restarts={restarts}"])]
+    if plan := read_plan(path, overrides):
         if fresh:
             raise ConfigError("--fresh is for one run: give a plan another folder with aqn.run.dir=DIR")
         series = Series(plan, path.stem)
         raise typer.Exit(series.preview() if dry_run else series.run())
     extra = ["aqn.run.fresh=true"] if fresh else []
-    raise typer.Exit(run(recipe, [*(overrides or []), *extra], dry_run=dry_run))
+    raise typer.Exit(run(recipe, [*overrides, *extra], dry_run=dry_run))
 
 
 @app.command()
@@ -229,21 +237,29 @@ def report(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
-    """Versions, and whether the plugin is seen by verl and vLLM."""
+def doctor(
+    recipe: Annotated[str | None, typer.Argument(help="A file, or the bare name of one in recipes/.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as Hydra takes them.")] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only: how many devices of which size the recipe's model needs.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Is all there that a run needs: versions, plugin, nodes; with a recipe also memory, disk, ports, its numbers."""
     from verl_aqn.doctor import examine
+    from verl_aqn.preflight.tables import findings_table, memory_table, plan_table
 
-    faults, report = examine()
+    report = examine(recipe, overrides, plan=plan)
     if as_json:
-        print(json.dumps(report))
-    else:
-        view = Table(title="verl-aqn doctor", title_justify="left")
-        for column in ("what", "found", "fix"):
-            view.add_column(column)
-        for row in report:
-            view.add_row(row["what"], row["found"], row["fix"])
-        RichConsole().print(view)
-    raise typer.Exit(1 if faults else 0)
+        print(json.dumps(report.to_dict()))
+        raise typer.Exit(1 if report.faults else 0)
+    if report.findings:
+        print_wide(findings_table(report.findings, recipe))
+    if report.memory:
+        print_wide(memory_table(report.memory))
+    if report.plan:
+        print_wide(plan_table(report.plan, recipe or ""))
+    raise typer.Exit(1 if report.faults else 0)
 
 
 @app.command()

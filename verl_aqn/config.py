@@ -75,6 +75,7 @@ class Mxfp4Config:
     # How an engine with 4-bit activations rounds them; a profile says what its kernels do.
     activation_scale_rule: str = "even"
     activation_rounding: str = "nearest"
+    serve: str = "auto"  # the form in the rollout: packed, or bf16 with the same values (`verl_aqn.serving`)
     keep_dense: bool = False  # the actor keeps 16-bit weights beside the packed ones: faster, five times the memory
     exclude: tuple[str, ...] = ("lm_head", "embed_tokens")
     # Texts on which rounding makes up for its errors (GPTQ): JSONL files or `embedded`; none: plain rounding.
@@ -95,10 +96,16 @@ class ParityConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run lives (`aqn.run`)."""
+    """Where a run lives, and what becomes of it in trouble (`aqn.run`).
+
+    `restarts`: how often a run that lost a process, or hung, is resumed by itself. `patience`: a phase that takes so
+    many times its usual hangs; 0: none does.
+    """
 
     dir: str | None = None
     fresh: bool = False
+    restarts: int = 0
+    patience: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,7 @@ _CHOICES = {
     "aqn.mxfp4.activation": ("none", "mxfp4"),
     "aqn.mxfp4.activation_scale_rule": ("mse", "even", "floor", "rceil"),
     "aqn.mxfp4.activation_rounding": ("nearest", "half_away"),
+    "aqn.mxfp4.serve": ("auto", "packed", "bf16"),
     "aqn.profile": ("auto", *PROFILES),
 }
 

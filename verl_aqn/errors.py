@@ -25,6 +25,10 @@ class BusyError(AqnError, RuntimeError):
     """Another process is at this run."""
 
 
+class ProcessFault(AqnError, RuntimeError):
+    """A process of the run died or does not answer. Another attempt may go well (`--restarts`)."""
+
+
 class EvidenceError(AqnError, RuntimeError):
     """What was read back from a process is not what was asked of it. The run stops."""
 

@@ -1,18 +1,15 @@
 """Before a run: its model and data as files, and every check that can be made without starting anything."""
 
-import socket
 from pathlib import Path
 
-import psutil
 from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.cache import cache_dir
 from verl_aqn.config import order_of, parse_aqn, schedule_of
-from verl_aqn.errors import ConfigError, EnvironmentFault, ModelError
+from verl_aqn.errors import ConfigError, ModelError
+from verl_aqn.moe import keep_adapter_off_experts
 from verl_aqn.rewards.math_verify import check_installed
-
-# Measured peak of the whole machine on the embedded experiment; a run that starts below it ends in the OOM killer.
-CPU_MEMORY_GB = 11.0
+from verl_aqn.serving import prepare_serving
 
 # Rows of the embedded task; a recipe takes as many of them as it has steps for.
 N_TRAIN, N_TEST = 2048, 384
@@ -24,16 +21,10 @@ def prepare_model(config: DictConfig) -> Path:
     Raises:
         ModelError: no such folder or hub name, no weights, a file that cannot be read.
     """
-    from verl_aqn.data.smollm2 import embedded_model
     from verl_aqn.mxfp4.cached import quantized_cache
     from verl_aqn.mxfp4.checkpoint import is_packed
 
-    name = str(config.actor_rollout_ref.model.path)
-    source = embedded_model(cache_dir() / "models") if name == "embedded" else Path(name).expanduser()
-    if not source.is_dir():
-        if name.count("/") != 1 or name.startswith((".", "~", "/")):
-            raise ModelError(f"no model folder {name}: set actor_rollout_ref.model.path (MODEL_PATH in the scripts)")
-        source = _from_hub(name)
+    source = find_model(config)
     mxfp4 = parse_aqn(config).mxfp4
     path = source
     if mxfp4.enabled and not is_packed(source):
@@ -41,19 +32,49 @@ def prepare_model(config: DictConfig) -> Path:
     elif not mxfp4.enabled and is_packed(source):
         raise ModelError(f"{source} is an MXFP4 checkpoint, but aqn.mxfp4.enabled=false asks for an unquantised base")
     config.actor_rollout_ref.model.path = str(path)
+    prepare_serving(config)
     tell_workers(config)
+    keep_adapter_off_experts(config)
     return source
+
+
+def find_model(config: DictConfig, *, weights: bool = True) -> Path:
+    """The folder of the model that a recipe names. Of a hub's model without `weights` only config.json is fetched.
+
+    Raises:
+        ModelError: neither a folder nor a hub name.
+    """
+    from verl_aqn.data.smollm2 import embedded_model
+
+    name = str(config.actor_rollout_ref.model.path)
+    source = embedded_model(cache_dir() / "models") if name == "embedded" else Path(name).expanduser()
+    if source.is_dir():
+        return source
+    if name.count("/") != 1 or name.startswith((".", "~", "/")):
+        raise ModelError(f"no model folder {name}: set actor_rollout_ref.model.path (MODEL_PATH in the scripts)")
+    return _from_hub(name, weights)
 
 
 def tell_workers(config: DictConfig) -> None:
     """Put what `aqn` says of the model's layers where verl's actor and vLLM's kernel look for it.
 
     Raises:
-        ConfigError: 4-bit activations are asked for without a quantised base, or noise in an actor that cannot have it.
+        ConfigError: 4-bit activations are asked for without a quantised base, noise in an actor that cannot have it,
+            or a packed base without an adapter.
     """
     aqn, actor_rollout = parse_aqn(config), config.actor_rollout_ref
     mxfp4, noise = aqn.mxfp4, aqn.noise
+    model = actor_rollout.model
+    if mxfp4.enabled and ((model.lora_rank <= 0 and model.lora.rank <= 0) or model.lora.merge):
+        # Without one verl lets the rollout discard its weights in its sleep, and sends merged ones in bf16 for them.
+        raise ConfigError(
+            "aqn.mxfp4 needs an adapter beside the packed base: set actor_rollout_ref.model.lora_rank=32 and "
+            "lora.merge=false"
+        )
     if noise.in_actor:
+        if aqn.profile == "npu":
+            # verl gives its norms a forward for NPU tensors before noise looks at them on the CPU (npu_patch.py).
+            raise ConfigError("aqn.noise.apply_to=rollout+actor cannot be had on NPUs: set aqn.noise.apply_to=rollout")
         if actor_rollout.actor.strategy != "fsdp2":
             raise ConfigError(
                 f"aqn.noise.apply_to=rollout+actor needs actor.strategy=fsdp2, not {actor_rollout.actor.strategy}"
@@ -74,11 +95,12 @@ def tell_workers(config: DictConfig) -> None:
         actor_rollout.rollout.engine_kwargs.vllm.linear_backend = "auto"  # Marlin leaves activations in 16 bits
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
+    files = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"] if weights else ["config.json"]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{name} is neither a folder nor a model that the hub gives: {reason}") from error
@@ -201,22 +223,15 @@ def warnings_of(config: DictConfig) -> list[str]:
     return [f"{text}: aqn/parity/* contains that, and noise is not told from kernels"]
 
 
-def check_machine(config: DictConfig) -> None:
-    """Memory, ports, and what validation scores with.
+def check_machine(config: DictConfig, *, elsewhere: bool = False) -> None:
+    """What the recipe asks of this machine (`verl_aqn.preflight.checks`), and what validation scores with.
+
+    `elsewhere`: only what the recipe asks of any machine.
 
     Raises:
-        EnvironmentFault: too little of the first, one of the second is taken, or the third is not installed.
+        EnvironmentFault: the first fault, with what to do.
     """
+    from verl_aqn.preflight.checks import refuse, refuse_recipe
+
     check_installed()
-    if parse_aqn(config).profile == "cpu":
-        free = psutil.virtual_memory().available / 1e9
-        if free < CPU_MEMORY_GB:
-            raise EnvironmentFault(
-                f"{free:.1f} GB of memory are free, the run needs {CPU_MEMORY_GB:g} GB: end other work"
-            )
-    for key in ("ray_kwargs.ray_init.dashboard_port", "transfer_queue.metrics.port"):
-        port = OmegaConf.select(config, key)
-        if port:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", int(port))) == 0:
-                    raise EnvironmentFault(f"port {port} ({key}) is in use: choose another")
+    (refuse_recipe if elsewhere else refuse)(config)

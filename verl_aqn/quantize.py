@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    src: Annotated[Path, typer.Argument(help="A bf16 checkpoint folder, or an MXFP4 one of Quark or gpt-oss.")],
+    src: Annotated[Path, typer.Argument(help="A bf16 checkpoint folder, or an MXFP4 one to convert.")],
     dst: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
     scale_rule: Annotated[str, typer.Option(help="mse, even, floor or rceil.")] = "mse",
     exclude: Annotated[

@@ -34,12 +34,15 @@ class Prepared:
     """What `aqn.noise.target_kl` found for σ_start."""
 
 
-def prepare(recipe: str, overrides: list[str]) -> Prepared:
-    """Compose the recipe, prepare its model and data, and check all that can be checked without starting a process."""
+def prepare(recipe: str, overrides: list[str], *, elsewhere: bool = False) -> Prepared:
+    """Compose the recipe, prepare its model and data, and check all that can be checked without starting a process.
+
+    `elsewhere`: the run is not to be on this machine, so what this one lacks is no fault.
+    """
     config = load_recipe(recipe, overrides)
     if (stated := config.trainer.total_training_steps) is not None:
         schedule_of(config, int(stated))  # a wrong σ before any file is touched
-    check_machine(config)
+    check_machine(config, elsewhere=elsewhere)
     return resolve(config)
 
 
@@ -63,7 +66,7 @@ def resolve(config: DictConfig, *, fit: bool = True) -> Prepared:
 def train(recipe: str, overrides: list[str], *, dry_run: bool = False) -> int:
     """Run a recipe to its end; resume it if it died before. Returns the exit code."""
     console = Console()
-    todo = prepare(recipe, overrides)
+    todo = prepare(recipe, overrides, elsewhere=dry_run)
     if dry_run:
         print(OmegaConf.to_yaml(todo.config, resolve=True))
         return 0
@@ -73,18 +76,32 @@ def train(recipe: str, overrides: list[str], *, dry_run: bool = False) -> int:
 
 
 def execute(todo: Prepared, base: Path, console: Console) -> tuple[RunFolder, Outcome]:
-    """The run itself, in a folder of its own under `base`."""
-    run = open_run(base, identity(todo.config), fresh=parse_aqn(todo.config).run.fresh)
+    """The run itself, in a folder of its own under `base`; where a process of it dies it is resumed, if so wished."""
+    settings = parse_aqn(todo.config).run
+    run = open_run(base, identity(todo.config), fresh=settings.fresh)
     launch(run, todo)
     console.start(run, todo)
     for text in warnings_of(todo.config):
         run.append("events.jsonl", {"kind": "warning", "text": text})
         console.warn(text)
     measure_noise(run, todo, console)
+    outcome = attempt(run, console)
+    for restart in range(settings.restarts if outcome.again else 0):
+        console.warn(f"{outcome.message}: restart {restart + 1} of {settings.restarts}, from the last checkpoint")
+        run = open_run(base, identity(todo.config))
+        launch(run, todo)
+        outcome = attempt(run, console)
+        if not outcome.again:
+            break
+    return run, outcome
+
+
+def attempt(run: RunFolder, console: Console) -> Outcome:
+    """One attempt at a run, on record however it ends."""
     outcome = supervise(run, console)
     run.set_status(outcome.status, outcome.message)
     run.close()
-    return run, outcome
+    return outcome
 
 
 def measure_noise(run: RunFolder, todo: Prepared, console: Console) -> None:

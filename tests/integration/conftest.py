@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -61,6 +62,14 @@ def verl_aqn(*arguments: str, cache: Path | None = None) -> subprocess.Popen:
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def finish(process: subprocess.Popen, base: Path) -> tuple[Path, str]:
+    """Folder and standard error of the newest run of `base`, which ends well."""
+    _, err = process.communicate(timeout=800)
+    run = newest(base)
+    assert process.returncode == 0, err + (run / "training.log").read_text()[-3000:]
+    return run, err
+
+
 def descendants(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
@@ -68,14 +77,44 @@ def descendants(pid: int) -> list[psutil.Process]:
 def kill(process: subprocess.Popen) -> None:
     """As a power cut ends it and all that it started."""
     for victim in [psutil.Process(process.pid), *descendants(process.pid)]:
-        os.kill(victim.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it ended with another
+            os.kill(victim.pid, signal.SIGKILL)
     process.communicate()
 
 
 def leftovers() -> set[str]:
-    """Processes, shared memory, sockets and folders that a run could leave behind."""
+    """Processes, shared memory, sockets and folders that a run could leave behind, but not those of another pytest."""
     paths = [*Path("/dev/shm").iterdir(), *Path("/tmp").glob("aqn-*"), *Path("/tmp").glob("????????-????-????-*")]
-    return {*map(str, paths), *(f"process {child.pid}" for child in descendants(os.getpid()))}
+    ours = descendants(os.getpid())
+    used = (
+        [_uses(other) for other in psutil.process_iter() if other not in ours and _is_of_pytest(other)] if paths else []
+    )
+    left = {str(path) for path in paths if not any(_inode(path) in use or str(path) in use for use in used)}
+    return {*left, *(f"process {child.pid}" for child in ours)}
+
+
+def _is_of_pytest(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        parents = process.parents()
+        return os.getpid() not in [one.pid for one in parents] and any(
+            "pytest" in str(one.cmdline()) for one in parents
+        )
+    return False
+
+
+def _uses(process: psutil.Process) -> str:
+    """Files that a process has mapped, by inode, its environment, and its sockets."""
+    with suppress(psutil.Error, OSError):
+        maps = Path(f"/proc/{process.pid}/maps").read_text()
+        return f"{maps} {process.environ()} {[place.laddr for place in process.net_connections('unix')]}"
+    return ""
+
+
+def _inode(path: Path) -> str:
+    """A semaphore is mapped under another name than it has."""
+    with suppress(FileNotFoundError):
+        return f" {path.stat().st_ino} "
+    return str(path)
 
 
 def newest(run_dir: Path) -> Path:
@@ -89,3 +128,9 @@ def lines(path: Path, kind: str | None = None) -> list[dict]:
         return []
     records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
     return [record for record in records if kind is None or record["kind"] == kind]
+
+
+def lines_of(base: Path) -> list[dict]:
+    """Events so far of the one run under `base`."""
+    found = list(base.glob("runs/*/events.jsonl"))
+    return lines(found[0]) if found else []

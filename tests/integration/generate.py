@@ -7,6 +7,7 @@ A process of its own: an engine sets up its process for good.
 
 import json
 import sys
+from pathlib import Path
 
 
 def main(model: str, adapter: str, out: str, activation: str = "none") -> dict:
@@ -14,6 +15,8 @@ def main(model: str, adapter: str, out: str, activation: str = "none") -> dict:
     from vllm.lora.request import LoRARequest
 
     from tests.integration.shards import save_shard
+    from verl_aqn.mxfp4.checkpoint import is_packed
+    from verl_aqn.mxfp4.model import open_packed, packed_modules
 
     llm = LLM(
         model,
@@ -48,8 +51,12 @@ def main(model: str, adapter: str, out: str, activation: str = "none") -> dict:
         llm.reset_prefix_cache()
         return llm.collective_rpc(method, args=args)[0]
 
+    def base() -> dict:
+        folder = Path(model) if is_packed(model) else Path(model).with_name("packed")  # what it is the equal of
+        return call("aqn_base", packed_modules(open_packed(folder)))
+
     order = {"step": 4, "seed": 0, "sigma": 0.3, "unit": "rms"}
-    result = {"loaded": answers(), "prepared": call("aqn_prepare", order), "base": call("aqn_base"), "clean": answers()}
+    result = {"loaded": answers(), "prepared": call("aqn_prepare", order), "base": base(), "clean": answers()}
     result["clean sampled"] = sampled()
     result["adapter"] = call("aqn_adapter", 8)
     result["without"] = answers(lora=None)
@@ -59,13 +66,13 @@ def main(model: str, adapter: str, out: str, activation: str = "none") -> dict:
     result["noisy"] = answers()
     result["restored"] = call("aqn_restore")
     result["after"] = answers()
-    if result["base"]["layers"]:
+    if result["base"]["form"] == "packed":
         llm.collective_rpc(save_shard, args=(out,))
         linear = order | {"sigma": 0.3, "targets": ["linear"]}
         result["linear"] = call("aqn_apply_noise", linear)
-        result["linear_base"], result["linear_noisy"] = call("aqn_base"), answers()
+        result["linear_base"], result["linear_noisy"] = base(), answers()
         result["linear_restored"] = call("aqn_restore")
-        result["base_after"], result["linear_after"] = call("aqn_base"), answers()
+        result["base_after"], result["linear_after"] = base(), answers()
     return result
 
 

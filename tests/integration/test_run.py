@@ -2,7 +2,10 @@
 
 import json
 import signal
+import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -14,9 +17,27 @@ from omegaconf import OmegaConf
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.integration.conftest import TINY, descendants, kill, leftovers, lines, newest, verl_aqn
+from tests.integration.conftest import TINY, descendants, finish, kill, leftovers, lines, lines_of, newest, verl_aqn
 from verl_aqn.export.engine import greedy_answers
 from verl_aqn.mxfp4.model import load_model
+from verl_aqn.preflight import memory
+from verl_aqn.preflight.memory import sizes
+from verl_aqn.preflight.model import shape_of
+
+PLANTED = "planted-cc97d"
+SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "MY_SECRET", "DB_PASSWORD")
+
+
+def watch_sockets(process: subprocess.Popen) -> set[str]:
+    """Address and process of every TCP socket that listens in a run while it lasts."""
+    found: set[str] = set()
+    while process.poll() is None:
+        with suppress(psutil.Error):  # they come and go
+            for child in descendants(process.pid):
+                sockets = child.net_connections("tcp")
+                found |= {f"{s.laddr.ip} {child.name()}" for s in sockets if s.status == psutil.CONN_LISTEN}
+        time.sleep(1)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +45,20 @@ def finished(train, tmp_path_factory) -> Path:
     """Folder of a run of three steps that ended by itself."""
     base = tmp_path_factory.mktemp("finished")
     before = leftovers()
-    process = train(base, "aqn.noise.probe=true")
-    out, err = process.communicate(timeout=800)
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as watcher:
+        for name in SECRETS:
+            patch.setenv(name, PLANTED)
+        (home := tmp_path_factory.mktemp("home") / "home").mkdir()
+        patch.setenv("HOME", str(home))
+        process = train(base, "aqn.noise.probe=true")
+        listening = watcher.submit(watch_sockets, process)
+        out, err = process.communicate(timeout=800)
     assert process.returncode == 0, err + (newest(base) / "training.log").read_text()[-3000:]
     (newest(base) / "stdout.txt").write_text(out)
     (newest(base) / "stderr.txt").write_text(err)
+    (newest(base) / "listening.txt").write_text("\n".join(sorted(listening.result())))
     (newest(base) / "leftovers.txt").write_text("\n".join(leftovers() - before))
+    (newest(base) / "home.txt").write_text("\n".join(str(path) for path in home.rglob("*")))
     return newest(base)
 
 
@@ -119,6 +148,17 @@ def test_metrics_hold_sigma_asked_and_realised(finished):
     assert all(step["metrics"]["actor/grad_norm"] > 0 for step in steps)
 
 
+def test_every_rank_says_how_much_memory_it_took_and_the_estimate_is_near(finished):
+    (record,) = lines(finished / "events.jsonl", "memory")
+    config = OmegaConf.load(finished / "config.yaml")
+    exclude = tuple(config.aqn.mxfp4.exclude)
+    shape, given = shape_of(Path(config.actor_rollout_ref.model.path), exclude), sizes(config)
+    (actor,), (rollout,) = record["actor"], record["rollout"]
+    expected = memory.actor(shape, given, memory.CPU).total + memory.RAY_WORKER
+    assert actor["resident"] == pytest.approx(expected, rel=0.25)
+    assert rollout["resident"] == pytest.approx(memory.rollout(shape, given, memory.CPU, 1 << 30).total, rel=0.25)
+
+
 def test_trainer_and_rollout_agree_where_there_is_no_noise(finished):
     """Same base, same adapter: the probabilities of the sampled tokens are the same up to bf16."""
     first = lines(finished / "metrics.jsonl", "step")[0]["metrics"]
@@ -138,6 +178,24 @@ def test_nothing_is_left_running(finished):
     assert not [p for p in psutil.process_iter(["cmdline"]) if marker in " ".join(p.info["cmdline"] or [])]
 
 
+def test_nothing_but_caches_is_written_into_the_home_folder(finished):
+    """Those of datasets and vLLM; not Ray's token, which others could read there."""
+    written = (finished / "home.txt").read_text().split()
+    assert all("/home/.cache" in path for path in written)
+
+
+def test_nothing_listens_on_an_outside_address(finished):
+    found = (finished / "listening.txt").read_text().splitlines()
+    assert any("ray::" in line for line in found)
+    addresses = {line.split()[0].removeprefix("::ffff:") for line in found}
+    assert addresses <= {"127.0.0.1", "::1"}, found
+
+
+def test_no_secret_of_the_environment_is_on_record(finished):
+    for file in (path for path in finished.rglob("*") if path.is_file()):
+        assert PLANTED.encode() not in file.read_bytes(), file
+
+
 def test_a_killed_run_resumes_with_the_same_sigma_and_noise(train, tmp_path, finished):
     untouched = leftovers()
     process = train(tmp_path)
@@ -151,10 +209,8 @@ def test_a_killed_run_resumes_with_the_same_sigma_and_noise(train, tmp_path, fin
     saved = int((folder / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
     assert saved < 3, "the kill came too late to test anything"
 
-    process = train(tmp_path)
-    _, err = process.communicate(timeout=800)
-    assert process.returncode == 0, err + (folder / "training.log").read_text()[-3000:]
-    assert newest(tmp_path) == folder
+    run, err = finish(train(tmp_path), tmp_path)
+    assert run == folder
     assert "resumed" in err
     adapters = lines(folder / "evidence.jsonl", "adapter")
     before = next(record for record in adapters if record["step"] == saved)
@@ -308,8 +364,3 @@ def test_ctrl_c_ends_everything_in_order(train, tmp_path):
     assert "Traceback" not in err
     assert not [child for child in children if child.is_running()]
     assert leftovers() <= before
-
-
-def lines_of(base: Path) -> list[dict]:
-    found = list(base.glob("runs/*/events.jsonl"))
-    return lines(found[0]) if found else []

@@ -126,7 +126,15 @@ def test_engine_holds_the_packed_base_bit_for_bit(packed, dense, folders):
     assert packed["base"]["base_digest"] == checkpoint_digest(folders / "packed")
     assert packed["base"]["weights_equal_base"]
     assert packed["base"]["kernel"] == "CpuMxfp4LinearKernel"
-    assert dense["base"]["layers"] == 0
+    assert packed["base"]["form"] == "packed"
+
+
+def test_engine_holds_the_values_of_the_packed_base_in_bf16(packed, dense, folders):
+    """What devices without MX units serve: as many layers, known by the digest of the dequantised bytes."""
+    assert dense["base"]["form"] == "bf16"
+    assert dense["base"]["layers"] == packed["base"]["layers"]
+    assert dense["base"]["base_digest"] == checkpoint_digest(folders / "packed", form="bf16")
+    assert (dense["base"]["kernel"], dense["base"]["activations"]) == ("UnquantizedLinearMethod", ["none"])
 
 
 def test_engine_holds_the_adapter_under_the_trainer_s_names(packed, folders):

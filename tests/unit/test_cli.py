@@ -77,8 +77,10 @@ def test_schedule_takes_the_steps_from_the_data_where_the_recipe_does_not_say(tm
 
 def test_exit_code_of_a_command_that_failed_without_an_exception(monkeypatch):
     from verl_aqn import cli, doctor
+    from verl_aqn.preflight.findings import Finding
 
-    monkeypatch.setattr(doctor, "examine", lambda: (1, []))
+    found = doctor.Report([Finding("vllm", "missing", "bash scripts/setup.sh")])
+    monkeypatch.setattr(doctor, "examine", lambda *_, **__: found)
     monkeypatch.setattr(sys, "argv", ["verl-aqn", "doctor", "--json"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -149,9 +151,10 @@ def test_too_little_memory(monkeypatch):
     from verl_aqn import prepare
     from verl_aqn.config import load_recipe
     from verl_aqn.errors import EnvironmentFault
+    from verl_aqn.preflight import checks
 
-    monkeypatch.setattr(prepare.psutil, "virtual_memory", lambda: SimpleNamespace(available=1e9))
-    with pytest.raises(EnvironmentFault, match="GB of memory are free, the run needs"):
+    monkeypatch.setattr(checks.psutil, "virtual_memory", lambda: SimpleNamespace(available=1e9))
+    with pytest.raises(EnvironmentFault, match=r"GB of memory are free, the run of embedded needs 1\d\.\d GB"):
         prepare.check_machine(load_recipe("e12", ["profile=cpu"]))
 
 

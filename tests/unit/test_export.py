@@ -129,7 +129,7 @@ def test_bad_sources_are_refused(run, base, tmp_path):
     stray.mkdir(parents=True)
     refused("holds no run", stray)
     refused("not written to its end: the last whole checkpoint is global_step_3", run / "checkpoints/global_step_4")
-    refused("keeps the newest", run / "checkpoints/global_step_2")
+    refused("newest ones are kept", run / "checkpoints/global_step_2")
     refused("is no checkpoint of", run / "elsewhere/global_step_3")
     config = run / "config.yaml"
     text = config.read_text()

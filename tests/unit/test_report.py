@@ -234,19 +234,23 @@ def test_the_file_name_is_that_of_the_quantiser():
 
 
 def test_every_second_is_counted_once(tmp_path):
-    (run,), table, chart = times(read_runs([write_run(tmp_path).path]))
+    folder = write_run(tmp_path)
+    for seconds in (3.0, 2.0):  # of a step that was taken twice the later one counts
+        folder.append("events.jsonl", {"kind": "checkpoint", "step": 4, "bytes": 1, "seconds": seconds})
+    (run,), table, chart = times(read_runs([folder.path]))
     seconds = {name: mean for name, mean, _, _ in run.parts}
     assert seconds == {
         "generation": 7.0,  # scoring again runs within it
         "scoring again without noise": 1.0,
         "old log-probs": 4.0,
         "actor's update": 7.0,
+        "checkpoint": 0.5,
         "adapter to the rollout": 0.5,
         "rest of the step": pytest.approx(0.5),
     }
-    assert run.total == 80
+    assert run.total == 82
     assert chart is not None
-    assert len(table.rows) == 6
+    assert len(table.rows) == 7
     assert {*NESTED, *NESTED.values(), *OUTSIDE} <= PHASES.keys()
 
 

@@ -4,12 +4,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from verl_aqn.errors import EvidenceError
 from verl_aqn.export.difference import first_difference
 from verl_aqn.export.engine import greedy_answers
 from verl_aqn.export.questions import Questions
 from verl_aqn.export.source import Source
 from verl_aqn.generate import generate, greedy
+from verl_aqn.serving import SERVED
 
 # How far from a tie the first differing token may be, in nats. Measured on 192 recorded answers of SmolLM2-135M after 5
 # steps: the adapter answers all of them as the run did; merged to bf16, 21 differ by up to 1.25 (the base without
@@ -53,7 +56,8 @@ def try_out(source: Source, questions: Questions, folder: Path, adapter: Path, t
     merged = folder != adapter
     recorded = questions.answers is not None
     expected = questions.answers or trainer_answers(source, questions.prompts, adapter, tokenizer)
-    model = folder if merged else source.base
+    served = OmegaConf.select(source.config, f"actor_rollout_ref.model.override_config.{SERVED}") or source.base
+    model = folder if merged else Path(served)  # the base in the form that the run's rollout had
     found = greedy_answers(source.config, model, None if merged else adapter, questions.prompts, expected)
     bound = TIE_OTHER if merged or not recorded else TIE_ADAPTER
     differing = []

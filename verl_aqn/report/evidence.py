@@ -34,8 +34,9 @@ def _base(run: Run) -> Cell:
     for record in records:
         held = record.get("rollout") or []
         whole = [one.get("base_digest") for one in held if not one.get("slices")]
-        equal = {record.get("disk"), *(record.get("actor") or []), *whole}
-        good &= len(equal) == 1 and all(one.get("weights_equal_base") is not False for one in held)
+        packed = {record.get("disk"), *(record.get("actor") or [])}
+        served = {record.get("served", record.get("disk")), *whole}
+        good &= len(packed) == len(served) == 1 and all(one.get("weights_equal_base") is not False for one in held)
         digests.add(record.get("disk"))
     when = " and ".join(str(record.get("when")) for record in records)
     sliced = any(one.get("slices") for record in records for one in record.get("rollout") or [])

@@ -285,6 +285,9 @@ def times(runs: Sequence[Run]) -> tuple[list[Times], Table, Chart | None]:
         for metrics in run.steps.values():
             for name, seconds in _phases(metrics).items():
                 sums[name] = sums.get(name, 0.0) + seconds
+        saved = {event["step"]: event["seconds"] for event in run.events if event.get("kind") == "checkpoint"}
+        if saved:
+            sums["save_checkpoint"] = sum(saved.values())
         total = sum(sums.values())
         if total > 0:
             spent.append((run, total, sums))
