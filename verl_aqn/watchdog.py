@@ -13,6 +13,7 @@ LEAST_S = 60  # no phase is late before
 FIRST_S = 3600  # a phase that has not been seen in this attempt
 ENDING_S = 300  # from a run's last word to its end
 GRACE_S = 20  # for a run to say itself why a process of it died
+RAY_GRACE_S = 2  # for the run's own word that it ends: of its head's loss Ray says nothing for a minute
 LOOK_S = 2
 ENDING = "ending"  # the phase in which processes may go
 _RAY = ("raylet", "gcs_server")  # no Python, so they promise nothing; without them nothing works
@@ -70,7 +71,7 @@ class Watchdog:
             self.looked = now
             self.look(now)
         for pid, since in self.dead.items():
-            if now - since > GRACE_S:
+            if now - since > (RAY_GRACE_S if self.vital[pid] in _RAY else GRACE_S):
                 return f"{self.vital[pid]} (process {pid}) died during {self.where}"
         return ""
 

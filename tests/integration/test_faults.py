@@ -33,7 +33,7 @@ KINDS = {
     "driver": "verl_aqn.verl_api.run",
 }
 PHASES = ("generation", "log-probs", "update", "sync", "checkpoint", "validation")
-# Steps enough for all kills of a run: some take effect only after the step they fell in. From the second on there is a
+# Steps enough for all kills of a run: a few seconds pass until one takes effect. From the second on there is a
 # checkpoint to go back to.
 STEPS = ["trainer.total_training_steps=8", "trainer.test_freq=1"]
 FEW = [[("head", "generation"), ("actor rank", "update"), ("rollout worker", "validation")]]
@@ -91,10 +91,8 @@ def test_processes_are_killed(kills, train, undisturbed, tmp_path):
     print(f"FAULT {kind} | {phase} | the end")
     folder = newest(tmp_path)
     assert process.returncode == 0, err + (folder / "training.log").read_text()[-3000:]
-    # The loss of a head shows only after a while: a run near its end may get there without another restart.
-    restarts = json.loads((folder / "state.json").read_text())["attempt"] - 1
-    assert restarts == len(kills) or (restarts, kind) == (len(kills) - 1, "head")
-    assert f"restart {restarts} of {len(kills)}" in err.replace("\n", " ")
+    assert f"restart {len(kills)} of {len(kills)}" in err.replace("\n", " ")
+    assert json.loads((folder / "state.json").read_text())["attempt"] == len(kills) + 1
     assert told(folder) == told(undisturbed)
     assert leftovers() <= before
     for victim in victims:

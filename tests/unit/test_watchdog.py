@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from verl_aqn import stacks, watchdog
@@ -78,6 +79,25 @@ def test_a_process_that_dies_is_missed_unless_the_run_ends(tmp_path, hanging, mo
     assert f"(process {hanging.pid}) died during generation of step 4" in dog.fault()
     dog.record("events.jsonl", {"kind": "doing", "phase": ENDING, "step": 4, "time": time.time()})
     assert dog.fault() == ""
+
+
+def test_ray_s_own_servers_are_missed_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "LOOK_S", 0)
+    monkeypatch.setattr(watchdog, "RAY_GRACE_S", 0.2)
+    server = subprocess.Popen(["bash", "-c", "exec -a gcs_server sleep 100"])
+    try:
+        while watchdog.title(psutil.Process(server.pid)) != "gcs_server":
+            time.sleep(0.01)
+        dog = Watchdog(10, tmp_path)
+        assert dog.fault() == ""
+        server.kill()
+        server.wait()
+        assert dog.fault() == "", "it may have been ended because the run was"
+        time.sleep(0.3)
+        assert dog.fault() == f"gcs_server (process {server.pid}) died during starting"
+    finally:
+        server.kill()
+        server.wait()
 
 
 def test_a_process_in_which_vllm_looks_at_an_architecture_may_end(tmp_path, hanging, monkeypatch):
