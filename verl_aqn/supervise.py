@@ -1,7 +1,5 @@
 """Start the training process, show its progress, and leave no process behind whatever happens."""
 
-import ctypes
-import json
 import os
 import secrets
 import shutil
@@ -15,31 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import psutil
 from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn import stacks
 from verl_aqn.cache import cache_dir
 from verl_aqn.config import parse_aqn
+from verl_aqn.processes import adopt_orphans, end_descendants, remove_shared_memory, start_module
 from verl_aqn.runs.folder import RunFolder
+from verl_aqn.runs.tail import Tail
 from verl_aqn.trackers import stay_here
 from verl_aqn.watchdog import Watchdog
 from verl_aqn.zygote.server import PYTHON, warm_python
 
 POLL_S = 0.5
-GRACE_S = 20
+RAY = {"RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 CLEAN_S = 60  # less than what a cluster's job is given to stop (cluster/node.py)
-_PR_SET_CHILD_SUBREAPER = 36
-_PR_SET_PDEATHSIG = 1
-# Of a process that starts a Ray of its own.
-LOCAL_RAY = {
-    # Ray's name for "this machine only": it then binds to loopback, and verl's servers take their address from it.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    # With a token of this run's own; Ray would put one for all into the home folder, which others can read.
-    "RAY_AUTH_MODE": "token",
-    "RAY_prestart_worker_first_driver": "0",  # in an environment that no task of a run is in
-    "RAY_worker_register_timeout_seconds": "600",  # the first one waits until what it is forked from has its imports
-}
 
 
 @dataclass
@@ -63,10 +51,24 @@ class Listener(Protocol):
 def environment(run: RunFolder, temporary: str) -> dict[str, str]:
     """Environment of the training process and, through a Ray that it starts, of every process under it."""
     env = worker_environment(run, temporary)
-    env.update(RAY_TMPDIR=temporary, RAY_DEDUP_LOGS="0", RAY_USAGE_STATS_ENABLED="0")
     if "RAY_ADDRESS" not in env:
-        return env | LOCAL_RAY | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    return env | {"RAY_OVERRIDE_JOB_RUNTIME_ENV": "1"}  # the run may set again what its job was submitted with
+        return env | local_ray(temporary)
+    # The run may set again what its job was submitted with.
+    return env | RAY | {"RAY_TMPDIR": temporary, "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1"}
+
+
+def local_ray(temporary: str) -> dict[str, str]:
+    """Of a process that starts a Ray of its own."""
+    return RAY | {
+        "RAY_TMPDIR": temporary,
+        # Ray's name for "this machine only": it then binds to loopback, and verl's servers take their address from it.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # With a token of this run's own; Ray would put one for all into the home folder, which others can read.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_prestart_worker_first_driver": "0",  # in an environment that no task of a run is in
+        "RAY_worker_register_timeout_seconds": "600",  # the first one waits until its parent has its imports
+    }
 
 
 def worker_environment(run: RunFolder, temporary: str) -> dict[str, str]:
@@ -143,13 +145,12 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
     Its output and that of Ray, verl and vLLM go to training.log. Ctrl-C and SIGTERM stop it in order; every process
     that descends from it is ended, by its id, before this returns.
     """
-    # Orphans of the training process become ours instead of init's, so that they can be found and ended.
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    adopt_orphans()
     clean_after_killed(run)
     started = time.time()
     temporary = tempfile.mkdtemp(prefix="aqn-", dir="/tmp")  # short: socket paths end at 107 characters
     run.append("events.jsonl", {"kind": "temporary", "path": temporary, "since": started})
-    tails = {name: _Tail(run.path / name) for name in ("events.jsonl", "metrics.jsonl")}
+    tails = {name: Tail(run.path / name) for name in ("events.jsonl", "metrics.jsonl")}
     (promises := stacks.folder_in(temporary)).mkdir()
     watchdog = Watchdog(parse_aqn(launched(run)).run.patience, promises)
     stop: list[int] = []
@@ -162,8 +163,8 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
             python, server = warm_python(temporary)
             env[PYTHON] = str(python)
             # It runs nothing of this run itself, so it promises no stacks.
-            _start(run, "verl_aqn.zygote.server", server, {**env, stacks.FOLDER: ""})
-        process = _start(run, "verl_aqn.verl_api.run", run.path, env)
+            start_module("verl_aqn.zygote.server", [server], {**env, stacks.FOLDER: ""}, run.log)
+        process = start_module("verl_aqn.verl_api.run", [run.path], env, run.log)
         error: dict = {}
         while process.poll() is None and not stop:
             error = _drain(tails, listener, watchdog) or error
@@ -191,24 +192,6 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _start(run: RunFolder, module: str, path: Path, env: dict[str, str]) -> subprocess.Popen:
-    with open(run.path / "training.log", "ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", module, str(path)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=env,
-            start_new_session=True,
-            preexec_fn=end_with_parent,
-        )
-
-
-def end_with_parent() -> None:
-    """For a child before it starts: it gets SIGTERM when this process dies, however that comes."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-
-
 def clean_after_killed(run: RunFolder) -> None:
     """What earlier attempts of this run left behind because they were killed themselves (kill -9, a power cut)."""
     left = [record for record in run.read("events.jsonl") if record["kind"] == "temporary"]
@@ -230,59 +213,7 @@ def on_nodes(task: str, temporaries: list[str]) -> str:
     return ""
 
 
-def remove_shared_memory(since: float) -> None:
-    """Unlink what killed processes left in /dev/shm: made after `since`, ours, and mapped by no living process.
-
-    By inode and not by name: whoever makes a semaphore has it mapped under a temporary name.
-    """
-    made = {}
-    for pattern in ("psm_*", "sem.mp-*", "verl_weights_*", "vllm_dist_*"):
-        for path in Path("/dev/shm").glob(pattern):
-            with suppress(FileNotFoundError):  # gone meanwhile: its owner lives
-                status = path.stat()
-                if status.st_ctime >= since and status.st_uid == os.getuid():
-                    made[status.st_ino] = path
-    for process in Path("/proc").glob("[0-9]*") if made else ():
-        try:
-            maps = (process / "maps").read_text().splitlines()
-        except OSError:
-            continue
-        for line in maps:
-            if "/dev/shm/" in line:
-                made.pop(int(line.split()[4]), None)
-    for path in made.values():
-        path.unlink(missing_ok=True)
-
-
-def end_descendants() -> None:
-    """End every process that this one started, directly or not: first politely, then by SIGKILL."""
-    for send, wait in (("terminate", GRACE_S), ("kill", 5)):
-        # A dying process can still start another, so look again until there is none.
-        for _ in range(3):
-            processes = psutil.Process().children(recursive=True)
-            if not processes:
-                return
-            for process in processes:
-                try:
-                    getattr(process, send)()
-                except psutil.NoSuchProcess:
-                    continue
-            psutil.wait_procs(processes, timeout=wait)
-            _reap()
-
-
-def _reap() -> None:
-    """Collect adopted processes that have ended, so that none stays as a zombie."""
-    while True:
-        try:
-            pid, _ = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if pid == 0:
-            return
-
-
-def _drain(tails: dict[str, "_Tail"], *listeners: Listener) -> dict:
+def _drain(tails: dict[str, Tail], *listeners: Listener) -> dict:
     """Hand new records to the listeners; the last error among them."""
     error: dict = {}
     for name, tail in tails.items():
@@ -292,23 +223,3 @@ def _drain(tails: dict[str, "_Tail"], *listeners: Listener) -> dict:
             for listener in listeners:
                 listener.record(name, record)
     return error
-
-
-class _Tail:
-    """New lines of a JSON-lines file, from where it ended when this was made."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.position = path.stat().st_size if path.exists() else 0
-
-    def new(self) -> list[dict]:
-        if not self.path.exists():
-            return []
-        with self.path.open("rb") as file:
-            file.seek(self.position)
-            data = file.read()
-        whole, _, _ = data.rpartition(b"\n")
-        if not whole:
-            return []
-        self.position += len(whole) + 1
-        return [json.loads(line) for line in whole.splitlines()]

@@ -4,11 +4,20 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from typing import get_args
 
 import pytest
 
 from verl_aqn.preflight.memory import ADAPTER_RANKS
+from verl_aqn.supervise import local_ray
+
+HEAD = """
+import ray
+ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
+print(ray.get_runtime_context().gcs_address, flush=True)
+input()
+"""
 
 
 def test_adapter_ranks_are_vllm_s_and_verl_takes_the_next_one():
@@ -21,32 +30,24 @@ def test_adapter_ranks_are_vllm_s_and_verl_takes_the_next_one():
         get_vllm_max_lora_rank(513)
 
 
-HEAD = """
-import ray
-ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
-print(ray.get_runtime_context().gcs_address, flush=True)
-input()
-"""
+@pytest.fixture
+def ray_env():
+    """Environment of a Ray on this machine."""
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with tempfile.TemporaryDirectory(prefix="aqn-", dir="/tmp") as temporary:
+        yield env | {"VERL_PLATFORM": "cpu"} | local_ray(temporary)
 
 
-def test_every_node_of_a_cluster_answers_as_this_machine_does(tmp_path):
+def test_every_node_of_a_cluster_answers_as_this_machine_does(tmp_path, ray_env):
     """A real Ray of one node, joined by the command as a run would."""
-    env = {
-        **os.environ,
-        "VERL_PLATFORM": "cpu",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback, as in supervise.environment
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": "0" * 64,  # Ray would put one into the home folder
-    }
-    env.pop("RAY_ADDRESS", None)
     pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", HEAD], env=env, stdin=pipe, stdout=pipe, text=True) as head:
+    with subprocess.Popen([sys.executable, "-c", HEAD], env=ray_env, stdin=pipe, stdout=pipe, text=True) as head:
         address = head.stdout.readline().strip()
         code = "import json; from verl_aqn.preflight.node import cluster_nodes; "
         code += f"nodes, has = cluster_nodes({address!r}, {str(tmp_path)!r}, 'cpu'); "
         code += "print(json.dumps([[node.to_dict() for node in nodes], has]))"
         command = [sys.executable, "-c", code]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
+        done = subprocess.run(command, env=ray_env, capture_output=True, text=True, timeout=600, check=False)
         head.communicate("\n")
     assert done.returncode == 0, done.stderr[-2000:]
     (node,), has = json.loads(done.stdout.splitlines()[-1])

@@ -73,9 +73,6 @@ def test_stock_s_config_has_the_task_and_nothing_of_ours(tmp_path, monkeypatch):
         assert (config.trainer.total_training_steps, config.data.train_batch_size, rollout.n) == (3, 2, 4)
         assert "worker_extension_cls" not in rollout.engine_kwargs.vllm
         assert "quantization" not in rollout.engine_kwargs.vllm
-    assert (tuned.actor_rollout_ref.rollout.agent.num_workers, plain.actor_rollout_ref.rollout.agent.num_workers) == (
-        1,
-        8,
-    )
-    assert tuned.actor_rollout_ref.rollout.engine_kwargs.vllm == {"block_size": 32}
-    assert plain.actor_rollout_ref.rollout.engine_kwargs.vllm == {}
+    rollouts = [config.actor_rollout_ref.rollout for config in (tuned, plain)]
+    assert [rollout.agent.num_workers for rollout in rollouts] == [1, 8]
+    assert [rollout.engine_kwargs.vllm for rollout in rollouts] == [{"block_size": 32}, {}]

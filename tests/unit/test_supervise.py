@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from verl_aqn import supervise
+from verl_aqn import processes
 from verl_aqn.supervise import bind_cores
 
 
@@ -20,14 +20,14 @@ def test_orphans_that_ignore_sigterm_are_ended():
     # A child that starts a deaf grandchild in a session of its own and dies: the grandchild becomes an orphan.
     launcher = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {code!r}], start_new_session=True)"
     program = (
-        "import ctypes, subprocess, sys, time; from verl_aqn import supervise\n"
-        "supervise.GRACE_S = 1\n"
-        "ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)\n"
+        "import subprocess, sys, time; from verl_aqn import processes\n"
+        "processes.GRACE_S = 1\n"
+        "processes.adopt_orphans()\n"
         f"subprocess.run([sys.executable, '-c', {launcher!r}])\n"
         "time.sleep(1)\n"
         "import psutil\n"
         "left = psutil.Process().children(recursive=True); assert left\n"
-        "supervise.end_descendants()\n"
+        "processes.end_descendants()\n"
         "print('LEFT', [p.pid for p in left if p.is_running()], psutil.Process().children(recursive=True))\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
@@ -45,9 +45,9 @@ def test_shared_memory_of_the_dead_is_removed_and_that_of_the_living_is_not():
     dead = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.strip()
     try:
         assert os.path.exists(f"/dev/shm/{dead}")
-        supervise.remove_shared_memory(time.time() + 60)
+        processes.remove_shared_memory(time.time() + 60)
         assert os.path.exists(f"/dev/shm/{dead}"), "it is older than the run: not ours to remove"
-        supervise.remove_shared_memory(started - 1)
+        processes.remove_shared_memory(started - 1)
         assert not os.path.exists(f"/dev/shm/{dead}")
         assert os.path.exists(f"/dev/shm/{living.name}")
     finally:
@@ -60,7 +60,7 @@ def test_a_semaphore_that_another_run_is_about_to_hand_to_its_child_stays():
     lock = multiprocessing.get_context("spawn").Lock()
     name = f"/dev/shm/sem.{lock._semlock.name.removeprefix('/')}"
     assert os.path.exists(name)
-    supervise.remove_shared_memory(time.time() - 60)
+    processes.remove_shared_memory(time.time() - 60)
     assert os.path.exists(name)
 
 
@@ -72,9 +72,9 @@ def test_channels_between_the_ranks_of_a_dead_engine_are_removed():
             file.write(bytes(64))
     try:
         with open(f"{name}1", "rb") as file, mmap.mmap(file.fileno(), 64, access=mmap.ACCESS_READ):
-            supervise.remove_shared_memory(started - 1)
+            processes.remove_shared_memory(started - 1)
             assert [os.path.exists(f"{name}{rank}") for rank in (0, 1)] == [False, True]
-        supervise.remove_shared_memory(started - 1)
+        processes.remove_shared_memory(started - 1)
         assert not os.path.exists(f"{name}1")
     finally:
         for rank in (0, 1):

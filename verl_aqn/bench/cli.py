@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -101,8 +102,6 @@ def step(
     as_json: Json = False,
 ) -> None:
     """The RL step on CPUs from end to end, beside stock verl with a bf16 base (with its defaults, and tuned)."""
-    import tempfile
-
     from verl_aqn.bench.step import ARMS, measure, table
 
     base = Path(tempfile.mkdtemp(prefix="verl-aqn-bench-"))  # stays where a run fails: its log is in there

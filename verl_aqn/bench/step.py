@@ -5,11 +5,7 @@ Every arm is a run of its own processes, as a user would start it; the arms take
 
 import json
 import os
-import secrets
-import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -24,7 +20,9 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from verl_aqn.errors import EnvironmentFault
-from verl_aqn.supervise import LOCAL_RAY, end_descendants, end_with_parent, engine_environment, remove_shared_memory
+from verl_aqn.processes import adopt_orphans, end_descendants, remove_shared_memory, start_module
+from verl_aqn.runs.tail import Tail
+from verl_aqn.supervise import engine_environment, local_ray
 from verl_aqn.watchdog import title
 
 ARMS = ("ours", "stock tuned", "stock")
@@ -88,20 +86,19 @@ def stock_config(todo: list[str], *, tuned: bool) -> DictConfig:
     return config
 
 
-@contextmanager
-def started(command: list[str], env: dict[str, str], log: Path) -> Iterator[subprocess.Popen]:
-    """A process of a session of its own; all that descends from it is ended."""
-    since = time.time()
-    with log.open("ab") as out:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, start_new_session=True,
-            preexec_fn=end_with_parent,
-        )  # fmt: skip
-    try:
-        yield process
-    finally:
-        end_descendants()
-        remove_shared_memory(since)
+def command(name: str, todo: list[str], folder: Path, temporary: str) -> tuple[str, list[str], dict[str, str]]:
+    """What starts an arm's run: module, arguments, environment."""
+    if name == "ours":
+        arguments = ["train", RECIPE, *todo, "aqn.noise.probe=false", f"aqn.run.dir={folder}"]
+        return "verl_aqn.cli", arguments, dict(os.environ)
+    config = stock_config(todo, tuned=name == "stock tuned")
+    config.trainer.default_local_dir = str(folder / "checkpoints")
+    (path := folder / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    env = engine_environment(temporary, cpu=True, ranks=1) | local_ray(temporary)
+    env["VLLM_PLUGINS"] = ""  # not ours
+    if name == "stock":
+        del env["OMP_NUM_THREADS"], env["VLLM_CPU_OMP_THREADS_BIND"]
+    return "verl_aqn.bench.stock", [str(path)], env
 
 
 def run_arm(name: str, todo: list[str], folder: Path, on_step: Callable[[], None]) -> Arm:
@@ -110,52 +107,36 @@ def run_arm(name: str, todo: list[str], folder: Path, on_step: Callable[[], None
     Raises:
         EnvironmentFault: it ended badly.
     """
-    temporary = tempfile.mkdtemp(prefix="aqn-", dir="/tmp")
-    tracked, log = folder / "tracked.jsonl", folder / "log.txt"
-    try:
-        if name == "ours":
-            command = [sys.executable, "-m", "verl_aqn.cli", "train", RECIPE, *todo, "aqn.noise.probe=false"]
-            command += [f"aqn.run.dir={folder}"]
-            env = dict(os.environ)
-        else:
-            config = folder / "config.yaml"
-            made = stock_config(todo, tuned=name == "stock tuned")
-            made.trainer.default_local_dir = str(folder / "checkpoints")
-            config.write_text(OmegaConf.to_yaml(made))
-            command = [sys.executable, "-m", "verl_aqn.bench.stock", str(config)]
-            env = engine_environment(temporary, cpu=True, ranks=1) | LOCAL_RAY
-            env |= {"RAY_TMPDIR": temporary, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-            env["VLLM_PLUGINS"] = ""  # not ours
-            if name == "stock":
-                del env["OMP_NUM_THREADS"], env["VLLM_CPU_OMP_THREADS_BIND"]
-        env["VERL_FILE_LOGGER_PATH"] = str(tracked)
-        begun, arm = time.time(), Arm()
-        with started(command, env, log) as process, watching(arm.peak):
-            seen, first = 0, 0.0
-            while True:
-                ended = process.poll() is not None
-                lines = tracked.read_bytes().splitlines(keepends=True) if tracked.exists() else []
-                lines = [line for line in lines if line.endswith(b"\n")]
-                for line in lines[seen:]:
-                    data = json.loads(line)["data"]
-                    if "timing_s/step" in data:
-                        if not first:
-                            first = time.time() - data["timing_s/step"]
-                            arm.start_s = first - begun
-                        else:
-                            arm.steps.append(seconds(data))
-                        on_step()
-                seen = len(lines)
-                if ended:
-                    break
-                time.sleep(0.2)
-        if process.returncode:
-            raise EnvironmentFault(f"bench step: {name} ended with code {process.returncode}: see {log}")
-        if name == "ours":
-            add_evidence(arm, next(folder.glob("runs/*/events.jsonl")))
-        return arm
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    adopt_orphans()
+    begun, arm = time.time(), Arm()
+    tracked, log = Tail(folder / "tracked.jsonl"), folder / "log.txt"
+    with tempfile.TemporaryDirectory(prefix="aqn-", dir="/tmp") as temporary:
+        module, arguments, env = command(name, todo, folder, temporary)
+        process = start_module(module, arguments, env | {"VERL_FILE_LOGGER_PATH": str(tracked.path)}, log)
+        try:
+            with watching(arm.peak):
+                while process.poll() is None:
+                    time.sleep(0.2)
+                    for record in tracked.new():
+                        if "timing_s/step" in record["data"]:
+                            add_step(arm, record["data"], time.time() - begun)
+                            on_step()
+        finally:
+            end_descendants()
+            remove_shared_memory(begun)
+    if process.returncode:
+        raise EnvironmentFault(f"bench step: {name} ended with code {process.returncode}: see {log}")
+    if name == "ours":
+        add_evidence(arm, next(folder.glob("runs/*/events.jsonl")))
+    return arm
+
+
+def add_step(arm: Arm, data: dict[str, float], after: float) -> None:
+    """A step that ended `after` so many seconds. The first one warms up."""
+    if not arm.start_s:
+        arm.start_s = after - data["timing_s/step"]
+    else:
+        arm.steps.append(seconds(data))
 
 
 def seconds(data: dict[str, float]) -> dict[str, float]:
@@ -202,7 +183,7 @@ def watching(peak: dict[str, int]) -> Iterator[None]:
 
 
 def measure(model: str, steps: int, rounds: int, small: bool, base: Path, on_step: Callable[[int], None]) -> dict:
-    """Arms in turn, `steps` measured steps each, for so many rounds. → what `print_table` prints.
+    """Arms in turn, `steps` measured steps each, for so many rounds. → what `table` shows.
 
     `base`: a folder for the runs. `on_step` is told how many steps are done.
     """

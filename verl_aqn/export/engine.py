@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.errors import EnvironmentFault
-from verl_aqn.supervise import end_with_parent, engine_environment
+from verl_aqn.processes import start_module
+from verl_aqn.supervise import engine_environment
 
 TIMEOUT_S = 3600
 
@@ -42,20 +42,15 @@ def greedy_answers(
             "expected": expected,
         }
         request.write_text(json.dumps(question))
-        command = [sys.executable, "-m", "verl_aqn.vllm_api.answers", str(request), str(result)]
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                env=environment(config, temporary), start_new_session=True, preexec_fn=end_with_parent,
-            )  # fmt: skip
-            try:
-                process.wait(TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                raise EnvironmentFault(f"vLLM did not answer {len(prompts)} prompts in {TIMEOUT_S} s") from None
-            finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)  # its group is its own, with the ranks of an engine
-                    process.wait()
+        process = start_module("verl_aqn.vllm_api.answers", [request, result], environment(config, temporary), log)
+        try:
+            process.wait(TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise EnvironmentFault(f"vLLM did not answer {len(prompts)} prompts in {TIMEOUT_S} s") from None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # its group is its own, with the ranks of an engine
+                process.wait()
         if process.returncode or not result.is_file():
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             raise EnvironmentFault(

@@ -23,6 +23,15 @@ def gains(arguments: list[str]) -> bool:
     return arguments[0].endswith("/default_worker.py") or re.fullmatch(SPAWNED, " ".join(arguments[:2])) is not None
 
 
+def forked(server: socket.socket, path: str, arguments: list[str]) -> int | None:
+    """Id of the process that runs the arguments; None where no server answers."""
+    try:
+        server.connect(path)
+        return ask(server, arguments)
+    except OSError:
+        return None
+
+
 def ask(server: socket.socket, arguments: list[str]) -> int:
     """Send arguments, environment, working directory and open files; → id of the process that has them now."""
     files = [int(name) for name in os.listdir("/proc/self/fd") if int(name) != server.fileno()]
@@ -58,12 +67,8 @@ def _is_open(file: int) -> bool:
 def main(path: str, arguments: list[str]) -> int:
     """→ exit status."""
     server = socket.socket(socket.AF_UNIX)
-    try:
-        if not gains(arguments):
-            raise ConnectionError
-        server.connect(path)
-        process = ask(server, arguments)
-    except OSError:
+    process = forked(server, path, arguments) if gains(arguments) else None
+    if process is None:
         server.close()
         os.execv(sys.executable, [sys.executable, *arguments])
     for number in FORWARDED:
@@ -73,7 +78,8 @@ def main(path: str, arguments: list[str]) -> int:
     except ConnectionError:
         return 1
     if status < 0:
-        signal.signal(-status, signal.SIG_DFL) if -status != signal.SIGKILL else None
+        if -status != signal.SIGKILL:
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     return status
 

@@ -5,6 +5,7 @@ pages too. Not for accelerators: their runtimes cannot be used in a process fork
 """
 
 import contextlib
+import fcntl
 import gc
 import importlib
 import json
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_aqn import stacks
+from verl_aqn.processes import ended_children
 from verl_aqn.zygote.client import SPAWNED
 
 PYTHON = "VERL_AQN_PYTHON"  # environment variable: the warm Python of this run
@@ -106,6 +108,16 @@ def share_titles() -> None:
     module.setproctitle = ray._raylet.setproctitle
 
 
+def preload_in(environment: dict[str, str]) -> None:
+    """Import the rest, with what a first worker of Ray's was given for its environment."""
+    os.environ.update({**environment, stacks.FOLDER: ""})
+    with unused_generator():
+        preload(THEN)
+    share_titles()
+    gc.collect()
+    gc.freeze()  # the collector would write to pages that the children share
+
+
 def receive(client: socket.socket) -> Request:
     """A request as `client.ask` sends it.
 
@@ -159,12 +171,7 @@ class Zygote:
             client.close()
             return None
         if "ray" not in sys.modules:
-            os.environ.update({**request.environment, stacks.FOLDER: ""})
-            with unused_generator():
-                preload(THEN)
-            share_titles()
-            gc.collect()
-            gc.freeze()  # the collector would write to pages that the children share
+            preload_in(request.environment)
         process = os.fork()
         if process == 0:
             signal.set_wakeup_fd(-1)
@@ -180,7 +187,7 @@ class Zygote:
 
     def tell_ends(self) -> None:
         """Every child that has ended: tell its client the exit code, negative for a signal."""
-        for process, status in _ended():
+        for process, status in ended_children():
             for client in [client for client, its in self.clients.items() if its == process]:
                 del self.clients[client]
                 with client:
@@ -192,31 +199,19 @@ def _send(client: socket.socket, number: int) -> None:
         client.sendall(struct.pack("!i", number))
 
 
-def _ended() -> Iterable[tuple[int, int]]:
-    """Process ids and exit codes of children that have ended."""
-    while True:
-        try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if pid == 0:
-            return
-        yield pid, os.waitstatus_to_exitcode(status)
-
-
 def become(request: Request) -> None:
     """Make this process what `python` with these arguments would be, but for what is imported already, and run it."""
     import numpy as np
+    from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
     # The client's files take their own numbers; first out of the way of those, lest one covers another.
-    high = max([*request.files, *request.files.values(), 2]) + 1
-    moved = {number: os.dup2(here, high + index) for index, (number, here) in enumerate(request.files.items())}
+    high = max(request.files, default=0) + 1
+    moved = {number: fcntl.fcntl(here, fcntl.F_DUPFD, high) for number, here in request.files.items()}
     for here in request.files.values():
         os.close(here)
     for number, here in moved.items():
         os.dup2(here, number)
         os.close(here)
-    from verl.trainer.constants_ppo import get_ppo_ray_runtime_env  # here the platform is known
 
     os.environ.clear()
     os.environ.update(request.environment)
