@@ -11,12 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-HERE = Path(__file__).parent
+from verl_aqn.bench import letters
 
 # Sizes of a run that takes a minute and a half. The reward has variance for a model that knows nothing.
 TINY = [
     "profile=cpu",
-    f"reward.custom_reward_function.path={HERE / 'letters_reward.py'}",
+    f"reward.custom_reward_function.path={letters.__file__}",
     "data.train_batch_size=2",
     "data.train_max_samples=16",
     "data.val_max_samples=4",

@@ -89,8 +89,16 @@ def tiny_model(dst: str | Path, *, layers: int = 2, hidden: int = 64, seed: int 
         raise ModelError(f"tiny_model: hidden={hidden} is not a multiple of 32, one MXFP4 block: use 64 or 96, say")
     if Path(dst).exists():
         raise ModelError(f"tiny_model: {dst} is there already: choose another folder or remove it")
+    heads = hidden // 32
+    return random_model(dst, layers, hidden, inner=2 * hidden, heads=heads, key_value_heads=heads, seed=seed)
+
+
+def random_model(
+    dst: str | Path, layers: int, hidden: int, *, inner: int, heads: int, key_value_heads: int, seed: int = 0
+) -> Path:
+    """`tiny_model` of any shape; `inner`: features between the two halves of an MLP."""
     reader = _open(_gguf_path())
-    vocab, inner = len(_field(reader, "tokenizer.ggml.tokens")), 2 * hidden
+    vocab, head = len(_field(reader, "tokenizer.ggml.tokens")), hidden // heads
     generator = torch.Generator().manual_seed(seed)
 
     def normal(n: int, k: int, gain: float = 1.0) -> torch.Tensor:
@@ -103,6 +111,7 @@ def tiny_model(dst: str | Path, *, layers: int = 2, hidden: int = 64, seed: int 
         "lm_head.weight": normal(vocab, hidden, gain=3.0),
     }
     rows_columns = dict.fromkeys(_LAYER.values(), (hidden, hidden))
+    rows_columns |= dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), (key_value_heads * head, hidden))
     rows_columns |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
     for layer in range(layers):
         for module, (n, k) in rows_columns.items():
@@ -111,9 +120,9 @@ def tiny_model(dst: str | Path, *, layers: int = 2, hidden: int = 64, seed: int 
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "intermediate_size": inner,
-        "num_attention_heads": hidden // 32,
-        "num_key_value_heads": hidden // 32,
-        "head_dim": 32,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "head_dim": head,
         "tie_word_embeddings": False,
     }
     return _publish(Path(dst), reader, shape, weights)
