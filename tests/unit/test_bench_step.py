@@ -12,7 +12,7 @@ STEP = {
     "timing_s/old_log_prob": 1.0,
     "timing_s/update_actor": 3.0,
     "timing_s/update_weights": 0.5,
-    "timing_s/step": 9.0,
+    "timing_s/step": 7.0,
     "timing_s/testing": 2.0,
     "perf/total_num_tokens": 700,
 }

@@ -140,9 +140,9 @@ def add_step(arm: Arm, data: dict[str, float], after: float) -> None:
 
 
 def seconds(data: dict[str, float]) -> dict[str, float]:
-    """Of one step, without validation: phases, the whole, and its tokens."""
+    """Of one step: phases, the whole (verl ends it before a validation), and its tokens."""
     found = {phase: data[f"timing_s/{key}"] for phase, key in PHASES.items()}
-    found["step"] = data["timing_s/step"] - data.get("timing_s/testing", 0.0)
+    found["step"] = data["timing_s/step"]
     found["tokens"] = data["perf/total_num_tokens"]
     return found
 
