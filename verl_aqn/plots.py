@@ -148,6 +148,35 @@ def plot_strength(rows: list[Strength], sigma_start: float, title: str, label: s
     _save(figure, path)
 
 
+def plot_growth(result: dict, path: Path) -> None:
+    """Seconds of each phase against what was varied, both logarithmic, with the exponent of the whole step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot, ticker
+
+    phases = ("generation", "log-probs", "update", "sync", "step")
+    series = result["series"]
+    figure = pyplot.figure(figsize=(4 * len(series), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(series), sharey=True, squeeze=False)[0]
+    for axis, (what, indices) in zip(axes, series.items(), strict=True):
+        rows = [result["rows"][index] for index in indices]
+        for name, colour, marker in zip(phases, _KINDS, _MARKERS, strict=False):
+            values = [row[name] for row in rows]
+            axis.plot([row[what] for row in rows], values, f"{marker}-", color=colour, label=name, markersize=4)
+        exponent = result["exponents"].get(what, {}).get("step")
+        axis.set(
+            xscale="log", yscale="log", xlabel=what, title=f"step ~ {what}^{exponent[0]:.2f}" if exponent else what
+        )
+        labels = [row["model"] if what == "parameters" else str(row[what]) for row in rows]
+        axis.set_xticks([row[what] for row in rows], labels)
+        axis.xaxis.set_minor_locator(ticker.NullLocator())
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("seconds")
+    axes[0].legend(fontsize=8)
+    _save(figure, path)
+
+
 def _save(figure, path: Path) -> None:
     from matplotlib import pyplot
 

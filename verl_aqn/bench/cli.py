@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from verl_aqn.errors import ConfigError
+
 bench_app = typer.Typer(no_args_is_help=True, help="The measurements of the README, side by side with their peers.")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
@@ -112,6 +114,120 @@ def step(
     if as_json:
         print(json.dumps(result))
         return
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = _wide()
     console.print(table(result))
     console.print(f"Sent to the rollout a step: {result['synced_of_bf16_weights']:.1%} of the bf16 weights' bytes.")
+
+
+@bench_app.command("growth")
+def growth(
+    steps: Annotated[int, typer.Option(min=1, help="Measured steps of every run, after one that warms up.")] = 2,
+    small: Annotated[
+        bool, typer.Option("--small", help="Three runs in place of ten, without an exponent of size.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG, SVG or PDF).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time and memory of the RL step against model size, samples and length of answers, with fitted exponents."""
+    from verl_aqn.bench.growth import measure, roofline, table
+    from verl_aqn.plots import check_picture, plot_growth
+
+    if plot:
+        check_picture(plot)
+    base = Path(tempfile.mkdtemp(prefix="verl-aqn-bench-"))  # stays where a run fails: its log is in there
+    with Console(stderr=True).status("starting") as status:
+        result = measure(steps, small, base, status.update)
+    shutil.rmtree(base)
+    if plot:
+        plot_growth(result, plot)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        _wide().print(table(result))
+        _wide().print(roofline(result))
+
+
+@bench_app.command("scale")
+def scale(
+    shape: Annotated[str, typer.Option(help="A model's size: 1.5B, 7B, 32B, …")] = "7B",
+    device: Annotated[str, typer.Option(help="h100, h200, b200, a2, a3 or 950dt.")] = "a3",
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt on average.")] = 100,
+    response: Annotated[int, typer.Option(min=1, help="Tokens of an answer on average.")] = 250,
+    weak: Annotated[
+        bool, typer.Option("--weak", help="The batch grows with the devices, from the recipe's on 8.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Project the step of e12_aggressive_1ep on GSM8K to 8 … 1,024 devices, none of which was measured."""
+    from verl_aqn.bench import scale as model
+    from verl_aqn.bench.cost import DEVICES
+    from verl_aqn.bench.shapes import SHAPES
+
+    for given, known, what in ((shape, SHAPES, "--shape"), (device, DEVICES, "--device")):
+        if given not in known:
+            raise ConfigError(f"{what} {given} is not known: use one of {', '.join(known)}")
+    result = model.project_recipe(shape, DEVICES[device], prompt, response, weak=weak)
+    if as_json:
+        print(json.dumps(result))
+        return
+    console = _wide()
+    console.print(model.check_table(result["check"]))
+    console.print(model.scale_table(result["rows"], result["title"]))
+    for line in result["assumed"]:
+        console.print(line, highlight=False)
+
+
+@bench_app.command("update")
+def update(
+    shape: Annotated[str, typer.Option(help="A model's size: 135M, 1.5B, 7B, …")] = "135M",
+    layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than it has.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or npu.")] = "cpu",
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of the batch.")] = 2,
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each.")] = 8,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 100,
+    response: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 24,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured updates of every arm.")] = 7,
+    as_json: Json = False,
+) -> None:
+    """The actor's update: packed base against bf16, both with bf16 LoRA, and with each prompt once for its answers."""
+    from verl_aqn.bench.shapes import SHAPES
+    from verl_aqn.bench.update import measure, table
+
+    if shape not in SHAPES:
+        raise ConfigError(f"--shape {shape} is not known: use one of {', '.join(SHAPES)}")
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("measuring", total=rounds)
+        sizes = (prompts, samples, prompt, response)
+        result = measure(shape, layers, device, sizes, rounds, lambda done: progress.update(task, completed=done))
+    if as_json:
+        print(json.dumps(result))
+    else:
+        _wide().print(table(result))
+
+
+@bench_app.command("guard")
+def guard(
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of every ratio; the median counts.")] = 5,
+    record: Annotated[bool, typer.Option("--record", help="Make these ratios the baseline.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Our time by a peer's, for what must not get slower, against recorded ratios. Exit code 1 where it is worse."""
+    from verl_aqn.bench import guard as bench
+
+    then = {} if record else bench.recorded()
+    with Console(stderr=True).status("measuring for half a minute"):
+        now = bench.ratios(rounds)
+    if record:
+        bench.record(now)
+    worse = bench.worse(now, then)
+    if as_json:
+        print(json.dumps({"now": now, "recorded": then, "worse": worse}))
+    else:
+        _wide().print(bench.table(now, then))
+    if worse:
+        raise typer.Exit(1)
+
+
+def _wide() -> Console:
+    """Tables that are piped into a file are not folded at 80 columns."""
+    return Console(width=None if sys.stdout.isatty() else 130)

@@ -1,0 +1,41 @@
+"""Ratios measured side by side, and a run of `bench growth`: what they say of speed is in the README."""
+
+import json
+
+import torch
+
+from tests.integration.conftest import verl_aqn
+from verl_aqn.bench import growth, shapes, update
+
+
+def test_no_ratio_is_worse_than_the_recorded_one():
+    process = verl_aqn("bench", "guard", "--json")
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, out + err
+    assert json.loads(out)["now"].keys() == json.loads(out)["recorded"].keys()
+
+
+def test_prompts_shared_or_not_the_update_is_of_the_same_answers():
+    """The loss that `bench update` takes the time of is one loss in both layouts."""
+    model = update.build("135M", 2, "cpu").float()
+    losses = []
+    for inputs, (row, column, label) in update.batches(49_152, 2, 3, 20, 5, "cpu").values():
+        hidden = model.model(**inputs, use_cache=False).last_hidden_state
+        logits = model.lm_head(hidden[row, column])
+        losses.append(torch.nn.functional.cross_entropy(logits, label))
+    assert len(losses) == 2
+    torch.testing.assert_close(*losses)
+
+
+def test_a_run_of_growth_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setitem(shapes.SHAPES, "tiny", (2, 64, 128, 2, 2, 49_152))
+    monkeypatch.setattr(growth, "SMALL", {"samples": [growth.Point("tiny", samples=2, response=8)]})
+    monkeypatch.setattr(growth, "HELD_OUT", growth.Point("tiny", samples=2, response=8))
+    monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path / "cache"))
+    result = growth.measure(1, True, tmp_path, lambda _: None)
+    (row,) = result["rows"]
+    assert (row["model"], row["prompts"], row["samples"], row["response"]) == ("tiny", 2, 2, 8)
+    assert row["tokens"] > 4 * 8
+    assert 0 < row["generation"] + row["log-probs"] + row["update"] + row["sync"] < row["step"]
+    assert row["memory: actor"] > 3e8
+    assert result["limits"]["operations"] > 1e9 < result["limits"]["memory"]

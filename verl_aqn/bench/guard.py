@@ -1,0 +1,65 @@
+"""Ratios that must not get worse: each is our time by that of a peer, both measured in turn in this process."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from verl_aqn.bench import codec, update
+from verl_aqn.errors import ConfigError
+
+BASELINE = Path(__file__).with_name("baseline.json")
+MARGIN = 1.5  # so many times the recorded ratio is still no fault: machines and their neighbours differ
+
+
+def ratios(rounds: int) -> dict[str, float]:
+    """Name → our time / the peer's. Lower is better."""
+    measured = codec.measure("cpu", 1024, rounds, lambda _done, _total: None)
+    found = {}
+    for row in measured["codec"]:
+        if faster := row.get("ours_times_as_fast"):
+            found[f"quantise + dequantise, {row['dtype']}, {row['name'].removeprefix('… ')}"] = 1 / faster
+    for row in measured["linear"]:
+        if row["name"] == "packed":
+            found[f"linear {'×'.join(map(str, row['shape']))}, packed by bf16"] = row["time_of_bf16"]
+    arms = update.measure("135M", 4, "cpu", (2, 8, 100, 24), rounds)["arms"]
+    for name in update.ARMS[1:]:
+        found[f"update, {name} by bf16"] = arms[name]["time_of_bf16"]
+    return found
+
+
+def recorded() -> dict[str, float]:
+    """The baseline.
+
+    Raises:
+        ConfigError: none is there.
+    """
+    if not BASELINE.is_file():
+        raise ConfigError(f"no baseline in {BASELINE}: make one with `verl-aqn bench guard --record`")
+    return json.loads(BASELINE.read_text())["ratios"]
+
+
+def worse(now: dict[str, float], then: dict[str, float]) -> list[str]:
+    """What is more than `MARGIN` times its recorded ratio, and what is recorded and was not measured."""
+    return [name for name, ratio in then.items() if name not in now or now[name] > MARGIN * ratio]
+
+
+def record(now: dict[str, float]) -> None:
+    """Make `now` the baseline."""
+    content: dict[str, Any] = {"device": codec.device_name("cpu"), "ratios": {k: round(v, 4) for k, v in now.items()}}
+    BASELINE.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def table(now: dict[str, float], then: dict[str, float]) -> Table:
+    """Recorded and present ratios."""
+    view = Table(
+        title=f"Our time by a peer's; more than {MARGIN} × the recorded ratio is a fault", title_justify="left"
+    )
+    for column in ("", "recorded", "now", ""):
+        view.add_column(column, justify="left" if not column else "right")
+    faults = worse(now, then)
+    for name in dict.fromkeys([*then, *now]):
+        cells = (f"{of[name]:.3f}" if name in of else "–" for of in (then, now))
+        view.add_row(name, *cells, "worse" if name in faults else "")
+    return view
