@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from verl_aqn.bench.cost import DEVICES, Load, Work, active, bound, forward, limit_s, phases, training
 from verl_aqn.bench.growth import HELD_OUT, SERIES, Point, exponents, roofline, settings, table
-from verl_aqn.bench.scale import COUNTS, GROWTH, PHASES, fit_reached, of_growth, project, project_recipe, scale_table
+from verl_aqn.bench.scale import COUNTS, GROWTH, fit_reached, of_growth, project, project_recipe, scale_table
 from verl_aqn.bench.shapes import SHAPES, write_config
+from verl_aqn.bench.step import PHASES
 from verl_aqn.config import load_recipe
 from verl_aqn.plots import plot_growth
 from verl_aqn.preflight.memory import sizes

@@ -12,6 +12,13 @@ def test_worse_is_more_than_the_margin_or_not_measured():
     assert guard.worse(then, then) == []
 
 
+def test_what_seems_worse_is_measured_again():
+    runs = iter([{"a": 1.0, "b": 9.0}, {"a": 1.2, "b": 1.1}])
+    assert guard.confirmed(5, {"a": 1.0, "b": 1.0}, lambda _: next(runs)) == {"a": 1.0, "b": 1.1}
+    calm = iter([{"a": 1.0}])
+    assert guard.confirmed(5, {"a": 1.0}, lambda _: next(calm)) == {"a": 1.0}
+
+
 def test_a_baseline_is_written_and_read(tmp_path, monkeypatch):
     monkeypatch.setattr(guard, "BASELINE", tmp_path / "baseline.json")
     with pytest.raises(ConfigError, match="bench guard --record"):

@@ -216,7 +216,7 @@ def guard(
 
     then = {} if record else bench.recorded()
     with Console(stderr=True).status("measuring for half a minute"):
-        now = bench.ratios(rounds)
+        now = bench.confirmed(rounds, then)
     if record:
         bench.record(now)
     worse = bench.worse(now, then)

@@ -16,15 +16,14 @@ from verl_aqn.bench import letters
 from verl_aqn.bench.codec import device_name
 from verl_aqn.bench.cost import Device, Load, Work, bound, limit_s, phases
 from verl_aqn.bench.shapes import write_model
-from verl_aqn.bench.step import Arm, overrides, run_arm
+from verl_aqn.bench.step import PHASES, RECIPE, Arm, overrides, run_arm
 from verl_aqn.config import load_recipe
 from verl_aqn.preflight.checks import recipe_shape
 from verl_aqn.preflight.memory import Sizes, sizes
 from verl_aqn.preflight.shape import Shape
 
 CACHE = 1 << 30  # bytes of the rollout's, see `supervise.engine_environment`
-RECIPE = "e12_aggressive_1ep"
-TIMES = ("generation", "log-probs", "update", "sync", "step")
+TIMES = (*PHASES, "step")
 
 
 @dataclass(frozen=True)

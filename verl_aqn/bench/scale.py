@@ -16,18 +16,18 @@ from rich.table import Table
 from scipy.optimize import nnls
 
 from verl_aqn.bench.cost import Device, Load, Work, bound, limit_s, phases
-from verl_aqn.bench.growth import RECIPE, machine, work_of
+from verl_aqn.bench.growth import machine, work_of
 from verl_aqn.bench.shapes import write_config
+from verl_aqn.bench.step import PHASES, RECIPE
 from verl_aqn.config import load_recipe, parse_aqn
 from verl_aqn.preflight.memory import Sizes, sizes
 from verl_aqn.preflight.model import shape_of
 from verl_aqn.preflight.plan import fit as fits
 from verl_aqn.preflight.shape import Shape
 
-GROWTH = Path(__file__).with_name("growth.json")
+GROWTH = Path(__file__).with_name("growth.json")  # `verl-aqn bench growth --json`
 NPUS, NO_MX = ("a2", "a3", "950dt"), ("a2", "a3")
 COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
-PHASES = ("generation", "log-probs", "update", "sync")
 
 
 @dataclass(frozen=True)
