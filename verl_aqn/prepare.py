@@ -10,6 +10,7 @@ from verl_aqn.errors import ConfigError, ModelError
 from verl_aqn.moe import keep_adapter_off_experts
 from verl_aqn.rewards.math_verify import check_installed
 from verl_aqn.serving import prepare_serving
+from verl_aqn.terminal import progress_bar
 
 # Rows of the embedded task; a recipe takes as many of them as it has steps for.
 N_TRAIN, N_TEST = 2048, 384
@@ -28,7 +29,10 @@ def prepare_model(config: DictConfig) -> Path:
     mxfp4 = parse_aqn(config).mxfp4
     path = source
     if mxfp4.enabled and not is_packed(source):
-        path = quantized_cache(source, cache_dir() / "mxfp4", mxfp4.scale_rule, mxfp4.exclude, mxfp4.calibrate)
+        with progress_bar("quantising the base") as progress:  # minutes where it is calibrated
+            path = quantized_cache(
+                source, cache_dir() / "mxfp4", mxfp4.scale_rule, mxfp4.exclude, mxfp4.calibrate, progress
+            )
     elif not mxfp4.enabled and is_packed(source):
         raise ModelError(f"{source} is an MXFP4 checkpoint, but aqn.mxfp4.enabled=false asks for an unquantised base")
     config.actor_rollout_ref.model.path = str(path)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from verl_aqn.errors import ConfigError
+from verl_aqn.terminal import print_wide
 
 bench_app = typer.Typer(no_args_is_help=True, help="The measurements of the README, side by side with their peers.")
 
@@ -114,9 +114,8 @@ def step(
     if as_json:
         print(json.dumps(result))
         return
-    console = _wide()
-    console.print(table(result))
-    console.print(f"Sent to the rollout a step: {result['synced_of_bf16_weights']:.1%} of the bf16 weights' bytes.")
+    print_wide(table(result))
+    print(f"Sent to the rollout a step: {result['synced_of_bf16_weights']:.1%} of the bf16 weights' bytes.")
 
 
 @bench_app.command("growth")
@@ -143,8 +142,8 @@ def growth(
     if as_json:
         print(json.dumps(result))
     else:
-        _wide().print(table(result))
-        _wide().print(roofline(result))
+        print_wide(table(result))
+        print_wide(roofline(result))
 
 
 @bench_app.command("scale")
@@ -170,11 +169,9 @@ def scale(
     if as_json:
         print(json.dumps(result))
         return
-    console = _wide()
-    console.print(model.check_table(result["check"]))
-    console.print(model.scale_table(result["rows"], result["title"]))
-    for line in result["assumed"]:
-        console.print(line, highlight=False)
+    print_wide(model.check_table(result["check"]))
+    print_wide(model.scale_table(result["rows"], result["title"]))
+    print("\n".join(result["assumed"]))
 
 
 @bench_app.command("update")
@@ -202,7 +199,7 @@ def update(
     if as_json:
         print(json.dumps(result))
     else:
-        _wide().print(table(result))
+        print_wide(table(result))
 
 
 @bench_app.command("guard")
@@ -223,11 +220,6 @@ def guard(
     if as_json:
         print(json.dumps({"now": now, "recorded": then, "worse": worse}))
     else:
-        _wide().print(bench.table(now, then))
+        print_wide(bench.table(now, then))
     if worse:
         raise typer.Exit(1)
-
-
-def _wide() -> Console:
-    """Tables that are piped into a file are not folded at 80 columns."""
-    return Console(width=None if sys.stdout.isatty() else 130)
