@@ -8,7 +8,7 @@ from verl_aqn.errors import ConfigError
 
 def test_worse_is_more_than_the_margin_or_not_measured():
     then = {"a": 1.0, "b": 0.1, "c": 2.0}
-    assert guard.worse({"a": 1.4, "b": 0.16, "new": 9.0}, then) == ["b", "c"]
+    assert guard.worse({"a": 1.9, "b": 0.21, "new": 9.0}, then) == ["b", "c"]
     assert guard.worse(then, then) == []
 
 

@@ -1,5 +1,6 @@
 """How a step's time and memory grow with the model, the samples and the answers' length: our runs, one thing varied."""
 
+import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from verl_aqn.bench.cost import Device, Load, Work, bound, limit_s, phases
 from verl_aqn.bench.shapes import write_model
 from verl_aqn.bench.step import PHASES, RECIPE, Arm, overrides, run_arm
 from verl_aqn.config import load_recipe
+from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
 from verl_aqn.preflight.checks import recipe_shape
 from verl_aqn.preflight.memory import Sizes, sizes
 from verl_aqn.preflight.shape import Shape
@@ -85,8 +87,10 @@ def measure(steps: int, small: bool, base: Path, on_run: Callable[[str], None]) 
     for number, point in enumerate(points):
         answers = f"{point.prompts} × {point.samples} answers of {point.response} tokens"
         on_run(f"{point.model}, {answers} (run {number + 1} of {len(points)})")
-        if not (model := base / point.model).exists():
-            write_model(point.model, model)
+        if not (model := base / point.model).exists():  # packed here, so that nothing of it stays in the cache
+            write_model(point.model, base / "bf16")
+            quantize_checkpoint(base / "bf16", model)
+            shutil.rmtree(base / "bf16")
         folder = base / f"run-{number}"
         folder.mkdir()
         todo = settings(point, model, steps)
