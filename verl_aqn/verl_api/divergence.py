@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from verl_aqn.errors import TrainingError
 from verl_aqn.runs.folder import RunFolder
+from verl_aqn.verl_api.cause import root_cause
 
 
 @contextmanager
@@ -24,9 +25,7 @@ def saved_where_it_diverges(batch: Any, folder: RunFolder, step: int) -> Iterato
     try:
         yield
     except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        while isinstance(cause, ray.exceptions.RayTaskError):
-            cause = cause.cause
+        cause = root_cause(error)
         if not isinstance(cause, TrainingError):
             raise
         file = folder.path / f"diverged-{step}.safetensors"

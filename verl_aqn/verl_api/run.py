@@ -14,6 +14,7 @@ from verl_aqn.errors import AqnError, ProcessFault
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.stacks import listen
 from verl_aqn.supervise import launched
+from verl_aqn.verl_api.cause import root_cause
 from verl_aqn.zygote.server import PYTHON
 
 
@@ -54,13 +55,6 @@ class AqnTaskRunner:
             trainer.logger.finish()
         finally:
             transfer_queue.close()
-
-
-def root_cause(error: BaseException) -> BaseException:
-    """The first error behind Ray's wrappers."""
-    while isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, BaseException):
-        error = error.cause
-    return error
 
 
 def start(config: DictConfig, records: RunFolder) -> None:
