@@ -28,8 +28,8 @@ SKEW_S = 1.0  # records of several nodes are put in order by their times
 
 def check_recipe(config: DictConfig) -> Iterator[Finding]:
     """What can be seen from the recipe alone."""
-    given, actor, ranks = sizes(config), config.actor_rollout_ref.actor, sizes(config).ranks
-    highest = ADAPTER_RANKS[-1]
+    given, actor = sizes(config), config.actor_rollout_ref.actor
+    ranks, highest = given.ranks, ADAPTER_RANKS[-1]
     yield Finding(
         "LoRA rank",
         f"{given.rank}, in vLLM's slots of {given.served_rank}",

@@ -1,6 +1,5 @@
 """What one machine has: the same function in a subprocess here and in a Ray task on every node of a cluster."""
 
-import importlib.metadata
 import json
 import os
 import shutil
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from verl_aqn.runs.provenance import installed
 
 PACKAGES = ("verl-aqn", "verl", "vllm", "torch", "ray", "transformers", "peft", "compressed-tensors")
 
@@ -57,17 +58,11 @@ class Node:
 
 def examine_node(folder: str, profile: str) -> dict[str, Any]:
     """This machine as a `Node`'s dictionary. `folder`: of the run, which need not exist; `profile`: whose devices."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     plugins = {what: _ask(code) for what, code in _PROBES.items()}
     return Node(
         host=socket.gethostname(),
         python=sys.version.split()[0],
-        versions=versions,
+        versions=installed(PACKAGES),
         memory=psutil.virtual_memory().available,
         shared_memory=shutil.disk_usage("/dev/shm").free,
         disk=free_disk(Path(folder)),

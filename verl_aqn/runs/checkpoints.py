@@ -1,6 +1,5 @@
 """The checkpoints of a run: written aside and renamed, each file with its digest; and their config."""
 
-import hashlib
 import json
 import os
 import re
@@ -14,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl_aqn.errors import DataError
 from verl_aqn.runs.arms import find_run
 from verl_aqn.runs.folder import RunFolder
+from verl_aqn.runs.provenance import file_digest
 
 DIGESTS = "digests.json"
 WRITING = ".writing"
@@ -71,7 +71,7 @@ def publish(written: Path, checkpoints: Path, keep: int | None) -> int:
     for file in sorted(path for path in written.rglob("*") if path.is_file()):
         with file.open("rb") as content:
             os.fsync(content.fileno())
-            digests[str(file.relative_to(written))] = hashlib.file_digest(content, "sha256").hexdigest()
+        digests[str(file.relative_to(written))] = file_digest(file)
     size = sum((written / name).stat().st_size for name in digests)
     _write(written / DIGESTS, json.dumps(digests, indent=2))
     place = checkpoints / written.name
@@ -120,8 +120,7 @@ def damage_of(folder: Path) -> str:
         return f"{file} is damaged"
     for name, digest in digests.items():
         try:
-            with (folder / name).open("rb") as content:
-                found = hashlib.file_digest(content, "sha256").hexdigest()
+            found = file_digest(folder / name)
         except OSError as error:
             return f"{folder / name} cannot be read ({error.strerror})"
         if found != digest:

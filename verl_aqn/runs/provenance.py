@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,25 @@ _PACKAGES = (
 )  # fmt: skip
 
 
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those of the packages that there are."""
+    found = {}
+    for name in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def provenance(data_files: Iterable[str | Path]) -> dict[str, Any]:
     """All that a result can depend on beside its config.
 
     `python`, `machine` and the installed packages' versions; `commit` and `dirty` of the checkout that verl-aqn runs
     from (None for an installed package); `device`, the processor or the accelerators; `data`, sha256 of each file.
     """
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
-        **found,
+        **installed(_PACKAGES),
         **checkout(Path(__file__).resolve().parents[2]),
         "device": device(),
         "data": {Path(file).name: file_digest(Path(file)) for file in data_files},
