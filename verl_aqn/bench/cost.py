@@ -136,18 +136,22 @@ def phases(shape: Shape, sizes: Sizes, load: Load, cache: float) -> dict[str, Wo
     }
 
 
+def seconds(work: Work, device: Device, ranks: int) -> dict[str, float]:
+    """Of computing, reading and receiving at the device's limits, each alone."""
+    return {
+        "compute": work.operations / device.operations,
+        "memory": work.read / device.memory,
+        "network": work.received / (device.link if ranks <= device.per_node else device.network),
+    }
+
+
 def limit_s(work: Work, device: Device, ranks: int) -> float:
     """Seconds at the device's limits: the longer of computing and reading, then receiving. Turns cost nothing."""
-    rate = device.link if ranks <= device.per_node else device.network
-    return max(work.operations / device.operations, work.read / device.memory) + work.received / rate
+    parts = seconds(work, device, ranks)
+    return max(parts["compute"], parts["memory"]) + parts["network"]
 
 
 def bound(work: Work, device: Device, ranks: int) -> str:
     """What bounds a phase at the limits: "compute", "memory" or "network"."""
-    rate = device.link if ranks <= device.per_node else device.network
-    parts = {
-        "compute": work.operations / device.operations,
-        "memory": work.read / device.memory,
-        "network": work.received / rate,
-    }
+    parts = seconds(work, device, ranks)
     return max(parts, key=lambda name: parts[name])

@@ -20,11 +20,10 @@ from verl_aqn.bench.shapes import write_model
 from verl_aqn.bench.step import PHASES, RECIPE, Arm, overrides, run_arm
 from verl_aqn.config import load_recipe
 from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
-from verl_aqn.preflight.checks import recipe_shape
+from verl_aqn.preflight.checks import cpu_cache, recipe_shape
 from verl_aqn.preflight.memory import Sizes, sizes
 from verl_aqn.preflight.shape import Shape
 
-CACHE = 1 << 30  # bytes of the rollout's, see `supervise.engine_environment`
 TIMES = (*PHASES, "step")
 
 
@@ -106,7 +105,12 @@ def row(point: Point, todo: list[str], arm: Arm) -> dict[str, Any]:
     found: dict[str, Any] = {key: statistics.median(step[key] for step in arm.steps) for key in (*TIMES, "tokens")}
     found |= {f"memory: {kind}": arm.peak[kind] for kind in ("actor", "rollout", "all")}
     shape = recipe_shape(config)
-    about = {"parameters": shape.parameters, "shape": asdict(shape), "sizes": asdict(sizes(config))}
+    about = {
+        "parameters": shape.parameters,
+        "shape": asdict(shape),
+        "sizes": asdict(sizes(config)),
+        "cache": cpu_cache(),
+    }
     return asdict(point) | about | found
 
 
@@ -119,7 +123,7 @@ def work_of(run: dict[str, Any]) -> dict[str, Work]:
     """What a recorded run asked of its machine in each phase; every answer was of the same length."""
     prompt = run["tokens"] / (run["prompts"] * run["samples"]) - run["response"]
     load = Load(run["prompts"], run["samples"], prompt, run["response"], run["response"])
-    return phases(Shape(**run["shape"]), Sizes(**run["sizes"]), load, CACHE)
+    return phases(Shape(**run["shape"]), Sizes(**run["sizes"]), load, run["cache"])
 
 
 def exponents(rows: list[dict[str, Any]], series: dict[str, list[int]]) -> dict[str, dict[str, list[float]]]:

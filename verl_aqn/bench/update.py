@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from verl_aqn.bench.codec import device_name
-from verl_aqn.bench.shapes import write_config
+from verl_aqn.bench.shapes import SHAPES, write_config
 from verl_aqn.mxfp4.linear import Mxfp4Linear
 from verl_aqn.verl_api.shared_prompt import share_prompts
 
@@ -87,12 +87,13 @@ def measure(
     `sizes`: prompts, samples of each, tokens of a prompt and of an answer.
     """
     rows: dict[str, dict[str, Any]] = {}
+    made = batches(SHAPES[shape][-1], *sizes, device)
     for name in ARMS:
         model = build(shape, layers, device)
         if name != "bf16":
             pack(model)
         weights = sum(p.nbytes for p in model.parameters())
-        batch = batches(model.config.vocab_size, *sizes, device)["shared" if "shared" in name else "separate"]
+        batch = made["shared" if "shared" in name else "separate"]
         rows[name] = {"update": updater(model, *batch), "weights": weights, "times": [], "peak": 0}
     for number in range(rounds + 1):
         for found in rows.values():
