@@ -15,6 +15,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.integration.conftest import TINY, descendants, finish, kill, leftovers, lines, lines_of, newest, verl_aqn
@@ -274,6 +275,12 @@ def export(*arguments) -> dict:
     out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
     return json.loads(out)
+
+
+def test_what_a_sync_sends_is_the_adapter_and_no_more(finished, exported):
+    size = sum(tensor.nbytes for tensor in load_file(exported / "adapter_model.safetensors").values())
+    assert {record["bytes"] for record in lines(finished / "evidence.jsonl", "adapter")} == {size}
+    assert {step["metrics"]["aqn/synced_bytes"] for step in lines(finished / "metrics.jsonl", "step")} == {size}
 
 
 def test_an_exported_adapter_serves_in_plain_peft_and_in_vllm_without_our_worker(finished, exported):

@@ -18,11 +18,12 @@ STEP = {
 }
 
 
-def arm(factor: float) -> Arm:
+def arm(factor: int) -> Arm:
     steps = [{key: value * n * factor for key, value in seconds(STEP).items()} for n in (1, 2, 9)]
     for step in steps:
         step["tokens"] = 700
-    return Arm(steps=steps, start_s=40 * factor, peak={"actor": 10**9, "rollout": 2 * 10**9, "all": 4 * 10**9})
+    peak = {"actor": 10**9, "rollout": 2 * 10**9, "all": 4 * 10**9}
+    return Arm(steps=steps, start_s=40 * factor, synced=10**7 * factor, peak=peak)
 
 
 def test_validation_is_no_part_of_a_step():
@@ -45,7 +46,7 @@ def test_medians_over_all_steps_of_all_runs():
     found = summary([arm(1), arm(1)])
     assert (found["generation"], found["step"], found["start"]) == (4.0, 14.0, 40)
     assert found["ms a token"] == pytest.approx(20.0)
-    assert found["memory: all"] == 4 * 10**9
+    assert (found["synced"], found["memory: all"]) == (10**7, 4 * 10**9)
 
 
 def test_the_table_has_ours_of_each_other_arm():
@@ -54,8 +55,13 @@ def test_the_table_has_ours_of_each_other_arm():
     result = {"device": "a CPU", "cores": 2, "model": "m", "steps": 3, "arms": arms, "ours_of": ours}
     console = Console(width=120, record=True)
     console.print(table(result))
-    row = next(line for line in console.export_text().splitlines() if "generation, s" in line)
-    assert [word for word in row.split() if word[0].isdigit()] == ["4.00", "8.00", "16.00", "0.50", "0.25"]
+    lines = console.export_text().splitlines()
+    for label, figures in {
+        "generation, s": ["4.00", "8.00", "16.00", "0.50", "0.25"],
+        "bytes synced, MB": ["10.0", "20.0", "40.0", "0.50", "0.25"],
+    }.items():
+        (row,) = [line for line in lines if label in line]
+        assert [word for word in row.split() if word[0].isdigit()] == figures
 
 
 def test_stock_s_config_has_the_task_and_nothing_of_ours(tmp_path, monkeypatch):

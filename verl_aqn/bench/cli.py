@@ -97,6 +97,7 @@ def mxfp4_quality(
 
 @bench_app.command("step")
 def step(
+    settings: Annotated[list[str] | None, typer.Argument(help="key=value of all arms, as Hydra takes them.")] = None,
     model: Annotated[str, typer.Option(help="A model folder, or 'embedded'.")] = "embedded",
     steps: Annotated[int, typer.Option(min=1, help="Measured steps of every run, after one that warms up.")] = 4,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of every arm; the arms take turns.")] = 2,
@@ -104,12 +105,13 @@ def step(
     as_json: Json = False,
 ) -> None:
     """The RL step on CPUs from end to end, beside stock verl with a bf16 base (with its defaults, and tuned)."""
-    from verl_aqn.bench.step import ARMS, measure, table
+    from verl_aqn.bench.step import ARMS, measure, overrides, table
 
     base = Path(tempfile.mkdtemp(prefix="verl-aqn-bench-"))  # stays where a run fails: its log is in there
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("steps", total=len(ARMS) * rounds * (steps + 1))
-        result = measure(model, steps, rounds, small, base, lambda done: progress.update(task, completed=done))
+        todo = [*overrides(model, steps, small), *(settings or [])]
+        result = measure(todo, steps, rounds, base, lambda done: progress.update(task, completed=done))
     shutil.rmtree(base)
     if as_json:
         print(json.dumps(result))

@@ -28,6 +28,8 @@ from verl_aqn.watchdog import title
 ARMS = ("ours", "stock tuned", "stock")
 PHASES = {"generation": "gen", "log-probs": "old_log_prob", "update": "update_actor", "sync": "update_weights"}
 RECIPE = "e12_aggressive_1ep"
+SYNCED_LOG = "VERL_AQN_BENCH_SYNCED"
+"""The variable that tells stock's engine where to write what it sent (`verl_aqn/bench/stock.py`)."""
 ACTOR, ROLLOUT = "ray::WorkerDict", "VLLM::Worker"
 _SMALL = ("data.train_batch_size=2", "actor_rollout_ref.actor.ppo_mini_batch_size=2", "actor_rollout_ref.rollout.n=4")
 
@@ -39,6 +41,8 @@ class Arm:
     steps: list[dict[str, float]] = field(default_factory=list)
     start_s: float = 0.0
     """From the call to the beginning of the first step, with a validation of a few prompts."""
+    synced: int = 0
+    """Bytes that the last sync sent to each replica of the rollout."""
     peak: dict[str, int] = field(default_factory=dict)
     """Bytes: `actor` and `rollout` resident, `all` what the machine had less while it ran."""
 
@@ -95,7 +99,7 @@ def command(name: str, todo: list[str], folder: Path, temporary: str) -> tuple[s
     config.trainer.default_local_dir = str(folder / "checkpoints")
     (path := folder / "config.yaml").write_text(OmegaConf.to_yaml(config))
     env = engine_environment(temporary, cpu=True, ranks=1) | local_ray(temporary)
-    env["VLLM_PLUGINS"] = ""  # not ours
+    env |= {"VLLM_PLUGINS": "", SYNCED_LOG: str(folder / "synced.txt")}  # no plugin of ours
     if name == "stock":
         del env["OMP_NUM_THREADS"], env["VLLM_CPU_OMP_THREADS_BIND"]
     return "verl_aqn.bench.stock", [str(path)], env
@@ -127,7 +131,11 @@ def run_arm(name: str, todo: list[str], folder: Path, on_step: Callable[[], None
     if process.returncode:
         raise EnvironmentFault(f"bench step: {name} ended with code {process.returncode}: see {log}")
     if name == "ours":
-        add_evidence(arm, next(folder.glob("runs/*/events.jsonl")))
+        run = next(folder.glob("runs/*"))
+        add_evidence(arm, run / "events.jsonl")
+        arm.synced = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["metrics"]["aqn/synced_bytes"]
+    else:
+        arm.synced = int((folder / "synced.txt").read_text().split()[-1])
     return arm
 
 
@@ -182,16 +190,16 @@ def watching(peak: dict[str, int]) -> Iterator[None]:
         thread.join()
 
 
-def measure(model: str, steps: int, rounds: int, small: bool, base: Path, on_step: Callable[[int], None]) -> dict:
+def measure(todo: list[str], steps: int, rounds: int, base: Path, on_step: Callable[[int], None]) -> dict:
     """Arms in turn, `steps` measured steps each, for so many rounds. → what `table` shows.
 
-    `base`: a folder for the runs. `on_step` is told how many steps are done.
+    `todo`: `overrides` of all arms. `base`: a folder for the runs. `on_step` is told how many steps are done.
     """
     from verl_aqn.bench.codec import device_name
     from verl_aqn.config import load_recipe
     from verl_aqn.preflight.checks import recipe_shape
 
-    todo, done = overrides(model, steps, small), 0
+    done = 0
 
     def count() -> None:
         nonlocal done
@@ -205,8 +213,6 @@ def measure(model: str, steps: int, rounds: int, small: bool, base: Path, on_ste
             folder.mkdir(parents=True)
             runs[name].append(run_arm(name, todo, folder, count))
     config = load_recipe(RECIPE, todo)
-    shape = recipe_shape(config)
-    adapter = 2 * config.actor_rollout_ref.model.lora_rank * shape.adapted
     arms = {name: summary(of_arm) for name, of_arm in runs.items()}
     against = {
         name: {key: arms["ours"][key] / value for key, value in arms[name].items() if key in arms["ours"]}
@@ -215,21 +221,22 @@ def measure(model: str, steps: int, rounds: int, small: bool, base: Path, on_ste
     return {
         "device": device_name("cpu"),
         "cores": len(os.sched_getaffinity(0)),
-        "model": Path(model).name,
+        "model": Path(config.actor_rollout_ref.model.path).name,
         "steps": steps * rounds,
         "arms": arms,
         "ours_of": against,
-        "synced_of_bf16_weights": adapter / (2 * shape.parameters),
+        "synced_of_bf16_weights": arms["ours"]["synced"] / (2 * recipe_shape(config).parameters),
         "runs": {name: [vars(arm) for arm in of_arm] for name, of_arm in runs.items()},
     }
 
 
 def summary(runs: list[Arm]) -> dict[str, float]:
-    """Medians over all measured steps in seconds; of runs the median start, the largest peaks in bytes."""
+    """Medians over all measured steps in seconds; of runs the medians of start and bytes synced, the largest peaks."""
     steps = [step for arm in runs for step in arm.steps]
     found = {key: statistics.median(step[key] for step in steps) for key in steps[0]}
     found["ms a token"] = 1e3 * statistics.median(step["step"] / step["tokens"] for step in steps)
     found["start"] = statistics.median(arm.start_s for arm in runs)
+    found["synced"] = statistics.median(arm.synced for arm in runs)
     return found | {f"memory: {kind}": max(arm.peak[kind] for arm in runs) for kind in ("actor", "rollout", "all")}
 
 
@@ -256,6 +263,8 @@ def table(result: dict) -> Table:
 def label(key: str) -> str:
     if key.startswith("memory"):
         return f"{key}, GB"
+    if key == "synced":
+        return "bytes synced, MB"
     return key if key in ("tokens", "ms a token") else f"{key}, s"
 
 
@@ -264,4 +273,6 @@ def shown(key: str, value: float | None) -> str:
         return ""
     if key.startswith("memory"):
         return f"{value / 1e9:.1f}"
+    if key == "synced":
+        return f"{value / 1e6:.1f}"
     return f"{value:,.0f}" if key == "tokens" else f"{value:.2f}"

@@ -27,11 +27,13 @@ class AqnFSDPEngine(PackedBase):
     """The actor: packed base (uint8), LoRA in fp32 master weights that compute and travel in bf16.
 
     `noise` is there where the recipe wants the rollout's noise in the actor too. `slicings`: the parts of the adapter
-    that ranks of the rollout hold ({}: all of it); `sent_adapters`: the digest of each when it was last sent.
+    that ranks of the rollout hold ({}: all of it); `sent_adapters`: the digest of each when it was last sent;
+    `sent_bytes`: what went to each replica then.
     """
 
     slicings: tuple[Slices, ...] = ({},)
     sent_adapters: tuple[str, ...] = ()
+    sent_bytes: int = 0
     noise: NoiseInjector | None = None
 
     def _build_module(self):
@@ -56,6 +58,7 @@ class AqnFSDPEngine(PackedBase):
         if peft_config is None or not base_sync_done:
             return params, peft_config
         adapter = [(name, tensor.to(ADAPTER_DTYPE)) for name, tensor in params]
+        self.sent_bytes = sum(tensor.nbytes for _, tensor in adapter)
         scaling = peft_config["lora_alpha"] / peft_config["r"]
         served = list(served_adapter(adapter, scaling))
         self.sent_adapters = tuple(

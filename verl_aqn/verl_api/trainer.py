@@ -44,6 +44,7 @@ class AqnTrainer(SavingTrainer):
         assert self.aqn.run.dir is not None
         self.folder = RunFolder(Path(self.aqn.run.dir))
         self.noise_metrics: dict[str, float] = {}
+        self.synced_bytes = 0
         self.base_weights: list[str | None] = []
         self.shares: dict[str, float] = {}  # of the last validation's answers, right by the other two rules
         self.clean_logp: dict[str, list[float]] = {}  # of the rollout's own sequences, scored again without noise
@@ -175,6 +176,7 @@ class AqnTrainer(SavingTrainer):
         timing_raw.pop("save_checkpoint", None)  # that is only due yet
         super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)
         metrics.update(self.noise_metrics)
+        metrics["aqn/synced_bytes"] = self.synced_bytes
         metrics.update(self.group_and_parity_metrics(batch, metrics))
         numbers = {key: float(value) for key, value in metrics.items() if _is_number(value)}
         self.write("metrics.jsonl", kind="step", step=global_steps, total=self.total_training_steps, metrics=numbers)
@@ -282,10 +284,10 @@ class AqnTrainer(SavingTrainer):
 
     def check_adapter(self) -> None:
         """The rollout multiplies with the adapter that the actor sent."""
-        sent = self.actor_rollout_wg.sent_adapters()
+        digests, self.synced_bytes = self.actor_rollout_wg.sent_adapters()[0]
         held = self.rollout("aqn_adapter", self.config.actor_rollout_ref.model.lora_rank)
-        self.record("adapter", step=self.global_steps, sent=sent[0][0], held=held)
-        wanted = [sent[0][slicing] for slicing in self.slicing_of_rank]
+        self.record("adapter", step=self.global_steps, sent=digests[0], bytes=self.synced_bytes, held=held)
+        wanted = [digests[slicing] for slicing in self.slicing_of_rank]
         if [answer["adapter_digest"] for answer in held] != wanted:
             raise EvidenceError(f"after step {self.global_steps} the rollout's adapter is not the one that was sent")
 

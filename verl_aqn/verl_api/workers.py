@@ -60,9 +60,9 @@ class AqnActorWorker(ActorRolloutRefWorker):
         self.actor.engine.slicings = tuple(slicings)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def sent_adapters(self) -> list[str]:
-        """Digests of the adapter that was last sent, in the form and the parts that the rollout holds it in."""
-        return list(self.actor.engine.sent_adapters)
+    def sent_adapters(self) -> tuple[list[str], int]:
+        """Of the adapter that was last sent: digests, in the form and the parts that the rollout holds it in; bytes."""
+        return list(self.actor.engine.sent_adapters), self.actor.engine.sent_bytes
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def memory_peak(self) -> dict[str, int]:
