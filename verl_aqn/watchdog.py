@@ -17,9 +17,7 @@ RAY_GRACE_S = 2  # for the run's own word that it ends: of its head's loss Ray s
 LOOK_S = 2
 ENDING = "ending"  # the phase in which processes may go
 _RAY = ("raylet", "gcs_server")  # no Python, so they promise nothing; without them nothing works
-_PASSING = (
-    "vllm.model_executor.models.registry"  # looks at an architecture that vLLM meets for the first time, and ends
-)
+_PASSING = "vllm.model_executor.models.registry"  # looks at an architecture that vLLM meets first, and ends
 
 
 class Watchdog:
@@ -32,22 +30,33 @@ class Watchdog:
     def __init__(self, patience: float, stacks: Path) -> None:
         self.patience = patience
         self.stacks = stacks
-        self.phase, self.since = "starting", time.time()
-        self.where = self.phase
+        self.phase, self.step = "starting", None
+        self.began = self.since = time.time()  # of the phase; of what it is patient with
         self.durations: dict[str, list[float]] = {}
         self.vital: dict[int, str] = {}
         self.dead: dict[int, float] = {}
         self.looked = 0.0
 
     def record(self, name: str, record: dict[str, Any]) -> None:
-        """Phases begin with records of the kinds `doing` (every step) and `phase` (the start of a run)."""
+        """Phases begin with records of the kinds `doing` (every step) and `phase` (the start of a run).
+
+        The same phase of the same step anew (generation, for what refills thrown away groups) is no new phase, but a
+        sign of life: from then on it may take as long as the whole phase usually does.
+        """
         if record.get("kind") == "error":
             self.phase, self.since = ENDING, time.time()
         if record.get("kind") not in ("doing", "phase"):
             return
-        self.durations.setdefault(self.phase, []).append(record["time"] - self.since)
-        self.phase, self.since = record["phase"] if record["kind"] == "doing" else record["text"], record["time"]
-        self.where = f"{self.phase} of step {record['step']}" if record.get("step") else self.phase
+        phase, step = record["phase"] if record["kind"] == "doing" else record["text"], record.get("step")
+        if (phase, step) != (self.phase, self.step):
+            self.durations.setdefault(self.phase, []).append(record["time"] - self.began)
+            self.phase, self.step, self.began = phase, step, record["time"]
+        self.since = record["time"]
+
+    @property
+    def where(self) -> str:
+        """The present phase, and of which step it is."""
+        return f"{self.phase} of step {self.step}" if self.step else self.phase
 
     def limit(self) -> float:
         """Seconds that the present phase may take."""

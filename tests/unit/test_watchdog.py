@@ -54,6 +54,19 @@ def test_ten_times_the_usual_is_late(tmp_path):
     assert quick.limit() == LEAST_S
 
 
+def test_what_refills_a_batch_is_no_generation_of_its_own(tmp_path):
+    """Groups without variance are drawn anew one by one; the last of them may take as long as generation ever takes."""
+    dog = Watchdog(10, tmp_path)
+    at = time.time() - 1000
+    for step in (1, 2):
+        for refill in range(100):
+            dog.record("events.jsonl", {"kind": "doing", "phase": "generation", "step": step, "time": at + refill})
+            assert dog.limit() == (FIRST_S if step == 1 else 1200)
+        dog.record("events.jsonl", {"kind": "doing", "phase": "update", "step": step, "time": at + 120})
+        at += 130
+    assert dog.durations["generation"] == [pytest.approx(120)] * 2
+
+
 def test_a_first_time_has_no_usual_and_patience_0_waits_for_ever(tmp_path):
     dog = Watchdog(10, tmp_path)
     dog.record("events.jsonl", {"kind": "phase", "text": "loading the actor", "time": time.time() - 1})

@@ -76,7 +76,7 @@ class AqnTrainer(SavingTrainer):
         return super()._add_prompts_to_generate(num_prompts)
 
     def _submit_batch_to_rollout(self, *args, **kwargs):
-        self.doing("generation")  # anew for what refills thrown away groups: the watchdog's patience is for one batch
+        self.doing("generation")  # anew for what refills thrown away groups: a sign of life
         return super()._submit_batch_to_rollout(*args, **kwargs)
 
     def on_init_end(self):
