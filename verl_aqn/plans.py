@@ -4,7 +4,6 @@ A plan is a YAML file in the form of `Plan`. All of it is checked before the fir
 again; what died is resumed.
 """
 
-import json
 import re
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from verl_aqn.config import load_recipe, parse_aqn, typed
 from verl_aqn.console import Console
 from verl_aqn.errors import BusyError, ConfigError, DataError, StrengthError
 from verl_aqn.prepare import data_files
-from verl_aqn.runs.arms import FACTOR, arms, beyond, settings_of
+from verl_aqn.runs.arms import FACTOR, arms, beyond, settings_of, versions_of
 from verl_aqn.runs.compare import Report, compare
 from verl_aqn.runs.folder import RunFolder, finished_run
 from verl_aqn.runs.provenance import provenance
@@ -163,8 +162,7 @@ class Series:
             run = finished_run(self.folder(arm, seed), self.identity(arm, seed))
             if run is None:
                 continue
-            then = json.loads((run.path / "versions.json").read_text())
-            if others := beyond([], [settings_of({"versions": one}) for one in (then, now)]):
+            if others := beyond([], [settings_of({"versions": one}) for one in (versions_of(run.path), now)]):
                 raise ConfigError(
                     f"{run.path} was made with other {others}, so that no comparison could follow: go back to them, "
                     "or begin anew with aqn.run.dir=DIR"

@@ -14,6 +14,7 @@ from verl_aqn.config import load_recipe, parse_aqn, schedule_of
 from verl_aqn.console import Console
 from verl_aqn.errors import StrengthError
 from verl_aqn.prepare import check_machine, check_steps, data_files, prepare_data, prepare_model, warnings_of
+from verl_aqn.runs.arms import differences, flatten
 from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.runs.provenance import provenance
 from verl_aqn.supervise import Outcome, supervise
@@ -79,21 +80,26 @@ def execute(todo: Prepared, base: Path, console: Console) -> tuple[RunFolder, Ou
     """The run itself, in a folder of its own under `base`; where a process of it dies it is resumed, if so wished."""
     settings = parse_aqn(todo.config).run
     run = open_run(base, identity(todo.config), fresh=settings.fresh)
-    launch(run, todo)
+    changed = launch(run, todo)
     console.start(run, todo)
-    for text in warnings_of(todo.config):
-        run.append("events.jsonl", {"kind": "warning", "text": text})
-        console.warn(text)
+    warn(run, [*warnings_of(todo.config), *changed], console)
     measure_noise(run, todo, console)
     outcome = attempt(run, console)
     for restart in range(settings.restarts if outcome.again else 0):
         console.warn(f"{outcome.message}: restart {restart + 1} of {settings.restarts}, from the last checkpoint")
         run = open_run(base, identity(todo.config))
-        launch(run, todo)
+        warn(run, launch(run, todo), console)
         outcome = attempt(run, console)
         if not outcome.again:
             break
     return run, outcome
+
+
+def warn(run: RunFolder, texts: list[str], console: Console) -> None:
+    """On record, and told."""
+    for text in texts:
+        run.append("events.jsonl", {"kind": "warning", "text": text})
+        console.warn(text)
 
 
 def attempt(run: RunFolder, console: Console) -> Outcome:
@@ -135,22 +141,34 @@ def identity(config: DictConfig) -> dict:
     return container
 
 
-def launch(run: RunFolder, todo: Prepared) -> None:
-    """Write the config that the training process reads; on the first attempt also the records of what was asked."""
+def launch(run: RunFolder, todo: Prepared) -> list[str]:
+    """Write the config that the training process reads, and the records of what was asked that are not there yet.
+
+    Returns warnings: what this attempt runs with in place of what the run began with.
+    """
     config = todo.config.copy()
     OmegaConf.update(config, "aqn.run.dir", str(run.path))
     config.trainer.default_local_dir = str(run.path / "checkpoints")
     config.trainer.validation_data_dir = str(run.path / "validation")
     if any(record["kind"] == "validation" for record in run.read("metrics.jsonl")):
         config.trainer.val_before_train = False  # its validation before training is on record
-    text = OmegaConf.to_yaml(config, resolve=True)
-    if not run.resumed:
-        run.write_text("config.yaml", text)
-        run.write_text("versions.json", json.dumps(provenance(data_files(config)), indent=2))
-        run.write_text("schedule.json", json.dumps(schedule_of(config, todo.steps).table()))
-        quantization = Path(config.actor_rollout_ref.model.path) / "quantization.json"
-        if quantization.is_file():  # not beside a bf16 base, or one that another tool packed
-            run.write_text(quantization.name, quantization.read_text())
+    text, versions = OmegaConf.to_yaml(config, resolve=True), provenance(data_files(config))
+    asked = {
+        "config.yaml": text,
+        "versions.json": json.dumps(versions, indent=2),
+        "schedule.json": json.dumps(schedule_of(config, todo.steps).table()),
+    }
+    quantization = Path(config.actor_rollout_ref.model.path) / "quantization.json"
+    if quantization.is_file():  # not beside a bf16 base, or one that another tool packed
+        asked[quantization.name] = quantization.read_text()
+    for name, content in asked.items():
+        if not (run.path / name).exists():  # a resumed run has them, unless it died before it was launched
+            run.write_text(name, content)
     launch_file = run.path / "launch.yaml"  # the config of the newest attempt
     launch_file.write_text(text)
-    run.append("events.jsonl", {"kind": "attempt", **run.state})
+    run.append("events.jsonl", {"kind": "attempt", **run.state, "versions": versions})
+    changed = differences(flatten(json.loads((run.path / "versions.json").read_text())), flatten(versions))
+    return [
+        f"the run began with {key} {was} and goes on with {now}: compare will refuse it beside runs of one {key}"
+        for key, (was, now) in changed.items()
+    ]

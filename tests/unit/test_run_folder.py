@@ -1,5 +1,6 @@
 """Run folders: nothing overwritten, dead runs resumed, live ones left alone, whatever kills the process."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -122,6 +123,20 @@ def test_written_texts_are_not_overwritten(base):
     with pytest.raises(DataError, match="not overwritten"):
         run.write_text("config.yaml", "seed: 2\n")
     assert (run.path / "config.yaml").read_text() == "seed: 1\n"
+
+
+def test_a_text_is_written_whole_or_not_at_all(base, monkeypatch):
+    run = open_run(base, CONFIG)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(EnvironmentFault, match="the disk is full"):
+        run.write_text("config.yaml", "seed: 1\n")
+    monkeypatch.undo()
+    assert not (run.path / "config.yaml").exists()
+    run.write_text("config.yaml", "seed: 1\n")
 
 
 def test_records_keep_their_order_and_scalars_become_numbers(base):

@@ -201,7 +201,28 @@ def is_seed_or_place(key: str) -> bool:
 
 def records_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The config of a run, resolved, and the versions that it ran with ({} where an old record has none)."""
-    path, versions = folder / "config.yaml", folder / "versions.json"
+    path = folder / "config.yaml"
     if not path.is_file():
         raise DataError(f"{folder} has no config.yaml: what it was a run of is unknown, so it cannot be compared")
-    return yaml.safe_load(path.read_text()) or {}, json.loads(versions.read_text()) if versions.is_file() else {}
+    return yaml.safe_load(path.read_text()) or {}, versions_of(folder)
+
+
+def versions_of(folder: Path) -> dict[str, Any]:
+    """What a run ran with; what its attempts differ in is "one → other", which no other run has."""
+    began = folder / "versions.json"
+    attempts = [json.loads(began.read_text())] if began.is_file() else []
+    attempts += [one["versions"] for one in RunFolder(folder).read("events.jsonl") if one.get("versions")]
+    return _merged(attempts) if attempts else {}
+
+
+def _merged(attempts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key in dict.fromkeys(key for one in attempts for key in one):
+        values = [one.get(key) for one in attempts]
+        if blocks := [value for value in values if isinstance(value, dict)]:
+            found[key] = _merged(blocks)
+        elif all(value == values[0] for value in values):
+            found[key] = values[0]
+        else:
+            found[key] = " → ".join(dict.fromkeys(map(str, values)))
+    return found

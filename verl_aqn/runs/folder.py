@@ -80,15 +80,14 @@ class RunFolder:
         _write_state(self.path, self.state | {"status": status, "message": message, "updated": _now()})
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a file once. The same text again is fine (a resumed run); other text is a DataError."""
+        """Writes a file once, whole or not at all. The same text again is fine; other text is a DataError."""
         path = self.path / name
         with _faults(path):
-            try:
-                with path.open("x") as file:
-                    file.write(text)
-            except FileExistsError:
+            if path.exists():
                 if path.read_text() != text:
-                    raise DataError(f"{path} exists with other content: it is not overwritten; use a new run") from None
+                    raise DataError(f"{path} exists with other content: it is not overwritten; use a new run")
+                return
+            _write_whole(path, text)
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Adds one line of JSON; writers in several processes take turns, and what a killed one left half is removed.
@@ -253,11 +252,15 @@ def _cut_torn_line(handle: int) -> None:
 
 
 def _write_state(folder: Path, state: dict[str, Any]) -> None:
-    path = folder / "state.json"
-    temporary = folder / f".state-{secrets.token_hex(6)}"
+    _write_whole(folder / "state.json", json.dumps(state, indent=2))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """After a crash or on a full disk the file is what it was before, or all of `text`."""
+    temporary = path.parent / f".{path.stem}-{secrets.token_hex(6)}"
     with _faults(path):
         with temporary.open("w") as file:
-            json.dump(state, file, indent=2)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

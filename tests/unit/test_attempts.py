@@ -1,0 +1,61 @@
+"""A run that is carried on: what it was asked is on record whenever it died, and a change of versions shows."""
+
+import json
+
+import pytest
+
+from verl_aqn import train
+from verl_aqn.config import load_recipe
+from verl_aqn.runs.arms import beyond, records_of, settings_of, versions_of
+from verl_aqn.runs.folder import open_run
+from verl_aqn.runs.provenance import provenance
+from verl_aqn.train import Prepared, launch
+
+
+@pytest.fixture
+def todo(tmp_path) -> Prepared:
+    data, model = tmp_path / "rows.parquet", tmp_path / "model"
+    data.write_bytes(b"rows")
+    model.mkdir()
+    overrides = [f"data.train_files={data}", f"data.val_files={data}", f"actor_rollout_ref.model.path={model}"]
+    config = load_recipe("e12", ["profile=cpu", *overrides])
+    return Prepared(config=config, steps=29, rows={}, source=model)
+
+
+def test_a_run_that_died_before_its_launch_gets_all_its_records_from_the_next_attempt(tmp_path, todo):
+    run = open_run(tmp_path / "base", {})
+    run.write_text("schedule.json", "[]")
+    run.close()
+    run = open_run(tmp_path / "base", {})
+    assert run.resumed
+    assert launch(run, todo) == []
+    config, versions = records_of(run.path)
+    assert config["aqn"]["noise"]["sigma_end"] == 5e-4
+    assert versions == json.loads((run.path / "versions.json").read_text())
+    assert (run.path / "schedule.json").read_text() == "[]"  # what is there is left alone
+    run.close()
+
+
+def test_a_run_that_goes_on_with_other_versions_says_so_and_is_like_no_other(tmp_path, todo, monkeypatch):
+    run = open_run(tmp_path / "base", {})
+    launch(run, todo)
+    began = versions_of(run.path)
+    run.close()
+    run = open_run(tmp_path / "base", {})
+    assert launch(run, todo) == []
+    assert versions_of(run.path) == began
+    run.close()
+    (tmp_path / "rows.parquet").write_bytes(b"other rows")
+    monkeypatch.setattr(train, "provenance", lambda files: provenance(files) | {"torch": "3.0"})
+    run = open_run(tmp_path / "base", {})
+    changed = launch(run, todo)
+    assert [text.split(" and goes on")[0] for text in changed] == [
+        f"the run began with data.rows.parquet {began['data']['rows.parquet']}",
+        f"the run began with torch {began['torch']}",
+    ]
+    mixed = versions_of(run.path)
+    assert mixed["torch"] == f"{began['torch']} → 3.0"
+    assert mixed["commit"] == began["commit"]
+    both = [settings_of({"versions": one}) for one in (began, mixed)]
+    assert beyond([], both) == "versions.data.rows.parquet, versions.torch"
+    run.close()
