@@ -115,10 +115,26 @@ def test_a_text_that_only_waits_is_ended_by_the_clock(monkeypatch):
 
 def test_only_the_answer_that_ends_a_fork_is_wrong_and_memory_is_bounded(monkeypatch):
     def greedy(text, answer):
-        return text == "right" or bool(bytearray(3 << 30)) or True
+        return text in ("right", "#### 72") or bool(bytearray(3 << 30)) or True
 
     monkeypatch.setattr(math_verify, "verified", greedy)
     assert math_verify._in_fork([("right", "1"), ("greedy", "1"), ("right", "1")]) == "101"
+
+
+def test_a_process_that_has_limits_already_judges_within_them():
+    code = (
+        "import resource as r; r.setrlimit(r.RLIMIT_CPU, (3600, 3600)); r.setrlimit(r.RLIMIT_CORE, (0, 0))\n"
+        "from verl_aqn.rewards.math_verify import scores\n"
+        "print(scores(['#### 7', '#### 8'], ['7', '7']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[1.0, 0.0]\n"
+
+
+def test_a_judge_that_can_find_nothing_right_says_so_instead_of_wrong(monkeypatch):
+    monkeypatch.setattr(math_verify, "MEMORY_BYTES", 1 << 20)  # less than the process has
+    with pytest.raises(SystemExit, match="cannot judge"):
+        math_verify._in_fork([("#### 72", "72")])
 
 
 def test_nothing_to_judge():

@@ -37,6 +37,11 @@ def test_gap_is_the_sum_written_out():
     assert 0 < found["clipped_share"] < 1
 
 
+def test_a_step_may_have_more_tokens_than_torch_has_quantiles_of():
+    logp = torch.zeros(2**24 + 1)
+    assert gap(logp, logp, CLIP)["abs_dlogp_p99"] == 0.0
+
+
 def test_equal_probabilities_give_no_gap():
     assert set(gap(logp(0), logp(0), CLIP).values()) == {0.0}
 

@@ -27,6 +27,7 @@ from verl_aqn.rewards.gsm8k import number
 CPU_S, WALL_S = 1, 10
 MEMORY_BYTES = 1 << 30  # address space; the process has 80 MB before it reads anything
 START_S = 120
+READY = b"+"  # a fork's word that its limits stand and it can judge within them
 
 
 def check_installed() -> None:
@@ -99,15 +100,25 @@ def verified(text: str, answer: str) -> bool:
 
 
 def _in_fork(cases: list[tuple[str, str]]) -> str:
-    """Verdicts on the first of `cases`: all, or up to the one at which a limit ended the fork, which is wrong."""
+    """Verdicts on the first of `cases`: all, or up to the one at which a limit ended the fork, which is wrong.
+
+    A fork that cannot judge at all would find every answer wrong: SystemExit, with the reason.
+    """
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         try:
+            _limit(resource.RLIMIT_AS, MEMORY_BYTES)
+            _limit(resource.RLIMIT_FSIZE, 0)  # it has nothing to write to a disk
+            _limit(resource.RLIMIT_CORE, 0)
+            if verified("#### 72", "72"):
+                os.write(writing, READY)
             _judge(cases, writing)
         finally:
             os._exit(0)
     os.close(writing)
+    if not select.select([reading], [], [], START_S)[0] or os.read(reading, 1) != READY:
+        sys.exit("a process with limits of its own cannot judge; see `ulimit -a`")
     marks = b""
     while len(marks) < len(cases):
         ready, _, _ = select.select([reading], [], [], WALL_S)
@@ -122,18 +133,20 @@ def _in_fork(cases: list[tuple[str, str]]) -> str:
 
 
 def _judge(cases: list[tuple[str, str]], writing: int) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # it has nothing to write to a disk
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for text, answer in cases:
         # Counted from the fork's start, in whole seconds.
-        until = math.ceil(time.process_time()) + CPU_S
-        resource.setrlimit(resource.RLIMIT_CPU, (until, resource.RLIM_INFINITY))
+        _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + CPU_S)
         try:
             right = verified(text, answer)
         except Exception:  # out of memory, too deep, or what sympy makes of nonsense: it has found no number
             right = False
         os.write(writing, b"1" if right else b"0")
+
+
+def _limit(which: int, most: int) -> None:
+    """At most so much, or what this process was given if that is less: a hard limit can only be lowered."""
+    _, hard = resource.getrlimit(which)
+    resource.setrlimit(which, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Every figure is over response tokens, [T] stands for all of them in one row. Nat
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
@@ -30,7 +31,7 @@ def gap(rollout: Tensor, other: Tensor, clip: tuple[float, float]) -> dict[str, 
     outside = (ratio < 1 - clip[0]) | (ratio > 1 + clip[1])
     return {
         "abs_dlogp_mean": d.abs().mean().item(),
-        "abs_dlogp_p99": torch.quantile(d.abs(), 0.99).item(),
+        "abs_dlogp_p99": float(np.quantile(d.abs().numpy(), 0.99)),
         "kl_k3": (ratio - 1 + d).mean().item(),
         "clipped_share": outside.double().mean().item(),
     }

@@ -42,13 +42,13 @@ class SavingTrainer(PPOTrainerSync):
 
     def _load_checkpoint(self):
         trainer = self.config.trainer
-        if trainer.resume_mode == "auto":
-            place = Path(trainer.default_local_dir)
-            step, wrong = newest_whole(place)
-            for text in wrong:
-                self.folder.append("events.jsonl", {"kind": "warning", "text": f"{text}: going back to step {step}"})
-            if step:
-                point_to(place, step)
+        place = Path(trainer.default_local_dir)
+        step, wrong = newest_whole(place) if trainer.resume_mode != "disable" else (0, [])
+        for text in wrong:
+            self.folder.append("events.jsonl", {"kind": "warning", "text": f"{text}: going back to step {step}"})
+        if step:
+            point_to(place, step)
+            trainer.resume_mode = "auto"  # resume_path says where a run begins, not where it goes on
         elif trainer.resume_mode == "resume_path" and (damage := damage_of(Path(trainer.resume_from_path))):
             raise DataError(f"{damage}: name another checkpoint")
         with weights_only():

@@ -1,0 +1,62 @@
+"""Where verl's trainer begins and goes on: its own loading, over checkpoints that are there."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from verl_aqn.errors import DataError
+from verl_aqn.runs.checkpoints import publish
+from verl_aqn.runs.folder import RunFolder
+
+
+def write(checkpoints, step):
+    folder = checkpoints / ".writing" / f"global_step_{step}"
+    (folder / "actor").mkdir(parents=True)
+    torch.save({"step": step}, folder / "data.pt")
+    publish(folder, checkpoints, None)
+    return checkpoints / f"global_step_{step}"
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    """verl's trainer of a run in tmp_path, begun from step 5 of another; `loaded`: what it is told to load."""
+    from verl_aqn.verl_api.saving import SavingTrainer
+
+    made, made_by = SavingTrainer.__new__(SavingTrainer), write(tmp_path / "other", 5)
+    settings = {
+        "resume_mode": "resume_path", "resume_from_path": str(made_by),
+        "default_local_dir": str(tmp_path / "own"), "del_local_ckpt_after_load": False,
+    }  # fmt: skip
+    made.config = OmegaConf.create({"trainer": settings})
+    made.folder, made.use_critic, made.trainer_mode, made.loaded = RunFolder(tmp_path), False, "sync", []
+    made.actor_rollout_wg = SimpleNamespace(load_checkpoint=lambda local_path, **_: made.loaded.append(local_path))
+    made.train_dataloader = SimpleNamespace(load_state_dict=lambda state: made.loaded.append(state["step"]))
+    return made
+
+
+def test_a_run_begins_from_the_checkpoint_that_it_names(trainer, tmp_path):
+    trainer._load_checkpoint()
+    assert trainer.global_steps == 5
+    assert trainer.loaded == [str(tmp_path / "other/global_step_5/actor"), 5]
+
+
+def test_a_run_that_died_goes_on_from_its_own(trainer, tmp_path):
+    write(tmp_path / "own", 7)
+    trainer._load_checkpoint()
+    assert trainer.global_steps == 7
+    assert trainer.loaded == [str(tmp_path / "own/global_step_7/actor"), 7]
+
+
+def test_a_damaged_one_is_refused_where_the_run_has_none_of_its_own(trainer, tmp_path):
+    (tmp_path / "other/global_step_5/data.pt").write_bytes(b"other")
+    with pytest.raises(DataError, match="name another checkpoint"):
+        trainer._load_checkpoint()
+
+
+def test_a_run_that_is_not_to_resume_starts_from_scratch(trainer, tmp_path):
+    write(tmp_path / "own", 7)
+    trainer.config.trainer.resume_mode = "disable"
+    trainer._load_checkpoint()
+    assert (trainer.global_steps, trainer.loaded) == (0, [])
