@@ -13,12 +13,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from verl_aqn.config import parse_aqn
+from verl_aqn.prepare import data_files
 from verl_aqn.runs.compare import Report
 from verl_aqn.runs.compare import table as comparison_table
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.listing import sigmas
 from verl_aqn.runs.stats import accuracy_text, share_text
-from verl_aqn.runs.verdict import compare_before_after, plan_verdict
+from verl_aqn.runs.verdict import PLAN_MODEL, compare_before_after, plan_verdict
 from verl_aqn.supervise import Outcome
 from verl_aqn.terminal import print_wide
 
@@ -192,14 +193,22 @@ def items(folder: Path, step: int) -> dict[str, bool]:
     return {item["input"]: item["acc"] > 0 for item in map(json.loads, path.read_text().splitlines())}
 
 
+def is_plans_task(todo: "Prepared", problems: int) -> bool:
+    """Whether a run is of the model and on the problems that the plan's criterion is of."""
+    from verl_aqn.data.gsm8k import SOURCE, TEST_PROBLEMS
+    from verl_aqn.data.parquet import sources_of
+
+    sources = {source for file in data_files(todo.config, "val_files") for source in sources_of(file)}
+    return PLAN_MODEL in str(todo.source) and sources == {SOURCE} and problems == TEST_PROBLEMS
+
+
 def verdict(run: RunFolder, todo: "Prepared") -> str:
     """The plan's criterion in words, and whether training changed the accuracy (paired test)."""
     validations = list(run.by_step("metrics.jsonl", "validation").values())
     if not validations:
         return "no verdict: the recipe validates never (trainer.val_before_train, trainer.test_freq)"
     first, last = validations[0], validations[-1]
-    comparable = "word_problems" not in str(todo.config.data.val_files)
-    text = plan_verdict(last["accuracy"], last["items"], comparable=comparable)
+    text = plan_verdict(last["accuracy"], last["items"], comparable=is_plans_task(todo, last["items"]))
     if first["step"] == last["step"]:
         return text
     before, after = items(run.path, first["step"]), items(run.path, last["step"])

@@ -5,6 +5,7 @@ import json
 import pytest
 from omegaconf import OmegaConf
 
+from verl_aqn.errors import ConfigError
 from verl_aqn.runs.folder import RunFolder
 
 
@@ -21,14 +22,14 @@ def trainer(tmp_path, monkeypatch):
 
     def validate(self):
         outputs, truths, more = self.answers
+        self.val_dataset = truths
         self._init_dump_executor()
         self._dump_generations(
-            inputs=[str(n) for n in range(len(outputs))], outputs=outputs, gts=truths, scores=more["acc"],
+            inputs=[str(n) for n in range(len(outputs))], outputs=outputs, gts=truths, scores=[0.0] * len(outputs),
             reward_extra_infos_dict=more, dump_path=self.config.trainer.validation_data_dir,
         )  # fmt: skip
         self._shutdown_dump_executor()
-        self.val_dataset = outputs
-        return {"val-core/task/acc/mean@1": sum(more["acc"]) / len(outputs)}
+        return {"val-core/task/acc/mean@1": 1.0, "val-core/other task/acc/mean@1": 0.0}
 
     monkeypatch.setattr(trainer_sync.PPOTrainerSync, "_validate", validate)
     return made
@@ -52,6 +53,27 @@ def test_truths_that_are_no_numbers_and_a_reward_with_one_rule_have_no_other_col
     trainer._validate()
     (record,) = trainer.folder.read("metrics.jsonl")
     assert record == {"kind": "validation", "step": 29, "accuracy": 0.5, "items": 2}
+
+
+def test_the_accuracy_is_of_all_problems_whatever_their_source_or_where_an_answer_is_missing(trainer, monkeypatch):
+    """verl's own figures are of each data source; an answer that never came leaves no line."""
+    trainer.answers = ["#### 1", "#### 2", "#### 3"], ["1", "2", "3"], {"acc": [1.0, None, 1.0]}
+    dump = type(trainer)._dump_generations
+
+    def with_one_more(self, **given):
+        self.val_dataset = [*self.val_dataset, "4"]
+        dump(self, **given)
+
+    monkeypatch.setattr(type(trainer), "_dump_generations", with_one_more)
+    trainer._validate()
+    (record,) = trainer.folder.read("metrics.jsonl")
+    assert record == {"kind": "validation", "step": 29, "accuracy": 0.5, "math_verify": 0.75, "items": 4}
+
+
+def test_a_reward_that_tells_no_accuracy_is_refused_in_a_line(trainer):
+    trainer.answers = ["#### 1"], ["1"], {"reward": [0.3]}
+    with pytest.raises(ConfigError, match=r"reward\.custom_reward_function tells no accuracy"):
+        trainer._validate()
 
 
 def test_training_answers_are_not_judged(trainer, tmp_path):

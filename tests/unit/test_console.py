@@ -1,10 +1,16 @@
 """What a person reads of validations: a line while the run goes on, a table at its end, also of older records."""
 
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
 from rich.console import Console as RichConsole
 
-from verl_aqn.console import Console, result_table
+from verl_aqn.console import Console, is_plans_task, result_table
+from verl_aqn.data.parquet import row, write_parquet
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.stats import share_text
+from verl_aqn.train import Prepared
 
 OLD = {"kind": "validation", "step": 0, "accuracy": 80 / 192, "items": 192}
 NEW = {"kind": "validation", "step": 29, "accuracy": 162 / 192, "flexible": 0.875, "math_verify": 0.5, "items": 192}
@@ -28,6 +34,25 @@ def test_the_table_has_a_column_a_rule_and_fits_80_columns(tmp_path):
         ["0", "41.7 [34.9, 48.7]", "–", "–", "192"],
         ["29", "84.4 [78.6, 88.8]", "87.5 [82.1, 91.5]", "50.0 [43.0, 57.0]", "192"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("model", "sources", "problems", "same"),
+    [
+        ("hub/models--Qwen--Qwen2.5-1.5B-Instruct/snapshots/1", ["openai/gsm8k"], 1319, True),
+        ("hub/models--Qwen--Qwen2.5-1.5B-Instruct/snapshots/1", ["openai/gsm8k"], 200, False),
+        ("hub/models--Qwen--Qwen2.5-1.5B-Instruct/snapshots/1", ["openai/gsm8k", "math"], 1319, False),
+        ("models/Qwen2.5-7B-Instruct", ["openai/gsm8k"], 1319, False),
+    ],
+)
+def test_the_plans_criterion_is_for_its_model_on_its_problems(tmp_path, model, sources, problems, same):
+    for source in sources:
+        prompt = [{"role": "user", "content": "1 + 1"}]
+        made = row(source, prompt, "2", split="test", index=0, question="1 + 1", answer="#### 2")
+        write_parquet([made], tmp_path / f"{Path(source).name}.parquet")
+    config = OmegaConf.create({"data": {"val_files": [str(file) for file in tmp_path.glob("*.parquet")]}})
+    todo = Prepared(config=config, steps=29, rows={}, source=Path(model))
+    assert is_plans_task(todo, problems) is same
 
 
 def test_a_validation_is_told_by_all_rules_that_it_was_scored_by(capsys):

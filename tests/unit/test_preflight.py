@@ -65,6 +65,7 @@ def test_a_shipped_recipe_has_no_fault(shape):
             "rollout's ranks",
             "divisor of 2",
         ),
+        (["actor_rollout_ref.rollout.val_kwargs.n=4"], "validation's answers", "val_kwargs.n=1"),
         (["trainer.test_freq=-1"], "last step validated", "trainer.test_freq"),
     ],
 )

@@ -11,6 +11,7 @@ from verl_aqn.data.parquet import Message, row, write_parquet
 from verl_aqn.errors import DataError
 
 SOURCE = "openai/gsm8k"
+TEST_PROBLEMS = 1319
 # verl's own wording (examples/data_preprocess/gsm8k.py), so that scores compare with other runs of verl.
 INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
 _LAYOUTS = ("{split}.jsonl", "{split}.parquet", "{split}-*.parquet", "main/{split}-*.parquet")

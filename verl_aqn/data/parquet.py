@@ -84,6 +84,11 @@ def check_parquet(path: str | Path) -> int:
     return meta.num_rows
 
 
+def sources_of(path: str | Path) -> set[str]:
+    """The `data_source` of every row: the data sets that a file was made of."""
+    return set(pq.read_table(path, columns=["data_source"])["data_source"].to_pylist())
+
+
 def _names(schema: pa.Schema) -> set[str]:
     names = set(schema.names)
     for field in schema:

@@ -64,6 +64,12 @@ def check_recipe(config: DictConfig) -> Iterator[Finding]:
         "" if freq > 0 else "set trainer.test_freq to a number above 0",
         fatal=False,
     )
+    each = config.actor_rollout_ref.rollout.val_kwargs.n
+    yield Finding(
+        "validation's answers",
+        f"{each} to each problem",
+        "" if each == 1 else "set actor_rollout_ref.rollout.val_kwargs.n=1: accuracy and pairs are of one answer each",
+    )
 
 
 def check_ports(config: DictConfig) -> Iterator[Finding]:

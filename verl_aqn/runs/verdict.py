@@ -9,6 +9,7 @@ from statistics import NormalDist
 
 from verl_aqn.runs.stats import accuracy_text, mcnemar, wilson
 
+PLAN_MODEL = "Qwen2.5-1.5B-Instruct"
 E12_ACCURACY = 0.7248  # E12 on GSM8K, Qwen2.5-1.5B-Instruct: the experiment plan's bar
 
 
@@ -23,8 +24,8 @@ def plan_verdict(accuracy: float, n: int, comparable: bool, target: float = E12_
     bar = f"{100 * target:.2f} %"
     if not comparable:
         return (
-            f"{text}. The plan's {bar} is a GSM8K number of another model (Qwen2.5-1.5B-Instruct): it is not "
-            "comparable with this task, and the criterion is neither met nor missed."
+            f"{text}. The plan's {bar} is of {PLAN_MODEL} on GSM8K's test problems: it is not comparable with this "
+            "run, and the criterion is neither met nor missed."
         )
     met = accuracy > target
     verdict = f"{text}: the plan's criterion (above {bar}) is {'met' if met else 'not met'}"

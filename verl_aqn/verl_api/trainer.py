@@ -16,7 +16,7 @@ from verl.utils.debug import marked_timer
 
 import verl_aqn.verl_api.rollout  # noqa: F401  registers the replica
 from verl_aqn.config import order_of, parse_aqn, schedule_of
-from verl_aqn.errors import EvidenceError
+from verl_aqn.errors import ConfigError, EvidenceError
 from verl_aqn.mxfp4.checkpoint import check_covered, checkpoint_digest
 from verl_aqn.mxfp4.model import open_packed, packed_modules
 from verl_aqn.noise import check_equal_noise, check_evidence, check_used
@@ -153,11 +153,9 @@ class AqnTrainer(SavingTrainer):
 
     def _validate(self) -> dict[str, float]:
         metrics = super()._validate()
-        accuracy = next(v for k, v in metrics.items() if k.startswith("val-core/") and k.endswith("/acc/mean@1"))
-        shares = {"accuracy": float(accuracy), **self.shares}
         items = len(self.val_dataset)
-        self.write("metrics.jsonl", kind="validation", step=self.global_steps, **shares, items=items)
-        return metrics | {f"aqn/validation/{name}": share for name, share in shares.items()}
+        self.write("metrics.jsonl", kind="validation", step=self.global_steps, **self.shares, items=items)
+        return metrics | {f"aqn/validation/{name}": share for name, share in self.shares.items()}
 
     def _dump_generations(self, inputs, outputs, gts, scores, reward_extra_infos_dict, dump_path):
         if dump_path == self.config.trainer.validation_data_dir:
@@ -165,9 +163,15 @@ class AqnTrainer(SavingTrainer):
             if all(number(str(truth)) is not None for truth in gts):
                 found = math_verify.scores(outputs, [str(truth) for truth in gts])
                 reward_extra_infos_dict = reward_extra_infos_dict | {"math_verify": found}
+            if "acc" not in reward_extra_infos_dict:
+                raise ConfigError(
+                    "reward.custom_reward_function tells no accuracy: let it return {'score': …, 'acc': 1.0 or 0.0}"
+                )
+            # Of all problems, whatever data they come from: one without an answer (a session that failed) is wrong.
+            rules = {"accuracy": "acc", "flexible": "flexible", "math_verify": "math_verify"}
             self.shares = {
-                rule: sum(map(bool, reward_extra_infos_dict[rule])) / len(outputs)
-                for rule in ("flexible", "math_verify")
+                name: sum(map(bool, reward_extra_infos_dict[rule])) / len(self.val_dataset)
+                for name, rule in rules.items()
                 if rule in reward_extra_infos_dict
             }
         super()._dump_generations(inputs, outputs, gts, scores, reward_extra_infos_dict, dump_path)
