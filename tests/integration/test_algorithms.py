@@ -106,7 +106,9 @@ def test_dapo_on_a_tensor_parallel_rollout_tells_noise_from_kernels_and_validate
 def test_ppo_trains_a_critic_on_the_packed_base_with_noise_in_the_actor_too(run):
     fast = ["critic.optim.lr=1e-2", "critic.optim.lr_warmup_steps=0", "trainer.save_freq=1"]
     in_actor = ["aqn.noise.apply_to=rollout+actor", "aqn.parity.rescore=2"]
-    outcome = run("ppo", *TWO_STEPS, "algorithm.filter_groups.enable=false", *fast, *in_actor)
+    some = "actor_rollout_ref.model.target_modules=[q_proj,v_proj]"  # of what vLLM fuses in one layer
+    outcome = run("ppo", *TWO_STEPS, "algorithm.filter_groups.enable=false", *fast, *in_actor, some)
+    assert [held["modules"] for held in lines(outcome[2] / "evidence.jsonl", "adapter")[-1]["held"]] == [4]
     first, second = steps_of(outcome)
     # The actor has the very noise of the rollout: what is left between the two is the kernels'.
     (rollout,) = [record for record in lines(outcome[2] / "evidence.jsonl", "noise") if record["sigma_asked"]]

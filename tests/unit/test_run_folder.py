@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from verl_aqn.errors import AqnError, DataError, EnvironmentFault
 from verl_aqn.runs.folder import RunFolder, open_run
+from verl_aqn.trackers import stay_here
 
 CONFIG = {"aqn": {"noise": {"sigma_start": 0.05}}, "seed": 1}
 
@@ -114,6 +116,14 @@ def test_a_moved_base_keeps_working(base, tmp_path):
     end(open_run(base, CONFIG), "finished").log.write_text("here")
     base.rename(tmp_path / "elsewhere")
     assert (tmp_path / "elsewhere" / "training.log").read_text() == "here"
+
+
+def test_a_relative_base_is_the_same_from_any_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = open_run(Path("runs/a"), CONFIG)
+    assert run.path.is_absolute()
+    assert run.path.parent == tmp_path / "runs/a/runs"
+    stay_here({}, run.path, 1)  # MLflow's place is a URI
 
 
 def test_written_texts_are_not_overwritten(base):

@@ -17,7 +17,7 @@ from verl_aqn.mxfp4.checkpoint import (
 )
 from verl_aqn.mxfp4.model import PACKED, SCALE, open_packed, packed_modules
 from verl_aqn.shards import cut, parts_of
-from verl_aqn.vllm_api.readback import adapter_slices, adapter_tensors
+from verl_aqn.vllm_api.readback import adapter_slices, adapter_tensors, describe_adapter
 
 R = 4  # LoRA's rank
 
@@ -83,6 +83,22 @@ def test_the_actor_knows_the_digest_of_the_adapter_s_parts(rank):
     assert tensor_digest((name, cut(tensor, slices.get(name))) for name, tensor in sent.items()) == held
     other = adapter_slices(Rank(1 - rank), R)
     assert tensor_digest((name, cut(tensor, other.get(name))) for name, tensor in sent.items()) != held
+
+
+def test_places_without_an_adapter_are_no_part_of_it_and_a_lost_one_shows():
+    """An adapter on up and down only: vLLM keeps zeros for gate, which it fuses with up."""
+    model = Rank(0)
+    whole, slices = describe_adapter(model, R), adapter_slices(model, R)
+    for tensor in (model.gate_up_proj.lora_a_stacked[0], model.gate_up_proj.lora_b_stacked[0]):
+        tensor.zero_()
+    sent = {f"{n}.{kind}": t for n in ("up_proj", "down_proj") for kind, t in zip("AB", model.whole[n], strict=True)}
+    held = describe_adapter(model, R)
+    assert (held["modules"], whole["modules"]) == (2, 3)
+    assert held["adapter_digest"] == tensor_digest((name, cut(t, slices.get(name))) for name, t in sent.items())
+    model.down_proj.lora_b_stacked[0].zero_()  # as it is before the first step
+    assert describe_adapter(model, R)["modules"] == 2
+    model.down_proj.lora_a_stacked[0].zero_()
+    assert describe_adapter(model, R)["modules"] == 1
 
 
 def halves(packed, rank: int) -> tuple[dict, str]:

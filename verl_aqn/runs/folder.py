@@ -161,7 +161,8 @@ def open_run(base: Path, config: dict[str, Any], *, fresh: bool = False) -> RunF
     Raises DataError where base/training.log or base/checkpoints is no link of ours, EnvironmentFault where `base`
     cannot be written.
     """
-    base, digest = Path(base), _digest(config)
+    # Its processes, those of other nodes too, have working directories of their own.
+    base, digest = Path(base).absolute(), _digest(config)
     with _faults(base):
         (base / "runs").mkdir(parents=True, exist_ok=True)
         for name in LINKS:

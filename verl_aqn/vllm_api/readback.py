@@ -206,8 +206,14 @@ def adapter_slices(model: torch.nn.Module, rank: int) -> Slices:
 
 
 def describe_adapter(model: torch.nn.Module, rank: int) -> dict:
-    """`{"modules", "adapter_digest", "b_max"}` of the adapter that the engine multiplies with."""
-    tensors = [(name, tensor) for name, tensor, _ in adapter_tensors(model, rank)]
+    """`{"modules", "adapter_digest", "b_max"}` of the adapter that the engine multiplies with.
+
+    vLLM has places for an adapter in every layer that can have one, and leaves zeros where none was sent. One that was
+    sent has no A of zeros: a lost one shows.
+    """
+    held = [(name, tensor) for name, tensor, _ in adapter_tensors(model, rank)]
+    pairs = zip(held[::2], held[1::2], strict=True)
+    tensors = [one for a, b in pairs if a[1].any() or b[1].any() for one in (a, b)]
     return {
         "modules": len(tensors) // 2,
         "adapter_digest": tensor_digest(tensors),
