@@ -57,3 +57,12 @@ def test_every_node_of_a_cluster_answers_as_this_machine_does(tmp_path, ray_env)
     assert node["shared_memory"] > 0 < node["disk"]
     assert node["devices"] == []
     assert abs(node["skew"]) <= node["doubt"] + 0.01  # one clock
+
+
+@pytest.mark.parametrize(
+    ("module", "there"), [("verl_aqn.rewards.gsm8k", True), ("verl_aqn.nothing", False), ("nowhere.at.all", False)]
+)
+def test_a_node_tells_whether_it_has_a_reward_s_module(module, there):
+    from verl_aqn.verl_api.nodes import _importable
+
+    assert _importable(module) is there

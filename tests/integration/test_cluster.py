@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from tests.integration.conftest import TINY, leftovers, lines, newest
+from verl_aqn.bench import letters
 
 pytestmark = pytest.mark.timeout(1800)
 ROOT = Path(__file__).parents[2]
@@ -151,7 +152,8 @@ def run(cluster, tiny_model, tmp_path_factory) -> Path:
     """Folder of a run of three steps on both nodes."""
     base, before = tmp_path_factory.mktemp("shared"), leftovers()
     places = [f"actor_rollout_ref.model.path={tiny_model}", f"aqn.run.dir={base}"]
-    submit = ["bash", "scripts/ray_submit.sh", "e12_aggressive_1ep", *TINY, *places, "trainer.nnodes=2"]
+    module = f"reward.custom_reward_function.path=pkg://{letters.__name__}"  # as recipes name theirs
+    submit = ["bash", "scripts/ray_submit.sh", "e12_aggressive_1ep", *TINY, *places, module, "trainer.nnodes=2"]
     process = cluster.start(HEAD, *submit)
     out = process.communicate(timeout=1500)[0]
     log = newest(base) / "training.log" if (base / "training.log").exists() else None

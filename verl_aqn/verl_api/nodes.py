@@ -6,6 +6,7 @@ from `ray start`, so they get it from `verl_aqn.cluster.worker`.
 its processes stand on each.
 """
 
+import importlib.util
 import os
 import platform
 import secrets
@@ -63,9 +64,11 @@ def check_nodes(config: DictConfig) -> None:
     folder, check = RunFolder(Path(aqn.run.dir)), secrets.token_hex(8)
     needed = [folder.path / "launch.yaml", Path(config.actor_rollout_ref.model.path) / "config.json"]
     needed += data_files(config)
-    if own := config.reward.custom_reward_function.path:
-        needed.append(Path(own))
-    nodes = on_every_node(_describe_node, folder, needed, check)
+    reward = str(config.reward.custom_reward_function.path or "")
+    module = reward.removeprefix("pkg://") if reward.startswith("pkg://") else ""
+    if reward and not module:
+        needed.append(Path(reward).expanduser())
+    nodes = on_every_node(_describe_node, folder, needed, module, check)
     if len({(node["verl_aqn"], *node["versions"].values()) for node in nodes}) > 1:
         told = "; ".join(f"{n['address']}: verl-aqn {n['verl_aqn']}, {n['versions']}" for n in nodes)
         raise EnvironmentFault(f"the nodes have other versions, run scripts/setup.sh on each: {told}")
@@ -78,17 +81,26 @@ def check_nodes(config: DictConfig) -> None:
         )
 
 
-def _describe_node(folder: RunFolder, needed: list[Path], check: str) -> dict:
+def _describe_node(folder: RunFolder, needed: list[Path], module: str, check: str) -> dict:
     address = ray.util.get_node_ip_address()
     if missing := [str(path) for path in needed if not path.exists()]:
         raise EnvironmentFault(
             f"node {address} has no {missing[0]}: put aqn.run.dir, VERL_AQN_CACHE, model and data on a disk that all "
             "nodes share"
         )
+    if module and not _importable(module):
+        raise EnvironmentFault(f"node {address} has no module {module} (the reward function's): install it there")
     (Path(os.environ[TEMPORARY]) / "since").write_text(str(time.time()))  # by this node's clock
     node = {"address": address, "host": platform.node(), "verl_aqn": __version__, "versions": check_versions()}
     folder.append("evidence.jsonl", {"kind": "node", "check": check, **node})
     return node
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it is in
+        return False
 
 
 # ---------------------------------------------------------------- after a run
