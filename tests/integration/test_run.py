@@ -26,6 +26,8 @@ from verl_aqn.preflight.memory import sizes
 from verl_aqn.preflight.model import shape_of
 
 PLANTED = "planted-cc97d"
+# Where verl's actor and rollout would meet in any run that starts a Ray of its own.
+VERLS_SOCKET = Path("/tmp/rl-colocate-zmq-01000000-replica-0-rank-0.sock")
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "MY_SECRET", "DB_PASSWORD")
 
 
@@ -51,6 +53,7 @@ def finished(train, tmp_path_factory) -> Path:
             patch.setenv(name, PLANTED)
         (home := tmp_path_factory.mktemp("home") / "home").mkdir()
         patch.setenv("HOME", str(home))
+        VERLS_SOCKET.write_text("another run's")
         process = train(base, "aqn.noise.probe=true")
         listening = watcher.submit(watch_sockets, process)
         out, err = process.communicate(timeout=800)
@@ -71,6 +74,11 @@ def test_a_line_a_step_then_tables_and_verdict(finished):
     assert "not comparable" in out.replace("\n", " ")
     assert "WARNING" not in err
     assert "vllm" not in err.lower()
+
+
+def test_the_socket_of_another_run_on_the_machine_is_left_alone(finished):
+    assert VERLS_SOCKET.read_text() == "another run's"
+    VERLS_SOCKET.unlink()
 
 
 def test_the_start_was_measured_before_ray(finished):

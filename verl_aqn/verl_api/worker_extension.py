@@ -6,11 +6,15 @@ from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 from verl_aqn.errors import EnvironmentFault
 from verl_aqn.noise import NoiseInjector, NoiseOrder
 from verl_aqn.preflight.peak import memory_peak
+from verl_aqn.verl_api.sync_socket import of_this_run
 from verl_aqn.vllm_api import plugin, readback
 
 
 class AqnWorkerExtension(vLLMColocateWorkerExtension):
     """Methods that the server calls on every rank of the engine by `collective_rpc`."""
+
+    def _get_zmq_handle(self) -> str:
+        return of_this_run(super()._get_zmq_handle())
 
     def aqn_prepare(self, order: dict) -> dict:
         """What the engine is made of: its norms, kept clean since the model was loaded, and what `order` would do."""

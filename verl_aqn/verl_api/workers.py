@@ -11,6 +11,7 @@ from verl_aqn.preflight.peak import memory_peak
 from verl_aqn.runs.checkpoints import weights_only
 from verl_aqn.verl_api.plugin import assert_loaded
 from verl_aqn.verl_api.process_group import open_process_group
+from verl_aqn.verl_api.sync_socket import of_this_run
 
 SYNC_TIMEOUT_S = 600
 
@@ -38,6 +39,13 @@ class AqnActorWorker(ActorRolloutRefWorker):
 
     actor_worker_cls = AqnTrainingWorker
     ref_worker_cls = AqnTrainingWorker
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def init_model(self):
+        """As verl's, with a socket to the rollout that no other run has."""
+        super().init_model()
+        if self.rollout is not None:  # an actor's or a rollout's, not a reference policy's
+            self.rollout.zmq_handle = of_this_run(self.rollout.zmq_handle)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def node(self) -> str:
@@ -84,7 +92,8 @@ class AqnActorWorker(ActorRolloutRefWorker):
     async def update_weights(self, global_steps: int | None = None, mode: str = "auto"):
         """As verl's, but a rollout worker that died does not make the run wait for ever."""
         context: zmq.Context = zmq.Context.instance()
-        context.setsockopt(zmq.RCVTIMEO, SYNC_TIMEOUT_S * 1000)
+        for timeout in (zmq.RCVTIMEO, zmq.SNDTIMEO):
+            context.setsockopt(timeout, SYNC_TIMEOUT_S * 1000)
         try:
             return await super().update_weights(global_steps=global_steps, mode=mode)
         except zmq.Again:
@@ -92,4 +101,5 @@ class AqnActorWorker(ActorRolloutRefWorker):
                 f"the rollout did not take the adapter within {SYNC_TIMEOUT_S} s: its worker has failed (see the log)"
             ) from None
         finally:
-            context.setsockopt(zmq.RCVTIMEO, -1)
+            for timeout in (zmq.RCVTIMEO, zmq.SNDTIMEO):
+                context.setsockopt(timeout, -1)
