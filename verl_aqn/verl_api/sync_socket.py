@@ -9,8 +9,7 @@ def of_this_run(handle: str) -> str:
     """verl's socket, moved out of /tmp.
 
     verl names it by Ray's job, which is 01000000 in every run that starts a Ray of its own: of two such runs on a
-    machine
-    each would remove the other's socket, and wait for ever or take the other's adapter.
+    machine each would remove the other's socket, and wait for ever or take the other's adapter.
     """
     assert handle.startswith(_SHARED), handle
     return f"ipc://{os.environ['TMPDIR']}/{handle.removeprefix(_SHARED)}"
