@@ -1,94 +1,40 @@
 """Every seam of verl 0.9.1 that the plugin hangs on. A failure here names what a new verl has moved."""
 
+import ast
 import importlib
 import inspect
+import re
 from importlib.metadata import entry_points
+from inspect import Parameter
+from pathlib import Path
 
 import pytest
 
+import verl_aqn
+
+# What is imported within functions, or called with parameters by name. Overrides are found in the code (below).
 SYMBOLS = {
-    "verl.plugin.platform:get_platform": [],
     "verl.plugin.platform.platform_manager:PlatformRegistry.register": ["platform"],
     "verl.plugin.platform.platform_manager:PlatformRegistry.get": ["name"],
-    "verl.plugin.platform.platform_base:PlatformBase": None,
     "verl.models.transformers.monkey_patch:apply_monkey_patch": ["model", "use_remove_padding", "ulysses_sp_size"],
     "verl.utils.tensordict_utils:get_non_tensor_data": ["data", "key", "default"],
     "verl.workers.engine.base:EngineRegistry.register": ["model_type", "backend", "device", "vendor"],
-    "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead._build_module": ["self"],
-    "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead._build_lora_module": ["self", "module"],
-    "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead.get_per_tensor_param": [
-        "self",
-        "layered_summon",
-        "base_sync_done",
-    ],
-    "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead.prepare_model_inputs": ["self", "micro_batch"],
-    "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead.prepare_model_outputs": [
-        "self",
-        "output",
-        "output_args",
-        "micro_batch",
-        "logits_processor_func",
-    ],
-    "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithValueHead": None,
-    "verl.workers.engine_workers:TrainingWorker.__init__": ["self", "config"],
-    "verl.workers.engine_workers:ActorRolloutRefWorker.update_weights": ["self", "global_steps", "mode"],
     "verl.workers.rollout.replica:RolloutReplicaRegistry.register": ["name", "loader"],
-    "verl.workers.rollout.vllm_rollout.utils:vLLMColocateWorkerExtension": None,
     "verl.workers.rollout.vllm_rollout.vllm_async_server:vLLMHttpServer.clear_kv_cache": ["self"],
-    "verl.workers.rollout.vllm_rollout.vllm_async_server:vLLMReplica": None,
-    "verl.trainer.main_ppo:run_ppo": ["config", "task_runner_class"],
-    "verl.trainer.ppo.utils:Role": None,
-    "verl.trainer.ppo.utils:need_critic": None,
-    "verl.trainer.ppo.utils:need_reference_policy": None,
-    "verl.utils.config:validate_config": ["config", "use_reference_policy", "use_critic"],
-    "verl.trainer.ppo.v1:AgentLoopManagerTQ.create": None,
-    "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync.fit": ["self", "agent_loop_manager"],
-    "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync._validate": ["self"],
-    "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync._dump_generations": [
-        "self",
-        "inputs",
-        "outputs",
-        "gts",
-        "scores",
-        "reward_extra_infos_dict",
-        "dump_path",
-    ],
-    "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync._init_dataloader": ["self"],
-    "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync._build_replay_buffer": ["self"],
-    "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync._init_resource_pool_mgr": ["self"],
-    "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync._add_prompts_to_generate": ["self", "num_prompts"],
-    "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer.sample": ["self", "global_steps", "partition_id", "batch_size"],
-    "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer._evict_terminal_groups": [
-        "self",
-        "global_steps",
-        "partition_id",
-        "eviction_reasons",
-    ],
+    "verl.workers.rollout.vllm_rollout.vllm_async_server:vLLMHttpServer.get_server_address": ["self"],
     "verl.workers.rollout.vllm_rollout.vllm_async_server:vLLMHttpServer.generate": [
         "self",
         "prompt_ids",
         "sampling_params",
         "request_id",
     ],
-    "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync._compute_metrics": [
-        "self",
-        "batch",
-        "metrics",
-        "timing_raw",
-        "global_steps",
-        "epoch",
-    ],
-    **{
-        f"verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync.{hook}": ["self"]
-        for hook in (
-            "on_init_end",
-            "on_step_begin",
-            "on_sample_end",
-            "on_step_end",
-            "on_validate_begin",
-            "on_train_end",
-        )
-    },
+    "verl.trainer.constants_ppo:get_ppo_ray_runtime_env": [],
+    "verl.trainer.main_ppo:run_ppo": ["config", "task_runner_class"],
+    "verl.trainer.main_ppo:TaskRunnerV1": None,
+    "verl.trainer.ppo.utils:need_critic": None,
+    "verl.trainer.ppo.utils:need_reference_policy": None,
+    "verl.trainer.ppo.v1:AgentLoopManagerTQ.create": None,
+    "verl.utils.config:validate_config": ["config", "use_reference_policy", "use_critic"],
 }
 
 
@@ -102,6 +48,34 @@ def test_symbol_exists_with_its_parameters(symbol):
     if wanted is not None:
         parameters = inspect.signature(inspect.unwrap(found)).parameters
         assert set(wanted) <= set(parameters), list(parameters)
+
+
+def from_verl(cls):
+    """verl's classes that a class of ours inherits from, the nearest one first."""
+    return [base for base in getattr(cls, "__mro__", ()) if base.__module__.startswith("verl.")]
+
+
+def overrides():
+    """`(class, method)` of each `super().method(…)` in a class that inherits from one of verl's."""
+    for file in sorted(Path(verl_aqn.__file__).parent.glob("verl_api/*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ClassDef):
+                cls = getattr(importlib.import_module(f"verl_aqn.verl_api.{file.stem}"), node.name)
+                methods = re.findall(r"\bsuper\(\)\.(\w+)", ast.unparse(node)) if from_verl(cls) else []
+                yield from ((cls, method) for method in methods)
+
+
+def test_overrides_are_of_methods_of_verl_and_take_what_those_take():
+    found = set(overrides())
+    assert len(found) > 30
+    for cls, method in found:
+        name = f"{cls.__name__}.{method}"
+        assert method in vars(cls), f"{name} does not override what it calls"
+        theirs = next((base for base in from_verl(cls) if method in vars(base)), None)
+        assert theirs, f"{name}: verl has none"
+        ours, verls = (inspect.signature(getattr(owner, method)).parameters for owner in (cls, theirs))
+        takes_all = {parameter.kind for parameter in ours.values()} >= {Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD}
+        assert takes_all or list(ours)[: len(verls)] == list(verls), f"{name}{[*ours]}: verl's takes {[*verls]}"
 
 
 def test_plugin_is_the_cpu_platform_after_importing_verl():
