@@ -15,7 +15,7 @@ from verl_aqn.data.parquet import row, write_parquet
 from verl_aqn.mxfp4.checkpoint import checkpoint_digest, is_packed
 from verl_aqn.mxfp4.model import load_model
 
-RANK, ALPHA = 8, 16
+RANK, ALPHA = 6, 12  # no rank of vLLM's slots
 
 
 def trained(base: Path, seed: int = 3, std: float = 0.3) -> PeftModel:

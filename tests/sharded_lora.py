@@ -10,13 +10,13 @@ from torch import nn
 
 
 class Lora(nn.Module):
-    """A [8, 64] and B [25, 8] under PEFT's names; 25 rows are 13 and 12 on two ranks."""
+    """A [6, 64] and B [25, 6] under PEFT's names; 25 rows are 13 and 12 on two ranks."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(1)
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
-        self.lora_A["default"], self.lora_B["default"] = nn.Linear(64, 8, bias=False), nn.Linear(8, 25, bias=False)
+        self.lora_A["default"], self.lora_B["default"] = nn.Linear(64, 6, bias=False), nn.Linear(6, 25, bias=False)
 
 
 def save_sharded(folder: Path) -> None:

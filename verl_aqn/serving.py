@@ -1,4 +1,4 @@
-"""In which form the rollout holds the base: packed, or as the same values in bf16.
+"""In which form the rollout holds the base (packed, or as the same values in bf16), and in which slots adapters.
 
 The actor always trains on the packed base. An engine without kernels for MXFP4 serves its exact bf16 equal (on a CPU
 vLLM has none for experts), and vllm-ascend wants the packed bytes under other names; both are folders of their own in
@@ -18,6 +18,12 @@ from verl_aqn.errors import ConfigError
 # Where in the model's override_config the rollout finds the folder that it serves, if that is not the actor's.
 SERVED = "served_path"
 ASCEND = "ascend"  # vllm-ascend's name of its quantisation by description
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's `MaxLoRARanks`; tests/contract/test_preflight_ray.py
+
+
+def served_rank(rank: int) -> int:
+    """`max_lora_rank` for an adapter of `rank`: vLLM's slots are of ranks that it knows, the next one from it."""
+    return next((known for known in ADAPTER_RANKS if known >= rank), rank)
 
 
 def form_of(aqn: AqnConfig, chip: Callable[[], str] = chip_name, packed_experts: bool = False) -> str:

@@ -9,7 +9,7 @@ from typing import get_args
 
 import pytest
 
-from verl_aqn.preflight.memory import ADAPTER_RANKS
+from verl_aqn.serving import ADAPTER_RANKS, served_rank
 from verl_aqn.supervise import local_ray
 
 HEAD = """
@@ -26,6 +26,7 @@ def test_adapter_ranks_are_vllm_s_and_verl_takes_the_next_one():
 
     assert get_args(MaxLoRARanks) == ADAPTER_RANKS
     assert [get_vllm_max_lora_rank(rank) for rank in (1, 2, 33, 512)] == [1, 8, 64, 512]
+    assert [served_rank(rank) for rank in (1, 2, 33, 512)] == [1, 8, 64, 512]
     with pytest.raises(ValueError, match="less than or equal to 512"):
         get_vllm_max_lora_rank(513)
 

@@ -86,7 +86,7 @@ class Harmful:
         ({"harm.lora_A.default.weight": Harmful()}, DataError, "holds more than tensors and is not opened"),
         ({"m.lora_magnitude_vector.default.weight": torch.ones(3)}, ModelError, "only plain LoRA"),
         ({"m.lora_A.default.weight": torch.ones(8, 4)}, DataError, r"adapter of m in .* is \{'A': \[8, 4\]\}, not A"),
-        ({"m.lora_A.default.weight": torch.ones(9, 4)}, DataError, "of r=8"),
+        ({"m.lora_A.default.weight": torch.ones(9, 4)}, DataError, "of r=6"),
     ],
 )
 def test_what_is_no_lora_is_refused_and_never_run(change, error, match, state, tmp_path, capfd):
@@ -237,6 +237,7 @@ def test_the_adapter_as_peft_loads_it(validated, rollout, base, engine, tmp_path
     card = (tmp_path / "out/README.md").read_text()
     assert proof["adapter"]["digest"] in card
     assert proof["base"]["digest"] in card
+    assert "max_lora_rank=8" in card
     assert not list(tmp_path.glob(".out*"))
     assert (base / "quantization.json").is_file()
     assert not (tmp_path / "out/quantization.json").exists()

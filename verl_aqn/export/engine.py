@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.errors import EnvironmentFault
 from verl_aqn.processes import start_module
+from verl_aqn.serving import served_rank
 from verl_aqn.supervise import engine_environment
 
 TIMEOUT_S = 3600
@@ -35,7 +36,7 @@ def greedy_answers(
         question = {
             "model": str(model),
             "adapter": str(adapter) if adapter else None,
-            "rank": int(config.actor_rollout_ref.model.lora_rank),
+            "rank": served_rank(int(config.actor_rollout_ref.model.lora_rank)),
             "engine": engine_options(config, merged=adapter is None),
             "max_tokens": int(config.actor_rollout_ref.rollout.response_length),
             "prompts": prompts,

@@ -12,6 +12,7 @@ from verl_aqn.mxfp4.model import PACKED
 from verl_aqn.mxfp4.names import Naming
 from verl_aqn.mxfp4.report import FILE
 from verl_aqn.mxfp4.storage import Weights, companions, read_config
+from verl_aqn.serving import served_rank
 
 
 def write_peft_folder(folder: Path, adapter: Adapter, base: Path) -> None:
@@ -84,7 +85,7 @@ def write_card(folder: Path, proof: dict[str, Any]) -> None:
             "",
             "```python",
             "# vLLM, over the base as it is",
-            f"llm = vllm.LLM(BASE, enable_lora=True, max_lora_rank={proof['rank']})",
+            f"llm = vllm.LLM(BASE, enable_lora=True, max_lora_rank={served_rank(proof['rank'])})",
             'llm.generate(prompts, lora_request=LoRARequest("adapter", 1, FOLDER))',
             "",
             "# plain PEFT, over the bf16 folder that equals the base",

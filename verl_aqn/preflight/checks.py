@@ -16,11 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 from verl_aqn.config import parse_aqn, schedule_of
 from verl_aqn.errors import ConfigError, DataError, EnvironmentFault
 from verl_aqn.preflight.findings import Finding, gb
-from verl_aqn.preflight.memory import ADAPTER_RANKS, CPU, DEVICE, actor, machine, rollout, sizes, whole_cache
+from verl_aqn.preflight.memory import CPU, DEVICE, actor, machine, rollout, sizes, whole_cache
 from verl_aqn.preflight.node import PACKAGES, Node, cluster_address, devices_here, free_disk
 from verl_aqn.preflight.plan import fit
 from verl_aqn.preflight.shape import Shape
 from verl_aqn.prepare import find_model, steps_in_data
+from verl_aqn.serving import ADAPTER_RANKS, served_rank
 
 SETUP = "bash scripts/setup.sh"
 SKEW_S = 1.0  # records of several nodes are put in order by their times
@@ -32,7 +33,7 @@ def check_recipe(config: DictConfig) -> Iterator[Finding]:
     ranks, highest = given.ranks, ADAPTER_RANKS[-1]
     yield Finding(
         "LoRA rank",
-        f"{given.rank}, in vLLM's slots of {given.served_rank}",
+        f"{given.rank}, in vLLM's slots of {served_rank(given.rank)}",
         "" if 0 < given.rank <= highest else f"set actor_rollout_ref.model.lora_rank to 1 to {highest}",
     )
     for what, mini in (("actor", actor.ppo_mini_batch_size), ("critic", config.critic.ppo_mini_batch_size)):

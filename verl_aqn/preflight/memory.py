@@ -16,11 +16,10 @@ from omegaconf import DictConfig
 from verl_aqn.config import AqnConfig, parse_aqn
 from verl_aqn.errors import EnvironmentFault
 from verl_aqn.preflight.shape import Shape
-from verl_aqn.serving import form_of
+from verl_aqn.serving import form_of, served_rank
 
 PACKED = 0.5 + 1 / 32  # bytes of an element in MXFP4: four bits, and a scale byte for 32
 BF16, FP32 = 2, 4
-ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's `MaxLoRARanks`; tests/contract/test_preflight_ray.py
 Bytes = dict[str, int]
 
 
@@ -158,11 +157,6 @@ class Sizes:
     reward_workers: int
     cpu: bool
 
-    @property
-    def served_rank(self) -> int:
-        """vLLM's slots are of a rank that it knows: the next one from the adapter's."""
-        return next((rank for rank in ADAPTER_RANKS if rank >= self.rank), self.rank)
-
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -290,7 +284,7 @@ def rollout(shape: Shape, sizes: Sizes, costs: Costs, cache: int) -> Estimate:
     rows too. Norms are in fp32, with a clean copy. CUDA graphs: vLLM's own figure for its capture, 2 % of the weights
     and 0.5 GB.
     """
-    parts, rank = sizes.tensor_parallel, sizes.served_rank
+    parts, rank = sizes.tensor_parallel, served_rank(sizes.rank)
     packed = sizes.served_packed and not (sizes.cpu and shape.packed_experts)
     linear = (PACKED + BF16 * sizes.cpu) if packed else BF16
     weights = int((linear * shape.linears + BF16 * shape.kept) / parts)

@@ -2,8 +2,8 @@
 
 A process of its own, since an engine sets up its process for good. REQUEST and RESULT are JSON files:
 
-request: `model`, `adapter` (a PEFT folder or null), `rank`, `engine` (arguments of `vllm.LLM`), `max_tokens`, `prompts`
-[[token, …], …], and `expected` texts, one for each prompt.
+request: `model`, `adapter` (a PEFT folder or null), `rank` (of its slot), `engine` (arguments of `vllm.LLM`),
+`max_tokens`, `prompts` [[token, …], …], and `expected` texts, one for each prompt.
 result: `answers`, for each prompt {"tokens", "text"}, and "tops" where the text is not the expected one: for each token
 of the answer the likeliest tokens at its place, {token: log-probability}.
 """
@@ -23,9 +23,7 @@ def answers(request: dict[str, Any]) -> list[dict[str, Any]]:
 
     options = dict(request["engine"])
     if request["adapter"]:
-        ranks = (8, 16, 32, 64, 128, 256, 320, 512)
-        rank = next((rank for rank in ranks if rank >= request["rank"]), request["rank"])
-        options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+        options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": request["rank"]}
     llm = LLM(request["model"], **options)
     result = llm.generate(
         [{"prompt_token_ids": ids} for ids in request["prompts"]],
