@@ -16,7 +16,7 @@ from verl_aqn.cache import cache_dir
 from verl_aqn.config import load_recipe, parse_aqn
 from verl_aqn.console import RULES, Console
 from verl_aqn.errors import AqnError, ConfigError, DataError, EvidenceError
-from verl_aqn.prepare import check_machine
+from verl_aqn.preflight.checks import check_machine
 from verl_aqn.runs.checkpoints import config_of, find_checkpoint
 from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.runs.stats import wilson

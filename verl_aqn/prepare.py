@@ -8,7 +8,6 @@ from verl_aqn.cache import cache_dir
 from verl_aqn.config import order_of, parse_aqn, schedule_of
 from verl_aqn.errors import ConfigError, ModelError
 from verl_aqn.moe import keep_adapter_off_experts
-from verl_aqn.rewards.math_verify import check_installed
 from verl_aqn.serving import prepare_serving
 from verl_aqn.terminal import progress_bar
 
@@ -225,17 +224,3 @@ def warnings_of(config: DictConfig) -> list[str]:
             "downwards; use top_p=1 and top_k=-1, or correction=none"
         ]
     return [f"{text}: aqn/parity/* contains that, and noise is not told from kernels"]
-
-
-def check_machine(config: DictConfig, *, elsewhere: bool = False) -> None:
-    """What the recipe asks of this machine (`verl_aqn.preflight.checks`), and what validation scores with.
-
-    `elsewhere`: only what the recipe asks of any machine.
-
-    Raises:
-        EnvironmentFault: the first fault, with what to do.
-    """
-    from verl_aqn.preflight.checks import refuse, refuse_recipe
-
-    check_installed()
-    (refuse_recipe if elsewhere else refuse)(config)

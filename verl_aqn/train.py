@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from verl_aqn.config import load_recipe, parse_aqn, schedule_of
 from verl_aqn.console import Console
 from verl_aqn.errors import StrengthError
-from verl_aqn.prepare import check_machine, check_steps, data_files, prepare_data, prepare_model, warnings_of
+from verl_aqn.preflight.checks import check_machine
+from verl_aqn.prepare import check_steps, data_files, prepare_data, prepare_model, warnings_of
 from verl_aqn.runs.arms import differences, flatten
 from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.runs.provenance import provenance

@@ -148,14 +148,13 @@ def test_port_in_use():
 def test_too_little_memory(monkeypatch):
     from types import SimpleNamespace
 
-    from verl_aqn import prepare
     from verl_aqn.config import load_recipe
     from verl_aqn.errors import EnvironmentFault
     from verl_aqn.preflight import checks
 
     monkeypatch.setattr(checks.psutil, "virtual_memory", lambda: SimpleNamespace(available=1e9))
     with pytest.raises(EnvironmentFault, match=r"GB of memory are free, the run of embedded needs 1\d\.\d GB"):
-        prepare.check_machine(load_recipe("e12", ["profile=cpu"]))
+        checks.check_machine(load_recipe("e12", ["profile=cpu"]))
 
 
 def test_folder_that_cannot_be_written(tmp_path):

@@ -1,6 +1,6 @@
 """What a recipe asks of the machines that it runs on, checked one by one.
 
-`refuse` raises the first fault that would end a run; `verl-aqn doctor` shows them all.
+`check_machine` raises the first fault that would end a run; `verl-aqn doctor` shows them all.
 """
 
 import os
@@ -21,6 +21,7 @@ from verl_aqn.preflight.node import PACKAGES, Node, cluster_address, devices_her
 from verl_aqn.preflight.plan import fit
 from verl_aqn.preflight.shape import Shape
 from verl_aqn.prepare import find_model, steps_in_data
+from verl_aqn.rewards.math_verify import check_installed
 from verl_aqn.serving import ADAPTER_RANKS, served_rank
 
 SETUP = "bash scripts/setup.sh"
@@ -261,6 +262,18 @@ def refuse(config: DictConfig) -> None:
             *(check_memory(config, shape, psutil.virtual_memory().available, devices) if alone else ()),
         ]
     )
+
+
+def check_machine(config: DictConfig, *, elsewhere: bool = False) -> None:
+    """What the recipe asks of this machine, and what validation scores with.
+
+    `elsewhere`: only what the recipe asks of any machine.
+
+    Raises:
+        EnvironmentFault: the first fault, with what to do.
+    """
+    check_installed()
+    (refuse_recipe if elsewhere else refuse)(config)
 
 
 def _raise_first(findings: Iterable[Finding]) -> None:
