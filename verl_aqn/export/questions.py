@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from verl_aqn.errors import DataError
 from verl_aqn.export.source import Source
+from verl_aqn.policy import prompt_tokens
 from verl_aqn.prepare import data_files
 
 PROMPTS = 32
@@ -50,9 +51,7 @@ def _prompts(config: DictConfig, tokenizer: Any) -> list[list[int]]:
     files: list[Path] = data_files(config, "val_files")
     if missing := [file for file in files if not file.is_file()]:
         raise DataError(f"{missing[0]} is not there: the run's validation data is needed to try the export on")
-    options: Any = OmegaConf.to_container(config.data.get("apply_chat_template_kwargs") or OmegaConf.create({}))
     key = config.data.prompt_key
     rows = [row[key] for file in files for row in pq.read_table(file, columns=[key]).to_pylist()]
-    texts = [tokenizer.apply_chat_template(r, tokenize=False, add_generation_prompt=True, **options) for r in rows]
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    return [prompt for prompt in ids if len(prompt) <= config.data.max_prompt_length]
+    prompts = (prompt_tokens(config, tokenizer, row) for row in rows)
+    return [prompt for prompt in prompts if prompt is not None]

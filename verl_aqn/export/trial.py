@@ -12,6 +12,7 @@ from verl_aqn.export.engine import greedy_answers
 from verl_aqn.export.questions import Questions
 from verl_aqn.export.source import Source
 from verl_aqn.generate import generate, greedy
+from verl_aqn.policy import end_tokens, load_base
 from verl_aqn.serving import SERVED
 
 # How far from a tie the first differing token may be, in nats. Measured on 192 recorded answers of SmolLM2-135M after 5
@@ -89,24 +90,9 @@ def trainer_answers(source: Source, prompts: list[list[int]], adapter: Path, tok
     """Greedy answers of the actor's model: packed base and adapter in plain PEFT, in bf16 and without noise."""
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    from verl_aqn.config import parse_aqn
-    from verl_aqn.mxfp4.experts import packed_layers
-    from verl_aqn.mxfp4.linear import Activation
-    from verl_aqn.mxfp4.model import load_model
-
-    aqn = parse_aqn(source.config)
-    device = "cpu" if aqn.profile in ("cpu", "auto") else aqn.profile
-    if source.packed:
-        base = load_model(source.base, torch.bfloat16, device)
-    else:
-        base = AutoModelForCausalLM.from_pretrained(source.base, dtype=torch.bfloat16).to(device)
-    for layer in packed_layers(base):
-        layer.activation = Activation.parse(aqn.mxfp4.activation_arithmetic)
+    base = load_base(source.config, torch.bfloat16)
     model = PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False).eval()
-    stops = base.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
     length = int(source.config.actor_rollout_ref.rollout.response_length)
-    answers = generate(model, prompts, greedy, ends, length)
+    answers = generate(model, prompts, greedy, end_tokens(base, tokenizer), length)
     return [tokenizer.decode(ids, skip_special_tokens=True) for (ids,) in answers]

@@ -1,4 +1,4 @@
-"""What a recipe gives a probe: its prompts, reward, base, and first noise."""
+"""What a recipe gives a probe: its prompts, reward, and first noise."""
 
 import hashlib
 import importlib
@@ -9,18 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
-import torch
-from omegaconf import DictConfig, OmegaConf
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from omegaconf import DictConfig
 
 from verl_aqn.config import order_of, parse_aqn, schedule_of
 from verl_aqn.errors import ConfigError, DataError
-from verl_aqn.mxfp4.checkpoint import is_packed
-from verl_aqn.mxfp4.dense import dequantize_linears
-from verl_aqn.mxfp4.experts import Mxfp4Experts
-from verl_aqn.mxfp4.linear import Activation, Mxfp4Linear
-from verl_aqn.mxfp4.model import load_model
 from verl_aqn.order import NoiseOrder
+from verl_aqn.policy import prompt_tokens
+from verl_aqn.prepare import data_files
 
 
 class Prompt(NamedTuple):
@@ -37,8 +32,7 @@ def read_prompts(config: DictConfig, tokenizer: Any, count: int) -> list[Prompt]
     Raises:
         DataError: fewer rows have a prompt within `data.max_prompt_length`.
     """
-    files = config.data.train_files
-    tables = [pq.read_table(Path(file).expanduser()) for file in ([files] if isinstance(files, str) else files)]
+    tables = [pq.read_table(file) for file in data_files(config, "train_files")]
     total = sum(table.num_rows for table in tables)
     limit = config.data.train_max_samples
     seed = parse_aqn(config).noise.seed
@@ -46,7 +40,6 @@ def read_prompts(config: DictConfig, tokenizer: Any, count: int) -> list[Prompt]
         range(min(total, limit) if limit > 0 else total),
         key=lambda row: hashlib.blake2b(f"{seed}\0{row}".encode(), digest_size=8).digest(),
     )
-    options: Any = OmegaConf.to_container(config.data.get("apply_chat_template_kwargs") or OmegaConf.create({}))
     chosen: list[Prompt] = []
     for row in rows:
         at, table = row, tables[0]
@@ -55,17 +48,16 @@ def read_prompts(config: DictConfig, tokenizer: Any, count: int) -> list[Prompt]
                 break
             at -= table.num_rows
         record = table.slice(at, 1).to_pylist()[0]
-        text = tokenizer.apply_chat_template(
-            record[config.data.prompt_key], tokenize=False, add_generation_prompt=True, **options
-        )
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) <= config.data.max_prompt_length:
+        ids = prompt_tokens(config, tokenizer, record[config.data.prompt_key])
+        if ids is not None:
             truth = record["reward_model"]["ground_truth"]
             told = {"data_source": record["data_source"], "ground_truth": truth, "extra_info": record["extra_info"]}
             chosen.append(Prompt(row, ids, told))
             if len(chosen) == count:
                 return chosen
-    raise DataError(f"{files} holds {len(chosen)} prompts within data.max_prompt_length, {count} are asked for")
+    raise DataError(
+        f"{config.data.train_files} holds {len(chosen)} prompts within data.max_prompt_length, {count} are asked for"
+    )
 
 
 def reward_of(config: DictConfig) -> Callable[..., Any]:
@@ -88,19 +80,6 @@ def reward_of(config: DictConfig) -> Callable[..., Any]:
         return getattr(module, custom.name)
     except (ImportError, OSError, AttributeError) as error:
         raise ConfigError(f"reward.custom_reward_function {path!r} cannot be loaded: {error}") from error
-
-
-def load_base(config: DictConfig) -> PreTrainedModel:
-    """The recipe's base in float32, on the CPU or on the accelerator that its profile names."""
-    aqn, path = parse_aqn(config), Path(config.actor_rollout_ref.model.path)
-    device = "cpu" if aqn.profile in ("cpu", "auto") else aqn.profile
-    if not is_packed(path):
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
-    model = load_model(path, torch.float32, device)
-    for module in model.modules():
-        if isinstance(module, (Mxfp4Linear, Mxfp4Experts)):
-            module.activation = Activation.parse(aqn.mxfp4.activation_arithmetic)
-    return dequantize_linears(model)
 
 
 def first_noise(config: DictConfig, steps: int) -> NoiseOrder:

@@ -24,8 +24,10 @@ from transformers import AutoTokenizer
 
 from verl_aqn.errors import ConfigError
 from verl_aqn.generate import batches, generate, prefix, shared_length
+from verl_aqn.mxfp4.dense import dequantize_linears
 from verl_aqn.noise import NoiseInjector, check_evidence
-from verl_aqn.probe.inputs import Prompt, first_noise, load_base, read_prompts, reward_of
+from verl_aqn.policy import end_tokens, load_base
+from verl_aqn.probe.inputs import Prompt, first_noise, read_prompts, reward_of
 from verl_aqn.runs.stats import ratio_interval, wilson
 
 PROMPTS, SAMPLES = 16, 4
@@ -78,10 +80,9 @@ class Probe:
         self.tokenizer = AutoTokenizer.from_pretrained(config.actor_rollout_ref.model.path)
         self.prompts = read_prompts(config, self.tokenizer, prompts)
         self.reward = reward_of(config)
-        self.model = load_base(config)
+        self.model = dequantize_linears(load_base(config, torch.float32))
         self.injector = NoiseInjector(self.model)
-        ends = self.model.generation_config.eos_token_id
-        self.ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self.ends = end_tokens(self.model, self.tokenizer)
         self.answers: list[list[list[int]]] = self._sample()  # of the clean policy, [prompt][sample]
         self.clean_states = self._states()
 
