@@ -1,11 +1,9 @@
 """What a person sees of a run: a line a step while it runs, a short table at its end."""
 
-import json
 import math
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console as RichConsole
@@ -19,7 +17,7 @@ from verl_aqn.runs.compare import table as comparison_table
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.listing import sigmas
 from verl_aqn.runs.stats import accuracy_text, share_text
-from verl_aqn.runs.verdict import PLAN_MODEL, compare_before_after, plan_verdict
+from verl_aqn.runs.verdict import PLAN_MODEL, compare_validations, plan_verdict
 from verl_aqn.supervise import Outcome
 from verl_aqn.terminal import print_wide
 
@@ -187,12 +185,6 @@ def result_table(run: RunFolder) -> Table:
     return table
 
 
-def items(folder: Path, step: int) -> dict[str, bool]:
-    """Which validation problems were answered rightly after a step, by prompt."""
-    path = folder / "validation" / f"{step}.jsonl"
-    return {item["input"]: item["acc"] > 0 for item in map(json.loads, path.read_text().splitlines())}
-
-
 def is_plans_task(todo: "Prepared", problems: int) -> bool:
     """Whether a run is of the model and on the problems that the plan's criterion is of."""
     from verl_aqn.data.gsm8k import SOURCE, TEST_PROBLEMS
@@ -211,7 +203,5 @@ def verdict(run: RunFolder, todo: "Prepared") -> str:
     text = plan_verdict(last["accuracy"], last["items"], comparable=is_plans_task(todo, last["items"]))
     if first["step"] == last["step"]:
         return text
-    before, after = items(run.path, first["step"]), items(run.path, last["step"])
-    shared = sorted(before.keys() & after.keys())
-    change = compare_before_after([before[key] for key in shared], [after[key] for key in shared])
-    return f"{text}\n{change.text}"
+    change = compare_validations(run, first["step"], last["step"])
+    return f"{text}\n{change.text}" if change else text

@@ -17,10 +17,11 @@ import pytest
 from rich.console import Console as RichConsole
 
 from verl_aqn import supervise
-from verl_aqn.console import Console, items, result_table, sigma_table
+from verl_aqn.console import Console, result_table, sigma_table
 from verl_aqn.runs.arms import read_run
 from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.runs.listing import describe, find_runs
+from verl_aqn.runs.verdict import compare_validations
 
 OLD = Path(__file__).parent / "old_run"
 FILES = ("metrics.jsonl", "evidence.jsonl", "events.jsonl")
@@ -50,7 +51,8 @@ def test_an_old_run_is_listed_and_shown(old):
         ["2", "75.0 [30.1, 95.4]", "–", "–", "4"],
     ]
     assert shown(sigma_table(old)) == [["0", "0", "0", "0", "61"], ["1", "1", "5.00e-02", "5.010e-02", "61"]]
-    assert items(old.path, 2) == {"0 + 1?": True, "1 + 1?": True, "2 + 1?": True, "3 + 1?": False}
+    change = compare_validations(old, 0, 2)
+    assert (change.n, change.before, change.after, change.gained) == (4, 0.25, 0.75, 2)
 
 
 def test_an_old_run_is_compared(old):

@@ -23,7 +23,7 @@ from verl_aqn.runs.arms import FACTOR, arms, is_seed_or_place
 from verl_aqn.runs.compare import Report, compare
 from verl_aqn.runs.listing import sigmas
 from verl_aqn.runs.stats import share_text
-from verl_aqn.runs.verdict import compare_before_after
+from verl_aqn.runs.verdict import compare_validations
 
 ANSWERS = 24
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -180,12 +180,9 @@ def changes(runs: Sequence[Run]) -> list[tuple[Run, str]]:
     for run in runs:
         if len(run.answered) < 2:
             continue
-        before, after = ({line["input"]: line["acc"] > 0 for line in run.folder.read(f"validation/{step}.jsonl")
-                          if "input" in line and line.get("acc") is not None}
-                         for step in (run.answered[0], run.answered[-1]))  # fmt: skip
-        if both := sorted(before.keys() & after.keys()):
-            text = compare_before_after([before[key] for key in both], [after[key] for key in both]).text
-            found.append((run, f"steps {run.answered[0]} to {run.answered[-1]}: {text}"))
+        first, last = run.answered[0], run.answered[-1]
+        if change := compare_validations(run.folder, first, last):
+            found.append((run, f"steps {first} to {last}: {change.text}"))
     return found
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
+from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.stats import accuracy_text, mcnemar, wilson
 
 PLAN_MODEL = "Qwen2.5-1.5B-Instruct"
@@ -71,3 +72,17 @@ def compare_before_after(before: Sequence[bool], after: Sequence[bool]) -> Compa
     half = NormalDist().inv_cdf(0.975) * math.sqrt((up + down) / total - middle**2) / math.sqrt(total)
     interval = (max(-1.0, middle - half), min(1.0, middle + half))
     return Comparison(n, sum(map(bool, before)) / n, sum(map(bool, after)) / n, gained, lost, p_value, interval)
+
+
+def compare_validations(run: RunFolder, first: int, last: int) -> Comparison | None:
+    """`compare_before_after` of the answers after two steps, by prompt; None where no prompt was answered in both."""
+    before, after = (
+        {
+            line["input"]: line["acc"] > 0
+            for line in run.read(f"validation/{step}.jsonl")
+            if "input" in line and line.get("acc") is not None
+        }
+        for step in (first, last)
+    )
+    both = sorted(before.keys() & after.keys())
+    return compare_before_after([before[key] for key in both], [after[key] for key in both]) if both else None
