@@ -122,9 +122,9 @@ def write_run(
 
 
 def quantization() -> dict[str, Any]:
-    """`QuantReport.to_dict` of two layers with two matrices each, and two experts."""
-    names = [f"model.layers.{layer}.{part}" for layer in range(2) for part in ("self_attn.q_proj", "mlp.down_proj")]
-    names += [f"model.layers.1.mlp.experts.{expert}.up_proj" for expert in range(2)]
+    """`QuantReport.to_dict` of two layers, the second of which has two experts and a shared one."""
+    parts = ["0.self_attn.q_proj", "1.self_attn.q_proj", "0.mlp.down_proj", "1.mlp.shared_experts.down_proj"]
+    names = [f"model.layers.{part}" for part in (*parts, "1.mlp.experts.0.up_proj", "1.mlp.experts.1.up_proj")]
     modules = [
         {"name": name, "shape": [64, 32], "sqnr_db": 18.0 + at, "signal": 100.0, "noise": 1.0 + at,
          "deadzone_share": 0.1, "clipped_share": 0.01, "bytes_before": 4096, "bytes_after": 1088}

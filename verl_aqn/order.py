@@ -21,6 +21,7 @@ LAYER_KINDS = ("uniform", "targeted", "variable", "inverse", "zones")
 
 _LAYERS = re.compile(r"\d+(-\d+)?")
 _LAYER_OF = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+_EXPERTS = re.compile(r"\.(experts|shared_experts?)\.")
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,20 @@ def layer_of(name: str, layers: int) -> int:
     """The layer that a module's name tells, or the last one."""
     found = _LAYER_OF.search(name)
     return int(found[1]) if found else layers - 1
+
+
+def layer_and_kind(name: str) -> tuple[int | None, str]:
+    """The layer that a projection's name tells, if any, and what kind of projection it is in every layer.
+
+    Those of experts and of shared experts are kinds of their own, beside a dense layer's of the same last name.
+    """
+    found, group = _LAYER_OF.search(name), _EXPERTS.search(name)
+    return int(found[1]) if found else None, (f"{group[1]} " if group else "") + name.rpartition(".")[2]
+
+
+def pooled_name(name: str) -> str:
+    """The name of the experts of a layer taken together; a module that is in no expert keeps its own."""
+    return re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
 
 
 def count_layers(names: Iterable[str]) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from verl_aqn.errors import ConfigError
+from verl_aqn.order import layer_and_kind
 
 if TYPE_CHECKING:
     from verl_aqn.mxfp4.error_split import ErrorSplit
@@ -68,12 +68,10 @@ def plot_quantization(modules: list[ModuleReport], title: str, path: Path) -> No
     layers: dict[int, list[ModuleReport]] = {}
     kinds: dict[str, dict[int, ErrorSplit]] = {}
     for module in pool_experts(modules):
-        match = re.search(r"\.(\d+)\.", module.name)
-        if match:
-            layers.setdefault(int(match[1]), []).append(module)
-            group = re.search(r"\.(experts|shared_experts?)\.", module.name)
-            kind = (f"{group[1]} " if group else "") + module.name.rpartition(".")[2]
-            kinds.setdefault(kind, {})[int(match[1])] = module.error
+        layer, kind = layer_and_kind(module.name)
+        if layer is not None:
+            layers.setdefault(layer, []).append(module)
+            kinds.setdefault(kind, {})[layer] = module.error
     if not layers:
         raise ConfigError(f"cannot draw {path}: no module's name carries the number of a layer")
     errors = {layer: ErrorSplit.pooled(m.error for m in layers[layer]) for layer in sorted(layers)}

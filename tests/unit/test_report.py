@@ -208,7 +208,9 @@ def test_sqnr_belongs_to_the_base_by_digest(tmp_path):
     ((base,), unknown) = bases(read_runs([run.path]))
     assert unknown == []
     assert base.chart
-    assert [series.name for series in base.chart.series] == ["q_proj", "down_proj", "experts up_proj"]
+    assert [series.name for series in base.chart.series] == [
+        "q_proj", "down_proj", "shared_experts down_proj", "experts up_proj",
+    ]  # fmt: skip
     assert base.table.rows[-1][0].text == "model.layers.1.mlp.experts.*.up_proj"
     file = run.path / QUANTIZATION
     file.write_text(file.read_text().replace(BASE, "another"))

@@ -1,12 +1,12 @@
 """What quantising did to each module, as numbers that a table, JSON and a picture are made of."""
 
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from verl_aqn.mxfp4.error_split import ErrorSplit
+from verl_aqn.order import pooled_name
 
 # In the folder that `quantize_checkpoint` makes, and in that of each run of it: `QuantReport.to_dict()`.
 FILE = "quantization.json"
@@ -76,7 +76,7 @@ def pool_experts(modules: Iterable[ModuleReport]) -> list[ModuleReport]:
     """``modules`` with the experts of a layer taken together, under the name ``...experts.*.gate_proj``."""
     groups: dict[str, list[ModuleReport]] = {}
     for module in modules:
-        groups.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.*.", module.name), []).append(module)
+        groups.setdefault(pooled_name(module.name), []).append(module)
     return [
         ModuleReport(
             name,

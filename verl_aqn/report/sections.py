@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from verl_aqn.order import layer_and_kind, pooled_name
 from verl_aqn.report.charts import COLOURS, Chart, Series, aside
 from verl_aqn.report.records import Run, finite
 from verl_aqn.report.tables import Cell, Table
@@ -221,21 +221,20 @@ def _base(place: int, members: list[Run]) -> Base:
     report: dict[str, Any] = members[0].quantization or {}
     pooled: dict[str, list[dict[str, Any]]] = {}
     for module in report["modules"]:  # the experts of a layer count as one
-        pooled.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.*.", module["name"]), []).append(module)
+        pooled.setdefault(pooled_name(module["name"]), []).append(module)
     kinds: dict[str, list[tuple[float, float | None]]] = {}
     rows = []
     for name, group in pooled.items():
         sqnr = _sqnr(group)
-        match = re.search(r"\.(\d+)\.", name)
-        kind = ("experts " if ".experts." in name else "") + name.rpartition(".")[2]
-        if match:
-            kinds.setdefault(kind, []).append((float(match[1]), sqnr))
+        layer, kind = layer_and_kind(name)
+        if layer is not None:
+            kinds.setdefault(kind, []).append((float(layer), sqnr))
         shape = "×".join(map(str, group[0]["shape"])) + (f" ({len(group)})" if len(group) > 1 else "")
         shares = [100 * sum(one[key] for one in group) / len(group) for key in ("deadzone_share", "clipped_share")]
         rows.append(
             [
                 Cell(name, code=True),
-                Cell(match[1] if match else "–", float(match[1]) if match else None),
+                Cell("–" if layer is None else str(layer), layer),
                 Cell(shape),
                 Cell("∞" if sqnr is None else f"{sqnr:.2f}", sqnr),
                 *(Cell(f"{share:.2f}", share) for share in shares),
