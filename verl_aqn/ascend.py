@@ -1,6 +1,6 @@
 """Which Ascend chip this is: only the Ascend 950 (vllm-ascend calls it A5) computes with MXFP4. Imports no torch."""
 
-from verl_aqn.errors import EnvironmentFault
+from verl_aqn.errors import EnvironmentFault, first_line
 from verl_aqn.preflight.findings import Finding
 
 BYTES_PACKED, BYTES_BF16 = 17 / 32, 2  # of one weight: 4 bits and its part of a scale byte for 32
@@ -43,9 +43,9 @@ def chip_name() -> str:
 
         return torch_npu.npu.get_device_name()
     except (ImportError, AssertionError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise EnvironmentFault(
-            f"no Ascend device answers ({reason}): set aqn.mxfp4.serve to packed (Ascend 950) or bf16 (A2, A3)"
+            f"no Ascend device answers ({first_line(error)}): "
+            "set aqn.mxfp4.serve to packed (Ascend 950) or bf16 (A2, A3)"
         ) from error
 
 

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from verl_aqn import ascend
 from verl_aqn.config import detect_profile, load_recipe, parse_aqn
-from verl_aqn.errors import AqnError, ConfigError
+from verl_aqn.errors import AqnError, ConfigError, first_line
 from verl_aqn.preflight import checks
 from verl_aqn.preflight.findings import Finding
 from verl_aqn.preflight.node import Node, cluster_address, cluster_nodes, local_node
@@ -65,8 +65,7 @@ def _nodes(report: Report, config: DictConfig | None, folder: str, profile: str)
     try:
         nodes, resources = cluster_nodes(address, folder, profile)
     except ConnectionError as error:
-        first_line = str(error).strip().splitlines()[0]
-        report.findings.append(Finding("Ray cluster", first_line, f"start it, or unset RAY_ADDRESS ({address})"))
+        report.findings.append(Finding("Ray cluster", first_line(error), f"start it, or unset RAY_ADDRESS ({address})"))
         return []
     wanted = int(config.trainer.nnodes) if config is not None else 1
     fix = f"add nodes, or set trainer.nnodes to {len(nodes)}" if len(nodes) < wanted else ""

@@ -39,3 +39,8 @@ class StrengthError(AqnError, RuntimeError):
 
 class TrainingError(AqnError, RuntimeError):
     """Training cannot go on or would teach nothing, though every part of it works."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of others says first; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

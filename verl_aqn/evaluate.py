@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from verl_aqn.cache import cache_dir
 from verl_aqn.config import load_recipe, parse_aqn
 from verl_aqn.console import RULES, Console
-from verl_aqn.errors import AqnError, ConfigError, DataError, EvidenceError
+from verl_aqn.errors import AqnError, ConfigError, DataError, EvidenceError, first_line
 from verl_aqn.preflight.checks import check_machine
 from verl_aqn.runs.checkpoints import config_of, find_checkpoint
 from verl_aqn.runs.folder import RunFolder, open_run
@@ -178,7 +178,7 @@ def with_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
         try:
             config.merge_with_dotlist([override])
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{override}: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"{override}: {first_line(error)}") from error
     parse_aqn(config)
     return config
 

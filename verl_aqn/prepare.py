@@ -6,7 +6,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.cache import cache_dir
 from verl_aqn.config import order_of, parse_aqn, schedule_of
-from verl_aqn.errors import ConfigError, ModelError
+from verl_aqn.errors import ConfigError, ModelError, first_line
 from verl_aqn.moe import keep_adapter_off_experts
 from verl_aqn.serving import prepare_serving
 from verl_aqn.terminal import progress_bar
@@ -105,8 +105,7 @@ def _from_hub(name: str, weights: bool) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{name} is neither a folder nor a model that the hub gives: {reason}") from error
+        raise ModelError(f"{name} is neither a folder nor a model that the hub gives: {first_line(error)}") from error
 
 
 def prepare_data(config: DictConfig) -> dict[str, int]:

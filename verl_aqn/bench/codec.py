@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-from verl_aqn.errors import ConfigError
+from verl_aqn.errors import ConfigError, first_line
 from verl_aqn.mxfp4 import Mxfp4Linear, Mxfp4Tensor, dequantize, fake_quantize, quantize
 from verl_aqn.mxfp4.kernels import native, reference
 
@@ -41,7 +41,7 @@ def measure(
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"--device {device}: {first_line(error)}") from error
     codec = list(_codec_rows(device, size))
     linear = list(_linear_rows(device))
     for n in range(rounds + 1):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard  # also lets torch.load take DTensors without pickle
 
 from verl_aqn.adapter import ADAPTER_DTYPE, Adapter, split_name
-from verl_aqn.errors import DataError, ModelError
+from verl_aqn.errors import DataError, ModelError, first_line
 from verl_aqn.mxfp4.storage import read_json
 
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
@@ -71,10 +71,9 @@ def _load(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DataError(f"{file} is not there: every rank's file is needed") from None
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(f"{file} holds more than tensors and is not opened ({reason})") from error
+        raise DataError(f"{file} holds more than tensors and is not opened ({first_line(error)})") from error
     except (RuntimeError, EOFError, OSError) as error:
-        raise DataError(f"{file} is damaged ({str(error).splitlines()[0]}): copy it again") from error
+        raise DataError(f"{file} is damaged ({first_line(error)}): copy it again") from error
 
 
 def _join(name: str, parts: list[Tensor], actor: Path) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from verl_aqn.data import word_problems
-from verl_aqn.errors import DataError, ModelError
+from verl_aqn.errors import DataError, ModelError, first_line
 from verl_aqn.mxfp4.experts import is_fused
 from verl_aqn.mxfp4.model import empty_model
 from verl_aqn.mxfp4.storage import Weights, read_config
@@ -153,8 +153,7 @@ def calibration_ids(
     try:
         tokenizer = AutoTokenizer.from_pretrained(src)
     except (OSError, ValueError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"cannot calibrate {src} without its tokenizer: {first_line}") from error
+        raise ModelError(f"cannot calibrate {src} without its tokenizer: {first_line(error)}") from error
     streams = []
     for source in sources:
         texts = conversations(tokenizer, sequences, "train", seed) if source == "embedded" else read_texts(source)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from verl_aqn.errors import ModelError
+from verl_aqn.errors import ModelError, first_line
 from verl_aqn.mxfp4.codec import dequantize
 from verl_aqn.mxfp4.experts import Mxfp4Experts, is_fused
 from verl_aqn.mxfp4.linear import Mxfp4Linear
@@ -120,8 +120,8 @@ def empty_model(path: Path, dtype: torch.dtype = torch.bfloat16, attn_implementa
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
     except (ValueError, KeyError, OSError, ImportError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"transformers cannot build the model of {path / 'config.json'}: {first_line}") from error
+        file = path / "config.json"
+        raise ModelError(f"transformers cannot build the model of {file}: {first_line(error)}") from error
 
 
 def check_names(model: PreTrainedModel, naming: Naming, sources: dict[str, list[str]], path: Path) -> None:
