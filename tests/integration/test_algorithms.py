@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import constant_reward
 from tests.integration.conftest import leftovers, lines, newest
 from verl_aqn.export.shards import read_adapter
 
@@ -134,8 +135,10 @@ def test_ppo_trains_a_critic_on_the_packed_base_with_noise_in_the_actor_too(run)
 
 
 def test_a_run_whose_groups_never_differ_stops_and_says_why(run):
-    constant = ["reward.custom_reward_function.name=constant", "algorithm.filter_groups.max_num_gen_batches=2"]
-    code, err, folder = run("dapo", *ONE_STEP, *constant, "reward.reward_kwargs.overlong_buffer_cfg.enable=false")
+    reward = "reward.custom_reward_function"
+    constant = [f"{reward}.path={constant_reward.__file__}", f"{reward}.name=constant"]
+    limits = ["algorithm.filter_groups.max_num_gen_batches=2", "reward.reward_kwargs.overlong_buffer_cfg.enable=false"]
+    code, err, folder = run("dapo", *ONE_STEP, *constant, *limits)
     assert code == 1
     assert "groups had no variance in score and were thrown away (σ 0.05, mean score 0.000" in err
     assert "lower aqn.noise.sigma_start" in err

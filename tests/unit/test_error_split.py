@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from tests.sqnr import energies
 from verl_aqn.errors import ModelError
-from verl_aqn.mxfp4.codec import SCALE_RULES, Mxfp4Tensor, dequantize, energies, quantize
+from verl_aqn.mxfp4.codec import SCALE_RULES, Mxfp4Tensor, dequantize, quantize
 from verl_aqn.mxfp4.error_split import ErrorSplit, split_error
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)

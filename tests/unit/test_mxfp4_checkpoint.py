@@ -18,6 +18,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from tests.sqnr import sqnr_db
 from tests.tiny_configs import SMALL
 from verl_aqn.errors import ConfigError, ModelError
 from verl_aqn.mxfp4 import Mxfp4Linear, dequantize, quantize
@@ -28,7 +29,7 @@ from verl_aqn.mxfp4.checkpoint import (
     model_digest,
     quantize_checkpoint,
 )
-from verl_aqn.mxfp4.codec import Mxfp4Tensor, sqnr_db
+from verl_aqn.mxfp4.codec import Mxfp4Tensor
 from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model
 from verl_aqn.mxfp4.storage import read_config
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.sqnr import sqnr_db
 from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4 import dequantize, fake_quantize, quantize
-from verl_aqn.mxfp4.codec import SCALE_RULES, sqnr_db
+from verl_aqn.mxfp4.codec import SCALE_RULES
 from verl_aqn.mxfp4.kernels import native, reference
 
 GRID = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -203,12 +204,6 @@ def test_tables_made_in_inference_mode_serve_training() -> None:
         fake_quantize(torch.randn(1, 32))
     x = torch.randn(1, 32, requires_grad=True)
     fake_quantize(x).sum().backward()
-
-
-def test_sqnr() -> None:
-    x = torch.tensor([3.0, 4.0])
-    assert sqnr_db(x, x) == float("inf")
-    assert sqnr_db(x, torch.tensor([3.0, 4.5])) == pytest.approx(20.0)
 
 
 def test_errors_name_the_fix() -> None:

@@ -8,8 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig, Qwen2Config
 
+from tests.sqnr import sqnr_db
 from tests.tiny_configs import SMALL
 from verl_aqn.data.smollm2 import tiny_model
 from verl_aqn.errors import ConfigError, DataError, ModelError
@@ -17,8 +19,8 @@ from verl_aqn.mxfp4 import dequantize, quantize
 from verl_aqn.mxfp4.cached import quantized_cache
 from verl_aqn.mxfp4.calibrate import Calibration, calibration_ids
 from verl_aqn.mxfp4.checkpoint import checkpoint_digest, quantize_checkpoint
-from verl_aqn.mxfp4.codec import SCALE_RULES, sqnr_db
-from verl_aqn.mxfp4.gptq import gptq, gptq_quantizer, output_error, quantize_with_gptq
+from verl_aqn.mxfp4.codec import SCALE_RULES
+from verl_aqn.mxfp4.gptq import gptq, gptq_quantizer, quantize_with_gptq
 from verl_aqn.mxfp4.loftq import loftq, loftq_checkpoint
 from verl_aqn.mxfp4.model import load_model
 from verl_aqn.mxfp4.remedies import fold_macro_scales, worst_layers
@@ -71,6 +73,13 @@ def test_gptq_without_correlation_is_plain_rounding(rule, moment):
     got, expected = gptq(weight, moment, rule), quantize(weight, rule)
     assert torch.equal(got.scale, expected.scale)
     assert torch.equal(dequantize(*got), dequantize(*expected))
+
+
+def output_error(weight: Tensor, rounded: Tensor, moment: Tensor) -> float:
+    """tr((W-Q) H (W-Q)^T) / tr(W H W^T): the squared error of the layer's outputs as a share of their energy."""
+    weight, moment = weight.double(), moment.double()
+    error = weight - rounded.double()
+    return (((error @ moment) * error).sum() / ((weight @ moment) * weight).sum()).item()
 
 
 @settings(max_examples=15, deadline=None)

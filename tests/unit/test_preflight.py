@@ -27,8 +27,8 @@ def shape() -> Shape:
     """Of `tiny_model`: two layers of 64 features, two heads, embedding and head of SmolLM2's vocabulary."""
     layer, outside = 4 * 64 * 64 + 3 * 64 * 128, 2 * 49152 * 64
     return Shape(
-        layers=2, hidden=64, query=64, key_value=64, heads=2, inner=128, experts=0, vocabulary=49152, positions=8192,
-        tied=False, head_norms=False, linears=2 * layer, kept=outside + 5 * 64, root=outside + 64, norms=5 * 64,
+        layers=2, hidden=64, query=64, key_value=64, heads=2, inner=128, experts=0, vocabulary=49152,
+        head_norms=False, linears=2 * layer, kept=outside + 5 * 64, root=outside + 64, norms=5 * 64,
         layer_linears=layer, layer_kept=2 * 64, largest=64 * 128, adapted=2 * (4 * 128 + 3 * 192),
     )  # fmt: skip
 

@@ -5,8 +5,3 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
     letters = [letter for letter in solution_str.lower() if letter.isalpha()]
     share = sum(letter <= "m" for letter in letters) / max(len(letters), 1)
     return {"score": share, "acc": float(share > 0.5), "flexible": share}
-
-
-def constant(*args, **kwargs):
-    """No answer is better than another."""
-    return {"score": 0.0, "acc": 0.0, "flexible": 0.0}

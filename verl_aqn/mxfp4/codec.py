@@ -143,29 +143,6 @@ def fake_quantize(
     return _FakeQuantize.apply(x, scale_rule, rounding, seed, out)
 
 
-def sqnr_db(x: Tensor, y: Tensor) -> float:
-    """Signal to quantisation noise of ``y``, a copy of ``x``, in dB: 10 log10(sum x^2 / sum (x - y)^2), or inf."""
-    return ratio_db(*energies(x, y))
-
-
-def energies(x: Tensor, y: Tensor) -> tuple[float, float]:
-    """(sum x^2, sum (x - y)^2) in float64: what `sqnr_db` is made of, so that it can be pooled over tensors."""
-    signal = noise = 0.0
-    # In pieces: a float64 copy of a whole embedding would be four times its size.
-    for a, b in zip(x.reshape(-1).split(1 << 20), y.reshape(-1).split(1 << 20), strict=True):
-        a, b = a.double(), b.double()
-        signal += a.square().sum().item()
-        noise += (a - b).square().sum().item()
-    return signal, noise
-
-
-def ratio_db(signal: float, noise: float) -> float:
-    """10 log10(signal / noise); inf without noise, NaN where either is."""
-    if noise == 0:
-        return float("inf")
-    return (10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64))).item()
-
-
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, scale_rule: str, rounding: str, seed: int, out: Tensor | None) -> Tensor:

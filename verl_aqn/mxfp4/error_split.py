@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from verl_aqn.mxfp4.codec import BLOCK, dequantize, ratio_db
+from verl_aqn.mxfp4.codec import BLOCK, dequantize
 
 # Blocks handled at a time: float64 temporaries stay in a CPU's caches, and PyTorch keeps to one thread (see codec).
 _STEP = 1023
@@ -109,3 +109,10 @@ def _split_blocks(w: Tensor, packed: Tensor, scale: Tensor) -> ErrorSplit:
         dead=int(dead.sum()),
         saturated=int(clipped.sum()),
     )
+
+
+def ratio_db(signal: float, noise: float) -> float:
+    """10 log10(signal / noise); inf without noise, NaN where either is."""
+    if noise == 0:
+        return float("inf")
+    return (10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64))).item()

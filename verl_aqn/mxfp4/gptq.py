@@ -90,13 +90,6 @@ def quantize_with_gptq(
     return quantize_checkpoint(src, dst, scale_rule, exclude, progress, quantizer, format)
 
 
-def output_error(weight: Tensor, rounded: Tensor, moment: Tensor) -> float:
-    """tr((W-Q) H (W-Q)^T) / tr(W H W^T): the squared error of the layer's outputs as a share of their energy."""
-    weight, moment = weight.double(), moment.double()
-    error = weight - rounded.double()
-    return (((error @ moment) * error).sum() / ((weight @ moment) * weight).sum()).item()
-
-
 def _order(energy: Tensor) -> tuple[Tensor, Tensor]:
     """(columns [K], blocks [K/32]) from most to least energy, which leaves the least to be moved at the end.
 

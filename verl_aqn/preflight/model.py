@@ -55,8 +55,6 @@ def shape_of(folder: Path, exclude: tuple[str, ...]) -> Shape:
         inner=_inner(config),
         experts=getattr(config, "num_experts_per_tok", None) or 0,
         vocabulary=config.vocab_size,
-        positions=config.max_position_embeddings,
-        tied=bool(model.config.tie_word_embeddings),
         head_norms=any(name.endswith("q_norm") for name in modules),
         linears=linears,
         kept=total - linears,

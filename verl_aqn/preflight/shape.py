@@ -23,8 +23,6 @@ class Shape:
     inner: int
     experts: int
     vocabulary: int
-    positions: int
-    tied: bool
     head_norms: bool
     linears: int
     kept: int
