@@ -9,6 +9,7 @@ from pathlib import Path
 
 FOLDER = "VERL_AQN_STACKS"  # environment variable: where the processes of a run leave their stacks
 SIGNAL = signal.SIGUSR2  # used by neither Ray nor vLLM
+WAIT_S = 5
 
 
 def folder_in(temporary: str | Path) -> Path:
@@ -35,7 +36,7 @@ def listening(folder: Path) -> set[int]:
     return {int(path.stem) for path in folder.glob("*.txt")}
 
 
-def collect(folder: Path, processes: Mapping[int, str], wait_s: float = 5) -> str:
+def collect(folder: Path, processes: Mapping[int, str]) -> str:
     """The stacks of those of `processes` (pid → what it is) that listen and live, as text."""
     asked = []
     for pid in sorted(listening(folder) & set(processes)):
@@ -44,7 +45,7 @@ def collect(folder: Path, processes: Mapping[int, str], wait_s: float = 5) -> st
         except ProcessLookupError:
             continue
         asked.append(pid)
-    deadline = time.monotonic() + wait_s
+    deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline and not all((folder / f"{pid}.txt").stat().st_size for pid in asked):
         time.sleep(0.1)
     time.sleep(0.2 if asked else 0)  # the last one may still be writing

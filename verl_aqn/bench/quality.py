@@ -122,7 +122,7 @@ VARIANTS: dict[str, tuple[str, Callable[[Setting], tuple[PreTrainedModel, int]]]
 
 
 def measure(
-    src: str | Path, items: int, sequences: int, only: list[str], text: str, calibrate: list[str], seed: int = 0
+    src: str | Path, items: int, sequences: int, only: list[str], text: str, calibrate: list[str]
 ) -> list[dict[str, Any]]:
     """One row for bf16, one for ``mse`` and one for each variant of ``only``, with 95 % intervals; progress on stderr.
 
@@ -140,13 +140,13 @@ def measure(
         raise ConfigError(f"{text} would be calibrated on and measured on: give two files")
     src = Path(src)
     tokenizer = AutoTokenizer.from_pretrained(src)
-    texts = conversations(tokenizer, sequences, "test", seed) if text == "embedded" else read_texts(text)
+    texts = conversations(tokenizer, sequences, "test", 0) if text == "embedded" else read_texts(text)
     if len(texts) < sequences:
         raise DataError(f"{text} holds {len(texts)} texts, {sequences} are asked for: lower --sequences")
     tokens = [tokenizer(t, add_special_tokens=False)["input_ids"][:LENGTH] for t in texts[:sequences]]
     counts = np.array([len(t) - 1 for t in tokens], dtype=float)
-    questions = problems(items, "test", seed)
-    ids = calibration_ids(src, calibrate, seed=seed)
+    questions = problems(items, "test", 0)
+    ids = calibration_ids(src, calibrate)
 
     def run(name: str, model: PreTrainedModel, started: float) -> tuple[Measured, list[Tensor]]:
         nll, kl, hidden = _losses(model, tokens, reference)

@@ -48,7 +48,7 @@ class Mxfp4Experts(nn.Module):
     down_proj_packed: Tensor
     down_proj_scale: Tensor
 
-    def __init__(self, experts: nn.Module, naming: Naming, device: torch.device | str = "meta"):
+    def __init__(self, experts: nn.Module, naming: Naming):
         super().__init__()
         if fault := why_not_packable(experts):
             raise ModelError(f"{type(experts).__name__} cannot stay packed ({fault}): dequantise the checkpoint")
@@ -58,7 +58,7 @@ class Mxfp4Experts(nn.Module):
         for name in ("gate_up_proj", "down_proj"):
             e, n, k = getattr(experts, name).shape
             for kind, width in (("packed", k // 2), ("scale", k // BLOCK)):
-                codes = torch.empty(e, n, width, dtype=torch.uint8, device=device)
+                codes = torch.empty(e, n, width, dtype=torch.uint8, device="meta")
                 self.register_parameter(f"{name}_{kind}", nn.Parameter(codes, requires_grad=False))
 
     def matrices(self, name: str, whole: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:

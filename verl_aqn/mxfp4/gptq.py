@@ -23,14 +23,15 @@ from verl_aqn.mxfp4.kernels.reference import E2M1
 from verl_aqn.mxfp4.plan import EXCLUDE
 from verl_aqn.mxfp4.report import QuantReport
 
+# A share of the mean energy of an input, added to every input's energy: it keeps faint inputs, of which the sample says
+# little, from being bent to make up for others.
 DAMPING = 0.01
 
 
-def gptq(weight: Tensor, moment: Tensor, scale_rule: str = "mse", damping: float = DAMPING) -> Mxfp4Tensor:
+def gptq(weight: Tensor, moment: Tensor, scale_rule: str = "mse") -> Mxfp4Tensor:
     """Quantise ``weight`` [N, K] for inputs whose second moment X^T X is ``moment`` [K, K] (any positive scale of it).
 
-    An input that is always zero is rounded plainly. ``damping``, a share of the mean energy of an input, is added to
-    every input's energy: it keeps faint inputs, of which the sample says little, from being bent to make up for others.
+    An input that is always zero is rounded plainly.
 
     Raises:
         ModelError: ``moment`` is not [K, K] or not finite; and as `quantize` raises.
@@ -43,7 +44,7 @@ def gptq(weight: Tensor, moment: Tensor, scale_rule: str = "mse", damping: float
         )
     quantize(weight[:0], scale_rule)  # refuses a shape, dtype or rule before any work
     order, blocks = _order(moment.diagonal())
-    factor = _factor(moment[order][:, order], damping)
+    factor = _factor(moment[order][:, order])
     rest = weight.detach().float()[:, order]
     codes = torch.empty(n, k, dtype=torch.uint8)
     scale = torch.empty(n, k // BLOCK, dtype=torch.uint8)
@@ -100,11 +101,11 @@ def _order(energy: Tensor) -> tuple[Tensor, Tensor]:
     return (inside + BLOCK * torch.arange(len(inside))[:, None])[blocks].view(-1), blocks
 
 
-def _factor(moment: Tensor, damping: float) -> Tensor:
+def _factor(moment: Tensor) -> Tensor:
     """Upper triangular U, float32 [K, K], with U^T U = H^-1: row i tells how column i's error moves later columns."""
     h = moment.double()
     # A dead input has no row in H: any positive value on its diagonal keeps it apart from all others.
-    extra = damping * h.diagonal().mean()
+    extra = DAMPING * h.diagonal().mean()
     h.diagonal().add_(extra if extra > 0 else 1)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
     return torch.linalg.cholesky(inverse, upper=True).float()

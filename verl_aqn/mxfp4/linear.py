@@ -54,7 +54,6 @@ class Mxfp4Linear(nn.Linear):
         bias: bool = True,
         device: torch.device | str | None = None,
         compute_dtype: torch.dtype = torch.bfloat16,
-        activation: Activation | None = None,
     ):
         nn.Module.__init__(self)  # not nn.Linear's, which would allocate and register a dense weight
         if in_features % BLOCK:
@@ -64,7 +63,7 @@ class Mxfp4Linear(nn.Linear):
         self.in_features = in_features
         self.out_features = out_features
         self.compute_dtype = compute_dtype
-        self.activation = activation
+        self.activation: Activation | None = None
         self.keep_dense = False
         self._dense: Tensor | None = None
         self.weight_packed = _frozen(torch.empty(out_features, in_features // 2, dtype=torch.uint8, device=device))
@@ -75,10 +74,10 @@ class Mxfp4Linear(nn.Linear):
             self.register_parameter("bias", None)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, scale_rule: str = "mse") -> Self:
-        """Quantise ``linear``; its bias is shared, its weight is not kept. Raises what `quantize` raises."""
+    def from_linear(cls, linear: nn.Linear) -> Self:
+        """Quantise ``linear`` by ``mse``; its bias is shared, its weight is not kept. Raises what `quantize` raises."""
         weight = linear.weight
-        packed, scale = quantize(weight, scale_rule)
+        packed, scale = quantize(weight, "mse")
         layer = cls(linear.in_features, linear.out_features, bias=False, device="meta", compute_dtype=weight.dtype)
         layer.weight_packed, layer.weight_scale = _frozen(packed), _frozen(scale)
         layer.bias = linear.bias

@@ -20,7 +20,7 @@ from verl_aqn.mxfp4.report import QuantReport
 from verl_aqn.mxfp4.writing import new_folder
 
 
-def loftq(weight: Tensor, rank: int, rounds: int = 5, scale_rule: str = "mse") -> tuple[Mxfp4Tensor, Tensor, Tensor]:
+def loftq(weight: Tensor, rank: int, rounds: int = 5) -> tuple[Mxfp4Tensor, Tensor, Tensor]:
     """(Q, A float32 [r, K], B float32 [N, r]) with ``weight`` [N, K] ≈ Q + B A; deterministic.
 
     Raises:
@@ -32,7 +32,7 @@ def loftq(weight: Tensor, rank: int, rounds: int = 5, scale_rule: str = "mse") -
     weight = weight.detach().float()
     a, b = torch.zeros(rank, weight.shape[1]), torch.zeros(weight.shape[0], rank)
     for _ in range(rounds):
-        codes = quantize(weight - b @ a, scale_rule)
+        codes = quantize(weight - b @ a, "mse")
         a, b = _best_rank(weight - dequantize(*codes, dtype=torch.float32), rank)
     return codes, a, b
 
@@ -44,8 +44,6 @@ def loftq_checkpoint(
     rank: int = 32,
     alpha: float = 32,
     rslora: bool = False,
-    rounds: int = 5,
-    scale_rule: str = "mse",
 ) -> QuantReport:
     """Write the packed base of ``src`` to the new folder ``dst`` and its PEFT adapter to the new folder ``adapter``.
 
@@ -60,12 +58,12 @@ def loftq_checkpoint(
     factors: dict[str, tuple[Tensor, Tensor]] = {}
 
     def quantizer(name: str, weight: Tensor) -> Mxfp4Tensor:
-        codes, a, b = loftq(weight, rank, rounds, scale_rule)
+        codes, a, b = loftq(weight, rank)
         factors[name] = (a / math.sqrt(scaling), b / math.sqrt(scaling))
         return codes
 
     with new_folder(Path(adapter)) as folder:
-        report = quantize_checkpoint(src, dst, scale_rule, quantizer=quantizer)
+        report = quantize_checkpoint(src, dst, "mse", quantizer=quantizer)
         config = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=rslora, target_modules=list(factors))
         model = get_peft_model(load_model(dst), config)
         model.peft_config["default"].base_model_name_or_path = str(dst)

@@ -25,7 +25,7 @@ _STEPS = 8  # factors tried in an octave: the next one up is the same scale with
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def fold_macro_scales(src: str | Path, dst: str | Path, scale_rule: str = "mse") -> int:
+def fold_macro_scales(src: str | Path, dst: str | Path) -> int:
     """Write ``src``, a decoder of Llama's form, to ``dst`` in float32, rescaled to be rounded better; same function.
 
     Every row of up_proj and v_proj takes the factor 2^(i/8), i = 0..7, with the least relative squared error; the
@@ -48,14 +48,14 @@ def fold_macro_scales(src: str | Path, dst: str | Path, scale_rule: str = "mse")
         todo = set(weights.specs)
         for first, second in pairs:
             rows, columns = weights.read(first + ".weight").float(), weights.read(second + ".weight").float()
-            factor = _row_factors(rows, scale_rule)
+            factor = _row_factors(rows)
             # Grouped-query attention: one head of v meets several heads of o.
             shared = columns.shape[1] // len(factor)
             inverse = (1 / factor).view(-1, 1, head_dim if shared > 1 else len(factor))
             inverse = inverse.expand(-1, shared, -1).reshape(-1)
             new_rows, new_columns = rows * factor[:, None], columns * inverse
-            before = _relative_error(rows, scale_rule) + _relative_error(columns, scale_rule)
-            after = _relative_error(new_rows, scale_rule) + _relative_error(new_columns, scale_rule)
+            before = _relative_error(rows) + _relative_error(columns)
+            after = _relative_error(new_rows) + _relative_error(new_columns)
             if after < before:
                 rescaled += 1
                 rows, columns = new_rows, new_columns
@@ -121,19 +121,19 @@ def _pairs(weights: Weights) -> Iterator[tuple[str, str]]:
                 yield module, parent + second
 
 
-def _row_factors(weight: Tensor, scale_rule: str) -> Tensor:
+def _row_factors(weight: Tensor) -> Tensor:
     """Float32 [N]: the factor in [1, 2) under which each row of ``weight`` [N, K] has the least relative error."""
     factors = torch.tensor([2 ** (i / _STEPS) for i in range(_STEPS)])
-    errors = torch.stack([_squared_error(weight * f, scale_rule).sum(1) / f**2 for f in factors])
+    errors = torch.stack([_squared_error(weight * f).sum(1) / f**2 for f in factors])
     return factors[errors.argmin(0)]
 
 
-def _relative_error(weight: Tensor, scale_rule: str) -> float:
-    return (_squared_error(weight, scale_rule).sum() / weight.double().square().sum()).item()
+def _relative_error(weight: Tensor) -> float:
+    return (_squared_error(weight).sum() / weight.double().square().sum()).item()
 
 
-def _squared_error(weight: Tensor, scale_rule: str) -> Tensor:
-    return (weight - dequantize(*quantize(weight, scale_rule), dtype=torch.float32)).double().square()
+def _squared_error(weight: Tensor) -> Tensor:
+    return (weight - dequantize(*quantize(weight, "mse"), dtype=torch.float32)).double().square()
 
 
 def _groups(names: list[str]) -> list[tuple[str, ...]]:

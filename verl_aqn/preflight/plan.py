@@ -1,6 +1,5 @@
 """How many devices of which size a recipe's model needs."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,6 +88,6 @@ def fewest(shape: Shape, sizes: Sizes, size: int) -> Fit:
         tokens //= 2
 
 
-def plan(shape: Shape, sizes: Sizes, gigabytes: Iterable[int] = DEVICE_GB) -> list[Fit]:
-    """`fewest` for each size of device, in GB of 1e9 bytes (an 80 GB device has 80 GiB and a little less for use)."""
-    return [fewest(shape, sizes, int(size * 1e9)) for size in gigabytes]
+def plan(shape: Shape, sizes: Sizes) -> list[Fit]:
+    """`fewest` for each of `DEVICE_GB`, in GB of 1e9 bytes (an 80 GB device has 80 GiB and a little less for use)."""
+    return [fewest(shape, sizes, int(size * 1e9)) for size in DEVICE_GB]

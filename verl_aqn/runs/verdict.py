@@ -14,23 +14,23 @@ PLAN_MODEL = "Qwen2.5-1.5B-Instruct"
 E12_ACCURACY = 0.7248  # E12 on GSM8K, Qwen2.5-1.5B-Instruct: the experiment plan's bar
 
 
-def plan_verdict(accuracy: float, n: int, comparable: bool, target: float = E12_ACCURACY) -> str:
-    """The plan's criterion (accuracy above `target`) for `accuracy`, a fraction of 1 over `n` items.
+def plan_verdict(accuracy: float, n: int, comparable: bool) -> str:
+    """The plan's criterion (accuracy above `E12_ACCURACY`) for `accuracy`, a fraction of 1 over `n` items.
 
     `comparable`: the items are GSM8K's test set and the model is the plan's. DataError for no items or an accuracy
     outside [0, 1].
     """
     successes = round(accuracy * n)
     text, (low, high) = accuracy_text(successes, n), wilson(successes, n)
-    bar = f"{100 * target:.2f} %"
+    bar = f"{100 * E12_ACCURACY:.2f} %"
     if not comparable:
         return (
             f"{text}. The plan's {bar} is of {PLAN_MODEL} on GSM8K's test problems: it is not comparable with this "
             "run, and the criterion is neither met nor missed."
         )
-    met = accuracy > target
+    met = accuracy > E12_ACCURACY
     verdict = f"{text}: the plan's criterion (above {bar}) is {'met' if met else 'not met'}"
-    if low <= target <= high:
+    if low <= E12_ACCURACY <= high:
         return f"{verdict}, but the interval contains {bar}: this run alone does not show a difference from it."
     return f"{verdict}, and the interval excludes {bar}."
 

@@ -181,9 +181,7 @@ def equals_loaded(layer: Any) -> bool | None:
     return [values_digest(part) for part in weight.split(_widths(layer))] == layer.bf16_digests
 
 
-def adapter_tensors(
-    model: torch.nn.Module, rank: int, slot: int = 0
-) -> Iterator[tuple[str, torch.Tensor, list[int] | None]]:
+def adapter_tensors(model: torch.nn.Module, rank: int) -> Iterator[tuple[str, torch.Tensor, list[int] | None]]:
     """A [r, K] and B·α/r [N, r] in the LoRA layers' own buffers, under the trainer's names.
 
     With each: None, or the `Slice` of it that a tensor-parallel rank holds.
@@ -195,9 +193,9 @@ def adapter_tensors(
         for part, a, b in zip(parts_of(model, name, layer.base_layer), stacked_a, stacked_b, strict=True):
             row, rows, column, columns = part.slice
             narrow = columns != part.columns
-            yield f"{part.name}.A", a[slot, 0, :rank], [0, rank, column, columns] if narrow else None
+            yield f"{part.name}.A", a[0, 0, :rank], [0, rank, column, columns] if narrow else None
             low = not narrow and not part.whole
-            yield f"{part.name}.B", b[slot, 0, :, :rank], [row, rows, 0, rank] if low else None
+            yield f"{part.name}.B", b[0, 0, :, :rank], [row, rows, 0, rank] if low else None
 
 
 def adapter_slices(model: torch.nn.Module, rank: int) -> Slices:
