@@ -1,5 +1,6 @@
 """LoRA adapters as this project moves them: 16-bit tensors under module names, and one digest wherever they are."""
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -45,6 +46,11 @@ def served_adapter(adapter: Iterable[tuple[str, Tensor]], scaling: float) -> Ite
     for name, tensor in adapter:
         module, kind = split_name(name)
         yield f"{module}.{kind}", tensor * scaling if kind == "B" else tensor
+
+
+def unwrapped(name: str) -> str:
+    """A name inside a model without what FSDP, checkpointing of activations and torch.compile add to it."""
+    return re.sub(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.", "", name)
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console as RichConsole
 from rich.table import Table
 
 from verl_aqn import __version__
@@ -113,7 +112,7 @@ def schedule(
         view.add_column(column, justify="right")
     for row in table:
         view.add_row(str(row["step"]), str(row["stage"]), f"{row['sigma']:.3g}")
-    RichConsole().print(view)
+    print_wide(view)
 
 
 @app.command()
@@ -162,8 +161,7 @@ def probe(
             shares = [_interval([100 * x for x in share], ".0f") for share in (row.accuracy, row.variance) if share]
             mark = " ← σ_start" if row.sigma == start else ""
             view.add_row(f"{row.sigma:.3g}{mark}", _interval(row.kl, ".3g"), _interval(row.entropy, ".3g"), *shares)
-        console = RichConsole()
-        (console if console.is_terminal else RichConsole(width=120)).print(view)
+        print_wide(view)
     sys.stdout.flush()
     check_strength(measured, rows, start)
 

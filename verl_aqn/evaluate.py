@@ -20,8 +20,7 @@ from verl_aqn.preflight.checks import check_machine
 from verl_aqn.runs.checkpoints import config_of, find_checkpoint
 from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.runs.stats import wilson
-from verl_aqn.supervise import supervise
-from verl_aqn.train import identity, launch, resolve
+from verl_aqn.train import attempt, identity, launch, resolve
 
 CONTROL = "e6a"  # the recipe that a model folder is validated by: its noise is off, its data and lengths are the plan's
 PRECISIONS = ("mxfp4", "bf16")
@@ -133,9 +132,7 @@ def evaluate(path: Path, overrides: list[str], adapter: Path | None = None, prec
     console.say(f"model    {config.actor_rollout_ref.model.path} ({used})")
     console.say(f"adapter  {adapter or target.checkpoint or 'none'}, unmerged")
     console.say(f"data     {todo.rows['test']:,} validation prompts, noise off")
-    outcome = supervise(run, console)
-    run.set_status(outcome.status, outcome.message)
-    run.close()
+    outcome = attempt(run, console)
     if outcome.status != "finished":
         raise AqnError(f"{outcome.message} (log: {run.log})")
     result = read(run, str(path), used)

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console as RichConsole
 from rich.table import Table
 
 from verl_aqn.errors import ConfigError
-from verl_aqn.terminal import progress_bar
+from verl_aqn.terminal import print_wide, progress_bar
 
 if TYPE_CHECKING:
     from verl_aqn.mxfp4.report import QuantReport
@@ -72,9 +71,7 @@ def quantize(
     if as_json:
         print(json.dumps(report.to_dict()))
         return
-    console = RichConsole()
-    # A pipe or a file has no width of its own: the table would be cut to 80 columns.
-    (console if console.is_terminal else RichConsole(width=200)).print(table(report, title))
+    print_wide(table(report, title))
 
 
 def _db(value: float) -> str:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 def print_wide(view: Table) -> None:
     """A table with long rows: a file or a pipe has no width of its own."""
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(view)
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(view)
 
 
 @contextmanager

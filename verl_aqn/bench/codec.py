@@ -5,7 +5,6 @@ ratios are medians of the rounds' own ratios.
 """
 
 import logging
-import platform
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.utils.benchmark import Timer
 from verl_aqn.errors import ConfigError, first_line
 from verl_aqn.mxfp4 import Mxfp4Linear, Mxfp4Tensor, dequantize, fake_quantize, quantize
 from verl_aqn.mxfp4.kernels import native, reference
+from verl_aqn.runs.provenance import processor
 
 # [tokens, K, N] of a micro-batch in SmolLM2-135M's largest layers, and in Qwen2.5-1.5B's.
 LINEAR_SHAPES = ((1024, 576, 1536), (1024, 1536, 8960))
@@ -203,12 +203,7 @@ def _linear_report(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def device_name(device: str) -> str:
+    """What was measured: the GPU's or the processor's name."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    if device != "cpu":
-        return device
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return processor() if device == "cpu" else device

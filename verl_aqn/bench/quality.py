@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -32,6 +31,7 @@ from verl_aqn.mxfp4.plan import EXCLUDE
 from verl_aqn.mxfp4.remedies import fold_macro_scales, worst_layers
 from verl_aqn.rewards.gsm8k import score
 from verl_aqn.runs.stats import mcnemar, ratio_interval, wilson
+from verl_aqn.terminal import print_wide
 
 LENGTH = 256  # tokens of a text
 NEW_TOKENS = 24
@@ -184,8 +184,7 @@ def print_table(rows: list[dict[str, Any]], title: str) -> None:
             _interval([100 * x for x in row["accuracy_minus_mse"]], 1),
             f"{row['mcnemar_p']:.1g}",
         )
-    # Rows are wide; a file or a pipe has no width of its own.
-    Console(width=None if sys.stdout.isatty() else 180).print(view)
+    print_wide(view)
 
 
 def _row(name: str, size: int, it: Measured, bf16: Measured, mse: Measured, counts: np.ndarray) -> dict[str, Any]:

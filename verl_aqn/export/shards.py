@@ -6,7 +6,6 @@ verl gives every rank a file of its part of each tensor (a DTensor), and `lora_t
 
 import logging
 import pickle
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +15,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard  # also lets torch.load take DTensors without pickle
 
-from verl_aqn.adapter import ADAPTER_DTYPE, Adapter, split_name
+from verl_aqn.adapter import ADAPTER_DTYPE, Adapter, split_name, unwrapped
 from verl_aqn.errors import DataError, ModelError, first_line
 from verl_aqn.mxfp4.storage import read_json
-
-_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 
 
 def read_adapter(actor: Path) -> Adapter:
@@ -45,7 +42,7 @@ def read_adapter(actor: Path) -> Adapter:
     for name in states[0]:
         if "lora_" not in name:
             continue
-        module, kind = split_name(_WRAPPERS.sub("", name))
+        module, kind = split_name(unwrapped(name))
         if kind not in ("A", "B"):
             raise ModelError(f"{files[0]} holds {name}: only plain LoRA (A and B of linear layers) can be exported")
         try:

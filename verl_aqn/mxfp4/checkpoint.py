@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from verl_aqn.adapter import PEFT_PREFIX, unwrapped
 from verl_aqn.errors import ConfigError, EvidenceError, ModelError
 from verl_aqn.mxfp4.codec import BLOCK, SCALE_RULES, Mxfp4Tensor, dequantize, quantize
 from verl_aqn.mxfp4.error_split import split_error
@@ -195,8 +195,7 @@ def _packed_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 def _plain_name(name: str) -> str:
     """A module's name in the Hugging Face model, whatever it is wrapped in."""
-    name = re.sub(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.", "", name)
-    return name.removeprefix("base_model.model.").removesuffix(".base_layer")
+    return unwrapped(name).removeprefix(PEFT_PREFIX).removesuffix(".base_layer")
 
 
 def _whole(parameter: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from verl_aqn.adapter import PEFT_PREFIX
 from verl_aqn.errors import ConfigError
 from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
 from verl_aqn.mxfp4.codec import Mxfp4Tensor, dequantize, quantize
@@ -68,7 +69,7 @@ def loftq_checkpoint(
         model = get_peft_model(load_model(dst), config)
         model.peft_config["default"].base_model_name_or_path = str(dst)
         for name, (a, b) in factors.items():
-            layer = model.get_submodule(f"base_model.model.{name}")
+            layer = model.get_submodule(PEFT_PREFIX + name)
             layer.lora_A["default"].weight.data = a
             layer.lora_B["default"].weight.data = b
         model.save_pretrained(folder, save_embedding_layers=False)

@@ -65,13 +65,17 @@ def device() -> str:
         names = asked.stdout.split("\n")[:-1] if asked.returncode == 0 else []
         if names:
             return f"{len(names)} x {names[0]}"
-    cores = len(os.sched_getaffinity(0))
+    return f"{len(os.sched_getaffinity(0))} cores of {processor()}"
+
+
+def processor() -> str:
+    """Its name, or its architecture where the system does not tell."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{cores} cores of {name or platform.machine()}"
+    return name or platform.machine()
 
 
 def file_digest(path: Path) -> str:
