@@ -40,7 +40,6 @@ def mxfp4(
     if as_json:
         print(json.dumps(result))
         return
-    console = Console()
     threads = f", {result['threads']} threads" if device == "cpu" else ""
     codec = Table(title=f"MXFP4 codec, {size} × {size}, {result['device']}{threads}", title_justify="left")
     for column in ("even, unless said", "dtype", "ms", "GB/s", "of copy", "ours faster"):
@@ -55,7 +54,7 @@ def mxfp4(
             f"{row['of_copy']:.2f}",
             f"{faster:,.0f} ×" if faster else "",
         )
-    console.print(codec)
+    print_wide(codec)
     linear = Table(title="Linear layer, forward and backward; time and bytes of bf16's", title_justify="left")
     for column in ("weights", "tokens×K×N", "ms", "time", "bytes"):
         linear.add_column(column, justify="left" if column in ("weights", "tokens×K×N") else "right")
@@ -67,7 +66,7 @@ def mxfp4(
             f"{row['time_of_bf16']:.2f}",
             f"{row['bytes_of_bf16']:.3f}",
         )
-    console.print(linear)
+    print_wide(linear)
 
 
 @bench_app.command("mxfp4-quality")
@@ -83,8 +82,8 @@ def mxfp4_quality(
 ) -> None:
     """Rounding rules and remedies on SmolLM2-135M: next-token loss and answers, with intervals."""
     from verl_aqn.bench import quality
+    from verl_aqn.cache import cache_dir
     from verl_aqn.data.smollm2 import embedded_model
-    from verl_aqn.prepare import cache_dir
 
     model = embedded_model(cache_dir() / "models")
     rows = quality.measure(model, items, sequences, only or list(quality.VARIANTS), text, calibrate or ["embedded"])
@@ -123,9 +122,7 @@ def step(
 @bench_app.command("growth")
 def growth(
     steps: Annotated[int, typer.Option(min=1, help="Measured steps of every run, after one that warms up.")] = 2,
-    small: Annotated[
-        bool, typer.Option("--small", help="Three runs in place of ten, without an exponent of size.")
-    ] = False,
+    small: Annotated[bool, typer.Option("--small", help="4 runs in place of 11, without an exponent of size.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG, SVG or PDF).")] = None,
     as_json: Json = False,
 ) -> None:

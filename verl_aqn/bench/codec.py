@@ -31,7 +31,7 @@ def measure(
 
     Returns ``{"device", "threads", "size", "rounds", "kernels", "codec": [row], "linear": [row]}``. A row of the codec:
     ``name, dtype, gbytes`` (read and written), ``seconds`` (median), ``gbytes_per_s, of_copy`` (its speed as a fraction
-    of a preallocated copy of as many bytes), ``times_torchao`` (its speed over torchao's, where both do the same).
+    of a preallocated copy of as many bytes), and a peer's also ``ours_times_as_fast`` (its time by ours for the same).
 
     Raises:
         ConfigError: no such device, or a size that is no multiple of 32.

@@ -261,6 +261,7 @@ def table(result: dict) -> Table:
 
 
 def label(key: str) -> str:
+    """A figure of `summary` and its unit."""
     if key.startswith("memory"):
         return f"{key}, GB"
     if key == "synced":
@@ -269,6 +270,7 @@ def label(key: str) -> str:
 
 
 def shown(key: str, value: float | None) -> str:
+    """Its value in that unit; nothing where an arm has none."""
     if value is None:
         return ""
     if key.startswith("memory"):

@@ -1,4 +1,4 @@
-"""Make packed MXFP4 checkpoints that stock vLLM and compressed-tensors load, cache them, and give them a digest."""
+"""Make packed MXFP4 checkpoints that stock vLLM and compressed-tensors load, and give them a digest."""
 
 import hashlib
 import json

@@ -95,6 +95,7 @@ class Weights:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a model's or a checkpoint's folder; ModelError where the file does not hold one."""
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The training process: `python -m verl_aqn.verl_api.run RUN_FOLDER`, started and watched by verl_aqn.train."""
+"""The training process: `python -m verl_aqn.verl_api.run RUN_FOLDER`, started and watched by `verl_aqn.supervise`."""
 
 import os
 import sys
