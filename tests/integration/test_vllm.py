@@ -122,7 +122,7 @@ def test_adapter_matters(packed):
     assert packed["loaded"]["tokens"] != packed["without"]["tokens"]
 
 
-def test_engine_holds_the_packed_base_bit_for_bit(packed, dense, folders):
+def test_engine_holds_the_packed_base_bit_for_bit(packed, folders):
     assert packed["base"]["base_digest"] == checkpoint_digest(folders / "packed")
     assert packed["base"]["weights_equal_base"]
     assert packed["base"]["kernel"] == "CpuMxfp4LinearKernel"

@@ -198,35 +198,20 @@ def test_command(overrides, capsys, tmp_path, monkeypatch):
     assert ended.value.code == 2
 
 
-class Run:
-    """A run folder's records."""
-
-    def __init__(self):
-        self.records, self.status = [], None
-
-    def read(self, name):
-        return (record for there, record in self.records if there == name)
-
-    def append(self, name, record):
-        self.records.append((name, json.loads(json.dumps(record))))
-
-    def set_status(self, *status):
-        self.status = status
-
-
-def test_a_run_measures_its_start_once_and_says_so(todo, overrides, capsys):
-    run = Run()
+def test_a_run_measures_its_start_once_and_says_so(todo, overrides, tmp_path, capsys):
+    run = open_run(tmp_path, {})
     off = resolve(load_recipe("e12_aggressive_1ep", [*overrides, "aqn.noise.probe=false"]))
     measure_noise(run, off, Console())
-    assert not run.records, "only where a recipe asks for it"
+    assert not list(run.read("evidence.jsonl")), "only where a recipe asks for it"
     measure_noise(run, todo, Console())
-    (name, record), said = run.records[0], capsys.readouterr().err
-    assert (name, record["noisy"]["sigma"]) == ("evidence.jsonl", 0.05)
+    (record,), said = run.read("evidence.jsonl"), capsys.readouterr().err
+    assert record["noisy"]["sigma"] == 0.05
     assert record["noisy"]["variance"][0] > 0
     assert "strength σ 0.05: KL" in said
     assert "groups with variance" in said
     measure_noise(run, todo, Console())
-    assert len(run.records) == 1, "also where the run was resumed"
+    assert list(run.read("evidence.jsonl")) == [record], "also where the run was resumed"
+    run.close()
 
 
 @pytest.fixture(scope="module")
