@@ -9,18 +9,18 @@ bash scripts/setup.sh
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 unset PYTHONDONTWRITEBYTECODE
+if (($#)); then exec .venv/bin/pytest "$@"; fi
 # The report's test opens it in a browser.
 if ! command -v chromium chromium-browser google-chrome > /dev/null; then
     if [[ $EUID == 0 ]] && command -v apt-get > /dev/null; then
         echo "run_tests: installing chromium" >&2
         install() { DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium > /dev/null; }
         install || { apt-get update -qq && install; }
-    elif (($# == 0)); then
+    else
         echo "run_tests: no browser for the report's test: install chromium (apt-get install chromium, as root)" >&2
         exit 1
     fi
 fi
-if (($#)); then exec .venv/bin/pytest "$@"; fi
 # Small tests side by side, one on each core; then real runs, which want the machine for themselves.
 OMP_NUM_THREADS=1 .venv/bin/pytest -n logical --dist loadscope tests/unit tests/contract
 exec .venv/bin/pytest tests/integration

@@ -26,26 +26,24 @@ UNPICKLE = {
 }
 
 
-def calls(path: Path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call):
-            yield node
+def test_no_code_is_made_from_data():
+    for path in PACKAGE.rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call):
+                check(call, f"{path}:{call.lineno}")
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_code_is_made_from_data(path):
-    for call in calls(path):
-        where = f"{path}:{call.lineno}"
-        if isinstance(call.func, ast.Name):
-            assert call.func.id not in RUNS_CODE, where
-        if isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name):
-            name = (call.func.value.id, call.func.attr)
-            assert name not in UNPICKLE, where
-            if name == ("torch", "load"):
-                assert any(k.arg == "weights_only" and ast.literal_eval(k.value) for k in call.keywords), where
-        for keyword in call.keywords:
-            if keyword.arg in ("trust_remote_code", "shell"):
-                assert ast.literal_eval(keyword.value) is False, where
+def check(call, where):
+    if isinstance(call.func, ast.Name):
+        assert call.func.id not in RUNS_CODE, where
+    if isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name):
+        name = (call.func.value.id, call.func.attr)
+        assert name not in UNPICKLE, where
+        if name == ("torch", "load"):
+            assert any(k.arg == "weights_only" and ast.literal_eval(k.value) for k in call.keywords), where
+    for keyword in call.keywords:
+        if keyword.arg in ("trust_remote_code", "shell"):
+            assert ast.literal_eval(keyword.value) is False, where
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
