@@ -387,7 +387,5 @@ def test_imports_stay_light() -> None:
 import sys
 import verl_aqn.mxfp4
 assert not {"transformers", "peft", "safetensors"} & set(sys.modules), "the codec needs torch only"
-import verl_aqn.mxfp4.checkpoint
-assert not {"verl", "ray", "vllm"} & set(sys.modules), "the core imports no host"
 """
     subprocess.run([sys.executable, "-c", code], check=True)

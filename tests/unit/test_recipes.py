@@ -186,20 +186,6 @@ def test_reading_a_recipe_imports_no_framework():
     assert out.strip() == "[]"
 
 
-def test_core_imports_without_verl_vllm_or_ray():
-    code = (
-        "import sys\n"
-        "class Block:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in ('verl', 'vllm', 'ray', 'tensordict'): raise ImportError(name)\n"
-        "sys.meta_path.insert(0, Block())\n"
-        "import verl_aqn.schedule, verl_aqn.noise, verl_aqn.mxfp4, verl_aqn.mxfp4.checkpoint, verl_aqn.mxfp4.model\n"
-        "import verl_aqn.runs.folder, verl_aqn.runs.verdict, verl_aqn.rewards.gsm8k, verl_aqn.data.word_problems\n"
-        "import verl_aqn.vllm_api.readback, verl_aqn.config\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-
-
 @pytest.mark.parametrize(
     ("profile", "arithmetic"), [("cpu", "even/nearest"), ("cuda", "rceil/nearest"), ("npu", "floor/half_away")]
 )

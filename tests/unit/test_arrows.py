@@ -1,0 +1,92 @@
+"""The house's arrows, read from the source: which room imports which, who imports a host, and what does without one."""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[2] / "verl_aqn"
+FILES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
+# What of ours a room may import, within functions too. The table of the rooms, from the general to the specific, with
+# the small modules that several share (adapter, cache, digest, order, shards, stacks); `errors` is everybody's.
+ARROWS = {
+    "schedule": (),
+    "order": (),
+    "digest": (),
+    "shards": (),
+    "cache": (),
+    "stacks": (),
+    "data": (),
+    "rewards": (),
+    "runs": (),
+    "config": ("order", "schedule"),
+    "adapter": ("digest",),
+    "mxfp4": ("adapter", "ascend", "cache", "data", "order", "shards"),  # whose operators to use; texts to calibrate on
+    "noise": ("digest", "mxfp4", "order", "shards"),  # packed layers are noised on their codes
+    "vllm_api": ("digest", "mxfp4", "noise", "shards", "stacks"),
+    "report": ("order", "runs", "__version__"),
+}
+# Who imports what is not installed with the core, within functions too.
+HOSTS = {
+    "verl": ("verl_api", "bench/stock.py", "zygote/server.py"),  # stock verl to compare with; imported before the fork
+    "transfer_queue": ("verl_api",),
+    "tensordict": (),
+    "ray": ("verl_api", "cluster", "preflight/node.py", "zygote/server.py"),
+    "vllm": ("vllm_api",),
+    "vllm_ascend": ("vllm_api", "ascend.py"),  # asked which chip it was built for
+}
+WITHOUT_HOSTS = ("schedule", "noise", "mxfp4", "runs", "config", "data", "rewards", "vllm_api.readback")
+
+
+@cache
+def imports(path: Path, within_functions: bool = True) -> frozenset[str]:
+    """Dotted names that a file imports; what only a type checker sees is left out."""
+    found, todo = set(), [ast.parse(path.read_text())]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not within_functions:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        todo += ast.iter_child_nodes(node)
+    return frozenset(found)
+
+
+def hosts_in(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imports(path)} & set(HOSTS)
+
+
+def test_rooms_import_only_what_they_may():
+    rooms = {name: name.split(".")[1] for name in FILES if "." in name}
+    assert set(ARROWS) <= set(rooms.values())
+    for name, room in rooms.items():
+        ours = {other.split(".")[1] for other in imports(FILES[name]) if other.startswith("verl_aqn.")}
+        assert room not in ARROWS or ours <= {room, "errors", *ARROWS[room]}, f"{name} imports {sorted(ours)}"
+
+
+def test_hosts_are_imported_in_their_rooms():
+    for path in FILES.values():
+        place = path.relative_to(PACKAGE)
+        for host in hosts_in(path):
+            assert {place.parts[0], str(place)} & set(HOSTS[host]), f"{place} imports {host}"
+
+
+def test_the_core_is_imported_without_a_host():
+    """Whatever it imports by being imported, nothing there so much as names a host in a function."""
+    todo = [name for name in FILES if name.startswith(tuple(f"verl_aqn.{start}" for start in WITHOUT_HOSTS))]
+    seen = set()
+    while todo:
+        name = todo.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        assert hosts_in(FILES[name]) <= {"vllm_ascend"}, name
+        for other in (name, *imports(FILES[name], within_functions=False)):
+            parts = other.split(".")
+            todo += [start for n in range(len(parts)) if (start := ".".join(parts[: n + 1])) in FILES]
