@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from verl_aqn.cli import app
 from verl_aqn.errors import DataError
+from verl_aqn.runs import listing
 from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.runs.listing import describe, find_runs, sigmas
 from verl_aqn.runs.provenance import checkout, device, provenance
@@ -66,6 +67,13 @@ def test_runs_are_found_from_above_and_from_within_oldest_first(tmp_path):
     for folder, says in ((tmp_path / "c", "holds no runs"), (tmp_path / "d", "is not there")):
         with pytest.raises(DataError, match=says):
             find_runs(folder)
+
+
+def test_without_a_folder_a_plan_s_runs_are_found_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(listing, "DEFAULT_BASES", str(tmp_path / "mxfp4_*"))
+    made = [make(tmp_path / "mxfp4_e12"), make(tmp_path / "mxfp4_plan_p" / "noisy-seed0")]
+    make(tmp_path / "other")
+    assert [run.path for run in find_runs()] == [run.path for run in made]
 
 
 def test_command(tmp_path):

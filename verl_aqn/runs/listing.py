@@ -15,20 +15,20 @@ from verl_aqn.errors import DataError
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.stats import share_text
 
-DEFAULT_BASES = "/tmp/mxfp4_*"  # where recipes put their runs when aqn.run.dir is not set
+DEFAULT_BASES = "/tmp/mxfp4_*"  # where recipes and plans put their runs when aqn.run.dir is not set
+_BELOW = ("runs/[!.]*/state.json", "*/runs/[!.]*/state.json")  # a base folder, or one that holds some, as a plan's does
 
 
 def find_runs(folder: Path | None = None) -> list[RunFolder]:
-    """Runs under `folder`: a base folder, one that holds base folders, or one run; by default the recipes' own.
+    """Runs under `folder`: a base folder, one that holds base folders, or one run; by default recipes' and plans' own.
 
     Oldest first. Raises DataError where `folder` is not there or holds no run.
     """
     if folder is None:
         bases = sorted(Path(DEFAULT_BASES).parent.glob(Path(DEFAULT_BASES).name))
-        paths = [path for base in bases for path in base.glob("runs/[!.]*/state.json")]
+        paths = [path for base in bases for pattern in _BELOW for path in base.glob(pattern)]
     else:
-        patterns = ("state.json", "runs/[!.]*/state.json", "*/runs/[!.]*/state.json")
-        paths = [path for pattern in patterns for path in folder.glob(pattern)]
+        paths = [path for pattern in ("state.json", *_BELOW) for path in folder.glob(pattern)]
         if not paths:
             what = "holds no runs" if folder.is_dir() else "is not there"
             raise DataError(f"{folder} {what}: give a folder that `verl-aqn train` was told as aqn.run.dir")
