@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -251,17 +252,38 @@ def plan_names() -> list[str]:
     return sorted(p.stem for folder in recipe_dirs() for p in folder.glob("plans/*.yaml"))
 
 
-def find_recipe(recipe: str) -> Path:
-    """The file of a recipe or plan given by path or by bare name."""
+def find_recipe(recipe: str, *, plans: bool = True) -> Path:
+    """The file of a recipe or plan given by path or by bare name. `plans`: whether a plan is among the suggestions."""
     if recipe.endswith((".yaml", ".yml")) or os.sep in recipe:
         path = Path(recipe).expanduser()
+        if path.suffix != ".yaml":  # Hydra finds no other
+            raise ConfigError(f"no recipe file {recipe}: a recipe's name ends in .yaml")
         if not path.is_file():
             raise ConfigError(f"no recipe file {recipe}")
         return path.resolve()
     for path in (folder / place / f"{recipe}.yaml" for folder in recipe_dirs() for place in ("", "plans")):
         if path.is_file():
             return path
-    raise ConfigError(f"no recipe {recipe!r}: {nearest(recipe, [*recipe_names(), *plan_names()])}")
+    raise ConfigError(f"no recipe {recipe!r}: {nearest(recipe, [*recipe_names(), *(plan_names() if plans else ())])}")
+
+
+def read_yaml(path: Path) -> Any:
+    """What a recipe's or plan's file holds. ConfigError where it is no YAML."""
+    try:
+        return yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no YAML: {str(error).splitlines()[0]}") from error
+
+
+def _refuse_plan(recipe: str, raw: Any) -> None:
+    if not isinstance(raw, dict) or "arms" not in raw:
+        return
+    arms = raw["arms"].values() if isinstance(raw["arms"], dict) else ()
+    recipes = dict.fromkeys(str(arm["recipe"]) for arm in arms if isinstance(arm, dict) and "recipe" in arm)
+    raise ConfigError(
+        f"{recipe} is a plan: `verl-aqn train {recipe}`; this command takes one recipe"
+        + (f" (its arms: {', '.join(recipes)})" if recipes else "")
+    )
 
 
 def detect_profile() -> str:
@@ -290,19 +312,35 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
     Raises:
         ConfigError: no such recipe, key, or value.
     """
-    path = find_recipe(recipe)
+    path = find_recipe(recipe, plans=False)
+    _refuse_plan(recipe, read_yaml(path))
+    profile, groups, rest = _groups(overrides or [])
+    try:
+        config = _compose(path, [*groups, *rest])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path.name}: {_hydra_message(error, path, groups)}") from error
+    _check_base(config, path)
+    parse_aqn(config)
+    OmegaConf.update(config, "aqn.profile", profile)
+    if config.trainer.experiment_name is None:
+        config.trainer.experiment_name = path.stem
+    return config
+
+
+def _groups(overrides: list[str]) -> tuple[str, list[str], list[str]]:
+    """The profile's name, what chooses profile, experiment and correction for Hydra, and the other overrides."""
     chosen: dict[str, str | None] = {"profile": "auto", "experiment": None, "correction": None}
     rest = []
-    for override in overrides or []:
+    for override in overrides:
         key, sep, value = override.partition("=")
-        if not sep:
+        if not key or not sep:
             raise ConfigError(f"override {override!r} is not of the form key=value")
         key = "profile" if key == "aqn.profile" else key
         if key in chosen:
             chosen[key] = value
         else:
             rest.append(override)
-    profile = detect_profile() if chosen["profile"] in (None, "auto") else chosen["profile"]
+    profile = chosen["profile"] if chosen["profile"] not in (None, "auto") else detect_profile()
     experiment = chosen["experiment"] or ("embedded" if profile == "cpu" else "gsm8k")
     conf = Path(__file__).resolve().parent / "conf"
     groups = []
@@ -313,15 +351,13 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
         if name not in names:
             raise ConfigError(f"no {group} {name!r}: {nearest(name, names)}")
         groups.append(f"+{group}={name}")
-    try:
-        config = _compose(path, [*groups, *rest])
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path.name}: {_hydra_message(error, path, groups)}") from error
-    parse_aqn(config)
-    OmegaConf.update(config, "aqn.profile", profile)
-    if config.trainer.experiment_name is None:
-        config.trainer.experiment_name = path.stem
-    return config
+    return profile, groups, rest
+
+
+def _check_base(config: DictConfig, path: Path) -> None:
+    """A profile and an experiment bring blocks of these names too, but not all that is in them."""
+    if "profile" not in (config.get("aqn") or {}) or "project_name" not in (config.get("trainer") or {}):
+        raise ConfigError(f"{path.name} does not build on `base`: start it with `defaults: [base, _self_]`")
 
 
 def _compose(path: Path, overrides: list[str]) -> DictConfig:
@@ -338,7 +374,9 @@ def _hydra_message(error: Exception, path: Path, groups: list[str]) -> str:
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     key = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
     if "is not in struct" in lines[0] and key:
+        config = _compose(path, groups)
+        _check_base(config, path)
         parent, _, name = key.rpartition(".")
-        siblings = OmegaConf.select(_compose(path, groups), parent) if parent else _compose(path, groups)
+        siblings = OmegaConf.select(config, parent) if parent else config
         return f"unknown key {key}: {nearest(name, [str(k) for k in siblings])}"
     return lines[0] + (f" ({key})" if key and key not in lines[0] else "")

@@ -15,7 +15,7 @@ import yaml
 from omegaconf import DictConfig
 from rich.table import Table
 
-from verl_aqn.config import load_recipe, parse_aqn, typed
+from verl_aqn.config import load_recipe, parse_aqn, read_yaml, typed
 from verl_aqn.console import Console
 from verl_aqn.errors import BusyError, ConfigError, DataError, StrengthError
 from verl_aqn.prepare import data_files
@@ -91,10 +91,7 @@ def read_plan(path: Path, overrides: list[str]) -> Plan | None:
     Raises:
         ConfigError: a key, name or value that a plan cannot have.
     """
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no YAML: {str(error).splitlines()[0]}") from error
+    raw = read_yaml(path)
     if not isinstance(raw, dict) or "arms" not in raw:
         return None
     rest = []

@@ -50,8 +50,9 @@ def test_what_a_plan_cannot_say(tmp_path, changes, words):
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_is_no_yaml(tmp_path):
-    (tmp_path / "plan.yaml").write_text("arms: [")
+@pytest.mark.parametrize("content", [b"arms: [", b"\xff\xfe"])
+def test_a_file_that_is_no_yaml(tmp_path, content):
+    (tmp_path / "plan.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match="is no YAML"):
         read_plan(tmp_path / "plan.yaml", [])
 

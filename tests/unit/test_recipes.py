@@ -6,7 +6,7 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from verl_aqn.config import AqnConfig, load_recipe, parse_aqn, recipe_names, schedule_of
+from verl_aqn.config import AqnConfig, find_recipe, load_recipe, parse_aqn, recipe_names, schedule_of
 from verl_aqn.errors import ConfigError
 from verl_aqn.prepare import tell_workers
 
@@ -158,6 +158,7 @@ def test_defaults_in_yaml_are_those_of_the_types():
         ("experiment=gsm", "did you mean 'gsm8k'"),
         ("correction=tsi", "did you mean 'tis'"),
         ("nonsense", "key=value"),
+        ("=3", "key=value"),
     ],
 )
 def test_wrong_override_is_one_clear_line(override, words):
@@ -175,6 +176,48 @@ def test_unknown_key_added_with_plus_is_refused_too():
 def test_wrong_recipe_name_names_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'e12_aggressive_1ep'"):
         load_recipe("e12_agressive_1ep")
+
+
+def test_a_plan_is_no_recipe_and_is_not_suggested_as_one():
+    with pytest.raises(ConfigError) as error:
+        load_recipe("e12_aggressive", ["profile=cpu"])
+    assert str(error.value) == (
+        "e12_aggressive is a plan: `verl-aqn train e12_aggressive`; this command takes one recipe "
+        "(its arms: e6a, e12, e12_aggressive_1ep, e12_aggressive_2ep)"
+    )
+    with pytest.raises(ConfigError, match="did you mean 'e12_aggressive_[12]ep'"):
+        load_recipe("e12_aggresive")
+    with pytest.raises(ConfigError, match="did you mean 'e12_aggressive'"):
+        find_recipe("e12_aggresive")
+
+
+@pytest.mark.parametrize("text", ["", "foo: 1", "hello", "arm: {a: {recipe: e12}}", "defaults: [aqn, _self_]"])
+@pytest.mark.parametrize("overrides", [[], ["data.seed=1"]])
+def test_a_recipe_without_base_is_told_so(tmp_path, text, overrides):
+    (tmp_path / "r1.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_recipe(str(tmp_path / "r1.yaml"), ["profile=cpu", *overrides])
+    assert str(error.value) == "r1.yaml does not build on `base`: start it with `defaults: [base, _self_]`"
+
+
+def test_a_recipe_may_build_on_another(tmp_path):
+    (tmp_path / "r1.yaml").write_text("defaults: [e12, _self_]\ntrainer: {total_training_steps: 7}")
+    assert load_recipe(str(tmp_path / "r1.yaml"), ["profile=cpu"]).trainer.total_training_steps == 7
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe"])
+def test_a_recipe_that_is_no_yaml(tmp_path, content):
+    (tmp_path / "r1.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match="r1.yaml is no YAML: ") as error:
+        load_recipe(str(tmp_path / "r1.yaml"), ["profile=cpu"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["my-recipe", "my-recipe.yml"])
+def test_a_recipe_s_file_is_told_by_its_name(tmp_path, name):
+    (tmp_path / name).write_text("defaults: [base, _self_]")
+    with pytest.raises(ConfigError, match=f"{name}: a recipe's name ends in .yaml"):
+        find_recipe(str(tmp_path / name))
 
 
 def test_reading_a_recipe_imports_no_framework():
