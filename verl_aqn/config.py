@@ -139,6 +139,19 @@ _CHOICES = {
     "aqn.profile": ("auto", *PROFILES),
 }
 
+# verl's own settings that are whole numbers from 1 on: checks, schedule and trainer reckon with them.
+_ROLLOUT = "actor_rollout_ref.rollout"
+_COUNTS = (
+    "trainer.n_gpus_per_node", "trainer.nnodes", "trainer.total_epochs", "trainer.total_training_steps",
+    "data.train_batch_size", "data.gen_batch_size", "data.max_prompt_length", "data.max_response_length",
+    "actor_rollout_ref.actor.ppo_mini_batch_size", f"{_ROLLOUT}.n",
+    f"{_ROLLOUT}.tensor_model_parallel_size", f"{_ROLLOUT}.data_parallel_size", f"{_ROLLOUT}.expert_parallel_size",
+    f"{_ROLLOUT}.max_model_len", f"{_ROLLOUT}.max_num_seqs", f"{_ROLLOUT}.max_num_batched_tokens",
+)  # fmt: skip
+_OR_NULL = ("trainer.total_training_steps", "data.gen_batch_size", f"{_ROLLOUT}.max_model_len")
+_MINUS_ONE = {"trainer.test_freq": "never", "trainer.save_freq": "never", "data.train_max_samples": "all",
+              "data.val_max_samples": "all"}  # fmt: skip
+
 
 def nearest(name: str, valid: list[str]) -> str:
     """` (did you mean 'x'?)` for the nearest valid name, or the list of them."""
@@ -199,6 +212,18 @@ def parse_aqn(config: DictConfig | dict) -> AqnConfig:
     if block is None:
         raise ConfigError("the config has no aqn: block; a recipe's defaults start with `base`")
     return typed(AqnConfig, OmegaConf.to_container(block, resolve=True), "aqn")
+
+
+def check_numbers(config: DictConfig) -> None:
+    """The numbers of verl's blocks that verl or a check of ours would stumble over. ConfigError for the first."""
+    for key in (*_COUNTS, *_MINUS_ONE):
+        value = OmegaConf.select(config, key, default=1)  # records of older versions lack some
+        if value is None and key in _OR_NULL:
+            continue
+        if type(value) is not int or value < (-1 if key in _MINUS_ONE else 1):
+            other = f", or -1 for {_MINUS_ONE[key]}" if key in _MINUS_ONE else ""
+            shown = "null" if value is None else value
+            raise ConfigError(f"{key}={shown}: give a whole number that is 1 or more{other}")
 
 
 def schedule_of(config: DictConfig | dict, total_steps: int) -> SigmaSchedule:
@@ -317,10 +342,11 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
     profile, groups, rest = _groups(overrides or [])
     try:
         config = _compose(path, [*groups, *rest])
+        _check_base(config, path)
+        parse_aqn(config)
+        check_numbers(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"{path.name}: {_hydra_message(error, path, groups)}") from error
-    _check_base(config, path)
-    parse_aqn(config)
     OmegaConf.update(config, "aqn.profile", profile)
     if config.trainer.experiment_name is None:
         config.trainer.experiment_name = path.stem

@@ -74,6 +74,11 @@ def test_a_key_that_the_run_has_not_is_refused(run, override):
         settings(find_target(run.path), [override], None, None)
 
 
+def test_a_number_is_checked_as_a_recipe_s(run):
+    with pytest.raises(ConfigError, match=r"data\.train_batch_size=abc: give a whole number that is 1 or more"):
+        settings(find_target(run.path), ["data.train_batch_size=abc"], None, None)
+
+
 def test_a_model_folder_is_validated_without_an_adapter(model):
     config = settings(find_target(model), ["profile=cpu"], None, None)
     assert config.actor_rollout_ref.model.path == str(model)

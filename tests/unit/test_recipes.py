@@ -6,7 +6,7 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from verl_aqn.config import AqnConfig, find_recipe, load_recipe, parse_aqn, recipe_names, schedule_of
+from verl_aqn.config import AqnConfig, check_numbers, find_recipe, load_recipe, parse_aqn, recipe_names, schedule_of
 from verl_aqn.errors import ConfigError
 from verl_aqn.prepare import tell_workers
 
@@ -168,6 +168,58 @@ def test_wrong_override_is_one_clear_line(override, words):
     assert "\n" not in str(error.value)
 
 
+NUMBERS = {
+    "trainer.n_gpus_per_node": (0, "abc", None, 1.5, True, "2"),
+    "trainer.nnodes": (0,),
+    "trainer.total_training_steps": (0, "abc"),
+    "trainer.total_epochs": (0, "abc", None),
+    "data.train_batch_size": (0, "abc", None),
+    "data.gen_batch_size": (0, "abc"),
+    "actor_rollout_ref.actor.ppo_mini_batch_size": (0, None),
+    "actor_rollout_ref.rollout.n": (0, -1, "abc"),
+    "actor_rollout_ref.rollout.tensor_model_parallel_size": (0, "abc"),
+    "trainer.test_freq": (-2, "abc"),
+    "trainer.save_freq": (-2, None),
+}
+
+
+@pytest.fixture(scope="module")
+def composed():
+    return load_recipe("e12", ["profile=cpu"])
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in NUMBERS.items() for value in values])
+def test_whole_numbers_are_checked_before_anything_reckons_with_them(composed, key, value):
+    config = composed.copy()
+    OmegaConf.update(config, key, value)
+    with pytest.raises(ConfigError) as error:
+        check_numbers(config)
+    never = ", or -1 for never" if key.endswith("freq") else ""
+    shown = "null" if value is None else value
+    assert str(error.value) == f"{key}={shown}: give a whole number that is 1 or more{never}"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("trainer.total_training_steps", None), ("data.gen_batch_size", None), ("trainer.test_freq", -1)]
+)
+def test_numbers_that_may_be_left_out(composed, key, value):
+    config = composed.copy()
+    OmegaConf.update(config, key, value)
+    check_numbers(config)
+
+
+def test_a_recipe_s_numbers_are_checked():
+    with pytest.raises(ConfigError, match=r"trainer\.n_gpus_per_node=0: give a whole number that is 1 or more"):
+        load_recipe("e12", ["profile=cpu", "trainer.n_gpus_per_node=0"])
+
+
+@pytest.mark.parametrize("override", ["trainer.nnodes=${foo.bar}", "++aqn.seed=${foo.bar}"])
+def test_an_interpolation_of_nothing_is_one_line(override):
+    with pytest.raises(ConfigError, match=r"e12\.yaml: Interpolation key 'foo.bar' not found") as error:
+        load_recipe("e12", ["profile=cpu", override])
+    assert "\n" not in str(error.value)
+
+
 def test_unknown_key_added_with_plus_is_refused_too():
     with pytest.raises(ConfigError, match=r"unknown key aqn\.noise\.sigma: did you mean"):
         load_recipe("e12_aggressive_1ep", ["profile=cpu", "+aqn.noise.sigma=1"])
@@ -185,7 +237,7 @@ def test_a_plan_is_no_recipe_and_is_not_suggested_as_one():
         "e12_aggressive is a plan: `verl-aqn train e12_aggressive`; this command takes one recipe "
         "(its arms: e6a, e12, e12_aggressive_1ep, e12_aggressive_2ep)"
     )
-    with pytest.raises(ConfigError, match="did you mean 'e12_aggressive_[12]ep'"):
+    with pytest.raises(ConfigError, match=r"did you mean .e12_aggressive_[12]ep."):
         load_recipe("e12_aggresive")
     with pytest.raises(ConfigError, match="did you mean 'e12_aggressive'"):
         find_recipe("e12_aggresive")
@@ -208,7 +260,7 @@ def test_a_recipe_may_build_on_another(tmp_path):
 @pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe"])
 def test_a_recipe_that_is_no_yaml(tmp_path, content):
     (tmp_path / "r1.yaml").write_bytes(content)
-    with pytest.raises(ConfigError, match="r1.yaml is no YAML: ") as error:
+    with pytest.raises(ConfigError, match=r"r1\.yaml is no YAML: ") as error:
         load_recipe(str(tmp_path / "r1.yaml"), ["profile=cpu"])
     assert "\n" not in str(error.value)
 
