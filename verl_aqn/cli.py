@@ -66,7 +66,7 @@ def train(
     if plan := read_plan(path, overrides):
         if fresh:
             raise ConfigError("--fresh is for one run: give a plan another folder with aqn.run.dir=DIR")
-        series = Series(plan, path.stem)
+        series = Series(plan, path)
         raise typer.Exit(series.preview() if dry_run else series.run())
     extra = ["aqn.run.fresh=true"] if fresh else []
     raise typer.Exit(run(recipe, [*overrides, *extra], dry_run=dry_run))

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import subprocess
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -160,7 +160,10 @@ def nearest(name: str, valid: list[str]) -> str:
 
 
 def typed(cls: type, raw: Any, where: str) -> Any:
-    """A dataclass from plain values. ConfigError: an unknown key (with the nearest), a wrong type, no such choice."""
+    """A dataclass from plain values.
+
+    ConfigError: an unknown key (with the nearest), a wrong type, no such choice, a key that must be there and is not.
+    """
     if not isinstance(raw, dict):
         raise ConfigError(f"{where} must be a block of keys, got {raw!r}")
     known, hints = {f.name for f in fields(cls)}, get_type_hints(cls)
@@ -168,12 +171,15 @@ def typed(cls: type, raw: Any, where: str) -> Any:
     for key, value in raw.items():
         path = f"{where}.{key}" if where else str(key)
         if key not in known:
-            raise ConfigError(f"unknown key {path}: {nearest(key, list(known))}")
+            raise ConfigError(f"unknown key {path}: {nearest(str(key), list(known))}")
         value = _convert(hints[key], value, path)
         for item in value if isinstance(value, tuple) else (value,):
             if path in _CHOICES and item not in _CHOICES[path]:
                 raise ConfigError(f"{path}={item!r} is not one of {', '.join(_CHOICES[path])}")
         values[key] = value
+    for one in fields(cls):
+        if one.name not in values and one.default is MISSING and one.default_factory is MISSING:
+            raise ConfigError(f"{where}.{one.name} is missing".lstrip("."))
     return cls(**values)
 
 
@@ -185,11 +191,13 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     options = get_args(hint)
     if get_origin(hint) is tuple:
         if not isinstance(value, list) or (options[0] is str and not all(isinstance(item, str) for item in value)):
-            raise ConfigError(f"{path} must be a list of {'names' if options[0] is str else 'blocks'}, got {value!r}")
+            raise ConfigError(f"{path} must be a list of {_elements(options[0], path)}, got {value!r}")
         return tuple(_convert(options[0], item, f"{path}[{number}]") for number, item in enumerate(value))
     if get_origin(hint) is dict:
         if not isinstance(value, dict):
             raise ConfigError(f"{path} must be a block of keys, got {value!r}")
+        if numbers := [key for key in value if not isinstance(key, str)]:
+            raise ConfigError(f"{path}.{numbers[0]}: quote the name")
         return {key: _convert(options[1], item, f"{path}.{key}") for key, item in value.items()}
     if type(None) in options:
         (kind,) = set(options) - {type(None)}
@@ -199,6 +207,13 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if type(value) is not hint:
         raise ConfigError(f"{path} must be a {hint.__name__}, got {value!r}")
     return value
+
+
+def _elements(kind: Any, path: str) -> str:
+    """What a list at `path` holds, in words."""
+    if path.rpartition(".")[2] == "overrides":
+        return "key=value"
+    return "lists" if get_origin(kind) is tuple else {str: "names", int: "whole numbers"}.get(kind, "blocks")
 
 
 def parse_aqn(config: DictConfig | dict) -> AqnConfig:

@@ -7,15 +7,15 @@ again; what died is resumed.
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig
 from rich.table import Table
 
-from verl_aqn.config import load_recipe, parse_aqn, read_yaml, typed
+from verl_aqn.config import parse_aqn, read_yaml, typed
 from verl_aqn.console import Console
 from verl_aqn.errors import BusyError, ConfigError, DataError, StrengthError
 from verl_aqn.prepare import data_files
@@ -25,7 +25,7 @@ from verl_aqn.runs.folder import RunFolder, finished_run
 from verl_aqn.runs.provenance import provenance
 from verl_aqn.runs.stats import accuracy_text
 from verl_aqn.terminal import print_wide
-from verl_aqn.train import execute, identity, prepare, resolve
+from verl_aqn.train import compose, execute, identity, prepare, resolve
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,15 @@ class Plan:
     overrides: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        names = list(self.arms)
+        names, free = list(self.arms), [name for name, arm in self.arms.items() if not arm.when]
         for name, arm in self.arms.items():
             if not re.fullmatch(r"[\w.-]+", name) or not arm.recipe:
                 raise ConfigError(f"arms.{name}: an arm has a name of letters, digits, - and _, and a recipe")
             for other in (arm.when.arm, arm.when.above) if arm.when else ():
-                if other not in names or self.arms[other].when:
-                    raise ConfigError(f"arms.{name}.when: {other!r} is no arm without a condition of its own")
+                if other not in names:
+                    raise ConfigError(f"arms.{name}.when names {other!r}, which is no arm ({', '.join(free)})")
+                if other not in free:
+                    raise ConfigError(f"arms.{name}.when names {other!r}, which has a condition of its own")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"seeds={list(self.seeds)}: give each seed once, and one at least")
         for pair in self.contrasts:
@@ -97,31 +99,54 @@ def read_plan(path: Path, overrides: list[str]) -> Plan | None:
     rest = []
     for override in overrides:
         if override.startswith("seeds="):
-            raw["seeds"] = yaml.safe_load(override.removeprefix("seeds="))
+            raw["seeds"] = _seeds(override)
         else:
             rest.append(override)
     if not isinstance(raw["arms"], dict) or not raw["arms"]:
         raise ConfigError(f"{path.name}: arms must be a block of names, each with a recipe")
     try:
-        return typed(Plan, raw | {"overrides": [*(raw.get("overrides") or []), *rest]}, "")
+        plan = typed(Plan, raw | {"overrides": raw.get("overrides") or []}, "")
     except ConfigError as error:
         raise ConfigError(f"{path.name}: {error}") from error
+    return replace(plan, overrides=(*plan.overrides, *rest))
+
+
+def _seeds(override: str) -> Any:
+    try:
+        return yaml.safe_load(override.removeprefix("seeds="))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override} is no YAML list: give seeds=[0,1,2]") from error
+
+
+@contextmanager
+def _faults_of(file: Path, arm: str) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{file.name}: arms.{arm}: {error}") from error
 
 
 class Series:
     """A plan on its way. `base`: the folder that holds a folder for every run."""
 
-    def __init__(self, plan: Plan, name: str, console: Console | None = None) -> None:
+    def __init__(self, plan: Plan, file: Path, console: Console | None = None) -> None:
         """Checks the whole plan: every arm's recipe, its model and data, what arms differ in, what is on record.
 
+        All recipes are composed before the first model is made ready. `file`: of the plan; it names folder and faults.
         Raises ConfigError and what `verl_aqn.train.prepare` raises.
         """
         self.plan, self.console = plan, console or Console()
         self.done: dict[tuple[str, int], RunFolder] = {}
         self.minutes: list[float] = []
-        self.configs = {arm: self.composed(arm) for arm in plan.arms}
+        composed, self.configs = {}, {}
+        for arm in plan.arms:
+            with _faults_of(file, arm):
+                composed[arm] = compose(plan.arms[arm].recipe, self.overrides(arm, plan.seeds[0]))
+        for arm, config in composed.items():
+            with _faults_of(file, arm):
+                self.configs[arm] = resolve(config, fit=False).config  # σ_start is not searched for
         first = next(iter(self.configs.values()))
-        self.base = Path(parse_aqn(first).run.dir or f"/tmp/mxfp4_plan_{name}").expanduser()
+        self.base = Path(parse_aqn(first).run.dir or f"/tmp/mxfp4_plan_{file.stem}").expanduser()
         settings = {arm: settings_of(identity(config)) for arm, config in self.configs.items()}
         for arm, control in plan.pairs:
             if settings[arm] == settings[control]:
@@ -129,11 +154,6 @@ class Series:
             if others := beyond(plan.factors, [settings[control], settings[arm]]):
                 raise ConfigError(f"{arm} and {control} differ in more than {', '.join(plan.factors)}: {others}")
         self.look(provenance(data_files(first)))
-
-    def composed(self, arm: str) -> DictConfig:
-        """An arm's recipe with its model and data as files; σ_start is not searched for."""
-        config = load_recipe(self.plan.arms[arm].recipe, self.overrides(arm, self.plan.seeds[0]))
-        return resolve(config, fit=False).config
 
     def identity(self, arm: str, seed: int) -> dict:
         """What the run of a seed would be told apart by."""

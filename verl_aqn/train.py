@@ -36,14 +36,20 @@ class Prepared:
     """What `aqn.noise.target_kl` found for σ_start."""
 
 
+def compose(recipe: str, overrides: list[str]) -> DictConfig:
+    """The recipe as one config, with all that is wrong in itself refused before any file is touched: σ too."""
+    config = load_recipe(recipe, overrides)
+    if (stated := config.trainer.total_training_steps) is not None:
+        schedule_of(config, stated)
+    return config
+
+
 def prepare(recipe: str, overrides: list[str], *, elsewhere: bool = False) -> Prepared:
     """Compose the recipe, prepare its model and data, and check all that can be checked without starting a process.
 
     `elsewhere`: the run is not to be on this machine, so what this one lacks is no fault.
     """
-    config = load_recipe(recipe, overrides)
-    if (stated := config.trainer.total_training_steps) is not None:
-        schedule_of(config, int(stated))  # a wrong σ before any file is touched
+    config = compose(recipe, overrides)
     check_machine(config, elsewhere=elsewhere)
     return resolve(config)
 

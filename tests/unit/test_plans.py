@@ -20,8 +20,12 @@ ARMS = {"control": {"recipe": "e6a"}, "noisy": {"recipe": "e12"}}
 
 def written(tmp_path, **changes):
     path = tmp_path / "plan.yaml"
-    path.write_text(yaml.safe_dump({"arms": ARMS, "seeds": [0, 1], **changes}))
+    path.write_text(yaml.safe_dump({"arms": ARMS, "seeds": [0, 1], **changes}, sort_keys=False))
     return path
+
+
+def conditional(**when):
+    return {**ARMS, "c": {"recipe": "e12", "when": when}}
 
 
 def test_a_recipe_is_no_plan():
@@ -39,7 +43,15 @@ def test_a_recipe_is_no_plan():
         ({"arms": {"a/b": {"recipe": "e12"}}}, "a name of letters"),
         ({"arms": {"a": {}}}, "and a recipe"),
         ({"arms": {"a": {"recipes": "e12"}}}, r"unknown key arms\.a\.recipes: did you mean 'recipe'"),
-        ({"arms": {**ARMS, "c": {"recipe": "e12", "when": {"arm": "noisy", "above": "contrl"}}}}, "'contrl' is no arm"),
+        ({"arms": {1: {"recipe": "e12"}}}, r"arms\.1: quote the name"),
+        ({"arms": {"a": {1: "a"}}}, r"unknown key arms\.a\.1: valid: overrides, recipe, when"),
+        ({"seeds": 3}, "seeds must be a list of whole numbers, got 3"),
+        ({"overrides": "a=b"}, "overrides must be a list of key=value, got 'a=b'"),
+        ({"arms": {"a": {"recipe": "e12", "overrides": "a=b"}}}, r"arms\.a\.overrides must be a list of key=value"),
+        ({"contrasts": "a"}, "contrasts must be a list of lists"),
+        ({"arms": conditional(arm="noisy", above="nosy")}, r"c\.when names 'nosy', which is no arm .control, noisy.$"),
+        ({"arms": conditional(arm="noisy", above="c")}, "names 'c', which has a condition of its own"),
+        ({"arms": conditional(arm="noisy")}, r"arms\.c\.when\.above is missing"),
         ({"contrasts": [["noisy", "e12"]]}, "no pair .* of control, noisy"),
         ({"contrasts": [["noisy", "noisy"]]}, "no pair"),
     ],
@@ -61,6 +73,19 @@ def test_seeds_and_overrides_of_the_command_line_come_last(tmp_path):
     plan = read_plan(written(tmp_path, overrides=["profile=cpu"]), ["seeds=[7]", "data.seed=3"])
     assert plan.seeds == (7,)
     assert plan.overrides == ("profile=cpu", "data.seed=3")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("seeds=[0,1", r"seeds=\[0,1 is no YAML list: give seeds=\[0,1,2\]"),
+        ("seeds=3", "seeds must be a list of whole numbers, got 3"),
+    ],
+)
+def test_seeds_of_the_command_line_that_are_no_list(tmp_path, override, words):
+    with pytest.raises(ConfigError, match=words) as error:
+        read_plan(written(tmp_path), [override])
+    assert "\n" not in str(error.value)
 
 
 def test_order_is_seed_by_seed_and_conditional_arms_come_last():
@@ -110,7 +135,7 @@ def light(monkeypatch, tmp_path):
 
 def series(tmp_path, **changes):
     path = written(tmp_path, **changes)
-    return Series(read_plan(path, ["profile=cpu", f"aqn.run.dir={tmp_path / 'out'}"]), "plan")
+    return Series(read_plan(path, ["profile=cpu", f"aqn.run.dir={tmp_path / 'out'}"]), path)
 
 
 def test_each_run_once_and_the_comparison_at_the_end(light, tmp_path, capsys):
@@ -181,6 +206,22 @@ def test_arms_that_differ_in_more_than_the_factor_are_refused_before_the_first_r
     assert not taken
 
 
+@pytest.mark.parametrize("bad", ["aqn.noise.sgima_end=0", "aqn.noise.sigma_end=1"])
+def test_a_wrong_override_is_told_with_its_arm_before_anything_is_prepared(light, tmp_path, monkeypatch, bad):
+    monkeypatch.setattr(plans, "resolve", lambda *_, **__: pytest.fail("an arm was prepared"))
+    with pytest.raises(ConfigError, match=r"^plan\.yaml: arms\.b: .*sigma_end"):
+        series(tmp_path, arms={**ARMS, "b": {"recipe": "e12", "overrides": [bad]}})
+
+
+def test_what_an_arm_s_data_do_not_allow_is_told_with_the_arm(light, tmp_path, monkeypatch):
+    def resolve(config, fit):
+        raise ConfigError("data.train_batch_size=9 is not a multiple")
+
+    monkeypatch.setattr(plans, "resolve", resolve)
+    with pytest.raises(ConfigError, match=r"^plan\.yaml: arms\.control: data\.train_batch_size=9"):
+        series(tmp_path)
+
+
 def test_runs_of_other_versions_are_not_mixed_in(light, tmp_path):
     series(tmp_path).run()
     for file in tmp_path.glob("out/*/runs/*/versions.json"):
@@ -200,5 +241,6 @@ def test_preview_tells_what_is_on_record(light, tmp_path, capsys):
 @pytest.mark.parametrize("name", plan_names())
 @pytest.mark.parametrize("profile", ["cpu", "cuda", "npu"])
 def test_shipped_plans_compare_what_differs_in_their_factors_only(light, tmp_path, name, profile):
-    plan = read_plan(find_recipe(name), [f"profile={profile}", f"aqn.run.dir={tmp_path / 'out'}"])
-    assert Series(replace(plan, seeds=(0,)), name).plan.pairs
+    path = find_recipe(name)
+    plan = read_plan(path, [f"profile={profile}", f"aqn.run.dir={tmp_path / 'out'}"])
+    assert Series(replace(plan, seeds=(0,)), path).plan.pairs
