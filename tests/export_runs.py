@@ -73,7 +73,7 @@ def write_run(
     (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(step))
     (run / "validation").mkdir()
     (run / "training.log").touch()
-    (run / "state.json").write_text(json.dumps({"status": "finished", "created": "2026-01-01"}))
+    (run / "state.json").write_text(json.dumps({"status": "finished", "created": "2026-01-01", "config_digest": "d"}))
     (experiment / "training.log").symlink_to(run / "training.log")
     (experiment / "checkpoints").symlink_to(run / "checkpoints")
     data = experiment / "test.parquet"

@@ -268,9 +268,9 @@ def runs(
     as_json: Json = False,
 ) -> None:
     """The runs on record: how they ended and what they reached."""
-    from verl_aqn.runs.listing import describe, find_runs, table
+    from verl_aqn.runs.listing import find_runs, listed, table
 
-    found = [describe(run) for run in find_runs(folder)]
+    found = [listed(run) for run in find_runs(folder)]
     if as_json:
         print(json.dumps(found))
         return
@@ -278,6 +278,9 @@ def runs(
         print("no runs in /tmp/mxfp4_*: start one with `verl-aqn train RECIPE`, or name a folder")
         return
     print_wide(table(found))
+    for row in found:
+        if row["status"] == "damaged":
+            print(f"warning: {row['message']}", file=sys.stderr)
 
 
 @data_app.command("gsm8k")

@@ -174,7 +174,7 @@ def launch(run: RunFolder, todo: Prepared) -> list[str]:
     launch_file = run.path / "launch.yaml"  # the config of the newest attempt
     launch_file.write_text(text)
     run.append("events.jsonl", {"kind": "attempt", **run.state, "versions": versions})
-    changed = differences(flatten(json.loads((run.path / "versions.json").read_text())), flatten(versions))
+    changed = differences(flatten(run.block("versions.json") or {}), flatten(versions))
     return [
         f"the run began with {key} {was} and goes on with {now}: compare will refuse it beside runs of one {key}"
         for key, (was, now) in changed.items()

@@ -26,7 +26,7 @@ def write_run(base, name, right, *, seed=0, status="finished", prompts=None, con
         "aqn": {"seed": seed, "noise": {"enabled": True, "seed": seed, **noise}, "run": {"dir": str(folder)}},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(settings | (config or {})))
-    (folder / "state.json").write_text(json.dumps({"status": status, "created": "2026-01-01"}))
+    (folder / "state.json").write_text(json.dumps({"status": status, "created": "2026-01-01", "config_digest": "d"}))
     (folder / "versions.json").write_text(json.dumps({"torch": "2.13.0"}))
     records = [{"kind": "validation", "step": step, "accuracy": 0.5, "items": len(right)} for step in (0, 29)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
@@ -145,6 +145,16 @@ def test_what_is_no_run_or_has_no_answers_is_refused(tmp_path):
     (folder / "metrics.jsonl").unlink()
     with pytest.raises(DataError, match="no answers of a validation"):
         read_run(folder)
+
+
+@pytest.mark.parametrize(("file", "text"), [("config.yaml", "a: ["), ("config.yaml", "5"), ("versions.json", "{")])
+def test_a_damaged_record_is_named(tmp_path, file, text):
+    folder = write_run(tmp_path, "a", [1, 0])
+    (folder / file).write_text(text)
+    with pytest.raises(DataError, match=f"{file} is damaged") as error:
+        read_run(folder)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_other_items_and_repeated_prompts_are_refused(tmp_path):

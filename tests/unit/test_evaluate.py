@@ -74,6 +74,12 @@ def test_a_key_that_the_run_has_not_is_refused(run, override):
         settings(find_target(run.path), [override], None, None)
 
 
+def test_a_damaged_config_is_told(run):
+    (run.path / "config.yaml").write_text("a: [")
+    with pytest.raises(DataError, match=r"config\.yaml is damaged"):
+        settings(find_target(run.path), [], None, None)
+
+
 def test_a_number_is_checked_as_a_recipe_s(run):
     with pytest.raises(ConfigError, match=r"data\.train_batch_size=abc: give a whole number that is 1 or more"):
         settings(find_target(run.path), ["data.train_batch_size=abc"], None, None)

@@ -317,9 +317,12 @@ def test_mistakes_are_one_line(tmp_path):
     with pytest.raises(DataError, match=r"metrics.jsonl line \d+ is damaged"):
         write_report([run.path], tmp_path / "page.html")
     (run.path / "metrics.jsonl").unlink()
-    (run.path / "config.yaml").write_text("a: [")
-    with pytest.raises(DataError, match=r"a config\.yaml is damaged"):
-        write_report([run.path], tmp_path / "page.html")
+    for name, content in (("config.yaml", "a: ["), ("versions.json", "{")):
+        whole = (run.path / name).read_text()
+        (run.path / name).write_text(content)
+        with pytest.raises(DataError, match=f"{run.path / name} is damaged"):
+            write_report([run.path], tmp_path / "page.html")
+        (run.path / name).write_text(whole)
     assert not (tmp_path / "page.html").exists()
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from verl_aqn.errors import AqnError, DataError, EnvironmentFault
-from verl_aqn.runs.folder import RunFolder, open_run
+from verl_aqn.runs.folder import RunFolder, finished_run, open_run
 from verl_aqn.trackers import stay_here
 
 CONFIG = {"aqn": {"noise": {"sigma_start": 0.05}}, "seed": 1}
@@ -176,6 +176,15 @@ def test_damage_in_the_middle_is_not_swallowed(base):
     (run.path / "metrics.jsonl").write_text('{"step": 0}\n{"st\n{"step": 2}\n')
     with pytest.raises(DataError, match="line 2"):
         list(run.read("metrics.jsonl"))
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"status": "failed", "created": 5}'])
+def test_a_state_that_says_nothing_is_damaged(base, text):
+    run = end(open_run(base, CONFIG), "failed")
+    (run.path / "state.json").write_text(text)
+    for look in (lambda: run.state, lambda: open_run(base, CONFIG), lambda: finished_run(base, CONFIG)):
+        with pytest.raises(DataError, match=r"state\.json is damaged .*: move .* away"):
+            look()
 
 
 def test_damaged_state_is_named(base):

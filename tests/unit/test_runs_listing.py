@@ -8,7 +8,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from verl_aqn.cli import app
+from verl_aqn.cli import app, main
 from verl_aqn.errors import DataError
 from verl_aqn.runs import listing
 from verl_aqn.runs.folder import RunFolder, open_run
@@ -86,6 +86,35 @@ def test_command(tmp_path):
     assert [word in shown.stdout for word in ("finished", "failed", "2/29", "2/?", "off")] == [True] * 5
     rows = json.loads(CliRunner().invoke(app, ["runs", str(tmp_path), "--json"]).stdout)
     assert [row["status"] for row in rows] == ["finished", "failed"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("state.json", "{}"),
+        ("state.json", "[]"),
+        ("state.json", ""),
+        ("config.yaml", "a: ["),
+        ("config.yaml", "hello"),
+        ("config.yaml", b"\xff"),
+        ("metrics.jsonl", "5\n"),
+        ("evidence.jsonl", "{}\n{broken}\n"),
+    ],
+)
+def test_a_damaged_run_is_a_row_and_the_others_are_listed(tmp_path, monkeypatch, capsys, file, content):
+    damaged, whole = make(tmp_path / "a"), make(tmp_path / "b")
+    (damaged.path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.setattr("sys.argv", ["verl-aqn", "runs", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out, err = capsys.readouterr()
+    assert not ended.value.code
+    assert [word in out for word in (damaged.path.name, "damaged", whole.path.name, "finished")] == [True] * 4
+    assert err.count("\n") == 1
+    assert f"{damaged.path / file}" in err
+    rows = json.loads(CliRunner().invoke(app, ["runs", str(tmp_path), "--json"]).stdout)
+    assert {row["status"] for row in rows} == {"damaged", "finished"}
+    assert rows[0].keys() == rows[1].keys()
 
 
 def test_provenance_names_commit_device_and_data(tmp_path):

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from verl_aqn.errors import ConfigError, DataError
 from verl_aqn.runs.arms import find_run, flatten, records_of
 from verl_aqn.runs.folder import RunFolder
@@ -58,10 +56,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     folders = [find_run(path) for path in paths]
     if twice := [str(path) for path, count in Counter(folder.path for folder in folders).items() if count > 1]:
         raise ConfigError(f"{twice[0]} is named twice: leave one out")
-    try:
-        summaries = [describe(folder) for folder in folders]
-    except yaml.YAMLError as error:
-        raise DataError(f"a config.yaml is damaged: {' '.join(str(error).split())}") from error
+    summaries = [describe(folder) for folder in folders]
     names = [str(one["recipe"] or one["run"]) for one in summaries]
     labels = [
         name if one["seed"] is None else f"{name}, seed {one['seed']}"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 
 from verl_aqn.errors import ConfigError, DataError
 from verl_aqn.runs.folder import RunFolder
@@ -201,17 +199,18 @@ def is_seed_or_place(key: str) -> bool:
 
 def records_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The config of a run, resolved, and the versions that it ran with ({} where an old record has none)."""
-    path = folder / "config.yaml"
-    if not path.is_file():
+    config = RunFolder(folder).block("config.yaml")
+    if config is None:
         raise DataError(f"{folder} has no config.yaml: what it was a run of is unknown, so it cannot be compared")
-    return yaml.safe_load(path.read_text()) or {}, versions_of(folder)
+    return config, versions_of(folder)
 
 
 def versions_of(folder: Path) -> dict[str, Any]:
     """What a run ran with; what its attempts differ in is "one → other", which no other run has."""
-    began = folder / "versions.json"
-    attempts = [json.loads(began.read_text())] if began.is_file() else []
-    attempts += [one["versions"] for one in RunFolder(folder).read("events.jsonl") if one.get("versions")]
+    run = RunFolder(folder)
+    began = run.block("versions.json")
+    attempts = [] if began is None else [began]
+    attempts += [one["versions"] for one in run.read("events.jsonl") if one.get("versions")]
     return _merged(attempts) if attempts else {}
 
 

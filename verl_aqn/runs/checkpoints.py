@@ -130,10 +130,9 @@ def damage_of(folder: Path) -> str:
 
 def config_of(run: RunFolder) -> DictConfig:
     """The resolved config of a run. DataError where it has none."""
-    path = run.path / "config.yaml"
-    if not path.is_file():
+    if run.block("config.yaml") is None:
         raise DataError(f"{run.path} has no config.yaml: it was killed before it began")
-    config = OmegaConf.load(path)
+    config = OmegaConf.load(run.path / "config.yaml")
     assert isinstance(config, DictConfig)
     return config
 

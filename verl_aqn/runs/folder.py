@@ -19,6 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from verl_aqn.errors import AqnError, BusyError, DataError, EnvironmentFault
 
 STATUSES = ("running", "finished", "failed", "interrupted")
@@ -55,12 +57,10 @@ class RunFolder:
     @property
     def state(self) -> dict[str, Any]:
         """state.json: status, attempt, pid, created, started, updated (UTC, ISO 8601), config_digest, message."""
-        path = self.path / "state.json"
-        try:
-            with _faults(path):
-                return json.loads(path.read_text())
-        except ValueError as error:
-            raise DataError(f"{path} is damaged ({error}): move {self.path} away and start again") from error
+        state = self._parsed("state.json")
+        if lacking := [key for key in ("status", "created", "config_digest") if not isinstance(state.get(key), str)]:
+            raise self._damage("state.json", f"no {', '.join(lacking)}")
+        return state
 
     @property
     def locked(self) -> bool:
@@ -88,6 +88,25 @@ class RunFolder:
                     raise DataError(f"{path} exists with other content: it is not overwritten; use a new run")
                 return
             _write_whole(path, text)
+
+    def block(self, name: str) -> dict[str, Any] | None:
+        """The keys and values in a JSON or YAML file, None where there is no such file. DataError: it is damaged."""
+        return self._parsed(name) if (self.path / name).exists() else None
+
+    def _parsed(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        try:
+            with _faults(path):
+                text = path.read_text()
+            found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        except (ValueError, yaml.YAMLError) as error:
+            raise self._damage(name, " ".join(str(error).split())) from error
+        if not isinstance(found, dict):
+            raise self._damage(name, "no keys and values")
+        return found
+
+    def _damage(self, name: str, what: str) -> DataError:
+        return DataError(f"{self.path / name} is damaged ({what}): move {self.path} away and start again")
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Adds one line of JSON; writers in several processes take turns, and what a killed one left half is removed.
@@ -130,9 +149,12 @@ class RunFolder:
                 if not line.endswith(b"\n"):
                     return
                 try:
-                    yield json.loads(line)
+                    record = json.loads(line)
                 except ValueError as error:
                     raise DataError(f"{path} line {number} is damaged ({error}): remove that line") from error
+                if not isinstance(record, dict):
+                    raise DataError(f"{path} line {number} is damaged (no keys and values): remove that line")
+                yield record
 
     def by_step(self, name: str, kind: str) -> dict[int, dict[str, Any]]:
         """Records of one kind by step, ascending. A resumed run takes some steps again: the later record counts."""

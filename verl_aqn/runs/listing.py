@@ -7,16 +7,20 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.markup import escape
 from rich.table import Table
 
-from verl_aqn.errors import DataError
+from verl_aqn.errors import AqnError, DataError
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.stats import share_text
 
 DEFAULT_BASES = "/tmp/mxfp4_*"  # where recipes and plans put their runs when aqn.run.dir is not set
 _BELOW = ("runs/[!.]*/state.json", "*/runs/[!.]*/state.json")  # a base folder, or one that holds some, as a plan's does
+
+_KEYS = (
+    "run", "recipe", "status", "attempt", "created", "minutes", "step", "steps", "accuracy", "flexible", "math_verify",
+    "items", "seed", "noise", "base", "adapter", "message", "path",
+)  # fmt: skip
 
 
 def find_runs(folder: Path | None = None) -> list[RunFolder]:
@@ -32,7 +36,23 @@ def find_runs(folder: Path | None = None) -> list[RunFolder]:
         if not paths:
             what = "holds no runs" if folder.is_dir() else "is not there"
             raise DataError(f"{folder} {what}: give a folder that `verl-aqn train` was told as aqn.run.dir")
-    return sorted((RunFolder(path.parent) for path in paths), key=lambda run: run.state["created"])
+    return sorted((RunFolder(path.parent) for path in paths), key=_created)
+
+
+def _created(run: RunFolder) -> str:
+    try:
+        return run.state["created"]
+    except AqnError:  # damaged: above all others
+        return ""
+
+
+def listed(run: RunFolder) -> dict[str, Any]:
+    """`describe`; of a run whose records are damaged all is None but its place, `status` (`damaged`) and `message`."""
+    try:
+        return describe(run)
+    except AqnError as error:
+        known = {"run": run.path.name, "status": "damaged", "message": str(error), "path": str(run.path)}
+        return dict.fromkeys(_KEYS) | known
 
 
 def describe(run: RunFolder) -> dict[str, Any]:
@@ -47,16 +67,13 @@ def describe(run: RunFolder) -> dict[str, Any]:
     status = state["status"]
     if status == "running" and not run.locked:
         status = "dead"
-    try:
-        config = yaml.safe_load((run.path / "config.yaml").read_text())
-    except FileNotFoundError:  # killed before it was written
-        config = {}
+    config = run.block("config.yaml")  # None: killed before it was written
     metrics = list(run.read("metrics.jsonl"))
-    steps = [record for record in metrics if record["kind"] == "step"]
-    validations = [record for record in metrics if record["kind"] == "validation"]
+    steps = [record for record in metrics if record.get("kind") == "step"]
+    validations = [record for record in metrics if record.get("kind") == "validation"]
     evidence = list(run.read("evidence.jsonl"))
-    base = next((record.get("disk") for record in evidence if record["kind"] == "base"), None)
-    adapter = next((record.get("sent") for record in reversed(evidence) if record["kind"] == "adapter"), None)
+    base = next((record.get("disk") for record in evidence if record.get("kind") == "base"), None)
+    adapter = next((record.get("sent") for record in reversed(evidence) if record.get("kind") == "adapter"), None)
     last = validations[-1] if validations else {}
     files = [path.stat().st_mtime for path in (run.path / "metrics.jsonl", run.path / "state.json") if path.exists()]
     return {
@@ -82,7 +99,7 @@ def describe(run: RunFolder) -> dict[str, Any]:
 
 
 def table(rows: Iterable[dict[str, Any]]) -> Table:
-    """What `describe` says of runs, a run a row."""
+    """What `listed` says of runs, a run a row."""
     view = Table(title="Runs (accuracy without noise, 95 % interval)", title_justify="left")
     for column in ("run", "recipe", "status", "steps", "σ", "seed", "accuracy", "minutes"):
         view.add_column(column, justify="left" if column in ("run", "recipe", "status") else "right", no_wrap=True)
@@ -91,11 +108,11 @@ def table(rows: Iterable[dict[str, Any]]) -> Table:
             row["run"],
             row["recipe"] or "–",
             row["status"],
-            f"{row['step']}/{row['steps'] or '?'}",
+            "–" if row["step"] is None else f"{row['step']}/{row['steps'] or '?'}",
             sigmas(row["noise"]),
             "–" if row["seed"] is None else str(row["seed"]),
             escape(share_text(row["accuracy"], row["items"], " %")),
-            f"{row['minutes']:g}",
+            "–" if row["minutes"] is None else f"{row['minutes']:g}",
         )
     return view
 
