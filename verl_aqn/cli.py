@@ -1,11 +1,12 @@
 """The `verl-aqn` command. Results go to standard output, progress and errors to standard error."""
 
+import difflib
 import json
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -23,7 +24,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Prepare data sets.")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.add_typer(node_app, name="node")
-app.command(context_settings={"ignore_unknown_options": True})(submit)
+app.command()(submit)
 app.command()(quantize)
 app.command()(export)
 
@@ -43,7 +44,7 @@ def callback(version: Annotated[bool, typer.Option("--version", callback=_versio
     """RL of MXFP4 models with LoRA and adaptive quantization noise, on stock verl."""
 
 
-@app.command(context_settings={"ignore_unknown_options": True})
+@app.command()
 def train(
     recipe: RecipeOrPlan,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as Hydra takes them.")] = None,
@@ -322,7 +323,15 @@ def main() -> None:
         if "\n" in error.format_message():  # no command was given: this is the help
             print(error.format_message())
             sys.exit(2)
-        _fail(error.format_message(), 2)
+        _fail(_usage(error), 2)
+
+
+def _usage(error: Any) -> str:
+    """Typer's words for a wrong use; for an option that does not exist ours, with the nearest one alone."""
+    if not hasattr(error, "possibilities"):
+        return error.format_message()
+    near = difflib.get_close_matches(error.option_name, error.possibilities or (), n=1)
+    return f"no option {error.option_name}" + (f": did you mean {near[0]}?" if near else "")
 
 
 def _interval(values: Sequence[float], form: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from verl_aqn import cli
 from verl_aqn.data.parquet import row, write_parquet
 from verl_aqn.schedule import KINDS
 
@@ -76,7 +77,7 @@ def test_schedule_takes_the_steps_from_the_data_where_the_recipe_does_not_say(tm
 
 
 def test_exit_code_of_a_command_that_failed_without_an_exception(monkeypatch):
-    from verl_aqn import cli, doctor
+    from verl_aqn import doctor
     from verl_aqn.preflight.findings import Finding
 
     found = doctor.Report([Finding("vllm", "missing", "bash scripts/setup.sh")])
@@ -115,6 +116,36 @@ def test_dry_run_prints_the_resolved_config_and_starts_nothing(tmp_path):
 )
 def test_mistakes_are_one_line(arguments, code, words):
     assert words in one_line(run(*arguments), code)
+
+
+@pytest.fixture
+def told(monkeypatch, capsys):
+    """`told(*arguments)` → the one line of an error, of a command that runs in this process."""
+
+    def run(*arguments, code: int = 2) -> str:
+        monkeypatch.setattr(sys, "argv", ["verl-aqn", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert (ended.value.code, out, err.count("\n")) == (code, "", 1), err
+        return err
+
+    return run
+
+
+@pytest.mark.parametrize("command", ["train", "submit"])
+def test_a_misspelled_option_is_no_override(told, command):
+    assert told(command, "e12", "--quickly") == "error: no option --quickly\n"
+    assert "no option --restart: did you mean --restarts?" in told(command, "e12", "--restart", "3")
+
+
+def test_submit_passes_options_on(monkeypatch):
+    jobs = []
+    monkeypatch.setattr("verl_aqn.cluster.submit.run_job", lambda address, arguments: jobs.append(arguments) or 0)
+    monkeypatch.setattr(sys, "argv", ["verl-aqn", "submit", "e12", "data.seed=1", "--restarts", "3", "--dry-run"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert jobs == [["e12", "data.seed=1", "aqn.run.restarts=3", "--dry-run"]]
 
 
 def test_model_folder_without_weights(tmp_path):

@@ -57,9 +57,12 @@ def submit(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as Hydra takes them.")] = None,
     address: Annotated[str, typer.Option(help="Ray's dashboard, on the head's loopback.")] = "http://127.0.0.1:8265",
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew even if the last run died.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="As of `verl-aqn train`, on the head.")] = False,
+    restarts: Annotated[int | None, typer.Option(min=0, help="As of `verl-aqn train`.")] = None,
 ) -> None:
     """Run a recipe, or a plan, on the Ray cluster of this machine, and follow it."""
     from verl_aqn.cluster.submit import run_job
 
-    arguments = [recipe, *(overrides or []), *(["--fresh"] if fresh else [])]
+    arguments = [recipe, *(overrides or []), *([] if restarts is None else [f"aqn.run.restarts={restarts}"])]
+    arguments += [name for name, given in (("--fresh", fresh), ("--dry-run", dry_run)) if given]
     raise typer.Exit(run_job(os.environ.get("RAY_API_SERVER_ADDRESS", address), arguments))
