@@ -77,7 +77,7 @@ def train(
 def schedule(
     recipe: Recipe,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as Hydra takes them.")] = None,
-    steps: Annotated[int | None, typer.Option(help="RL steps, where the recipe does not state them.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="RL steps, where the recipe does not state them.")] = None,
     as_json: Json = False,
     plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG, SVG or PDF).")] = None,
 ) -> None:

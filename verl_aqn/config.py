@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -376,6 +377,8 @@ def _groups(overrides: list[str]) -> tuple[str, list[str], list[str]]:
         key, sep, value = override.partition("=")
         if not key or not sep:
             raise ConfigError(f"override {override!r} is not of the form key=value")
+        if key == "seeds":
+            raise ConfigError("seeds= is for plans; a recipe takes aqn.seed=0")
         key = "profile" if key == "aqn.profile" else key
         if key in chosen:
             chosen[key] = value
@@ -418,6 +421,16 @@ def _hydra_message(error: Exception, path: Path, groups: list[str]) -> str:
         config = _compose(path, groups)
         _check_base(config, path)
         parent, _, name = key.rpartition(".")
-        siblings = OmegaConf.select(config, parent) if parent else config
-        return f"unknown key {key}: {nearest(name, [str(k) for k in siblings])}"
+        siblings = [str(one) for one in (OmegaConf.select(config, parent) if parent else config)]
+        elsewhere = [one for one in _dotted(OmegaConf.to_container(config)) if one.rpartition(".")[2] == name]
+        if elsewhere and not difflib.get_close_matches(name, siblings):
+            return f"unknown key {key}: did you mean {' or '.join(elsewhere[:4])}?"
+        return f"unknown key {key}: {nearest(name, siblings)}"
     return lines[0] + (f" ({key})" if key and key not in lines[0] else "")
+
+
+def _dotted(block: Any, prefix: str = "") -> Iterator[str]:
+    """All dotted keys, of blocks too."""
+    for key, value in block.items() if isinstance(block, dict) else ():
+        yield f"{prefix}{key}"
+        yield from _dotted(value, f"{prefix}{key}.")

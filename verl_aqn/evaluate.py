@@ -17,6 +17,7 @@ from verl_aqn.config import check_numbers, load_recipe, parse_aqn
 from verl_aqn.console import RULES, Console
 from verl_aqn.errors import AqnError, ConfigError, DataError, EvidenceError, first_line
 from verl_aqn.preflight.checks import check_machine
+from verl_aqn.runs.arms import run_in
 from verl_aqn.runs.checkpoints import config_of, find_checkpoint
 from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.runs.stats import wilson
@@ -74,6 +75,8 @@ def find_target(path: Path) -> Target:
     path = path.expanduser()
     if (path / "config.json").is_file():
         return Target(path.resolve())
+    if run_in(path) is None and not path.resolve().name.startswith("global_step_"):
+        raise DataError(f"{path} is no run, no checkpoint and no model folder (no config.json): give one of them")
     run, step = find_checkpoint(path)
     return Target(path.resolve(), run, run.checkpoints / f"global_step_{step}")
 

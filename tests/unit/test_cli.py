@@ -148,6 +148,10 @@ def test_submit_passes_options_on(monkeypatch):
     assert jobs == [["e12", "data.seed=1", "aqn.run.restarts=3", "--dry-run"]]
 
 
+def test_steps_begin_at_one(told):
+    assert "--steps" in told("schedule", "e12", "--steps", "0")
+
+
 def test_model_folder_without_weights(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
     result = run("train", "e12", "profile=cpu", f"actor_rollout_ref.model.path={tmp_path}")

@@ -166,6 +166,12 @@ def test_other_items_and_repeated_prompts_are_refused(tmp_path):
         read_run(write_run(tmp_path / "c", "c", [1, 0, 1], prompts=["x", "x", "y"]))
 
 
+def test_one_run_twice_is_told_so(tmp_path):
+    folder = write_run(tmp_path, "a", [1, 0])
+    with pytest.raises(ConfigError, match=f"{folder} is named twice: leave one out"):
+        arms([folder, tmp_path])
+
+
 def test_one_seed_twice_and_one_arm_alone_are_refused(tmp_path):
     runs = [write_run(tmp_path / name, name, [1, 0], seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
     with pytest.raises(DataError, match="one config and one seed"):

@@ -56,6 +56,8 @@ def test_what_is_no_target(tmp_path, make):
     with pytest.raises(DataError) as error:
         find_target(path)
     assert "\n" not in str(error.value)
+    if make in ("nothing", "empty"):
+        assert str(error.value).startswith(f"{path} is no run, no checkpoint and no model folder (no config.json)")
 
 
 def test_a_run_is_validated_as_it_was_and_takes_no_step(run):

@@ -64,9 +64,11 @@ def test_runs_are_found_from_above_and_from_within_oldest_first(tmp_path):
     assert [run.path for run in find_runs(tmp_path / "a")] == [first.path]
     assert [run.path for run in find_runs(second.path)] == [second.path]
     (tmp_path / "c").mkdir()
-    for folder, says in ((tmp_path / "c", "holds no runs"), (tmp_path / "d", "is not there")):
-        with pytest.raises(DataError, match=says):
-            find_runs(folder)
+    (tmp_path / "e").touch()
+    says = {"c": "holds no runs", "d": "is not there", "e": "is no folder"}
+    for name, what in says.items():
+        with pytest.raises(DataError, match=what):
+            find_runs(tmp_path / name)
 
 
 def test_without_a_folder_a_plan_s_runs_are_found_too(tmp_path, monkeypatch):

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from verl_aqn.errors import ConfigError, DataError
-from verl_aqn.runs.arms import find_run, flatten, records_of
+from verl_aqn.errors import DataError
+from verl_aqn.runs.arms import find_each, flatten, records_of
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.listing import describe
 
@@ -53,9 +53,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
     DataError where one holds no run or a record is damaged, ConfigError where one is named twice.
     """
-    folders = [find_run(path) for path in paths]
-    if twice := [str(path) for path, count in Counter(folder.path for folder in folders).items() if count > 1]:
-        raise ConfigError(f"{twice[0]} is named twice: leave one out")
+    folders = find_each(paths)
     summaries = [describe(folder) for folder in folders]
     names = [str(one["recipe"] or one["run"]) for one in summaries]
     labels = [

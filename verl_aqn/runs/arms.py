@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,12 +53,27 @@ class Arm:
         return self.runs[0].settings
 
 
-def find_run(path: Path) -> RunFolder:
-    """The run in `path`, or the newest of the base folder `path`. DataError where it is neither."""
+def run_in(path: Path) -> RunFolder | None:
+    """The run in `path`, or the newest of the base folder `path`; None where it is neither."""
     for folder in (path, (path / "training.log").resolve().parent):
         if (folder / "state.json").is_file():
             return RunFolder(folder.resolve())
+    return None
+
+
+def find_run(path: Path) -> RunFolder:
+    """As `run_in`. DataError where there is no run."""
+    if run := run_in(path):
+        return run
     raise DataError(f"{path} holds no run: give <base>/runs/<time>-<id>, or <base> for its newest run")
+
+
+def find_each(paths: Sequence[Path]) -> list[RunFolder]:
+    """As `find_run`. ConfigError where two paths are one run."""
+    runs = [find_run(path) for path in paths]
+    if twice := [path for path, count in Counter(run.path for run in runs).items() if count > 1]:
+        raise ConfigError(f"{twice[0]} is named twice: leave one out")
+    return runs
 
 
 def read_run(path: Path) -> Run:
@@ -120,11 +136,12 @@ def arms(paths: Sequence[Path], factors: Sequence[str] = (FACTOR,), any_differen
     """The runs grouped by their settings; the first is the control, the arm of the first path.
 
     Settings of arms may differ under the keys `factors`, anywhere with `any_difference`. ConfigError where fewer than
-    two arms are left, where they differ elsewhere, or where a factor names no key. DataError where a run cannot be
-    read, where two runs of an arm share their `aqn.seed` (they share noise, first adapter and order of the data, so
-    that they are closer to each other than two seeds are), or where not all have answered the same items.
+    two arms are left, where they differ elsewhere, where a run is named twice, or where a factor names no key.
+    DataError where a run cannot be read, where two runs of an arm share their `aqn.seed` (they share noise, first
+    adapter and order of the data, so that they are closer to each other than two seeds are), or where not all have
+    answered the same items.
     """
-    runs = [read_run(path) for path in paths]
+    runs = [read_run(folder.path) for folder in find_each(paths)]
     groups: list[list[Run]] = []
     for run in runs:
         same = next((group for group in groups if group[0].settings == run.settings), None)

@@ -34,7 +34,7 @@ def find_runs(folder: Path | None = None) -> list[RunFolder]:
     else:
         paths = [path for pattern in ("state.json", *_BELOW) for path in folder.glob(pattern)]
         if not paths:
-            what = "holds no runs" if folder.is_dir() else "is not there"
+            what = "holds no runs" if folder.is_dir() else "is no folder" if folder.exists() else "is not there"
             raise DataError(f"{folder} {what}: give a folder that `verl-aqn train` was told as aqn.run.dir")
     return sorted((RunFolder(path.parent) for path in paths), key=_created)
 
