@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from verl_aqn.errors import ConfigError, EnvironmentFault
 from verl_aqn.order import LAYER_KINDS, TARGETS, UNITS, Layers, NoiseOrder
 from verl_aqn.schedule import KINDS, SigmaSchedule
+from verl_aqn.trackers import LOGGERS
 
 PROFILES = ("cpu", "cuda", "npu")
 
@@ -95,6 +96,10 @@ class ParityConfig:
 
     rescore: int = 16  # one in so many samples is scored again without noise, to tell noise from kernels; 0: none
 
+    def __post_init__(self) -> None:
+        if self.rescore < 0:
+            raise ConfigError(f"aqn.parity.rescore is {self.rescore}: give 0 or more, 0 for none")
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -108,6 +113,12 @@ class RunConfig:
     fresh: bool = False
     restarts: int = 0
     patience: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.restarts < 0:
+            raise ConfigError(f"aqn.run.restarts is {self.restarts}: give 0 or more")
+        if not self.patience >= 0:
+            raise ConfigError(f"aqn.run.patience is {self.patience}: give 0 or more, 0 for never")
 
 
 @dataclass(frozen=True)
@@ -152,6 +163,14 @@ _COUNTS = (
 _OR_NULL = ("trainer.total_training_steps", "data.gen_batch_size", f"{_ROLLOUT}.max_model_len")
 _MINUS_ONE = {"trainer.test_freq": "never", "trainer.save_freq": "never", "data.train_max_samples": "all",
               "data.val_max_samples": "all"}  # fmt: skip
+
+# Names that verl looks up once a run is under way. Only these two engines hold a packed base (`verl_api.engine`).
+STRATEGIES = ("fsdp", "fsdp2")
+_NAMES = {
+    "trainer.logger": LOGGERS,
+    "actor_rollout_ref.actor.strategy": STRATEGIES,
+    "critic.strategy": STRATEGIES,
+}
 
 
 def nearest(name: str, valid: list[str]) -> str:
@@ -240,6 +259,15 @@ def check_numbers(config: DictConfig) -> None:
             other = f", or -1 for {_MINUS_ONE[key]}" if key in _MINUS_ONE else ""
             shown = "null" if value is None else value
             raise ConfigError(f"{key}={shown}: give a whole number that is 1 or more{other}")
+
+
+def check_names(config: DictConfig) -> None:
+    """The names in verl's blocks of which all are known here. ConfigError for the first that is none of them."""
+    for key, known in _NAMES.items():
+        value = OmegaConf.select(config, key, default=known[0])
+        for name in value if OmegaConf.is_list(value) else [value]:
+            if name not in known:
+                raise ConfigError(f"{key} has {name!r}: {nearest(str(name), list(known))}")
 
 
 def schedule_of(config: DictConfig | dict, total_steps: int) -> SigmaSchedule:
@@ -361,6 +389,7 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
         _check_base(config, path)
         parse_aqn(config)
         check_numbers(config)
+        check_names(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"{path.name}: {_hydra_message(error, path, groups)}") from error
     OmegaConf.update(config, "aqn.profile", profile)

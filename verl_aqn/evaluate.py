@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from verl_aqn.cache import cache_dir
-from verl_aqn.config import check_numbers, load_recipe, parse_aqn
+from verl_aqn.config import check_names, check_numbers, load_recipe, parse_aqn
 from verl_aqn.console import RULES, Console
 from verl_aqn.errors import AqnError, ConfigError, DataError, EvidenceError, first_line
 from verl_aqn.preflight.checks import check_machine
@@ -181,6 +181,7 @@ def with_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
             raise ConfigError(f"{override}: {first_line(error)}") from error
     parse_aqn(config)
     check_numbers(config)
+    check_names(config)
     return config
 
 

@@ -9,6 +9,12 @@ from pathlib import Path
 
 from verl_aqn.cache import cache_dir
 
+# What verl's `Tracking` takes; "tracking" is its old name of wandb.
+LOGGERS = (
+    "console", "tensorboard", "wandb", "mlflow", "swanlab", "trackio", "file", "clearml", "vemlp_wandb", "rl_insight",
+    "tracking",
+)  # fmt: skip
+
 
 def stay_here(env: MutableMapping[str, str], folder: Path, attempt: int) -> None:
     """Fill in `env`, of the training process, for a run in `folder`; `attempt` counts from 1."""

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import verl_aqn
+from verl_aqn.config import STRATEGIES
+from verl_aqn.trackers import LOGGERS
 
 # What is imported within functions, or called with parameters by name. Overrides are found in the code (below).
 SYMBOLS = {
@@ -135,6 +137,16 @@ def test_last_step_is_validated_and_saved_whatever_the_frequency():
 
     source = inspect.getsource(PPOTrainer.fit)
     assert source.count("is_last_step or self.global_steps %") == 2
+
+
+def test_names_of_loggers_and_strategies_are_verl_s():
+    from verl.utils.tracking import Tracking
+    from verl.workers.engine.base import EngineRegistry
+
+    import verl_aqn.verl_api.engine  # noqa: F401  registers ours
+
+    assert set(LOGGERS) == {*Tracking.supported_backend, "tracking"}
+    assert set(STRATEGIES) <= set(EngineRegistry._engines["language_model"])
 
 
 def test_server_takes_the_worker_extension_from_engine_kwargs():

@@ -6,7 +6,16 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from verl_aqn.config import AqnConfig, check_numbers, find_recipe, load_recipe, parse_aqn, recipe_names, schedule_of
+from verl_aqn.config import (
+    AqnConfig,
+    check_names,
+    check_numbers,
+    find_recipe,
+    load_recipe,
+    parse_aqn,
+    recipe_names,
+    schedule_of,
+)
 from verl_aqn.errors import ConfigError
 from verl_aqn.prepare import tell_workers
 
@@ -202,6 +211,43 @@ def test_whole_numbers_are_checked_before_anything_reckons_with_them(composed, k
     never = ", or -1 for never" if key.endswith("freq") else ""
     shown = "null" if value is None else value
     assert str(error.value) == f"{key}={shown}: give a whole number that is 1 or more{never}"
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        ({"run": {"patience": -1.0}}, r"aqn\.run\.patience is -1\.0: give 0 or more, 0 for never"),
+        ({"run": {"restarts": -1}}, r"aqn\.run\.restarts is -1: give 0 or more"),
+        ({"parity": {"rescore": -3}}, r"aqn\.parity\.rescore is -3: give 0 or more, 0 for none"),
+    ],
+)
+def test_what_cannot_be_negative(block, words):
+    with pytest.raises(ConfigError, match=words):
+        parse_aqn({"aqn": block})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("trainer.logger", ["console", "consol"], "trainer.logger has 'consol': did you mean 'console'?"),
+        ("trainer.logger", "consol", "trainer.logger has 'consol': did you mean 'console'?"),
+        ("actor_rollout_ref.actor.strategy", "foo", "actor_rollout_ref.actor.strategy has 'foo': valid: fsdp, fsdp2"),
+        ("critic.strategy", None, "critic.strategy has None: valid: fsdp, fsdp2"),
+        ("critic.strategy", "megatron", "critic.strategy has 'megatron': valid: fsdp, fsdp2"),
+    ],
+)
+def test_names_that_verl_would_refuse_in_the_middle_of_a_run(composed, key, value, words):
+    config = composed.copy()
+    OmegaConf.update(config, key, value)
+    with pytest.raises(ConfigError) as error:
+        check_names(config)
+    assert str(error.value) == words
+
+
+def test_a_recipe_s_names_are_checked():
+    with pytest.raises(ConfigError, match=r"trainer\.logger has 'consol'"):
+        load_recipe("e12", ["profile=cpu", "trainer.logger=[consol]"])
+    check_names(load_recipe("e12", ["profile=cpu", "trainer.logger=wandb"]))
 
 
 @pytest.mark.parametrize(
