@@ -137,10 +137,12 @@ def probe(
 
         check_picture(plot)
     from verl_aqn.config import load_recipe
+
+    config = load_recipe(recipe, overrides)
     from verl_aqn.probe import FACTORS, Probe, check_strength, survey
     from verl_aqn.train import resolve
 
-    todo = resolve(load_recipe(recipe, overrides))
+    todo = resolve(config)
     measured = Probe(todo.config, todo.steps, prompts, samples)
     start, unit = measured.order.sigma, measured.order.unit
     sigmas = [*(sigma or [float(f"{start * factor:.3g}") for factor in FACTORS]), start]

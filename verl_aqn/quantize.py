@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from verl_aqn.errors import ConfigError
+from verl_aqn.errors import ConfigError, ModelError
+from verl_aqn.plots import check_picture
 from verl_aqn.terminal import print_wide, progress_bar
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ def quantize(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
 ) -> None:
     """bf16 checkpoint → packed MXFP4 checkpoint that stock vLLM loads."""
+    if not (src / "config.json").is_file():  # told before torch is imported
+        raise ModelError(f"{src} is not a Hugging Face model folder: it has no config.json")
+    if plot:
+        check_picture(plot)
     from verl_aqn.mxfp4.checkpoint import EXCLUDE, quantize_checkpoint
     from verl_aqn.mxfp4.foreign import foreign_layout, import_checkpoint
     from verl_aqn.mxfp4.storage import read_config
@@ -53,10 +58,6 @@ def quantize(
             print(f"{src.name} is MXFP4 already ({kind}): {imported.modules} modules converted bit by bit, {size}")
         return
 
-    if plot:
-        from verl_aqn.plots import check_picture, plot_quantization
-
-        check_picture(plot)
     with progress_bar("quantising") as progress:
         leave = (*EXCLUDE, *(exclude or ()))
         if calibrate:
@@ -67,6 +68,8 @@ def quantize(
             report = quantize_checkpoint(src, dst, scale_rule, leave, progress, format=format_)
     title = f"{src.name} in MXFP4 ({scale_rule}): {_db(report.sqnr_db)} dB over all"
     if plot:
+        from verl_aqn.plots import plot_quantization
+
         plot_quantization(list(report.modules), title, plot)
     if as_json:
         print(json.dumps(report.to_dict()))

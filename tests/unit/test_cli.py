@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.run_folders import write_run
 from verl_aqn import cli
 from verl_aqn.data.parquet import row, write_parquet
 from verl_aqn.schedule import KINDS
@@ -244,6 +245,50 @@ def test_script_takes_devices_toggles_and_overrides(tmp_path):
     assert (config["trainer"]["n_gpus_per_node"], config["data"]["seed"]) == (2, 7)
     assert config["aqn"]["run"]["dir"] == str(tmp_path)
     assert config["ray_kwargs"]["ray_init"]["num_gpus"] == 2
+
+
+def test_wrong_arguments_do_not_wait_for_heavy_packages(tmp_path):
+    taken = write_run(tmp_path / "base").path
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    mistakes = {
+        f"export {tmp_path}/nothere {tmp_path}/dst": "nothere holds no run",
+        f"export {taken} {taken}": "exists already",
+        f"quantize {tmp_path}/nothere {tmp_path}/dst": "nothere is not a Hugging Face model folder",
+        f"quantize {tmp_path}/model {tmp_path}/dst --plot x.doc": "cannot write a picture to x.doc",
+        "bench scale --shape 8B": "--shape 8B is not known",
+        "bench scale --device a4": "--device a4 is not known",
+        "bench update --shape foo": "--shape foo is not known",
+        "bench growth --plot x.doc": "cannot write a picture to x.doc",
+        "probe nope": "no recipe 'nope'",
+    }
+    code = (
+        "import sys, verl_aqn.cli\n"
+        "class Heavy:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('torch', 'transformers', 'scipy', 'pyarrow'): raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Heavy())\n"
+        "for line in sys.stdin.read().splitlines():\n"
+        "    sys.argv = ['verl-aqn', *line.split()]\n"
+        "    try: verl_aqn.cli.main()\n"
+        "    except SystemExit: pass\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], input="\n".join(mistakes), capture_output=True, text=True)
+    lines = found.stderr.splitlines()
+    assert len(lines) == len(mistakes), found.stderr
+    for line, words in zip(lines, mistakes.values(), strict=True):
+        assert words in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words", "code"),
+    [(["--model", "nothere"], "no model folder nothere", 1), (["data.sed=1"], "unknown key data.sed", 2)],
+)
+def test_bench_step_refuses_before_the_first_arm(told, monkeypatch, arguments, words, code):
+    from verl_aqn.bench import step
+
+    monkeypatch.setattr(step, "run_arm", lambda *_: pytest.fail("an arm was started"))
+    assert words in told("bench", "step", *arguments, code=code)
 
 
 def test_help_does_not_wait_for_heavy_packages():

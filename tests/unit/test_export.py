@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.export_runs import adapter_of, state_of, trained, write_actor, write_run
 from tests.sharded_lora import Lora, save_sharded
 from verl_aqn.data.smollm2 import tiny_model
-from verl_aqn.errors import ConfigError, DataError, EvidenceError, ModelError
+from verl_aqn.errors import DataError, EvidenceError, ModelError
 from verl_aqn.export import exporting, trial
 from verl_aqn.export.difference import Difference, first_difference
 from verl_aqn.export.exporting import RECORD, export
@@ -318,8 +318,6 @@ def test_another_adapter_and_other_answers_are_found_out(validated, base, engine
     (validated / "validation/3.jsonl").write_text(json.dumps(broken | {"input": "unheard of"}) + "\n")
     with pytest.raises(DataError, match="not the one that the run was validated on"):
         export(validated, tmp_path / "out")
-    with pytest.raises(ConfigError, match="exists already"):
-        export(validated, base)
 
 
 def test_modules_are_named_in_full_where_their_last_names_mean_others_too(base, state):

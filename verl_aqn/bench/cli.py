@@ -104,12 +104,13 @@ def step(
     as_json: Json = False,
 ) -> None:
     """The RL step on CPUs from end to end, beside stock verl with a bf16 base (with its defaults, and tuned)."""
-    from verl_aqn.bench.step import ARMS, measure, overrides, table
+    from verl_aqn.bench.step import ARMS, check, measure, overrides, table
 
+    todo = [*overrides(model, steps, small), *(settings or [])]
+    check(todo)
     base = Path(tempfile.mkdtemp(prefix="verl-aqn-bench-"))  # stays where a run fails: its log is in there
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("steps", total=len(ARMS) * rounds * (steps + 1))
-        todo = [*overrides(model, steps, small), *(settings or [])]
         result = measure(todo, steps, rounds, base, lambda done: progress.update(task, completed=done))
     shutil.rmtree(base)
     if as_json:
@@ -127,11 +128,12 @@ def growth(
     as_json: Json = False,
 ) -> None:
     """Time and memory of the RL step against model size, samples and length of answers, with fitted exponents."""
-    from verl_aqn.bench.growth import measure, roofline, table
     from verl_aqn.plots import check_picture, plot_growth
 
     if plot:
         check_picture(plot)
+    from verl_aqn.bench.growth import measure, roofline, table
+
     base = Path(tempfile.mkdtemp(prefix="verl-aqn-bench-"))  # stays where a run fails: its log is in there
     with Console(stderr=True).status("starting") as status:
         result = measure(steps, small, base, status.update)
@@ -157,13 +159,14 @@ def scale(
     as_json: Json = False,
 ) -> None:
     """Project the step of e12_aggressive_1ep on GSM8K to 8 … 1,024 devices, none of which was measured."""
-    from verl_aqn.bench import scale as model
     from verl_aqn.bench.cost import DEVICES
     from verl_aqn.bench.shapes import SHAPES
 
     for given, known, what in ((shape, SHAPES, "--shape"), (device, DEVICES, "--device")):
         if given not in known:
             raise ConfigError(f"{what} {given} is not known: use one of {', '.join(known)}")
+    from verl_aqn.bench import scale as model
+
     result = model.project_recipe(shape, DEVICES[device], prompt, response, weak=weak)
     if as_json:
         print(json.dumps(result))
@@ -187,10 +190,11 @@ def update(
 ) -> None:
     """The actor's update: packed base against bf16, both with bf16 LoRA, and with each prompt once for its answers."""
     from verl_aqn.bench.shapes import SHAPES
-    from verl_aqn.bench.update import measure, table
 
     if shape not in SHAPES:
         raise ConfigError(f"--shape {shape} is not known: use one of {', '.join(SHAPES)}")
+    from verl_aqn.bench.update import measure, table
+
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("measuring", total=rounds)
         sizes = (prompts, samples, prompt, response)

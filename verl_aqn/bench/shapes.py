@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-from verl_aqn.data.smollm2 import random_model
-
 _KEYS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 # Layers, hidden, inner, heads, key-value heads, vocabulary; from the models' published config.json.
 SHAPES = {
@@ -31,5 +29,7 @@ def write_config(name: str, folder: Path) -> Path:
 
 def write_model(name: str, folder: Path) -> Path:
     """Random weights of this shape, but with SmolLM2's tokenizer and its 49,152 tokens, and a head of its own."""
+    from verl_aqn.data.smollm2 import random_model
+
     layers, hidden, inner, heads, key_value_heads, _ = SHAPES[name]
     return random_model(folder, layers, hidden, inner=inner, heads=heads, key_value_heads=key_value_heads)

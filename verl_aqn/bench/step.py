@@ -63,6 +63,14 @@ def overrides(model: str, steps: int, small: bool) -> list[str]:
     ]
 
 
+def check(todo: list[str]) -> None:
+    """Raise, before the first arm, what is wrong with the settings or the model of all arms."""
+    from verl_aqn.config import load_recipe
+    from verl_aqn.prepare import find_model
+
+    find_model(load_recipe(RECIPE, todo), weights=False)
+
+
 def stock_config(todo: list[str], *, tuned: bool) -> DictConfig:
     """The same task for verl's own trainer: a bf16 base with bf16 LoRA, of verl's settings but for what a CPU needs.
 

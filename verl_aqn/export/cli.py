@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from verl_aqn.errors import ConfigError
+
 
 def export(
     run: Annotated[
@@ -18,6 +20,11 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
 ) -> None:
     """A run's adapter as PEFT and vLLM load it, or a merged bf16 model; proved against the run's own record."""
+    from verl_aqn.runs.checkpoints import find_checkpoint
+
+    if dst.exists() or dst.is_symlink():
+        raise ConfigError(f"{dst} exists already: nothing is overwritten, give another folder")
+    find_checkpoint(run)  # a run that is none is told before torch and transformers are imported
     from verl_aqn.export.exporting import export as export_run
 
     err = Console(stderr=True, highlight=False)

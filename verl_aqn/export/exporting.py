@@ -12,7 +12,7 @@ from typing import Any
 
 from verl_aqn.adapter import Adapter
 from verl_aqn.config import parse_aqn
-from verl_aqn.errors import ConfigError, EnvironmentFault, EvidenceError
+from verl_aqn.errors import EnvironmentFault, EvidenceError
 from verl_aqn.export.folders import write_card, write_peft_folder
 from verl_aqn.export.questions import read_questions
 from verl_aqn.export.shards import read_adapter
@@ -31,14 +31,11 @@ def export(run: Path, dst: Path, *, merge: bool = False, say: Callable[[str], No
     is also in ``dst``. ``dst`` appears complete and proved, or not at all.
 
     Raises:
-        ConfigError: ``dst`` exists.
-        DataError, ModelError: the run, its checkpoint, base or data cannot be used.
+        DataError, ModelError: the run, its checkpoint, base or data cannot be used, or ``dst`` exists.
         EvidenceError: what was exported is not what the run recorded, or does not answer as the run does.
     """
     from transformers import AutoTokenizer
 
-    if dst.exists() or dst.is_symlink():
-        raise ConfigError(f"{dst} exists already: nothing is overwritten, give another folder")
     source = find_source(run)
     say(f"step {source.step} of {source.run.path}")
     adapter = read_adapter(source.actor)
