@@ -9,8 +9,8 @@ FILES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
 }
-# What of ours a room may import, within functions too. The table of the rooms, from the general to the specific, with
-# the small modules that several share (adapter, cache, digest, order, shards, stacks); `errors` is everybody's.
+# What of ours a room may import, within functions too: the table of the rooms, and small modules that several share
+# (adapter, cache, digest, order, shards, stacks, trackers). `errors` is everybody's.
 ARROWS = {
     "schedule": (),
     "order": (),
@@ -21,7 +21,8 @@ ARROWS = {
     "data": (),
     "rewards": (),
     "runs": (),
-    "config": ("order", "schedule"),
+    "trackers": ("cache",),
+    "config": ("order", "schedule", "trackers"),  # the names of trackers, to refuse others
     "adapter": ("digest",),
     "mxfp4": ("adapter", "ascend", "cache", "data", "order", "shards"),  # whose operators to use; texts to calibrate on
     "noise": ("digest", "mxfp4", "order", "shards"),  # packed layers are noised on their codes
