@@ -139,7 +139,7 @@ def run_arm(name: str, todo: list[str], folder: Path, on_step: Callable[[], None
     if process.returncode:
         raise EnvironmentFault(f"bench step: {name} ended with code {process.returncode}: see {log}")
     if name == "ours":
-        run = next(folder.glob("runs/*"))
+        run = next(folder.glob("runs/*/events.jsonl")).parent
         add_evidence(arm, run / "events.jsonl")
         arm.synced = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["metrics"]["aqn/synced_bytes"]
     else:
