@@ -121,16 +121,6 @@ def test_only_the_answer_that_ends_a_fork_is_wrong_and_memory_is_bounded(monkeyp
     assert math_verify._in_fork([("right", "1"), ("greedy", "1"), ("right", "1")]) == "101"
 
 
-def test_a_process_that_has_limits_already_judges_within_them():
-    code = (
-        "import resource as r; r.setrlimit(r.RLIMIT_CPU, (3600, 3600)); r.setrlimit(r.RLIMIT_CORE, (0, 0))\n"
-        "from verl_aqn.rewards.math_verify import scores\n"
-        "print(scores(['#### 7', '#### 8'], ['7', '7']))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[1.0, 0.0]\n"
-
-
 def test_a_judge_that_can_find_nothing_right_says_so_instead_of_wrong(monkeypatch):
     monkeypatch.setattr(math_verify, "verified", lambda text, answer: bytearray(2 * math_verify.MEMORY_BYTES))
     with pytest.raises(SystemExit, match="cannot judge"):
@@ -160,9 +150,16 @@ def test_a_judge_that_dies_is_an_error_with_its_last_words(monkeypatch):
         scores(["#### 7"], ["7"])
 
 
-def test_in_a_process_that_ignores_its_children():
+@pytest.mark.parametrize(
+    "before",
+    [
+        "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)",  # ignores its children, as a Ray worker may
+        "import resource as r; r.setrlimit(r.RLIMIT_CPU, (3600, 3600)); r.setrlimit(r.RLIMIT_CORE, (0, 0))",
+    ],
+)
+def test_whatever_it_is_called_from_the_judge_judges(before):
     code = (
-        "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+        f"{before}\n"
         "from verl_aqn.rewards.math_verify import scores\n"
         "print(scores(['#### 7', '#### 9**9**9**9', '#### 7'], ['7'] * 3))"
     )
