@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from verl_aqn.errors import ConfigError, EnvironmentFault
+from verl_aqn.errors import ConfigError, EnvironmentFault, first_line
 from verl_aqn.order import LAYER_KINDS, TARGETS, UNITS, Layers, NoiseOrder
 from verl_aqn.schedule import KINDS, SigmaSchedule
 from verl_aqn.trackers import LOGGERS
@@ -161,8 +161,14 @@ _COUNTS = (
     f"{_ROLLOUT}.max_model_len", f"{_ROLLOUT}.max_num_seqs", f"{_ROLLOUT}.max_num_batched_tokens",
 )  # fmt: skip
 _OR_NULL = ("trainer.total_training_steps", "data.gen_batch_size", f"{_ROLLOUT}.max_model_len")
-_MINUS_ONE = {"trainer.test_freq": "never", "trainer.save_freq": "never", "data.train_max_samples": "all",
-              "data.val_max_samples": "all"}  # fmt: skip
+# Those with a number below 1 that means something.
+_OR_LOWER = {
+    "trainer.test_freq": (-1, "never"),
+    "trainer.save_freq": (-1, "never"),
+    "data.train_max_samples": (-1, "all"),
+    "data.val_max_samples": (-1, "all"),
+    "actor_rollout_ref.model.lora_rank": (0, "no adapter"),
+}
 
 # Names that verl looks up once a run is under way. Only these two engines hold a packed base (`verl_api.engine`).
 STRATEGIES = ("fsdp", "fsdp2")
@@ -251,12 +257,13 @@ def parse_aqn(config: DictConfig | dict) -> AqnConfig:
 
 def check_numbers(config: DictConfig) -> None:
     """The numbers of verl's blocks that verl or a check of ours would stumble over. ConfigError for the first."""
-    for key in (*_COUNTS, *_MINUS_ONE):
+    for key in (*_COUNTS, *_OR_LOWER):
         value = OmegaConf.select(config, key, default=1)  # records of older versions lack some
         if value is None and key in _OR_NULL:
             continue
-        if type(value) is not int or value < (-1 if key in _MINUS_ONE else 1):
-            other = f", or -1 for {_MINUS_ONE[key]}" if key in _MINUS_ONE else ""
+        lowest, meaning = _OR_LOWER.get(key, (1, ""))
+        if type(value) is not int or value < lowest:
+            other = f", or {lowest} for {meaning}" if meaning else ""
             shown = "null" if value is None else value
             raise ConfigError(f"{key}={shown}: give a whole number that is 1 or more{other}")
 
@@ -341,7 +348,7 @@ def read_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no YAML: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{path} is no YAML: {first_line(error)}") from error
 
 
 def _refuse_plan(recipe: str, raw: Any) -> None:

@@ -194,7 +194,10 @@ NUMBERS = {
     "actor_rollout_ref.rollout.tensor_model_parallel_size": (0, "abc"),
     "trainer.test_freq": (-2, "abc"),
     "trainer.save_freq": (-2, None),
+    "actor_rollout_ref.model.lora_rank": (-1, "abc", None),
 }
+LOWER = {"trainer.test_freq": "-1 for never", "trainer.save_freq": "-1 for never",
+         "actor_rollout_ref.model.lora_rank": "0 for no adapter"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -208,9 +211,8 @@ def test_whole_numbers_are_checked_before_anything_reckons_with_them(composed, k
     OmegaConf.update(config, key, value)
     with pytest.raises(ConfigError) as error:
         check_numbers(config)
-    never = ", or -1 for never" if key.endswith("freq") else ""
-    shown = "null" if value is None else value
-    assert str(error.value) == f"{key}={shown}: give a whole number that is 1 or more{never}"
+    shown, lower = "null" if value is None else value, f", or {LOWER[key]}" if key in LOWER else ""
+    assert str(error.value) == f"{key}={shown}: give a whole number that is 1 or more{lower}"
 
 
 @pytest.mark.parametrize(
@@ -251,7 +253,13 @@ def test_a_recipe_s_names_are_checked():
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("trainer.total_training_steps", None), ("data.gen_batch_size", None), ("trainer.test_freq", -1)]
+    ("key", "value"),
+    [
+        ("trainer.total_training_steps", None),
+        ("data.gen_batch_size", None),
+        ("trainer.test_freq", -1),
+        ("actor_rollout_ref.model.lora_rank", 0),
+    ],
 )
 def test_numbers_that_may_be_left_out(composed, key, value):
     config = composed.copy()
