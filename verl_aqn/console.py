@@ -190,8 +190,9 @@ def is_plans_task(todo: "Prepared", problems: int) -> bool:
     from verl_aqn.data.gsm8k import SOURCE, TEST_PROBLEMS
     from verl_aqn.data.parquet import sources_of
 
-    sources = {source for file in data_files(todo.config, "val_files") for source in sources_of(file)}
-    return PLAN_MODEL in str(todo.source) and sources == {SOURCE} and problems == TEST_PROBLEMS
+    if PLAN_MODEL not in str(todo.source) or problems != TEST_PROBLEMS:
+        return False
+    return {source for file in data_files(todo.config, "val_files") for source in sources_of(file)} == {SOURCE}
 
 
 def verdict(run: RunFolder, todo: "Prepared") -> str:

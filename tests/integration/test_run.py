@@ -53,11 +53,15 @@ def finished(train, tmp_path_factory) -> Path:
             patch.setenv(name, PLANTED)
         (home := tmp_path_factory.mktemp("home") / "home").mkdir()
         patch.setenv("HOME", str(home))
-        VERLS_SOCKET.write_text("another run's")
+        with VERLS_SOCKET.open("x") as socket:
+            socket.write("another run's")
         process = train(base, "aqn.noise.probe=true")
         listening = watcher.submit(watch_sockets, process)
         out, err = process.communicate(timeout=800)
+        kept = VERLS_SOCKET.read_text() if VERLS_SOCKET.exists() else "removed"
+        VERLS_SOCKET.unlink(missing_ok=True)
     assert process.returncode == 0, err + (newest(base) / "training.log").read_text()[-3000:]
+    (newest(base) / "socket.txt").write_text(kept)
     (newest(base) / "stdout.txt").write_text(out)
     (newest(base) / "stderr.txt").write_text(err)
     (newest(base) / "listening.txt").write_text("\n".join(sorted(listening.result())))
@@ -77,8 +81,7 @@ def test_a_line_a_step_then_tables_and_verdict(finished):
 
 
 def test_the_socket_of_another_run_on_the_machine_is_left_alone(finished):
-    assert VERLS_SOCKET.read_text() == "another run's"
-    VERLS_SOCKET.unlink()
+    assert (finished / "socket.txt").read_text() == "another run's"
 
 
 def test_the_start_was_measured_before_ray(finished):
