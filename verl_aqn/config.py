@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -163,7 +164,7 @@ _COUNTS = (
 _OR_NULL = ("trainer.total_training_steps", "data.gen_batch_size", f"{_ROLLOUT}.max_model_len")
 # Those with a number below 1 that means something.
 _OR_LOWER = {
-    "trainer.test_freq": (-1, "never"),
+    "trainer.test_freq": (-1, "the last step alone"),
     "trainer.save_freq": (-1, "never"),
     "data.train_max_samples": (-1, "all"),
     "data.val_max_samples": (-1, "all"),
@@ -180,7 +181,7 @@ _NAMES = {
 
 
 def nearest(name: str, valid: list[str]) -> str:
-    """` (did you mean 'x'?)` for the nearest valid name, or the list of them."""
+    """`did you mean 'x'?` for the nearest valid name, or the list of them."""
     close = difflib.get_close_matches(name, valid, n=1)
     return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(sorted(valid))}"
 
@@ -394,6 +395,7 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
     try:
         config = _compose(path, [*groups, *rest])
         _check_base(config, path)
+        _check_keys(config, path, groups, rest)
         parse_aqn(config)
         check_numbers(config)
         check_names(config)
@@ -440,6 +442,49 @@ def _check_base(config: DictConfig, path: Path) -> None:
         raise ConfigError(f"{path.name} does not build on `base`: start it with `defaults: [base, _self_]`")
 
 
+def _check_keys(config: DictConfig, path: Path, groups: list[str], overrides: list[str]) -> None:
+    """Hydra holds overrides against the keys that there are, but takes whatever key a recipe's file has.
+
+    A block that verl or `base` leave empty or null may hold anything, arguments to somebody's class (`…_kwargs`) too,
+    and with + an override may add what it likes. `aqn` is checked by its types.
+    """
+    known, verls = _plain(find_recipe("base"), *groups), _plain(_verl_config_dir() / "ppo_trainer.yaml")
+    added = [override.lstrip("+").partition("=")[0] for override in overrides if override.startswith("+")]
+    for key in _dotted(OmegaConf.to_container(config)):
+        if key.startswith("aqn.") or "_kwargs." in key or any(_within(key, one) or _within(one, key) for one in added):
+            continue
+        if not _has(known, key.split(".")) and not _has(verls, key.split(".")):
+            raise ConfigError(f"{path.name}: {_unknown(key, known)}")
+
+
+@cache
+def _plain(path: Path, *groups: str) -> Any:
+    return OmegaConf.to_container(_compose(path, list(groups)))
+
+
+def _within(key: str, block: str) -> bool:
+    return f"{key}.".startswith(f"{block}.")
+
+
+def _has(block: Any, key: list[str]) -> bool:
+    if not key or block in (None, {}, []):
+        return True
+    return isinstance(block, dict) and key[0] in block and _has(block[key[0]], key[1:])
+
+
+def _unknown(key: str, known: Any) -> str:
+    """A key that `known` lacks, with the nearest that it has."""
+    *parents, name = key.split(".")
+    block = known
+    for parent in parents:
+        block = block.get(parent) if isinstance(block, dict) else None
+    siblings = [str(one) for one in (block or ())]
+    elsewhere = [one for one in _dotted(known) if one.rpartition(".")[2] == name]
+    if elsewhere and not difflib.get_close_matches(name, siblings):
+        return f"unknown key {key}: did you mean {' or '.join(elsewhere[:4])}?"
+    return f"unknown key {key}: {nearest(name, siblings)}"
+
+
 def _compose(path: Path, overrides: list[str]) -> DictConfig:
     folders = [Path(__file__).resolve().parent / "conf", _verl_config_dir(), *recipe_dirs()]
     searchpath = ",".join(f"file://{folder}" for folder in folders)
@@ -456,12 +501,7 @@ def _hydra_message(error: Exception, path: Path, groups: list[str]) -> str:
     if "is not in struct" in lines[0] and key:
         config = _compose(path, groups)
         _check_base(config, path)
-        parent, _, name = key.rpartition(".")
-        siblings = [str(one) for one in (OmegaConf.select(config, parent) if parent else config)]
-        elsewhere = [one for one in _dotted(OmegaConf.to_container(config)) if one.rpartition(".")[2] == name]
-        if elsewhere and not difflib.get_close_matches(name, siblings):
-            return f"unknown key {key}: did you mean {' or '.join(elsewhere[:4])}?"
-        return f"unknown key {key}: {nearest(name, siblings)}"
+        return _unknown(key, OmegaConf.to_container(config))
     return lines[0] + (f" ({key})" if key and key not in lines[0] else "")
 
 

@@ -75,8 +75,8 @@ def test_aggressive_schedule_is_the_plan_s_table():
 
 def test_the_embedded_task_has_as_many_problems_as_a_plan_asks_for():
     assert load_recipe("e12", ["profile=cpu"]).data.val_max_samples == 192
-    assert load_recipe("dapo", ["profile=cpu", "++embedded.items=384"]).data.val_max_samples == 384
-    assert load_recipe("e12", ["profile=cuda", "++embedded.items=384"]).data.val_max_samples == -1
+    assert load_recipe("dapo", ["profile=cpu", "embedded.items=384"]).data.val_max_samples == 384
+    assert load_recipe("e12", ["profile=cuda", "embedded.items=384"]).data.val_max_samples == -1
 
 
 def test_e12_hyper_parameters():
@@ -386,3 +386,34 @@ def test_weight_only_is_the_default_and_forced_on_gpus():
     config = load_recipe("e12", ["profile=cuda", "aqn.mxfp4.activation=mxfp4", "aqn.mxfp4.enabled=false"])
     with pytest.raises(ConfigError, match="needs the quantised base"):
         tell_workers(config)
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        ("trainer: {total_epoch: 2}", "unknown key trainer.total_epoch: did you mean 'total_epochs'?"),
+        ("actor_rollout_ref: {rollout: {temprature: 1}}", "rollout.temprature: did you mean 'temperature'?"),
+        ("actor_rollout_ref: {actor: {lr: 1e-4}}", "did you mean actor_rollout_ref.actor.optim.lr or "),
+        ("embeded: {items: 4}", "unknown key embeded: did you mean 'embedded'?"),
+        ("aqn: {noise: {sgima_end: 0.1}}", "unknown key aqn.noise.sgima_end: did you mean 'sigma_end'?"),
+    ],
+)
+def test_a_key_of_a_recipe_s_file_that_nothing_reads_is_told(tmp_path, block, words):
+    (file := tmp_path / "mine.yaml").write_text(f"defaults: [base, _self_]\n{block}\n")
+    with pytest.raises(ConfigError) as error:
+        load_recipe(str(file), ["profile=cpu"])
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "actor_rollout_ref: {rollout: {engine_kwargs: {vllm: {block_size: 32}}}}",  # free in verl, filled by a profile
+        "actor_rollout_ref: {model: {override_config: {rope_theta: 1.0}}}",
+        "reward: {reward_kwargs: {mine: 1}}",
+        "aqn: {noise: {layers: {kind: uniform}}}",
+    ],
+)
+def test_what_is_free_in_verl_is_free_in_a_recipe_s_file(tmp_path, block):
+    (file := tmp_path / "mine.yaml").write_text(f"defaults: [base, _self_]\n{block}\n")
+    load_recipe(str(file), ["profile=cpu", "+ray_kwargs.mine=1", "++data.sampler.own.depth=2"])
