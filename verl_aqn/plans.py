@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ from rich.table import Table
 
 from verl_aqn.config import parse_aqn, read_yaml, typed
 from verl_aqn.console import Console
-from verl_aqn.errors import BusyError, ConfigError, DataError, StrengthError
-from verl_aqn.prepare import data_files
+from verl_aqn.errors import AqnError, ConfigError, DataError
 from verl_aqn.runs.arms import FACTOR, arms, beyond, settings_of, versions_of
 from verl_aqn.runs.compare import Report, compare
-from verl_aqn.runs.folder import RunFolder, finished_run
-from verl_aqn.runs.provenance import provenance
+from verl_aqn.runs.folder import RunFolder, runs_of
 from verl_aqn.runs.stats import accuracy_text
 from verl_aqn.terminal import print_wide
-from verl_aqn.train import compose, execute, identity, prepare, resolve
+from verl_aqn.train import compose, execute, identity, prepare, resolve, versions_now
+
+_BACK = "go back to them, or begin anew with aqn.run.dir=DIR"
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,11 @@ def _seeds(override: str) -> Any:
         raise ConfigError(f"{override} is no YAML list: give seeds=[0,1,2]") from error
 
 
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The keys in which versions differ, "" for none."""
+    return beyond([], [settings_of({"versions": one}) for one in (before, now)])
+
+
 @contextmanager
 def _faults_of(file: Path, arm: str) -> Iterator[None]:
     try:
@@ -137,6 +143,7 @@ class Series:
         """
         self.plan, self.console = plan, console or Console()
         self.done: dict[tuple[str, int], RunFolder] = {}
+        self.outdated: dict[tuple[str, int], str] = {}  # begun but not finished, with these versions unlike today's
         self.minutes: list[float] = []
         composed, self.configs = {}, {}
         for arm in plan.arms:
@@ -148,12 +155,14 @@ class Series:
         first = next(iter(self.configs.values()))
         self.base = Path(parse_aqn(first).run.dir or f"/tmp/mxfp4_plan_{file.stem}").expanduser()
         settings = {arm: settings_of(identity(config)) for arm, config in self.configs.items()}
+        for one, other in combinations(settings, 2):
+            if settings[one] == settings[other]:
+                raise ConfigError(f"the arms {one} and {other} are one and the same: leave one out")
         for arm, control in plan.pairs:
-            if settings[arm] == settings[control]:
-                raise ConfigError(f"the arms {control} and {arm} are one and the same: leave one out")
             if others := beyond(plan.factors, [settings[control], settings[arm]]):
                 raise ConfigError(f"{arm} and {control} differ in more than {', '.join(plan.factors)}: {others}")
-        self.look(provenance(data_files(first)))
+        self.versions = {arm: versions_now(config) for arm, config in self.configs.items()}
+        self.look()
 
     def identity(self, arm: str, seed: int) -> dict:
         """What the run of a seed would be told apart by."""
@@ -171,20 +180,24 @@ class Series:
         """Where the attempts of a run live."""
         return self.base / f"{arm}-seed{seed}"
 
-    def look(self, now: dict[str, Any]) -> None:
+    def look(self) -> None:
         """Find the finished runs. ConfigError where they were made with other versions: they could not be compared."""
         for arm, seed in (*self.plan.runs(False), *self.plan.runs(True)):
             if not (self.folder(arm, seed) / "runs").is_dir():
                 continue
-            run = finished_run(self.folder(arm, seed), self.identity(arm, seed))
-            if run is None:
+            runs = runs_of(self.folder(arm, seed), self.identity(arm, seed))
+            finished = [run for run in runs if run.state["status"] == "finished"]
+            if not runs:
                 continue
-            if others := beyond([], [settings_of({"versions": one}) for one in (versions_of(run.path), now)]):
+            others = _changed(versions_of((finished or runs)[-1].path), self.versions[arm])
+            if finished and others:
                 raise ConfigError(
-                    f"{run.path} was made with other {others}, so that no comparison could follow: go back to them, "
-                    "or begin anew with aqn.run.dir=DIR"
+                    f"{finished[-1].path} was made with other {others}, so that no comparison could follow: {_BACK}"
                 )
-            self.done[arm, seed] = run
+            if finished:
+                self.done[arm, seed] = finished[-1]
+            elif others:
+                self.outdated[arm, seed] = others
 
     def run(self) -> int:
         """All runs that are not on record, then the comparison. Exit code 0 where every run finished."""
@@ -204,14 +217,21 @@ class Series:
 
     def run_one(self, arm: str, seed: int) -> bool:
         """One run from its start or its last checkpoint to its end; whether it came there."""
-        left = [one for one in self.plan.runs(False) if one not in self.done]
+        if others := _changed(self.versions[arm], versions_now(self.configs[arm])):
+            raise ConfigError(f"{others} changed since the plan began, so that no comparison could follow: {_BACK}")
+        conditional = self.plan.arms[arm].when is not None
+        left = [one for one in self.plan.runs(conditional) if one not in self.done]
         about = f", about {len(left) * sum(self.minutes) / len(self.minutes):.0f} minutes left" if self.minutes else ""
         self.console.say(f"plan     {arm}, seed {seed}: {len(self.done)} runs on record, {len(left)} to go{about}")
+        overrides = self.overrides(arm, seed)
+        if others := self.outdated.pop((arm, seed), ""):
+            self.console.say(f"plan     begun before with other {others}: anew from its start")
+            overrides.append("aqn.run.fresh=true")
         began = time.monotonic()
         try:
-            todo = prepare(self.plan.arms[arm].recipe, self.overrides(arm, seed))
+            todo = prepare(self.plan.arms[arm].recipe, overrides)
             run, outcome = execute(todo, self.folder(arm, seed), self.console)
-        except (BusyError, StrengthError) as error:
+        except AqnError as error:
             self.console.warn(str(error))
             return False
         if outcome.status == "interrupted":

@@ -6,7 +6,7 @@ Read `train` first: it is the whole way in one breath.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -62,6 +62,8 @@ def resolve(config: DictConfig, *, fit: bool = True) -> Prepared:
     rows = prepare_data(config)
     steps = check_steps(config, rows["train"])
     config.trainer.total_training_steps = steps  # the schedule's, and the trainer's: it refuses if it finds fewer
+    if config.trainer.test_freq < 1:
+        config.trainer.test_freq = steps  # where it is 0 or -1 verl leaves out the last step's validation too
     source = prepare_model(config)
     fitted = None
     if fit and (noise := parse_aqn(config).noise).enabled and noise.target_kl is not None:
@@ -140,6 +142,11 @@ def measure_noise(run: RunFolder, todo: Prepared, console: Console) -> None:
     console.strength(clean, noisy)
 
 
+def versions_now(config: DictConfig) -> dict[str, Any]:
+    """What a run of the resolved `config` would come from, were it started now."""
+    return provenance(data_files(config), config.actor_rollout_ref.model.path)
+
+
 def identity(config: DictConfig) -> dict:
     """What makes a run this run and no other: its resolved config without the places it lives in."""
     container = OmegaConf.to_container(config, resolve=True)
@@ -159,7 +166,7 @@ def launch(run: RunFolder, todo: Prepared) -> list[str]:
     config.trainer.validation_data_dir = str(run.path / "validation")
     if any(record["kind"] == "validation" for record in run.read("metrics.jsonl")):
         config.trainer.val_before_train = False  # its validation before training is on record
-    text, versions = OmegaConf.to_yaml(config, resolve=True), provenance(data_files(config))
+    text, versions = OmegaConf.to_yaml(config, resolve=True), versions_now(config)
     asked = {
         "config.yaml": text,
         "versions.json": json.dumps(versions, indent=2),

@@ -46,7 +46,7 @@ def test_a_run_that_goes_on_with_other_versions_says_so_and_is_like_no_other(tmp
     assert versions_of(run.path) == began
     run.close()
     (tmp_path / "rows.parquet").write_bytes(b"other rows")
-    monkeypatch.setattr(train, "provenance", lambda files: provenance(files) | {"torch": "3.0"})
+    monkeypatch.setattr(train, "provenance", lambda *what: provenance(*what) | {"torch": "3.0"})
     run = open_run(tmp_path / "base", {})
     changed = launch(run, todo)
     assert [text.split(" and goes on")[0] for text in changed] == [

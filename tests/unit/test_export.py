@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ from verl_aqn.export.source import find_source
 from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
 from verl_aqn.mxfp4.merging import MergeReport
 from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model
+from verl_aqn.runs.provenance import model_digest
 
 TOKENS = torch.arange(300, 324).view(2, 12)
 
@@ -146,6 +148,18 @@ def test_bad_sources_are_refused(run, base, tmp_path):
     refused("says nothing of the adapter of step 3")
     (run / "checkpoints/latest_checkpointed_iteration.txt").unlink()
     refused("has no checkpoint")
+
+
+def test_an_unquantised_base_that_is_another_now_is_refused(base, state, tmp_path):
+    shutil.copytree(base.parent / "tiny", plain := tmp_path / "plain")
+    run = write_run(tmp_path / "experiment", plain, state)
+    (run / "versions.json").write_text(json.dumps({"base": model_digest(plain)}))
+    assert not find_source(run).packed
+    with (plain / "model.safetensors").open("r+b") as weights:
+        weights.seek(-1, 2)
+        weights.write(b"\x7f")
+    with pytest.raises(EvidenceError, match="its digest is not"):
+        find_source(run)
 
 
 def test_a_target_that_exists_is_wrong_use_in_one_line(run, tmp_path):

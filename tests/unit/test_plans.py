@@ -2,13 +2,14 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
 
-from verl_aqn import plans
+from verl_aqn import plans, train
 from verl_aqn.config import find_recipe, load_recipe, plan_names
-from verl_aqn.errors import BusyError, ConfigError
+from verl_aqn.errors import BusyError, ConfigError, EnvironmentFault
 from verl_aqn.plans import Plan, Series, read_plan
 from verl_aqn.runs.folder import open_run
 from verl_aqn.runs.provenance import provenance
@@ -113,9 +114,9 @@ def light(monkeypatch, tmp_path):
         result = outcomes.get(name, [1, 0, 1, 0])
         if isinstance(result, Exception):
             raise result
-        run = open_run(base, identity(todo.config))
+        run = open_run(base, identity(todo.config), fresh=todo.config.aqn.run.fresh)
         run.write_text("config.yaml", yaml.safe_dump(identity(todo.config)))
-        run.write_text("versions.json", json.dumps(provenance([])))
+        run.write_text("versions.json", json.dumps(train.versions_now(todo.config)))
         status = result if isinstance(result, str) else "finished"
         if status == "finished":
             run.append("metrics.jsonl", {"kind": "validation", "step": 29, "accuracy": sum(result) / 4, "items": 4})
@@ -129,7 +130,7 @@ def light(monkeypatch, tmp_path):
     monkeypatch.setattr(plans, "resolve", resolve)
     monkeypatch.setattr(plans, "prepare", lambda recipe, overrides: resolve(load_recipe(recipe, overrides)))
     monkeypatch.setattr(plans, "execute", execute)
-    monkeypatch.setattr(plans, "data_files", lambda config: [])
+    monkeypatch.setattr(train, "data_files", lambda config: [f for f in [config.data.train_files] if Path(f).is_file()])
     return outcomes, taken
 
 
@@ -228,6 +229,60 @@ def test_runs_of_other_versions_are_not_mixed_in(light, tmp_path):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"commit": "elsewhere"}))
     with pytest.raises(ConfigError, match=r"made with other versions\.commit.*aqn\.run\.dir"):
         series(tmp_path)
+
+
+def test_versions_that_change_under_a_plan_stop_it_before_the_next_run(light, tmp_path, monkeypatch):
+    _, taken = light
+    execute = plans.execute
+
+    def commit_after(todo, base, console):
+        made = execute(todo, base, console)
+        monkeypatch.setattr(train, "provenance", lambda files, base: provenance(files, base) | {"commit": "new"})
+        return made
+
+    monkeypatch.setattr(plans, "execute", commit_after)
+    with pytest.raises(ConfigError, match=r"^versions\.commit changed since the plan began.*aqn\.run\.dir"):
+        series(tmp_path).run()
+    assert taken == ["control-0"]
+
+
+def test_what_was_begun_with_other_versions_begins_anew(light, tmp_path, capsys):
+    outcomes, taken = light
+    outcomes["control-0"] = "failed"
+    series(tmp_path, seeds=[0]).run()
+    for file in tmp_path.glob("out/control*/runs/*/versions.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"commit": "elsewhere"}))
+    del taken[:], outcomes["control-0"]
+    assert series(tmp_path, seeds=[0]).run() == 0
+    assert "begun before with other versions.commit: anew from its start" in capsys.readouterr().err
+    assert taken == ["control-0"]
+    assert len(list(tmp_path.glob("out/control-seed0/runs/*/state.json"))) == 2
+
+
+def test_arms_of_different_data_go_on_where_they_stopped(light, tmp_path):
+    _, taken = light
+    arms = {}
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (data := tmp_path / name / "train.parquet").write_text(name)
+        arms[name] = {"recipe": "e6a", "overrides": [f"data.train_files={data}"]}
+    for _ in range(2):
+        assert series(tmp_path, arms=arms, seeds=[0], factors=["data.train_files"]).run() == 0
+    assert taken == ["a-0", "b-0"]
+
+
+def test_a_machine_short_of_something_ends_one_run_only(light, tmp_path, capsys):
+    outcomes, taken = light
+    outcomes["control-0"] = EnvironmentFault("11 GB of memory are missing")
+    assert series(tmp_path, seeds=[0]).run() == 1
+    assert taken == ["control-0", "noisy-0"]
+    assert "11 GB of memory are missing" in capsys.readouterr().err
+
+
+def test_equal_arms_are_refused_although_no_contrast_holds_them_together(light, tmp_path):
+    twins = {name: {"recipe": "e12"} for name in ("b", "c")}
+    with pytest.raises(ConfigError, match="the arms b and c are one and the same"):
+        series(tmp_path, arms={"a": {"recipe": "e6a"}, **twins}, contrasts=[["b", "a"], ["c", "a"]])
 
 
 def test_preview_tells_what_is_on_record(light, tmp_path, capsys):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from verl_aqn.errors import AqnError, DataError, EnvironmentFault
-from verl_aqn.runs.folder import RunFolder, finished_run, open_run
+from verl_aqn.runs.folder import RunFolder, open_run, runs_of
 from verl_aqn.trackers import stay_here
 
 CONFIG = {"aqn": {"noise": {"sigma_start": 0.05}}, "seed": 1}
@@ -182,7 +182,7 @@ def test_damage_in_the_middle_is_not_swallowed(base):
 def test_a_state_that_says_nothing_is_damaged(base, text):
     run = end(open_run(base, CONFIG), "failed")
     (run.path / "state.json").write_text(text)
-    for look in (lambda: run.state, lambda: open_run(base, CONFIG), lambda: finished_run(base, CONFIG)):
+    for look in (lambda: run.state, lambda: open_run(base, CONFIG), lambda: runs_of(base, CONFIG)):
         with pytest.raises(DataError, match=r"state\.json is damaged .*: move .* away"):
             look()
 

@@ -121,11 +121,57 @@ def test_a_damaged_run_is_a_row_and_the_others_are_listed(tmp_path, monkeypatch,
 
 def test_provenance_names_commit_device_and_data(tmp_path):
     (tmp_path / "train.parquet").write_bytes(b"rows")
-    found = provenance([tmp_path / "train.parquet"])
+    found = provenance([tmp_path / "train.parquet"], tmp_path)
     assert found["data"] == {"train.parquet": hashlib.sha256(b"rows").hexdigest()}
     assert found["torch"]
     assert found["device"] == device() != ""
     json.dumps(found)
+
+
+def test_files_of_one_name_are_all_on_record(tmp_path):
+    files = [tmp_path / place / "test.parquet" for place in ("gsm8k", "math")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text(file.parent.name)
+    found = provenance(files, tmp_path)["data"]
+    assert found == {f"{name}/test.parquet": hashlib.sha256(name.encode()).hexdigest() for name in ("gsm8k", "math")}
+
+
+@pytest.mark.parametrize(
+    ("file", "decides"), [("model.safetensors", True), ("config.json", True), ("chat_template.jinja", True),
+                          ("quantization.json", False), ("README.md", False)]
+)  # fmt: skip
+def test_a_base_is_told_apart_by_what_decides_its_answers(tmp_path, file, decides):
+    for name in ("model.safetensors", "config.json", "chat_template.jinja", "quantization.json", "README.md"):
+        (tmp_path / name).write_text("as it was")
+    before = provenance([], tmp_path)["base"]
+    (tmp_path / file).write_text("changed")
+    assert (provenance([], tmp_path)["base"] != before) == decides
+
+
+@pytest.mark.parametrize(
+    ("tool", "says", "device_on_record"),
+    [
+        # What a card of one chip and one of two dies were published to print; no NPU was at hand.
+        (
+            "npu-smi",
+            "\tNPU ID  Chip ID  Chip Logic ID  Chip Name  \n\t0  0  0  Ascend 910B3   \n\t0  1  -  Mcu  \n",
+            "1 x Ascend 910B3",
+        ),
+        (
+            "npu-smi",
+            "NPU ID  Chip Phy-ID  Chip Name\n0 0 0 0 Ascend910\n0 1 1 1 Ascend910\n0 2 - - Mcu\n",
+            "2 x Ascend910",
+        ),
+        ("nvidia-smi", "NVIDIA H100 80GB HBM3\nNVIDIA H100 80GB HBM3\n", "2 x NVIDIA H100 80GB HBM3"),
+    ],
+)
+def test_accelerators_are_the_device(tmp_path, monkeypatch, tool, says, device_on_record):
+    (tmp_path / "says").write_text(says)
+    (tmp_path / tool).write_text(f"#!/bin/sh\ncat {tmp_path / 'says'}\n")
+    (tmp_path / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert device() == device_on_record
 
 
 def test_a_checkout_is_dirty_with_a_change_or_a_new_file(tmp_path):

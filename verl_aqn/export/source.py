@@ -9,12 +9,13 @@ from verl_aqn.errors import DataError, EvidenceError, ModelError
 from verl_aqn.mxfp4.checkpoint import checkpoint_digest, is_packed
 from verl_aqn.runs.checkpoints import config_of, find_checkpoint
 from verl_aqn.runs.folder import RunFolder
+from verl_aqn.runs.provenance import model_digest
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint. `base_digest` is None for an unquantised base, of which a run records none; `sent`: the digest of
-    the adapter that the rollout was given after this step."""
+    """A checkpoint. `base_digest`: of packed weights, None for an unquantised base; `sent`: the digest of the adapter
+    that the rollout was given after this step."""
 
     run: RunFolder
     step: int
@@ -60,6 +61,8 @@ def find_source(path: Path) -> Source:
     digest = next((record.get("disk") for record in reversed(evidence) if record["kind"] == "base"), None)
     if is_packed(base) != (digest is not None):
         raise EvidenceError(f"{base} is not the run's base: one of them is packed MXFP4 and the other is not")
-    if digest is not None and checkpoint_digest(base) != digest:
-        raise EvidenceError(f"{base} is not the run's base: its digest is not {digest[:16]}…, which the run recorded")
+    # Made anew with other arithmetic a packed base's files may differ where its values do not.
+    recorded = digest or (run.block("versions.json") or {}).get("base")
+    if recorded not in (None, checkpoint_digest(base) if digest else model_digest(base)):
+        raise EvidenceError(f"{base} is not the run's base: its digest is not {recorded[:16]}…, which the run recorded")
     return Source(run, step, config, base, digest, sent)

@@ -18,6 +18,7 @@ _COPIES = {  # settings that follow another one
     ".noise_in_actor": "aqn.noise.apply_to",
     "critic.model.path": "actor_rollout_ref.model.path",
     ".prometheus.served_model_name": "actor_rollout_ref.model.path",
+    "versions.base": "actor_rollout_ref.model.path",
 }
 STEP = "step of the last validation"
 

@@ -214,12 +214,12 @@ def open_run(base: Path, config: dict[str, Any], *, fresh: bool = False) -> RunF
             return _create(base, digest, note)
 
 
-def finished_run(base: Path, config: dict[str, Any]) -> RunFolder | None:
-    """The newest finished run of `config` (as `open_run` takes it) under `base`."""
-    states = [(run, run.state) for run in _runs(base)]
+def runs_of(base: Path, config: dict[str, Any]) -> list[RunFolder]:
+    """The runs of `config` (as `open_run` takes it) under `base`, the newest last."""
     digest = _digest(config)
-    done = [(run, s) for run, s in states if s["status"] == "finished" and s["config_digest"] == digest]
-    return max(done, key=lambda one: one[1]["created"], default=(None, None))[0]
+    return sorted(
+        (run for run in _runs(base) if run.state["config_digest"] == digest), key=lambda run: run.state["created"]
+    )
 
 
 def _digest(config: dict[str, Any]) -> str:

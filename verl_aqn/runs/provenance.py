@@ -6,9 +6,11 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,11 @@ _PACKAGES = (
     "verl-aqn", "verl", "vllm", "ray", "torch", "transformers", "peft", "tensordict", "TransferQueue", "numpy",
     "math-verify",
 )  # fmt: skip
+_DEVICE_NAMES = (
+    (("npu-smi", "info", "-m"), r"\bAscend.*?(?=\s*$)"),  # the last column; a card's controller (Mcu) is no device
+    (("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"), r"^.+$"),
+)
+_MODEL_FILES = {".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken"}
 
 
 def installed(packages: Iterable[str]) -> dict[str, str]:
@@ -28,11 +35,12 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def provenance(data_files: Iterable[str | Path]) -> dict[str, Any]:
+def provenance(data_files: Sequence[str | Path], base: str | Path) -> dict[str, Any]:
     """All that a result can depend on beside its config.
 
     `python`, `machine` and the installed packages' versions; `commit` and `dirty` of the checkout that verl-aqn runs
-    from (None for an installed package); `device`, the processor or the accelerators; `data`, sha256 of each file.
+    from (None for an installed package); `device`, the processor or the accelerators; `base`, `model_digest` of the
+    folder of the base model; `data`, sha256 of each file.
     """
     return {
         "python": platform.python_version(),
@@ -40,8 +48,19 @@ def provenance(data_files: Iterable[str | Path]) -> dict[str, Any]:
         **installed(_PACKAGES),
         **checkout(Path(__file__).resolve().parents[2]),
         "device": device(),
-        "data": {Path(file).name: file_digest(Path(file)) for file in data_files},
+        "base": model_digest(Path(base)),
+        "data": {name: file_digest(Path(file)) for name, file in zip(_names(data_files), data_files, strict=True)},
     }
+
+
+def _names(files: Sequence[str | Path]) -> list[str]:
+    """Each file by as much of the end of its path as tells it from the others: by its name where all names differ."""
+    parts = [Path(file).parts for file in files]
+    for length in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(one[-length:]) for one in parts]
+        if len(set(names)) == len(set(parts)):
+            break
+    return names
 
 
 def checkout(root: Path) -> dict[str, Any]:
@@ -57,14 +76,12 @@ def checkout(root: Path) -> dict[str, Any]:
 
 
 def device() -> str:
-    """The accelerators' names where their tool answers, else the processor's, and how many of them."""
-    if tool := shutil.which("nvidia-smi"):
-        asked = subprocess.run(
-            [tool, "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False
-        )
-        names = asked.stdout.split("\n")[:-1] if asked.returncode == 0 else []
-        if names:
-            return f"{len(names)} x {names[0]}"
+    """The accelerators' name where their tool answers, else the processor's, and how many of them."""
+    for command, pattern in _DEVICE_NAMES:
+        if tool := shutil.which(command[0]):
+            asked = subprocess.run([tool, *command[1:]], capture_output=True, text=True, check=False)
+            if asked.returncode == 0 and (names := re.findall(pattern, asked.stdout, re.MULTILINE)):
+                return f"{len(names)} x {names[0]}"
     return f"{len(os.sched_getaffinity(0))} cores of {processor()}"
 
 
@@ -82,3 +99,16 @@ def file_digest(path: Path) -> str:
     """sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_digest(folder: Path) -> str:
+    """sha256 over names and contents of what decides a model's answers: weights, config, tokenizer, chat template.
+
+    Not of `quantization.json`, our report beside a packed base.
+    """
+    files = sorted(
+        file for file in folder.iterdir() if file.suffix in _MODEL_FILES and file.name != "quantization.json"
+    )
+    with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock alone
+        lines = [f"{file.name}\0{digest}\n" for file, digest in zip(files, pool.map(file_digest, files), strict=True)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
