@@ -127,14 +127,15 @@ class Console:
     def end(self, run: RunFolder, todo: "Prepared", outcome: Outcome) -> int:
         """Tables and verdict of a finished run, or one line about one that is not. Returns the exit code."""
         if outcome.status != "finished":
-            self.err.print(f"[red]error:[/red] {outcome.message} (log: {run.path / 'training.log'})", soft_wrap=True)
+            log = run.path / "training.log"
+            self.err.print(f"[red]error:[/red] {escape(outcome.message)} (log: {escape(str(log))})", soft_wrap=True)
             if outcome.status == "interrupted":
                 self.err.print("the same command resumes this run from its last checkpoint")
             return 1
         self.out.print(sigma_table(run))
         self.out.print(result_table(run))
         self.out.print(verdict(run, todo), soft_wrap=True)
-        self.out.print(f"[dim]record: {run.path}[/dim]", soft_wrap=True)
+        self.out.print(f"[dim]record: {escape(str(run.path))}[/dim]", soft_wrap=True)
         sys.stdout.flush()
         return 0
 
@@ -198,8 +199,6 @@ def is_plans_task(todo: "Prepared", problems: int) -> bool:
 def verdict(run: RunFolder, todo: "Prepared") -> str:
     """The plan's criterion in words, and whether training changed the accuracy (paired test)."""
     validations = list(run.by_step("metrics.jsonl", "validation").values())
-    if not validations:
-        return "no verdict: the recipe validates never (trainer.val_before_train, trainer.test_freq)"
     first, last = validations[0], validations[-1]
     text = plan_verdict(last["accuracy"], last["items"], comparable=is_plans_task(todo, last["items"]))
     if first["step"] == last["step"]:

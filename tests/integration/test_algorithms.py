@@ -57,6 +57,8 @@ def test_grpo_on_two_ranks_with_correction_and_a_warning_where_top_p_biases_it(r
     assert [len(start["actor"]), len(start["rollout"]), len(adapter["held"])] == [2, 2, 2]
     assert read_adapter(outcome[2] / "checkpoints/global_step_2/actor").digest() == adapter["sent"]
     assert {*start["actor"], *end["actor"], *(held["base_digest"] for held in end["rollout"])} == {start["disk"]}
+    validations = lines(outcome[2] / "metrics.jsonl", "validation")
+    assert [record["step"] for record in validations] == [2]  # the last step's, with test_freq=-1
     assert step["actor/kl_loss"] >= 0
     assert step["actor/grad_norm"] > 0
     assert step["aqn/groups"] == 2

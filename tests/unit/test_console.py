@@ -10,6 +10,7 @@ from verl_aqn.console import Console, is_plans_task, result_table
 from verl_aqn.data.parquet import row, write_parquet
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.stats import share_text
+from verl_aqn.supervise import Outcome
 from verl_aqn.train import Prepared
 
 OLD = {"kind": "validation", "step": 0, "accuracy": 80 / 192, "items": 192}
@@ -61,3 +62,10 @@ def test_a_validation_is_told_by_all_rules_that_it_was_scored_by(capsys):
     assert capsys.readouterr().err.split("accuracy ")[1] == "41.7 % (80 of 192; 95 % interval 34.9–48.7 %)\n"
     console.record("metrics.jsonl", NEW | {"step": 0})
     assert "flexible 87.5 [82.1, 91.5], math-verify 50.0 [43.0, 57.0]\n" in capsys.readouterr().err
+
+
+def test_an_error_is_told_with_all_its_brackets(tmp_path, capsys):
+    words = "[/pytorch/third_party/gloo/pair.cc:534] Connection closed by peer [enforce fail at alloc_cpu.cpp:117]"
+    todo = Prepared(config=OmegaConf.create(), steps=29, rows={}, source=tmp_path)
+    assert Console().end(RunFolder(tmp_path), todo, Outcome("failed", words)) == 1
+    assert capsys.readouterr().err == f"error: {words} (log: {tmp_path / 'training.log'})\n"

@@ -66,7 +66,6 @@ def test_a_shipped_recipe_has_no_fault(shape):
             "divisor of 2",
         ),
         (["actor_rollout_ref.rollout.val_kwargs.n=4"], "validation's answers", "val_kwargs.n=1"),
-        (["trainer.test_freq=-1"], "last step validated", "trainer.test_freq"),
     ],
 )
 def test_faults_of_a_recipe(overrides, what, words):
@@ -143,7 +142,6 @@ def test_refusal_names_the_first_fault(model, monkeypatch):
     there = f"actor_rollout_ref.model.path={model}"
     monkeypatch.setattr(checks.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(20e9)))
     checks.refuse(config(there))
-    checks.refuse(config(there, "trainer.test_freq=-1"))  # a run without validation is a run
     with pytest.raises(EnvironmentFault, match=r"LoRA rank: 600.*set actor_rollout_ref.model.lora_rank"):
         checks.refuse(config(there, "actor_rollout_ref.model.lora_rank=600"))
     monkeypatch.setattr(checks.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(1e9)))

@@ -59,13 +59,6 @@ def check_recipe(config: DictConfig) -> Iterator[Finding]:
         f"set rollout.tensor_model_parallel_size to a divisor of {ranks} (n_gpus_per_node × nnodes)" if ranks % parts
         else "",
     )  # fmt: skip
-    freq = int(config.trainer.test_freq)
-    yield Finding(
-        "last step validated",
-        "yes" if freq > 0 else f"no (trainer.test_freq={freq})",
-        "" if freq > 0 else "set trainer.test_freq to a number above 0",
-        fatal=False,
-    )
     each = config.actor_rollout_ref.rollout.val_kwargs.n
     yield Finding(
         "validation's answers",
@@ -278,5 +271,5 @@ def check_machine(config: DictConfig, *, elsewhere: bool = False) -> None:
 
 def _raise_first(findings: Iterable[Finding]) -> None:
     for finding in findings:
-        if finding.fix and finding.fatal:
+        if finding.fix:
             raise EnvironmentFault(f"{finding.what}: {finding.found}: {finding.fix}")

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Finding:
-    """`fix` is empty where all is well; `fatal`: a run would end by it."""
+    """`fix` is empty where all is well; else a run would end by it."""
 
     what: str
     found: str
     fix: str = ""
-    fatal: bool = True
 
     def to_dict(self) -> dict[str, str]:
         return {"what": self.what, "found": self.found, "fix": self.fix}

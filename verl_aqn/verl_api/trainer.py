@@ -153,6 +153,8 @@ class AqnTrainer(SavingTrainer):
 
     def _validate(self) -> dict[str, float]:
         metrics = super()._validate()
+        for items_on_disk in self._dump_futures:  # before the record that speaks of them
+            items_on_disk.result()
         items = len(self.val_dataset)
         self.write("metrics.jsonl", kind="validation", step=self.global_steps, **self.shares, items=items)
         return metrics | {f"aqn/validation/{name}": share for name, share in self.shares.items()}
