@@ -5,7 +5,7 @@ import json
 import torch
 
 from tests.integration.conftest import verl_aqn
-from verl_aqn.bench import growth, shapes, update
+from verl_aqn.bench import growth, shapes, step, update
 
 
 def test_no_ratio_is_worse_than_the_recorded_one():
@@ -13,6 +13,17 @@ def test_no_ratio_is_worse_than_the_recorded_one():
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, out + err
     assert json.loads(out)["now"].keys() == json.loads(out)["recorded"].keys()
+
+
+def test_a_step_is_faster_than_stock_verl_s_with_the_same_settings(tiny_model, tmp_path, monkeypatch):
+    """Both with all of their processes, of a model so small that waiting and handing on are most of a step."""
+    monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path / "cache"))
+    todo = step.overrides(str(tiny_model), 4, small=True)
+    result = step.measure(todo, 4, 1, tmp_path / "runs", lambda _: None, step.ARMS[:2])
+    ours, stock = result["arms"]["ours"], result["arms"]["stock tuned"]
+    assert ours["synced"] == stock["synced"] > 0
+    assert ours["rescoring"] > 0 < ours["noise and evidence"]
+    assert result["ours_of"]["stock tuned"]["step"] < 1, (ours, stock)
 
 
 def test_prompts_shared_or_not_the_update_is_of_the_same_answers():

@@ -32,6 +32,11 @@ def test_validation_is_no_part_of_a_step():
     }  # fmt: skip
 
 
+def test_what_is_scored_again_is_no_generation():
+    found = seconds(STEP | {"timing_s/rescore": 0.5})
+    assert (found["generation"], found["rescoring"], found["step"]) == (1.5, 0.5, 7.0)
+
+
 def test_noise_and_evidence_are_what_is_before_generation_and_of_the_sync_not_verl_s(tmp_path):
     doing = [("noise", 1, 0), ("generation", 1, 1), ("sync", 1, 5), ("noise", 2, 6), ("generation", 2, 6.25)]
     doing += [("sync", 2, 10), ("ending", 3, 10.75)]
@@ -45,7 +50,7 @@ def test_noise_and_evidence_are_what_is_before_generation_and_of_the_sync_not_ve
 def test_medians_over_all_steps_of_all_runs():
     found = summary([arm(1), arm(1)])
     assert (found["generation"], found["step"], found["start"]) == (4.0, 14.0, 40)
-    assert found["ms a token"] == pytest.approx(20.0)
+    assert found["tokens/s"] == pytest.approx(50.0)
     assert (found["synced"], found["memory: all"]) == (10**7, 4 * 10**9)
 
 

@@ -9,7 +9,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -156,8 +156,14 @@ def add_step(arm: Arm, data: dict[str, float], after: float) -> None:
 
 
 def seconds(data: dict[str, float]) -> dict[str, float]:
-    """Of one step: phases, the whole (verl ends it before a validation), and its tokens."""
+    """Of one step: phases, the whole (verl ends it before a validation), and its tokens.
+
+    verl's timer of generation has in it what ours scores again without noise.
+    """
     found = {phase: data[f"timing_s/{key}"] for phase, key in PHASES.items()}
+    if rescoring := data.get("timing_s/rescore"):
+        found["generation"] -= rescoring
+        found["rescoring"] = rescoring
     found["step"] = data["timing_s/step"]
     found["tokens"] = data["perf/total_num_tokens"]
     return found
@@ -198,10 +204,18 @@ def watching(peak: dict[str, int]) -> Iterator[None]:
         thread.join()
 
 
-def measure(todo: list[str], steps: int, rounds: int, base: Path, on_step: Callable[[int], None]) -> dict:
+def measure(
+    todo: list[str],
+    steps: int,
+    rounds: int,
+    base: Path,
+    on_step: Callable[[int], None],
+    names: Sequence[str] = ARMS,
+) -> dict:
     """Arms in turn, `steps` measured steps each, for so many rounds. → what `table` shows.
 
-    `todo`: `overrides` of all arms. `base`: a folder for the runs. `on_step` is told how many steps are done.
+    `todo`: `overrides` of all arms. `base`: a folder for the runs. `on_step` is told how many steps are done. `names`:
+    of the arms, ours first.
     """
     from verl_aqn.bench.codec import device_name
     from verl_aqn.config import load_recipe
@@ -214,9 +228,9 @@ def measure(todo: list[str], steps: int, rounds: int, base: Path, on_step: Calla
         done += 1
         on_step(done)
 
-    runs: dict[str, list[Arm]] = {name: [] for name in ARMS}
+    runs: dict[str, list[Arm]] = {name: [] for name in names}
     for number in range(rounds):
-        for name in ARMS:
+        for name in names:
             folder = base / f"{number + 1}-{name.replace(' ', '-')}"
             folder.mkdir(parents=True)
             runs[name].append(run_arm(name, todo, folder, count))
@@ -224,7 +238,7 @@ def measure(todo: list[str], steps: int, rounds: int, base: Path, on_step: Calla
     arms = {name: summary(of_arm) for name, of_arm in runs.items()}
     against = {
         name: {key: arms["ours"][key] / value for key, value in arms[name].items() if key in arms["ours"]}
-        for name in ARMS[1:]
+        for name in names[1:]
     }
     return {
         "device": device_name("cpu"),
@@ -242,7 +256,7 @@ def summary(runs: list[Arm]) -> dict[str, float]:
     """Medians over all measured steps in seconds; of runs the medians of start and bytes synced, the largest peaks."""
     steps = [step for arm in runs for step in arm.steps]
     found = {key: statistics.median(step[key] for step in steps) for key in steps[0]}
-    found["ms a token"] = 1e3 * statistics.median(step["step"] / step["tokens"] for step in steps)
+    found["tokens/s"] = statistics.median(step["tokens"] / step["step"] for step in steps)
     found["start"] = statistics.median(arm.start_s for arm in runs)
     found["synced"] = statistics.median(arm.synced for arm in runs)
     return found | {f"memory: {kind}": max(arm.peak[kind] for arm in runs) for kind in ("actor", "rollout", "all")}
@@ -256,13 +270,14 @@ def table(result: dict) -> Table:
         title_justify="left",
     )
     view.add_column("")
-    for name in (*ARMS, *(f"ours of {name}'s" for name in ARMS[1:])):
+    names = list(result["arms"])
+    for name in (*names, *(f"ours of {name}'s" for name in names[1:])):
         view.add_column(name, justify="right")
     for key, ours in result["arms"]["ours"].items():
-        cells = [shown(key, result["arms"][name].get(key)) for name in ARMS]
-        ratios = [result["ours_of"][name].get(key) for name in ARMS[1:]]
+        cells = [shown(key, result["arms"][name].get(key)) for name in names]
+        ratios = [result["ours_of"][name].get(key) for name in names[1:]]
         view.add_row(label(key), *cells, *(f"{ratio:.2f}" if ratio else "" for ratio in ratios))
-        if key == "noise and evidence":
+        if key in ("rescoring", "noise and evidence"):
             share = ours / result["arms"]["ours"]["step"]
             view.add_row("… of the step", f"{share:.2%}", *[""] * (len(view.columns) - 2))
     return view
@@ -274,7 +289,7 @@ def label(key: str) -> str:
         return f"{key}, GB"
     if key == "synced":
         return "bytes synced, MB"
-    return key if key in ("tokens", "ms a token") else f"{key}, s"
+    return key if key in ("tokens", "tokens/s") else f"{key}, s"
 
 
 def shown(key: str, value: float | None) -> str:
@@ -285,4 +300,4 @@ def shown(key: str, value: float | None) -> str:
         return f"{value / 1e9:.1f}"
     if key == "synced":
         return f"{value / 1e6:.1f}"
-    return f"{value:,.0f}" if key == "tokens" else f"{value:.2f}"
+    return f"{value:,.0f}" if key in ("tokens", "tokens/s") else f"{value:.2f}"
