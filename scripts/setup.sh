@@ -44,7 +44,7 @@ see_system=()
 uv() { .venv/bin/uv pip "$@" --quiet --python .venv ${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"}; }
 
 if [[ $profile == cpu ]]; then
-    # Without dependency resolution: the lock is complete, and three declared packages must stay away (lock.sh).
+    # Without dependency resolution: the lock is complete, and four declared packages must stay away (lock.sh).
     grep -v '^torch==' "$lock" > .venv/requirements.txt
     uv install --no-deps --compile-bytecode -r .venv/requirements.txt
     torch=$(grep '^torch==' "$lock")

@@ -107,7 +107,7 @@ CHECKS: tuple[tuple[str, Callable[[Run], Cell]], ...] = (
     ("adapter in the rollout", _adapter),
     ("noise in the rollout", _noise("noise")),
     ("noise in the actor", _noise("actor noise")),
-    ("clean norms in validation and at the end", _clean("clean")),
+    ("clean norms in validation, rescoring and at the end", _clean("clean")),
     ("clean norms in the actor", _clean("actor clean")),
     ("what σ_start does (measured before training)", _strength),
 )

@@ -1,6 +1,6 @@
 """Right or wrong, for answers in GSM8K's form: a chain of thought that ends in `#### N`.
 
-Standard library only: verl loads this file by its path in every reward worker.
+Standard library only: verl loads this module by its name in every reward worker.
 """
 
 import re
