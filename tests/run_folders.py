@@ -50,12 +50,13 @@ def write_run(
     status: str | None = "finished",
     message: str = "",
     noise: bool = True,
-    answers: Mapping[str, tuple[str, str, bool]] | None = None,
+    answers: Mapping[str, tuple[str, str, bool | None]] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> RunFolder:
     """A run under `base`, validated before its first step and after its last.
 
-    `answers`, of the last validation: prompt → (right answer, what was said, whether it was right).
+    `answers`, of the last validation: prompt → (right answer, what was said, whether it was right: None where the
+    reward did not tell).
     """
     run = open_run(base, {"of": name, "seed": seed}, fresh=True)
     settings = {
@@ -81,14 +82,14 @@ def write_run(
         right = 0
         for prompt, (truth, said, good) in answers.items():
             good, said = (good, said) if step else (False, "no idea")
-            right += good
+            right += bool(good)
             line = {
                 "input": prompt,
                 "output": said,
                 "gts": truth,
-                "score": float(good),
+                "score": float(bool(good)),
                 "step": step,
-                "acc": float(good),
+                "acc": None if good is None else float(good),
             }
             run.append(f"validation/{step}.jsonl", line)
         share = right / len(answers)

@@ -11,6 +11,7 @@ import yaml
 from verl_aqn.cli import compare as command
 from verl_aqn.errors import ConfigError, DataError
 from verl_aqn.runs.arms import arms, read_run
+from verl_aqn.runs.compare import compare
 from verl_aqn.runs.crossed import spread
 
 
@@ -33,7 +34,7 @@ def write_run(base, name, right, *, seed=0, status="finished", prompts=None, con
     prompts = prompts or [f"{number} + 1?" for number in range(len(right))]
     for step, answers in ((0, np.zeros(len(right))), (29, right)):
         lines = [
-            {"input": prompt, "output": "", "gts": "1", "acc": float(acc)}
+            {"input": prompt, "output": "", "gts": "1", "acc": None if acc is None else float(acc)}
             for prompt, acc in zip(prompts, answers, strict=True)
         ]
         (folder / f"validation/{step}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -127,6 +128,21 @@ def test_a_searched_sigma_is_no_difference_but_how_far_it_falls_is(tmp_path):
         write_run(tmp_path / "c", "c", [1, 0], seed=0, sigma_start=0.05, sigma_end=5e-4, **kl),
     ]
     assert [len(arm.runs) for arm in arms(runs)] == [2, 1]
+
+
+def test_an_answer_that_the_reward_told_no_accuracy_of_is_wrong(tmp_path):
+    runs = [
+        write_run(tmp_path / "a", "a", [1, None, 1, 0], enabled=False),
+        write_run(tmp_path / "b", "b", [1, 1, None, 1]),
+    ]
+    control, treated = arms(runs)
+    assert control.right.tolist() == [[True, False, True, False]]
+    assert treated.right.tolist() == [[True, True, False, True]]
+    assert compare([control, treated]).arms[0].difference == 0.25
+    lines = (runs[0] / "validation/29.jsonl").read_text()
+    (runs[0] / "validation/29.jsonl").write_text(lines.replace(', "acc": null', ""))
+    with pytest.raises(DataError, match="has no 'acc' in a line"):
+        arms(runs)
 
 
 @pytest.mark.parametrize("status", ["running", "failed", "interrupted"])

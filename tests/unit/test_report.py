@@ -115,6 +115,15 @@ def test_two_runs_side_by_side(tmp_path):
     assert [one["data-chart"] for _, one in page.tags if one.get("data-chart", "").startswith("sqnr")] == ["sqnr0"]
 
 
+def test_an_answer_that_the_reward_told_no_accuracy_of_is_wrong_everywhere_on_the_page(tmp_path):
+    answers = {"1 + 1?": ("2", "#### 2", True), "2 + 2?": ("4", "four", None)}
+    runs = [write_run(tmp_path / name, name, noise=name == "b", answers=answers).path for name in ("a", "b")]
+    page = page_of(*runs)
+    assert "b against a: not enough data. +0.0 points" in page.text
+    assert "0.0 % -> 50.0 % on the same 2 items" in page.text
+    assert "b, seed 0, after step 4 ✗ wrong four" in page.text
+
+
 def test_runs_that_cannot_be_compared_are_shown_with_the_reason(tmp_path):
     one = write_run(tmp_path / "a", "e12").path
     two = write_run(tmp_path / "b", "e12", status="failed", message="out of memory").path

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from verl_aqn.report.charts import COLOURS
 from verl_aqn.report.records import Run
@@ -81,8 +80,7 @@ def _answers(run: Run, step: int) -> dict[tuple[str, str], Answer]:
     """By (prompt, right answer); of several answers to one prompt the first."""
     found: dict[tuple[str, str], Answer] = {}
     for line in run.folder.read(f"validation/{step}.jsonl"):
-        right: Any = line.get("acc")
-        answer = Answer(str(line.get("output", "")), None if right is None else right > 0)
+        answer = Answer(str(line.get("output", "")), bool(line["acc"]) if "acc" in line else None)
         found.setdefault((str(line.get("input", "")), str(line.get("gts", "–"))), answer)
     return found
 

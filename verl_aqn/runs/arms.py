@@ -81,7 +81,7 @@ def read_run(path: Path) -> Run:
     """What `path` holds, as `find_run` finds it.
 
     DataError where it has not finished, was never validated, or answers a prompt more than once: several answers to
-    one prompt are no independent items.
+    one prompt are no independent items. An `acc` of null (the reward told none) is wrong, as the trainer counts it.
     """
     folder = find_run(path)
     status = folder.state["status"]
@@ -93,7 +93,7 @@ def read_run(path: Path) -> Run:
         raise DataError(f"{folder.path} has no answers of a validation ({file}): it cannot be compared")
     lines = list(folder.read(file))
     try:
-        answers = {Item(line["input"], str(line["gts"])): line["acc"] > 0 for line in lines}
+        answers = {Item(line["input"], str(line["gts"])): bool(line["acc"]) for line in lines}
     except KeyError as error:
         raise DataError(
             f"{folder.path / file} has no {error} in a line: it is no validation of a run of ours"

@@ -78,9 +78,9 @@ def compare_validations(run: RunFolder, first: int, last: int) -> Comparison | N
     """`compare_before_after` of the answers after two steps, by prompt; None where no prompt was answered in both."""
     before, after = (
         {
-            line["input"]: line["acc"] > 0
+            line["input"]: bool(line["acc"])
             for line in run.read(f"validation/{step}.jsonl")
-            if "input" in line and line.get("acc") is not None
+            if "input" in line and "acc" in line
         }
         for step in (first, last)
     )
