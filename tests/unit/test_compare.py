@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
@@ -181,12 +183,32 @@ def test_the_detectable_difference_of_pairs_is_connors():
 
 
 def test_seeds_needed_is_the_least_number_that_does():
-    per_seed, items = 2 * 0.03**2, 1319
+    per_seed, items = [0.03**2, 0.03**2], 1319
     needed = seeds_needed(1e-5, per_seed, items, 0.05)
-    reach = [detectable(math.sqrt(1e-5 + per_seed / n), 2 * (n - 1)) for n in (needed - 1, needed + 1)]
+    reach = [detectable(math.sqrt(1e-5 + sum(per_seed) / n), 2 * (n - 1)) for n in (needed - 1, needed + 1)]
     assert reach[0] > 0.05 > reach[1]
     assert seeds_needed(0.03**2, per_seed, items, 0.05) is None  # items alone blur more than 5 points
-    assert seeds_needed(0.0, 0.0, items, 0.05) == 2
+    assert seeds_needed(0.0, [0.0, 0.0], items, 0.05) == 2
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1), st.integers(2, 6), st.integers(4, 60),
+    st.lists(st.sampled_from([0.0, 0.05, 0.3]), min_size=2, max_size=2), st.booleans(),
+)  # fmt: skip
+def test_so_many_seeds_are_needed_as_find_the_difference(seed, seeds, items, seed_sds, paired):
+    """Whatever arms scatter, alike or not: the seeds that were run are enough for what they detect, and for no less."""
+    rng = np.random.default_rng(seed)
+    shares = rng.random(items)
+    treated, control = (rng.random((seeds, items)) < shares + rng.normal(0, sd, (seeds, 1)) for sd in seed_sds)
+    found = spread(treated.astype(float) - control) if paired else spread(treated, control)
+    assume(found.error > 0)
+    reach = detectable(found.error, found.freedom)
+    enough, more = (
+        seeds_needed(found.shared, found.per_seed, items, difference, found.residual)
+        for difference in (reach, 0.999 * reach)
+    )
+    assert enough <= seeds < (more or math.inf)
 
 
 # ---------------------------------------------------------------- verdicts
@@ -224,6 +246,19 @@ def test_not_enough_data_says_how_many_seeds_would_be():
     assert found.verdict == "not enough data"
     assert found.seeds_needed > 2
     assert f"to find 5 points takes {found.seeds_needed} seeds an arm" in found.text
+
+
+def test_seeds_that_are_there_and_not_enough_are_not_named_as_enough():
+    # The first k of 1000 items are right. One arm scatters and the other does not: of four seeds each, three degrees
+    # of freedom, not six.
+    right = np.arange(1000) < np.array([669, 690, 710, 731])[:, None]
+    found = compare(_arms(np.tile(right[1], (4, 1)), right)).arms[0]
+    assert (found.verdict, found.seeds_needed) == ("not enough data", 5)
+    # All seeds agree: of items there are too few, and more seeds would add nothing.
+    right = np.arange(40) < np.full((4, 1), 30)
+    found = compare(_arms(right, right)).arms[0]
+    assert (found.verdict, found.seeds_needed) == ("not enough data", None)
+    assert "to find 5 points takes more items" in found.text
 
 
 def test_equal_seeds_are_paired_from_five_on_whatever_their_order():

@@ -138,16 +138,17 @@ def _test(arm: Arm, control: Arm) -> dict[str, Any]:
             "interval": (max(low, -1.0), min(high, 1.0)),
             "p_value": found.p_value,
             "detectable": detectable(found.error, found.freedom),
-            "seeds_needed": seeds_needed(found.shared, found.per_seed, items, WANTED, 1 if base is None else 2),
+            "seeds_needed": seeds_needed(found.shared, found.per_seed, items, WANTED, found.residual),
         }
-    # Of one run each it cannot be said what the seed did: that it did nothing is the least there can be. It is so for
-    # sure where all seeds agree and all items changed alike, and the variance is 0: items then decide, by their number.
+    # Of one run each it cannot be said what the seed did: that it did nothing is the least there can be.
     pairs = compare_before_after(control.right[0], arm.right[0])
+    reach = detectable_by_pairs(pairs.gained, pairs.lost, items)
     unlike = (pairs.gained + pairs.lost + 1) / (items + 2)
-    result |= {
-        "detectable": detectable_by_pairs(pairs.gained, pairs.lost, items),
-        "seeds_needed": seeds_needed(0.0, unlike / items, items, WANTED),
-    }
+    needed = seeds_needed(0.0, [unlike / items / 2] * 2, items, WANTED)
+    if several:
+        # All seeds agree and all items changed alike: items then decide, by their number, and no more seeds would.
+        needed = 2 if reach <= WANTED else None
+    result |= {"detectable": reach, "seeds_needed": needed}
     if several or len(arm.runs) == len(control.runs) == 1:
         return result | {"test": "exact McNemar", "interval": pairs.interval, "p_value": pairs.p_value}
     return result | {"test": "none"}

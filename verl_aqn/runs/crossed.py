@@ -22,8 +22,9 @@ class Spread(NamedTuple):
     """A mean or a difference of means (fractions of 1), and what its variance is made of."""
 
     value: float
-    shared: float  # variance that more seeds do not lessen: which items were drawn
-    per_seed: float  # variance that n seeds an arm divide by n, summed over arms
+    shared: float  # variance that more seeds do not lessen, which items were drawn: unbiased, so it may be below 0
+    per_seed: tuple[float, ...]  # variance of seed means, by arm
+    residual: tuple[float, ...]  # the part of each that is chance item by item
     error: float  # standard error
     freedom: float  # degrees of freedom of `error`
 
@@ -64,28 +65,33 @@ def spread(treated: np.ndarray, control: np.ndarray | None = None) -> Spread:
     of items alone, which ignores seeds, then has 29 to 65 %.
     """
     tables = [np.asarray(arm, dtype=float) for arm in (treated, control) if arm is not None]
-    items = tables[0].shape[1]
-    by_seed, residual, spare, per_seed, per_seed_residual = 0.0, 0.0, 0.0, 0.0, 0.0
+    items, seeds = tables[0].shape[1], [len(table) for table in tables]
+    per_seed, residual = [], []
     for table in tables:
-        seeds = len(table)
-        of_seed = float(table.mean(1).var(ddof=1))
+        per_seed.append(float(table.mean(1).var(ddof=1)))
         rest = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
-        of_rest = float((rest**2).sum()) / ((seeds - 1) * max(items - 1, 1)) / items
-        by_seed, per_seed = by_seed + of_seed / seeds, per_seed + of_seed
-        residual, per_seed_residual = residual + of_rest / seeds, per_seed_residual + of_rest
-        spare += (of_seed / seeds) ** 2 / (seeds - 1)
+        residual.append(float((rest**2).sum()) / ((len(table) - 1) * max(items - 1, 1)) / items)
     by_item = tables[0].mean(0) - (tables[1].mean(0) if len(tables) > 1 else 0.0)
     of_items = float(by_item.var(ddof=1)) / items if items > 1 else 0.0
-    shared = max(of_items - residual, 0.0)
-    variance = shared + max(by_seed, residual)
-    spare += of_items**2 / max(items - 1, 1)
-    return Spread(
-        float(by_item.mean()),
-        shared,
-        max(per_seed, per_seed_residual),
-        math.sqrt(variance),
-        variance**2 / spare if spare else 1.0,
-    )
+    shared = of_items - _of_means(residual, seeds)
+    error, freedom = _error(shared, per_seed, residual, seeds, items)
+    return Spread(float(by_item.mean()), shared, tuple(per_seed), tuple(residual), error, freedom)
+
+
+def _of_means(variances: Sequence[float], seeds: Sequence[int]) -> float:
+    """Variance of the difference of arms' means, of the variance of a seed and the number of seeds by arm."""
+    return sum(variance / count for variance, count in zip(variances, seeds, strict=True))
+
+
+def _error(
+    shared: float, per_seed: Sequence[float], residual: Sequence[float], seeds: Sequence[int], items: int
+) -> tuple[float, float]:
+    """Standard error and degrees of freedom by `spread`'s formula, for any number of `seeds` by arm."""
+    by_chance = _of_means(residual, seeds)
+    variance = max(shared, 0.0) + max(_of_means(per_seed, seeds), by_chance)
+    spare = sum((of_seed / count) ** 2 / (count - 1) for of_seed, count in zip(per_seed, seeds, strict=True))
+    spare += max(shared + by_chance, 0.0) ** 2 / max(items - 1, 1)
+    return math.sqrt(variance), variance**2 / spare if spare else 1.0
 
 
 def bootstrap(treated: np.ndarray, control: np.ndarray | None = None) -> tuple[float, float]:
@@ -149,15 +155,16 @@ def detectable_by_pairs(gained: int, lost: int, items: int) -> float:
     return (level * math.sqrt(items) + math.sqrt(max(level**2 * items - square * rest, 0.0))) / square
 
 
-def seeds_needed(shared: float, per_seed: float, items: int, difference: float, tables: int = 2) -> int | None:
+def seeds_needed(
+    shared: float, per_seed: Sequence[float], items: int, difference: float, residual: Sequence[float] = ()
+) -> int | None:
     """Seeds an arm, two or more, of which `detectable` is at most `difference`; None where `MOST_SEEDS` are too few.
 
-    `shared` and `per_seed` are `Spread`'s, of two arms that are taken to spread alike or, with `tables` 1, of their
-    pairs.
+    `shared`, `per_seed` and `residual` are `Spread`'s, with an entry for each arm (of pairs one); without `residual`
+    it is taken to be 0. What was found with so many seeds an arm already is reckoned alike, by `spread`'s formula.
     """
+    residual = residual or [0.0] * len(per_seed)
     for seeds in range(2, MOST_SEEDS + 1):
-        variance = shared + per_seed / seeds
-        spare = (per_seed / seeds) ** 2 / (tables * (seeds - 1)) + shared**2 / max(items - 1, 1)
-        if variance == 0 or detectable(math.sqrt(variance), variance**2 / spare) <= difference:
+        if detectable(*_error(shared, per_seed, residual, [seeds] * len(per_seed), items)) <= difference:
             return seeds
     return None
