@@ -11,7 +11,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from verl_aqn.runs.arms import Arm, Run
-from verl_aqn.runs.compare import compare
+from verl_aqn.runs.compare import compare, table
 from verl_aqn.runs.crossed import bootstrap, detectable, detectable_by_pairs, holm, seeds_needed, spread
 from verl_aqn.runs.stats import mcnemar, wilson
 
@@ -169,17 +169,27 @@ def test_holm_is_statsmodels(size):
 
 
 def test_the_detectable_difference_is_found_in_80_percent():
-    for freedom in (4, 8, 30, 500):
-        shift = detectable(1.0, freedom)
-        assert stats.nct.sf(stats.t.isf(0.025, freedom), freedom, shift) == pytest.approx(0.8, abs=0.03)
+    for level, freedom in itertools.product((0.05, 0.05 / 3, 0.05 / 5), (4, 8, 30, 500)):
+        shift = detectable(1.0, freedom, level)
+        assert stats.nct.sf(stats.t.isf(level / 2, freedom), freedom, shift) == pytest.approx(0.8, abs=0.051)
+
+
+def test_one_of_three_tests_finds_it_in_80_percent_at_the_level_of_holms_first_step():
+    values = np.random.default_rng(18).standard_t(1000, (3000, 3))
+    for level, low, high in ((0.05 / 3, 0.78, 0.83), (0.05, 0.6, 0.72)):
+        shifted = values + np.array([detectable(1.0, 1000, level), 0.0, 0.0])
+        found = [holm(ps)[0] < 0.05 for ps in 2 * stats.t.sf(abs(shifted), 1000)]
+        assert low < np.mean(found) < high
 
 
 def test_the_detectable_difference_of_pairs_is_connors():
     """p10 = 0.45, p01 = 0.05 take 22.3 pairs (Connor 1987, his formula), and that many find a difference of 0.4."""
-    pairs = ((stats.norm.isf(0.025) * math.sqrt(0.5) + stats.norm.isf(0.2) * math.sqrt(0.5 - 0.4**2)) / 0.4) ** 2
-    assert math.ceil(pairs) == 23
-    changed = 0.5 * (pairs + 2) - 1  # less the half items that are added
-    assert detectable_by_pairs(changed - 1, 1, pairs) == pytest.approx(0.4)
+    for level, least in ((0.05, 23), (0.05 / 3, 30)):
+        by_level, by_power = stats.norm.isf(level / 2) * math.sqrt(0.5), stats.norm.isf(0.2) * math.sqrt(0.5 - 0.4**2)
+        pairs = ((by_level + by_power) / 0.4) ** 2
+        assert math.ceil(pairs) == least
+        changed = 0.5 * (pairs + 2) - 1  # less the half items that are added
+        assert detectable_by_pairs(changed - 1, 1, pairs, level) == pytest.approx(0.4)
 
 
 def test_seeds_needed_is_the_least_number_that_does():
@@ -299,6 +309,29 @@ def test_several_arms_are_corrected():
     ps = [one.p_value for one in report.arms]
     assert [one.corrected for one in report.arms] == holm(ps)
     assert "after Holm's correction for 3 tests" in report.arms[0].text
+    assert table(report).title.endswith("; p and found in 80 % corrected for 3 tests")
+
+
+def test_what_several_tests_would_find_is_corrected_as_their_p_is():
+    # The first k of 1000 items are right.
+    right = np.arange(1000) < np.array([678, 693, 707, 722])[:, None]
+    found = spread(right, right)
+    alone, of_three = (compare(_arms(right, *[right] * tests)) for tests in (1, 3))
+    assert alone.arms[0].detectable == detectable(found.error, found.freedom) < 0.05
+    assert (alone.arms[0].verdict, alone.correction) == ("no significant difference", "")
+    for arm in of_three.arms:
+        assert arm.detectable == detectable(found.error, found.freedom, 0.05 / 3) > 0.05
+        assert (arm.verdict, arm.seeds_needed) == ("not enough data", 5)
+        assert "points are found in 80 % of cases with that correction; to find 5 points takes 5 seeds" in arm.text
+        assert arm.interval == alone.arms[0].interval
+    # One seed each, and of one arm several, which cannot be tested.
+    rng = np.random.default_rng(19)
+    control, *treated = rng.random((4, 1, 500)) < 0.6
+    report = compare(_arms(control, treated[0], treated[1], np.tile(treated[2], (2, 1))))
+    gained, lost = ((control < treated[0]).sum(), (control > treated[0]).sum())
+    assert report.arms[0].detectable == detectable_by_pairs(gained, lost, 500, 0.05 / 2)
+    assert "To find a difference of 5 points with that correction takes at least" in report.arms[0].text
+    assert "To find a difference of 5 points takes at least" in report.arms[2].text
 
 
 def test_a_handful_of_items_is_too_few_and_no_crash():

@@ -115,6 +115,16 @@ def test_two_runs_side_by_side(tmp_path):
     assert [one["data-chart"] for _, one in page.tags if one.get("data-chart", "").startswith("sqnr")] == ["sqnr0"]
 
 
+def test_of_several_arms_the_page_says_what_is_corrected(tmp_path):
+    noise = [{"enabled": False}, {"enabled": True}, {"enabled": True, "sigma_start": 0.01}]
+    runs = [
+        write_run(tmp_path / str(at), f"arm{at}", config={"aqn": {"seed": 0, "noise": one}}).path
+        for at, one in enumerate(noise)
+    ]
+    assert "p and found in 80 % corrected for 2 tests" in page_of(*runs).text
+    assert "corrected for" not in page_of(*runs[:2]).text
+
+
 def test_an_answer_that_the_reward_told_no_accuracy_of_is_wrong_everywhere_on_the_page(tmp_path):
     answers = {"1 + 1?": ("2", "#### 2", True), "2 + 2?": ("4", "four", None)}
     runs = [write_run(tmp_path / name, name, noise=name == "b", answers=answers).path for name in ("a", "b")]

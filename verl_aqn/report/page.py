@@ -222,7 +222,7 @@ def _arms(report: Report) -> Table:
             ]
         )
     columns = ["arm", "seeds", "accuracy, %", "difference, points", "bootstrap", "p", "found in 80 %", "verdict"]
-    caption = f"Last validation, {report.items} problems answered by all; 95 % intervals in brackets"
+    caption = f"Last validation, {report.items} problems answered by all; 95 % intervals in brackets{report.correction}"
     return Table(caption, columns, rows, frozenset(range(1, 7)))
 
 

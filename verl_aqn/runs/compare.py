@@ -46,8 +46,9 @@ class Contrast:
     bootstrap's.
     `p_value` is None where one arm has several seeds and the other one: neither runs nor methods can then be tested.
     `corrected` is `p_value` after Holm's correction over all contrasts. `detectable` is the difference found in 80 % of
-    cases (of one run each, where an arm has one seed). `seeds_needed`: an arm, to find 5 points; None where no number
-    would do. With one seed it is the least, as if seeds did not differ at all.
+    cases (of one run each, where an arm has one seed), so corrected: at 5 % over the number of tests. `seeds_needed`:
+    an arm, to find 5 points, so corrected; None where no number would do. With one seed it is the least, as if seeds
+    did not differ at all.
     """
 
     score: Score
@@ -77,6 +78,12 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def correction(self) -> str:
+        """What a table of this has to say of `corrected` and `detectable`; "" of a single test."""
+        tests = sum(arm.p_value is not None for arm in self.arms)
+        return f"; p and found in 80 % corrected for {tests} tests" if tests > 1 else ""
+
 
 def compare(arms: Sequence[Arm], pairs: Sequence[tuple[Arm, Arm]] = ()) -> Report:
     """Each arm after the first against the first, which is the control; or the `pairs` (arm, control) and no others.
@@ -86,11 +93,13 @@ def compare(arms: Sequence[Arm], pairs: Sequence[tuple[Arm, Arm]] = ()) -> Repor
     so it takes two seeds an arm at least: what one does, another need not.
 
     - helps, hurts: p after Holm's correction is below 5 %.
-    - no significant difference: it is not, and a difference of 5 points would have been found in 80 % of cases.
+    - no significant difference: it is not, and a difference of 5 points would have been found in 80 % of cases, at the
+      level of Holm's first step (5 % over the number of tests).
     - not enough data: neither.
     """
     pairs = pairs or [(arm, arms[0]) for arm in arms[1:]]
-    tests = [_test(arm, control) for arm, control in pairs]
+    level = LEVEL / max(sum(_is_tested(*pair) for pair in pairs), 1)
+    tests = [_test(arm, control, level) for arm, control in pairs]
     known = [index for index, test in enumerate(tests) if test["p_value"] is not None]
     corrected = dict(zip(known, holm([tests[index]["p_value"] for index in known]), strict=True))
     scores = {arm.name: _score(arm) for arm in arms}
@@ -124,7 +133,12 @@ def _score(arm: Arm) -> Score:
     return Score(arm.name, runs, numbers, float(arm.right.mean()), (max(low, 0.0), min(high, 1.0)))
 
 
-def _test(arm: Arm, control: Arm) -> dict[str, Any]:
+def _is_tested(arm: Arm, control: Arm) -> bool:
+    """Not where one has several seeds and the other one: then neither runs nor methods can be tested."""
+    return (len(arm.runs) > 1) == (len(control.runs) > 1)
+
+
+def _test(arm: Arm, control: Arm, level: float) -> dict[str, Any]:
     items = arm.right.shape[1]
     treated, base, how = _tables(arm, control)
     drawn = bootstrap(treated, base)
@@ -137,19 +151,19 @@ def _test(arm: Arm, control: Arm) -> dict[str, Any]:
             "test": how,
             "interval": (max(low, -1.0), min(high, 1.0)),
             "p_value": found.p_value,
-            "detectable": detectable(found.error, found.freedom),
-            "seeds_needed": seeds_needed(found.shared, found.per_seed, items, WANTED, found.residual),
+            "detectable": detectable(found.error, found.freedom, level),
+            "seeds_needed": seeds_needed(found.shared, found.per_seed, items, WANTED, found.residual, level),
         }
     # Of one run each it cannot be said what the seed did: that it did nothing is the least there can be.
     pairs = compare_before_after(control.right[0], arm.right[0])
-    reach = detectable_by_pairs(pairs.gained, pairs.lost, items)
+    reach = detectable_by_pairs(pairs.gained, pairs.lost, items, level)
     unlike = (pairs.gained + pairs.lost + 1) / (items + 2)
-    needed = seeds_needed(0.0, [unlike / items / 2] * 2, items, WANTED)
+    needed = seeds_needed(0.0, [unlike / items / 2] * 2, items, WANTED, level=level)
     if several:
         # All seeds agree and all items changed alike: items then decide, by their number, and no more seeds would.
         needed = 2 if reach <= WANTED else None
     result |= {"detectable": reach, "seeds_needed": needed}
-    if several or len(arm.runs) == len(control.runs) == 1:
+    if _is_tested(arm, control):
         return result | {"test": "exact McNemar", "interval": pairs.interval, "p_value": pairs.p_value}
     return result | {"test": "none"}
 
@@ -176,12 +190,13 @@ def _short(value: Any) -> str:
 def _sentence(test: dict[str, Any], p: float | None, tests: int, verdict: str, several: bool) -> str:
     low, high = (100 * bound for bound in test["interval"])
     correction = f" after Holm's correction for {tests} tests" if tests > 1 else ""
+    so = " with that correction" if p is not None and tests > 1 else ""
     found = f"{100 * test['difference']:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}"
     found += f"; {test['test']}, p = {p:.2g}{correction})" if p is not None else ")"
     needed = test["seeds_needed"]
     if not several:
         least = f"at least {needed} seeds an arm" if needed else "more items"
-        find = f"To find a difference of 5 points takes {least}."
+        find = f"To find a difference of 5 points{so} takes {least}."
         if p is None:
             return f"{found}. One of the arms has one seed: how far its seeds differ is not in the interval. {find}"
         differ = "differ" if p < LEVEL else "do not differ"
@@ -191,9 +206,9 @@ def _sentence(test: dict[str, Any], p: float | None, tests: int, verdict: str, s
         )
     if verdict in (HELPS, HURTS):
         return f"{found}."
-    smallest = f"Differences of {100 * test['detectable']:.1f} points are found in 80 % of cases"
+    smallest = f"Differences of {100 * test['detectable']:.1f} points are found in 80 % of cases{so}"
     if test["detectable"] > 1:
-        smallest = "Not even a difference of 100 points is sure to be found"
+        smallest = f"Not even a difference of 100 points is sure to be found{so}"
     if verdict == SAME:
         return f"{found}. {smallest}; smaller ones may be there."
     more = f"{needed} seeds an arm" if needed else "more items, however many the seeds"
@@ -202,7 +217,8 @@ def _sentence(test: dict[str, Any], p: float | None, tests: int, verdict: str, s
 
 def table(report: Report) -> Table:
     """An arm a row, with what it was held against: a row more for each further control; points of 100."""
-    view = Table(title=f"Last validation, {report.items} items answered by all", title_justify="left")
+    title = f"Last validation, {report.items} items answered by all{report.correction}"
+    view = Table(title=title, title_justify="left")
     view.add_column("arm")
     for column in ("seeds", "accuracy, %", "against", "difference, points", "bootstrap", "p", "found in 80 %"):
         view.add_column(column, justify="left" if column == "against" else "right")
