@@ -31,11 +31,12 @@ def stay_here(env: MutableMapping[str, str], folder: Path, attempt: int) -> None
         "SWANLAB_MODE": "offline",
         "SWANLAB_LOG_DIR": folder / "swanlab",
         "TRACKIO_DIR": folder / "trackio",
-        # verl opens it anew, so each attempt has one.
-        "VERL_FILE_LOGGER_PATH": folder / f"tracked-{attempt}.jsonl",
+        "TENSORBOARD_DIR": folder / "tensorboard",
     }
+    if "VERL_FILE_LOGGER_ROOT" not in env:  # verl looks at the path first
+        # verl opens it anew, so each attempt has one.
+        defaults["VERL_FILE_LOGGER_PATH"] = folder / f"tracked-{attempt}.jsonl"
     for name, value in defaults.items():
         env.setdefault(name, str(value))
-    env["TENSORBOARD_DIR"] = str(folder / "tensorboard")
     if env["SWANLAB_MODE"] not in ("online", "cloud"):
         env.pop("SWANLAB_API_KEY", None)  # verl logs in wherever there is one

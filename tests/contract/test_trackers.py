@@ -189,12 +189,29 @@ def test_nothing_asks_for_the_network(written):
     assert "connects to" not in (folder / "said.txt").read_text()
 
 
-def test_what_the_user_has_set_stays_and_keys_are_used_only_online(tmp_path):
-    env = {"WANDB_MODE": "online", "MLFLOW_TRACKING_URI": "http://server", "SWANLAB_API_KEY": "key"}
-    stay_here(env, tmp_path, 2)
-    assert (env["WANDB_MODE"], env["MLFLOW_TRACKING_URI"]) == ("online", "http://server")
+PLACES = (
+    "WANDB_DIR", "MLFLOW_TRACKING_URI", "SWANLAB_LOG_DIR", "TRACKIO_DIR", "TENSORBOARD_DIR", "VERL_FILE_LOGGER_PATH",
+)  # fmt: skip
+
+
+def test_every_place_is_in_the_run_s_folder(tmp_path):
+    stay_here(env := {}, tmp_path, 2)
+    assert all(str(tmp_path) in env[name] for name in PLACES)
+    assert env["TENSORBOARD_DIR"] == str(tmp_path / "tensorboard")
     assert env["VERL_FILE_LOGGER_PATH"] == str(tmp_path / "tracked-2.jsonl")
+
+
+def test_what_the_user_has_set_stays(tmp_path):
+    stay_here(all_of_them := {}, tmp_path, 1)
+    user = dict.fromkeys(all_of_them, "the user's")
+    stay_here(env := dict(user), tmp_path, 1)
+    assert env == user
+    stay_here(env := {"VERL_FILE_LOGGER_ROOT": "there"}, tmp_path, 1)
+    assert "VERL_FILE_LOGGER_PATH" not in env  # verl would take it in the root's place
+
+
+def test_keys_are_used_only_online(tmp_path):
+    stay_here(env := {"SWANLAB_API_KEY": "key"}, tmp_path, 1)
     assert "SWANLAB_API_KEY" not in env
-    env = {"SWANLAB_MODE": "cloud", "SWANLAB_API_KEY": "key"}
-    stay_here(env, tmp_path, 1)
+    stay_here(env := {"SWANLAB_MODE": "cloud", "SWANLAB_API_KEY": "key"}, tmp_path, 1)
     assert env["SWANLAB_API_KEY"] == "key"
