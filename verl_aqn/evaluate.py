@@ -17,6 +17,7 @@ from verl_aqn.config import check_names, check_numbers, load_recipe, parse_aqn
 from verl_aqn.console import RULES, Console
 from verl_aqn.errors import AqnError, ConfigError, DataError, EvidenceError, first_line
 from verl_aqn.preflight.checks import check_machine
+from verl_aqn.prepare import untell_workers
 from verl_aqn.runs.arms import run_in
 from verl_aqn.runs.checkpoints import config_of, find_checkpoint
 from verl_aqn.runs.folder import RunFolder, open_run
@@ -85,12 +86,17 @@ def settings(target: Target, overrides: list[str], adapter: Path | None, precisi
     """The config of a run that only validates.
 
     A run's own config with its noise block untouched, so that two evaluations differ in what their runs differ in; for
-    a model folder the control's recipe. `precision` None is that of the run, or of the folder.
+    a model folder the control's recipe. `precision` None is that of the run, or of the folder; in bf16 nothing rounds
+    activations, whatever the run did.
     """
     if precision not in (None, *PRECISIONS):
         raise ConfigError(f"--precision {precision} is not one of {', '.join(PRECISIONS)}")
     if target.run:
-        config = with_overrides(config_of(target.run), overrides)
+        config = config_of(target.run)
+        untell_workers(config)
+        if precision == "bf16":  # before the overrides: who asks for both is told that it cannot be
+            config.aqn.mxfp4.activation, config.aqn.mxfp4.keep_dense = "none", False
+        config = with_overrides(config, overrides)
     else:
         config = load_recipe(CONTROL, [f"actor_rollout_ref.model.path={target.path}", *overrides])
     OmegaConf.set_struct(config, False)

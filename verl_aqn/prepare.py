@@ -98,6 +98,22 @@ def tell_workers(config: DictConfig) -> None:
         actor_rollout.rollout.engine_kwargs.vllm.linear_backend = "auto"  # Marlin leaves activations in 16 bits
 
 
+def untell_workers(config: DictConfig) -> None:
+    """Take out of a run's resolved config what `tell_workers` put in: an evaluation of it may have to be told less."""
+    actor_rollout = config.actor_rollout_ref
+    told, engine = actor_rollout.model.override_config, actor_rollout.rollout.engine_kwargs.vllm
+    for key in ("noise_in_actor", "mxfp4_keep_dense"):
+        told.pop(key, None)
+    if told.pop("mxfp4_activation", None) is None:
+        return
+    if "additional_config" in engine:
+        engine.additional_config.pop("mxfp4_activation", None)
+        if not engine.additional_config:
+            del engine.additional_config
+    if engine.get("linear_backend") == "auto":
+        engine.linear_backend = "marlin"  # as the profile has it
+
+
 def _from_hub(name: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 

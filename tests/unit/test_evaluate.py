@@ -5,9 +5,10 @@ import json
 import pytest
 from omegaconf import OmegaConf
 
-from verl_aqn.config import load_recipe
+from verl_aqn.config import load_recipe, parse_aqn
 from verl_aqn.errors import ConfigError, DataError, EvidenceError
 from verl_aqn.evaluate import Evaluation, Score, check_adapter, find_target, read, settings
+from verl_aqn.prepare import tell_workers
 from verl_aqn.runs.folder import open_run
 
 
@@ -98,6 +99,49 @@ def test_a_model_folder_is_validated_without_an_adapter(model):
 def test_precision_is_one_of_two(model):
     with pytest.raises(ConfigError, match="--precision int4 is not one of mxfp4, bf16"):
         settings(find_target(model), [], None, "int4")
+
+
+@pytest.fixture(params=["cpu", "cuda", "npu"])
+def rounded(request, tmp_path, model):
+    """A run with 4-bit activations, whose config has what the workers were told of them; and that of one without."""
+    configs = []
+    for wanted in (["aqn.mxfp4.activation=mxfp4", "aqn.mxfp4.keep_dense=true"], []):
+        path = f"actor_rollout_ref.model.path={model}"
+        configs.append(load_recipe("e12", [f"profile={request.param}", path, *wanted]))
+        tell_workers(configs[-1])
+    run = open_run(tmp_path / "rounded", {})
+    run.write_text("config.yaml", OmegaConf.to_yaml(configs[0], resolve=True))
+    (run.checkpoints / "global_step_3" / "actor").mkdir(parents=True)
+    (run.checkpoints / "latest_checkpointed_iteration.txt").write_text("3")
+    return find_target(run.path), *configs
+
+
+def told(config):
+    """What a config says of the layers' arithmetic, and all that actor and engine are told."""
+    actor_rollout = config.actor_rollout_ref
+    engine = actor_rollout.rollout.engine_kwargs.vllm
+    return parse_aqn(config).mxfp4.activation_arithmetic, actor_rollout.model.override_config, engine
+
+
+def test_in_bf16_nothing_is_left_of_four_bit_activations(rounded):
+    target, _, plain = rounded
+    config = settings(target, [], None, "bf16")
+    assert not config.aqn.mxfp4.enabled
+    tell_workers(config)
+    assert told(config) == told(plain)
+    config = settings(target, ["aqn.mxfp4.activation=mxfp4"], None, "bf16")
+    with pytest.raises(ConfigError, match="needs the quantised base"):
+        tell_workers(config)
+
+
+def test_activations_are_rounded_as_in_the_run_unless_told_otherwise(rounded):
+    target, run, plain = rounded
+    config = settings(target, [], None, None)
+    tell_workers(config)
+    assert told(config) == told(run)
+    config = settings(target, ["aqn.mxfp4.activation=none", "aqn.mxfp4.keep_dense=false"], None, None)
+    tell_workers(config)
+    assert told(config) == told(plain)
 
 
 def test_an_adapter_brings_its_size(run, tmp_path):
