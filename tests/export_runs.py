@@ -65,9 +65,17 @@ def write_actor(folder: Path, states: list[dict[str, torch.Tensor]]) -> Path:
 
 
 def write_run(
-    experiment: Path, base: Path, state: dict[str, torch.Tensor], answers: dict[str, str] | None = None, step: int = 3
+    experiment: Path,
+    base: Path,
+    state: dict[str, torch.Tensor],
+    answers: dict[str, str] | None = None,
+    step: int = 3,
+    problems: int = 4,
 ) -> Path:
-    """A run under `experiment` with one checkpoint; `answers`: of its validation, by prompt as verl writes it down."""
+    """A run under `experiment` with one checkpoint; `answers`: of its validation, by prompt as verl writes it down.
+
+    `problems`: how many its validation data have.
+    """
     run = experiment / "runs" / "20260101-000000-abcdef"
     write_actor(run / "checkpoints" / f"global_step_{step}" / "actor", [state])
     (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(step))
@@ -77,7 +85,7 @@ def write_run(
     (experiment / "training.log").symlink_to(run / "training.log")
     (experiment / "checkpoints").symlink_to(run / "checkpoints")
     data = experiment / "test.parquet"
-    write_parquet(questions(), data)
+    write_parquet(questions(problems), data)
     config: Any = load_recipe("e12_aggressive_1ep", ["profile=cpu", f"actor_rollout_ref.model.path={base}"])
     config.data.val_files = str(data)
     config.actor_rollout_ref.model.lora_rank = RANK
@@ -93,17 +101,17 @@ def write_run(
     return run
 
 
-def questions() -> list[dict[str, Any]]:
+def questions(number: int) -> list[dict[str, Any]]:
     """Rows of validation data."""
     return [
         row(
             "verl_aqn/word_problems",
-            [{"role": "user", "content": f"{number} + 1?"}],
-            str(number + 1),
+            [{"role": "user", "content": f"{one} + 1?"}],
+            str(one + 1),
             split="test",
-            index=number,
-            question=f"{number} + 1?",
-            answer=str(number + 1),
+            index=one,
+            question=f"{one} + 1?",
+            answer=str(one + 1),
         )
-        for number in range(4)
+        for one in range(number)
     ]

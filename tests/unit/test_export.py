@@ -18,10 +18,11 @@ from tests.sharded_lora import Lora, save_sharded
 from verl_aqn.data.smollm2 import tiny_model
 from verl_aqn.errors import DataError, EvidenceError, ModelError
 from verl_aqn.export import exporting, trial
+from verl_aqn.export.cli import lines_of
 from verl_aqn.export.difference import Difference, first_difference
 from verl_aqn.export.exporting import RECORD, export
 from verl_aqn.export.folders import target_modules
-from verl_aqn.export.questions import read_questions
+from verl_aqn.export.questions import Questions, read_questions, validation_prompts
 from verl_aqn.export.shards import read_adapter
 from verl_aqn.export.source import find_source
 from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
@@ -238,6 +239,41 @@ def validated(run, rollout, base) -> Path:
     return run
 
 
+@pytest.mark.parametrize(
+    ("problems", "recorded", "asked", "known"),
+    [(40, 40, 32, 32), (40, 5, 32, 5), (40, 0, 32, 0), (7, 7, 7, 7), (7, 3, 7, 3)],
+)
+def test_the_proof_rests_on_32_prompts_those_with_a_recorded_answer_first(
+    base, state, tmp_path, problems, recorded, asked, known
+):
+    """All of them where there are fewer."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    source = find_source(write_run(tmp_path / "many", base, state, problems=problems))
+    everything = validation_prompts(source.config, tokenizer)
+    assert len(everything) == problems
+    answered = list(everything)[::-1][:recorded]
+    records = [json.dumps({"input": text, "output": f"answer {number}"}) for number, text in enumerate(answered)]
+    (source.run.path / "validation/3.jsonl").write_text("".join(line + "\n" for line in records))
+    questions = read_questions(source, tokenizer)
+    assert questions.answers == [f"answer {number}" for number in range(known)]
+    assert questions.prompts[:known] == [everything[text] for text in answered[:known]]
+    assert len({tuple(ids) for ids in questions.prompts}) == len(questions.prompts) == asked
+
+
+def test_an_answer_of_the_run_is_held_to_a_nearer_tie_than_one_of_the_trainer_s_model(run, base, monkeypatch):
+    tokenizer, folder = AutoTokenizer.from_pretrained(base), run.parent
+    a, b = (tokenizer.encode(letter)[0] for letter in "ab")
+    answer = {"tokens": [b], "text": "b", "tops": [{a: -1.5, b: -0.5}]}
+    monkeypatch.setattr(trial, "trainer_answers", lambda *_: ["a"])
+    monkeypatch.setattr(trial, "greedy_answers", lambda *_: [answer, answer])
+    asked = find_source(run), Questions([[a], [b]], ["a"])
+    found = trial.try_out(*asked, folder, folder, tokenizer)
+    assert [(one.gap, one.bound) for one in found.differing] == [(1.0, 0.25), (1.0, 2.0)]
+    with pytest.raises(EvidenceError, match=r"1 of 2 .* recorded validation \(1\) and of the trainer's model \(1\)"):
+        trial.check(found)
+    trial.check(trial.try_out(*asked, folder / "merged", folder, tokenizer))
+
+
 def test_the_adapter_as_peft_loads_it(validated, rollout, base, engine, tmp_path):
     proof = export(validated, tmp_path / "out")
     assert proof["answers"]["against"] == trial.RECORDED
@@ -273,8 +309,20 @@ def test_the_adapter_as_peft_loads_it(validated, rollout, base, engine, tmp_path
 
 def test_without_a_recorded_validation_the_trainer_s_model_is_asked(run, engine, tmp_path):
     proof = export(run, tmp_path / "out")
-    assert proof["answers"]["against"] == trial.TRAINER
-    assert proof["answers"]["prompts"] == 4
+    assert proof["answers"]["against"] == "the trainer's model (no greedy validation of this step is on record)"
+    assert (proof["answers"]["prompts"], proof["answers"]["recorded"]) == (4, 0)
+
+
+def test_it_is_asked_where_the_run_recorded_too_few_and_the_command_says_so(validated, engine, tmp_path):
+    file = validated / "validation/3.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:1]))
+    proof = export(validated, tmp_path / "out")
+    assert (proof["answers"]["prompts"], proof["answers"]["recorded"], proof["answers"]["equal"]) == (4, 1, 4)
+    whose = "the run's recorded validation (1) and of the trainer's model (3)"
+    assert whose in (tmp_path / "out/README.md").read_text()
+    said = lines_of(proof, tmp_path / "out")
+    assert f"4 of 4 greedy answers are those of {whose}" in said
+    assert "the validation data have no more than these 4 prompts" in said
 
 
 def test_a_merged_model_is_base_and_adapter_rounded_once(validated, state, base, engine, tmp_path):

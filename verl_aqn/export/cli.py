@@ -38,6 +38,8 @@ def export(
 
 def lines_of(proof: dict[str, Any], dst: Path) -> list[str]:
     """The proof in words."""
+    from verl_aqn.export.questions import PROMPTS  # imports torch
+
     lines = [
         f"{'merged bf16 model' if proof['merged'] else 'PEFT adapter (bf16)'} of {proof['run']}, step {proof['step']}",
         f"adapter {proof['adapter']['digest'][:16]}… is the one that the rollout had; "
@@ -51,7 +53,10 @@ def lines_of(proof: dict[str, Any], dst: Path) -> list[str]:
             "an update below 2^-9 of a weight is rounded away",
         ]
     answers = proof["answers"]
-    gaps = [entry["gap"] for entry in answers["differing"]]
-    near = f", the others part within {max(gaps):.3g} nats of a tie ({answers['bound']:g} allowed)" if gaps else ""
+    near = ""
+    if farthest := max(answers["differing"], key=lambda entry: entry["gap"], default=None):
+        near = f", the others part within {farthest['gap']:.3g} nats of a tie ({farthest['bound']:g} allowed)"
     lines.append(f"{answers['equal']} of {answers['prompts']} greedy answers are those of {answers['against']}{near}")
+    if answers["prompts"] < PROMPTS:
+        lines.append(f"the validation data have no more than these {answers['prompts']} prompts")
     return [*lines, f"written: {dst}"]

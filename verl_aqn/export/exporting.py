@@ -72,7 +72,8 @@ def export(run: Path, dst: Path, *, merge: bool = False, say: Callable[[str], No
                         "merged to bf16 the model is its base, bit for bit: all that the adapter adds is below bf16's "
                         "last bit; export without --merge"
                     )
-            before = "" if questions.answers else "the trainer's model and then "
+            further = len(questions.prompts) - len(questions.answers)
+            before = f"the trainer's model {further} and then " if further else ""
             say(f"asking {before}vLLM {len(questions.prompts)} prompts")
             trial = try_out(source, questions, folder, peft, tokenizer)
             check(trial)

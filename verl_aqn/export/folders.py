@@ -101,8 +101,8 @@ def write_card(folder: Path, proof: dict[str, Any]) -> None:
         f"- base digest: {base_digest}",
         f"- adapter digest: {proof['adapter']['digest']} (r={proof['rank']}, α={proof['alpha']:g})",
         f"- {answers['equal']} of {answers['prompts']} greedy answers are those of {answers['against']}; where one "
-        f"differs, it parts within {answers['bound']:g} nats of a tie",
+        "differs, it parts at a near tie",
         "",
-        "The whole record: `verl_aqn_export.json`. Made by verl-aqn.",
+        "The whole record, with how near: `verl_aqn_export.json`. Made by verl-aqn.",
     ]
     (folder / "README.md").write_text("\n".join([*head, *text]) + "\n")

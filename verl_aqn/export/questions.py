@@ -1,4 +1,4 @@
-"""The prompts that an export is tried on, and the run's own greedy answers to them."""
+"""The prompts that an export is tried on, and those of the run's own greedy answers that it has on record."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,46 +12,46 @@ from verl_aqn.export.source import Source
 from verl_aqn.policy import prompt_tokens
 from verl_aqn.prepare import data_files
 
-PROMPTS = 32
+PROMPTS = 32  # all there are where the validation data have fewer
 
 
 @dataclass(frozen=True)
 class Questions:
-    """`prompts` [[token, …], …]; `answers`: the run's to each, None where it recorded no greedy ones of this step."""
+    """`prompts` [[token, …], …]; `answers`: the run's greedy ones of this step to the first of them, as many as it
+    recorded."""
 
     prompts: list[list[int]]
-    answers: list[str] | None
+    answers: list[str]
 
 
 def read_questions(source: Source, tokenizer: Any) -> Questions:
-    """The first prompts of the recorded validation after the checkpoint's step, or else of the validation data.
+    """The first prompts of the recorded validation after the checkpoint's step, then others of the validation data.
 
     Raises:
         DataError: the validation data is gone, or does not have the recorded prompts.
     """
-    prompts = _prompts(source.config, tokenizer)
+    prompts = validation_prompts(source.config, tokenizer)
     file = f"validation/{source.step}.jsonl"
     rollout = source.config.actor_rollout_ref.rollout
     val = rollout.val_kwargs
     greedy = val.temperature == 0 and val.n == 1 and not rollout.multi_turn.enable
     records = list(source.run.read(file))[:PROMPTS] if greedy else []
-    if not records:
-        return Questions(prompts[:PROMPTS], None)
-    by_text = {tokenizer.decode(ids, skip_special_tokens=True): ids for ids in prompts}
-    if unknown := [record["input"] for record in records if record["input"] not in by_text]:
+    answers = {record["input"]: record["output"] for record in records}
+    if unknown := answers.keys() - prompts.keys():
         raise DataError(
             f"{len(unknown)} prompts of {source.run.path / file} are not in data.val_files="
             f"{source.config.data.val_files}: the file is not the one that the run was validated on"
         )
-    return Questions([by_text[r["input"]] for r in records], [r["output"] for r in records])
+    asked = list(answers | prompts)[:PROMPTS]  # those with an answer first
+    return Questions([prompts[text] for text in asked], list(answers.values()))
 
 
-def _prompts(config: DictConfig, tokenizer: Any) -> list[list[int]]:
-    """Every row of the validation data as the run's policy gets it."""
+def validation_prompts(config: DictConfig, tokenizer: Any) -> dict[str, list[int]]:
+    """Every prompt of the validation data as the run's policy gets it, by its text as verl records it."""
     files: list[Path] = data_files(config, "val_files")
     if missing := [file for file in files if not file.is_file()]:
         raise DataError(f"{missing[0]} is not there: the run's validation data is needed to try the export on")
     key = config.data.prompt_key
     rows = [row[key] for file in files for row in pq.read_table(file, columns=[key]).to_pylist()]
     prompts = (prompt_tokens(config, tokenizer, row) for row in rows)
-    return [prompt for prompt in prompts if prompt is not None]
+    return {tokenizer.decode(ids, skip_special_tokens=True): ids for ids in prompts if ids is not None}

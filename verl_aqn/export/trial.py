@@ -21,28 +21,30 @@ from verl_aqn.serving import SERVED
 TIE_ADAPTER = 0.25
 TIE_OTHER = 2.0  # merged, or answers of another implementation
 RECORDED = "the run's recorded validation"
-TRAINER = "the trainer's model (no greedy validation of this step is on record)"
+TRAINER = "the trainer's model"
 
 
 @dataclass(frozen=True)
 class Differing:
-    """An answer that is not the run's. `gap`: see `Difference`."""
+    """An answer that is not the expected one. `gap`: see `Difference`; at most `bound` of it (nats) is a near tie."""
 
     prompt: int
     token: int
     gap: float | None
+    bound: float
     expected: str
     answer: str
 
 
 @dataclass(frozen=True)
 class Trial:
-    """`equal` of `prompts` answers are those of `against`; those that differ part at a near tie (`bound`, nats)."""
+    """`equal` of `prompts` answers are those of `against`: the first `recorded` of the prompts have answers of the run
+    on record, the others those of the trainer's model. The others part at a near tie."""
 
     against: str
     prompts: int
+    recorded: int
     equal: int
-    bound: float
     differing: list[Differing]
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,12 +57,13 @@ def try_out(source: Source, questions: Questions, folder: Path, adapter: Path, t
     ``adapter``: a PEFT folder of the same adapter, for the trainer's own model where the run recorded no answers.
     """
     merged = folder != adapter
-    recorded = questions.answers is not None
-    expected = questions.answers or trainer_answers(source, questions.prompts, adapter, tokenizer)
+    recorded = len(questions.answers)
+    expected = list(questions.answers)
+    if further := questions.prompts[recorded:]:
+        expected += trainer_answers(source, further, adapter, tokenizer)
     served = OmegaConf.select(source.config, f"actor_rollout_ref.model.override_config.{SERVED}") or source.base
     model = folder if merged else Path(served)  # the base in the form that the run's rollout had
     found = greedy_answers(source.config, model, None if merged else adapter, questions.prompts, expected)
-    bound = TIE_OTHER if merged or not recorded else TIE_ADAPTER
     differing = []
     for number, (answer, text) in enumerate(zip(found, expected, strict=True)):
         if answer["text"] == text:
@@ -69,20 +72,30 @@ def try_out(source: Source, questions: Questions, folder: Path, adapter: Path, t
         where = first_difference(
             answer["tokens"], tops, text, lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
         )
-        differing.append(Differing(number, where.token, where.gap, text, answer["text"]))
+        bound = TIE_OTHER if merged or number >= recorded else TIE_ADAPTER
+        differing.append(Differing(number, where.token, where.gap, bound, text, answer["text"]))
     equal = len(expected) - len(differing)
-    return Trial(RECORDED if recorded else TRAINER, len(expected), equal, bound, differing)
+    return Trial(against(recorded, len(expected)), len(expected), recorded, equal, differing)
+
+
+def against(recorded: int, prompts: int) -> str:
+    """Whose answers the first `recorded` of `prompts` were held against, and the others."""
+    if recorded == prompts:
+        return RECORDED
+    if not recorded:
+        return f"{TRAINER} (no greedy validation of this step is on record)"
+    return f"{RECORDED} ({recorded}) and of {TRAINER} ({prompts - recorded})"
 
 
 def check(trial: Trial) -> None:
-    """Raise EvidenceError unless every answer is the run's up to a near tie."""
-    far = [d for d in trial.differing if d.gap is None or d.gap > trial.bound]
+    """Raise EvidenceError unless every answer is the expected one up to a near tie."""
+    far = [d for d in trial.differing if d.gap is None or d.gap > d.bound]
     if far:
         worst = max(far, key=lambda d: float("inf") if d.gap is None else d.gap)
         gap = "far more" if worst.gap is None else f"{worst.gap:.3g}"
         raise EvidenceError(
             f"{len(far)} of {trial.prompts} answers are not those of {trial.against}: {worst.answer!r} for "
-            f"{worst.expected!r}, where token {worst.token} differs by {gap} nats ({trial.bound:g} allowed)"
+            f"{worst.expected!r}, where token {worst.token} differs by {gap} nats ({worst.bound:g} allowed)"
         )
 
 
