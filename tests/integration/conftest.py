@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import psutil
 import pytest
 
 from verl_aqn.bench import letters
+from verl_aqn.cache import cache_dir
 
 # Sizes of a run that takes a minute and a half. The reward has variance for a model that knows nothing.
 TINY = [
@@ -44,13 +46,18 @@ def tiny_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def train(tiny_model, tmp_path_factory):
+def warm_cache(tmp_path_factory) -> Path:
+    """Compiled once for all runs."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def train(tiny_model, warm_cache):
     """`train(run_dir, *overrides, recipe=…)` → a started `verl-aqn train` process."""
-    cache = tmp_path_factory.mktemp("cache")
 
     def start(run_dir: Path, *overrides: str, recipe: str = "e12_aggressive_1ep") -> subprocess.Popen:
         places = [f"actor_rollout_ref.model.path={tiny_model}", f"aqn.run.dir={run_dir}"]
-        return verl_aqn("train", recipe, *TINY, *places, *overrides, cache=cache)
+        return verl_aqn("train", recipe, *TINY, *places, *overrides, cache=warm_cache)
 
     return start
 
@@ -60,6 +67,34 @@ def verl_aqn(*arguments: str, cache: Path | None = None) -> subprocess.Popen:
     env = {**os.environ, **({"VERL_AQN_CACHE": str(cache)} if cache else {})}
     command = [sys.executable, "-m", "verl_aqn.cli", *arguments]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ask_vllm(module: str, *arguments, **variables: str) -> dict:
+    """What `python -m tests.integration.<module> ARGUMENTS`, an engine of its own, says in its line of JSON."""
+    result = start_engine(module, *arguments, **variables)
+    lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, result.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+def start_engine(module: str, *arguments, **variables: str) -> subprocess.CompletedProcess:
+    """The same for a module that says nothing."""
+    env = {**os.environ, "VERL_PLATFORM": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    # The engine in the process that asks it: half the time.
+    env |= variables | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "TORCHINDUCTOR_CACHE_DIR": str(cache_dir() / "torchinductor"),
+    }
+    # vLLM leaves sockets behind. pytest's own folders are too deep for a socket's path of 107 characters.
+    with tempfile.TemporaryDirectory(prefix="aqn-") as sockets:
+        return subprocess.run(
+            [sys.executable, "-m", f"tests.integration.{module}", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env=env | {"TMPDIR": sockets},
+            timeout=400,
+            check=False,
+        )
 
 
 def finish(process: subprocess.Popen, base: Path) -> tuple[Path, str]:

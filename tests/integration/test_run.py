@@ -18,9 +18,20 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.integration.conftest import TINY, descendants, finish, kill, leftovers, lines, lines_of, newest, verl_aqn
+from tests.integration.conftest import (
+    TINY,
+    ask_vllm,
+    descendants,
+    finish,
+    kill,
+    leftovers,
+    lines,
+    lines_of,
+    newest,
+    verl_aqn,
+)
 from verl_aqn.export.engine import greedy_answers
-from verl_aqn.mxfp4.model import load_model
+from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model
 from verl_aqn.preflight import memory
 from verl_aqn.preflight.memory import sizes
 from verl_aqn.preflight.model import shape_of
@@ -276,8 +287,9 @@ def exported(finished, tmp_path_factory) -> Path:
     assert leftovers() == before
     assert proof["adapter"]["digest"] == lines(finished / "evidence.jsonl", "adapter")[-1]["sent"]
     assert proof["nonzero_b"] == 14
-    assert proof["answers"]["against"] == "the run's recorded validation"
-    assert proof["answers"]["equal"] == proof["answers"]["prompts"] == 4
+    answers = proof["answers"]  # of the run's four validation problems, and of others of the same data
+    assert (answers["prompts"], answers["recorded"]) == (32, 4)
+    assert answers["equal"] > 16  # between a random model's tokens there are near ties
     return folder
 
 
@@ -294,24 +306,43 @@ def test_what_a_sync_sends_is_the_adapter_and_no_more(finished, exported):
     assert {step["metrics"]["aqn/synced_bytes"] for step in lines(finished / "metrics.jsonl", "step")} == {size}
 
 
-def test_an_exported_adapter_serves_in_plain_peft_and_in_vllm_without_our_worker(finished, exported):
-    config = OmegaConf.load(finished / "config.yaml")
-    config.actor_rollout_ref.rollout.engine_kwargs.vllm.pop("worker_extension_cls")
-    base = Path(config.actor_rollout_ref.model.path)
+def in_plain_peft(base: Path, adapter: Path) -> tuple[list[int], torch.Tensor]:
+    """A prompt, and the log-probabilities of what follows it, which the adapter changes."""
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model = PeftModel.from_pretrained(load_model(base), str(exported), autocast_adapter_dtype=False)
+    model = PeftModel.from_pretrained(load_model(base), str(adapter), autocast_adapter_dtype=False)
     prompt = tokenizer("Ann has 2 apples and", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         logits = model(torch.tensor([prompt])).logits[0, -1].float()
         with model.disable_adapter():
             assert not torch.equal(model(torch.tensor([prompt])).logits[0, -1].float(), logits)
-    # Whatever vLLM answers first is all but the likeliest of plain PEFT: its text is not the expected one, so that the
-    # likeliest tokens come with it.
-    (answer,) = greedy_answers(config, base, exported, [prompt], ["\0"])
-    served = {int(token): logprob for token, logprob in answer["tops"][0].items()}
-    ours = logits.log_softmax(-1)
+    return prompt, logits.log_softmax(-1)
+
+
+def assert_served(tops: dict[str, float], ours: torch.Tensor) -> None:
+    """The likeliest tokens of an engine have the log-probabilities `ours`, and the first is all but the likeliest."""
+    served = {int(token): logprob for token, logprob in tops.items()}
     assert max(abs(logprob - float(ours[token])) for token, logprob in served.items()) < 0.25
-    assert float(ours.max() - ours[answer["tokens"][0]]) < 0.25
+    assert float(ours.max() - ours[max(served, key=served.__getitem__)]) < 0.25
+
+
+def test_an_exported_adapter_serves_in_plain_peft_and_in_vllm_without_our_worker(finished, exported):
+    config = OmegaConf.load(finished / "config.yaml")
+    config.actor_rollout_ref.rollout.engine_kwargs.vllm.pop("worker_extension_cls")
+    base = Path(config.actor_rollout_ref.model.path)
+    prompt, ours = in_plain_peft(base, exported)
+    # No answer is the expected one, so that the likeliest tokens come with it.
+    (answer,) = greedy_answers(config, base, exported, [prompt], ["\0"])
+    assert_served(answer["tops"][0], ours)
+
+
+def test_an_exported_adapter_serves_in_stock_vllm_over_the_bf16_equal_of_its_base(finished, exported, tmp_path):
+    """Without our plugin, which every vLLM in this environment loads otherwise."""
+    base = Path(OmegaConf.load(finished / "config.yaml").actor_rollout_ref.model.path)
+    dequantize_checkpoint(base, tmp_path / "dense")
+    prompt, ours = in_plain_peft(base, exported)
+    answer = ask_vllm("stock", tmp_path / "dense", exported, prompt, VLLM_PLUGINS="")
+    assert answer["ours"] == []
+    assert_served(answer["tops"], ours)
 
 
 def test_a_merged_export_is_a_bf16_model_that_answers_as_the_run(finished, exported):
@@ -329,30 +360,67 @@ def test_a_merged_export_is_a_bf16_model_that_answers_as_the_run(finished, expor
     assert near < 0.2 * far
 
 
-def test_eval_of_a_folder_in_bf16_with_an_exported_adapter(finished, exported, tmp_path):
-    before, recorded = leftovers(), OmegaConf.load(finished / "config.yaml")
-    base = recorded.actor_rollout_ref.model.path
-    where = [*TINY, "data.val_max_samples=2", f"aqn.run.dir={tmp_path}", "--adapter", str(exported)]
-    process = verl_aqn("eval", base, *where, "--precision", "bf16", "--json", cache=tmp_path / "cache")
+def evaluated(target: Path | str, *arguments: str, cache: Path) -> dict:
+    """What `verl-aqn eval` says, as a user has it."""
+    before = leftovers()
+    process = verl_aqn("eval", str(target), *arguments, "--json", cache=cache)
     out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
+    assert leftovers() <= before
     result = json.loads(out)
+    assert lines(Path(result["run"]) / "evidence.jsonl", "clean")  # read back before anything was answered
+    return result
+
+
+def test_eval_of_a_folder_in_bf16_with_an_exported_adapter(finished, exported, warm_cache, tmp_path):
+    base = OmegaConf.load(finished / "config.yaml").actor_rollout_ref.model.path
+    where = [*TINY, "data.val_max_samples=2", f"aqn.run.dir={tmp_path}", "--adapter", str(exported)]
+    result = evaluated(base, *where, "--precision", "bf16", cache=warm_cache)
     assert (result["precision"], result["base"], result["step"], result["items"]) == ("bf16", None, 0, 2)
     assert result["adapter"] == lines(finished / "evidence.jsonl", "adapter")[-1]["sent"]
-    assert leftovers() <= before
+
+
+@pytest.mark.parametrize("precision", ["bf16", "mxfp4"])
+def test_eval_of_a_bf16_folder_as_it_is_and_quantised(finished, tiny_model, warm_cache, tmp_path, precision):
+    asked = [] if precision == "bf16" else ["--precision", precision]
+    where = [*TINY, "data.val_max_samples=2", f"aqn.run.dir={tmp_path}"]
+    result = evaluated(tiny_model, *where, *asked, cache=warm_cache)
+    assert (result["precision"], result["step"], result["items"]) == (precision, 0, 2)
+    start, *_ = lines(Path(result["run"]) / "evidence.jsonl", "base")
+    if precision == "bf16":
+        assert (start["quantised"], result["base"]) == (False, None)
+    else:  # it is the base of the run that began with this folder
+        assert result["base"] == start["disk"] == lines(finished / "evidence.jsonl", "base")[0]["disk"]
 
 
 ONE_STEP = ["trainer.total_training_steps=1", "trainer.val_before_train=false", "aqn.noise.num_stages=1"]
 
 
-def test_four_bit_activations_in_actor_and_rollout(train, tmp_path):
-    process = train(tmp_path, *ONE_STEP, "aqn.mxfp4.activation=mxfp4", "aqn.mxfp4.keep_dense=true")
-    _, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err + (newest(tmp_path) / "training.log").read_text()[-3000:]
-    for record in lines(newest(tmp_path) / "evidence.jsonl", "base"):
+@pytest.fixture(scope="module")
+def rounded(train, tmp_path_factory) -> Path:
+    """Folder of a run of two steps with 4-bit activations."""
+    base = tmp_path_factory.mktemp("rounded")
+    two_steps = ["trainer.total_training_steps=2", "trainer.val_before_train=false", "aqn.noise.num_stages=2"]
+    return finish(train(base, *two_steps, "aqn.mxfp4.activation=mxfp4", "aqn.mxfp4.keep_dense=true"), base)[0]
+
+
+def test_four_bit_activations_in_actor_and_rollout(rounded):
+    for record in lines(rounded / "evidence.jsonl", "base"):
         assert record["actor_activations"] == [["even/nearest"]]
         assert record["rollout"][0]["activations"] == ["even/nearest"]
         assert record["rollout"][0]["weights_equal_base"]
+
+
+def test_eval_of_a_checkpoint_that_is_not_the_last_in_bf16(rounded, warm_cache):
+    """Of a run with 4-bit activations, which a bf16 base cannot have."""
+    result = evaluated(rounded / "checkpoints/global_step_1", "--precision", "bf16", cache=warm_cache)
+    assert (result["precision"], result["base"], result["step"], result["items"]) == ("bf16", None, 1, 4)
+    sent = {record["step"]: record["sent"] for record in lines(rounded / "evidence.jsonl", "adapter")}
+    assert result["adapter"] == sent[1] != sent[2]
+    used = OmegaConf.load(Path(result["run"]) / "config.yaml")
+    assert used.aqn.mxfp4.activation == "none"
+    assert "mxfp4_activation" not in used.actor_rollout_ref.model.override_config
+    assert lines(rounded / "evaluations.jsonl") == [result]
 
 
 def test_a_rollout_that_rounds_activations_unasked_stops_the_run(train, tmp_path):

@@ -1,16 +1,11 @@
 """Stock vLLM on a packed checkpoint: the same answers as its dequantised equal, and noise that comes and goes."""
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from verl_aqn.cache import cache_dir
+from tests.integration.conftest import ask_vllm, start_engine
 from verl_aqn.digest import tensor_digest
 from verl_aqn.mxfp4.checkpoint import checkpoint_digest, quantize_checkpoint
 from verl_aqn.mxfp4.experts import packed_layers
@@ -19,33 +14,10 @@ from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model
 from verl_aqn.noise import NoiseOrder, check_evidence
 
 
-def start(module: str, *arguments, **variables: str) -> subprocess.CompletedProcess:
-    """`python -m tests.integration.<module> ARGUMENTS`, an engine of its own."""
-    env = {**os.environ, "VERL_PLATFORM": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    # The engine in the process that asks it: half the time.
-    env |= variables | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "TORCHINDUCTOR_CACHE_DIR": str(cache_dir() / "torchinductor"),
-    }
-    # vLLM leaves sockets behind. pytest's own folders are too deep for a socket's path of 107 characters.
-    with tempfile.TemporaryDirectory(prefix="aqn-") as sockets:
-        return subprocess.run(
-            [sys.executable, "-m", f"tests.integration.{module}", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            env=env | {"TMPDIR": sockets},
-            timeout=400,
-            check=False,
-        )
-
-
 def engine(model: Path, *arguments) -> dict:
     """Answers of the engine on a model beside the folders `adapter` and `shards`."""
     root = model.parent
-    result = start("generate", model, root / "adapter", root / "shards", *arguments)
-    lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, result.stderr[-3000:]
-    return json.loads(lines[0].removeprefix("RESULT "))
+    return ask_vllm("generate", model, root / "adapter", root / "shards", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +161,7 @@ def whole(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 def test_two_tensor_parallel_ranks_hold_the_base_and_the_noise_of_one(packed, folders, tmp_path):
     two_cores = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    result = start("shards", folders / "packed", tmp_path, **two_cores)
+    result = start_engine("shards", folders / "packed", tmp_path, **two_cores)
     assert result.returncode == 0, result.stderr[-3000:]
     one, two = whole(folders / "shards"), whole(tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
