@@ -454,7 +454,7 @@ def _check_keys(config: DictConfig, path: Path, groups: list[str], overrides: li
         if key.startswith("aqn.") or "_kwargs." in key or any(_within(key, one) or _within(one, key) for one in added):
             continue
         if not _has(known, key.split(".")) and not _has(verls, key.split(".")):
-            raise ConfigError(f"{path.name}: {_unknown(key, known)}")
+            raise ConfigError(f"{path.name}: {unknown_key(key, known)}")
 
 
 @cache
@@ -472,7 +472,7 @@ def _has(block: Any, key: list[str]) -> bool:
     return isinstance(block, dict) and key[0] in block and _has(block[key[0]], key[1:])
 
 
-def _unknown(key: str, known: Any) -> str:
+def unknown_key(key: str, known: Any) -> str:
     """A key that `known` lacks, with the nearest that it has."""
     *parents, name = key.split(".")
     block = known
@@ -501,7 +501,7 @@ def _hydra_message(error: Exception, path: Path, groups: list[str]) -> str:
     if "is not in struct" in lines[0] and key:
         config = _compose(path, groups)
         _check_base(config, path)
-        return _unknown(key, OmegaConf.to_container(config))
+        return unknown_key(key, OmegaConf.to_container(config))
     return lines[0] + (f" ({key})" if key and key not in lines[0] else "")
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from verl_aqn.cache import cache_dir
-from verl_aqn.config import check_names, check_numbers, load_recipe, parse_aqn
+from verl_aqn.config import check_names, check_numbers, load_recipe, parse_aqn, unknown_key
 from verl_aqn.console import RULES, Console
 from verl_aqn.errors import AqnError, ConfigError, DataError, EvidenceError, first_line
 from verl_aqn.preflight.checks import check_machine
@@ -176,13 +176,16 @@ def check_adapter(run: RunFolder, result: Evaluation) -> None:
 
 
 def with_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
-    """`config` with key=value on top. ConfigError for a key that it has not."""
+    """`config` with key=value on top. ConfigError for a key that it has not, with the nearest that it has."""
     OmegaConf.set_struct(config, True)
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"override {override!r} is not of the form key=value")
         try:
             config.merge_with_dotlist([override])
+        except (ConfigAttributeError, ConfigKeyError) as error:
+            key = override.partition("=")[0]
+            raise ConfigError(unknown_key(key, OmegaConf.to_container(config))) from error
         except OmegaConfBaseException as error:
             raise ConfigError(f"{override}: {first_line(error)}") from error
     parse_aqn(config)

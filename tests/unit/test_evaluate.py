@@ -77,6 +77,11 @@ def test_a_key_that_the_run_has_not_is_refused(run, override):
         settings(find_target(run.path), [override], None, None)
 
 
+def test_the_nearest_key_is_named(run):
+    with pytest.raises(ConfigError, match=r"^unknown key data\.val_max_sample: did you mean 'val_max_samples'\?$"):
+        settings(find_target(run.path), ["data.val_max_sample=2"], None, None)
+
+
 def test_a_damaged_config_is_told(run):
     (run.path / "config.yaml").write_text("a: [")
     with pytest.raises(DataError, match=r"config\.yaml is damaged"):
