@@ -29,6 +29,7 @@ def stay_here(env: MutableMapping[str, str], folder: Path, attempt: int) -> None
         "MLFLOW_ALLOW_FILE_STORE": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "SWANLAB_MODE": "offline",
+        "UV_NO_CACHE": "1",  # swanlab asks uv, where there is one, what is installed
         "SWANLAB_LOG_DIR": folder / "swanlab",
         "TRACKIO_DIR": folder / "trackio",
         "TENSORBOARD_DIR": folder / "tensorboard",

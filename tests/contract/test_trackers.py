@@ -126,7 +126,12 @@ def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trackers")
     for name in ("run", "home", "cwd", "tmp", "cache"):
         (folder / name).mkdir()
-    env = {"PATH": os.environ["PATH"], "HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp")}
+    # As in an activated environment, where swanlab finds uv.
+    env = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HOME": str(folder / "home"),
+        "TMPDIR": str(folder / "tmp"),
+    }
     env |= {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONDONTWRITEBYTECODE": "1", "VERL_PLATFORM": "cpu"}
     with pytest.MonkeyPatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as proxy:
         patch.setenv("VERL_AQN_CACHE", str(folder / "cache"))
