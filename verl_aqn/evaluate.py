@@ -105,6 +105,8 @@ def settings(target: Target, overrides: list[str], adapter: Path | None, precisi
     trainer.save_freq, trainer.logger = -1, ["console"]
     trainer.resume_mode = "resume_path" if target.checkpoint and not adapter else "disable"
     trainer.resume_from_path = str(target.checkpoint) if target.checkpoint and not adapter else None
+    # Of the checkpoint only the adapter: over a bf16 base the optimiser has other parameters than over a packed one.
+    config.actor_rollout_ref.actor.checkpoint.load_contents = ["model"]
     config.aqn.noise.probe = False
     config.algorithm.adv_estimator = "grpo"  # a critic has nothing to say about answers
     model = config.actor_rollout_ref.model

@@ -65,6 +65,7 @@ def test_a_run_is_validated_as_it_was_and_takes_no_step(run):
     config = settings(find_target(run.path), ["data.val_max_samples=7"], None, None)
     assert (config.trainer.val_only, config.trainer.val_before_train) == (True, True)
     assert (config.trainer.resume_mode, config.trainer.resume_from_path[-14:]) == ("resume_path", "global_step_10")
+    assert config.actor_rollout_ref.actor.checkpoint.load_contents == ["model"]
     assert config.data.val_max_samples == 7
     # Its noise stays in the config, so that evaluations of two arms differ in what the arms differ in.
     assert (config.aqn.noise.sigma_end, config.aqn.noise.probe) == (5e-4, False)
