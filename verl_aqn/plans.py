@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.markup import escape
 from rich.table import Table
 
 from verl_aqn.config import parse_aqn, read_yaml, typed
@@ -103,13 +104,25 @@ def read_plan(path: Path, overrides: list[str]) -> Plan | None:
             raw["seeds"] = _seeds(override)
         else:
             rest.append(override)
+    _refuse_own(path, overrides)
     if not isinstance(raw["arms"], dict) or not raw["arms"]:
         raise ConfigError(f"{path.name}: arms must be a block of names, each with a recipe")
     try:
         plan = typed(Plan, raw | {"overrides": raw.get("overrides") or []}, "")
     except ConfigError as error:
         raise ConfigError(f"{path.name}: {error}") from error
+    _refuse_own(path, [*plan.overrides, *(override for arm in plan.arms.values() for override in arm.overrides)])
     return replace(plan, overrides=(*plan.overrides, *rest))
+
+
+def _refuse_own(path: Path, overrides: list[str]) -> None:
+    """What a plan gives each run itself: it would win without a word."""
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if key == "aqn.seed":
+            raise ConfigError(f"{path.name}: {override}: a plan's runs have the plan's seeds: give seeds=[{value}]")
+        if key == "trainer.experiment_name":
+            raise ConfigError(f"{path.name}: {override}: a plan's runs are named after their arms: rename the arm")
 
 
 def _seeds(override: str) -> Any:
@@ -183,35 +196,43 @@ class Series:
     def look(self) -> None:
         """Find the finished runs. ConfigError where they were made with other versions: they could not be compared."""
         for arm, seed in (*self.plan.runs(False), *self.plan.runs(True)):
-            if not (self.folder(arm, seed) / "runs").is_dir():
-                continue
-            runs = runs_of(self.folder(arm, seed), self.identity(arm, seed))
-            finished = [run for run in runs if run.state["status"] == "finished"]
-            if not runs:
-                continue
-            others = _changed(versions_of((finished or runs)[-1].path), self.versions[arm])
-            if finished and others:
-                raise ConfigError(
-                    f"{finished[-1].path} was made with other {others}, so that no comparison could follow: {_BACK}"
-                )
-            if finished:
-                self.done[arm, seed] = finished[-1]
-            elif others:
-                self.outdated[arm, seed] = others
+            self.look_at(arm, seed)
+
+    def look_at(self, arm: str, seed: int) -> bool:
+        """Whether this run is finished: another process may be at work on the same plan. Raises what `look` raises."""
+        if (arm, seed) in self.done or not (self.folder(arm, seed) / "runs").is_dir():
+            return (arm, seed) in self.done
+        runs = runs_of(self.folder(arm, seed), self.identity(arm, seed))
+        finished = [run for run in runs if run.state["status"] == "finished"]
+        if not runs:
+            return False
+        others = _changed(versions_of((finished or runs)[-1].path), self.versions[arm])
+        if finished and others:
+            raise ConfigError(
+                f"{finished[-1].path} was made with other {others}, so that no comparison could follow: {_BACK}"
+            )
+        if finished:
+            self.done[arm, seed] = finished[-1]
+        elif others:
+            self.outdated[arm, seed] = others
+        return bool(finished)
 
     def run(self) -> int:
         """All runs that are not on record, then the comparison. Exit code 0 where every run finished."""
         failed = []
         for conditional in (False, True):
+            if conditional:
+                self.look()  # a condition is about all finished runs
             for arm, seed in self.plan.runs(conditional):
-                if (arm, seed) in self.done:
+                if self.look_at(arm, seed):
                     self.console.say(f"plan     {arm}, seed {seed}: on record, {self.result(arm, seed)}")
                 elif conditional and (reason := self.unpromising(arm)):
                     self.console.say(f"plan     {arm}, seed {seed}: not run, {reason}")
                 elif not self.run_one(arm, seed):
-                    failed.append(f"{arm}, seed {seed}")
-        for text in failed:
-            self.console.warn(f"{text} did not finish; the same command tries it again")
+                    failed.append((arm, seed))
+        failed = [one for one in failed if not self.look_at(*one)]
+        for arm, seed in failed:
+            self.console.warn(f"{arm}, seed {seed} did not finish; the same command tries it again")
         self.show()
         return 1 if failed else 0
 
@@ -292,12 +313,12 @@ class Series:
 
     def preview(self) -> int:
         """What is on record and what would be run: an arm a row, a seed a column."""
-        view = Table(title=f"Runs in {self.base}", title_justify="left")
+        view = Table(title=escape(f"Runs in {self.base}"), title_justify="left")
         for column in ("arm", "recipe", "only if", *(f"seed {seed}" for seed in self.plan.seeds)):
             view.add_column(column)
         for name, arm in self.plan.arms.items():
             cells = ("done" if (name, seed) in self.done else "to run" for seed in self.plan.seeds)
             condition = f"{arm.when.arm} above {arm.when.above}" if arm.when else ""
-            view.add_row(name, arm.recipe, condition, *cells)
+            view.add_row(name, escape(arm.recipe), condition, *cells)
         print_wide(view)
         return 0

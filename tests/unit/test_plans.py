@@ -89,6 +89,17 @@ def test_seeds_of_the_command_line_that_are_no_list(tmp_path, override, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [("aqn.seed=7", r"give seeds=\[7\]"), ("+trainer.experiment_name=x", "rename the arm")],
+)
+def test_what_a_plan_gives_its_runs_itself_is_not_taken(tmp_path, override, words):
+    arms = {**ARMS, "noisy": {"recipe": "e12", "overrides": [override]}}
+    for changes, overrides in (({}, [override]), ({"overrides": [override]}, []), ({"arms": arms}, [])):
+        with pytest.raises(ConfigError, match=words):
+            read_plan(written(tmp_path, **changes), overrides)
+
+
 def test_order_is_seed_by_seed_and_conditional_arms_come_last():
     arms = {**ARMS, "long": {"recipe": "e12_2ep", "when": {"arm": "noisy", "above": "control"}}}
     plan = plans.typed(Plan, {"arms": arms, "seeds": [0, 1]}, "")
@@ -161,6 +172,37 @@ def test_more_seeds_run_only_what_is_new(light, tmp_path):
     del taken[:]
     assert series(tmp_path, seeds=[0, 1, 2]).run() == 0
     assert taken == ["control-2", "noisy-2"]
+
+
+def test_two_processes_at_one_plan_run_nothing_twice(light, tmp_path, capsys):
+    outcomes, taken = light
+    arms = ARMS | {"c": {"recipe": "e12_aggressive_1ep", "when": {"arm": "noisy", "above": "control"}}}
+    outcomes |= {"noisy-1": [1, 1, 1, 1]}
+    first, second = series(tmp_path, arms=arms), series(tmp_path, arms=arms)
+    assert first.run_one("control", 0)
+    assert first.run_one("noisy", 1)  # its promise is that of both processes' runs
+    del taken[:]
+    assert second.run() == 0
+    assert taken == ["noisy-0", "control-1", "c-0", "c-1"]
+    assert len(second.done) == 6
+    capsys.readouterr()
+
+
+def test_what_another_process_is_at_did_not_fail_where_it_is_finished_at_the_end(light, tmp_path, monkeypatch):
+    light[0]["noisy-0"] = BusyError("a run is in progress")
+    mine, other = series(tmp_path), series(tmp_path)
+    ours = mine.run_one
+
+    def finished_meanwhile(arm, seed):
+        done = ours(arm, seed)
+        if (arm, seed) == ("control", 1):
+            light[0]["noisy-0"] = [1, 1, 1, 0]
+            assert other.run_one("noisy", 0)
+        return done
+
+    monkeypatch.setattr(mine, "run_one", finished_meanwhile)
+    assert mine.run() == 0
+    assert len(mine.done) == 4
 
 
 def test_a_run_that_fails_does_not_end_the_plan_and_is_tried_again(light, tmp_path, capsys):
