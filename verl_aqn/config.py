@@ -6,11 +6,12 @@ Imports neither torch, verl, vLLM nor Ray: reading and checking a recipe takes a
 import difflib
 import math
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from functools import cache
+from functools import cache, reduce
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -28,6 +29,7 @@ from verl_aqn.schedule import KINDS, SigmaSchedule
 from verl_aqn.trackers import LOGGERS
 
 PROFILES = ("cpu", "cuda", "npu")
+_REFERENCE = re.compile(r"\$\{(?:oc\.select:)?(\w[\w.]*)(?:,[^${}]*)?\}")  # a value that is another setting's
 
 
 @dataclass(frozen=True)
@@ -401,6 +403,9 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
         check_names(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"{path.name}: {_hydra_message(error, path, groups)}") from error
+    said = config.aqn.profile  # by the recipe's file, or by one that it builds on
+    if said not in ("auto", profile) and not any(o.startswith(("profile=", "aqn.profile=")) for o in overrides or []):
+        return load_recipe(recipe, [f"profile={said}", *(overrides or [])])
     OmegaConf.update(config, "aqn.profile", profile)
     if config.trainer.experiment_name is None:
         config.trainer.experiment_name = path.stem
@@ -503,6 +508,22 @@ def _hydra_message(error: Exception, path: Path, groups: list[str]) -> str:
         _check_base(config, path)
         return unknown_key(key, OmegaConf.to_container(config))
     return lines[0] + (f" ({key})" if key and key not in lines[0] else "")
+
+
+@cache
+def followers(recipe: str, profile: str) -> dict[str, str]:
+    """The settings that take their value from another one, with the key of that one, in `recipe` by either experiment.
+
+    A run's config.yaml is resolved and no longer says so.
+    """
+    found = {}
+    for experiment in ("embedded", "gsm8k"):
+        raw: Any = OmegaConf.to_container(load_recipe(recipe, [f"profile={profile}", f"experiment={experiment}"]))
+        for key in _dotted(raw):
+            value = reduce(lambda block, part: block[part], key.split("."), raw)
+            if isinstance(value, str) and (match := _REFERENCE.fullmatch(value)):
+                found[key] = match[1]
+    return found
 
 
 def _dotted(block: Any, prefix: str = "") -> Iterator[str]:

@@ -13,9 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from verl_aqn.cache import cache_dir
-from verl_aqn.config import check_names, check_numbers, load_recipe, parse_aqn, unknown_key
+from verl_aqn.config import check_names, check_numbers, followers, load_recipe, parse_aqn, unknown_key
 from verl_aqn.console import RULES, Console
-from verl_aqn.errors import AqnError, ConfigError, DataError, EvidenceError, first_line
+from verl_aqn.errors import AqnError, ConfigError, DataError, EnvironmentFault, EvidenceError, first_line
 from verl_aqn.preflight.checks import check_machine
 from verl_aqn.prepare import untell_workers
 from verl_aqn.runs.arms import run_in
@@ -98,7 +98,9 @@ def settings(target: Target, overrides: list[str], adapter: Path | None, precisi
             config.aqn.mxfp4.activation, config.aqn.mxfp4.keep_dense = "none", False
         config = with_overrides(config, overrides)
     else:
-        config = load_recipe(CONTROL, [f"actor_rollout_ref.model.path={target.path}", *overrides])
+        config = load_recipe(CONTROL, overrides)
+        if not any(override.startswith("actor_rollout_ref.model.path=") for override in overrides):
+            config.actor_rollout_ref.model.path = str(target.path)  # as an override Hydra would parse it
     OmegaConf.set_struct(config, False)
     trainer = config.trainer
     trainer.val_only = trainer.val_before_train = True
@@ -124,7 +126,9 @@ def settings(target: Target, overrides: list[str], adapter: Path | None, precisi
 
 
 def evaluate(path: Path, overrides: list[str], adapter: Path | None = None, precision: str | None = None) -> Evaluation:
-    """Validate once, in a new run folder: `evaluations/` in the run, or /tmp/mxfp4_eval_NAME for a model folder.
+    """Validate once, in a new run folder in aqn.run.dir of `overrides`.
+
+    By default that is `evaluations/` in the run, or /tmp/mxfp4_eval_NAME for a model folder.
 
     Raises:
         EvidenceError: the rollout held another adapter than the run that it is of had recorded.
@@ -134,8 +138,9 @@ def evaluate(path: Path, overrides: list[str], adapter: Path | None = None, prec
     config = settings(target, overrides, adapter, precision)
     check_machine(config)
     todo = resolve(config, fit=False)
-    named = parse_aqn(config).run.dir if not target.run else None
-    base = target.run.path / "evaluations" if target.run else Path(named or f"/tmp/mxfp4_eval_{target.path.name}")
+    named = any(override.startswith("aqn.run.dir=") for override in overrides) and parse_aqn(config).run.dir
+    usual = target.run.path / "evaluations" if target.run else Path(f"/tmp/mxfp4_eval_{target.path.name}")
+    base = Path(named) if named else usual
     run = open_run(base.expanduser(), identity(todo.config), fresh=True)
     launch(run, todo)
     used = "mxfp4" if parse_aqn(config).mxfp4.enabled else "bf16"
@@ -150,7 +155,10 @@ def evaluate(path: Path, overrides: list[str], adapter: Path | None = None, prec
     if target.run:
         if not adapter:
             check_adapter(target.run, result)
-        target.run.append("evaluations.jsonl", result.to_dict())
+        try:
+            target.run.append("evaluations.jsonl", result.to_dict())
+        except EnvironmentFault as error:  # a folder that is kept read-only
+            console.warn(f"not on record in the run: {error}")
     return result
 
 
@@ -178,15 +186,21 @@ def check_adapter(run: RunFolder, result: Evaluation) -> None:
 
 
 def with_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
-    """`config` with key=value on top. ConfigError for a key that it has not, with the nearest that it has."""
+    """A run's `config` with key=value on top; settings that followed such a key in the recipe follow it here.
+
+    Raises:
+        ConfigError: a key that `config` has not, with the nearest that it has; a value that cannot be.
+    """
     OmegaConf.set_struct(config, True)
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"override {override!r} is not of the form key=value")
+        key = override.partition("=")[0]
         try:
+            before = OmegaConf.select(config, key)
             config.merge_with_dotlist([override])
+            _follow(config, key, before)
         except (ConfigAttributeError, ConfigKeyError) as error:
-            key = override.partition("=")[0]
             raise ConfigError(unknown_key(key, OmegaConf.to_container(config))) from error
         except OmegaConfBaseException as error:
             raise ConfigError(f"{override}: {first_line(error)}") from error
@@ -194,6 +208,14 @@ def with_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
     check_numbers(config)
     check_names(config)
     return config
+
+
+def _follow(config: DictConfig, key: str, before: Any) -> None:
+    """Set what takes its value from `key`, and so held `before` too, to what `key` holds now."""
+    for other, source in followers(CONTROL, config.aqn.profile).items():
+        if source == key and (held := OmegaConf.select(config, other)) is not None and held == before:
+            OmegaConf.update(config, other, OmegaConf.select(config, key))
+            _follow(config, other, before)
 
 
 def _is_packed(base: Path) -> bool:

@@ -5,11 +5,13 @@ import json
 import pytest
 from omegaconf import OmegaConf
 
+from verl_aqn import evaluate
 from verl_aqn.config import load_recipe, parse_aqn
-from verl_aqn.errors import ConfigError, DataError, EvidenceError
+from verl_aqn.errors import ConfigError, DataError, EvidenceError, ModelError
 from verl_aqn.evaluate import Evaluation, Score, check_adapter, find_target, read, settings
 from verl_aqn.prepare import tell_workers
 from verl_aqn.runs.folder import open_run
+from verl_aqn.train import Prepared
 
 
 @pytest.fixture
@@ -83,6 +85,17 @@ def test_the_nearest_key_is_named(run):
         settings(find_target(run.path), ["data.val_max_sample=2"], None, None)
 
 
+def test_what_follows_a_key_in_the_recipe_follows_its_override(run):
+    overrides = ["data.max_response_length=48", "data.max_prompt_length=200", "embedded.items=100", "aqn.seed=5"]
+    config = settings(find_target(run.path), overrides, None, None)
+    rollout = config.actor_rollout_ref.rollout
+    assert (rollout.response_length, config.reward.reward_kwargs.max_resp_len) == (48, 48)
+    assert (rollout.prompt_length, config.data.val_max_samples) == (200, 100)
+    assert {config.aqn.noise.seed, config.data.seed, rollout.seed} == {5}
+    told = settings(find_target(run.path), ["data.val_max_samples=7", "embedded.items=100"], None, None)
+    assert told.data.val_max_samples == 7  # it was told something of its own
+
+
 def test_a_damaged_config_is_told(run):
     (run.path / "config.yaml").write_text("a: [")
     with pytest.raises(DataError, match=r"config\.yaml is damaged"):
@@ -100,6 +113,24 @@ def test_a_model_folder_is_validated_without_an_adapter(model):
     assert (config.trainer.resume_mode, config.actor_rollout_ref.model.lora_adapter_path) == ("disable", None)
     assert not config.aqn.mxfp4.enabled  # the folder's own precision
     assert settings(find_target(model), ["profile=cpu"], None, "mxfp4").aqn.mxfp4.enabled
+
+
+@pytest.mark.parametrize("name", ["lr=1e-4,seed=0", "m (1)", "m[x]", "it's"])
+def test_a_model_folder_may_be_named_as_hydra_names_folders(model, name):
+    folder = model.rename(model.with_name(name))
+    assert settings(find_target(folder), ["profile=cpu"], None, None).actor_rollout_ref.model.path == str(folder)
+
+
+def test_an_evaluation_goes_where_it_is_told(run, tmp_path, monkeypatch):
+    def opened(base, identity, fresh):
+        raise ModelError(str(base))
+
+    monkeypatch.setattr(evaluate, "check_machine", lambda config: None)
+    monkeypatch.setattr(evaluate, "resolve", lambda config, fit: Prepared(config, 0, {}, tmp_path))
+    monkeypatch.setattr(evaluate, "open_run", opened)
+    for overrides, base in (([], run.path / "evaluations"), ([f"aqn.run.dir={tmp_path}/x"], tmp_path / "x")):
+        with pytest.raises(ModelError, match=f"^{base}$"):
+            evaluate.evaluate(run.path, overrides)
 
 
 def test_precision_is_one_of_two(model):

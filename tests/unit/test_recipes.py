@@ -139,6 +139,15 @@ def test_rollout_correction_is_chosen_by_name(choice, level):
     assert config.algorithm.rollout_correction.bypass_mode is False
 
 
+def test_a_recipe_s_file_may_name_its_profile(tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults: [e12, _self_]\naqn: {profile: npu}\n")
+    (tmp_path / "mine2.yaml").write_text("defaults: [mine, _self_]\n")
+    for name in ("mine", "mine2"):
+        config = load_recipe(str(tmp_path / f"{name}.yaml"))
+        assert (config.aqn.profile, config.trainer.device, config.data.train_files) == ("npu", "npu", "gsm8k")
+        assert load_recipe(str(tmp_path / f"{name}.yaml"), ["profile=cpu"]).trainer.device == "cpu"
+
+
 def test_defaults_in_yaml_are_those_of_the_types():
     config = load_recipe("e12_aggressive_1ep", ["profile=cpu", "experiment=gsm8k"])
     config.aqn.profile = "auto"
