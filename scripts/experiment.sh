@@ -4,10 +4,12 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 overrides=("profile=$PROFILE")
-[[ -n $RUN_DIR ]] && overrides+=("aqn.run.dir=$RUN_DIR")
-[[ -n $MODEL_PATH ]] && overrides+=("actor_rollout_ref.model.path=$MODEL_PATH")
-[[ -n $TRAIN_DATA ]] && overrides+=("data.train_files=$TRAIN_DATA")
-[[ -n $VAL_DATA ]] && overrides+=("data.val_files=$VAL_DATA")
+# key=value for Hydra, which takes a path like lr=1,seed=0 apart unless it is quoted.
+path() { [[ -z $2 ]] || overrides+=("$1='${2//\'/\\\'}'"); }
+path aqn.run.dir "$RUN_DIR"
+path actor_rollout_ref.model.path "$MODEL_PATH"
+path data.train_files "$TRAIN_DATA"
+path data.val_files "$VAL_DATA"
 if [[ ${1:-} =~ ^[0-9]+$ ]]; then
     overrides+=("trainer.n_gpus_per_node=$1")
     shift

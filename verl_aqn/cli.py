@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from verl_aqn import __version__
@@ -108,7 +109,7 @@ def schedule(
         print(json.dumps(table))
         return
     before = ", before target_kl scales it" if config.aqn.noise.target_kl is not None else ""
-    view = Table(title=f"σ of {recipe} over {total} steps{before}", title_justify="left")
+    view = Table(title=escape(f"σ of {recipe} over {total} steps{before}"), title_justify="left")
     for column in ("step", "stage", "σ"):
         view.add_column(column, justify="right")
     for row in table:
@@ -157,7 +158,7 @@ def probe(
         print(json.dumps({"sigma_start": start, "unit": unit, "step": measured.order.step, "prompts": prompts,
                           "samples": samples, "rows": [row.to_dict() for row in rows]}))  # fmt: skip
     else:
-        view = Table(title=title, title_justify="left")
+        view = Table(title=escape(title), title_justify="left")
         for column in ("σ", "KL, nats a token", "entropy", "accuracy, %", "groups with variance, %"):
             view.add_column(column, justify="right")
         for row in rows:
@@ -188,7 +189,8 @@ def eval_(
     if as_json:
         print(json.dumps(result.to_dict()))
         return
-    view = Table(title=f"{target.name}, step {result.step}, {result.precision}, noise off", title_justify="left")
+    title = f"{target.name}, step {result.step}, {result.precision}, noise off"
+    view = Table(title=escape(title), title_justify="left")
     for column in ("score", "accuracy, %", "95 % interval", "problems"):
         view.add_column(column, justify="left" if column == "score" else "right")
     for name, score in result.scores.items():

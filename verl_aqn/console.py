@@ -41,13 +41,16 @@ class Console:
         self.validation: dict | None = None
 
     def say(self, text: str) -> None:
-        """One line of progress with the time since the start."""
-        passed = int(time.monotonic() - self.began)
-        self.err.print(f"[dim]{passed // 60:3d}:{passed % 60:02d}[/dim]  {text}", soft_wrap=True)
+        """One line of progress with the time since the start. What looks like markup in it is a path or a name."""
+        self._line(escape(text))
 
     def warn(self, text: str) -> None:
         """A line about something that runs, but perhaps not as meant."""
-        self.say(f"[yellow]warning:[/yellow] {escape(text)}")
+        self._line(f"[yellow]warning:[/yellow] {escape(text)}")
+
+    def _line(self, markup: str) -> None:
+        passed = int(time.monotonic() - self.began)
+        self.err.print(f"[dim]{passed // 60:3d}:{passed % 60:02d}[/dim]  {markup}", soft_wrap=True)
 
     def start(self, run: RunFolder, todo: "Prepared") -> None:
         """What is about to run, and where it is kept."""
@@ -121,7 +124,7 @@ class Console:
                 if rule != "strict" and key in self.validation
             ]
             if others:
-                self.say(f"         {escape(', '.join(others))}")
+                self.say(f"         {', '.join(others)}")
             self.validation = None
 
     def end(self, run: RunFolder, todo: "Prepared", outcome: Outcome) -> int:

@@ -52,7 +52,7 @@ def find_model(config: DictConfig, *, weights: bool = True) -> Path:
     name = str(config.actor_rollout_ref.model.path)
     source = embedded_model(cache_dir() / "models") if name == "embedded" else Path(name).expanduser()
     if source.is_dir():
-        return source
+        return source.absolute()  # who reads the run's record stands elsewhere, as a cluster's nodes do
     if name.count("/") != 1 or name.startswith((".", "~", "/")):
         raise ModelError(f"no model folder {name}: set actor_rollout_ref.model.path (MODEL_PATH in the scripts)")
     return _from_hub(name, weights)
@@ -142,8 +142,10 @@ def prepare_data(config: DictConfig) -> dict[str, int]:
     rows = {}
     for split, key in (("train", "train_files"), ("test", "val_files")):
         value = config.data[key]
-        if value in makers:
+        if isinstance(value, str) and value in makers:
             config.data[key] = str(makers[value]()[split])
+        files = [str(file.absolute()) for file in data_files(config, key)]
+        config.data[key] = files[0] if isinstance(value, str) else files
         limit = config.data[f"{'train' if split == 'train' else 'val'}_max_samples"]
         count = sum(check_parquet(file) for file in data_files(config, key))
         rows[split] = min(count, limit) if limit > 0 else count
@@ -160,9 +162,20 @@ def _gsm8k() -> dict[str, Path]:
 
 
 def data_files(config: DictConfig, *keys: str) -> list[Path]:
-    """The files of `data.train_files` and `data.val_files`, or of `keys`, each of which is a path or a list of them."""
-    found = [config.data[key] for key in keys or ("train_files", "val_files")]
-    return [Path(f).expanduser() for files in found for f in ([files] if isinstance(files, str) else files)]
+    """The files of `data.train_files` and `data.val_files`, or of `keys`, each of which is a path or a list of them.
+
+    Raises:
+        ConfigError: neither of the two.
+    """
+    return [Path(f).expanduser() for key in keys or ("train_files", "val_files") for f in _names_of(config, key)]
+
+
+def _names_of(config: DictConfig, key: str) -> list[str]:
+    value = config.data[key]
+    names = [value] if isinstance(value, str) else list(value or ())
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f"data.{key}={value}: give a parquet file, a list of them, embedded, or gsm8k")
+    return names
 
 
 def steps_in_data(config: DictConfig) -> int | None:
@@ -174,8 +187,7 @@ def steps_in_data(config: DictConfig) -> int | None:
         rows = N_TRAIN
     else:
         made = {"gsm8k": cache_dir() / "data" / "gsm8k" / "train.parquet"}
-        names = [value] if isinstance(value, str) else list(value)
-        files = [made.get(name, Path(name).expanduser()) for name in names]
+        files = [made.get(name, Path(name).expanduser()) for name in _names_of(config, "train_files")]
         if not all(file.is_file() for file in files):
             return None
         rows = sum(check_parquet(file) for file in files)

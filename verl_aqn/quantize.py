@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from verl_aqn.errors import ConfigError, ModelError
@@ -86,7 +87,7 @@ def table(report: "QuantReport", title: str) -> Table:
     from verl_aqn.mxfp4.report import PARTS, pool_experts
 
     size = _megabytes(report.bytes_before, report.bytes_after)
-    view = Table(title=f"{title}, checkpoint {size}", title_justify="left")
+    view = Table(title=escape(f"{title}, checkpoint {size}"), title_justify="left")
     view.add_column("module")
     shares = ["% of weights\ndeadzone", "\nclipped"]
     parts = ["% of error\ndeadzone", *(f"\n{part.replace('_', ' ')}" for part in PARTS[1:])]

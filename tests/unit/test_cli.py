@@ -232,18 +232,19 @@ def test_every_script_names_a_recipe_and_a_folder_of_its_own(script):
 
 
 def test_script_takes_devices_toggles_and_overrides(tmp_path):
+    folder = tmp_path / "lr=1,it's [x] (2)"  # Hydra names folders so, and would take such a value apart
     result = subprocess.run(
         ["bash", "scripts/test_mxfp4_e6a.sh", "2", "data.seed=7", "--dry-run"],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, "PROFILE": "cpu", "RUN_DIR": str(tmp_path)},
+        env={**os.environ, "PROFILE": "cpu", "RUN_DIR": str(folder)},
         check=False,
     )
     assert result.returncode == 0, result.stderr
     config = yaml.safe_load(result.stdout)
     assert (config["trainer"]["n_gpus_per_node"], config["data"]["seed"]) == (2, 7)
-    assert config["aqn"]["run"]["dir"] == str(tmp_path)
+    assert config["aqn"]["run"]["dir"] == str(folder)
     assert config["ray_kwargs"]["ray_init"]["num_gpus"] == 2
 
 

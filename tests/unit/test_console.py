@@ -64,6 +64,13 @@ def test_a_validation_is_told_by_all_rules_that_it_was_scored_by(capsys):
     assert "flexible 87.5 [82.1, 91.5], math-verify 50.0 [43.0, 57.0]\n" in capsys.readouterr().err
 
 
+def test_a_path_is_told_with_all_its_brackets(capsys):
+    Console().say("run      /tmp/sweep[lr1e-4]/a[/b]")
+    Console().warn("/tmp/sweep[lr1e-4]")
+    told = capsys.readouterr().err.splitlines()
+    assert [line[8:] for line in told] == ["run      /tmp/sweep[lr1e-4]/a[/b]", "warning: /tmp/sweep[lr1e-4]"]
+
+
 def test_an_error_is_told_with_all_its_brackets(tmp_path, capsys):
     words = "[/pytorch/third_party/gloo/pair.cc:534] Connection closed by peer [enforce fail at alloc_cpu.cpp:117]"
     todo = Prepared(config=OmegaConf.create(), steps=29, rows={}, source=tmp_path)

@@ -6,11 +6,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from verl_aqn.cache import cache_dir
 from verl_aqn.config import load_recipe
 from verl_aqn.data.gsm8k import INSTRUCTION, ground_truth, prepare_gsm8k
 from verl_aqn.data.parquet import check_parquet, write_parquet
-from verl_aqn.errors import DataError
-from verl_aqn.prepare import prepare_data
+from verl_aqn.errors import ConfigError, DataError, EnvironmentFault
+from verl_aqn.prepare import find_model, prepare_data, steps_in_data
 
 ROWS = [
     {"question": "Ida has 3 hens and buys 4. How many?", "answer": "She has 3+4 = <<3+4=7>>7.\n#### 7"},
@@ -53,6 +54,37 @@ def test_a_recipe_takes_what_was_prepared_and_asks_no_hub(source, tmp_path, monk
     config = load_recipe("e12", ["profile=cuda"])
     assert prepare_data(config) == {"train": 3, "test": 3}
     assert [config.data.train_files, config.data.val_files] == [str(paths["train"]), str(paths["test"])]
+
+
+def test_paths_are_on_record_as_any_other_process_would_find_them(source, tmp_path, monkeypatch):
+    prepare_gsm8k(tmp_path / "data", source)
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    overrides = ["profile=cpu", "actor_rollout_ref.model.path=model", "data.val_files=[data/test.parquet]"]
+    config = load_recipe("e12", [*overrides, "data.train_files=data/train.parquet"])
+    prepare_data(config)
+    assert config.data.train_files == str(tmp_path / "data/train.parquet")
+    assert list(config.data.val_files) == [str(tmp_path / "data/test.parquet")]
+    assert find_model(config) == tmp_path / "model"
+    monkeypatch.setenv("VERL_AQN_CACHE", "cache")
+    assert cache_dir() == tmp_path / "cache"
+
+
+@pytest.mark.parametrize("key", ["train_files", "val_files"])
+@pytest.mark.parametrize("value", ["null", "[]", "[null]"])
+def test_no_files_are_told_by_their_key(key, value):
+    config = load_recipe("e12", ["profile=cpu", f"data.{key}={value}"])
+    with pytest.raises(ConfigError, match=rf"^data\.{key}=.*: give a parquet file"):
+        prepare_data(config)
+    if key == "train_files":
+        with pytest.raises(ConfigError, match=r"^data\.train_files="):
+            steps_in_data(config)
+
+
+def test_a_file_in_the_way_is_told(source, tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(EnvironmentFault, match="choose another folder"):
+        prepare_gsm8k(tmp_path / "taken", source)
 
 
 def test_rows_from_a_hub_snapshot(tmp_path):

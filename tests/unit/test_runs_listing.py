@@ -1,18 +1,21 @@
 """`verl-aqn runs`, and what a run records of where it came from."""
 
 import hashlib
+import io
 import json
+import os
 import subprocess
 
 import pytest
 import yaml
+from rich.console import Console as RichConsole
 from typer.testing import CliRunner
 
 from verl_aqn.cli import app, main
 from verl_aqn.errors import DataError
 from verl_aqn.runs import listing
 from verl_aqn.runs.folder import RunFolder, open_run
-from verl_aqn.runs.listing import describe, find_runs, sigmas
+from verl_aqn.runs.listing import describe, find_runs, sigmas, table
 from verl_aqn.runs.provenance import checkout, device, provenance
 
 CONFIG = {
@@ -43,6 +46,23 @@ def test_a_run_in_plain_values(tmp_path):
     assert (row["base"], row["adapter"]) == ("b" * 64, "adapter 2")
     assert 0 <= row["minutes"] < 1
     json.dumps(row)
+
+
+def test_a_copied_run_took_as_long_as_it_took(tmp_path):
+    run = make(tmp_path / "base")
+    os.utime(run.path / "metrics.jsonl", (2e9, 2e9))
+    assert 0 <= describe(run)["minutes"] < 1
+    dead = make(tmp_path / "other", status=None)
+    os.utime(dead.path / "metrics.jsonl", (2e9, 2e9))
+    assert describe(dead)["minutes"] > 1  # its last sign of life
+
+
+@pytest.mark.parametrize("name", ["e12[v2]", "a[/b]"])
+def test_a_name_with_brackets_is_listed_whole(tmp_path, name):
+    run = make(tmp_path / "base", config=CONFIG | {"trainer": {"experiment_name": name, "total_training_steps": 29}})
+    shown = io.StringIO()
+    RichConsole(file=shown, width=200).print(table([describe(run)]))
+    assert name in shown.getvalue()
 
 
 def test_a_run_that_nobody_holds_is_dead(tmp_path):

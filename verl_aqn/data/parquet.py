@@ -8,7 +8,7 @@ from typing import TypedDict
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from verl_aqn.errors import DataError
+from verl_aqn.errors import DataError, EnvironmentFault
 
 SCHEMA = pa.schema(
     {
@@ -46,17 +46,21 @@ def write_parquet(rows: list[dict], path: str | Path) -> Path:
 
     Raises:
         DataError: there are no rows.
+        EnvironmentFault: the folder cannot be made or written.
     """
     path = Path(path)
     if not rows:
         raise DataError(f"{path}: no rows to write: ask for at least one problem")
-    path.parent.mkdir(parents=True, exist_ok=True)
     working = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), working)
-        os.replace(working, path)
-    finally:
-        working.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), working)
+            os.replace(working, path)
+        finally:
+            working.unlink(missing_ok=True)
+    except OSError as error:
+        raise EnvironmentFault(f"{path} cannot be written ({error.strerror}): choose another folder") from error
     return path
 
 

@@ -60,8 +60,8 @@ def describe(run: RunFolder) -> dict[str, Any]:
 
     `status` is that of state.json, or `dead` where it says running and no process holds the run. `step` and `steps`:
     done and wanted. Of the last validation, fractions of 1 over `items`: `accuracy` (strict), `flexible` and
-    `math_verify`. `minutes`: from the first attempt to the last sign of life. `base` and `adapter`: digests of the
-    MXFP4 base and of the last adapter in the rollout.
+    `math_verify`. `minutes`: from the first attempt to the end, or to the last sign of life. `base` and `adapter`:
+    digests of the MXFP4 base and of the last adapter in the rollout.
     """
     state = run.state
     status = state["status"]
@@ -75,14 +75,17 @@ def describe(run: RunFolder) -> dict[str, Any]:
     base = next((record.get("disk") for record in evidence if record.get("kind") == "base"), None)
     adapter = next((record.get("sent") for record in reversed(evidence) if record.get("kind") == "adapter"), None)
     last = validations[-1] if validations else {}
-    files = [path.stat().st_mtime for path in (run.path / "metrics.jsonl", run.path / "state.json") if path.exists()]
+    began, ended = (datetime.fromisoformat(state[key]).timestamp() for key in ("created", "updated"))
+    if status in ("running", "dead"):  # the state is that of the start
+        files = (run.path / "metrics.jsonl", run.path / "state.json")
+        ended = max(path.stat().st_mtime for path in files if path.exists())
     return {
         "run": run.path.name,
         "recipe": _get(config, "trainer", "experiment_name"),
         "status": status,
         "attempt": state.get("attempt"),
         "created": state["created"],
-        "minutes": round((max(files) - datetime.fromisoformat(state["created"]).timestamp()) / 60, 1),
+        "minutes": round((ended - began) / 60, 1),
         "step": steps[-1]["step"] if steps else 0,
         "steps": _get(config, "trainer", "total_training_steps"),
         "accuracy": last.get("accuracy"),
@@ -105,8 +108,8 @@ def table(rows: Iterable[dict[str, Any]]) -> Table:
         view.add_column(column, justify="left" if column in ("run", "recipe", "status") else "right", no_wrap=True)
     for row in rows:
         view.add_row(
-            row["run"],
-            row["recipe"] or "–",
+            escape(row["run"]),
+            escape(row["recipe"] or "–"),
             row["status"],
             "–" if row["step"] is None else f"{row['step']}/{row['steps'] or '?'}",
             sigmas(row["noise"]),
