@@ -115,6 +115,15 @@ def test_two_runs_side_by_side(tmp_path):
     assert [one["data-chart"] for _, one in page.tags if one.get("data-chart", "").startswith("sqnr")] == ["sqnr0"]
 
 
+def test_more_runs_than_colours_share_their_recipe_s(tmp_path):
+    runs = [write_run(tmp_path / str(at), ("e6a", "e12")[at % 2]).path for at in range(10)]
+    assert [run.colour for run in read_runs(runs[:8])] == [*range(8)]
+    assert [run.colour for run in read_runs(runs)] == [0, 1] * 5
+    drawn = [one for tag, one in page_of(*runs).tags if tag == "g" and "data-run" in one]
+    assert drawn
+    assert all(one["class"].split()[0] == f"c{int(one['data-run']) % 2}" for one in drawn)
+
+
 def test_of_several_arms_the_page_says_what_is_corrected(tmp_path):
     noise = [{"enabled": False}, {"enabled": True}, {"enabled": True, "sigma_start": 0.01}]
     runs = [

@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from verl_aqn.report.charts import COLOURS
 from verl_aqn.report.records import Run
 
 
@@ -60,7 +59,7 @@ def read_answers(runs: Sequence[Run], wanted: int) -> Answers:
     else:
         chosen = [(run, run.answered[-1]) for run in runs if run.answered]
     columns = [
-        (f"{run.label}, after step {step}" if len(runs) > 1 else f"after step {step}", run.place % COLOURS)
+        (f"{run.label}, after step {step}" if len(runs) > 1 else f"after step {step}", run.colour)
         for run, step in chosen
     ]
     read = [_answers(run, step) for run, step in chosen]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from verl_aqn.report.charts import COLOURS, Chart, Series, aside, number
+from verl_aqn.report.charts import Chart, Series, aside, number
 from verl_aqn.report.records import Run, finite
 from verl_aqn.report.sections import span_of
 from verl_aqn.report.tables import Cell, Table
@@ -130,7 +130,7 @@ def deviation(runs: Sequence[Run]) -> Chart | None:
             bars = [found[step][1] for step in steps]
             name = run.label if len(runs) > 1 else "deviation"
             shift = aside(run.place, len(runs))
-            series.append(Series(name, points, run.place % COLOURS, run.place, bars=bars, shift=shift, joined=False))
+            series.append(Series(name, points, run.colour, run.place, bars=bars, shift=shift, joined=False))
     if not series:
         return None
     note = "Realised σ less the asked one, in percent of it. Bars: where sampling alone puts it in 95 % of steps."

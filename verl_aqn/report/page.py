@@ -16,7 +16,6 @@ from verl_aqn import __version__
 from verl_aqn.errors import AqnError, ConfigError
 from verl_aqn.report import evidence, sections
 from verl_aqn.report.answers import read_answers
-from verl_aqn.report.charts import COLOURS
 from verl_aqn.report.records import Run, read_runs
 from verl_aqn.report.tables import Cell, Table, chart_table
 from verl_aqn.runs.arms import FACTOR, arms, is_seed_or_place
@@ -128,7 +127,6 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.globals["chart_table"] = chart_table
-    environment.globals["COLOURS"] = COLOURS
     return environment
 
 
@@ -144,7 +142,7 @@ def overview(runs: Sequence[Run]) -> Table:
         good = {"finished": True, "running": None}.get(one["status"], False)
         rows.append(
             [
-                Cell(run.label, colour=run.place % COLOURS),
+                Cell(run.label, colour=run.colour),
                 Cell(one["status"], good=good),
                 Cell(f"{one['step']}/{one['steps'] or '?'}", one["step"]),
                 Cell(share_text(one["accuracy"], one["items"], " %"), one["accuracy"]),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_aqn.errors import DataError
+from verl_aqn.report.charts import COLOURS
 from verl_aqn.runs.arms import find_each, flatten, records_of
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.listing import describe
@@ -29,6 +30,7 @@ class Run:
     folder: RunFolder
     label: str
     place: int  # in the order of the command line, from 0
+    colour: int  # of the page's: its own, or its recipe's where there are more runs than colours
     summary: dict[str, Any]
     settings: dict[str, Any]
     steps: dict[int, dict[str, float]]
@@ -65,13 +67,14 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         label if many[label] == 1 else f"{label} ({one['run'][-6:]})"
         for label, one in zip(labels, summaries, strict=True)
     ]
+    kinds = list(dict.fromkeys(names)) if len(names) > COLOURS else []
     return [
-        _read(folder, label, place, one)
-        for place, (folder, label, one) in enumerate(zip(folders, labels, summaries, strict=True))
+        _read(folder, label, place, (kinds.index(name) if kinds else place) % COLOURS, one)
+        for place, (folder, label, name, one) in enumerate(zip(folders, labels, names, summaries, strict=True))
     ]
 
 
-def _read(folder: RunFolder, label: str, place: int, summary: dict[str, Any]) -> Run:
+def _read(folder: RunFolder, label: str, place: int, colour: int, summary: dict[str, Any]) -> Run:
     steps = {}
     for step, record in folder.by_step("metrics.jsonl", "step").items():
         metrics = record.get("metrics") or {}
@@ -86,6 +89,7 @@ def _read(folder: RunFolder, label: str, place: int, summary: dict[str, Any]) ->
         folder=folder,
         label=label,
         place=place,
+        colour=colour,
         summary=summary,
         settings=settings,
         steps=steps,

@@ -138,7 +138,7 @@ def draw(panels: Sequence[Panel], runs: Sequence[Run]) -> tuple[list[Chart], lis
                 if all(y is None for _, y in points):
                     continue
                 label = ", ".join(part for part in (run.label, name) if part) if len(runs) > 1 else name or panel.title
-                series.append(Series(label, points, run.place % COLOURS, run.place, dash))
+                series.append(Series(label, points, run.colour, run.place, dash))
         if series:
             log = panel.log and any(y for one in series for _, y in one.points)  # a run without noise has only zeros
             chart = Chart(
@@ -176,7 +176,7 @@ def accuracy(runs: Sequence[Run]) -> tuple[Chart | None, Table]:
             bars.append((low, high))
             rows.append(
                 [
-                    Cell(run.label, colour=run.place % COLOURS),
+                    Cell(run.label, colour=run.colour),
                     Cell(str(step), step),
                     Cell(f"{100 * right / items:.1f} %", right / items),
                     Cell(f"{low:.1f} to {high:.1f} %", low),
@@ -186,7 +186,7 @@ def accuracy(runs: Sequence[Run]) -> tuple[Chart | None, Table]:
         if points:
             name = run.label if len(runs) > 1 else "Accuracy"
             shift = aside(run.place, len(runs))
-            series.append(Series(name, points, run.place % COLOURS, run.place, bars=bars, shift=shift))
+            series.append(Series(name, points, run.colour, run.place, bars=bars, shift=shift))
     columns = ["run", "after step", "accuracy", "95 % interval", "right"]
     table = Table("Accuracy without noise", columns, rows, frozenset({1, 2, 3, 4}))
     if not series:
