@@ -173,12 +173,15 @@ _OR_LOWER = {
     "actor_rollout_ref.model.lora_rank": (0, "no adapter"),
 }
 
-# Names that verl looks up once a run is under way. Only these two engines hold a packed base (`verl_api.engine`).
+# Names that verl looks up once a run is under way, and what of it this trainer holds. Only these two engines hold a
+# packed base (`verl_api.engine`).
 STRATEGIES = ("fsdp", "fsdp2")
 _NAMES = {
     "trainer.logger": LOGGERS,
     "actor_rollout_ref.actor.strategy": STRATEGIES,
     "critic.strategy": STRATEGIES,
+    "trainer.v1.trainer_mode": ("sync",),  # the others generate while noise and adapter change
+    f"{_ROLLOUT}.name": ("vllm",),
 }
 
 

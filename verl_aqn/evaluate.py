@@ -26,6 +26,7 @@ from verl_aqn.train import attempt, identity, launch, resolve
 
 CONTROL = "e6a"  # the recipe that a model folder is validated by: its noise is off, its data and lengths are the plan's
 PRECISIONS = ("mxfp4", "bf16")
+_LENGTHS = ("data.max_prompt_length=", "data.max_response_length=")
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,9 @@ def settings(target: Target, overrides: list[str], adapter: Path | None, precisi
         if precision == "bf16":  # before the overrides: who asks for both is told that it cannot be
             config.aqn.mxfp4.activation, config.aqn.mxfp4.keep_dense = "none", False
         config = with_overrides(config, overrides)
+        if any(override.startswith(_LENGTHS) for override in overrides):
+            config.actor_rollout_ref.rollout.max_model_len = None  # anew, to hold both
+            config = with_overrides(config, [o for o in overrides if "max_model_len=" in o])
     else:
         config = load_recipe(CONTROL, overrides)
         if not any(override.startswith("actor_rollout_ref.model.path=") for override in overrides):

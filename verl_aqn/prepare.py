@@ -1,5 +1,6 @@
 """Before a run: its model and data as files, and every check that can be made without starting anything."""
 
+import json
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -24,6 +25,7 @@ def prepare_model(config: DictConfig) -> Path:
     from verl_aqn.mxfp4.cached import quantized_cache
     from verl_aqn.mxfp4.checkpoint import is_packed
 
+    refuse_unread(config)
     source = find_model(config)
     mxfp4 = parse_aqn(config).mxfp4
     path = source
@@ -38,7 +40,44 @@ def prepare_model(config: DictConfig) -> Path:
     prepare_serving(config)
     tell_workers(config)
     keep_adapter_off_experts(config)
+    _bound_context(config.actor_rollout_ref.rollout, path)
     return source
+
+
+def refuse_unread(config: DictConfig) -> None:
+    """What verl can do but this trainer could not read back from the rollout, or would not do.
+
+    Raises:
+        ConfigError: the first such setting.
+    """
+    rollout, block = config.actor_rollout_ref.rollout, "actor_rollout_ref.rollout"
+    if "dummy" in str(rollout.load_format):
+        # The norms that are kept as clean are those of the start: random ones would come back after every step.
+        raise ConfigError(f"{block}.load_format={rollout.load_format}: vLLM reads the base from disk: set safetensors")
+    if rollout.data_parallel_size > 1:
+        raise ConfigError(
+            f"{block}.data_parallel_size={rollout.data_parallel_size}: vLLM answers for the first such engine only, "
+            "and the others could not be read back: set 1; verl starts as many replicas as there are devices for"
+        )
+    if path := OmegaConf.select(config, "trainer.v1.sampler.custom_sampler.path"):
+        raise ConfigError(f"trainer.v1.sampler.custom_sampler.path={path}: noise and evidence need verl's own sampler")
+    if config.actor_rollout_ref.model.lora.merge:
+        # verl would let the rollout discard its weights in its sleep, and send merged ones in bf16 for them.
+        raise ConfigError(
+            "actor_rollout_ref.model.lora.merge=true: the adapter is sent and read back as one: set false"
+        )
+
+
+def _bound_context(rollout: DictConfig, model: Path) -> None:
+    """Of a null max_model_len verl makes the model's whole context, for which vLLM sets memory aside.
+
+    One token more than answers are long leaves room for scoring them again.
+    """
+    if rollout.max_model_len is None:
+        shape = json.loads((model / "config.json").read_text())
+        known = [one["max_position_embeddings"] for one in (shape, shape.get("text_config") or {})
+                 if "max_position_embeddings" in one]  # fmt: skip
+        rollout.max_model_len = min([rollout.prompt_length + rollout.response_length + 1, *known])
 
 
 def find_model(config: DictConfig, *, weights: bool = True) -> Path:
@@ -68,12 +107,9 @@ def tell_workers(config: DictConfig) -> None:
     aqn, actor_rollout = parse_aqn(config), config.actor_rollout_ref
     mxfp4, noise = aqn.mxfp4, aqn.noise
     model = actor_rollout.model
-    if mxfp4.enabled and ((model.lora_rank <= 0 and model.lora.rank <= 0) or model.lora.merge):
-        # Without one verl lets the rollout discard its weights in its sleep, and sends merged ones in bf16 for them.
-        raise ConfigError(
-            "aqn.mxfp4 needs an adapter beside the packed base: set actor_rollout_ref.model.lora_rank=32 and "
-            "lora.merge=false"
-        )
+    if mxfp4.enabled and model.lora_rank <= 0 and model.lora.rank <= 0:
+        # Without one verl lets the rollout discard its weights in its sleep, and sends others in bf16 for them.
+        raise ConfigError("aqn.mxfp4 needs an adapter beside the packed base: set actor_rollout_ref.model.lora_rank=32")
     if noise.in_actor:
         if aqn.profile == "npu":
             # verl gives its norms a forward for NPU tensors before noise looks at them on the CPU (npu_patch.py).
@@ -219,10 +255,10 @@ def check_steps(config: DictConfig, train_rows: int, left: str = "") -> int:
     if generated and not (filtering or refilling) and batch % generated:  # with either, verl draws one by one
         raise ConfigError(f"data.train_batch_size={batch} is not a multiple of data.gen_batch_size={generated}")
     groups = config.algorithm.filter_groups
-    if groups is not None and groups.enable and groups.max_num_gen_batches <= 0:
+    if groups is not None and (groups.enable or refilling) and groups.max_num_gen_batches <= 0:
         raise ConfigError(
             f"algorithm.filter_groups.max_num_gen_batches={groups.max_num_gen_batches} would draw prompts for ever "
-            "where no group's rewards differ: set it to 10, say"
+            "where no group's rewards differ, or all fail: set it to 10, say"
         )
     available = train_rows // batch * epochs
     wanted = config.trainer.total_training_steps

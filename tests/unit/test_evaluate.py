@@ -91,6 +91,9 @@ def test_what_follows_a_key_in_the_recipe_follows_its_override(run):
     rollout = config.actor_rollout_ref.rollout
     assert (rollout.response_length, config.reward.reward_kwargs.max_resp_len) == (48, 48)
     assert (rollout.prompt_length, config.data.val_max_samples) == (200, 100)
+    assert rollout.max_model_len is None  # of the run's 160 too little: `prepare_model` gives it another
+    given = settings(find_target(run.path), [*overrides, "actor_rollout_ref.rollout.max_model_len=90"], None, None)
+    assert given.actor_rollout_ref.rollout.max_model_len == 90
     assert {config.aqn.noise.seed, config.data.seed, rollout.seed} == {5}
     told = settings(find_target(run.path), ["data.val_max_samples=7", "embedded.items=100"], None, None)
     assert told.data.val_max_samples == 7  # it was told something of its own

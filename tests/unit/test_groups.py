@@ -25,7 +25,12 @@ def test_groups_are_counted_by_prompt():
 
 
 def test_a_refill_within_the_limit_is_let_through():
-    check_refill(Counter({0.0: 39}), config(), step=4, sigma=0.05)
+    check_refill(Counter({0.0: 39}), 39, config(), step=4, sigma=0.05)
+
+
+def test_groups_that_fail_without_end_stop_a_run_too():
+    with pytest.raises(TrainingError, match=r"^step 4: generation or reward of 40 groups failed .*training\.log$"):
+        check_refill(Counter(), 40, config(), step=4, sigma=0.05)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +45,7 @@ def test_a_refill_within_the_limit_is_let_through():
 )
 def test_refills_without_end_stop_with_one_line(thrown_away, sigma, noise, words):
     with pytest.raises(TrainingError, match=words) as error:
-        check_refill(Counter(thrown_away), config(**noise), step=4, sigma=sigma)
+        check_refill(Counter(thrown_away), 0, config(**noise), step=4, sigma=sigma)
     assert str(error.value).startswith("step 4: 40 groups had no variance in acc")
     assert f"σ {sigma:g}" in str(error.value)
     assert "\n" not in str(error.value)
@@ -51,6 +56,10 @@ def test_no_limit_is_refused_before_the_run():
     with pytest.raises(ConfigError, match="would draw prompts for ever"):
         check_steps(recipe, 7473)
     check_steps(load_recipe("e12", ["profile=cuda"]), 7473)
+    failing = ["algorithm.filter_groups.enable=false", "trainer.v1.sampler.sync_refill_failed_groups=true"]
+    recipe = load_recipe("e12", ["profile=cuda", "algorithm.filter_groups.max_num_gen_batches=0", *failing])
+    with pytest.raises(ConfigError, match="would draw prompts for ever"):
+        check_steps(recipe, 7473)
 
 
 class Data(dict):

@@ -123,11 +123,6 @@ TWO = ("trainer.n_gpus_per_node=2", "actor_rollout_ref.rollout.tensor_model_para
         ("dense", ("actor_rollout_ref.rollout.expert_parallel_size=2", *TWO), "this model has no experts"),
         ("qwen2", ("actor_rollout_ref.rollout.expert_parallel_size=2",), "expert_parallel_size to 1 or 1"),
         ("qwen2", ("actor_rollout_ref.rollout.tensor_model_parallel_size=8",), "at most 4"),
-        (
-            "qwen2",
-            ("actor_rollout_ref.rollout.data_parallel_size=2", "actor_rollout_ref.rollout.expert_parallel_size=2"),
-            "among tensor-parallel ranks only",
-        ),
         ("qwen2", ("+actor_rollout_ref.rollout.engine_kwargs.vllm.enable_eplb=true",), "moves experts"),
     ],
 )

@@ -1,5 +1,6 @@
 """What a device's profile asks of verl and vLLM, and what it cannot have."""
 
+import json
 import sys
 import types
 
@@ -8,7 +9,7 @@ import pytest
 from verl_aqn import ascend
 from verl_aqn.config import load_recipe
 from verl_aqn.errors import ConfigError
-from verl_aqn.prepare import tell_workers
+from verl_aqn.prepare import _bound_context, prepare_model, tell_workers
 
 
 def test_gpus_serve_weight_only_with_graphs_and_sleep_between_phases():
@@ -27,13 +28,60 @@ def test_npus_are_eager_and_sleep_too():
     assert config.actor_rollout_ref.actor.use_torch_compile is False
 
 
-@pytest.mark.parametrize("override", ["lora_rank=0", "lora.merge=true"])
-def test_a_packed_base_needs_an_adapter_that_stays_one(override):
+def test_a_packed_base_needs_an_adapter():
     """Otherwise verl discards the rollout's weights in its sleep (level 2) and sends others, in bf16, for them."""
-    config = load_recipe("e12", ["profile=cuda", f"actor_rollout_ref.model.{override}"])
+    rank = "actor_rollout_ref.model.lora_rank=0"
     with pytest.raises(ConfigError, match=r"needs an adapter beside the packed base.*lora_rank"):
-        tell_workers(config)
-    tell_workers(load_recipe("e12", ["profile=cuda", f"actor_rollout_ref.model.{override}", "aqn.mxfp4.enabled=false"]))
+        tell_workers(load_recipe("e12", ["profile=cuda", rank]))
+    tell_workers(load_recipe("e12", ["profile=cuda", rank, "aqn.mxfp4.enabled=false"]))
+
+
+@pytest.mark.parametrize("base", [True, False])
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("actor_rollout_ref.rollout.load_format=dummy", "set safetensors"),
+        ("actor_rollout_ref.rollout.load_format=dummy_dtensor", "set safetensors"),
+        ("actor_rollout_ref.rollout.data_parallel_size=2", "set 1"),
+        ("trainer.v1.sampler.custom_sampler.path=mine.py", "verl's own sampler"),
+        ("actor_rollout_ref.model.lora.merge=true", "set false"),
+    ],
+)
+def test_what_could_not_be_read_back_is_refused(override, words, base, tmp_path):
+    config = load_recipe("e12", ["profile=cpu", override, f"aqn.mxfp4.enabled={base}"])
+    with pytest.raises(ConfigError, match=words) as error:
+        prepare_model(config)
+    assert override.partition("=")[0] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "override", ["trainer.v1.trainer_mode=colocate_async", "trainer.v1.trainer_mode=separate_async",
+                 "actor_rollout_ref.rollout.name=sglang"],
+)  # fmt: skip
+def test_other_trainers_and_engines_than_ours_are_refused(override):
+    key, _, value = override.partition("=")
+    with pytest.raises(ConfigError, match=f"^{key} has '{value}': "):
+        load_recipe("e12", ["profile=cpu", override])
+
+
+@pytest.mark.parametrize(
+    ("shape", "length"),
+    [
+        ({"max_position_embeddings": 4096}, 4096),
+        ({"max_position_embeddings": 32768}, 5121),
+        ({"text_config": {"max_position_embeddings": 512}}, 512),
+        ({}, 5121),
+    ],
+)
+def test_the_context_is_that_of_the_answers_where_a_recipe_says_nothing(shape, length, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    lengths = ["data.max_prompt_length=1024", "data.max_response_length=4096"]
+    rollout = load_recipe("e12", ["profile=cuda", *lengths]).actor_rollout_ref.rollout
+    _bound_context(rollout, tmp_path)
+    assert rollout.max_model_len == length
+    rollout.max_model_len = 77
+    _bound_context(rollout, tmp_path)
+    assert rollout.max_model_len == 77
 
 
 def test_noise_in_the_actor_is_refused_on_npus():

@@ -118,14 +118,12 @@ def check_heads(config: DictConfig, shape: Shape) -> Iterator[Finding]:
 def check_experts(config: DictConfig, shape: Shape) -> Iterator[Finding]:
     """How a MoE model's experts are shared out, and in which form the rollout has them."""
     aqn, rollout = parse_aqn(config), config.actor_rollout_ref.rollout
-    tensor, data, expert = (int(rollout[f"{kind}_parallel_size"]) for kind in ("tensor_model", "data", "expert"))
+    tensor, expert = (int(rollout[f"{kind}_parallel_size"]) for kind in ("tensor_model", "expert"))
     fix = ""
     if expert > 1 and not shape.routed:
         fix = "set rollout.expert_parallel_size=1: this model has no experts"
-    elif expert not in (1, tensor * data):
-        fix = f"set rollout.expert_parallel_size to 1 or {tensor * data} (tensor × data parallel)"
-    elif expert > 1 and data > 1 and aqn.profile == "cpu":
-        fix = "set rollout.data_parallel_size=1: on a CPU experts are shared out among tensor-parallel ranks only"
+    elif expert not in (1, tensor):
+        fix = f"set rollout.expert_parallel_size to 1 or {tensor} (tensor_model_parallel_size)"
     elif shape.routed and max(tensor, expert) > shape.routed:
         fix = f"set rollout.tensor_model_parallel_size to at most {shape.routed}"
     elif shape.routed and OmegaConf.select(rollout, "engine_kwargs.vllm.enable_eplb"):

@@ -18,34 +18,48 @@ class AqnReplayBuffer(ReplayBuffer):
     """
 
     thrown_away: Counter  # groups without variance of this step: {their metric's one value: how many}
+    failed: int  # groups of this step without an answer, which a recipe may have replaced
     taken: KVBatchMeta
+
+    def begin(self) -> None:
+        """A new step."""
+        self.thrown_away, self.failed = Counter(), 0
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict]:
         if partition_id == "val":
             return super().sample(global_steps, partition_id, batch_size)
-        self.thrown_away = Counter()
+        self.begin()
         self.taken, metrics = super().sample(global_steps, partition_id, batch_size)
         return self.taken, metrics
 
     def _evict_terminal_groups(self, global_steps, partition_id, eviction_reasons):
         self.thrown_away.update(eviction_reasons[3])
+        self.failed += len(eviction_reasons[2])
         return super()._evict_terminal_groups(global_steps, partition_id, eviction_reasons)
 
 
-def check_refill(thrown_away: Counter, config: DictConfig, step: int, sigma: float) -> None:
+def check_refill(thrown_away: Counter, failed: int, config: DictConfig, step: int, sigma: float) -> None:
     """Raise TrainingError before a refill where this step has already thrown away as many groups as a recipe allows.
+
+    `failed` groups, of which there is no answer, count by themselves.
 
     verl's own limit (`algorithm.filter_groups.max_num_gen_batches`) is ignored by its V1 trainer, which would draw
     prompts for ever; here it holds, in batches of `data.train_batch_size` groups.
     """
     rule = config.algorithm.filter_groups
+    limit, name = rule.max_num_gen_batches * config.data.train_batch_size, "algorithm.filter_groups.max_num_gen_batches"
+    if limit and failed >= limit:
+        raise TrainingError(
+            f"step {step}: generation or reward of {failed} groups failed (limit {name}={rule.max_num_gen_batches}): "
+            "what they stumbled over is in training.log"
+        )
     count = thrown_away.total()
-    if count < rule.max_num_gen_batches * config.data.train_batch_size:
+    if count < limit or not count:
         return
     mean = sum(value * times for value, times in thrown_away.items()) / count
     raise TrainingError(
         f"step {step}: {count} groups had no variance in {rule.metric} and were thrown away (σ {sigma:g}, mean "
-        f"{rule.metric} {mean:.3f}, limit algorithm.filter_groups.max_num_gen_batches={rule.max_num_gen_batches}): "
+        f"{rule.metric} {mean:.3f}, limit {name}={rule.max_num_gen_batches}): "
         f"{remedy(sigma, mean, parse_aqn(config).noise)}"
     )
 

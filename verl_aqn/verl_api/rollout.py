@@ -1,11 +1,13 @@
 """verl's vLLM replica with a way to ask the engine's workers and get their answers."""
 
+import asyncio
 from typing import Any
 
 import ray
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
+from verl_aqn.errors import EvidenceError
 from verl_aqn.serving import SERVED
 from verl_aqn.verl_api.plugin import assert_loaded
 
@@ -38,7 +40,16 @@ class AqnHttpServer(vLLMHttpServer):
         answers = await self.engine.collective_rpc(method=method, args=args)
         if clear_cache:
             await self.clear_kv_cache()
+            await self.check_prefixes()
         return answers
+
+    async def check_prefixes(self) -> None:
+        """EvidenceError where vLLM keeps prefixes, as it does while one is in use: verl drops what it answers."""
+        for _ in range(20):  # those of an answer that has just come may be given back a moment later
+            if await self.engine.reset_prefix_cache(reset_connector=True):
+                return
+            await asyncio.sleep(0.1)
+        raise EvidenceError("vLLM keeps prefixes that were computed with other weights: requests are under way")
 
 
 class AqnReplica(vLLMReplica):

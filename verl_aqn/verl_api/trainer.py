@@ -4,7 +4,6 @@ One place decides σ: `on_step_begin` here. The rollout is told, and what it ans
 """
 
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +64,13 @@ class AqnTrainer(SavingTrainer):
     def _build_replay_buffer(self):
         buffer = super()._build_replay_buffer()
         buffer.__class__ = AqnReplayBuffer
-        buffer.thrown_away = Counter()  # prompts are added before the first sample is taken
+        buffer.begin()  # prompts are added before the first sample is taken
         buffer.poll_interval = 0.1  # verl looks every 2 s whether the answers are there
         return buffer
 
     def _add_prompts_to_generate(self, num_prompts):
-        check_refill(
-            self.replay_buffer.thrown_away, self.config, self.global_steps, self.noise_metrics.get("aqn/sigma", 0.0)
-        )
+        buffer, sigma = self.replay_buffer, self.noise_metrics.get("aqn/sigma", 0.0)
+        check_refill(buffer.thrown_away, buffer.failed, self.config, self.global_steps, sigma)
         return super()._add_prompts_to_generate(num_prompts)
 
     def _submit_batch_to_rollout(self, *args, **kwargs):
