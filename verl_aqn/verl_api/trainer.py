@@ -195,8 +195,7 @@ class AqnTrainer(SavingTrainer):
         self.restore_clean()
         data = transfer_queue.kv_batch_get(keys=keys, partition_id="train", select_fields=["prompts", "responses"])
         servers, asked = self.servers(), []
-        limit = self.config.actor_rollout_ref.rollout.max_model_len
-        longest = limit - 1 if limit else None  # the engine wants room for one token more
+        longest = self.config.actor_rollout_ref.rollout.max_model_len - 1  # the engine wants room for one token more
         for n, (prompt, response) in enumerate(zip(data["prompts"].unbind(), data["responses"].unbind(), strict=True)):
             tokens = [*prompt.tolist(), *response.tolist()]
             params = {"prompt_logprobs": 0, "max_tokens": 1}
