@@ -95,11 +95,22 @@ class Mxfp4Config:
 
 @dataclass(frozen=True)
 class ParityConfig:
-    """Figures on how far trainer and rollout are apart (`aqn.parity`)."""
+    """How far trainer and rollout without noise may be apart (`aqn.parity`).
+
+    `warn`, `stop`: mean |Δ log-prob| in nats a token, on the same tokens, above which a step is warned of, and above
+    which the run stops before it updates (`verl_aqn.verl_api.tripwire`). Healthy models were measured at 0.002 to 0.1.
+    """
 
     rescore: int = 16  # one in so many samples is scored again without noise, to tell noise from kernels; 0: none
+    warn: float = 0.2
+    stop: float = 1.0
 
     def __post_init__(self) -> None:
+        if not 0 < self.warn <= self.stop:
+            raise ConfigError(
+                f"aqn.parity.warn is {self.warn:g} and stop {self.stop:g}: give nats a token, 0 < warn <= stop "
+                "(inf: no limit)"
+            )
         if self.rescore < 0:
             raise ConfigError(f"aqn.parity.rescore is {self.rescore}: give 0 or more, 0 for none")
 

@@ -91,6 +91,21 @@ def _clean(kind: str) -> Callable[[Run], Cell]:
     return check
 
 
+def _mismatch(run: Run) -> Cell:
+    records = [one for one in run.of_kind.get("mismatch", []) if isinstance(one.get("step"), int)]
+    if not records:
+        return NONE
+    means = [finite(one.get("abs_dlogp_mean")) for one in records]
+    known = [mean for mean in means if mean is not None]
+    good = len(known) == len(means) and all(
+        mean <= (finite(one.get("warn")) or 0.0) for mean, one in zip(known, records, strict=True)
+    )
+    if not known:
+        return Cell(f"no figure in {len(records)} steps", good=False)
+    text = f"{number(known[0])} nats a token in step {records[0]['step']}, at most {number(max(known))} "
+    return Cell(text + f"in {len(known)} of {len(records)} compared steps", good=good)
+
+
 def _strength(run: Run) -> Cell:
     record = next(iter(run.of_kind.get("strength", [])), None)
     if not record or not (noisy := record.get("noisy")) or not (clean := record.get("clean")):
@@ -105,6 +120,7 @@ def _strength(run: Run) -> Cell:
 CHECKS: tuple[tuple[str, Callable[[Run], Cell]], ...] = (
     ("packed base", _base),
     ("adapter in the rollout", _adapter),
+    ("trainer against the rollout without noise", _mismatch),
     ("noise in the rollout", _noise("noise")),
     ("noise in the actor", _noise("actor noise")),
     ("clean norms in validation, rescoring and at the end", _clean("clean")),

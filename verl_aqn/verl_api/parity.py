@@ -8,7 +8,7 @@ noise: the second, since the trainer has none; the first with `aqn.noise.apply_t
 Every figure is over response tokens, [T] stands for all of them in one row. Natural logarithms.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -91,14 +91,25 @@ def step_metrics(
     mask = data["response_mask"].bool()
     rollout, trainer = data["rollout_log_probs"].float(), data["old_log_probs"].float()
     figures = parity_metrics(rollout[mask], trainer[mask], data["entropy"][mask], clip)
-    clean, scored = torch.zeros_like(rollout), torch.zeros_like(mask)
-    for key, values in clean_logp.items():
-        row, length = keys.index(key), len(values)
-        clean[row, :length] = torch.tensor(values)
-        scored[row, :length] = mask[row, :length]
+    clean, scored = align(keys, clean_logp, mask)
     if scored.any():
         figures |= split_metrics(rollout[scored], clean[scored], trainer[scored], clip, noisy_trainer)
     return figures
+
+
+def align(keys: Sequence[str], clean_logp: Mapping[str, Sequence[float]], mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log-probs of rescored samples [B, R] float32, and which of `mask` [B, R] have one.
+
+    Args:
+        keys: names of the B samples. clean_logp: of some of them, from the first response token on.
+    """
+    rows = {key: row for row, key in enumerate(keys)}
+    clean, scored = torch.zeros(mask.shape), torch.zeros_like(mask)
+    for key, values in clean_logp.items():
+        row, length = rows[key], len(values)
+        clean[row, :length] = torch.tensor(values)
+        scored[row, :length] = mask[row, :length]
+    return clean, scored
 
 
 def scored_again(keys: list[str], one_in: int) -> list[str]:

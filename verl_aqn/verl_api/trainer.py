@@ -25,6 +25,7 @@ from verl_aqn.rewards import math_verify
 from verl_aqn.rewards.gsm8k import number
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.shards import distinct
+from verl_aqn.verl_api import tripwire
 from verl_aqn.verl_api.divergence import saved_where_it_diverges
 from verl_aqn.verl_api.groups import AqnReplayBuffer, check_refill, count_groups, remedy
 from verl_aqn.verl_api.parity import can_rescore, clip_range, scored_again, step_metrics
@@ -47,6 +48,11 @@ class AqnTrainer(SavingTrainer):
         self.base_weights: list[str | None] = []
         self.shares: dict[str, float] = {}  # of the last validation's answers, right by the other two rules
         self.clean_logp: dict[str, list[float]] = {}  # of the rollout's own sequences, scored again without noise
+        # Mean |Δ log-prob| between trainer and rollout of each compared step, those of earlier attempts first.
+        self.mismatches: list[float] = [
+            record["abs_dlogp_mean"] for record in self.folder.read("evidence.jsonl") if record["kind"] == "mismatch"
+        ]
+        self.compared = self.told_uncompared = False  # in this attempt
 
     # ---- verl's seams ----
 
@@ -103,7 +109,11 @@ class AqnTrainer(SavingTrainer):
 
     def on_sample_end(self):
         rollout = self.config.actor_rollout_ref.rollout
-        keys = scored_again(self.replay_buffer.taken.keys, self.aqn.parity.rescore if can_rescore(rollout) else 0)
+        taken = self.replay_buffer.taken.keys
+        keys = scored_again(taken, self.aqn.parity.rescore if can_rescore(rollout) else 0)
+        sigma = self.noise_metrics["aqn/sigma"]
+        if not self.compared and tripwire.source_of(rollout, sigma, self.aqn.noise.in_actor) == "rescored":
+            keys = scored_again(taken, max(1, len(taken) // tripwire.FIRST_SAMPLES))
         with marked_timer("rescore", self.timing_raw):
             self.clean_logp = self.score_without_noise(keys) if keys else {}
         super().on_sample_end()  # puts the rollout to sleep on devices that can
@@ -118,6 +128,15 @@ class AqnTrainer(SavingTrainer):
 
     def _compute_old_log_prob(self, batch, metrics):
         self.doing("log-probs")
+        correction = self.config.algorithm.rollout_correction
+        if not (correction and correction.get("bypass_mode")):
+            batch = super()._compute_old_log_prob(batch, metrics)
+            self.check_mismatch(batch)
+            return batch
+        if not self.compared:  # the trainer's log-probs are computed for this check alone
+            correction.bypass_mode = False
+            self.check_mismatch(super()._compute_old_log_prob(batch, {}))
+            correction.bypass_mode = True
         return super()._compute_old_log_prob(batch, metrics)
 
     def _update_critic(self, batch, metrics):
@@ -206,6 +225,36 @@ class AqnTrainer(SavingTrainer):
             scores = ray.get(request).extra_fields["prompt_logprobs"]  # of tokens 1, 2, …; the last is a filler
             found[key] = [score for (score,) in scores[start - 1 : -1]]
         return found
+
+    def check_mismatch(self, batch: Any) -> None:
+        """Hold the trainer's log-probs of this step against the rollout's, before anything is learnt from them."""
+        actor_rollout, sigma = self.config.actor_rollout_ref, self.noise_metrics["aqn/sigma"]
+        source = tripwire.source_of(actor_rollout.rollout, sigma, self.aqn.noise.in_actor)
+        if source is None:
+            if not self.mismatches and not self.told_uncompared:
+                self.told_uncompared = True  # once
+                self.warn(
+                    f"step {self.global_steps}: trainer and rollout are not compared (temperature "
+                    f"{actor_rollout.rollout.temperature:g}, σ {sigma:g}); the first step without noise will be"
+                )
+            return
+        keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
+        fields = ["response_mask", "old_log_probs", *(["rollout_log_probs"] if source == "sampled" else [])]
+        data = transfer_queue.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
+        clip = clip_range(actor_rollout.actor)
+        found = tripwire.measure(data.to_padded_tensor(), keys, self.clean_logp, source, clip)
+        if found is None:
+            return
+        limits = self.aqn.parity
+        self.record("mismatch", step=self.global_steps, warn=limits.warn, stop=limits.stop, **found)
+        if text := tripwire.judge(found, self.global_steps, self.mismatches, limits):
+            self.warn(text)
+        elif not self.compared:
+            self.event(
+                f"trainer and rollout within {found['abs_dlogp_mean']:.2g} nats a token ({found['tokens']:,} tokens)"
+            )
+        self.compared = True
+        self.mismatches.append(found["abs_dlogp_mean"])
 
     def group_and_parity_metrics(self, batch: Any, metrics: dict) -> dict[str, float]:
         """`aqn/groups…` and `aqn/parity/…` of a step; see verl_api/parity.py for what each figure is."""
