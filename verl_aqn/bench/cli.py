@@ -209,6 +209,42 @@ def update(
         print_wide(table(result))
 
 
+@bench_app.command("families")
+def families(
+    names: Annotated[list[str] | None, typer.Argument(help="Families; by default all.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Keep models, runs and results here, and go on from them.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of the README.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Two steps of GRPO on a tiny model of each family: works, refused because …, or without noise or packing only."""
+    from dataclasses import asdict
+
+    from verl_aqn.bench import family_runs
+    from verl_aqn.bench.families import FAMILIES
+
+    wanted = names or list(FAMILIES)
+    base = out or Path(tempfile.mkdtemp(prefix="verl-aqn-bench-"))
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("families", total=len(wanted))
+
+        def told(result: family_runs.Result) -> None:
+            progress.console.print(" · ".join(family_runs.cells(result)), highlight=False, markup=False)
+            progress.advance(task)
+
+        results = family_runs.run_families(wanted, base, jobs, told)
+    if out is None:
+        shutil.rmtree(base)
+    if as_json:
+        print(json.dumps([asdict(result) for result in results]))
+    elif as_markdown:
+        print(family_runs.markdown(results))
+    else:
+        print_wide(family_runs.table(results))
+
+
 @bench_app.command("guard")
 def guard(
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of every ratio; the median counts.")] = 5,
