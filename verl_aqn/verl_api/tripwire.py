@@ -33,10 +33,7 @@ BASELINE_STEPS = 3
 GROWTH, GROWTH_FLOOR = 4.0, 0.05
 """A later step is worth a warning above so many times the baseline, and above so many nats a token."""
 
-CAUSES = (
-    "a layer that one of them computes in another way (attention window, recurrent state, router), a base or adapter "
-    "that differs, or a setting of one alone (temperature, attention implementation)"
-)
+CAUSES = "a layer that one of them computes otherwise (window, state, router), another base or adapter, one's settings"
 
 
 def source_of(rollout: DictConfig, sigma: float, noisy_actor: bool) -> str | None:
@@ -94,14 +91,13 @@ def judge(
     mean = found["abs_dlogp_mean"]
     text = (
         f"step {step}: trainer and rollout without noise differ by {mean:.3g} nats a token on the same "
-        f"{found['tokens']:,} tokens (99 % below {found['abs_dlogp_p99']:.3g}; {found['clipped_share']:.0%} of the "
-        "ratios outside PPO's clip range)"
+        f"{found['tokens']:,} tokens ({found['clipped_share']:.0%} of the ratios outside PPO's clip range)"
     )
     causes = f"likely causes: {CAUSES}" + (f"; layout of a batch: {layout}" if layout else "")
     if not mean <= limits.stop:  # NaN, too
         raise EvidenceError(
-            f"{text}, above aqn.parity.stop={limits.stop:g}: the update would learn from wrong log-probs and was not "
-            f"made; {causes}; try the unquantised base (aqn.mxfp4.enabled=false) to tell the base from the model"
+            f"{text}, above aqn.parity.stop={limits.stop:g}: nothing was updated; {causes}; does it stay with "
+            "aqn.mxfp4.enabled=false?"
         )
     usual = statistics.median(earlier[:BASELINE_STEPS]) if len(earlier) >= BASELINE_STEPS else math.inf
     if mean > max(GROWTH * usual, GROWTH_FLOOR):
