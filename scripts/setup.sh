@@ -53,6 +53,11 @@ if [[ $profile == cpu ]]; then
     else
         uv install --no-deps --compile-bytecode --torch-backend cpu "$torch"
     fi
+    # The registry's torchvision is built for CUDA. Its Python part is what vLLM needs of it; this file alone asks for
+    # the compiled part on import. A new file, since uv may have linked the old one to its cache.
+    shapes=(.venv/lib/python3.*/site-packages/torchvision/_meta_registrations.py)
+    rm "${shapes[0]}"
+    echo "# Emptied by scripts/setup.sh: the operators are not there on a CPU." > "${shapes[0]}"
     uv install --no-deps ./scripts/vllm-metadata
     # The oracle of the MXFP4 tests, outside the environment: PEFT imports torchao wherever it finds it, which
     # would cost every process of a run seven seconds.
