@@ -26,6 +26,8 @@ _HARMLESS = {
     "cache_position", "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits",
     "position_ids", "return_dict", "sliding_window", "use_cache",
 }  # fmt: skip
+# How many tokens may ask for each that must, if that spares the mask: with one, accelerators have no flash kernel.
+_WORTH = {True: 1.5, False: 3}  # on a CPU, or not
 
 
 class LayoutError(RuntimeError):
@@ -33,10 +35,14 @@ class LayoutError(RuntimeError):
 
 
 class SharedMask:
-    """What the layers of one kind see in one forward: a mask [B, 1, R, S] for each block, None where it is causal."""
+    """What the layers of one kind see in one forward: a mask [B, 1, R, S] for each block.
+
+    None: all tokens of a sequence ask, by causal attention, also those whose answer is known already. Kernels are
+    faster without a mask.
+    """
 
     def __init__(self, layout: SharedPrompts, rule: Rule):
-        self.layout, self.rule = layout, rule
+        self.layout = layout
         self.masks = [_mask(block, rule) for block in layout.blocks]
 
 
@@ -126,12 +132,13 @@ def attention(
     rows = [states.squeeze(0).transpose(0, 1) for states in (query, key, value)]  # [L, H, D]
     found = []
     for block, mask in zip(layout.blocks, attention_mask.masks, strict=True):
+        asking, real = (block.keys, block.real_keys) if mask is None else (block.queries, block.real)
         q, k, v = (
             states.index_select(0, slots.flatten()).unflatten(0, slots.shape).transpose(1, 2)
-            for states, slots in zip(rows, (block.queries, block.keys, block.keys), strict=True)
+            for states, slots in zip(rows, (asking, block.keys, block.keys), strict=True)
         )
         out = attend(q, k, v, mask, mask is None, **options)  # [B, H, R, D]
-        found.append(out.transpose(1, 2).flatten(0, 1).index_select(0, block.real))
+        found.append(out.transpose(1, 2).flatten(0, 1).index_select(0, real))
     return torch.cat(found).index_select(0, layout.order).unsqueeze(0), None
 
 
@@ -174,16 +181,15 @@ def attend(
 
 
 def _mask(block: Block, rule: Rule) -> Tensor | None:
-    """[B, 1, R, S] bool: `rule` at the positions of a block; None where all that is causal attention from the start."""
+    """[B, 1, R, S] bool: `rule` at the positions of a block; None where causal attention without a mask is quicker."""
     size = block.keys.shape[1]
     key = torch.arange(size, device=block.keys.device)
     query = block.positions[:, None, :, None]
     zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=key.device)
-    seen = rule(zero, zero, query, key[None, None, None])
-    seen = seen.expand(len(block.keys), 1, query.shape[2], size)
-    if query.shape[2] == size and torch.equal(seen, torch.ones_like(seen).tril()):
-        return None
+    seen = rule(zero, zero, query, key[None, None, None]).expand(len(block.keys), 1, query.shape[2], size)
     lengths = block.lengths[:, None, None, None]
+    if size <= _WORTH[key.device.type == "cpu"] * query.shape[2] and bool((seen == (key <= query)).all()):
+        return None
     # A query that is padding sees one key, which keeps its softmax finite; nothing reads what it gives.
     return torch.where(query < lengths, seen & (key < lengths), key == 0)
 

@@ -102,11 +102,13 @@ def _decide(model: PreTrainedModel) -> Layout:
                 shared = _shared_logits(model, layout, watch)
             else:
                 reason = f"{type(model).__name__} does not use transformers' attention interface"
+        except LayoutError as error:
+            reason = str(error)
         except Exception as error:  # of any kind, from code of any model: this layout is not for this model
-            reason = first_line(error)
+            reason = f"a forward with shared prompts fails ({type(error).__name__}: {first_line(error)})"
         seen = set(map(id, watch.modules))
         left = [(name, module) for name, module in mixers(model).items() if id(module) not in seen]
-        if left and seen:
+        if left and seen and not reason:
             name, module = left[0]
             reason = f"{name} ({type(module).__name__}) mixes tokens outside of transformers' attention interface"
         if watch.arguments and told == "sdpa":

@@ -37,6 +37,12 @@ class Block:
         """Positions of the queries in their sequences, [B, R]."""
         return self.first.unsqueeze(1) + torch.arange(self.queries.shape[1], device=self.first.device)
 
+    @cached_property
+    def real_keys(self) -> Tensor:
+        """As `real`, by number in [B * S], where all tokens of a sequence are queries."""
+        sequence, number = self.real // self.queries.shape[1], self.real % self.queries.shape[1]
+        return sequence * self.keys.shape[1] + self.first[sequence] + number
+
 
 @dataclass(frozen=True)
 class SharedPrompts:
