@@ -37,17 +37,19 @@ _PROMPTS, _RESPONSES = (7, 7, 7, 4), (4, 3, 1, 3)  # lengths
 class Layout:
     """What a model can take. `together`: several sequences may stand in one row; otherwise `reason` says why not.
 
-    `rules`: masks of its kinds of layers; `keeps`: the model takes `logits_to_keep`.
+    `rules`: masks of its kinds of layers, on `device`; `keeps`: the model takes `logits_to_keep`.
     """
 
     together: bool
     reason: str = ""
     rules: tuple[Rule, ...] = field(default=(), compare=False)
     keeps: bool = True
+    device: torch.device = torch.device("cpu")
 
     def full(self, length: int) -> bool:
         """Whether the last of `length` tokens sees all of them in every layer: no window and no chunk ends before."""
-        key, zero = torch.arange(length), torch.zeros(1, dtype=torch.int64)
+        key = torch.arange(length, device=self.device)
+        zero = torch.zeros(1, dtype=torch.int64, device=self.device)
         return self.together and all(bool(rule(zero, zero, key[-1:], key).all()) for rule in self.rules)
 
 
@@ -94,12 +96,12 @@ def _takes_cache(module: nn.Module) -> bool:
 
 def _decide(model: PreTrainedModel) -> Layout:
     told = attention_of(model)
-    layout, watch = _probe_inputs(model), Watch()
+    samples, watch = _probe_inputs(model), Watch()
     reason, shared = "", None
     with _evaluating(model):
         try:
             if use_attention(model, NAME):
-                shared = _shared_logits(model, layout, watch)
+                shared = _shared_logits(model, samples, watch)
             else:
                 reason = f"{type(model).__name__} does not use transformers' attention interface"
         except LayoutError as error:
@@ -118,8 +120,8 @@ def _decide(model: PreTrainedModel) -> Layout:
             reason = f"no layer of {type(model).__name__} uses transformers' attention interface"
         if not reason:
             assert shared is not None
-            reason = _difference(model, layout, shared, told)
-    return Layout(not reason, reason, tuple(watch.rules), _keeps(model))
+            reason = _difference(model, samples, shared, told)
+    return Layout(not reason, reason, tuple(watch.rules), _keeps(model), samples[0][0].device)
 
 
 def _keeps(model: PreTrainedModel) -> bool:
