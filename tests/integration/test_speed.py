@@ -6,6 +6,7 @@ import torch
 
 from tests.integration.conftest import verl_aqn
 from verl_aqn.bench import growth, shapes, step, update
+from verl_aqn.layout.attention import NAME, laid_out
 
 
 def test_no_ratio_is_worse_than_the_recorded_one():

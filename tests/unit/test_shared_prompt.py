@@ -1,5 +1,6 @@
 """The layout that a model is given yields the log-probs and gradients of each sample alone, in every family."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -218,3 +219,104 @@ def test_a_model_that_cannot_share_gets_separate_rows(kind, remove_padding):
     assert engine.layout.startswith(f"{SEPARATE}: ")
     assert SEPARATED[kind][2] in engine.layout
     check(model, engine, remove_padding)
+
+
+def test_packed_rows_stay_where_flash_attention_is_asked_for_and_the_model_can_take_them():
+    for kind, layout in (("mistral", PACKED), ("qwen3_next", f"{SEPARATE}: ")):
+        model = make(kind)
+        model.config._attn_implementation_internal = "flash_attention_2"  # as on a device that has it
+        engine = bare_engine(AqnFSDPEngine, "", {})
+        engine.use_remove_padding = True
+        real = model.set_attn_implementation
+
+        def without_flash(name, real=real, model=model):
+            if name == "flash_attention_2":
+                model.config._attn_implementation_internal = name
+            else:
+                real(name)
+
+        model.set_attn_implementation = without_flash
+        engine._decide_layout(model, share=True)
+        assert engine.layout.startswith(layout)
+        assert attention_of(model) == "flash_attention_2"
+
+
+def test_sequence_parallelism_is_refused_for_a_model_that_needs_separate_rows():
+    engine = bare_engine(AqnFSDPEngine, "", {})
+    engine.ulysses_sequence_parallel_size = 2
+    with pytest.raises(ConfigError, match=r"ulysses_sequence_parallel_size must be 1: .*model\.layers\.0\.conv"):
+        engine._decide_layout(make("lfm2"), share=True)
+
+
+class Wrapped(nn.Module):
+    """An attention layer with something around it."""
+
+    def __init__(self, layer: nn.Module, before=lambda states: states, **arguments):
+        super().__init__()
+        self.layer, self.before, self.arguments = layer, before, arguments
+
+    def forward(self, hidden_states, past_key_values=None, **kwargs):
+        return self.layer(self.before(hidden_states), past_key_values=past_key_values, **kwargs, **self.arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"bias_of_position": torch.ones(1)}, "attention has the argument bias_of_position"),
+        ({"is_causal": False}, "attention has the argument is_causal"),
+        # What reaches the token after is seen by no structure: the trial finds it.
+        ({"before": lambda x: x + 0.5 * x.roll(1, 1)}, "its logits differ by .* from those of separate rows"),
+        ({"before": lambda x: x + 0.1 * torch.arange(x.shape[1])[:, None]}, "counts the tokens of a row"),
+    ],
+)
+def test_what_attention_does_not_know_and_what_leaks_past_it_needs_separate_rows(arguments, reason):
+    model = make("llama")
+    layer = model.model.layers[1]
+    layer.self_attn = Wrapped(layer.self_attn, **arguments)
+    if "before" in arguments:  # and nothing else is odd about it
+        assert decide(make("llama")).together
+    found = decide(model)
+    assert not found.together
+    assert re.search(reason, found.reason)
+    assert attention_of(model) == "sdpa"
+
+
+def test_a_layout_is_decided_on_bf16_weights_too():
+    for kind in ("llama", "qwen3_moe", "gpt_oss", "mixtral"):
+        assert decide(make(kind).to(torch.bfloat16)).together, kind
+    model = make("llama").to(torch.bfloat16)
+    layer = model.model.layers[1]
+    layer.self_attn = Wrapped(layer.self_attn, lambda x: x + 0.5 * x.roll(1, 1))
+    assert "differ" in decide(model).reason
+
+
+def test_weights_on_meta_leave_the_decision_to_another_rank():
+    assert decide(make("llama").to("meta")) is None
+
+
+def test_equal_prompts_stand_once_and_nothing_is_padded():
+    given = samples()
+    layout = share_prompts(*given)
+    assert layout.input_ids.shape == (1, 4 + 17 + 9 + sum(len(response) - 1 for response in given[1]))
+    assert torch.equal(layout.label, torch.cat(given[1]))
+
+
+def test_ordinary_rows_go_through_the_same_attention():
+    """Batches that cannot share (images, fused kernels) are verl's rows, of the same model."""
+    model = make("gemma2")
+    want = alone(model, *samples())
+    engine = engine_of(model)
+    engine._shares_prompts = lambda _: False
+    assert attention_of(model) == NAME
+    torch.testing.assert_close(log_probs(engine, *samples()), want, atol=2e-4, rtol=1e-4)
+
+
+def test_a_layout_and_a_mask_of_others_do_not_meet():
+    layout = share_prompts([torch.tensor([1, 2])], [torch.tensor([3, 4])])
+    states = torch.randn(1, 2, 3, 8)
+    lay_out(layout)
+    try:
+        with pytest.raises(RuntimeError, match="a mask that transformers' mask functions have not made"):
+            attention(nn.Module(), states, states, states, torch.ones(1, 1, 3, 3))
+    finally:
+        lay_out(None)

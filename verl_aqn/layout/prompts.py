@@ -102,9 +102,7 @@ def share_prompts(prompts: Sequence[Tensor], responses: Sequence[Tensor]) -> Sha
     asked = torch.cat([block.queries.flatten()[block.real] for block in blocks])
     found = [torch.cat(parts).to(device) for parts in zip(*places, strict=True)]
     row = [torch.cat(parts).unsqueeze(0).to(device) for parts in (ids, positions)]
-    moved = tuple(
-        Block(*(t.to(device) for t in (b.keys, b.queries, b.first, b.lengths, b.real))) for b in blocks
-    )
+    moved = tuple(Block(*(t.to(device) for t in (b.keys, b.queries, b.first, b.lengths, b.real))) for b in blocks)
     return SharedPrompts(*row, moved, asked.argsort().to(device), *found)
 
 
