@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from verl_aqn.layout.decide import decide
+
 Choose = Callable[[Tensor, list[tuple[int, int]], int], Tensor]
 """(logits [R, V], their rows' (prompt, sample), number of the token) → the tokens taken, int64 [R, 1]."""
 
@@ -29,8 +31,11 @@ def generate(
     """Answers [prompt][sample] of at most `tokens` tokens; one of `ends` ends an answer and is part of it.
 
     What all prompts begin with is computed once, and each prompt once for all of its samples. About `together` answers
-    run at a time, those of prompts of about one length.
+    run at a time, those of prompts of about one length. Models with layers that carry a state or see less than all
+    tokens get prompts of one length, computed for each sample: their caches cannot be shared, or take no padding.
     """
+    if not prefixes(model, max(map(len, prompts)) + tokens):
+        return _plainly(model, prompts, choose, ends, tokens, samples, together)
     answers: list[list[list[int]]] = [[[] for _ in range(samples)] for _ in prompts]
     shared = shared_length(prompts)
     for batch in batches(prompts, max(1, together // samples)):
@@ -69,6 +74,42 @@ def generate(
                 rows = [rows[k] for k in on]
             mask = F.pad(mask, (0, 1), value=1)
     return answers
+
+
+def _plainly(
+    model: PreTrainedModel, prompts: Sequence[list[int]], choose: Choose, ends: set[int], tokens: int, samples: int,
+    together: int,
+) -> list[list[list[int]]]:  # fmt: skip
+    """As `generate`, without a part of a prompt that stands once, without padding, without a cache that is cut."""
+    answers: list[list[list[int]]] = [[[] for _ in range(samples)] for _ in prompts]
+    for length in sorted(set(map(len, prompts))):
+        same = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+        for start in range(0, len(same), max(1, together // samples)):
+            rows = [(i, j) for i in same[start : start + max(1, together // samples)] for j in range(samples)]
+            step = torch.tensor([prompts[i] for i, _ in rows], device=model.device)
+            cache = DynamicCache(config=model.config)
+            ended: set[tuple[int, int]] = set()
+            for number in range(tokens):
+                logits = model(input_ids=step, past_key_values=cache, use_cache=True).logits[:, -1]
+                step = choose(logits, rows, number)
+                for row, token in zip(rows, step[:, 0].tolist(), strict=True):
+                    if row not in ended:
+                        answers[row[0]][row[1]].append(token)
+                    if token in ends:
+                        ended.add(row)
+                if len(ended) == len(rows):
+                    break
+    return answers
+
+
+def prefixes(model: PreTrainedModel, length: int) -> bool:
+    """Whether a cache of a prompt's beginning can be shared and padded behind, for rows of up to `length` tokens.
+
+    With PEFT's wrapper the base decides: adapters work on single tokens.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layout = decide(base)
+    return layout is not None and layout.full(length)
 
 
 def shared_length(prompts: Sequence[list[int]]) -> int:

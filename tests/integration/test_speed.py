@@ -6,6 +6,7 @@ import torch
 
 from tests.integration.conftest import verl_aqn
 from verl_aqn.bench import growth, shapes, step, update
+from verl_aqn.layout.attention import NAME, laid_out
 
 
 def test_no_ratio_is_worse_than_the_recorded_one():
@@ -28,10 +29,11 @@ def test_a_step_is_faster_than_stock_verl_s_with_the_same_settings(tiny_model, t
 
 def test_prompts_shared_or_not_the_update_is_of_the_same_answers():
     """The loss that `bench update` takes the time of is one loss in both layouts."""
-    model = update.build("135M", 2, "cpu").float()
+    model = update.build("135M", 2, "cpu", NAME).float()
     losses = []
-    for inputs, (row, column, label) in update.batches(49_152, 2, 3, 20, 5, "cpu").values():
-        hidden = model.model(**inputs, use_cache=False).last_hidden_state
+    for inputs, (row, column, label), layout in update.batches(49_152, 2, 3, 20, 5, "cpu").values():
+        with laid_out(layout):
+            hidden = model.model(**inputs, use_cache=False).last_hidden_state
         logits = model.lm_head(hidden[row, column])
         losses.append(torch.nn.functional.cross_entropy(logits, label))
     assert len(losses) == 2

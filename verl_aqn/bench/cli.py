@@ -245,6 +245,27 @@ def families(
         print_wide(family_runs.table(results))
 
 
+@bench_app.command("attention")
+def attention(
+    device: Annotated[str, typer.Option(help="cpu, cuda or npu.")] = "cpu",
+    heads: Annotated[int, typer.Option(min=1, help="Heads of 64.")] = 9,
+    kv_heads: Annotated[int, typer.Option(min=1, help="Heads of keys and values.")] = 3,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of every arm; the fastest counts.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """One layer's attention over groups of answers, forward and backward: a dense mask, separate rows, shared prompts."""
+    if heads % kv_heads:
+        raise ConfigError(f"--heads {heads} is not a multiple of --kv-heads {kv_heads}")
+    from verl_aqn.bench.attention import measure, table
+
+    result = measure(device, heads, kv_heads, prompt, rounds)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print_wide(table(result))
+
+
 @bench_app.command("guard")
 def guard(
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of every ratio; the median counts.")] = 5,

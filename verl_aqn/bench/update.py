@@ -18,20 +18,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from verl_aqn.bench.codec import device_name
 from verl_aqn.bench.shapes import SHAPES, write_config
+from verl_aqn.layout.attention import NAME, laid_out
+from verl_aqn.layout.decide import shared_inputs
+from verl_aqn.layout.prompts import SharedPrompts, share_prompts
 from verl_aqn.mxfp4.linear import Mxfp4Linear
-from verl_aqn.verl_api.shared_prompt import share_prompts
 
 ARMS = ("bf16", "packed", "packed, prompts shared")
 
 
-def build(shape: str, layers: int | None, device: str) -> PreTrainedModel:
+def build(shape: str, layers: int | None, device: str, attention: str = "sdpa") -> PreTrainedModel:
     """Random weights in bf16; `layers`: fewer than the shape has."""
     with TemporaryDirectory() as folder:
         config = AutoConfig.from_pretrained(write_config(shape, Path(folder)))
     config.num_hidden_layers = layers or config.num_hidden_layers
     torch.manual_seed(0)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
 
 
 def pack(model: PreTrainedModel) -> None:
@@ -42,7 +44,10 @@ def pack(model: PreTrainedModel) -> None:
                 setattr(module, name, Mxfp4Linear.from_linear(child))
 
 
-def updater(model: PreTrainedModel, inputs: dict[str, Tensor], places: tuple[Tensor, Tensor, Tensor]) -> Callable:
+def updater(
+    model: PreTrainedModel, inputs: dict[str, Tensor], places: tuple[Tensor, Tensor, Tensor],
+    layout: SharedPrompts | None,
+) -> Callable:  # fmt: skip
     """A function that takes one optimiser step. `places`: row, column and label of each answer's token."""
     adapted = get_peft_model(
         model, LoraConfig(r=32, lora_alpha=16, target_modules="all-linear"), autocast_adapter_dtype=False
@@ -51,7 +56,8 @@ def updater(model: PreTrainedModel, inputs: dict[str, Tensor], places: tuple[Ten
     row, column, label = places
 
     def update() -> None:
-        hidden = model.model(**inputs, use_cache=False).last_hidden_state
+        with laid_out(layout):
+            hidden = model.model(**inputs, use_cache=False).last_hidden_state
         logits = model.lm_head(hidden[row, column]).float()
         nn.functional.cross_entropy(logits, label).backward()
         optimizer.step()
@@ -68,13 +74,17 @@ def batches(vocabulary: int, prompts: int, samples: int, prompt: int, response: 
     shared = share_prompts(list(given.to(device)), list(answers.to(device)))
     rows = torch.arange(prompts * samples).repeat_interleave(response)
     columns = (prompt - 1 + torch.arange(response)).repeat(prompts * samples)
-    inputs = {"input_ids": shared.input_ids, "position_ids": shared.position_ids, "attention_mask": shared.mask}
     return {
         "separate": (
             {"input_ids": torch.cat([given, answers], 1).to(device)},
             (rows.to(device), columns.to(device), answers.flatten().to(device)),
+            None,
         ),
-        "shared": (inputs, (shared.row, shared.column, shared.label)),
+        "shared": (
+            shared_inputs(shared, keeps=False),
+            (torch.zeros_like(shared.column), shared.column, shared.label),
+            shared,
+        ),
     }
 
 
@@ -89,11 +99,12 @@ def measure(
     rows: dict[str, dict[str, Any]] = {}
     made = batches(SHAPES[shape][-1], *sizes, device)
     for name in ARMS:
-        model = build(shape, layers, device)
+        shared = "shared" in name
+        model = build(shape, layers, device, NAME if shared else "sdpa")
         if name != "bf16":
             pack(model)
         weights = sum(p.nbytes for p in model.parameters())
-        batch = made["shared" if "shared" in name else "separate"]
+        batch = made["shared" if shared else "separate"]
         rows[name] = {"update": updater(model, *batch), "weights": weights, "times": [], "peak": 0}
     for number in range(rounds + 1):
         for found in rows.values():

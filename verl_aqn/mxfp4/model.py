@@ -24,9 +24,11 @@ def load_model(
     path: str | Path,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """The model of a packed folder, in evaluation mode: `Mxfp4Linear` where it is packed, other weights in ``dtype``.
+
+    Attention is transformers' choice unless told: sdpa, or eager for models without it.
 
     Raises:
         ModelError: the folder is not a packed checkpoint, its weights are damaged, or they are not the model's.
@@ -105,7 +107,9 @@ def dense_config(src: Path) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k not in ("quantization_config", "torch_dtype")} | {"dtype": "bfloat16"}
 
 
-def empty_model(path: Path, dtype: torch.dtype = torch.bfloat16, attn_implementation: str = "eager") -> PreTrainedModel:
+def empty_model(
+    path: Path, dtype: torch.dtype = torch.bfloat16, attn_implementation: str | None = "eager"
+) -> PreTrainedModel:
     """The causal language model that ``path/config.json`` describes, unquantised: parameters on meta, buffers real.
 
     Every architecture has eager attention: enough where only the structure matters.

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from verl_aqn.errors import ConfigError
-from verl_aqn.generate import batches, generate, prefix, shared_length
+from verl_aqn.generate import batches, generate, prefix, prefixes, shared_length
 from verl_aqn.mxfp4.dense import dequantize_linears
 from verl_aqn.noise import NoiseInjector, check_evidence
 from verl_aqn.policy import end_tokens, load_base
@@ -174,7 +174,8 @@ class Probe:
         states = [torch.empty(0)] * len(self.prompts)
         decoder = self.model.get_decoder()
         ids = [prompt.ids for prompt in self.prompts]
-        shared = shared_length(ids)
+        longest = max(len(prompt) + len(group[0]) for prompt, group in zip(ids, self.answers, strict=True))
+        shared = shared_length(ids) if prefixes(self.model, longest) else 0
         for batch in batches(ids, _TOGETHER):
             rows = [ids[i][shared:] + self.answers[i][0][:-1] for i in batch]
             longest = max(map(len, rows))

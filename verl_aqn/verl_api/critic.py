@@ -27,6 +27,7 @@ class AqnValueEngine(PackedBase, FSDPEngineWithValueHead):
 
     def _build_module(self):
         module = self._causal_model()
+        self._decide_layout(module, share=False)  # while it still gives logits
         module.config.tie_word_embeddings = False
         module.set_output_embeddings(ValueHead(module.config.hidden_size))
         return self._finished(module)

@@ -14,13 +14,15 @@ from verl.workers.engine.base import EngineRegistry
 
 from verl_aqn.adapter import ADAPTER_DTYPE, served_adapter
 from verl_aqn.digest import tensor_digest
+from verl_aqn.layout.attention import lay_out
+from verl_aqn.layout.decide import SHARED, shared_inputs
+from verl_aqn.layout.prompts import SharedPrompts, share_prompts
 from verl_aqn.mxfp4.checkpoint import is_packed, model_digest
 from verl_aqn.mxfp4.experts import packed_layers
 from verl_aqn.noise import NoiseInjector
 from verl_aqn.shards import Slices, cut
 from verl_aqn.verl_api.critic import AqnValueEngine
 from verl_aqn.verl_api.packed_base import PackedBase
-from verl_aqn.verl_api.shared_prompt import SharedPrompts, share_prompts
 
 
 class AqnFSDPEngine(PackedBase):
@@ -39,8 +41,10 @@ class AqnFSDPEngine(PackedBase):
     def _build_module(self):
         noisy = self.model_config.override_config.get("noise_in_actor") and not self.engine_config.forward_only
         if not is_packed(self.model_config.local_path) and not noisy:
-            return super()._build_module()
-        module = self._finished(self._causal_model())
+            module = super()._build_module()
+        else:
+            module = self._finished(self._causal_model())
+        self._decide_layout(module, share=True)
         if noisy:
             # Here the norms have the rollout's names and are whole; PEFT and FSDP wrap them afterwards.
             self.noise = NoiseInjector(module, beside=True)
@@ -75,24 +79,22 @@ class AqnFSDPEngine(PackedBase):
         return sorted({str(layer.activation or "none") for layer in packed_layers(self.module)})
 
     def prepare_model_inputs(self, micro_batch):
-        """Each prompt once for all of its samples, where verl would pad; packed batches go verl's own way."""
+        """Each prompt once for all of its samples, if the model can take that; otherwise verl's own rows."""
         if not self._shares_prompts(micro_batch):
+            lay_out(None)
             return super().prepare_model_inputs(micro_batch)
         shared = share_prompts(list(micro_batch["prompts"].unbind()), list(micro_batch["responses"].unbind()))
-        inputs = {
-            "input_ids": shared.input_ids,
-            "position_ids": shared.position_ids,
-            "attention_mask": shared.mask,
-            "logits_to_keep": shared.input_ids.shape[1] - shared.first_column,
-        }
-        return inputs, {"shared": shared}
+        lay_out(shared)  # for the forward that comes now
+        return shared_inputs(shared, self.taken.keeps), {"shared": shared}
 
     def prepare_model_outputs(self, output, output_args, micro_batch, logits_processor_func):
         """log_probs (and entropy) jagged like input_ids, as verl's; 0 at prompt positions, which nothing reads."""
         if not self._shares_prompts(micro_batch):
             return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
+        lay_out(None)
         shared: SharedPrompts = output_args["shared"]
-        logits = output.logits[shared.row, shared.column - shared.first_column].float()  # [T, V]
+        logits = output.logits[0] if self.taken.keeps else output.logits[0, shared.column]
+        logits = logits.float()  # [N, V]
         temperature = micro_batch["temperature"]
         if isinstance(temperature, torch.Tensor):
             logits = logits / temperature.float()[shared.sample].unsqueeze(1).clamp(min=1e-8)
@@ -111,10 +113,9 @@ class AqnFSDPEngine(PackedBase):
             for name, values in result.items()
         }
 
-    @staticmethod
-    def _shares_prompts(micro_batch) -> bool:
-        return not (
-            tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True)
+    def _shares_prompts(self, micro_batch) -> bool:
+        return self.layout == SHARED and not (
+            any(micro_batch.get("multi_modal_inputs", []))
             or tu.get_non_tensor_data(data=micro_batch, key="use_fused_kernels", default=False)
             or tu.get_non_tensor_data(data=micro_batch, key="calculate_sum_pi_squared", default=False)
             or tu.get_non_tensor_data(data=micro_batch, key="distillation_use_topk", default=False)

@@ -3,11 +3,15 @@
 import math
 
 import torch
+from torch import distributed
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from verl.models.transformers.monkey_patch import apply_monkey_patch
+from verl.utils import tensordict_utils as tu
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from verl_aqn.errors import TrainingError
+from verl_aqn.errors import ConfigError, TrainingError
+from verl_aqn.layout.attention import NAME
+from verl_aqn.layout.decide import PACKED, SEPARATE, SHARED, Layout, attention_of, decide, use_attention
 from verl_aqn.mxfp4.checkpoint import is_packed
 from verl_aqn.mxfp4.experts import packed_layers
 from verl_aqn.mxfp4.linear import Activation, Mxfp4Linear
@@ -16,7 +20,13 @@ from verl_aqn.mxfp4.sharding import allow_packed_shards
 
 
 class PackedBase(FSDPEngineWithLMHead):
-    """verl's FSDP engine, whose model may be a packed one."""
+    """verl's FSDP engine, whose model may be a packed one.
+
+    `layout`: how batches are laid out, and why not otherwise, in one line; `taken`: what the model can take.
+    """
+
+    layout: str = SEPARATE
+    taken: Layout = Layout(together=False)
 
     def optimizer_step(self) -> float:
         """As verl's, which leaves out an update whose gradient is not finite and goes on; here the run stops."""
@@ -31,11 +41,13 @@ class PackedBase(FSDPEngineWithLMHead):
         """The base as a causal language model: packed, or in bf16 where the recipe leaves it unquantised."""
         told = self.model_config.override_config  # by verl_aqn.prepare.tell_workers
         path = self.model_config.local_path
+        attention = told.get("attn_implementation")
+        if attention == "sdpa":
+            attention = None  # transformers' choice: sdpa, or eager for the models that sdpa cannot serve
         if not is_packed(path):
-            attention = told.get("attn_implementation", "sdpa")
             return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation=attention)
         allow_packed_shards()
-        module = load_model(path, dtype=torch.bfloat16)
+        module = load_model(path, dtype=torch.bfloat16, attn_implementation=attention)
         for layer in packed_layers(module):
             layer.activation = Activation.parse(told.get("mxfp4_activation"))
             if isinstance(layer, Mxfp4Linear):
@@ -53,6 +65,33 @@ class PackedBase(FSDPEngineWithLMHead):
             module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return module
 
+    def _decide_layout(self, module: PreTrainedModel, share: bool) -> None:
+        """Decide how batches are laid out. `share`: each prompt once for its samples where the model can take it.
+
+        Raises ConfigError where sequence parallelism is asked for a model whose sequences cannot stand in one row.
+        """
+        self.taken = _agreed(decide(module))
+        ulysses = self.ulysses_sequence_parallel_size > 1
+        flash = attention_of(module).startswith("flash")
+        if not self.taken.together:
+            if ulysses:
+                key = "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size"
+                raise ConfigError(f"{key} must be 1: each sequence needs a row of its own, because {self.taken.reason}")
+            self.layout = f"{SEPARATE}: {self.taken.reason}"
+        elif self.use_remove_padding and (flash or ulysses):
+            self.layout = PACKED
+        elif share and not getattr(self.model_config, "use_fused_kernels", False):
+            self.layout = SHARED
+            use_attention(module, NAME)
+        else:
+            self.layout = SEPARATE
+
+    def prepare_model_inputs(self, micro_batch):
+        """As verl's; in rows of their own unless the layout is of packed rows."""
+        if self.layout != PACKED:
+            tu.assign_non_tensor(micro_batch, use_remove_padding=False)
+        return super().prepare_model_inputs(micro_batch)
+
     def _build_lora_module(self, module):
         # Adapters begin as random numbers, which verl leaves to a generator that nobody has seeded.
         with torch.random.fork_rng(devices=[]):
@@ -64,3 +103,14 @@ class PackedBase(FSDPEngineWithLMHead):
             if param.requires_grad:
                 param.data = param.data.float()
         return module
+
+
+def _agreed(found: Layout | None) -> Layout:
+    """What all ranks can take: those whose weights are on meta (None) do as the others."""
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        assert found
+        return found
+    told: list[tuple[bool, str, bool] | None] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(told, found and (found.together, found.reason, found.keeps))
+    together, reason, keeps = min(answer for answer in told if answer)  # False before True
+    return Layout(together, reason, found.rules if found else (), keeps)

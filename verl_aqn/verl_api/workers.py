@@ -63,6 +63,11 @@ class AqnActorWorker(ActorRolloutRefWorker):
         return self.actor.engine.activations()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def layout(self) -> str:
+        """How the actor lays batches out, and why not otherwise, in one line."""
+        return self.actor.engine.layout
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def expect_slices(self, slicings: list[dict]) -> None:
         """Which parts of the adapter the rollout's ranks hold: from now on `sent_adapters` has a digest for each."""
         self.actor.engine.slicings = tuple(slicings)
