@@ -21,7 +21,7 @@ class Built(NamedTuple):
     """The model that the folder's tensors belong to: ``model`` itself unless the folder is multimodal."""
 
 
-def build(path: Path, dtype: torch.dtype = torch.bfloat16, attn_implementation: str = "eager") -> Built:
+def build(path: Path, dtype: torch.dtype = torch.bfloat16, attn_implementation: str | None = "eager") -> Built:
     """Build the models that ``path/config.json`` describes, unquantised.
 
     Every architecture has eager attention: enough where only the structure matters. The text part of a multimodal

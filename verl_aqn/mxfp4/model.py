@@ -27,9 +27,11 @@ def load_model(
     path: str | Path,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """The model of a packed folder, in evaluation mode: `Mxfp4Linear` where it is packed, other weights in ``dtype``.
+
+    Without ``attn_implementation`` it is transformers' choice: SDPA, or eager where the architecture has no other.
 
     Raises:
         ModelError: the folder is not a packed checkpoint, its weights are damaged, or they are not the model's.
@@ -40,7 +42,7 @@ def load_model(
 
 
 def load_dense(
-    path: str | Path, dtype: torch.dtype = torch.bfloat16, attn_implementation: str = "sdpa"
+    path: str | Path, dtype: torch.dtype = torch.bfloat16, attn_implementation: str | None = None
 ) -> PreTrainedModel:
     """The model of an unquantised folder, or of its text part where it is multimodal, in evaluation mode.
 
@@ -59,7 +61,7 @@ def _load(
     packed: list[str],
     dtype: torch.dtype,
     device: torch.device | str,
-    attn_implementation: str,
+    attn_implementation: str | None,
 ) -> PreTrainedModel:
     built = build(path, dtype, attn_implementation)
     model, naming = built.model, Naming(built, weights.specs)

@@ -142,6 +142,9 @@ class Naming:
                 break
         else:
             return
+        theirs = table.hub_form(key) if plain == key else plain
+        if not suffix:
+            self._kept[name] = theirs
         ours = table.in_text(key)
         if ours is None:
             self.passed.add(name)
@@ -157,9 +160,6 @@ class Naming:
                 self.converters.setdefault(ours, (converter, {}))[1][name] = str(pattern)
             return
         self._tensor[name] = ours + _SUFFIXES.get(suffix, "")
-        theirs = table.hub_form(key) if plain == key else plain
-        if not suffix:
-            self._kept[name] = theirs
         self._note(theirs, ours)
 
     @staticmethod
