@@ -11,7 +11,7 @@ from verl_aqn.adapter import Adapter
 from verl_aqn.mxfp4.model import PACKED
 from verl_aqn.mxfp4.names import Naming
 from verl_aqn.mxfp4.report import FILE
-from verl_aqn.mxfp4.storage import Weights, companions, read_config
+from verl_aqn.mxfp4.storage import Weights, companions
 from verl_aqn.serving import served_rank
 
 
@@ -44,7 +44,7 @@ def write_peft_folder(folder: Path, adapter: Adapter, base: Path) -> None:
 
 def target_modules(adapter: Adapter, base: Path) -> list[str]:
     """Last names of the adapter's modules where those mean them and no others of the base, else full names."""
-    naming = Naming(read_config(base).get("model_type", ""))
+    naming = Naming.of_folder(base)
     ours = {naming.in_checkpoint(module) for module in adapter.matrices}
     leaves = sorted({module.rpartition(".")[2] for module in adapter.matrices})
     modules = {

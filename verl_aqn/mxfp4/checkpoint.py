@@ -64,7 +64,7 @@ def quantize_checkpoint(
     weights = Weights(src)
     if kind := foreign_layout(config):
         raise ModelError(f"{src} is MXFP4 already ({kind}): convert it with `verl-aqn quantize {src} DST`")
-    if "quantization_config" in config or any(name.endswith(PACKED) for name in weights.specs):
+    if config.get("quantization_config") or any(name.endswith(PACKED) for name in weights.specs):
         raise ModelError(f"{src} is quantised already: start from the bf16 checkpoint it was made of")
     plan = make_plan(src, weights, exclude)
     packed_name, scale_name = FORMATS[format]
@@ -188,7 +188,11 @@ def model_digest(model: nn.Module) -> str:
 def _packed_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
     for name, module in model.named_modules():
         if isinstance(module, Mxfp4Linear):
-            yield _plain_name(name), _whole(module.weight_packed), _whole(module.weight_scale)
+            yield (
+                module.name_in_checkpoint or _plain_name(name),
+                _whole(module.weight_packed),
+                _whole(module.weight_scale),
+            )
         elif isinstance(module, Mxfp4Experts):
             yield from module.matrices(_plain_name(name), _whole)
 

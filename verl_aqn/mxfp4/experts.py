@@ -1,5 +1,6 @@
 """MoE experts whose weights stay packed in MXFP4."""
 
+import copy
 from collections.abc import Callable, Iterator
 
 import torch
@@ -10,34 +11,41 @@ from verl_aqn.mxfp4.codec import BLOCK
 from verl_aqn.mxfp4.linear import Activation, Mxfp4Linear, PackedProduct, prepare_input
 from verl_aqn.mxfp4.names import ROLES, Expert, Naming, parts_in
 
+STACKS = ("gate_up_proj", "down_proj")
+
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether ``module`` holds the experts of a MoE layer as transformers 5 fuses them, in whatever layout."""
-    stacks = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
-    return all(isinstance(stack, nn.Parameter) and stack.dim() == 3 for stack in stacks)
+    """Return whether ``module`` holds the experts of a MoE layer as transformers 5 fuses them, in whatever layout."""
+    stacks = [getattr(module, name, None) for name in ("gate_up_proj", "up_proj", "down_proj")]
+    held = [isinstance(stack, nn.Parameter) and stack.dim() == 3 for stack in stacks]
+    return held[2] and (held[0] or held[1])
 
 
 def why_not_packable(experts: nn.Module) -> str:
-    """What keeps a fused experts module from being packed, or an empty string.
+    """Return what keeps a fused experts module from being packed, or an empty string.
 
-    `Mxfp4Experts` computes act(gate) * up with gate and up stacked in [E, 2I, H] and without biases: Qwen2-MoE,
-    Qwen3-MoE, Mixtral, DeepSeek, GLM and most others. gpt-oss is the exception, transposed, interleaved and biased.
+    `Mxfp4Experts` computes a product for gate and up together, the module's own gating, and a product for down, with
+    or without biases. transformers describes these layouts by flags (``use_experts_implementation``).
     """
-    from transformers.integrations.moe import _default_apply_gate
+    if not hasattr(experts, "has_gate") or not hasattr(experts, "_apply_gate"):
+        return "transformers does not say how they compute"
+    return "" if experts.has_gate else "they have no gate"
 
-    if getattr(type(experts), "_apply_gate", None) is not _default_apply_gate:
-        return "they combine gate and up in their own way"
-    wanted = {"is_transposed": False, "is_concatenated": True, "has_bias": False, "has_gate": True}
-    return ", ".join(f"{name} is {not value}" for name, value in wanted.items() if getattr(experts, name) != value)
+
+def in_one_stack(experts: nn.Module) -> bool:
+    """Return whether experts of this layout stay one tensor in a checkpoint, as gpt-oss's do, and get no names each."""
+    return bool(experts.is_transposed or experts.has_bias or not experts.is_concatenated)
 
 
 class Mxfp4Experts(nn.Module):
     """The frozen experts of one MoE layer in MXFP4, in place of transformers' fused module.
 
     Parameters, uint8 and never trained: ``gate_up_proj_packed`` [E, 2I, H/2] with ``gate_up_proj_scale`` [E, 2I, H/32],
-    and ``down_proj_packed`` [E, H, I/2] with ``down_proj_scale`` [E, H, I/32]. They are uninitialised until a state
-    dict fills them. One expert is dequantised at a time, in forward and again in backward. ``activation`` is
-    `Mxfp4Linear`'s.
+    and ``down_proj_packed`` [E, H, I/2] with ``down_proj_scale`` [E, H, I/32]; rows are output features, whatever the
+    layout of transformers' module. Their order is that module's: gate above up, or alternating in gpt-oss. The biases
+    ``gate_up_proj_bias`` [E, 2I] and ``down_proj_bias`` [E, H] are there where it has them. All are uninitialised
+    until a state dict fills them. One expert is dequantised at a time, in forward and again in backward.
+    ``activation`` is `Mxfp4Linear`'s.
 
     Raises:
         ModelError: ``experts`` has a layout that cannot be packed.
@@ -45,8 +53,10 @@ class Mxfp4Experts(nn.Module):
 
     gate_up_proj_packed: Tensor
     gate_up_proj_scale: Tensor
+    gate_up_proj_bias: Tensor | None
     down_proj_packed: Tensor
     down_proj_scale: Tensor
+    down_proj_bias: Tensor | None
 
     def __init__(self, experts: nn.Module, naming: Naming):
         super().__init__()
@@ -54,22 +64,32 @@ class Mxfp4Experts(nn.Module):
             raise ModelError(f"{type(experts).__name__} cannot stay packed ({fault}): dequantise the checkpoint")
         self.naming = naming
         self.activation: Activation | None = None
-        self.act_fn: Callable[[Tensor], Tensor] = experts.act_fn  # type: ignore[assignment]
-        for name in ("gate_up_proj", "down_proj"):
+        self.in_one_stack = in_one_stack(experts)
+        for name in STACKS:
             e, n, k = getattr(experts, name).shape
+            if experts.is_transposed:
+                n, k = k, n
             for kind, width in (("packed", k // 2), ("scale", k // BLOCK)):
                 codes = torch.empty(e, n, width, dtype=torch.uint8, device="meta")
                 self.register_parameter(f"{name}_{kind}", nn.Parameter(codes, requires_grad=False))
+            self.register_parameter(f"{name}_bias", getattr(experts, f"{name}_bias", None))
+        # The module's own way to combine gate and up, with its constants and without its weights.
+        without = copy.copy(experts)
+        without._parameters = {}
+        self._gate: Callable[[Tensor], Tensor] = without._apply_gate  # type: ignore[assignment]
 
     def matrices(self, name: str, whole: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(checkpoint's module name, packed, scale) of every expert's matrices, where this module is called ``name``.
+        """(checkpoint's module name, packed, scale) of every expert's matrices, or of the stacks of experts.
 
-        ``whole`` gathers a parameter that is sharded.
+        The model calls this module ``name``. ``whole`` gathers a parameter that is sharded.
         """
         stacks = {
-            fused: (whole(getattr(self, f"{fused}_packed")), whole(getattr(self, f"{fused}_scale")))
-            for fused in ("gate_up_proj", "down_proj")
+            fused: (whole(getattr(self, f"{fused}_packed")), whole(getattr(self, f"{fused}_scale"))) for fused in STACKS
         }
+        if self.in_one_stack:
+            for fused, (packed, scale) in stacks.items():
+                yield self.naming.in_checkpoint(f"{name}.{fused}"), packed, scale
+            return
         for index in range(len(self.down_proj_packed)):
             for role, (fused, half) in ROLES.items():
                 packed, scale = (stack[index].chunk(parts_in(fused))[half] for stack in stacks[fused])
@@ -80,14 +100,16 @@ class Mxfp4Experts(nn.Module):
         out = torch.zeros_like(hidden_states)
         for e in top_k_index.unique().tolist():
             token, rank = torch.where(top_k_index == e)
-            x = self._product(hidden_states[token], self.gate_up_proj_packed[e], self.gate_up_proj_scale[e])
-            gate, up = x.chunk(2, dim=-1)
-            x = self._product(self.act_fn(gate) * up, self.down_proj_packed[e], self.down_proj_scale[e])
+            x = self._gate(self._product("gate_up_proj", e, hidden_states[token]))
+            x = self._product("down_proj", e, x)
             out = out.index_add(0, token, (x * top_k_weights[token, rank, None]).to(out.dtype))
         return out
 
-    def _product(self, x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
-        return PackedProduct.apply(prepare_input(x, self.activation), packed, scale, None)
+    def _product(self, name: str, e: int, x: Tensor) -> Tensor:
+        packed, scale, biases = (getattr(self, f"{name}_{kind}") for kind in ("packed", "scale", "bias"))
+        x = prepare_input(x, self.activation)
+        bias = None if biases is None else biases[e].to(x.dtype)
+        return PackedProduct.apply(x, packed[e], scale[e], bias)
 
 
 def packed_layers(model: nn.Module) -> list[Mxfp4Linear | Mxfp4Experts]:

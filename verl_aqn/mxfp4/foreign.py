@@ -13,7 +13,8 @@ All have the even index in the low nibble and E8M0 scales along K: bytes stay, a
 gpt-oss keeps all experts of a layer in one stack S, ``...experts.gate_up_proj`` or ``...experts.down_proj``. It stays
 one: ``S.weight_packed`` [E, N, K/2]. Its rows are output features; in ``gate_up_proj`` gate and up alternate (gate is
 0::2, up is 1::2), and ``gate_up_proj_bias`` [E, 2I] goes with that order. transformers holds the transpose, [E, K, N],
-which is what `dequantize_checkpoint` writes. `load_model` does not take gpt-oss, and stock vLLM reads the original.
+which is what `dequantize_checkpoint` writes. Stock vLLM reads that, and the original, but not stacks of codes under
+compressed-tensors' names.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,10 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from verl_aqn.errors import ConfigError, ModelError
+from verl_aqn.mxfp4.building import build
 from verl_aqn.mxfp4.formats import FORMATS, finish, packed_specs
-from verl_aqn.mxfp4.model import PACKED, PACKED_FORMAT, SCALE, empty_model
+from verl_aqn.mxfp4.model import PACKED, PACKED_FORMAT, SCALE
 from verl_aqn.mxfp4.names import Naming
-from verl_aqn.mxfp4.plan import ROUTERS, matches
+from verl_aqn.mxfp4.plan import ROUTERS, matches, of_other_parts
 from verl_aqn.mxfp4.storage import Spec, Weights, read_config
 from verl_aqn.mxfp4.writing import MAX_SHARD_BYTES, new_folder, write_model
 
@@ -132,11 +134,11 @@ def _matrix_shape(kind: str, name: str, weights: Weights) -> tuple[int, ...]:
 
 def _unpacked(src: Path, packed: set[str]) -> list[str]:
     """Names of the model's linear layers and routers that are not among ``packed``."""
-    model = empty_model(src)
-    naming = Naming(model.config.model_type)
-    names = (
+    built, weights = build(src), Weights(src)
+    model, naming = built.model, Naming(built, weights.specs)
+    names = [
         naming.in_checkpoint(name)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) or any(matches(name, pattern) for pattern in ROUTERS)
-    )
-    return [name for name in names if name not in packed]
+    ]
+    return [name for name in [*names, *of_other_parts(naming, weights)] if name not in packed]

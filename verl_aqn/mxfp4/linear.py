@@ -36,6 +36,8 @@ class Mxfp4Linear(nn.Linear):
     The multiplication runs in the dtype of ``x``, or in autocast's, as ``F.linear`` would; W is exact in bfloat16 and
     float32. Backward keeps the packed bytes only and dequantises again: 16-bit weights live for one layer at a time.
 
+    ``name_in_checkpoint`` is the module's name in the folder that it comes from, if that is known.
+
     ``activation`` rounds x to MXFP4 first, as an engine with 4-bit activations does; its gradient passes straight
     through. None (the default) multiplies with x as it is. With ``keep_dense`` the layer holds W in ``compute_dtype``
     beside the bytes from its first forward on: four times the memory again (and on every rank all of it), and no
@@ -65,6 +67,7 @@ class Mxfp4Linear(nn.Linear):
         self.compute_dtype = compute_dtype
         self.activation: Activation | None = None
         self.keep_dense = False
+        self.name_in_checkpoint: str | None = None
         self._dense: Tensor | None = None
         self.weight_packed = _frozen(torch.empty(out_features, in_features // 2, dtype=torch.uint8, device=device))
         self.weight_scale = _frozen(torch.empty(out_features, in_features // BLOCK, dtype=torch.uint8, device=device))

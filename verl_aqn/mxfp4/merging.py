@@ -16,7 +16,7 @@ from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4.model import DenseView, dense_config
 from verl_aqn.mxfp4.names import Naming
 from verl_aqn.mxfp4.report import FILE
-from verl_aqn.mxfp4.storage import Spec, Weights, read_config
+from verl_aqn.mxfp4.storage import Spec, Weights
 from verl_aqn.mxfp4.writing import MAX_SHARD_BYTES, write_model
 
 
@@ -83,7 +83,7 @@ def covered(src: Path, weights: DenseView | Weights, adapter: Adapter) -> dict[s
     Raises:
         ModelError: a module has no weight [N, K] of its own in ``src``, as in fused experts, or of another shape.
     """
-    naming = Naming(read_config(src).get("model_type", ""))
+    naming = Naming.of_folder(src)
     found = {}
     for module, (a, b) in adapter.matrices.items():
         name = naming.in_checkpoint(module) + ".weight"

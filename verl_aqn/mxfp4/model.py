@@ -1,18 +1,21 @@
 """Packed checkpoints as transformers models: build, load, and write out as plain bfloat16."""
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from verl_aqn.errors import ModelError, first_line
+from verl_aqn.errors import ModelError
+from verl_aqn.mxfp4.building import build, is_multimodal
+from verl_aqn.mxfp4.building import empty_model as empty_model  # asked for here, too
 from verl_aqn.mxfp4.codec import dequantize
 from verl_aqn.mxfp4.experts import Mxfp4Experts, is_fused
 from verl_aqn.mxfp4.linear import Mxfp4Linear
-from verl_aqn.mxfp4.names import ROLES, Naming, parts_in, parts_of
+from verl_aqn.mxfp4.names import ROLES, Naming, is_expert, parts_in, parts_of
 from verl_aqn.mxfp4.storage import Spec, Weights, read_config
 from verl_aqn.mxfp4.writing import MAX_SHARD_BYTES, new_folder, write_model
 
@@ -28,24 +31,52 @@ def load_model(
 ) -> PreTrainedModel:
     """The model of a packed folder, in evaluation mode: `Mxfp4Linear` where it is packed, other weights in ``dtype``.
 
-    Attention is transformers' choice unless told: sdpa, or eager for models without it.
+    Without ``attn_implementation`` it is transformers' choice: SDPA, or eager where the architecture has no other.
 
     Raises:
         ModelError: the folder is not a packed checkpoint, its weights are damaged, or they are not the model's.
     """
     path = Path(path)
     weights = open_packed(path)
-    model = empty_model(path, dtype, attn_implementation)
-    naming = Naming(model.config.model_type)
-    _place_packed_layers(model, naming, packed_modules(weights), dtype, path)
+    return _load(path, weights, packed_modules(weights), dtype, device, attn_implementation)
+
+
+def load_dense(
+    path: str | Path, dtype: torch.dtype = torch.bfloat16, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """The model of an unquantised folder, or of its text part where it is multimodal, in evaluation mode.
+
+    Raises:
+        ModelError: the folder's weights are damaged, or they are not the model's.
+    """
+    path = Path(path)
+    if not is_multimodal(path):
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation).eval()
+    return _load(path, Weights(path), [], dtype, "cpu", attn_implementation)
+
+
+def _load(
+    path: Path,
+    weights: Weights,
+    packed: list[str],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    attn_implementation: str | None,
+) -> PreTrainedModel:
+    built = build(path, dtype, attn_implementation)
+    model, naming = built.model, Naming(built, weights.specs)
+    _place_packed_layers(model, naming, packed, weights, dtype, path)
     sources = naming.sources(weights.specs)
     check_names(model, naming, sources, path)
 
-    state = {}
+    state: dict[str, Tensor] = {}
     expected = model.state_dict()
-    for name in expected.keys() & sources.keys():
-        tensor = _gather(weights, naming, expected[name], sources[name], path)
+    for name in sorted(expected.keys() & sources.keys()):
+        if name not in state:
+            state |= _gather(weights, naming, name, expected, sources[name], path)
+    for name, tensor in state.items():
         state[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
+    _check_tied(model, state, path)
     try:
         model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:  # its lines name the tensor and both shapes
@@ -107,27 +138,6 @@ def dense_config(src: Path) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k not in ("quantization_config", "torch_dtype")} | {"dtype": "bfloat16"}
 
 
-def empty_model(
-    path: Path, dtype: torch.dtype = torch.bfloat16, attn_implementation: str | None = "eager"
-) -> PreTrainedModel:
-    """The causal language model that ``path/config.json`` describes, unquantised: parameters on meta, buffers real.
-
-    Every architecture has eager attention: enough where only the structure matters.
-    """
-    from accelerate import init_empty_weights
-
-    read_config(path)
-    try:
-        config = AutoConfig.from_pretrained(path)
-        # Otherwise transformers' own quantiser would start.
-        config.__dict__.pop("quantization_config", None)
-        with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        file = path / "config.json"
-        raise ModelError(f"transformers cannot build the model of {file}: {first_line(error)}") from error
-
-
 def check_names(model: PreTrainedModel, naming: Naming, sources: dict[str, list[str]], path: Path) -> None:
     """Raise ModelError unless ``sources`` has exactly the model's tensors (a tied copy may be left out).
 
@@ -155,30 +165,79 @@ def check_names(model: PreTrainedModel, naming: Naming, sources: dict[str, list[
             )
 
 
+def _check_tied(model: PreTrainedModel, state: dict[str, Tensor], path: Path) -> None:
+    """Raise ModelError where config.json ties two weights that the folder stores with different values."""
+    for copied, original in model.all_tied_weights_keys.items():
+        if copied in state and original in state and not torch.equal(state[copied], state[original]):
+            raise ModelError(
+                f"{path / 'config.json'} ties {copied} to {original}, but the folder stores other values for it: set "
+                "tie_word_embeddings to false, or remove the tensor"
+            )
+
+
 def _place_packed_layers(
-    model: PreTrainedModel, naming: Naming, packed: list[str], dtype: torch.dtype, path: Path
+    model: PreTrainedModel, naming: Naming, packed: list[str], weights: Weights, dtype: torch.dtype, path: Path
 ) -> None:
     """Put an `Mxfp4Linear` or `Mxfp4Experts`, on meta, where the checkpoint's modules ``packed`` belong."""
     modules = dict(model.named_modules())
     for name in packed:
-        expert = naming.expert(name)
-        where = expert.module if expert else naming.in_model(name)
+        expert, stack = naming.expert(name), len(weights.specs[name + PACKED].shape) == 3
+        where = expert.module if expert else naming.module_in_model(name)
+        where = where.rpartition(".")[0] if stack else where
         module = modules.get(where)
-        if expert and module is not None and is_fused(module):
+        if (expert or stack) and module is not None and is_fused(module):
             modules[where] = Mxfp4Experts(module, naming)
         elif isinstance(module, nn.Linear) and not expert:
             bias = module.bias is not None
             modules[where] = Mxfp4Linear(module.in_features, module.out_features, bias, "meta", dtype)
+            modules[where].name_in_checkpoint = name
         elif not isinstance(module, Mxfp4Experts):
-            hint = "; turn gpt-oss into bf16 with dequantize_checkpoint" if where.endswith("experts.down_proj") else ""
-            raise ModelError(f"{path} packs {name}, which is not a linear layer of {type(model).__name__}{hint}")
+            raise ModelError(f"{path} packs {name}, which is not a linear layer of {type(model).__name__}")
         model.set_submodule(where, modules[where])
 
 
-def _gather(weights: Weights, naming: Naming, target: Tensor, names: list[str], path: Path) -> Tensor:
-    """A tensor of the model like ``target``: the checkpoint's one tensor, or a fused stack put together of many."""
-    if not naming.expert(names[0]):
-        return weights.read(names[0])
+def _gather(
+    weights: Weights, naming: Naming, name: str, expected: dict[str, Tensor], sources: list[str], path: Path
+) -> dict[str, Tensor]:
+    """Tensor ``name`` of the model: the checkpoint's one tensor, or what transformers makes of those in ``sources``.
+
+    A fused stack of experts is put together one matrix at a time. With ``name`` come its siblings, where one tensor of
+    the checkpoint becomes several.
+    """
+    if naming.expert(sources[0]):
+        return {name: _stack(weights, naming, expected[name], sources, path)}
+    first = next((key for key, (c, _) in naming.converters.items() if key == name or _is_sibling(c, key, name)), None)
+    if first is None:
+        return {name: weights.read(sources[0])}
+    converter, patterns = copy.deepcopy(naming.converters[first][0]), naming.converters[first][1]
+    for source in sorted(patterns, key=_natural):
+        converter.add_tensor(first, source, patterns[source], weights.read(source))
+    try:
+        # Some operations look at the shape that the model has.
+        made = converter.convert(first, model=_Shapes(expected), config=None)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"the weights of {path} do not fit its config.json: {first}: {error}") from error
+    return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+
+
+def _is_sibling(converter: Any, first: str, name: str) -> bool:
+    targets = converter.target_patterns
+    return any(first.replace(targets[0], other) == name for other in targets[1:])
+
+
+class _Shapes:
+    """A model's tensors by name, as transformers' operations ask for them."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        self.get_parameter = tensors.__getitem__
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
+def _stack(weights: Weights, naming: Naming, target: Tensor, names: list[str], path: Path) -> Tensor:
+    """A fused stack like ``target`` out of the matrices of its experts."""
     stack = torch.empty(target.shape, dtype=weights.specs[names[0]].dtype)
     for name in names:
         expert = naming.expert(name)
@@ -200,8 +259,8 @@ def has_packed_experts(path: Path) -> bool:
     Raises:
         ModelError: the folder is not a packed checkpoint or is damaged.
     """
-    naming = Naming(read_config(path).get("model_type", ""))
-    return any(naming.expert(module) for module in packed_modules(open_packed(path)))
+    weights = open_packed(path)
+    return any(is_expert(name) or len(weights.specs[name + PACKED].shape) == 3 for name in packed_modules(weights))
 
 
 def open_packed(path: Path) -> Weights:

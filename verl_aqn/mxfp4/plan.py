@@ -8,10 +8,11 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from verl_aqn.errors import ConfigError, ModelError
+from verl_aqn.mxfp4.building import build
 from verl_aqn.mxfp4.codec import BLOCK
-from verl_aqn.mxfp4.experts import is_fused, why_not_packable
-from verl_aqn.mxfp4.model import check_names, empty_model
-from verl_aqn.mxfp4.names import ROLES, Expert, Naming, parts_in
+from verl_aqn.mxfp4.experts import STACKS, in_one_stack, is_fused, why_not_packable
+from verl_aqn.mxfp4.model import check_names
+from verl_aqn.mxfp4.names import ROLES, Expert, Naming, is_merged, parts_in
 from verl_aqn.mxfp4.storage import Weights
 
 EXCLUDE = ("lm_head", "embed_tokens")
@@ -25,14 +26,19 @@ class Piece(NamedTuple):
 
     module: str
     tensor: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     expert: int | None = None
     """Index into a fused stack."""
     half: int = 0
     """Which of the equal parts of the rows, for gate and up in one stack."""
+    transposed: bool = False
+    """A stack [E, N, K] that the source has as [E, K, N]."""
 
     def read(self, weights: Weights) -> Tensor:
-        """The matrix [N, K]."""
+        """The matrix [N, K] or the stack [E, N, K]."""
+        if len(self.shape) == 3:
+            stack = weights.read(self.tensor)
+            return stack.transpose(1, 2).contiguous() if self.transposed else stack
         rows = self.shape[0]
         return weights.read(self.tensor, self.expert)[self.half * rows : (self.half + 1) * rows]
 
@@ -52,8 +58,8 @@ def make_plan(src: Path, weights: Weights, exclude: tuple[str, ...]) -> Plan:
         ModelError: the tensors are not those of config.json's model, or a layer does not fit MXFP4.
         ConfigError: an entry of ``exclude`` matches nothing, or some experts of a layer and not the others.
     """
-    model = empty_model(src)
-    naming = Naming(model.config.model_type)
+    built = build(src)
+    model, naming = built.model, Naming(built, weights.specs)
     sources = naming.sources(weights.specs)
     check_names(model, naming, sources, src)
     modules = dict(model.named_modules())
@@ -76,19 +82,22 @@ def make_plan(src: Path, weights: Weights, exclude: tuple[str, ...]) -> Plan:
                 continue
             if fault := why_not_packable(module):
                 raise ModelError(f"{name} of {src}: {type(module).__name__} cannot be packed ({fault}): exclude it")
-            pieces += [_expert_piece(expert, module, naming, sources) for expert in experts[name]]
+            pieces += _expert_pieces(name, module, experts[name], naming, sources, src)
         elif kept and (router or isinstance(module, nn.Linear)):
             ignored.append(out)
         elif isinstance(module, nn.Linear):
+            if name + ".weight" in naming.converters or len(sources[name + ".weight"]) != 1:
+                raise ModelError(f"{src} stores {out} in another form than {type(model).__name__} has it: exclude it")
             (tensor,) = sources[name + ".weight"]
+            out = naming.kept_name(tensor).removesuffix(".weight")
             pieces.append(Piece(out, tensor, (module.out_features, module.in_features)))
     for piece in pieces:
         _check(src, weights, piece)
     if not pieces:
         raise ModelError(f"{src} has no linear layer to quantise: {type(model).__name__} with exclude {list(exclude)}")
     used = {piece.tensor for piece in pieces}
-    keep = {name: _kept_name(naming, name) for name in weights.specs if name not in used}
-    return Plan(pieces, ignored, keep)
+    keep = {name: naming.kept_name(name) for name in weights.specs if name not in used}
+    return Plan(pieces, [*ignored, *of_other_parts(naming, weights)], keep)
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -115,6 +124,37 @@ def _excluded(module: str, names: list[str], exclude: tuple[str, ...]) -> bool:
     return all(excluded)
 
 
+def _expert_pieces(
+    name: str, module: nn.Module, experts: list[Expert], naming: Naming, sources: dict[str, list[str]], src: Path
+) -> list[Piece]:
+    """The pieces of a layer's experts: a matrix each, or the two stacks where the layout keeps them together."""
+    foreign = [s for s in STACKS if f"{name}.{s}" in naming.converters and not _merged(naming, f"{name}.{s}")]
+    if foreign:
+        raise ModelError(f"{src} stores {name}.{foreign[0]} in another form than transformers has it: exclude {name}")
+    if not in_one_stack(module):
+        return [_expert_piece(expert, module, naming, sources) for expert in experts]
+    pieces = []
+    for stack in STACKS:
+        e, n, k = getattr(module, stack).shape
+        (tensor,) = sources[f"{name}.{stack}"]
+        shape = (e, k, n) if module.is_transposed else (e, n, k)
+        pieces.append(Piece(naming.kept_name(tensor), tensor, shape, transposed=bool(module.is_transposed)))
+    return pieces
+
+
+def _merged(naming: Naming, stack: str) -> bool:
+    return is_merged(naming.converters[stack][0])
+
+
+def of_other_parts(naming: Naming, weights: Weights) -> list[str]:
+    """The modules with a matrix in a multimodal folder's other parts, which stay as they are.
+
+    vLLM may build any of them as a linear layer, a convolution of transformers' included.
+    """
+    modules = (name.removesuffix(".weight") for name in naming.passed if name.endswith(".weight"))
+    return sorted(module for module in modules if len(weights.specs[module + ".weight"].shape) > 1)
+
+
 def _expert_piece(expert: Expert, module: nn.Module, naming: Naming, sources: dict[str, list[str]]) -> Piece:
     stack, half = ROLES[expert.role]
     _, rows, k = getattr(module, stack).shape
@@ -128,8 +168,8 @@ def _expert_piece(expert: Expert, module: nn.Module, naming: Naming, sources: di
 
 def _check(src: Path, weights: Weights, piece: Piece) -> None:
     spec = weights.specs[piece.tensor]
-    n, k = piece.shape
-    expected: tuple[int, ...] = piece.shape
+    *lead, n, k = piece.shape
+    expected: tuple[int, ...] = (*lead, k, n) if piece.transposed else piece.shape
     if piece.expert is not None:
         expected = (spec.shape[0], parts_in(piece.tensor.rpartition(".")[2]) * n, k)
     if spec.shape != expected or not spec.dtype.is_floating_point:
@@ -141,7 +181,3 @@ def _check(src: Path, weights: Weights, piece: Piece) -> None:
         raise ModelError(
             f"{piece.module} of {src} takes {k} inputs, not a multiple of {BLOCK} as MXFP4 needs: exclude it"
         )
-
-
-def _kept_name(naming: Naming, name: str) -> str:
-    return name if naming.expert(name) else naming.in_checkpoint(naming.in_model(name))

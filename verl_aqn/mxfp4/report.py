@@ -19,7 +19,7 @@ class ModuleReport:
     """What became of one linear layer, or of one matrix of one expert."""
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     error: ErrorSplit
     bytes_before: int
     bytes_after: int

@@ -32,6 +32,11 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
+def has_weights(folder: Path) -> bool:
+    """Return whether `Weights` finds files in ``folder``."""
+    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+
+
 class Spec(NamedTuple):
     """What a tensor is, without its values."""
 

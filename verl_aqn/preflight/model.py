@@ -7,11 +7,11 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from verl_aqn.errors import ModelError
-from verl_aqn.mxfp4.experts import is_fused
-from verl_aqn.mxfp4.model import empty_model
+from verl_aqn.mxfp4.building import build
+from verl_aqn.mxfp4.experts import STACKS, is_fused, why_not_packable
 from verl_aqn.mxfp4.names import Naming
 from verl_aqn.mxfp4.plan import ROUTERS, matches
-from verl_aqn.mxfp4.storage import read_config
+from verl_aqn.mxfp4.storage import Weights, has_weights, read_config
 from verl_aqn.preflight.shape import Shape
 
 
@@ -25,12 +25,14 @@ def shape_of(folder: Path, exclude: tuple[str, ...]) -> Shape:
     """
     quantization = read_config(folder).get("quantization_config") or {}
     exclude = (*exclude, *quantization.get("ignore", ()))
-    model = empty_model(folder)
+    built = build(folder)
+    model = built.model
     layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1), None)
     layers = layers or next((m for m in model.modules() if isinstance(m, nn.ModuleList)), None)
     if layers is None:
         raise ModelError(f"{folder}: {type(model).__name__} has no list of decoder layers")
-    packed = dict(_packed(model, exclude))
+    naming = Naming(built, Weights(folder).specs if has_weights(folder) else ())
+    packed = dict(_packed(model, naming, exclude))
     config, names = model.config.get_text_config(), {module: name for name, module in model.named_modules()}
     heads = config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -69,9 +71,8 @@ def shape_of(folder: Path, exclude: tuple[str, ...]) -> Shape:
     )
 
 
-def _packed(model: PreTrainedModel, exclude: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+def _packed(model: PreTrainedModel, naming: Naming, exclude: tuple[str, ...]) -> Iterator[tuple[str, int]]:
     """Name and elements of every module that `make_plan` packs."""
-    naming = Naming(model.config.model_type)
     for name, module in model.named_modules():
         names = [naming.in_checkpoint(name)]
         if is_fused(module):  # experts are left out together, each by its own name
@@ -79,8 +80,8 @@ def _packed(model: PreTrainedModel, exclude: tuple[str, ...]) -> Iterator[tuple[
         kept = any(matches(each, pattern) for each in names for pattern in (*ROUTERS, *exclude))
         if kept or module is model.get_output_embeddings():
             continue
-        if is_fused(module):
-            yield name, module.gate_up_proj.numel() + module.down_proj.numel()
+        if is_fused(module) and not why_not_packable(module):
+            yield name, sum(module.get_parameter(stack).numel() for stack in STACKS)
         elif isinstance(module, nn.Linear):
             yield name, module.weight.numel()
 
