@@ -28,11 +28,14 @@ def load_model(
 ) -> PreTrainedModel:
     """The model of a packed folder, in evaluation mode: `Mxfp4Linear` where it is packed, other weights in ``dtype``.
 
+    On device ``meta`` no values are read: the call checks that the folder's names, shapes and config belong together.
+
     Raises:
         ModelError: the folder is not a packed checkpoint, its weights are damaged, or they are not the model's.
     """
     path = Path(path)
     weights = open_packed(path)
+    weights.device = "meta" if torch.device(device).type == "meta" else "cpu"
     model = empty_model(path, dtype, attn_implementation)
     naming = Naming(model.config.model_type)
     _place_packed_layers(model, naming, packed_modules(weights), dtype, path)
@@ -175,7 +178,7 @@ def _gather(weights: Weights, naming: Naming, target: Tensor, names: list[str], 
     """A tensor of the model like ``target``: the checkpoint's one tensor, or a fused stack put together of many."""
     if not naming.expert(names[0]):
         return weights.read(names[0])
-    stack = torch.empty(target.shape, dtype=weights.specs[names[0]].dtype)
+    stack = torch.empty(target.shape, dtype=weights.specs[names[0]].dtype, device=weights.device)
     for name in names:
         expert = naming.expert(name)
         assert expert
@@ -205,6 +208,11 @@ def open_packed(path: Path) -> Weights:
     quantization: dict[str, Any] = read_config(path).get("quantization_config") or {}
     if quantization.get("format") != PACKED_FORMAT:
         raise ModelError(f"{path} is not a packed MXFP4 checkpoint: make one with `verl-aqn quantize {path} DST`")
+    if quantization.get("kv_cache_scheme"):
+        raise ModelError(
+            f"{path / 'config.json'} asks for a quantised KV cache (kv_cache_scheme), which the trainer does not have: "
+            "remove kv_cache_scheme, and the k_scale and v_scale tensors"
+        )
     return Weights(path)
 
 
