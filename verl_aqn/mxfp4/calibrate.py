@@ -7,17 +7,20 @@ make up for the errors of earlier ones.
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from verl_aqn.data import word_problems
 from verl_aqn.errors import DataError, ModelError, first_line
 from verl_aqn.mxfp4.experts import is_fused
-from verl_aqn.mxfp4.model import empty_model
+from verl_aqn.mxfp4.layer_calls import Call, check_decoder, record_calls
+from verl_aqn.mxfp4.model import check_names, empty_model
+from verl_aqn.mxfp4.names import Naming
 from verl_aqn.mxfp4.storage import Weights, read_config
 
 _BATCH = 8  # sequences a forward pass
@@ -28,36 +31,51 @@ class Calibration:
     """The inputs of every linear layer of the Hugging Face folder ``src`` while it is being quantised, layer by layer.
 
     ``ids`` int64 [S, L] are the calibration tokens, without padding. For each linear layer, in the model's order, call
-    `second_moment` and, once its codes are known, `replace`. The decoder is of Llama's form: a list of layers that all
-    get the same mask and rotary embedding.
+    `second_moment` and, once its codes are known, `replace`. Each layer runs with the arguments that its decoder gives
+    it: its own mask, position embeddings and per-layer inputs.
 
     Raises:
-        ModelError: ``src`` is no Hugging Face folder that transformers can build, its decoder has another form, or it
-            is a mixture of experts.
+        ModelError: ``src`` is no Hugging Face folder that transformers can build, its decoder is no list of layers that
+            run one after the other, or it is a mixture of experts.
     """
 
     def __init__(self, src: str | Path, ids: Tensor, dtype: torch.dtype = torch.bfloat16):
         self._weights = Weights(Path(src))
         self._dtype = dtype
-        model = empty_model(Path(src), dtype, "sdpa")
+        model = _attending(Path(src), dtype)
         if any(is_fused(module) for module in model.modules()):
             raise ModelError(f"cannot calibrate {type(model).__name__}: experts are rounded plainly only")
+        naming = Naming(model.config.model_type)
+        self._sources = naming.sources(self._weights.specs)
+        check_names(model, naming, self._sources, Path(src))
+        self._modules = {
+            naming.in_checkpoint(name): name for name, m in model.named_modules() if isinstance(m, nn.Linear)
+        }
         decoder = model.get_decoder()
-        self._layers: nn.ModuleList | None = getattr(decoder, "layers", None)
-        if self._layers is None:
-            raise ModelError(f"cannot calibrate {type(model).__name__}: its decoder has no list named layers")
-        self._prefix = next(name for name, module in model.named_modules() if module is self._layers)
-        embedding = model.get_input_embeddings()
-        name = next(name for name, module in model.named_modules() if module is embedding)
-        self._load(embedding, name)
+        self._layers = _layers(decoder, model.config.get_text_config().num_hidden_layers)
+        names = {module: name for name, module in model.named_modules()}
+        self._prefix = names[self._layers]
+        for name, module in decoder.named_children():
+            if module is not self._layers:
+                self._load(module, f"{names[decoder]}.{name}")
+        check_decoder(decoder, self._layers, ids[:1])
         self._hidden: list[Tensor] = []
-        self._arguments: list[dict[str, Any]] = []
+        self._calls: list[list[Call]] = []
         for batch in ids.split(_BATCH):
-            hidden, arguments = _first_inputs(decoder, self._layers[0], batch)
+            hidden, calls = record_calls(decoder, self._layers, batch)
             self._hidden.append(hidden)
-            self._arguments.append(arguments)
+            self._calls.append(calls)
+        for module in decoder.children():
+            if isinstance(module, nn.Embedding):
+                module.to("meta")
         self._at = -1
         self._moments: dict[str, Tensor] = {}
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise ModelError unless all of the checkpoint's linear layers ``names`` are in the decoder's layers."""
+        for name in names:
+            if not self._modules.get(name, name).startswith(self._prefix + "."):
+                raise ModelError(f"cannot calibrate {name}, which is outside {self._prefix}: exclude it")
 
     def second_moment(self, name: str) -> Tensor:
         """X^T X, float32 [K, K], over the inputs X of linear layer ``name``; zero where it never ran.
@@ -68,24 +86,22 @@ class Calibration:
         Raises:
             ModelError: ``name`` is not in the decoder's layers.
         """
-        assert self._layers is not None
-        if not name.startswith(self._prefix + "."):
-            raise ModelError(f"cannot calibrate {name}, which is outside {self._prefix}: exclude it")
+        self.check([name])
+        name = self._modules[name]
         index = int(name.removeprefix(self._prefix + ".").split(".")[0])
         assert index >= self._at, "layers are asked for in the model's order"
         while self._at < index:
             self._advance()
         if name not in self._moments:
-            k = self._layer_module(name).in_features
+            k = self._linear(name).in_features
             self._moments[name] = torch.zeros(k, k)
         return self._moments[name]
 
     def replace(self, name: str, weight: Tensor) -> None:
         """From here on linear layer ``name`` multiplies by ``weight`` [N, K]."""
-        self._layer_module(name).weight.data = weight.to(self._dtype)
+        self._linear(self._modules[name]).weight.data = weight.to(self._dtype)
 
-    def _layer_module(self, name: str) -> nn.Linear:
-        assert self._layers is not None
+    def _linear(self, name: str) -> nn.Linear:
         module = self._layers.get_submodule(name.removeprefix(self._prefix + "."))
         assert isinstance(module, nn.Linear), name
         return module
@@ -93,11 +109,10 @@ class Calibration:
     @torch.no_grad()
     def _advance(self) -> None:
         """Pass the inputs through the current layer, drop it, load the next one, and record its linears' inputs."""
-        assert self._layers is not None
         if self._at >= 0:
             layer = self._layers[self._at]
-            for i, arguments in enumerate(self._arguments):
-                self._hidden[i] = _output(layer, self._hidden[i], arguments)
+            for i, calls in enumerate(self._calls):
+                self._hidden[i] = _output(layer, self._hidden[i], calls[self._at])
             layer.to("meta")
         self._at += 1
         layer, prefix = self._layers[self._at], f"{self._prefix}.{self._at}"
@@ -124,14 +139,20 @@ class Calibration:
             return hook
 
         handles = [module.register_forward_pre_hook(record(name)) for name, module in linears.items()]
-        for hidden, arguments in zip(self._hidden, self._arguments, strict=True):
-            _output(layer, hidden, arguments)
+        for hidden, calls in zip(self._hidden, self._calls, strict=True):
+            _output(layer, hidden, calls[self._at])
             seen.clear()
         for handle in handles:
             handle.remove()
 
     def _load(self, module: nn.Module, prefix: str) -> None:
-        state = {name: self._weights.read(f"{prefix}.{name}").to(self._dtype) for name in module.state_dict()}
+        state = {}
+        for name in module.state_dict():
+            sources = self._sources[f"{prefix}.{name}"]
+            if len(sources) != 1:
+                raise ModelError(f"cannot calibrate {prefix}: the checkpoint stores {name} in {len(sources)} parts")
+            tensor = self._weights.read(sources[0])
+            state[name] = tensor.to(self._dtype) if tensor.is_floating_point() else tensor
         module.load_state_dict(state, assign=True)
 
 
@@ -202,29 +223,22 @@ def conversations(tokenizer: Any, n: int, split: str, seed: int) -> list[str]:
     return texts
 
 
-class _Stop(Exception):
-    pass
-
-
-@torch.no_grad()
-def _first_inputs(decoder: nn.Module, first: nn.Module, ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """(hidden states, keyword arguments) with which ``decoder`` calls its ``first`` layer."""
-    caught: list[tuple[Tensor, dict[str, Any]]] = []
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
-        caught.append((args[0] if args else kwargs.pop("hidden_states"), kwargs))
-        raise _Stop
-
-    handle = first.register_forward_pre_hook(hook, with_kwargs=True)
+def _attending(src: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The empty model with SDPA, or with eager attention where the architecture has no other."""
     try:
-        decoder(input_ids=ids, use_cache=False)
-    except _Stop:
-        pass
-    finally:
-        handle.remove()
-    return caught[0]
+        return empty_model(src, dtype, "sdpa")
+    except ModelError:
+        return empty_model(src, dtype, "eager")
 
 
-def _output(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-    result = layer(hidden, **arguments)
+def _layers(decoder: nn.Module, count: int) -> nn.ModuleList:
+    """The decoder's list of ``count`` layers; ModelError where there is none or more than one."""
+    lists = [module for module in decoder.children() if isinstance(module, nn.ModuleList) and len(module) == count]
+    if len(lists) != 1:
+        raise ModelError(f"cannot calibrate {type(decoder).__name__}: {len(lists)} lists of {count} layers, not one")
+    return lists[0]
+
+
+def _output(layer: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    result = layer(hidden, *call.args, **call.kwargs)
     return result[0] if isinstance(result, tuple) else result

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from verl_aqn.adapter import PEFT_PREFIX, unwrapped
 from verl_aqn.errors import ConfigError, EvidenceError, ModelError
+from verl_aqn.mxfp4.checks import as_kept, check_opens
 from verl_aqn.mxfp4.codec import BLOCK, SCALE_RULES, Mxfp4Tensor, dequantize, quantize
 from verl_aqn.mxfp4.error_split import split_error
 from verl_aqn.mxfp4.experts import Mxfp4Experts
@@ -82,7 +83,7 @@ def quantize_checkpoint(
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, out in plan.kept.items():
-            yield out, weights.read(name).to(layout[out].dtype)
+            yield out, as_kept(name, weights, layout[out].dtype)
         for done, piece in enumerate(plan.pieces, start=1):
             weight = piece.read(weights)
             packed, scale = quantizer(piece.module, weight) if quantizer else quantize(weight, scale_rule)
@@ -104,6 +105,8 @@ def quantize_checkpoint(
         before, after = (sum(spec.nbytes for spec in specs.values()) for specs in (weights.specs, layout))
         report = QuantReport(scale_rule, tuple(modules), before, after, combined_digest(digests))
         (folder / FILE).write_text(json.dumps(report.to_dict()) + "\n")
+        if format == "compressed-tensors":  # the other one is read on the NPU alone
+            check_opens(folder, dst)
     return report
 
 

@@ -20,8 +20,9 @@ from verl_aqn.mxfp4.calibrate import Calibration, calibration_ids
 from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
 from verl_aqn.mxfp4.codec import BLOCK, Mxfp4Tensor, dequantize, quantize
 from verl_aqn.mxfp4.kernels.reference import E2M1
-from verl_aqn.mxfp4.plan import EXCLUDE
+from verl_aqn.mxfp4.plan import EXCLUDE, make_plan
 from verl_aqn.mxfp4.report import QuantReport
+from verl_aqn.mxfp4.storage import Weights
 
 # A share of the mean energy of an input, added to every input's energy: it keeps faint inputs, of which the sample says
 # little, from being bent to make up for others.
@@ -56,13 +57,17 @@ def gptq(weight: Tensor, moment: Tensor, scale_rule: str = "mse") -> Mxfp4Tensor
     return Mxfp4Tensor(codes[:, 0::2] | (codes[:, 1::2] << 4), scale)
 
 
-def gptq_quantizer(src: str | Path, ids: Tensor, scale_rule: str = "mse") -> Callable[[str, Tensor], Mxfp4Tensor]:
+def gptq_quantizer(
+    src: str | Path, ids: Tensor, scale_rule: str = "mse", exclude: Iterable[str] = EXCLUDE
+) -> Callable[[str, Tensor], Mxfp4Tensor]:
     """A ``quantizer`` for `quantize_checkpoint`, calibrated on tokens ``ids`` int64 [S, L]; good for one pass.
 
     Raises:
-        ModelError: as `Calibration`, now or when it is called.
+        ModelError, ConfigError: as `Calibration` and `quantize_checkpoint` with ``exclude``, before any work.
     """
+    plan = make_plan(Path(src), Weights(Path(src)), tuple(exclude))
     calibration = Calibration(src, ids)
+    calibration.check(piece.module for piece in plan.pieces)
 
     def quantizer(name: str, weight: Tensor) -> Mxfp4Tensor:
         codes = gptq(weight, calibration.second_moment(name), scale_rule)
@@ -87,7 +92,8 @@ def quantize_with_gptq(
         DataError: as `calibration_ids`.
         ModelError, ConfigError: as `quantize_checkpoint` and `Calibration`.
     """
-    quantizer = gptq_quantizer(src, calibration_ids(src, sources), scale_rule)
+    exclude = tuple(exclude)
+    quantizer = gptq_quantizer(src, calibration_ids(src, sources), scale_rule, exclude)
     return quantize_checkpoint(src, dst, scale_rule, exclude, progress, quantizer, format)
 
 

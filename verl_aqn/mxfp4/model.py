@@ -32,6 +32,7 @@ def load_model(
     """The model of a packed folder, in evaluation mode: `Mxfp4Linear` where it is packed, other weights in ``dtype``.
 
     Without ``attn_implementation`` it is transformers' choice: SDPA, or eager where the architecture has no other.
+    On device ``meta`` no values are read: the call checks that the folder's names, shapes and config belong together.
 
     Raises:
         ModelError: the folder is not a packed checkpoint, its weights are damaged, or they are not the model's.
@@ -63,6 +64,7 @@ def _load(
     device: torch.device | str,
     attn_implementation: str | None,
 ) -> PreTrainedModel:
+    weights.device = "meta" if torch.device(device).type == "meta" else "cpu"
     built = build(path, dtype, attn_implementation)
     model, naming = built.model, Naming(built, weights.specs)
     _place_packed_layers(model, naming, packed, weights, dtype, path)
@@ -238,7 +240,7 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
 
 def _stack(weights: Weights, naming: Naming, target: Tensor, names: list[str], path: Path) -> Tensor:
     """A fused stack like ``target`` out of the matrices of its experts."""
-    stack = torch.empty(target.shape, dtype=weights.specs[names[0]].dtype)
+    stack = torch.empty(target.shape, dtype=weights.specs[names[0]].dtype, device=weights.device)
     for name in names:
         expert = naming.expert(name)
         assert expert
@@ -268,6 +270,11 @@ def open_packed(path: Path) -> Weights:
     quantization: dict[str, Any] = read_config(path).get("quantization_config") or {}
     if quantization.get("format") != PACKED_FORMAT:
         raise ModelError(f"{path} is not a packed MXFP4 checkpoint: make one with `verl-aqn quantize {path} DST`")
+    if quantization.get("kv_cache_scheme"):
+        raise ModelError(
+            f"{path / 'config.json'} asks for a quantised KV cache (kv_cache_scheme), which the trainer does not have: "
+            "remove kv_cache_scheme, and the k_scale and v_scale tensors"
+        )
     return Weights(path)
 
 

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from verl_aqn.errors import ConfigError, ModelError
 from verl_aqn.mxfp4.building import build
+from verl_aqn.mxfp4.checks import check_ties
 from verl_aqn.mxfp4.codec import BLOCK
 from verl_aqn.mxfp4.experts import STACKS, in_one_stack, is_fused, why_not_packable
+from verl_aqn.mxfp4.fused import fused_groups
 from verl_aqn.mxfp4.model import check_names
 from verl_aqn.mxfp4.names import ROLES, Expert, Naming, is_merged, parts_in
 from verl_aqn.mxfp4.storage import Weights
@@ -56,7 +58,8 @@ def make_plan(src: Path, weights: Weights, exclude: tuple[str, ...]) -> Plan:
 
     Raises:
         ModelError: the tensors are not those of config.json's model, or a layer does not fit MXFP4.
-        ConfigError: an entry of ``exclude`` matches nothing, or some experts of a layer and not the others.
+        ConfigError: an entry of ``exclude`` matches nothing, or some experts of a layer and not the others, or some of
+            the layers that vLLM holds as one.
     """
     built = build(src)
     model, naming = built.model, Naming(built, weights.specs)
@@ -93,6 +96,9 @@ def make_plan(src: Path, weights: Weights, exclude: tuple[str, ...]) -> Plan:
             pieces.append(Piece(out, tensor, (module.out_features, module.in_features)))
     for piece in pieces:
         _check(src, weights, piece)
+    _check_widths(src, pieces)
+    _check_groups([piece.module for piece in pieces], ignored)
+    check_ties(model, sources, weights, src)
     if not pieces:
         raise ModelError(f"{src} has no linear layer to quantise: {type(model).__name__} with exclude {list(exclude)}")
     used = {piece.tensor for piece in pieces}
@@ -177,7 +183,33 @@ def _check(src: Path, weights: Weights, piece: Piece) -> None:
             f"tensor {piece.tensor} of {weights.file_of(piece.tensor)} is {spec.dtype} {list(spec.shape)}, but "
             f"config.json asks for {list(expected)}: the two are not of the same model"
         )
-    if k % BLOCK:
+
+
+def _check_widths(src: Path, pieces: list[Piece]) -> None:
+    """Raise ModelError for layers whose number of inputs MXFP4 cannot hold, naming all that must be excluded."""
+    wrong = [piece for piece in pieces if piece.shape[-1] % BLOCK]
+    if wrong:
+        leaves = {_leaf(piece.module) for piece in wrong}
+        fitting = {_leaf(piece.module) for piece in pieces if piece not in wrong}
+        exclude = [piece.module for piece in wrong] if leaves & fitting else sorted(leaves)
         raise ModelError(
-            f"{piece.module} of {src} takes {k} inputs, not a multiple of {BLOCK} as MXFP4 needs: exclude it"
+            f"{wrong[0].module} of {src} takes {wrong[0].shape[-1]} inputs, not a multiple of {BLOCK} as MXFP4 needs: "
+            f"exclude it ({' '.join(f'--exclude {name}' for name in exclude[:8])})"
         )
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _check_groups(packed: list[str], ignored: list[str]) -> None:
+    """Raise ConfigError where layers that vLLM holds as one are packed in part."""
+    left = set(ignored)
+    for group in fused_groups([*packed, *ignored]):
+        kept = [name for name in group if name in left]
+        if kept and len(kept) < len(group):
+            names = sorted(_leaf(name) for name in group)
+            raise ConfigError(
+                f"exclude leaves {kept[0]} in 16 bits but not all of {', '.join(names)} there, which vLLM holds in one "
+                f"layer: exclude all of them ({' '.join(f'--exclude {name}' for name in names)}) or none"
+            )

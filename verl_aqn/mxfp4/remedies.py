@@ -15,14 +15,13 @@ from torch import Tensor, nn
 
 from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4.codec import dequantize, quantize
+from verl_aqn.mxfp4.fused import fused_groups
 from verl_aqn.mxfp4.linear import Mxfp4Linear
 from verl_aqn.mxfp4.model import load_model
 from verl_aqn.mxfp4.storage import Spec, Weights, read_config
 from verl_aqn.mxfp4.writing import new_folder, write_model
 
 _STEPS = 8  # factors tried in an octave: the next one up is the same scale with another exponent
-# What vLLM merges into one layer must be packed, or left, as a whole.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def fold_macro_scales(src: str | Path, dst: str | Path) -> int:
@@ -90,7 +89,7 @@ def worst_layers(model: nn.Module, packed: str | Path, ids: Tensor, extra_bytes:
     packed_layers = {n: m for n, m in load_model(packed).named_modules() if isinstance(m, Mxfp4Linear)}
     original = model(ids).logits.float().log_softmax(-1)
     costs = []
-    for group in _groups(list(packed_layers)):
+    for group in fused_groups(packed_layers):
         old = {name: model.get_parameter(f"{name}.weight").data for name in group}
         for name in group:
             model.get_parameter(f"{name}.weight").data = packed_layers[name].weight
@@ -134,13 +133,3 @@ def _relative_error(weight: Tensor) -> float:
 
 def _squared_error(weight: Tensor) -> Tensor:
     return (weight - dequantize(*quantize(weight, "mse"), dtype=torch.float32)).double().square()
-
-
-def _groups(names: list[str]) -> list[tuple[str, ...]]:
-    """``names`` with those together that an engine merges."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        parent, _, last = name.rpartition(".")
-        fused = next((fused for fused in _FUSED if last in fused), (last,))
-        groups.setdefault(f"{parent}.{fused[0]}", []).append(name)
-    return [tuple(group) for group in groups.values()]

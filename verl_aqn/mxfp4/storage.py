@@ -52,6 +52,7 @@ class Weights:
     """The tensors of a Hugging Face folder, in one safetensors file or in shards; values are read one at a time.
 
     ``specs`` maps every tensor's name to its dtype and shape, ``files`` lists what the folder's weights are read from.
+    Set ``device`` to ``meta`` to get tensors without values, where only the structure matters.
 
     Raises:
         ModelError: there are no weights, or a file is missing, cut off or damaged; the message names file and tensor.
@@ -66,6 +67,7 @@ class Weights:
             names = sorted(set(where.values()))
         else:
             raise ModelError(f"{folder} holds no weights: expected {SINGLE} or {INDEX}; save the model as safetensors")
+        self.device = "cpu"
         self.files = [folder / name for name in names]
         self.specs: dict[str, Spec] = {}
         self._place: dict[str, tuple[Path, int]] = {}
@@ -89,6 +91,8 @@ class Weights:
         if index is not None:
             spec = spec._replace(shape=spec.shape[1:])
             offset += index * spec.nbytes
+        if self.device == "meta":
+            return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
         tensor = torch.empty(spec.shape, dtype=spec.dtype)
         try:
             with file.open("rb", buffering=0) as stream:

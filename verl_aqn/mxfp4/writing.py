@@ -1,8 +1,11 @@
 """Write Hugging Face model folders: a stream of tensors into one file or shards, published whole or not at all."""
 
 import contextlib
+import errno
 import fcntl
+import glob
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -12,11 +15,12 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from verl_aqn.errors import ModelError
+from verl_aqn.errors import EnvironmentFault, ModelError
 from verl_aqn.mxfp4.storage import DTYPE_NAMES, INDEX, SINGLE, Spec, companions
 
 MAX_SHARD_BYTES = 5 * 10**9
 _LOCK = ".lock"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room for a file, which the error does not name
 
 
 def write_model(
@@ -78,33 +82,68 @@ def new_folder(target: Path) -> Iterator[Path]:
     """A temporary sibling of ``target`` that takes its name when the block ends well and disappears when it does not.
 
     What writers of the same target left behind that were killed is removed first. A writer holds a lock in its folder
-    for as long as it lives, whatever its host or container; a free lock is that of a dead one.
+    for as long as it lives, whatever its host or container; a free lock is that of a dead one. All files are on disk
+    before the folder gets its name.
 
     Raises:
         ModelError: ``target`` exists, before the block or by the end of it.
+        EnvironmentFault: the folder cannot be made, or what the block writes there cannot (no permission, disk full).
     """
-    taken = ModelError(f"{target} exists already: remove it or choose another folder")
-    if target.exists():
-        raise taken
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in target.parent.glob(f".{target.name}.*.tmp"):
-        _remove_unless_locked(leftover)
+    if os.path.lexists(target):  # a link to nowhere is also in the way
+        raise _taken(target)
     temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
     # Locked under a name that nobody cleans up, so that it never stands unlocked under one that is.
     unborn = temporary.with_suffix(".new")
-    unborn.mkdir()
-    with (unborn / _LOCK).open("w") as lock:
+    with contextlib.ExitStack() as stack:
+        for path in (unborn, temporary):
+            stack.callback(shutil.rmtree, path, ignore_errors=True)
+        stack.enter_context(_naming_the_target(target))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+            _remove_unless_locked(leftover)
+        unborn.mkdir()
+        lock = stack.enter_context((unborn / _LOCK).open("w"))
         fcntl.flock(lock, fcntl.LOCK_EX)
         unborn.rename(temporary)
+        yield temporary
+        (temporary / _LOCK).unlink()
+        for path in (*(p for p in temporary.rglob("*") if p.is_file()), temporary):
+            _sync(path)
         try:
-            yield temporary
-            (temporary / _LOCK).unlink()
-            try:
-                temporary.rename(target)
-            except OSError as error:
-                raise (taken if target.exists() else error) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.rename(target)
+        except OSError as error:
+            raise (_taken(target) if os.path.lexists(target) else error) from error
+        _sync(target.parent)
+
+
+def _taken(target: Path) -> ModelError:
+    return ModelError(f"{target} exists already: remove it or choose another folder")
+
+
+@contextlib.contextmanager
+def _naming_the_target(target: Path) -> Iterator[None]:
+    """Turn an OSError of writing ``target`` into an EnvironmentFault; those of other files are not ours to explain."""
+    try:
+        yield
+    except OSError as error:
+        file = os.fsdecode(error.filename or "")
+        beside = os.fspath(target.parent / f".{target.name}.")
+        ours = file.startswith(beside) or (file and Path(file) in (target, *target.parents))
+        if ours or error.errno in _FULL:
+            raise EnvironmentFault(
+                f"cannot write {target} ({error.strerror}): make room and see that you may write there, or choose "
+                "another folder"
+            ) from error
+        raise
+
+
+def _sync(path: Path) -> None:
+    """Write a file's contents, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _remove_unless_locked(folder: Path) -> None:
