@@ -195,12 +195,15 @@ class Part(NamedTuple):
     whole: bool
 
 
-def parts_of(model: nn.Module, name: str) -> list[Part]:
-    """The parts of the packed linear layer that `model` calls `name`.
+def parts_of(model: nn.Module, name: str, layer: nn.Module) -> list[Part]:
+    """The parts of packed linear `layer`, which `model` calls `name`; in a model of transformers' it is one.
 
     Raises EvidenceError where its rows are not runs of the checkpoint's rows.
     """
-    loaded: Loaded = model.aqn_loaded  # type: ignore[assignment]
+    loaded: Loaded | None = getattr(model, "aqn_loaded", None)
+    if loaded is None:
+        rows, columns = layer.weight.shape  # type: ignore[union-attr]
+        return [Part(name, slice(0, rows), (0, 0), (rows, columns), columns, True)]
     parts: list[Part] = []
     codes = next(p for p in (f"{name}.weight_packed", f"{name}.weight") if p in loaded.held_in)
     for source in loaded.held_in[codes]:
@@ -245,6 +248,22 @@ def _is_run(rows: Tensor) -> bool:
 def blocks_of(part: Slice) -> list[tuple[int, int, int, int]]:
     """The (row, rows, column, columns) of a `Slice`, one for each of its blocks."""
     return [tuple(part[i : i + 4]) for i in range(0, len(part), 4)]  # type: ignore[misc]
+
+
+def scaled(part: Slice, columns: int) -> list[int]:
+    """The same `Slice` of a matrix that keeps `columns` columns in one: of packed codes, or of scales."""
+    return [n for row, rows, *across in blocks_of(part) for n in (row, rows, *(c // columns for c in across))]
+
+
+def not_covered(holders: Sequence[Slices], numel: Callable[[str], int]) -> str | None:
+    """The first matrix that `holders` together do not hold the whole of, with the parts that they hold."""
+    for name in sorted(set().union(*holders)):
+        if any(name not in slices for slices in holders):
+            continue  # who has no slice of it holds the whole
+        tiles = sorted({block for slices in holders for block in blocks_of(slices[name])})
+        if sum(rows * columns for _, rows, _, columns in tiles) != numel(name):
+            return f"{name}: {tiles}"
+    return None
 
 
 def cut(matrix: Tensor, part: Slice | None) -> Tensor:

@@ -217,7 +217,7 @@ def find_linears(model: nn.Module) -> Iterator[PackedLinear]:
                 f"{name}: its kernel ({kernel}) keeps weights in an order of its own, so that noise can be neither "
                 "written nor taken away; take `linear` out of aqn.noise.targets"
             )
-        for part in parts_of(model, name):
+        for part in parts_of(model, name, layer):
             yield PackedLinear(part, layer)
 
 

@@ -46,10 +46,6 @@ class AqnWorkerExtension(vLLMColocateWorkerExtension):
         """The most memory of this process so far, in bytes: `resident`, and `device` where it computes on one."""
         return memory_peak()
 
-    def aqn_adapter_slices(self, rank: int) -> dict:
-        """Which parts of the adapter this rank of the engine holds; also of an engine that sleeps."""
-        return readback.adapter_slices(self.model_runner.get_model(), rank)
-
-    def aqn_adapter(self, rank: int) -> dict:
-        """The adapter as the engine multiplies with it."""
-        return readback.describe_adapter(self.model_runner.get_model(), rank)
+    def aqn_adapter(self) -> dict:
+        """The adapter that was sent last, as the engine multiplies with it."""
+        return readback.describe_adapter(self.model_runner.get_model())

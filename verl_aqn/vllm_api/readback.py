@@ -240,10 +240,10 @@ def _outgrown(loaded: Loaded, source: str, parameter: Callable[[str], Tensor]) -
 
 
 def describe_adapter(model: torch.nn.Module) -> dict:
-    """`{"modules", "adapter_digest", "b_max", "slices"}` of the adapter that the engine multiplies with.
+    """`{"modules", "adapter_digest", "b_max", "slices", "sizes"}` of the adapter that the engine multiplies with.
 
     What was sent is read back from the LoRA layers' own buffers, under the names and in the shapes in which it was
-    sent; `slices`: the `Slices` of the tensors that a tensor-parallel rank holds in part.
+    sent; `slices`: the `Slices` of the tensors that a tensor-parallel rank holds in part; `sizes`: elements of these.
 
     Raises EvidenceError where a module that was sent is found nowhere, or a buffer holds what was not sent.
     """
@@ -261,17 +261,20 @@ def describe_adapter(model: torch.nn.Module) -> dict:
     foreign = [place for place, buffer in buffers.items() if place not in sent.held_in and bool(buffer.any())]
     if foreign:
         raise EvidenceError(f"vLLM multiplies with an adapter in {foreign[0]} that was not sent")
-    tensors, slices = [], {}
+    tensors: list[tuple[str, Tensor]] = []
+    slices: Slices = {}
+    sizes: dict[str, int] = {}
     for source in sent.sources:
         name = ".".join(split_name(source))
         tensors.append((name, sent.read(source, buffers.__getitem__)))
         if part := sent.region(source):
-            slices[name] = part
+            slices[name], sizes[name] = part, sent.sources[source].numel
     return {
         "modules": len({split_name(source)[0] for source in sent.sources}),
         "adapter_digest": tensor_digest(tensors),
         "b_max": max((t.abs().max().item() for n, t in tensors if n.endswith(".B")), default=0.0),
         "slices": slices,
+        "sizes": sizes,
     }
 
 
