@@ -1,7 +1,7 @@
 """Strided boxes: which elements of one tensor's storage came from which elements of another tensor.
 
-A box is an offset and dimensions; a dimension is (size, stride here, stride there). Element (i, j, …) of the box lies at
-offset + i·stride + j·stride + … on both sides. Strides count elements. Nothing here imports torch.
+A box is an offset and dimensions; a dimension is (size, stride here, stride there). Element (i, j, …) of the box lies
+at offset + i·stride + j·stride + … on both sides. Strides count elements. Nothing here imports torch.
 """
 
 from __future__ import annotations

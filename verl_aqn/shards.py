@@ -139,12 +139,14 @@ class Loaded:
         end += first
         for column, count in others:
             if column != end or not torch.equal(columns[(column, count)], held):
-                raise EvidenceError(f"{blocks[0].piece.place} holds parts of {source} that are no rows and columns of it")
+                raise EvidenceError(f"{block.piece.place} holds parts of {source} that are no rows and columns of it")
             end += count
         if first == 0 and end == width and bool(held.all()):
             return None
         edges = torch.nn.functional.pad(held.int(), (1, 1)).diff().nonzero().flatten().tolist()
-        return [number for b, e in zip(edges[::2], edges[1::2], strict=True) for number in (b, e - b, first, end - first)]
+        return [
+            number for b, e in zip(edges[::2], edges[1::2], strict=True) for number in (b, e - b, first, end - first)
+        ]
 
     def read(self, source: str, parameter: Callable[[str], Tensor]) -> Tensor:
         """[rows, columns] of what is held of a source, put together from the parameters as they are now.
@@ -160,22 +162,22 @@ class Loaded:
         )
         out: Tensor | None = None
         filled: dict[int, Tensor] = {}
-        for block in self.blocks(source):
+        blocks = self.blocks(source)
+        for block in blocks:
             held = parameter(block.piece.place).contiguous().view(-1)
             values = held.as_strided(block.shape, block.strides, held.storage_offset() + block.piece.here)
             values = values.reshape(len(block.rows), block.columns)
-            if values.shape == (total, region[3]) and out is None and _is_run(block.rows):
-                out = values
-            elif out is None:
-                out = torch.zeros(total, region[3], dtype=values.dtype, device=values.device)
+            if len(blocks) == 1 and _is_run(block.rows):
+                return values
+            if out is None:
+                out = torch.empty(total, region[3], dtype=values.dtype, device=values.device)
             rows, column = place_of[block.rows].to(out.device), block.column - first
             target = out[:, column : column + block.columns]
             seen = filled.setdefault(column, torch.zeros(total, dtype=torch.bool, device=out.device))
             twice = seen[rows]
             if twice.any() and not torch.equal(target[rows[twice]], values[twice]):
                 raise EvidenceError(f"{source} is held twice, and its copy in {block.piece.place} differs")
-            if out is not values:
-                target[rows] = values
+            target[rows] = values
             seen[rows] = True
         assert out is not None
         return out
@@ -202,8 +204,9 @@ def parts_of(model: nn.Module, name: str, layer: nn.Module) -> list[Part]:
     """
     loaded: Loaded | None = getattr(model, "aqn_loaded", None)
     if loaded is None:
-        rows, columns = layer.weight.shape  # type: ignore[union-attr]
-        return [Part(name, slice(0, rows), (0, 0), (rows, columns), columns, True)]
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        height, width = weight.shape
+        return [Part(name, slice(0, height), (0, 0), (height, width), width, True)]
     parts: list[Part] = []
     codes = next(p for p in (f"{name}.weight_packed", f"{name}.weight") if p in loaded.held_in)
     for source in loaded.held_in[codes]:
@@ -223,8 +226,11 @@ def _joined(parts: list[Part]) -> list[Part]:
     joined: list[Part] = []
     for part in parts:
         last = joined[-1] if joined else None
-        if last and last.name == part.name and last.rows.stop == part.rows.start and (
-            part.origin == (last.origin[0] + last.shape[0], last.origin[1])
+        if (
+            last
+            and last.name == part.name
+            and last.rows.stop == part.rows.start
+            and (part.origin == (last.origin[0] + last.shape[0], last.origin[1]))
         ):
             shape = (last.shape[0] + part.shape[0], last.shape[1])
             joined[-1] = last._replace(rows=slice(last.rows.start, part.rows.stop), shape=shape)

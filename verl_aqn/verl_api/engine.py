@@ -27,8 +27,8 @@ class AqnFSDPEngine(PackedBase):
     """The actor: packed base (uint8), LoRA in fp32 master weights that compute and travel in bf16.
 
     `noise` is there where the recipe wants the rollout's noise in the actor too. `slicings`: the parts of the adapter
-    that ranks of the rollout hold ({}: all of it), known after they got one; `sent_adapters`: the digest of each when it was last sent;
-    `sent_bytes`: what went to each replica then.
+    that ranks of the rollout hold ({}: all of it), known after they
+    got one; `sent_adapters`: the digest of each when it was last sent; `sent_bytes`: what went to each replica then.
     """
 
     slicings: tuple[Slices, ...] = ()
@@ -36,7 +36,6 @@ class AqnFSDPEngine(PackedBase):
     sent_bytes: int = 0
     noise: NoiseInjector | None = None
     _served: tuple[tuple[str, torch.Tensor], ...] = ()  # what was sent first, until it is known in which parts
-
 
     def _build_module(self):
         noisy = self.model_config.override_config.get("noise_in_actor") and not self.engine_config.forward_only

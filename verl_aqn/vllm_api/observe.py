@@ -37,8 +37,11 @@ def observe_load(loader: Any) -> None:
 
 def keep(model: Any, trace: Trace) -> None:
     """Keep on `model` what `trace` saw of its loading, and its digests before kernels rearrange the weights."""
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    model.aqn_loaded = trace.loaded(named)
+    named = dict(model.named_parameters(remove_duplicate=False))
+    owned = {parameter.untyped_storage().data_ptr() for parameter in named.values()}
+    # Buffers too, but for other views of a parameter (Mamba's convolutions).
+    named |= {name: b for name, b in model.named_buffers() if b.untyped_storage().data_ptr() not in owned}
+    model.aqn_loaded = trace.loaded(named.items())
     model.aqn_names = model.aqn_loaded.names()
     if model.aqn_loaded.sources:
         remember_base(model)
@@ -68,7 +71,7 @@ def observe_adapters() -> None:
     from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
 
     watching: list[Trace] = []
-    from_tensors = LoRAModel.from_lora_tensors.__func__  # type: ignore[attr-defined]
+    from_tensors = LoRAModel.from_lora_tensors.__func__
 
     def from_lora_tensors(cls: Any, lora_model_id: int, tensors: dict, *args: Any, **kwargs: Any) -> Any:
         for trace in watching[-1:]:
@@ -76,7 +79,7 @@ def observe_adapters() -> None:
                 trace.name(name, tensor)
         return from_tensors(cls, lora_model_id, tensors, *args, **kwargs)
 
-    LoRAModel.from_lora_tensors = classmethod(from_lora_tensors)  # type: ignore[assignment]
+    LoRAModel.from_lora_tensors = classmethod(from_lora_tensors)
 
     def observed(add: Any) -> Any:
         def add_adapter(self: Any, request: Any) -> bool:
@@ -90,11 +93,11 @@ def observe_adapters() -> None:
                 finally:
                     watching.pop()
             if trace.sources:  # else the adapter was there already
-                model.aqn_adapter = trace.loaded(lora_buffers(model))  # type: ignore[assignment]
+                model.aqn_adapter = trace.loaded(lora_buffers(model))
             return added
 
         return add_adapter
 
     for manager in (WorkerLoRAManager, LRUCacheWorkerLoRAManager):
         if "add_adapter" in vars(manager):
-            manager.add_adapter = observed(manager.add_adapter)  # type: ignore[method-assign]
+            manager.add_adapter = observed(manager.add_adapter)

@@ -88,13 +88,15 @@ def remember_base(model: torch.nn.Module) -> None:
     """
     loaded = _loaded(model)
     parameter = _parameters(model)
-    packed = {module: names for module in _modules(loaded) if (names := _packed_names(loaded, module))}
+    packed: dict[str, tuple[str, ...]] = {m: n for m in _modules(loaded) if (n := _packed_names(loaded, m))}
     loaded.digests, loaded.packed = {}, bool(packed)
     for module in packed or _modules(loaded):
-        names = packed.get(module, (f"{module}.weight",))
+        names = packed[module] if packed else (f"{module}.weight",)
         pieces = [piece for name in names for piece in loaded.pieces.get(name, ())]
         layers: list[Any] = [model.get_submodule(piece.place.rpartition(".")[0]) for piece in pieces]
-        if not pieces or not packed and (len(loaded.sources[names[0]].shape) < 2 or hasattr(layers[0], "num_embeddings")):
+        if not pieces:
+            continue  # another rank's
+        if not packed and (len(loaded.sources[names[0]].shape) < 2 or hasattr(layers[0], "num_embeddings")):
             continue
         try:
             weights = [loaded.read(name, parameter) for name in names]
@@ -110,8 +112,8 @@ def _loaded(model: torch.nn.Module) -> Loaded:
     loaded: Loaded | None = getattr(model, "aqn_loaded", None)
     if loaded is None or not loaded.sources:
         raise EvidenceError(
-            f"how {type(model).__name__} was loaded was not seen: vLLM's load_format must be one that calls the model's "
-            "load_weights (auto, safetensors)"
+            f"how {type(model).__name__} was loaded was not seen: set vLLM's load_format to one that calls the model's "
+            "load_weights (safetensors)"
         )
     return loaded
 
@@ -150,8 +152,8 @@ def _slice_of(loaded: Loaded, module: str) -> list[int] | None:
 def _kept(layer: Any) -> dict[str, torch.Tensor]:
     """What a layer's kernel computes with, by the end of its name; without what was taken out of the layer."""
     names = ("w13_weight", "w2_weight") if is_experts(layer) else ("weight",)
-    weights = {name: getattr(layer, name).data for name in names}
-    return {name.removesuffix("weight"): weight for name, weight in weights.items() if weight.numel()}
+    weights = {name: getattr(layer, name, None) for name in names}
+    return {n.removesuffix("weight"): w.data for n, w in weights.items() if isinstance(w, Tensor) and w.numel()}
 
 
 def describe_base(model: torch.nn.Module, modules: Collection[str]) -> dict:
@@ -213,11 +215,9 @@ def _check_followed(model: torch.nn.Module, loaded: Loaded, module: str) -> None
             raise EvidenceError(f"{module}: its way into vLLM cannot be followed ({how}), as {loader} loads it")
 
 
-def equals_loaded(
-    loaded: Loaded, layer: Any, modules: list[str], parameter: Callable[[str], Tensor]
-) -> bool | None:
+def equals_loaded(loaded: Loaded, layer: Any, modules: list[str], parameter: Callable[[str], Tensor]) -> bool | None:
     """Whether the weight that a layer computes with is what it was loaded with; None where that cannot be told."""
-    if is_experts(layer):
+    if is_experts(layer) or not hasattr(layer, "weight"):
         return None
     weight = layer.weight.data
     if hasattr(layer, "mxfp4_packed"):  # our own kernel's

@@ -191,10 +191,10 @@ class Trace(TorchDispatchMode):
 
 
 def _box(tensor: Tensor, target: Tensor | None = None) -> Box:
-    """The storage of `tensor` (here) against its own elements in row-major order, or against the storage of `target`."""
+    """The storage of `tensor` (here) against its elements in row-major order, or against the storage of `target`."""
     there = contiguous_strides(tensor.shape) if target is None else target.stride()
     dims = tuple(zip(tensor.shape, tensor.stride(), there, strict=True))
-    return Box(tensor.storage_offset(), 0 if target is None else target.storage_offset(), dims)
+    return Box(int(tensor.storage_offset()), 0 if target is None else int(target.storage_offset()), dims)
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
