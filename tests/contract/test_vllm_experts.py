@@ -16,7 +16,9 @@ from verl_aqn.errors import EvidenceError
 from verl_aqn.mxfp4.checkpoint import check_covered, checkpoint_digest, quantize_checkpoint
 from verl_aqn.mxfp4.model import dequantize_checkpoint, open_packed, packed_modules
 from verl_aqn.shards import NOTHING
+from verl_aqn.vllm_api.observe import keep
 from verl_aqn.vllm_api.readback import describe_base, remember_base
+from verl_aqn.vllm_api.trace import Trace
 
 EXPERTS, INNER = 4, 128
 MODELS = {
@@ -68,7 +70,7 @@ def rank_of(block: str, folder: Path, sizes: tuple[int, int], rank: int, lora: b
     quantization = read_config(folder).get("quantization_config")
     names = {"mlp": ("gate_proj", "down_proj", "up_proj"), "block_sparse_moe": ("w1", "w2", "w3")}[block]
     model, number = nn.Module(), 0
-    with safe_open(folder / "model.safetensors", "pt") as file:
+    with safe_open(folder / "model.safetensors", "pt") as file, Trace() as trace:
         while any(f"layers.{number}." in name for name in file.keys()):  # noqa: SIM118
             prefix = f"model.layers.{number}.{block}.experts"
             manager = ExpertMapManager(64, 2, EXPERTS, 0, None, parallel, "linear", False)
@@ -82,6 +84,8 @@ def rank_of(block: str, folder: Path, sizes: tuple[int, int], rank: int, lora: b
             layer = RoutedExperts(prefix, torch.bfloat16, moe, config, manager, *names)
             layer.layer_name = prefix
             tensors = [(n.removeprefix(f"{prefix}."), file.get_tensor(n)) for n in file.keys() if prefix in n]  # noqa: SIM118
+            for name, tensor in tensors:
+                trace.name(f"{prefix}.{name}", tensor)
             assert set(layer.load_weights(tensors)) == {name for name, _ in layer.named_parameters()}
             parent = model
             for part in f"{prefix}.routed_experts".split(".")[:-1]:
@@ -90,7 +94,7 @@ def rank_of(block: str, folder: Path, sizes: tuple[int, int], rank: int, lora: b
                 parent = getattr(parent, part)
             parent.routed_experts = layer
             number += 1
-    remember_base(model)
+    keep(model, trace)
     return model
 
 

@@ -58,7 +58,7 @@ def main(model: str, adapter: str, out: str, activation: str = "none") -> dict:
     order = {"step": 4, "seed": 0, "sigma": 0.3, "unit": "rms"}
     result = {"loaded": answers(), "prepared": call("aqn_prepare", order), "base": base(), "clean": answers()}
     result["clean sampled"] = sampled()
-    result["adapter"] = call("aqn_adapter", 8)
+    result["adapter"] = call("aqn_adapter")
     result["without"] = answers(lora=None)
     result["silence"] = call("aqn_apply_noise", order | {"sigma": 0.0})
     result["silent"], result["silent sampled"] = answers(), sampled()

@@ -10,12 +10,13 @@ FILES = {
     for path in PACKAGE.rglob("*.py")
 }
 # What of ours a room may import, within functions too: the table of the rooms, and small modules that several share
-# (adapter, cache, digest, order, shards, stacks, trackers). `errors` is everybody's.
+# (adapter, boxes, cache, digest, order, shards, stacks, trackers). `errors` is everybody's.
 ARROWS = {
     "schedule": (),
     "order": (),
     "digest": (),
-    "shards": (),
+    "boxes": (),
+    "shards": ("boxes",),
     "cache": (),
     "stacks": (),
     "data": (),
@@ -26,7 +27,7 @@ ARROWS = {
     "adapter": ("digest",),
     "mxfp4": ("adapter", "ascend", "cache", "data", "order", "shards"),  # whose operators to use; texts to calibrate on
     "noise": ("digest", "mxfp4", "order", "shards"),  # packed layers are noised on their codes
-    "vllm_api": ("digest", "mxfp4", "noise", "shards", "stacks"),
+    "vllm_api": ("adapter", "boxes", "digest", "mxfp4", "noise", "shards", "stacks"),
     "report": ("order", "runs", "__version__"),
 }
 # Who imports what is not installed with the core, within functions too.

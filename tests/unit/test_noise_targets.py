@@ -30,7 +30,7 @@ from verl_aqn.mxfp4 import dequantize, quantize
 from verl_aqn.noise import NoiseInjector, NoiseOrder, check_evidence, draw, find_norms
 from verl_aqn.noise.routers import router_norms
 from verl_aqn.order import Layers, Zone
-from verl_aqn.shards import hf_names
+from verl_aqn.vllm_api.trace import Trace
 
 TINY = {
     "vocab_size": 32,
@@ -311,44 +311,59 @@ def test_including_a_norm_that_is_left_alone_is_an_error():
 class Engine(nn.Module):
     """A norm and two packed layers as vLLM's CPU kernel has them on rank `rank` of `world`."""
 
-    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}  # noqa: RUF012
     HEADS, HIDDEN, INNER = {"q_proj": 64, "k_proj": 32, "v_proj": 32}, 128, 256
 
     def __init__(self, rank: int = 0, world: int = 1, kernel: str = "cpu"):
         super().__init__()
         torch.manual_seed(0)
-        q, k, v = (torch.randn(n, self.HIDDEN) * 0.05 for n in self.HEADS.values())
-        down = torch.randn(self.HIDDEN, self.INNER) * 0.05
+        shapes = {name: (n, self.HIDDEN) for name, n in self.HEADS.items()} | {"down_proj": (self.HIDDEN, self.INNER)}
+        whole = {name: quantize(torch.randn(shape) * 0.05) for name, shape in shapes.items()}
         # As many k/v heads as ranks at most: with more ranks, two hold the same head.
         replicas = max(1, world // 2)
         kv = world // replicas
-        rows = [q.chunk(world)[rank], k.chunk(kv)[rank // replicas], v.chunk(kv)[rank // replicas]]
+        cuts = {
+            "q_proj": lambda t: t.chunk(world)[rank],
+            "k_proj": lambda t: t.chunk(kv)[rank // replicas],
+            "v_proj": lambda t: t.chunk(kv)[rank // replicas],
+            "down_proj": lambda t: t.chunk(world, dim=1)[rank],
+        }
         self.norm = LlamaRMSNorm(self.HIDDEN)
         self.layer = nn.Module()
-        self.layer.qkv_proj = self.packed(torch.cat(rows), [len(r) for r in rows], rank, world, kernel)
-        self.layer.qkv_proj.input_size = self.HIDDEN
-        self.layer.qkv_proj.output_size = sum(len(r) for r in rows) * world
-        self.layer.qkv_proj.num_kv_head_replicas = replicas
-        self.layer.down_proj = self.packed(down.chunk(world, dim=1)[rank], [self.HIDDEN], rank, world, kernel)
-        self.layer.down_proj.input_size = self.INNER
-        self.layer.down_proj.output_size = self.HIDDEN
+        with Trace() as trace:
+            for fused, names in {"qkv_proj": list(self.HEADS), "down_proj": ["down_proj"]}.items():
+                parts = []
+                for name in names:
+                    sources = (
+                        (f"layer.{name}.weight_packed", whole[name].packed),
+                        (f"layer.{name}.weight_scale", whole[name].scale),
+                    )
+                    parts.append([cuts[name](t) for _, t in trace.watch(sources)])
+                codes, scale = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+                self.layer.add_module(fused, self.packed(codes, scale, kernel))
+                self.layer.get_submodule(fused).widths = [len(codes) for codes, _ in parts]
+        self.aqn_loaded = trace.loaded(
+            (f"layer.{fused}.{end}", getattr(self.layer.get_submodule(fused), at))
+            for fused in ("qkv_proj", "down_proj")
+            for end, at in (
+                ("weight_packed", "mxfp4_packed" if kernel == "cpu" else "weight"),
+                ("weight_scale", "weight_scale"),
+            )
+        )
 
     @staticmethod
-    def packed(weight, widths, rank, world, kernel) -> nn.Module:
-        layer, tensor = nn.Module(), quantize(weight)
-        layer.logical_widths, layer.tp_rank, layer.tp_size = widths, rank, world
+    def packed(codes, scale, kernel) -> nn.Module:
+        layer = nn.Module()
         layer.mxfp4_digests, layer.scheme = ["…"], SimpleNamespace(kernel=object())
-        dense = dequantize(tensor.packed, tensor.scale, torch.bfloat16)
-        layer.weight_scale = nn.Parameter(tensor.scale, requires_grad=False)
+        layer.weight_scale = nn.Parameter(scale, requires_grad=False)
         if kernel == "cpu":
-            layer.mxfp4_packed = tensor.packed
-            layer.weight = nn.Parameter(dense, requires_grad=False)
+            layer.mxfp4_packed = codes
+            layer.weight = nn.Parameter(dequantize(codes, scale, torch.bfloat16), requires_grad=False)
         else:
-            layer.weight = nn.Parameter(tensor.packed.flip(0), requires_grad=False)
+            layer.weight = nn.Parameter(codes.flip(0), requires_grad=False)
         return layer
 
     def parts(self) -> dict[str, torch.Tensor]:
-        q, k, v = self.layer.qkv_proj.weight.data.split(self.layer.qkv_proj.logical_widths)
+        q, k, v = self.layer.qkv_proj.weight.data.split(self.layer.qkv_proj.widths)
         return {"q_proj": q, "k_proj": k, "v_proj": v, "down_proj": self.layer.down_proj.weight.data}
 
 
@@ -467,8 +482,7 @@ def test_no_copy_of_a_linear_weight_is_kept():
         assert held == []
 
 
-def test_names_without_a_parent():
-    assert hf_names(nn.Module(), "down_proj", 1) == ["down_proj"]
+def test_parts_of_a_norm_alone_have_the_digest_of_nothing():
     assert tensor_digest([]) == NoiseInjector(nn.ModuleDict({"n": part_of_a_norm()})).clean_digest
 
 

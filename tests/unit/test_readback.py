@@ -9,24 +9,52 @@ from torch import nn
 from verl_aqn.errors import EvidenceError
 from verl_aqn.mxfp4 import dequantize, quantize
 from verl_aqn.mxfp4.checkpoint import base_digest, combined_digest, values_digest
-from verl_aqn.shards import hf_names
-from verl_aqn.vllm_api.readback import check_activations, describe_base, kernel_activation, remember_base
+from verl_aqn.shards import NOTHING
+from verl_aqn.vllm_api.observe import keep
+from verl_aqn.vllm_api.readback import check_activations, describe_base, kernel_activation
+from verl_aqn.vllm_api.trace import Trace
 
 
-class Model(nn.Module):
-    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}  # noqa: RUF012
+def loaded_model(layers: dict[str, nn.Module], tensors: dict[str, torch.Tensor], load) -> nn.Module:
+    """A model of `layers`, observed while `load(model, tensors by name)` fills them."""
+    model = nn.Module()
+    for name, layer in layers.items():
+        parent = model
+        for part in name.split(".")[:-1]:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        parent.add_module(name.rpartition(".")[2], layer)
+    with Trace() as trace:
+        load(model, dict(trace.watch(tensors.items())))
+    keep(model, trace)
+    return model
+
+
+def frozen(*shape: int, dtype=torch.uint8) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(*shape, dtype=dtype), requires_grad=False)
+
+
+NAMES = ["attn.q_proj", "attn.k_proj", "attn.v_proj"]
+ENDS = {"packed": ".weight_packed", "scale": ".weight_scale"}
 
 
 def fused_model(parts):
-    """One layer as vLLM has it after loading: the parts' rows below each other."""
-    model, attention, layer = Model(), nn.Module(), nn.Module()
-    layer.logical_widths = [len(part.packed) for part in parts]
-    layer.weight_packed = nn.Parameter(torch.cat([part.packed for part in parts]), requires_grad=False)
-    layer.weight_scale = nn.Parameter(torch.cat([part.scale for part in parts]), requires_grad=False)
+    """One layer as vLLM has it after loading: the parts' rows below each other, under another name for its parent."""
+    layer = nn.Module()
+    rows = sum(len(part.packed) for part in parts)
+    layer.weight_packed, layer.weight_scale = frozen(rows, 32), frozen(rows, 2)
     layer.scheme = SimpleNamespace(kernel=object())
-    attention.qkv_proj = layer
-    model.attn = attention
-    remember_base(model)
+    tensors = {f"{n}{end}": getattr(p, kind) for n, p in zip(NAMES, parts, strict=True) for kind, end in ENDS.items()}
+
+    def load(model, tensors):
+        begin = 0
+        for name, part in zip(NAMES, parts, strict=True):
+            for end in ENDS.values():
+                getattr(layer, end[1:]).data.narrow(0, begin, len(part.packed)).copy_(tensors[name + end])
+            begin += len(part.packed)
+
+    model = loaded_model({"attn.inner.qkv_proj": layer}, tensors, load)
     # A kernel that rearranges: nothing of the packed layout is left to read.
     layer.weight = nn.Parameter(layer.weight_packed.data.flip(0).contiguous(), requires_grad=False)
     del layer.weight_packed
@@ -36,58 +64,78 @@ def fused_model(parts):
 def test_digest_is_the_trainer_s_although_the_kernel_has_rearranged_the_weights():
     torch.manual_seed(0)
     parts = [quantize(torch.randn(n, 64)) for n in (8, 4, 4)]
-    names = ["attn.q_proj", "attn.k_proj", "attn.v_proj"]
-    said = describe_base(fused_model(parts), names)
-    assert said["base_digest"] == base_digest((n, p.packed, p.scale) for n, p in zip(names, parts, strict=True))
+    said = describe_base(fused_model(parts), NAMES)
+    assert said["base_digest"] == base_digest((n, p.packed, p.scale) for n, p in zip(NAMES, parts, strict=True))
     assert (said["layers"], said["weights_equal_base"], said["kernel"]) == (1, None, "object")
-    assert said["form"] == "packed"
+    assert (said["form"], said["slices"]) == ("packed", {})
 
 
 def plain_model(parts, excluded):
     """The bf16 equal of `parts` as vLLM loads it, with a layer beside it that the packed base leaves in bf16."""
-    model = Model()
-    for name, weights in (("attn.qkv_proj", parts), ("head", [excluded])):
-        layer = nn.Module()
-        layer.output_partition_sizes, layer.input_size_per_partition = [len(weight) for weight in weights], 64
-        layer.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
+    layers = {"attn.qkv_proj": nn.Module(), "head": nn.Module()}
+    for layer, rows in zip(layers.values(), (16, len(excluded)), strict=True):
+        layer.weight = frozen(rows, 64, dtype=torch.bfloat16)
         layer.quant_method = named_kernel("AscendUnquantizedLinearMethod")
-        if name != "head":
-            model.attn = nn.Module()
-        model.get_submodule(name.rpartition(".")[0]).add_module(name.rpartition(".")[2], layer)
-    remember_base(model)
-    return model
+    tensors = dict(zip((f"{n}.weight" for n in [*NAMES, "head"]), [*parts, excluded], strict=True))
+
+    def load(model, tensors):
+        *fused, head = tensors.values()
+        model.attn.qkv_proj.weight.data.copy_(torch.cat(fused))
+        model.head.weight.data.copy_(head)
+
+    return loaded_model(layers, tensors, load)
 
 
 def test_a_bf16_base_is_known_by_the_values_of_the_packed_one(tmp_path):
     torch.manual_seed(0)
     parts = [quantize(torch.randn(n, 64)) for n in (8, 4, 4)]
     dense = [dequantize(*part, torch.bfloat16) for part in parts]
-    names = ["attn.q_proj", "attn.k_proj", "attn.v_proj"]
-    said = describe_base(model := plain_model(dense, torch.randn(3, 64).bfloat16()), names)
-    assert said["base_digest"] == combined_digest((n, values_digest(w)) for n, w in zip(names, dense, strict=True))
+    said = describe_base(model := plain_model(dense, torch.randn(3, 64).bfloat16()), NAMES)
+    assert said["base_digest"] == combined_digest((n, values_digest(w)) for n, w in zip(NAMES, dense, strict=True))
     assert (said["form"], said["layers"], said["weights_equal_base"]) == ("bf16", 1, True)
     assert (said["kernel"], said["activations"]) == ("AscendUnquantizedLinearMethod", ["none"])
+    assert model.aqn_names == {"head.weight": "head.weight"}
     weight = model.attn.qkv_proj.weight
     weight.data[0, 0] += 1
-    assert describe_base(model, names)["weights_equal_base"] is False
+    assert describe_base(model, NAMES)["weights_equal_base"] is False
     # vLLM's CPU platform packs the weight away: what cannot be read is not vouched for.
     model.attn.qkv_proj.weight = nn.Parameter(torch.empty(0), requires_grad=False)
-    gone = describe_base(model, names)
+    gone = describe_base(model, NAMES)
     assert gone["base_digest"] == said["base_digest"]
     assert gone["weights_equal_base"] is gone["weights_digest"] is None
 
 
 def test_one_changed_weight_shows_between_two_moments():
-    model = fused_model([quantize(torch.randn(8, 64)) for _ in range(3)])
+    model = fused_model([quantize(torch.randn(n, 64)) for n in (8, 8, 8)])
     before = describe_base(model, ["attn.q_proj"])
-    model.attn.qkv_proj.weight.data[0, 0] ^= 1
+    model.attn.inner.qkv_proj.weight.data[0, 0] ^= 1
     after = describe_base(model, ["attn.q_proj"])
     assert after["weights_digest"] != before["weights_digest"]
 
 
-def test_unknown_fusion_is_an_error_and_not_a_wrong_name():
-    with pytest.raises(ValueError, match="3 parts"):
-        hf_names(Model(), "mlp.gate_up_proj", 3)
+def test_a_swapped_part_is_found_although_all_shapes_fit():
+    """A loader that puts k where v belongs."""
+    torch.manual_seed(0)
+    parts = [quantize(torch.randn(n, 64)) for n in (8, 4, 4)]
+    swapped = fused_model([parts[0], parts[2], parts[1]])
+    right = base_digest((n, p.packed, p.scale) for n, p in zip(NAMES, parts, strict=True))
+    assert describe_base(swapped, NAMES)["base_digest"] != right
+
+
+def test_a_way_of_loading_that_cannot_be_followed_is_named():
+    layer = nn.Module()
+    layer.weight = frozen(4, 64, dtype=torch.bfloat16)
+    weight = torch.randn(4, 64).bfloat16()
+
+    def load(model, tensors):
+        model.o_proj.weight.data.copy_(tensors["o_proj.weight"].sum(0, keepdim=True).expand(4, 64))
+
+    model = loaded_model({"o_proj": layer}, {"o_proj.weight": weight}, load)
+    with pytest.raises(EvidenceError, match=r"o_proj: its way into vLLM cannot be followed \(aten.sum.*load_weights"):
+        describe_base(model, ["o_proj"])
+    assert describe_base(model, ["other"])["slices"] == {"other": NOTHING}
+    with pytest.raises(EvidenceError, match="load_format"):
+        describe_base(nn.Module(), ["o_proj"])
 
 
 def named_kernel(name: str, **attributes):

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.tiny_configs import SMALL
+from verl_aqn.adapter import served_adapter
 from verl_aqn.digest import tensor_digest
 from verl_aqn.errors import EvidenceError
 from verl_aqn.mxfp4.checkpoint import (
@@ -16,8 +17,9 @@ from verl_aqn.mxfp4.checkpoint import (
     quantize_checkpoint,
 )
 from verl_aqn.mxfp4.model import PACKED, SCALE, open_packed, packed_modules
-from verl_aqn.shards import cut, parts_of
-from verl_aqn.vllm_api.readback import adapter_slices, adapter_tensors, describe_adapter
+from verl_aqn.shards import cut, not_covered
+from verl_aqn.vllm_api.readback import describe_adapter, lora_buffers
+from verl_aqn.vllm_api.trace import Trace
 
 R = 4  # LoRA's rank
 
@@ -31,74 +33,68 @@ def packed(tmp_path_factory):
 
 
 class Rank(nn.Module):
-    """A fused and a row-parallel layer with their adapters, as vLLM has them on rank `rank` of two."""
+    """A fused and a row-parallel layer with their adapters, as vLLM has them on rank `rank` of two.
 
-    packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}  # noqa: RUF012
+    The adapter of gate_up_proj is one tensor over both halves, of which a rank holds the halves' halves.
+    """
+
+    WHOLE = {"gate_up_proj": (64, 192), "down_proj": (96, 64)}  # noqa: RUF012
 
     def __init__(self, rank: int):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        gate, up, down = (torch.randn(*shape, generator=generator) for shape in ((96, R), (96, R), (64, R)))
-        a = [torch.randn(R, k, generator=generator) for k in (64, 64, 96)]
-        self.whole = dict(
-            zip(("gate_proj", "up_proj", "down_proj"), zip(a, (gate, up, down), strict=True), strict=True)
-        )
-        self.gate_up_proj = self.layer([48, 48], 64, 64, 192, rank)
-        self.gate_up_proj.lora_a_stacked = tuple(x[None, None] for x in a[:2])
-        self.gate_up_proj.lora_b_stacked = tuple(x.chunk(2)[rank][None, None] for x in (gate, up))
-        self.down_proj = self.layer([64], 48, 96, 64, rank)
-        self.down_proj.lora_a_stacked = (a[2].chunk(2, dim=1)[rank][None, None],)
-        self.down_proj.lora_b_stacked = (down[None, None],)
-
-    @staticmethod
-    def layer(widths, local, columns, rows, rank) -> nn.Module:
-        layer = nn.Module()
-        layer.base_layer = nn.Module()
-        for name, value in {
-            "output_partition_sizes": widths,
-            "input_size_per_partition": local,
-            "input_size": columns,
-            "output_size": rows,
-            "tp_rank": rank,
-        }.items():
-            setattr(layer.base_layer, name, value)
-        return layer
-
-
-def test_a_rank_says_which_parts_it_holds():
-    parts = {p.name: p for r in (0, 1) for p in parts_of(Rank(r), "down_proj", Rank(r).down_proj.base_layer)}
-    assert parts["down_proj"].origin == (0, 48)
-    gate, up = parts_of(Rank(1), "gate_up_proj", Rank(1).gate_up_proj.base_layer)
-    assert (gate.name, gate.origin, gate.shape, gate.rows) == ("gate_proj", (48, 0), (48, 64), slice(0, 48))
-    assert (up.name, up.origin, up.shape, up.rows, up.whole) == ("up_proj", (48, 0), (48, 64), slice(48, 96), False)
+        self.sent = {}
+        for name, (k, n) in self.WHOLE.items():
+            prefix = f"base_model.model.{name}"
+            self.sent[f"{prefix}.lora_A.weight"] = torch.randn(R, k, generator=generator)
+            self.sent[f"{prefix}.lora_B.weight"] = torch.randn(n, R, generator=generator)
+        self.gate_up_proj, self.down_proj = nn.Module(), nn.Module()
+        self.gate_up_proj.lora_a_stacked = tuple(torch.zeros(1, 1, R, 64) for _ in range(2))
+        self.gate_up_proj.lora_b_stacked = tuple(torch.zeros(1, 1, 48, R) for _ in range(2))
+        self.down_proj.lora_a_stacked = (torch.zeros(1, 1, R, 48),)
+        self.down_proj.lora_b_stacked = (torch.zeros(1, 1, 64, R),)
+        with Trace() as trace:
+            a, b, down_a, down_b = dict(trace.watch(self.sent.items())).values()
+            for half in range(2):
+                self.gate_up_proj.lora_a_stacked[half][0, 0].copy_(a)
+                self.gate_up_proj.lora_b_stacked[half][0, 0].copy_(b.chunk(2)[half].chunk(2)[rank])
+            self.down_proj.lora_a_stacked[0][0, 0].copy_(down_a.chunk(2, dim=1)[rank])
+            self.down_proj.lora_b_stacked[0][0, 0].copy_(down_b)
+        self.aqn_adapter = trace.loaded(lora_buffers(self))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_actor_knows_the_digest_of_the_adapter_s_parts(rank):
-    model = Rank(rank)
-    slices = adapter_slices(model, R)
-    assert slices.keys() == {"gate_proj.B", "up_proj.B", "down_proj.A"}
-    sent = {f"{name}.{kind}": t for name, pair in model.whole.items() for kind, t in zip("AB", pair, strict=True)}
-    held = tensor_digest((name, tensor) for name, tensor, _ in adapter_tensors(model, R))
-    assert tensor_digest((name, cut(tensor, slices.get(name))) for name, tensor in sent.items()) == held
-    other = adapter_slices(Rank(1 - rank), R)
-    assert tensor_digest((name, cut(tensor, other.get(name))) for name, tensor in sent.items()) != held
+    model, other = Rank(rank), describe_adapter(Rank(1 - rank))["slices"]
+    held = describe_adapter(model)
+    first, second = (48, 144) if rank else (0, 96)
+    assert held["slices"]["gate_up_proj.B"] == [first, 48, 0, R, second, 48, 0, R]
+    assert held["slices"].keys() == {"gate_up_proj.B", "down_proj.A"}
+    served = list(served_adapter(model.sent.items(), 1.0))
+    digests = [tensor_digest((n, cut(t, slices.get(n))) for n, t in served) for slices in (held["slices"], other)]
+    assert held["adapter_digest"] == digests[0] != digests[1]
+    assert not_covered([held["slices"], other], held["sizes"].__getitem__) is None
+    assert "down_proj.A" in not_covered([held["slices"]] * 2, held["sizes"].__getitem__)
 
 
-def test_places_without_an_adapter_are_no_part_of_it_and_a_lost_one_shows():
-    """An adapter on up and down only: vLLM keeps zeros for gate, which it fuses with up."""
+def test_a_lost_copied_wrong_or_foreign_adapter_shows():
     model = Rank(0)
-    whole, slices = describe_adapter(model, R), adapter_slices(model, R)
-    for tensor in (model.gate_up_proj.lora_a_stacked[0], model.gate_up_proj.lora_b_stacked[0]):
-        tensor.zero_()
-    sent = {f"{n}.{kind}": t for n in ("up_proj", "down_proj") for kind, t in zip("AB", model.whole[n], strict=True)}
-    held = describe_adapter(model, R)
-    assert (held["modules"], whole["modules"]) == (2, 3)
-    assert held["adapter_digest"] == tensor_digest((name, cut(t, slices.get(name))) for name, t in sent.items())
-    model.down_proj.lora_b_stacked[0].zero_()  # as it is before the first step
-    assert describe_adapter(model, R)["modules"] == 2
-    model.down_proj.lora_a_stacked[0].zero_()
-    assert describe_adapter(model, R)["modules"] == 1
+    whole = describe_adapter(model)["adapter_digest"]
+    model.down_proj.lora_b_stacked[0].zero_()
+    assert describe_adapter(model)["adapter_digest"] != whole
+    model.gate_up_proj.lora_a_stacked[1][0, 0, 0, 0] += 1  # one of the two copies of A
+    with pytest.raises(EvidenceError, match="held twice"):
+        describe_adapter(model)
+    model = Rank(0)
+    model.other = nn.Module()
+    model.other.lora_b_stacked = torch.zeros(1, 1, 8, R)
+    assert describe_adapter(model)["adapter_digest"] == whole  # a place without an adapter is no part of it
+    model.other.lora_b_stacked[0, 0, 0] = 1
+    with pytest.raises(EvidenceError, match=r"other\.lora_b_stacked\.0 that was not sent"):
+        describe_adapter(model)
+    del model.other, model.aqn_adapter.pieces["base_model.model.down_proj.lora_B.weight"]
+    with pytest.raises(EvidenceError, match="no place for the adapter of down_proj"):
+        describe_adapter(model)
 
 
 def halves(packed, rank: int) -> tuple[dict, str]:

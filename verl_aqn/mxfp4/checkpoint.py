@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from verl_aqn.mxfp4.plan import EXCLUDE, make_plan
 from verl_aqn.mxfp4.report import FILE, ModuleReport, QuantReport
 from verl_aqn.mxfp4.storage import Spec, Weights, read_config
 from verl_aqn.mxfp4.writing import MAX_SHARD_BYTES, new_folder, tensor_bytes, write_model
-from verl_aqn.shards import NOTHING, Slices, cut
+from verl_aqn.shards import NOTHING, Slices, cut, not_covered, scaled
 
 
 def quantize_checkpoint(
@@ -160,9 +161,7 @@ def checkpoint_digest(path: str | Path, slices: Slices | None = None, form: str 
                 yield module, values_digest(cut(dequantize(packed, scale, torch.bfloat16), part).contiguous())
                 continue
             if part:
-                row, rows, column, columns = part
-                packed = cut(packed, (row, rows, column // 2, columns // 2)).contiguous()
-                scale = cut(scale, (row, rows, column // BLOCK, columns // BLOCK)).contiguous()
+                packed, scale = cut(packed, scaled(part, 2)).contiguous(), cut(scale, scaled(part, BLOCK)).contiguous()
             yield module, module_digest(packed, scale)
 
     return combined_digest(digests())
@@ -171,13 +170,8 @@ def checkpoint_digest(path: str | Path, slices: Slices | None = None, form: str 
 def check_covered(path: str | Path, holders: Sequence[Slices]) -> None:
     """Raise EvidenceError unless the slices of all `holders` together are the whole of every weight in `path`."""
     weights = open_packed(Path(path))
-    for module in sorted(set().union(*holders)):
-        if any(module not in slices for slices in holders):
-            continue  # who has no slice of it holds the whole
-        tiles = {tuple(slices[module]) for slices in holders}
-        n, half = weights.specs[module + PACKED].shape
-        if sum(rows * columns for _, rows, _, columns in tiles) != n * 2 * half:
-            raise EvidenceError(f"the rollout's ranks together do not hold the whole of {module}: {sorted(tiles)}")
+    if missing := not_covered(holders, lambda module: 2 * math.prod(weights.specs[module + PACKED].shape)):
+        raise EvidenceError(f"the rollout's ranks together do not hold the whole of {missing}")
 
 
 def model_digest(model: nn.Module) -> str:

@@ -23,7 +23,6 @@ class DequantizedLinear(nn.Linear):
         self.register_buffer("mxfp4_packed", layer.weight_packed.data)
         self.weight_scale = layer.weight_scale
         self.mxfp4_digests: list[str] = []  # what a packed layer is known by
-        self.logical_widths = [layer.out_features]
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(prepare_input(x, self.activation), self.weight, self.bias)

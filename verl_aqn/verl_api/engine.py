@@ -29,14 +29,15 @@ class AqnFSDPEngine(PackedBase):
     """The actor: packed base (uint8), LoRA in fp32 master weights that compute and travel in bf16.
 
     `noise` is there where the recipe wants the rollout's noise in the actor too. `slicings`: the parts of the adapter
-    that ranks of the rollout hold ({}: all of it); `sent_adapters`: the digest of each when it was last sent;
-    `sent_bytes`: what went to each replica then.
+    that ranks of the rollout hold ({}: all of it), known after they
+    got one; `sent_adapters`: the digest of each when it was last sent; `sent_bytes`: what went to each replica then.
     """
 
-    slicings: tuple[Slices, ...] = ({},)
+    slicings: tuple[Slices, ...] = ()
     sent_adapters: tuple[str, ...] = ()
     sent_bytes: int = 0
     noise: NoiseInjector | None = None
+    _served: tuple[tuple[str, torch.Tensor], ...] = ()  # what was sent first, until it is known in which parts
 
     def _build_module(self):
         noisy = self.model_config.override_config.get("noise_in_actor") and not self.engine_config.forward_only
@@ -64,11 +65,16 @@ class AqnFSDPEngine(PackedBase):
         adapter = [(name, tensor.to(ADAPTER_DTYPE)) for name, tensor in params]
         self.sent_bytes = sum(tensor.nbytes for _, tensor in adapter)
         scaling = peft_config["lora_alpha"] / peft_config["r"]
-        served = list(served_adapter(adapter, scaling))
-        self.sent_adapters = tuple(
-            tensor_digest((name, cut(tensor, slices.get(name))) for name, tensor in served) for slices in self.slicings
-        )
+        served = tuple(served_adapter(adapter, scaling))
+        self._served = () if self.slicings else tuple((name, tensor.cpu()) for name, tensor in served)
+        self.sent_adapters = _digests(served, self.slicings or ({},))
         return iter(adapter), peft_config
+
+    def expect_slices(self, slicings: tuple[Slices, ...]) -> None:
+        """From now on `sent_adapters` has a digest for each of `slicings`; also that of what was sent first."""
+        self.slicings = slicings
+        if self._served:
+            self.sent_adapters, self._served = _digests(self._served, slicings), ()
 
     def base_digest(self) -> str | None:
         """Digest of the packed base as it is in this process now; None for an unquantised one."""
@@ -120,6 +126,11 @@ class AqnFSDPEngine(PackedBase):
             or tu.get_non_tensor_data(data=micro_batch, key="calculate_sum_pi_squared", default=False)
             or tu.get_non_tensor_data(data=micro_batch, key="distillation_use_topk", default=False)
         )
+
+
+def _digests(served: tuple[tuple[str, torch.Tensor], ...], slicings: tuple[Slices, ...]) -> tuple[str, ...]:
+    """The digest of an adapter's parts for each way to hold them."""
+    return tuple(tensor_digest((name, cut(tensor, slices.get(name))) for name, tensor in served) for slices in slicings)
 
 
 def _register() -> None:

@@ -24,7 +24,7 @@ from verl_aqn.prepare import check_steps
 from verl_aqn.rewards import math_verify
 from verl_aqn.rewards.gsm8k import number
 from verl_aqn.runs.folder import RunFolder
-from verl_aqn.shards import distinct
+from verl_aqn.shards import distinct, not_covered
 from verl_aqn.verl_api import tripwire
 from verl_aqn.verl_api.divergence import saved_where_it_diverges
 from verl_aqn.verl_api.groups import AqnReplayBuffer, check_refill, count_groups, remedy
@@ -46,6 +46,7 @@ class AqnTrainer(SavingTrainer):
         self.noise_metrics: dict[str, float] = {}
         self.synced_bytes = 0
         self.base_weights: list[str | None] = []
+        self.slicing_of_rank: list[int] = []
         self.shares: dict[str, float] = {}  # of the last validation's answers, right by the other two rules
         self.clean_logp: dict[str, list[float]] = {}  # of the rollout's own sequences, scored again without noise
         # Mean |Δ log-prob| between trainer and rollout of each compared step, those of earlier attempts first.
@@ -90,7 +91,6 @@ class AqnTrainer(SavingTrainer):
         self.record(
             "placed", actor_nodes=self.actor_rollout_wg.node(), rollout_nodes=[address for address, _ in addresses]
         )
-        self.expect_slices()
         super().on_init_end()  # wakes the replicas (verl put them to sleep) and sends the adapter
         # The first order here, so that a pattern that matches nothing is told before anything is generated.
         norms = self.rollout("aqn_prepare", order_of(self.aqn.noise, self.schedule, 0).to_dict())[0]
@@ -328,16 +328,16 @@ class AqnTrainer(SavingTrainer):
             self.record(kind, rank=rank, **more, **evidence)
             check_evidence(evidence, order, self.clean_digest)
 
-    def expect_slices(self) -> None:
-        """Tell the actor which parts of the adapter the rollout's ranks hold, so that it knows their digests."""
-        held = self.rollout("aqn_adapter_slices", self.config.actor_rollout_ref.model.lora_rank)
-        slicings, self.slicing_of_rank = distinct(held)
-        self.actor_rollout_wg.expect_slices(slicings)
-
     def check_adapter(self) -> None:
         """The rollout multiplies with the adapter that the actor sent."""
+        held = self.rollout("aqn_adapter")
+        slices, sizes = ([answer.pop(key) for answer in held] for key in ("slices", "sizes"))
+        if not self.slicing_of_rank:  # the first: now it is known in which parts the ranks hold it
+            slicings, self.slicing_of_rank = distinct(slices)
+            self.actor_rollout_wg.expect_slices(slicings)
+            if missing := not_covered(slices, sizes[0].__getitem__):
+                raise EvidenceError(f"the rollout's ranks together do not hold the whole adapter of {missing}")
         digests, self.synced_bytes = self.actor_rollout_wg.sent_adapters()[0]
-        held = self.rollout("aqn_adapter", self.config.actor_rollout_ref.model.lora_rank)
         self.record("adapter", step=self.global_steps, sent=digests[0], bytes=self.synced_bytes, held=held)
         wanted = [digests[slicing] for slicing in self.slicing_of_rank]
         if [answer["adapter_digest"] for answer in held] != wanted:

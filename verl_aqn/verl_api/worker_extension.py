@@ -1,5 +1,9 @@
 """What is added to vLLM's worker: noise on its norms, and reading back what its weights are."""
 
+import logging
+import traceback
+from typing import Any
+
 import torch
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
@@ -9,12 +13,32 @@ from verl_aqn.preflight.peak import memory_peak
 from verl_aqn.verl_api.sync_socket import of_this_run
 from verl_aqn.vllm_api import plugin, readback
 
+logger = logging.getLogger(__name__)
+
 
 class AqnWorkerExtension(vLLMColocateWorkerExtension):
     """Methods that the server calls on every rank of the engine by `collective_rpc`."""
 
     def _get_zmq_handle(self) -> str:
         return of_this_run(super()._get_zmq_handle())
+
+    def update_weights_from_ipc(self, *args: Any, **kwargs: Any) -> None:
+        """As verl's, but what goes wrong with the weights is raised after the sender has got its answers.
+
+        verl's receiver closes its socket where vLLM refuses an adapter, and the sender waits for ever.
+        """
+        self._aqn_refused: Exception | None = None
+        super().update_weights_from_ipc(*args, **kwargs)
+        if self._aqn_refused is not None:
+            raise self._aqn_refused
+
+    def _update_weights(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._update_weights(*args, **kwargs)
+        except Exception as error:
+            logger.error("vLLM refused the weights:\n%s", traceback.format_exc())
+            # Without the traceback: its frames would hold on to verl's buffer, and the sender would get no answer.
+            self._aqn_refused = self._aqn_refused or error.with_traceback(None)
 
     def aqn_prepare(self, order: dict) -> dict:
         """What the engine is made of: its norms, kept clean since the model was loaded, and what `order` would do."""
@@ -46,10 +70,6 @@ class AqnWorkerExtension(vLLMColocateWorkerExtension):
         """The most memory of this process so far, in bytes: `resident`, and `device` where it computes on one."""
         return memory_peak()
 
-    def aqn_adapter_slices(self, rank: int) -> dict:
-        """Which parts of the adapter this rank of the engine holds; also of an engine that sleeps."""
-        return readback.adapter_slices(self.model_runner.get_model(), rank)
-
-    def aqn_adapter(self, rank: int) -> dict:
-        """The adapter as the engine multiplies with it."""
-        return readback.describe_adapter(self.model_runner.get_model(), rank)
+    def aqn_adapter(self) -> dict:
+        """The adapter that was sent last, as the engine multiplies with it."""
+        return readback.describe_adapter(self.model_runner.get_model())

@@ -69,8 +69,8 @@ class AqnActorWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def expect_slices(self, slicings: list[dict]) -> None:
-        """Which parts of the adapter the rollout's ranks hold: from now on `sent_adapters` has a digest for each."""
-        self.actor.engine.slicings = tuple(slicings)
+        """Tell the parts of the adapter that the rollout's ranks hold: `sent_adapters` has a digest for each."""
+        self.actor.engine.expect_slices(tuple(slicings))
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def sent_adapters(self) -> tuple[list[str], int]:

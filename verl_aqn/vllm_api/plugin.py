@@ -43,7 +43,10 @@ def register() -> None:
     check_version()
     from vllm.platforms import PlatformEnum, current_platform
 
+    from verl_aqn.vllm_api.observe import observe_adapters
+
     _patch_loading()
+    observe_adapters()
     if current_platform.is_cpu():
         from vllm.distributed.device_communicators import shm_broadcast
         from vllm.model_executor.kernels.linear import register_linear_kernel
@@ -76,7 +79,7 @@ def _patch_loading() -> None:
     from vllm.platforms import current_platform
 
     from verl_aqn.noise import NoiseInjector
-    from verl_aqn.vllm_api.readback import remember_base
+    from verl_aqn.vllm_api.observe import observe_load
 
     load = Loader.load_model
 
@@ -84,13 +87,7 @@ def _patch_loading() -> None:
         ours = "verl_aqn" in (vllm_config.parallel_config.worker_extension_cls or "")
         if not ours or model_config is not vllm_config.model_config:
             return load(self, vllm_config, model_config, *args, **kwargs)
-        load_weights = self.load_weights
-
-        def load_and_remember(model, *args, **kwargs):
-            load_weights(model, *args, **kwargs)
-            remember_base(model)  # before kernels rearrange the weights
-
-        self.load_weights = load_and_remember  # of this loader, which loads one model
+        observe_load(self)
         model = load(self, vllm_config, model_config, *args, **kwargs)
         # Before the model is compiled or captured in a graph: norms in fp32 have a storage of their own, which both
         # then hold on to.

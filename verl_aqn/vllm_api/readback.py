@@ -1,19 +1,23 @@
-"""What a vLLM model really holds, under the names that the trainer uses.
+"""Read back what a vLLM model really holds, under the checkpoint's names.
 
-vLLM fuses q, k, v (and gate, up, and the experts of a MoE layer) into one layer; here they are taken apart again, so
-that digests can be compared with the trainer's. Nothing in this file imports vLLM: it reads the model's own attributes.
+vLLM fuses q, k, v (and gate, up, and the experts of a MoE layer) into one parameter, renames modules and splits them
+over ranks. Which region of a parameter came from which tensor was observed while it was loaded (`model.aqn_loaded`, see
+`verl_aqn.vllm_api.trace`); here these regions are read and put together again. Nothing in this file imports vLLM.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from verl_aqn.adapter import split_name
 from verl_aqn.digest import tensor_digest
 from verl_aqn.errors import EvidenceError
 from verl_aqn.mxfp4 import dequantize
 from verl_aqn.mxfp4.checkpoint import combined_digest, module_digest, values_digest
-from verl_aqn.shards import NOTHING, ExpertPart, Part, Slices, experts_of, hf_names, is_experts, parts_of
+from verl_aqn.mxfp4.formats import FORMATS
+from verl_aqn.shards import NOTHING, Loaded, Slices, blocks_of
 
 # How vLLM's kernels round activations; the scheme asks all of them for MXFP4 and only some comply. What is written here
 # of kernels for GPUs was read in vLLM 0.28 (FlashInfer and B12X quantise as NVIDIA's hardware does), not measured.
@@ -71,96 +75,130 @@ def check_activations(asked: str, actor: list[list[str]], rollout: list[dict]) -
             )
 
 
+def is_experts(layer: Any) -> bool:
+    """Whether `layer` holds routed experts as vLLM keeps them: w13 [E, 2I, H] and w2 [E, H, I] of E experts."""
+    return hasattr(layer, "w13_weight") or hasattr(layer, "w13_weight_packed")
+
+
 def remember_base(model: torch.nn.Module) -> None:
     """Keep the digests of what the base was loaded with, before kernels rearrange it (most do).
 
-    Part by part of each fused layer: `mxfp4_digests` of packed layers, or where a model has none, `bf16_digests` of its
-    plain ones.
+    By module of the checkpoint: of the packed ones, or where there are none, of every matrix but the embeddings.
+    `mxfp4_digests` marks the layers of packed ones.
     """
-    layers: list[Any] = [layer for layer in model.modules() if _widths(layer) or is_experts(layer)]
-    packed = [layer for layer in layers if _is_packed(layer)]
-    for layer in packed:
-        layer.mxfp4_digests = [module_digest(*pair) for pair in zip(*_pieces(layer, packed=True), strict=True)]
-    for layer in [] if packed else layers:
-        layer.bf16_digests = [values_digest(part) for part in _pieces(layer, packed=False)[0]]
+    loaded = _loaded(model)
+    parameter = _parameters(model)
+    packed: dict[str, tuple[str, ...]] = {m: n for m in _modules(loaded) if (n := _packed_names(loaded, m))}
+    loaded.digests, loaded.packed = {}, bool(packed)
+    for module in packed or _modules(loaded):
+        names = packed[module] if packed else (f"{module}.weight",)
+        pieces = [piece for name in names for piece in loaded.pieces.get(name, ())]
+        layers: list[Any] = [model.get_submodule(piece.place.rpartition(".")[0]) for piece in pieces]
+        if not pieces:
+            continue  # another rank's
+        if not packed and (len(loaded.sources[names[0]].shape) < 2 or hasattr(layers[0], "num_embeddings")):
+            continue
+        try:
+            weights = [loaded.read(name, parameter) for name in names]
+        except EvidenceError as error:
+            loaded.lost.update(dict.fromkeys(names, str(error)))
+            continue
+        loaded.digests[module] = module_digest(*weights) if packed else values_digest(weights[0])
+        for layer in layers if packed else ():
+            layer.mxfp4_digests = [*getattr(layer, "mxfp4_digests", ()), loaded.digests[module]]
 
 
-def _pieces(layer: Any, packed: bool) -> list[Sequence[torch.Tensor]]:
-    """A layer's weights part by part, as they were loaded: [codes, scales], or [values]."""
-    kinds = ("weight_packed", "weight_scale") if packed else ("weight",)
-    if is_experts(layer):
-        held = [part for part in experts_of("", layer) if part.place is not None]
-        return [[getattr(layer, f"{part.stack}_{kind}").data[part.place, part.rows] for part in held] for kind in kinds]
-    # compressed-tensors' name; vllm-ascend has `weight`
-    weights = [getattr(layer, kind, None) for kind in kinds]
-    return [(layer.weight if weight is None else weight).data.split(_widths(layer)) for weight in weights]
+def _loaded(model: torch.nn.Module) -> Loaded:
+    loaded: Loaded | None = getattr(model, "aqn_loaded", None)
+    if loaded is None or not loaded.sources:
+        raise EvidenceError(
+            f"how {type(model).__name__} was loaded was not seen: set vLLM's load_format to one that calls the model's "
+            "load_weights (safetensors)"
+        )
+    return loaded
 
 
-def _widths(layer: Any) -> list[int]:
-    """Rows of the parts that a linear layer of vLLM is fused of; [] for other modules."""
-    return list(getattr(layer, "logical_widths", None) or getattr(layer, "output_partition_sizes", None) or [])
+def _parameters(model: torch.nn.Module) -> Callable[[str], Tensor]:
+    """A parameter or buffer as it is now by the name that it had when it was loaded: without LoRA's wrapper."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    held = {name.replace(".base_layer.", "."): parameter.data for name, parameter in named}
+    return held.__getitem__
 
 
-def _is_packed(layer: Any) -> bool:
-    scale = getattr(layer, "w13_weight_scale" if is_experts(layer) else "weight_scale", None)
-    return isinstance(scale, torch.Tensor) and scale.dtype == torch.uint8
+def _modules(loaded: Loaded) -> list[str]:
+    """Modules of the checkpoint that have a weight, in order of loading."""
+    ends = (".weight", *(weight for weight, _ in FORMATS.values()))
+    return list(dict.fromkeys(n.removesuffix(end) for n in loaded.sources for end in ends if n.endswith(end)))
+
+
+def _packed_names(loaded: Loaded, module: str) -> tuple[str, str] | None:
+    """Names of a packed module's codes and scales; None for one that is not packed."""
+    for weight, scale in FORMATS.values():
+        names = (module + weight, module + scale)
+        if all(name in loaded.sources and loaded.sources[name].dtype == "uint8" for name in names):
+            return names
+    return None
+
+
+def _slice_of(loaded: Loaded, module: str) -> list[int] | None:
+    """The `Slice` of a module's weight [N, K] that this rank holds."""
+    names = _packed_names(loaded, module) if loaded.packed else None
+    region = loaded.region(names[0] if names else f"{module}.weight")
+    if region is None or not names:
+        return region
+    return [number for row, rows, *columns in blocks_of(region) for number in (row, rows, *(2 * c for c in columns))]
 
 
 def _kept(layer: Any) -> dict[str, torch.Tensor]:
     """What a layer's kernel computes with, by the end of its name; without what was taken out of the layer."""
     names = ("w13_weight", "w2_weight") if is_experts(layer) else ("weight",)
-    weights = {name: getattr(layer, name).data for name in names}
-    return {name.removesuffix("weight"): weight for name, weight in weights.items() if weight.numel()}
+    weights = {name: getattr(layer, name, None) for name in names}
+    return {n.removesuffix("weight"): w.data for n, w in weights.items() if isinstance(w, Tensor) and w.numel()}
 
 
 def describe_base(model: torch.nn.Module, modules: Collection[str]) -> dict:
     """What the layers that hold `modules` were loaded with, and what they compute with now.
 
-    `modules`: the trainer's names of those that are MXFP4 on disk, experts' matrices among them. `layers`, `experts`:
-    how many layers of vLLM's, and how many matrices of experts. `form`: "packed" where these bytes were loaded,
-    "bf16" where their values were. `base_digest`: of what was loaded, under the trainer's names. `slices`: the `Slices`
-    of the weights that a rank holds in part or not at all; the digest is then of these parts. `weights_digest`: of
-    the weights as the kernel keeps them, to be compared between two moments, as far as they can be read (bf16 linear
-    layers on a CPU cannot); None where none can. `weights_equal_base`: whether those are bit for bit the ones that
-    were loaded; None where a kernel keeps them in an order of its own. `activations`: what the kernels round their
-    inputs to.
+    `modules`: the checkpoint's names of those that are MXFP4 on disk, experts' matrices among them. `layers`,
+    `experts`: how many layers of vLLM's, and how many matrices of experts. `form`: "packed" where these bytes were
+    loaded, "bf16" where their values were. `base_digest`: of what was loaded, under the checkpoint's names. `slices`:
+    the `Slices` of the weights that a rank holds in part or not at all; the digest is then of these parts.
+    `weights_digest`: of the weights as the kernel keeps them, to be compared between two moments, as far as they can be
+    read (bf16 linear layers on a CPU cannot); None where none can. `weights_equal_base`: whether those are bit for bit
+    the ones that were loaded; None where a kernel keeps them in an order of its own. `activations`: what the kernels
+    round their inputs to.
+
+    Raises EvidenceError where one of `modules` was loaded in a way that could not be followed.
     """
-    named = [(name.removesuffix(".base_layer"), layer) for name, layer in model.named_modules()]
-    form, attribute = "packed", "mxfp4_digests"
-    if not any(hasattr(layer, attribute) for _, layer in named):
-        form, attribute = "bf16", "bf16_digests"
-    layers: dict[str, Any] = {}
-    loaded: list[tuple[str, str]] = []
+    loaded = _loaded(model)
+    named = {name.removesuffix(".base_layer"): layer for name, layer in model.named_modules()}
+    places: dict[str, list[str]] = {}
+    digests: list[tuple[str, str]] = []
     experts = 0
     slices: Slices = {}
-    for name, layer in named:
-        if not hasattr(layer, attribute):
+    for module in modules:
+        if module not in loaded.digests:
+            _check_followed(model, loaded, module)
+            slices[module] = NOTHING
             continue
-        if is_experts(layer):
-            parts: Sequence[Part | ExpertPart] = experts_of(name, layer)
-        elif set(hf_names(model, name, len(_widths(layer)))) & set(modules):
-            parts = parts_of(model, name, layer)
-        else:
-            continue
-        digests = iter(getattr(layer, attribute))
-        for part in parts:
-            digest = None if part.slice == NOTHING else next(digests)
-            if part.name not in modules:
-                continue
-            layers[name] = layer
-            if digest:
-                loaded.append((part.name, digest))
-                experts += is_experts(layer)
-            if not part.whole:
-                slices[part.name] = part.slice
-    equal = {equals_loaded(layer) for layer in layers.values()}
+        digests.append((module, loaded.digests[module]))
+        names = (_packed_names(loaded, module) if loaded.packed else None) or (f"{module}.weight",)
+        held_in = [piece.place.rpartition(".")[0] for piece in loaded.pieces[names[0]]]
+        for place in held_in:
+            places.setdefault(place, []).append(module)
+        experts += is_experts(named[held_in[0]])
+        if part := _slice_of(loaded, module):
+            slices[module] = part
+    layers: dict[str, Any] = {name: layer for name, layer in named.items() if name in places}
+    parameter = _parameters(model)
+    equal = {equals_loaded(loaded, layer, places[name], parameter) for name, layer in layers.items()}
     kept = [(name + end, weight) for name, layer in layers.items() for end, weight in _kept(layer).items()]
     kernels = [kernel_of(layer) for layer in layers.values()]
     return {
         "layers": len(layers),
         "experts": experts,
-        "form": form,
-        "base_digest": combined_digest(loaded),
+        "form": "packed" if loaded.packed else "bf16",
+        "base_digest": combined_digest(digests),
         "slices": slices,
         "weights_digest": tensor_digest(kept) if kept else None,
         "weights_equal_base": False if False in equal else None if None in equal else True,
@@ -169,51 +207,81 @@ def describe_base(model: torch.nn.Module, modules: Collection[str]) -> dict:
     }
 
 
-def equals_loaded(layer: Any) -> bool | None:
+def _check_followed(model: torch.nn.Module, loaded: Loaded, module: str) -> None:
+    """Raise EvidenceError where `module` disappeared on its way into the model; a rank may hold nothing of it."""
+    for name, how in loaded.lost.items():
+        if name.startswith(f"{module}."):
+            loader = f"{type(model).__module__}.{type(model).__name__}.load_weights"
+            raise EvidenceError(f"{module}: its way into vLLM cannot be followed ({how}), as {loader} loads it")
+
+
+def equals_loaded(loaded: Loaded, layer: Any, modules: list[str], parameter: Callable[[str], Tensor]) -> bool | None:
     """Whether the weight that a layer computes with is what it was loaded with; None where that cannot be told."""
-    if is_experts(layer):
+    if is_experts(layer) or not hasattr(layer, "weight"):
         return None
     weight = layer.weight.data
     if hasattr(layer, "mxfp4_packed"):  # our own kernel's
         return torch.equal(weight, dequantize(layer.mxfp4_packed, layer.weight_scale.data, weight.dtype))
-    if hasattr(layer, "mxfp4_digests") or len(weight) != sum(_widths(layer)):
+    sources = [f"{module}.weight" for module in modules]
+    if loaded.packed or weight.dim() != 2 or any(_outgrown(loaded, source, parameter) for source in sources):
         return None
-    return [values_digest(part) for part in weight.split(_widths(layer))] == layer.bf16_digests
+    return all(
+        values_digest(loaded.read(source, parameter)) == loaded.digests[module]
+        for source, module in zip(sources, modules, strict=True)
+    )
 
 
-def adapter_tensors(model: torch.nn.Module, rank: int) -> Iterator[tuple[str, torch.Tensor, list[int] | None]]:
-    """A [r, K] and B·α/r [N, r] in the LoRA layers' own buffers, under the trainer's names.
+def _outgrown(loaded: Loaded, source: str, parameter: Callable[[str], Tensor]) -> bool:
+    """Whether a parameter no longer has the elements that `source` was loaded into."""
+    return any(
+        piece.here + sum((size - 1) * step for size, step, _ in piece.dims) >= parameter(piece.place).numel()
+        for piece in loaded.pieces[source]
+    )
 
-    With each: None, or the `Slice` of it that a tensor-parallel rank holds.
+
+def describe_adapter(model: torch.nn.Module) -> dict:
+    """`{"modules", "adapter_digest", "b_max", "slices", "sizes"}` of the adapter that the engine multiplies with.
+
+    What was sent is read back from the LoRA layers' own buffers, under the names and in the shapes in which it was
+    sent; `slices`: the `Slices` of the tensors that a tensor-parallel rank holds in part; `sizes`: elements of these.
+
+    Raises EvidenceError where a module that was sent is found nowhere, or a buffer holds what was not sent.
     """
-    for name, layer in model.named_modules():
-        stacked_a, stacked_b = getattr(layer, "lora_a_stacked", None), getattr(layer, "lora_b_stacked", None)
-        if not isinstance(stacked_a, tuple) or not isinstance(stacked_b, tuple):
-            continue  # no LoRA layer, or the head: its adapters are one tensor, and nothing here trains it
-        for part, a, b in zip(parts_of(model, name, layer.base_layer), stacked_a, stacked_b, strict=True):
-            row, rows, column, columns = part.slice
-            narrow = columns != part.columns
-            yield f"{part.name}.A", a[0, 0, :rank], [0, rank, column, columns] if narrow else None
-            low = not narrow and not part.whole
-            yield f"{part.name}.B", b[0, 0, :, :rank], [row, rows, 0, rank] if low else None
-
-
-def adapter_slices(model: torch.nn.Module, rank: int) -> Slices:
-    """The adapter's tensors that this rank holds in part; reads no weight."""
-    return {name: part for name, _, part in adapter_tensors(model, rank) if part}
-
-
-def describe_adapter(model: torch.nn.Module, rank: int) -> dict:
-    """`{"modules", "adapter_digest", "b_max"}` of the adapter that the engine multiplies with.
-
-    vLLM has places for an adapter in every layer that can have one, and leaves zeros where none was sent. One that was
-    sent has no A of zeros: a lost one shows.
-    """
-    held = [(name, tensor) for name, tensor, _ in adapter_tensors(model, rank)]
-    pairs = zip(held[::2], held[1::2], strict=True)
-    tensors = [one for a, b in pairs if a[1].any() or b[1].any() for one in (a, b)]
+    sent: Loaded | None = getattr(model, "aqn_adapter", None)
+    if sent is None or not sent.sources:
+        raise EvidenceError("the rollout has not got an adapter: nothing was sent since it started")
+    buffers = dict(lora_buffers(model))
+    homeless = sorted({split_name(name)[0] for name in sent.sources if name not in sent.pieces})
+    if homeless:
+        raise EvidenceError(
+            f"vLLM's {type(model).__name__} has no place for the adapter of {', '.join(homeless[:3])}"
+            f"{' …' if len(homeless) > 3 else ''} ({len(homeless)} modules): leave them out of "
+            "actor_rollout_ref.model.target_modules"
+        )
+    foreign = [place for place, buffer in buffers.items() if place not in sent.held_in and bool(buffer.any())]
+    if foreign:
+        raise EvidenceError(f"vLLM multiplies with an adapter in {foreign[0]} that was not sent")
+    tensors: list[tuple[str, Tensor]] = []
+    slices: Slices = {}
+    sizes: dict[str, int] = {}
+    for source in sent.sources:
+        name = ".".join(split_name(source))
+        tensors.append((name, sent.read(source, buffers.__getitem__)))
+        if part := sent.region(source):
+            slices[name], sizes[name] = part, sent.sources[source].numel
     return {
-        "modules": len(tensors) // 2,
+        "modules": len({split_name(source)[0] for source in sent.sources}),
         "adapter_digest": tensor_digest(tensors),
         "b_max": max((t.abs().max().item() for n, t in tensors if n.endswith(".B")), default=0.0),
+        "slices": slices,
+        "sizes": sizes,
     }
+
+
+def lora_buffers(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers of vLLM's LoRA layers (`lora_a_stacked`, `w13_lora_b_stacked`, …) by name."""
+    for name, layer in model.named_modules():
+        for attribute, value in vars(layer).items():
+            if "lora_" in attribute and attribute.endswith("_stacked"):
+                stack = [value] if isinstance(value, Tensor) else value
+                yield from ((f"{name}.{attribute}.{number}", one) for number, one in enumerate(stack))
