@@ -59,6 +59,8 @@ class NoiseConfig:
     def __post_init__(self) -> None:
         if self.target_kl is not None and not 0 < self.target_kl < math.inf:
             raise ConfigError(f"aqn.noise.target_kl is {self.target_kl}: give a number above 0 (nats a token), or null")
+        if self.enabled and not self.targets:
+            raise ConfigError("aqn.noise.targets is empty: choose from norm, linear, or set aqn.noise.enabled=false")
         if self.in_actor and "linear" in self.targets:
             raise ConfigError(
                 "aqn.noise.targets has `linear`, which the actor's packed layers cannot carry: set "
@@ -314,7 +316,7 @@ def schedule_of(config: DictConfig | dict, total_steps: int) -> SigmaSchedule:
 def order_of(noise: NoiseConfig, schedule: SigmaSchedule, step: int) -> NoiseOrder:
     """The noise of RL step `step` (from 0): all of it, so that no process has to look into a config of its own."""
     if not noise.enabled:
-        return NoiseOrder(step, noise.seed, 0.0, noise.unit, router_norms=True)  # no noise: none to keep from routers
+        return NoiseOrder(step, noise.seed, 0.0, noise.unit, targets=())
     return NoiseOrder(
         step=step,
         seed=noise.seed,

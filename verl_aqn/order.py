@@ -131,7 +131,8 @@ class NoiseOrder:
     multiplicative  w · (1 + σz)
     ==============  ====================================================================================
 
-    `targets`: kinds of modules, of "norm" and "linear" (packed MXFP4 layers, on their dequantised weights).
+    `targets`: kinds of modules, of "norm" and "linear" (packed MXFP4 layers, on their dequantised weights);
+    none in a run without noise.
     `include`, `exclude`: shell patterns of module names; an empty `include` means all. `router_norms`: also the norms
     that feed the router of a mixture of experts. `layers`: multipliers of σ by module. `share`: step / steps of the
     run, which tells the sides of a zone's boundary apart.
@@ -153,7 +154,7 @@ class NoiseOrder:
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
             raise ConfigError(f"noise.unit is {self.unit!r}: choose one of {', '.join(UNITS)}")
-        if not self.targets or not set(self.targets) <= set(TARGETS):
+        if not set(self.targets) <= set(TARGETS) or (self.sigma and not self.targets):
             raise ConfigError(f"noise.targets is {list(self.targets)}: choose from {', '.join(TARGETS)}")
         if not math.isfinite(self.sigma) or self.sigma < 0 or self.step < 0:
             raise ConfigError(f"noise order has step {self.step} and sigma {self.sigma}: both must be 0 or more")

@@ -1,13 +1,14 @@
-"""Adaptive quantization noise: N(0, σ²) on the weights of RMSNorm modules, and the evidence that it is there.
+"""Adaptive quantization noise: N(0, σ²) on the weights of norms, and the evidence that it is there.
 
 Noise is a function, not a state: `draw(seed, step, name, numel)` gives the same numbers in every process, and
 weights are always written as clean + noise. What was written is then read back and measured.
 """
 
 from verl_aqn.noise.evidence import check_equal_noise, check_evidence, check_used, sigma_interval
+from verl_aqn.noise.expected import check_norms, expected_norms
 from verl_aqn.noise.gaussian import draw
 from verl_aqn.noise.injector import NoiseInjector
-from verl_aqn.noise.targets import find_norms
+from verl_aqn.noise.norms import find_norms
 from verl_aqn.order import UNITS, NoiseOrder
 
 __all__ = [
@@ -16,8 +17,10 @@ __all__ = [
     "NoiseOrder",
     "check_equal_noise",
     "check_evidence",
+    "check_norms",
     "check_used",
     "draw",
+    "expected_norms",
     "find_norms",
     "sigma_interval",
 ]

@@ -17,8 +17,9 @@ from verl_aqn.digest import tensor_digest
 from verl_aqn.errors import ConfigError, EvidenceError, ModelError
 from verl_aqn.noise.evidence import sigma_interval
 from verl_aqn.noise.gaussian import draw_spans
+from verl_aqn.noise.norms import canonical_names, survey
 from verl_aqn.noise.routers import router_norms
-from verl_aqn.noise.targets import Norm, NormBeside, PackedLinear, Target, find_linears, find_norms
+from verl_aqn.noise.targets import Norm, NormBeside, PackedLinear, Target, find_linears
 from verl_aqn.order import NoiseOrder, count_layers
 
 Selection = list[tuple[Target, float]]  # with its multiplier of σ
@@ -28,9 +29,8 @@ class NoiseInjector:
     """Noise on the weights of `model`, as orders ask for it: always clean + noise, whatever was there before.
 
     `dtype`: what the norm weights become, in place. bfloat16 cannot hold the later stages: its spacing near 1 is
-    2^-8 to 2^-7, so σ = 1e-5 would vanish. vLLM's RMSNorm takes float32 weights with 16-bit activations; HF's Llama
-    and Qwen then return float32, which their 16-bit linear layers refuse, so that is a ModelError here.
-    None keeps the weights' own dtype. Linear layers keep theirs.
+    2^-8 to 2^-7, so σ = 1e-5 would vanish. vLLM's RMSNorm takes float32 weights with 16-bit activations; other norms
+    then compute in float32. None keeps the weights' own dtype. Linear layers keep theirs.
 
     Make it after the weights are loaded and before the model is compiled or its graphs captured: promotion replaces
     the weights' storage, while `apply` and `restore` afterwards write into the same storage. Clean norms are copied to
@@ -42,27 +42,34 @@ class NoiseInjector:
     norms is then a float32 tensor beside the parameter, which stays as it is; `dtype` has no meaning, linear layers get
     no noise, and the evidence says how many forwards of each norm used its noise at least (`uses`).
 
-    Raises EvidenceError if no norm is found.
+    Nothing of the model is an error here: a norm that cannot carry noise is in `lacking`, with the reason, and
+    `describe` and `apply` raise for an order that needs it.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = torch.float32, beside: bool = False) -> None:
-        found = find_norms(model)
-        if not found:
-            raise EvidenceError(
-                f"no RMSNorm found in {type(model).__name__}: noise would do nothing; pass the model itself, "
-                "with its weights loaded"
-            )
         self._model = model
+        surveyed, names = survey(model), canonical_names(model)
+        self.lacking = {names(name): why for name, why in surveyed.lacking.items()}
+        self._norms: dict[str, Norm] = {}
         # Now, while the layers are as they were built: later they may be compiled or wrapped.
         self._router: set[str] | ModelError
         try:
-            self._router = router_norms(model, found)
+            fed = router_norms(model, {name: model.get_submodule(name) for name in surveyed.found})
+            self._router = {names(name) for name in fed}
         except ModelError as error:
             self._router = error  # of no importance to an order that takes these norms along
-        self._norms: dict[str, Norm] = {
-            name: NormBeside(name, found[name]) if beside else Norm(name, found[name], dtype) for name in sorted(found)
-        }
-        self._layers = count_layers(found)
+        for own, form in sorted(surveyed.found.items()):
+            name, module = names(own), model.get_submodule(own)
+            try:
+                norm = NormBeside(name, module, form) if beside else Norm(name, module, form, dtype)
+            except ModelError as error:
+                self.lacking[name] = str(error)
+            else:
+                self._norms[name] = norm
+        self._norms = dict(sorted(self._norms.items()))
+        #: Module names of the norms whose float32 weight an engine's own kernel has to be told of.
+        self.rms_norms = [own for own, form in surveyed.found.items() if not form.centred and names(own) in self._norms]
+        self._layers = count_layers(self._norms)
         self._touched: dict[str, Target] = {}  # linear weights that may not be clean
         self.clean_digest = self._digest({name: norm.clean() for name, norm in self._norms.items()})
 
@@ -75,7 +82,9 @@ class NoiseInjector:
         """What an order would do: modules by kind, multipliers, norms left alone. Raises what `apply` raises."""
         chosen = self._select(order)
         return {
-            "norms": sum(target.kind == "norm" for target, _ in chosen),
+            # Without noise there is no choice: all that are there.
+            "norms": sum(target.kind == "norm" for target, _ in chosen) if order.targets else len(self._norms),
+            "names": self.names,
             "linears": sum(target.kind == "linear" for target, _ in chosen),
             "router_norms": [] if order.router_norms else sorted(self._routers()),
             "multipliers": sorted({multiplier for _, multiplier in chosen}),
@@ -88,7 +97,8 @@ class NoiseInjector:
         Raises:
             ConfigError: a pattern of the order matches no module.
             EvidenceError: no module is left, or noise on linear layers finds none.
-            ModelError: the model cannot take this noise; the message says what to change.
+            ModelError: a norm that the order needs cannot carry noise, or the model cannot take this noise; the
+                message says what to change.
         """
         chosen = self._select(order)
         self._write(order, chosen)
@@ -133,6 +143,7 @@ class NoiseInjector:
     def _select(self, order: NoiseOrder) -> Selection:
         candidates: dict[str, Target] = {}
         if "norm" in order.targets:
+            self._check_lacking(order)
             candidates |= self._norms
         if "linear" in order.targets:
             candidates |= self._linears
@@ -149,9 +160,25 @@ class NoiseInjector:
         order.layers.check(names, self._layers)
         chosen = [(candidates[n], order.layers.multiplier_of(n, self._layers, order.share)) for n in names]
         chosen = [(target, multiplier) for target, multiplier in chosen if multiplier > 0]
-        if not chosen:
+        if not chosen and order.targets:
             raise EvidenceError("every module is excluded or has multiplier 0: noise would do nothing; exclude fewer")
         return chosen
+
+    def _check_lacking(self, order: NoiseOrder) -> None:
+        """Raise where norms that the order needs are not there, or cannot carry noise."""
+        needed = {name: why for name, why in self.lacking.items() if order.selects(name)}
+        if needed:
+            first, reasons = min(needed), sorted(set(needed.values()))
+            others = f" and {len(needed) - 1} more norms" if len(needed) > 1 else ""
+            raise ModelError(
+                f"{first}{others} of {type(self._model).__name__}: {'; '.join(reasons)[:600]}: exclude them in "
+                "aqn.noise.exclude, or set aqn.noise.enabled=false"
+            )
+        if not self._norms:
+            raise EvidenceError(
+                f"no norm found in {type(self._model).__name__}: noise would do nothing; take `norm` out of "
+                "aqn.noise.targets, or set aqn.noise.enabled=false"
+            )
 
     # ---- writing ----
 
@@ -212,10 +239,10 @@ class NoiseInjector:
             "modules": len(chosen) or len(everything),
             "elements": elements,
             # Over all groups, in units of the multiplier: what console and metrics show beside σ asked.
-            "sigma_realised": math.sqrt(sum(g.squares / g.multiplier**2 for g in groups.values()) / elements),
-            "sigma_interval": list(sigma_interval(sigma, elements)),
-            "sigma_rounding": math.sqrt(sum(g.rounding / g.multiplier**2 for g in groups.values()) / elements),
-            "unchanged_share": unchanged / elements,
+            "sigma_realised": math.sqrt(sum(g.squares / g.multiplier**2 for g in groups.values()) / (elements or 1)),
+            "sigma_interval": list(sigma_interval(sigma, elements or 1)),
+            "sigma_rounding": math.sqrt(sum(g.rounding / g.multiplier**2 for g in groups.values()) / (elements or 1)),
+            "unchanged_share": unchanged / elements if elements else 1.0,
             "changed_outside": changed_outside,
             "layers": self._layers,
             "router_norms": [] if isinstance(self._router, ModelError) else sorted(self._router),

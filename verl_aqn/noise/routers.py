@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from verl_aqn.errors import ModelError
+from verl_aqn.errors import ModelError, first_line
 
 # How layers call what they are made of: HF with [batch, tokens, hidden] and tuples, vLLM with [tokens, hidden].
 _SHAPES = ((1, 1), (1,))
@@ -30,8 +30,20 @@ def router_norms(model: nn.Module, norms: Mapping[str, nn.Module]) -> set[str]:
     experts' side. That follows residual streams, fused add-and-norm, and sandwich norms alike.
 
     Raises:
-        ModelError: a layer that cannot be run in this way.
+        ModelError: a layer that cannot be run in this way, whatever it raises.
     """
+    try:
+        return _router_norms(model, norms)
+    except ModelError:
+        raise
+    except Exception as error:  # layers of others: anything may happen
+        raise ModelError(
+            f"{type(model).__name__}: cannot see which norms feed its routers ({type(error).__name__}: "
+            f"{first_line(error)}): exclude them in aqn.noise.exclude and set aqn.noise.router_norms=true"
+        ) from error
+
+
+def _router_norms(model: nn.Module, norms: Mapping[str, nn.Module]) -> set[str]:
     fed: set[str] = set()
     seen: set[str] = set()
     for path in _experts(model):
@@ -102,7 +114,7 @@ def _reaches(
     for shape, answer in product(_SHAPES, _ANSWERS):
         with torch.no_grad(), _stubs(parts, norms, block, tested, answer):
             try:
-                type(layer).forward(layer, **_arguments(layer, weight.new_zeros(*shape, weight.numel())))
+                type(layer).forward(layer, **_arguments(layer, _zeros(weight, *shape, weight.numel())))
             except _Reached as reached:
                 return bool(reached.args[0])
             except Exception as error:  # the wrong shape or answer for this layer: its own code fails, as it may
@@ -174,3 +186,8 @@ def _stubs(parts: dict[str, nn.Module], norms: dict[str, nn.Module], block: str,
 def _is_index(value: Any) -> bool:
     """Positions and masks, which some engines pass before the hidden states."""
     return value is None or (isinstance(value, torch.Tensor) and not value.is_floating_point())
+
+
+def _zeros(weight: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Zeros of the weight's kind; on the CPU for one on meta, which could not carry a NaN."""
+    return torch.zeros(*shape, dtype=weight.dtype, device="cpu" if weight.is_meta else weight.device)

@@ -1,51 +1,19 @@
-"""What can carry noise: RMSNorm modules, and linear layers whose packed MXFP4 weight is kept dequantised beside it."""
+"""What can carry noise: norms, and linear layers whose packed MXFP4 weight is kept dequantised beside it."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import nn
 
-from verl_aqn.errors import EvidenceError, ModelError
+from verl_aqn.errors import EvidenceError, ModelError, first_line
 from verl_aqn.mxfp4 import dequantize
 from verl_aqn.noise.gaussian import Span
+from verl_aqn.noise.norms import Form
 from verl_aqn.shards import Part, parts_of
-
-
-def find_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """RMSNorm modules of `model` by name, q_norm and k_norm included, whatever their class is called.
-
-    Found by what they are, because class names differ between HF and vLLM: the only parameter is a 1-D floating
-    point `weight`, there is an epsilon, and a small probe shows w·x/rms(x) or (1+w)·x/rms(x). LayerNorms fail the
-    probe since they subtract the mean. Norms with a gate are left out: they are parts of linear attention.
-    """
-    return {name: module for name, module in model.named_modules() if _unit_offset(module) is not None}
-
-
-def _unit_offset(module: nn.Module) -> float | None:
-    """0.0 where the effective weight is w (Llama, Qwen), 1.0 where it is 1+w (Gemma), None if no RMSNorm."""
-    parameters = dict(module.named_parameters())
-    if list(parameters) != ["weight"] or isinstance(module, nn.LayerNorm):
-        return None
-    weight = parameters["weight"]
-    # torch.nn.RMSNorm has an eps of None when it follows the dtype; -1 stands for "no such attribute".
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", -1.0))
-    if eps == -1.0 or weight.dim() != 1 or not weight.is_floating_point():
-        return None
-    # vLLM's forward may pick a kernel of the device; forward_native is what it must agree with.
-    forward = getattr(module, "forward_native", module.forward)
-    if {"gate", "z"} & inspect.signature(forward).parameters.keys():
-        return None
-    x = torch.linspace(-1.0, 3.0, weight.numel(), device=weight.device).expand(1, -1)  # mean 1: betrays a LayerNorm
-    with torch.no_grad():
-        out = forward(x).float()
-        plain = x * torch.rsqrt(x.pow(2).mean() + (eps or torch.finfo(x.dtype).eps))
-        errors = {offset: (out - plain * (weight.float() + offset)).norm() for offset in (0.0, 1.0)}
-        offset = min(errors, key=lambda o: errors[o])
-        # 1 %: above the rounding of a 16-bit weight's product, far below what subtracting the mean does.
-        return offset if errors[offset] <= 0.01 * out.norm() else None
 
 
 class Target:
@@ -95,16 +63,17 @@ class Target:
 
 
 class Norm(Target):
-    """An RMSNorm's weight [H]; its clean copy is kept on the CPU, safe from the engine's memory tricks (sleep).
+    """A norm's weight [H]; its clean copy is kept on the CPU, safe from the engine's memory tricks (sleep).
 
-    `dtype`: what the weight becomes, in place; None keeps its own. ModelError where the norm's output then no longer
-    has the activations' dtype.
+    `name`: the trainer's. `dtype`: what the weight becomes, in place; None keeps its own. Where the norm does not take
+    such a weight over 16-bit activations, it computes in `dtype` and gives its output in the activations' dtype.
+    ModelError where it cannot do that either; the norm is then as it was.
     """
 
     kind = "norm"
 
-    def __init__(self, name: str, module: nn.Module, dtype: torch.dtype | None):
-        self._offset = _unit_offset(module) or 0.0
+    def __init__(self, name: str, module: nn.Module, form: Form, dtype: torch.dtype | None):
+        self._offset = form.offset
         self._module = module
         if dtype is not None:
             _promote(name, module, dtype)
@@ -129,20 +98,23 @@ class Norm(Target):
 
 
 class NormBeside(Norm):
-    """An RMSNorm whose noisy weight is a float32 tensor of its own, which stands in for the parameter in its forward.
+    """A norm whose noisy weight is a float32 tensor of its own, which stands in for the parameter in its forward.
 
     The parameter is never written: FSDP shards it, casts it to bfloat16, which could not hold small noise, and saves
     it. `uses` counts the forwards that had noise since the last `write`; `paused` ones have none. The output keeps the
-    activations' dtype.
+    activations' dtype. A norm with a bias (torch's LayerNorm) wants one dtype for all, and computes in float32.
     """
 
     paused = False
 
-    def __init__(self, name: str, module: nn.Module):
-        super().__init__(name, module, None)
+    def __init__(self, name: str, module: nn.Module, form: Form):
+        super().__init__(name, module, form, None)
         self._clean = self._clean.float()
         self._noisy: torch.Tensor | None = None
-        self._parameter: nn.Parameter | None = None
+        self._parameters: dict[str, Any] = {}
+        self._dtype = torch.float32
+        # torch's LayerNorm wants its input in the dtype of its weight; other norms compute as they always do.
+        self._casts = isinstance(module, nn.LayerNorm) or getattr(module, "bias", None) is not None
         self.uses = 0
         module.register_forward_pre_hook(self._swap_in)
         module.register_forward_hook(self._swap_out, always_call=True)
@@ -158,18 +130,25 @@ class NormBeside(Norm):
         self._noisy = None if values is self._clean else values.view(self._clean.shape)
         self.uses = 0
 
-    def _swap_in(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def _swap_in(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         if self._noisy is None or self.paused:
-            return
+            return None
         self._noisy = self._noisy.to(args[0].device)  # moved once
-        self._parameter, module._parameters["weight"] = module._parameters["weight"], self._noisy  # type: ignore
+        self._dtype, self._parameters = args[0].dtype, dict(module._parameters)
+        module._parameters["weight"] = self._noisy  # type: ignore[assignment]
         self.uses += 1
+        if not self._casts:
+            return None
+        if (bias := self._parameters.get("bias")) is not None:
+            module._parameters["bias"] = bias.float()
+        return (args[0].float(), *args[1:])
 
     def _swap_out(self, module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor | None:
-        if self._parameter is None:
+        if not self._parameters:
             return None
-        module._parameters["weight"], self._parameter = self._parameter, None
-        return None if out is None else out.to(args[0].dtype)  # there is no output where the forward raised
+        module._parameters.update(self._parameters)
+        self._parameters = {}
+        return None if out is None else out.to(self._dtype)  # there is no output where the forward raised
 
 
 class PackedLinear(Target):
@@ -222,16 +201,54 @@ def find_linears(model: nn.Module) -> Iterator[PackedLinear]:
 
 
 def _promote(name: str, module: nn.Module, dtype: torch.dtype) -> None:
-    """Gives the module's weight `dtype`; ModelError if its output then no longer has the activations' dtype."""
-    weight: nn.Parameter = module.weight  # type: ignore[assignment]
-    before = weight.dtype
+    """Give the module's weight `dtype` in a way that leaves its output in the activations' dtype."""
+    before = {key: parameter.data for key, parameter in module.named_parameters()}
+    activations, hooks = before["weight"].dtype, []
+    x = torch.ones(1, before["weight"].numel(), dtype=activations, device=before["weight"].device)
     forward = getattr(module, "forward_native", module.forward)
-    with torch.no_grad():
-        weight.data = weight.data.to(dtype)
-        out = forward(torch.ones(1, weight.numel(), dtype=before, device=weight.device)).dtype
-    if out != before:
-        weight.data = weight.data.to(before)
-        raise ModelError(
-            f"{name} ({type(module).__name__}) with {dtype} weights turns {before} activations into {out}: "
-            "load the model in float32, or pass dtype=None"
-        )
+    try:
+        module.weight.data = before["weight"].to(dtype)  # type: ignore[union-attr, assignment]
+        with suppress(Exception), torch.no_grad():
+            if _first(forward(x.clone())).dtype == activations:
+                return
+        # torch's LayerNorm wants one dtype for all, and norms of transformers return that of their weight.
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(dtype)
+        cast = _Cast(dtype)
+        hooks = [module.register_forward_pre_hook(cast.inputs), module.register_forward_hook(cast.outputs)]
+        with torch.no_grad():
+            out = _first(module(x.clone())).dtype
+        if out == activations:
+            return
+        why = f"turns {activations} activations into {out}"
+    except Exception as error:
+        why = f"raises {type(error).__name__}: {first_line(error)}"
+    for hook in hooks:
+        hook.remove()
+    for key, parameter in module.named_parameters():
+        parameter.data = before[key]
+    raise ModelError(f"{name} ({type(module).__name__}) with {dtype} weights {why}: load the model in float32")
+
+
+class _Cast:
+    """Hooks that run a module in `dtype` and give its outputs in the dtype of its first input."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = self.outside = dtype
+
+    def inputs(self, module: nn.Module, args: tuple) -> tuple:
+        self.outside = args[0].dtype
+        return tuple(_to(value, self.dtype) for value in args)
+
+    def outputs(self, module: nn.Module, args: tuple, out: Any) -> Any:
+        if isinstance(out, tuple):
+            return tuple(_to(value, self.outside) for value in out)
+        return _to(out, self.outside)
+
+
+def _to(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _first(out: Any) -> Any:
+    return out[0] if isinstance(out, tuple) else out

@@ -18,7 +18,7 @@ from verl_aqn.config import order_of, parse_aqn, schedule_of
 from verl_aqn.errors import ConfigError, EvidenceError
 from verl_aqn.mxfp4.checkpoint import check_covered, checkpoint_digest
 from verl_aqn.mxfp4.model import open_packed, packed_modules
-from verl_aqn.noise import check_equal_noise, check_evidence, check_used
+from verl_aqn.noise import check_equal_noise, check_evidence, check_norms, check_used, expected_norms
 from verl_aqn.order import NoiseOrder
 from verl_aqn.prepare import check_steps
 from verl_aqn.rewards import math_verify
@@ -93,9 +93,12 @@ class AqnTrainer(SavingTrainer):
         )
         super().on_init_end()  # wakes the replicas (verl put them to sleep) and sends the adapter
         # The first order here, so that a pattern that matches nothing is told before anything is generated.
-        norms = self.rollout("aqn_prepare", order_of(self.aqn.noise, self.schedule, 0).to_dict())[0]
+        order = order_of(self.aqn.noise, self.schedule, 0)
+        ranks = self.rollout("aqn_prepare", order.to_dict())
+        norms, expected = ranks[0], expected_norms(self.config.actor_rollout_ref.model.path)
         self.clean_digest = norms["clean_digest"]
-        self.record("rollout", **norms)
+        self.record("rollout", **norms, expected_norms=expected)
+        check_norms(expected, ranks, order)
         self.check_base("start")
         self.check_adapter()
         linears = f" and {norms['linears']} linear weights" if norms["linears"] else ""

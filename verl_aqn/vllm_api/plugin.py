@@ -91,11 +91,11 @@ def _patch_loading() -> None:
         model = load(self, vllm_config, model_config, *args, **kwargs)
         # Before the model is compiled or captured in a graph: norms in fp32 have a storage of their own, which both
         # then hold on to.
-        model.aqn_injector = NoiseInjector(model)
+        model.aqn_injector = injector = NoiseInjector(model)
         if current_platform.device_name == "npu":
             from verl_aqn.vllm_api.ascend_norm import compute_in_float32
 
-            compute_in_float32(model, model.aqn_injector.names)
+            compute_in_float32(model, injector.rms_norms)
         return model
 
     Loader.load_model = load_model
