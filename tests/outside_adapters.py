@@ -7,7 +7,7 @@ from unittest.mock import patch
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 PATTERNS: dict[str, Any] = {
     "rank_pattern": {"q_proj": 2, r"^model\.layers\.1\.mlp\.up_proj": 8, "j_proj": 3},
@@ -27,11 +27,13 @@ SERVED: dict[str, dict[str, Any]] = {
 }
 
 
-def write_adapter(folder: Path, base: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
-    """A random adapter over the bf16 model in `base`, saved by PEFT."""
+def write_adapter(
+    folder: Path, base: Path | PreTrainedModel, dtype: torch.dtype = torch.float32, **settings: Any
+) -> Path:
+    """A random adapter over a model, or the bf16 one of a folder, saved by PEFT."""
     torch.manual_seed(5)
     defaults = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16) if isinstance(base, Path) else base
     peft = get_peft_model(model, LoraConfig(**{**defaults, **settings}))
     for parameter in peft.parameters():
         if parameter.requires_grad:
@@ -42,15 +44,22 @@ def write_adapter(folder: Path, base: Path, dtype: torch.dtype = torch.float32, 
 
 def built(base: Path, folder: Path, rank: int) -> Any:
     """verl's engine with the adapter over the base, as a run builds it."""
+    engine = bare(base, rank)
+    engine.model_config.lora_adapter_path = str(folder)
+    engine.module = engine._build_lora_module(engine._build_module())
+    return engine
+
+
+def bare(base: Path, rank: int) -> Any:
+    """verl's engine without a model, as much as it takes to send an adapter."""
     from tests.engines import bare_engine
     from verl_aqn.verl_api.engine import AqnFSDPEngine
 
     engine: Any = bare_engine(AqnFSDPEngine, base, {})
-    engine.model_config.lora_adapter_path, engine.model_config.lora_rank = str(folder), rank
+    engine.model_config.lora_rank = rank
     engine.model_config.lora, engine.model_config.use_shm = {}, False
     engine._uses_fsdp2_cpu_offload_policy = True
     engine._is_offload_param = engine._qat_enabled = False
-    engine.module = engine._build_lora_module(engine._build_module())
     return engine
 
 

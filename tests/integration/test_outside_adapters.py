@@ -46,6 +46,7 @@ def served(tiny_model, tmp_path_factory):
 def test_the_rollout_s_log_probs_are_peft_s(served, kind):
     found, (peft, without, digest) = served[0][kind], served[1][kind]
     off = (torch.tensor(found["logprobs"]) - peft).abs().mean()
-    assert off < 0.05 * (without - peft).abs().mean()
-    assert off < 0.02  # nats a token
+    # Nats a token. Without an adapter the two differ by 0.028, as PEFT in bf16 and in float32 do.
+    assert off < 0.06
+    assert (without - peft).abs().mean() > 0.5
     assert found["digest"] == digest
