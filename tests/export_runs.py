@@ -18,10 +18,10 @@ from verl_aqn.mxfp4.model import load_model
 RANK, ALPHA = 6, 12  # no rank of vLLM's slots
 
 
-def trained(base: Path, seed: int = 3, std: float = 0.3) -> PeftModel:
+def trained(base: Path, seed: int = 3, std: float = 0.3, **settings: Any) -> PeftModel:
     """The actor's model after some training: random fp32 adapters on all linear layers of a packed base."""
     torch.manual_seed(seed)
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM", **settings)
     model = get_peft_model(load_model(base), config).eval()
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -71,10 +71,12 @@ def write_run(
     answers: dict[str, str] | None = None,
     step: int = 3,
     problems: int = 4,
+    peft: PeftModel | None = None,
 ) -> Path:
     """A run under `experiment` with one checkpoint; `answers`: of its validation, by prompt as verl writes it down.
 
-    `problems`: how many its validation data have.
+    `problems`: how many its validation data have. `peft`: the actor's model, whose config is in the checkpoint as the
+    engine puts it there; what was sent is then what the engine sends.
     """
     run = experiment / "runs" / "20260101-000000-abcdef"
     write_actor(run / "checkpoints" / f"global_step_{step}" / "actor", [state])
@@ -91,7 +93,11 @@ def write_run(
     config.actor_rollout_ref.model.lora_rank = RANK
     config.data.max_response_length = config.actor_rollout_ref.rollout.response_length = 6
     (run / "config.yaml").write_text(yaml.safe_dump(OmegaConf.to_container(config, resolve=True)))
-    evidence = [{"kind": "adapter", "step": step, "sent": adapter_of(state).digest()}]
+    digest = adapter_of(state).digest()
+    if peft:
+        peft.peft_config["default"].save_pretrained(str(run / "checkpoints" / f"global_step_{step}" / "actor"))
+        digest = sent_digest(base, peft)
+    evidence = [{"kind": "adapter", "step": step, "sent": digest}]
     if is_packed(base):
         evidence.insert(0, {"kind": "base", "when": "start", "disk": checkpoint_digest(base)})
     (run / "evidence.jsonl").write_text("".join(json.dumps(record) + "\n" for record in evidence))
@@ -99,6 +105,16 @@ def write_run(
         lines = [{"input": text, "output": answer, "gts": "1", "acc": 0.0} for text, answer in answers.items()]
         (run / f"validation/{step}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run
+
+
+def sent_digest(base: Path, peft: PeftModel) -> str:
+    """Of the adapter as the engine sends it."""
+    from tests.outside_adapters import bare, sent
+
+    engine = bare(base, rank=max(len(p) for n, p in peft.named_parameters() if "lora_A" in n))
+    engine.module = peft
+    sent(engine)
+    return engine.sent_adapters[0]
 
 
 def questions(number: int) -> list[dict[str, Any]]:

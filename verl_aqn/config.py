@@ -397,6 +397,13 @@ def _verl_config_dir() -> Path:
     return Path(spec.submodule_search_locations[0]) / "trainer" / "config"
 
 
+def megatron_lora(config: DictConfig) -> dict[str, tuple[Any, Any]]:
+    """What a recipe sets in `actor_rollout_ref.model.lora`, verl's block for Megatron: {key: (value, verl's own)}."""
+    block: Any = OmegaConf.load(_verl_config_dir() / "model" / "hf_model.yaml").lora
+    lora = config.actor_rollout_ref.model.lora
+    return {key: (value, block.get(key)) for key, value in lora.items() if value != block.get(key)}
+
+
 def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
     """Compose recipe + profile + experiment + overrides, and check the `aqn:` block.
 

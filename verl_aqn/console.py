@@ -61,8 +61,9 @@ class Console:
             self.say(f"resumed  {run.note}; --fresh starts anew" if run.resumed else run.note)
         base = f"MXFP4 ({aqn.mxfp4.scale_rule})" if aqn.mxfp4.enabled else "unquantised"
         served = " (in bf16 in the rollout)" if aqn.mxfp4.enabled and aqn.mxfp4.serve == "bf16" else ""
-        rank = todo.config.actor_rollout_ref.model.lora_rank
-        self.say(f"model    {todo.source.name}, {base} base{served}, LoRA r={rank}")
+        model = todo.config.actor_rollout_ref.model
+        first = f" from {model.lora_adapter_path}" if model.lora_adapter_path else ""
+        self.say(f"model    {todo.source.name}, {base} base{served}, LoRA r={model.lora_rank}{first}")
         self.say(f"data     {todo.rows['train']:,} training and {todo.rows['test']:,} validation prompts")
         noise = aqn.noise
         if noise.enabled:

@@ -4,7 +4,6 @@ The process is that of a run (the same trainer, engines, agent loop, reward and 
 the base is packed as in the rollout, the adapter is unmerged, clean norms are read back before anything is answered.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -117,8 +116,12 @@ def settings(target: Target, overrides: list[str], adapter: Path | None, precisi
     config.algorithm.adv_estimator = "grpo"  # a critic has nothing to say about answers
     model = config.actor_rollout_ref.model
     if adapter:
-        rank, alpha = _adapter_size(adapter)
-        model.lora_adapter_path, model.lora_rank, model.lora_alpha = str(adapter.resolve()), rank, alpha
+        from verl_aqn.adapter_folder import read_config
+
+        model.lora_adapter_path = str(adapter.expanduser().resolve())
+        # With these `prepare_model` does not refuse it for the recipe's; it takes the very ones from the tensors.
+        told = read_config(Path(model.lora_adapter_path))
+        model.lora_rank, model.lora_alpha = told["r"], told["lora_alpha"]
     base = Path(str(model.path))
     if (packed := _is_packed(base)) and precision == "bf16":
         from verl_aqn.mxfp4.cached import dequantized_cache
@@ -156,6 +159,8 @@ def evaluate(path: Path, overrides: list[str], adapter: Path | None = None, prec
     if outcome.status != "finished":
         raise AqnError(f"{outcome.message} (log: {run.log})")
     result = read(run, str(path), used)
+    if adapter:
+        check_folder(config, result)
     if target.run:
         if not adapter:
             check_adapter(target.run, result)
@@ -187,6 +192,15 @@ def check_adapter(run: RunFolder, result: Evaluation) -> None:
         raise EvidenceError(
             f"{result.run} evaluated another adapter than the one on record after step {result.step} of {run.path}"
         )
+
+
+def check_folder(config: DictConfig, result: Evaluation) -> None:
+    """The adapter that was evaluated is the one in the folder, with the scalings that PEFT gives it."""
+    from verl_aqn.adapter_folder import read_folder
+
+    model = config.actor_rollout_ref.model
+    if read_folder(Path(model.lora_adapter_path), Path(model.path)).digest() != result.adapter:
+        raise EvidenceError(f"{result.run} evaluated another adapter than the one in {model.lora_adapter_path}")
 
 
 def with_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
@@ -226,12 +240,3 @@ def _is_packed(base: Path) -> bool:
     from verl_aqn.mxfp4.checkpoint import is_packed
 
     return base.is_dir() and is_packed(base)
-
-
-def _adapter_size(adapter: Path) -> tuple[int, int]:
-    """(rank, alpha) of a PEFT folder."""
-    try:
-        told = json.loads((adapter / "adapter_config.json").read_text())
-        return int(told["r"]), int(told["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{adapter} is no PEFT adapter folder: adapter_config.json with r and lora_alpha") from error

@@ -27,6 +27,11 @@ def keep_adapter_off_experts(config: DictConfig) -> None:
     wanted = known if targets == "all-linear" else list(targets) if OmegaConf.is_list(targets) else [targets]
     unknown = sorted({str(name) for name in wanted} - set(known))
     if unknown or OmegaConf.select(model, "target_parameters"):
+        if model.lora_adapter_path:
+            raise ConfigError(
+                f"{model.lora_adapter_path} changes {', '.join(unknown)}: of a MoE model only attention has adapters "
+                f"({', '.join(known)}): give one without"
+            )
         what = f"target_modules has {', '.join(unknown)}" if unknown else "target_parameters is set"
         raise ConfigError(
             f"actor_rollout_ref.model.{what}: of a MoE model only attention has adapters, name some of "

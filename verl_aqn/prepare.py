@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.cache import cache_dir
-from verl_aqn.config import order_of, parse_aqn, schedule_of
+from verl_aqn.config import megatron_lora, order_of, parse_aqn, schedule_of
 from verl_aqn.errors import ConfigError, ModelError, first_line
 from verl_aqn.moe import keep_adapter_off_experts
 from verl_aqn.serving import prepare_serving
@@ -21,7 +21,9 @@ def prepare_model(config: DictConfig) -> Path:
 
     Raises:
         ModelError: no such folder or hub name, no weights, a file that cannot be read.
+        DataError, ModelError: as `take_adapter`.
     """
+    from verl_aqn.adapter_folder import take_adapter
     from verl_aqn.mxfp4.cached import quantized_cache
     from verl_aqn.mxfp4.checkpoint import is_packed
 
@@ -37,6 +39,7 @@ def prepare_model(config: DictConfig) -> Path:
     elif not mxfp4.enabled and is_packed(source):
         raise ModelError(f"{source} is an MXFP4 checkpoint, but aqn.mxfp4.enabled=false asks for an unquantised base")
     config.actor_rollout_ref.model.path = str(path)
+    take_adapter(config)
     prepare_serving(config)
     tell_workers(config)
     keep_adapter_off_experts(config)
@@ -66,6 +69,28 @@ def refuse_unread(config: DictConfig) -> None:
         raise ConfigError(
             "actor_rollout_ref.model.lora.merge=true: the adapter is sent and read back as one: set false"
         )
+    refuse_adapter_settings(config)
+
+
+def refuse_adapter_settings(config: DictConfig) -> None:
+    """What a recipe says of adapters that the actor does not do, or that contradicts itself.
+
+    Raises:
+        ConfigError: the first such setting.
+    """
+    model, block = config.actor_rollout_ref.model, "actor_rollout_ref.model"
+    for key, (value, default) in megatron_lora(config).items():
+        # The server's slots are of lora.rank where that is set, and the actor's adapter is of lora_rank.
+        if key not in ("merge", "fully_sharded_loras") and (key, value) != ("rank", model.lora_rank):
+            fsdp = {"rank": "lora_rank", "alpha": "lora_alpha", "adapter_path": "lora_adapter_path"}.get(key, key)
+            instead = f"set {block}.{fsdp}, and this back" if fsdp in model else "set it back"
+            raise ConfigError(
+                f"{block}.lora.{key}={value} is for Megatron, the FSDP actor does not read it: {instead} to {default}"
+            )
+    if model.lora_rank > 0 and not (isinstance(model.lora_alpha, int | float) and model.lora_alpha > 0):
+        raise ConfigError(f"{block}.lora_alpha={model.lora_alpha} is not a number above 0: adapters are scaled by it")
+    if OmegaConf.select(config, "critic.model.lora_adapter_path"):
+        raise ConfigError("critic.model.lora_adapter_path: the critic begins with an adapter of its own: set null")
 
 
 def _bound_context(rollout: DictConfig, model: Path) -> None:
@@ -107,7 +132,7 @@ def tell_workers(config: DictConfig) -> None:
     aqn, actor_rollout = parse_aqn(config), config.actor_rollout_ref
     mxfp4, noise = aqn.mxfp4, aqn.noise
     model = actor_rollout.model
-    if mxfp4.enabled and model.lora_rank <= 0 and model.lora.rank <= 0:
+    if mxfp4.enabled and model.lora_rank <= 0:
         # Without one verl lets the rollout discard its weights in its sleep, and sends others in bf16 for them.
         raise ConfigError("aqn.mxfp4 needs an adapter beside the packed base: set actor_rollout_ref.model.lora_rank=32")
     if noise.in_actor:

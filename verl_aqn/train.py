@@ -17,7 +17,7 @@ from verl_aqn.preflight.checks import check_machine
 from verl_aqn.prepare import check_steps, data_files, prepare_data, prepare_model, warnings_of
 from verl_aqn.runs.arms import differences, flatten
 from verl_aqn.runs.folder import RunFolder, open_run
-from verl_aqn.runs.provenance import provenance
+from verl_aqn.runs.provenance import model_digest, provenance
 from verl_aqn.supervise import Outcome, supervise
 
 if TYPE_CHECKING:
@@ -144,7 +144,9 @@ def measure_noise(run: RunFolder, todo: Prepared, console: Console) -> None:
 
 def versions_now(config: DictConfig) -> dict[str, Any]:
     """What a run of the resolved `config` would come from, were it started now."""
-    return provenance(data_files(config), config.actor_rollout_ref.model.path)
+    model = config.actor_rollout_ref.model
+    found = provenance(data_files(config), model.path)
+    return found | {"adapter": model_digest(Path(model.lora_adapter_path))} if model.lora_adapter_path else found
 
 
 def identity(config: DictConfig) -> dict:

@@ -1,9 +1,8 @@
 """What `verl-aqn eval` takes for its target, and what it makes of a run's config; the real thing is in test_run.py."""
 
-import json
-
 import pytest
 from omegaconf import OmegaConf
+from peft import LoraConfig
 
 from verl_aqn import evaluate
 from verl_aqn.config import load_recipe, parse_aqn
@@ -187,11 +186,15 @@ def test_activations_are_rounded_as_in_the_run_unless_told_otherwise(rounded):
 def test_an_adapter_brings_its_size(run, tmp_path):
     with pytest.raises(DataError, match="no PEFT adapter folder"):
         settings(find_target(run.path), [], tmp_path, None)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
+    LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]).save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").touch()  # it is opened where the base is at hand
     config = settings(find_target(run.path), [], tmp_path, None)
     model = config.actor_rollout_ref.model
     assert (model.lora_adapter_path, model.lora_rank, model.lora_alpha) == (str(tmp_path), 4, 8)
     assert config.trainer.resume_mode == "disable"
+    LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], use_dora=True).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="use_dora=true is more than plain LoRA"):
+        settings(find_target(run.path), [], tmp_path, None)
 
 
 def test_scores_are_columns_with_intervals_of_their_own(run):

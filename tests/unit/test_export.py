@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm.lora.peft_helper import PEFTHelper
 
 from tests.export_runs import adapter_of, state_of, trained, write_actor, write_run
 from tests.sharded_lora import Lora, save_sharded
@@ -346,6 +348,49 @@ def test_a_merged_model_is_base_and_adapter_rounded_once(validated, state, base,
     assert (tmp_path / "out/generation_config.json").is_file() == (base / "generation_config.json").is_file()
     assert not (tmp_path / "out/quantization.json").exists()
     assert "held 100 %" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "written"),
+    [
+        ({"use_rslora": True}, (6, 12, True)),
+        # vLLM reads no patterns: the ranks are filled up, and what scaled a module is in its B.
+        ({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.0.mlp.up_proj": 48}}, (6, 6, False)),
+    ],
+)
+def test_an_export_is_scaled_as_the_run_was(base, engine, tmp_path, settings, written):
+    """Whatever reads it: PEFT, vLLM's own reckoning, the merged model."""
+    model = trained(base, std=0.05, **settings)
+    scalings = {n.removeprefix("base_model.model."): m.scaling["default"] for n, m in model.named_modules()
+                if isinstance(m, LoraLayer)}  # fmt: skip
+    run = write_run(tmp_path / "experiment", base, state_of(model), peft=model)
+    proof = export(run, tmp_path / "out")
+    assert (proof["rank"], proof["alpha"], proof["rslora"]) == written
+    helper = PEFTHelper.from_local_dir(str(tmp_path / "out"), None)
+    tensors = load_file(tmp_path / "out/adapter_model.safetensors")
+    for name, scaling in scalings.items():
+        layer = model.get_submodule(f"base_model.model.{name}")
+        expected = scaling * layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
+        a, b = (tensors[f"base_model.model.{name}.lora_{kind}.weight"].double() for kind in "AB")
+        assert len(a) == helper.r
+        assert (helper.vllm_lora_scaling_factor * b @ a - expected).norm() < 0.01 * expected.norm(), name
+    assert ("rsLoRA" in (tmp_path / "out/README.md").read_text()) == written[2]
+
+    export(run, tmp_path / "merged", merge=True)
+    dequantize_checkpoint(base, tmp_path / "dense")
+    merged, dense = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "dense"))
+    for name, scaling in scalings.items():
+        layer = model.get_submodule(f"base_model.model.{name}")
+        expected = scaling * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        added = merged[f"{name}.weight"].float() - dense[f"{name}.weight"].float()
+        assert (added - expected).norm() < 0.05 * expected.norm(), name
+
+
+def test_a_run_that_began_with_an_adapter_and_did_not_record_its_scaling_is_refused(run, tmp_path):
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("lora_adapter_path: null", "lora_adapter_path: /some/adapter"))
+    with pytest.raises(DataError, match=r"has no adapter_config\.json: .* train again"):
+        export(run, tmp_path / "out")
 
 
 def test_a_small_update_is_said_to_be_lost_and_none_at_all_is_refused(base, engine, monkeypatch, tmp_path):

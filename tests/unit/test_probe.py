@@ -1,18 +1,22 @@
 """What σ does to the policy: exactness, keys, the search for a KL, and the command."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import PeftModel
 from scipy.stats import binomtest
 
+from tests.outside_adapters import write_adapter
 from verl_aqn import cli, probe, train
 from verl_aqn.cli import app, main
 from verl_aqn.config import load_recipe
 from verl_aqn.console import Console
 from verl_aqn.data.smollm2 import tiny_model
 from verl_aqn.errors import ConfigError, StrengthError
+from verl_aqn.mxfp4.model import load_model
 from verl_aqn.probe import (
     CLEAR_GROUPS,
     SURE_GROUPS,
@@ -93,6 +97,22 @@ def test_the_model_is_clean_afterwards_bit_for_bit(held):
         assert not torch.equal(held.model.state_dict()["model.norm.weight"], before["model.norm.weight"])
     held.measure(0.1)
     assert all(torch.equal(tensor, before[name]) for name, tensor in held.model.state_dict().items())
+
+
+def test_a_policy_that_begins_with_an_adapter_is_measured_with_it(todo, held, tmp_path):
+    """Noise has the names that it has without: the rollout's."""
+    config = todo.config.copy()
+    base = Path(config.actor_rollout_ref.model.path)
+    adapter = write_adapter(tmp_path / "adapter", load_model(base), use_rslora=True, target_modules=["q_proj"])
+    config.actor_rollout_ref.model.lora_adapter_path = str(adapter)
+    begun = Probe(config, todo.steps, 4, 2)
+    ids = torch.tensor([held.prompts[0].ids])
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(load_model(base, torch.float32), str(adapter))(ids).logits
+        torch.testing.assert_close(begun.model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(held.model(ids).logits, expected, atol=1e-2)
+    assert begun.injector.clean_digest == held.injector.clean_digest
+    assert begun.measure(0.05).kl[0] > 0
 
 
 def test_batches_do_not_change_what_is_sampled_or_measured(todo, held, monkeypatch):

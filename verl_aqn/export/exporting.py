@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from verl_aqn.adapter import Adapter
+from verl_aqn.adapter_folder import read_folder
 from verl_aqn.config import parse_aqn
-from verl_aqn.errors import EnvironmentFault, EvidenceError
+from verl_aqn.errors import DataError, EnvironmentFault, EvidenceError
 from verl_aqn.export.folders import write_card, write_peft_folder
 from verl_aqn.export.questions import read_questions
 from verl_aqn.export.shards import read_adapter
@@ -38,8 +39,14 @@ def export(run: Path, dst: Path, *, merge: bool = False, say: Callable[[str], No
 
     source = find_source(run)
     say(f"step {source.step} of {source.run.path}")
+    if source.config.actor_rollout_ref.model.lora_adapter_path and not (source.actor / "adapter_config.json").is_file():
+        raise DataError(
+            f"{source.actor} has no adapter_config.json: its version did not record how the adapter that the run began "
+            "with is scaled: train again"
+        )
     adapter = read_adapter(source.actor)
     nonzero = check_adapter(source, adapter)
+    uniform = adapter.uniform()
     if merge:
         covered(source.base, open_base(source.base, source.packed), adapter)
     tokenizer = AutoTokenizer.from_pretrained(source.base)
@@ -54,15 +61,18 @@ def export(run: Path, dst: Path, *, merge: bool = False, say: Callable[[str], No
         "base": {"path": str(source.base), "digest": source.base_digest},
         "adapter": {"digest": adapter.digest(), "recorded": source.sent, "modules": len(adapter.matrices)},
         "nonzero_b": nonzero,
-        "rank": adapter.rank,
-        "alpha": adapter.alpha,
+        "rank": uniform.rank,
+        "alpha": uniform.alpha,
+        "rslora": uniform.rslora,
         "activation": parse_aqn(source.config).mxfp4.activation_arithmetic,
         "merge": None,
     }
     try:
         with new_folder(dst) as folder, tempfile.TemporaryDirectory(prefix="aqn-") as beside:
             peft = Path(beside) if merge else folder
-            write_peft_folder(peft, adapter, source.base)
+            write_peft_folder(peft, uniform, source.base)
+            if read_folder(peft, source.base).digest() != source.sent:
+                raise EvidenceError(f"as PEFT reads it, the exported adapter is not the one of {source.run.path}")
             if merge:
                 say("merging")
                 report = write_merged(folder, source.base, source.packed, adapter)

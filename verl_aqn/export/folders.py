@@ -16,7 +16,10 @@ from verl_aqn.serving import served_rank
 
 
 def write_peft_folder(folder: Path, adapter: Adapter, base: Path) -> None:
-    """Fill ``folder`` with the adapter's weights (bf16), its PEFT config, and the tokenizer of ``base``."""
+    """Fill ``folder`` with the adapter's weights (bf16), its PEFT config, and the tokenizer of ``base``.
+
+    ``adapter`` has no patterns (`Adapter.uniform`): vLLM would not read them.
+    """
     from peft import LoraConfig
 
     alpha: Any = int(adapter.alpha) if adapter.alpha.is_integer() else adapter.alpha
@@ -26,6 +29,7 @@ def write_peft_folder(folder: Path, adapter: Adapter, base: Path) -> None:
         inference_mode=True,
         r=adapter.rank,
         lora_alpha=alpha,
+        use_rslora=adapter.rslora,
         target_modules=target_modules(adapter, base),
     )
     config.save_pretrained(str(folder))
@@ -69,7 +73,7 @@ def write_card(folder: Path, proof: dict[str, Any]) -> None:
         text = [
             f"# {proof['run']}, step {proof['step']}, merged",
             "",
-            "A bf16 model: base (dequantised where it is MXFP4) + α/r·B·A, in fp32 and rounded once.",
+            "A bf16 model: base (dequantised where it is MXFP4) + scaling·B·A, in fp32 and rounded once.",
             f"bf16 held {100 * rounding['kept']:.0f} % of what the adapter adds (error {rounding['loss']:.2f} of it): "
             "it has 8 significant bits, and",
             "an update below 2^-9 of a weight is rounded away. The unmerged adapter has no such loss.",
@@ -99,7 +103,8 @@ def write_card(folder: Path, proof: dict[str, Any]) -> None:
         f"- run: {proof['run']}, RL step {proof['step']}",
         f"- base: `{base['path']}`, {kind}",
         f"- base digest: {base_digest}",
-        f"- adapter digest: {proof['adapter']['digest']} (r={proof['rank']}, α={proof['alpha']:g})",
+        f"- adapter digest: {proof['adapter']['digest']} (r={proof['rank']}, α={proof['alpha']:g}"
+        f"{', rsLoRA: scaled by α/√r' if proof['rslora'] else ''})",
         f"- {answers['equal']} of {answers['prompts']} greedy answers are those of {answers['against']}; where one "
         "differs, it parts at a near tie",
         "",

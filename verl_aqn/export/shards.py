@@ -1,7 +1,8 @@
 """The adapter in a checkpoint that verl's FSDP engine wrote: `actor/model_world_size_<W>_rank_<R>.pt`, joined.
 
 verl gives every rank a file of its part of each tensor (a DTensor), and `lora_train_meta.json` with r and α. With
-`save_lora_only` the files hold the adapter only; without, also what it stands on, which is left alone here.
+`save_lora_only` the files hold the adapter only; without, also what it stands on, which is left alone here. Beside
+them `verl_api.packed_base` puts PEFT's own adapter_config.json.
 """
 
 import logging
@@ -32,7 +33,9 @@ def read_adapter(actor: Path) -> Adapter:
     for name in ("fsdp_config.json", "lora_train_meta.json"):
         if not (actor / name).is_file():
             raise DataError(f"{actor} has no {name}: it is no whole checkpoint of a LoRA run of verl's FSDP engine")
-    meta = read_json(actor / "lora_train_meta.json")
+    # verl's own file knows neither rsLoRA nor patterns; runs of earlier versions have no other.
+    own = actor / "adapter_config.json"
+    meta = read_json(own if own.is_file() else actor / "lora_train_meta.json")
     world = int(read_json(actor / "fsdp_config.json")["world_size"])
     files = [actor / f"model_world_size_{world}_rank_{rank}.pt" for rank in range(world)]
     with _without_mesh_warning():
@@ -52,14 +55,17 @@ def read_adapter(actor: Path) -> Adapter:
         found.setdefault(module, {})[kind] = _join(name, parts, actor).to(ADAPTER_DTYPE)
     if not found:
         raise ModelError(f"{files[0]} holds no LoRA tensor: there is no adapter to export")
+    matrices = {module: (pair.get("A"), pair.get("B")) for module, pair in sorted(found.items())}
+    adapter = Adapter(
+        matrices, int(meta["r"]), float(meta["lora_alpha"]), bool(meta.get("use_rslora")),  # type: ignore[arg-type]
+        meta.get("rank_pattern") or {}, meta.get("alpha_pattern") or {},
+    )  # fmt: skip
     for module, pair in found.items():
-        if set(pair) != {"A", "B"} or {pair["A"].shape[0], pair["B"].shape[1]} != {meta["r"]}:
+        rank = adapter.rank_of(module)
+        if set(pair) != {"A", "B"} or {pair["A"].shape[0], pair["B"].shape[1]} != {rank}:
             shapes = {kind: list(tensor.shape) for kind, tensor in sorted(pair.items())}
-            raise DataError(
-                f"the adapter of {module} in {actor} is {shapes}, not A [r, K] and B [N, r] of r={meta['r']}"
-            )
-    matrices = {module: (pair["A"], pair["B"]) for module, pair in sorted(found.items())}
-    return Adapter(matrices, int(meta["r"]), float(meta["lora_alpha"]))
+            raise DataError(f"the adapter of {module} in {actor} is {shapes}, not A [r, K] and B [N, r] of r={rank}")
+    return adapter
 
 
 def _load(file: Path) -> dict[str, Any]:

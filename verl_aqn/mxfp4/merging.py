@@ -1,4 +1,4 @@
-"""A bf16 model of a base, packed or not, and a LoRA adapter: W + α/r·B·A in float32, rounded once.
+"""A bf16 model of a base, packed or not, and a LoRA adapter: W + scaling·B·A in float32, rounded once.
 
 PEFT's own merge writes into `Mxfp4Linear.weight`, which is a fresh copy at every read, and so changes nothing: the base
 is dequantised first.
@@ -22,7 +22,7 @@ from verl_aqn.mxfp4.writing import MAX_SHARD_BYTES, write_model
 
 @dataclass
 class MergeReport:
-    """What a merge did to the weights that the adapter covers. Δ is the adapter's α/r·B·A, D what was really added.
+    """What a merge did to the weights that the adapter covers. Δ is the adapter's scaling·B·A, D what was really added.
 
     `changed`: how many of the `tensors` differ from the base. `elements_changed`: share of their elements. `asked_db`:
     ‖Δ‖/‖W‖, `got_db`: ‖D‖/‖W‖, both 20·log10 over all of them. `kept`: ⟨D, Δ⟩/‖Δ‖², the share of the adapter that

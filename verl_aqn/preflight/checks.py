@@ -14,13 +14,13 @@ import psutil
 from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.config import parse_aqn, schedule_of
-from verl_aqn.errors import ConfigError, DataError, EnvironmentFault
+from verl_aqn.errors import ConfigError, DataError, EnvironmentFault, ModelError
 from verl_aqn.preflight.findings import Finding, gb
 from verl_aqn.preflight.memory import CPU, DEVICE, actor, machine, rollout, sizes, whole_cache
 from verl_aqn.preflight.node import PACKAGES, Node, cluster_address, devices_here, free_disk
 from verl_aqn.preflight.plan import fit
 from verl_aqn.preflight.shape import Shape
-from verl_aqn.prepare import find_model, steps_in_data
+from verl_aqn.prepare import find_model, refuse_adapter_settings, steps_in_data
 from verl_aqn.rewards.math_verify import check_installed
 from verl_aqn.serving import ADAPTER_RANKS, served_rank
 
@@ -32,10 +32,11 @@ def check_recipe(config: DictConfig) -> Iterator[Finding]:
     """What can be seen from the recipe alone."""
     given, actor = sizes(config), config.actor_rollout_ref.actor
     ranks, highest = given.ranks, ADAPTER_RANKS[-1]
+    from_folder = config.actor_rollout_ref.model.lora_adapter_path  # which has a rank of its own
     yield Finding(
         "LoRA rank",
         f"{given.rank}, in vLLM's slots of {served_rank(given.rank)}",
-        "" if 0 < given.rank <= highest else f"set actor_rollout_ref.model.lora_rank to 1 to {highest}",
+        "" if 0 < given.rank <= highest or from_folder else f"set actor_rollout_ref.model.lora_rank to 1 to {highest}",
     )
     for what, mini in (("actor", actor.ppo_mini_batch_size), ("critic", config.critic.ppo_mini_batch_size)):
         if what == "critic" and not given.critic:
@@ -135,6 +136,22 @@ def check_experts(config: DictConfig, shape: Shape) -> Iterator[Finding]:
     shared = f", shared out among {expert} ranks" if expert > 1 else ""
     if shape.routed or fix:
         yield Finding("experts", f"{shape.routed} in a layer{shared}{form}", fix)
+
+
+def check_adapter(config: DictConfig) -> Iterator[Finding]:
+    """The recipe's settings for adapters, and the adapter that it begins with, held against the base."""
+    what = config.actor_rollout_ref.model.lora_adapter_path
+    try:
+        refuse_adapter_settings(config)
+        if not what:
+            return
+        from verl_aqn.adapter_folder import read_folder
+
+        adapter = read_folder(Path(what).expanduser(), find_model(config, weights=False))
+    except (ConfigError, DataError, ModelError) as error:
+        yield Finding("adapter", str(what or "a new one"), str(error))
+    else:
+        yield Finding("adapter", f"{what}: {len(adapter.matrices)} modules, rank {adapter.widest} at most")
 
 
 def check_devices(config: DictConfig, count: int, where: str = "") -> Finding:

@@ -3,7 +3,7 @@
 σ is not portable: the same number is nothing to one model and the end of another. So it is measured on the recipe's own
 base, prompts, reward and temperature, with the noise of the first step that has any, written and read back by
 `NoiseInjector`. KL and entropy are exact over the vocabulary, teacher forced on one clean answer a prompt.
-The policy is the one before training (an adapter starts as zero).
+The policy is the one before training: the base (a new adapter starts as zero), or base and `lora_adapter_path`.
 
 Everything runs in float32, activations too: norms in bfloat16 cannot hold small noise, and HF's layers refuse float32
 norms under 16-bit activations. The rollout's own 16-bit arithmetic is not part of what is measured. All σ see the same
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -81,7 +82,9 @@ class Probe:
         self.prompts = read_prompts(config, self.tokenizer, prompts)
         self.reward = reward_of(config)
         self.model = dequantize_linears(load_base(config, torch.float32))
-        self.injector = NoiseInjector(self.model)
+        self.injector = NoiseInjector(self.model)  # before an adapter gives linear layers other names
+        if adapter := config.actor_rollout_ref.model.lora_adapter_path:
+            PeftModel.from_pretrained(self.model, adapter)  # puts its layers into the model itself
         self.ends = end_tokens(self.model, self.tokenizer)
         self.answers: list[list[list[int]]] = self._sample()  # of the clean policy, [prompt][sample]
         self.clean_states = self._states()

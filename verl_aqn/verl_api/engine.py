@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft.tuners.lora import LoraLayer
 from verl.utils import tensordict_utils as tu
+from verl.utils.model import convert_weight_keys
 from verl.workers.engine.base import EngineRegistry
 
-from verl_aqn.adapter import ADAPTER_DTYPE, served_adapter
+from verl_aqn.adapter import ADAPTER_DTYPE, held_name, served_adapter, unwrapped
 from verl_aqn.digest import tensor_digest
 from verl_aqn.layout.attention import lay_out
 from verl_aqn.layout.decide import SHARED, shared_inputs
@@ -58,17 +60,28 @@ class AqnFSDPEngine(PackedBase):
             yield
 
     def get_per_tensor_param(self, layered_summon=False, base_sync_done=False, **kwargs):
-        """Adapter tensors in bf16 for the rollout, and the digests that its ranks must show afterwards."""
+        """Adapter tensors in bf16 for the rollout, and the digests that its ranks must show afterwards.
+
+        Scalings are in B already: vLLM has one for a whole adapter, and is told that it is 1.
+        """
         params, peft_config = super().get_per_tensor_param(layered_summon, base_sync_done, **kwargs)
         if peft_config is None or not base_sync_done:
             return params, peft_config
-        adapter = [(name, tensor.to(ADAPTER_DTYPE)) for name, tensor in params]
+        rank, scalings = self.model_config.lora_rank, self._scalings()
+        tensors = ((unwrapped(name), tensor.to(ADAPTER_DTYPE)) for name, tensor in params)
+        adapter = list(served_adapter(tensors, scalings.__getitem__, rank))
         self.sent_bytes = sum(tensor.nbytes for _, tensor in adapter)
-        scaling = peft_config["lora_alpha"] / peft_config["r"]
-        served = tuple(served_adapter(adapter, scaling))
-        self._served = () if self.slicings else tuple((name, tensor.cpu()) for name, tensor in served)
-        self.sent_adapters = _digests(served, self.slicings or ({},))
-        return iter(adapter), peft_config
+        held = tuple((held_name(name), tensor) for name, tensor in adapter)
+        self._served = () if self.slicings else tuple((name, tensor.cpu()) for name, tensor in held)
+        self.sent_adapters = _digests(held, self.slicings or ({},))
+        one = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+        return iter(adapter), peft_config | one
+
+    def _scalings(self) -> dict[str, float]:
+        """What PEFT multiplies B·A by in every adapted layer, by the name under which that B is sent."""
+        layers = ((name, layer) for name, layer in self.module.named_modules() if isinstance(layer, LoraLayer))
+        scalings = {f"{unwrapped(name)}.lora_B.weight": layer.scaling["default"] for name, layer in layers}
+        return convert_weight_keys(scalings, getattr(self.module, "_fsdp_wrapped_module", self.module))
 
     def expect_slices(self, slicings: tuple[Slices, ...]) -> None:
         """From now on `sent_adapters` has a digest for each of `slicings`; also that of what was sent first."""

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import distributed
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from verl.models.transformers.monkey_patch import apply_monkey_patch
@@ -102,7 +103,19 @@ class PackedBase(FSDPEngineWithLMHead):
         for param in module.parameters():
             if param.requires_grad:
                 param.data = param.data.float()
+        # An adapter from outside brings the dropout of its own training: the update's probabilities would not be those
+        # that the rollout sampled from.
+        for layer in module.modules():
+            if isinstance(layer, LoraLayer):
+                layer.lora_dropout["default"] = torch.nn.Identity()
         return module
+
+    def save_checkpoint(self, local_path: str, *arguments, **named) -> None:
+        """As verl's, and PEFT's own config: verl's lora_train_meta.json knows neither rsLoRA nor patterns."""
+        super().save_checkpoint(local_path, *arguments, **named)
+        peft = getattr(getattr(self.module, "_fsdp_wrapped_module", self.module), "peft_config", None)
+        if peft and torch.distributed.get_rank() == 0:
+            peft["default"].save_pretrained(local_path)
 
 
 def _agreed(found: Layout | None) -> Layout:

@@ -1,0 +1,52 @@
+"""An adapter from outside in vLLM, as the actor sends it: PEFT's log-probs, whatever its ranks and scalings."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+
+from tests.integration.conftest import ask_vllm
+from tests.outside_adapters import SERVED, built, sent, write_adapter
+from verl_aqn.adapter_folder import read_folder
+from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
+from verl_aqn.mxfp4.model import load_model
+
+KINDS = ("rslora", "patterns", "some layers")  # in fp32, as PEFT saves them
+TOKENS = torch.arange(300, 348).view(4, 12).tolist()
+
+
+def logprobs(model: torch.nn.Module) -> torch.Tensor:
+    ids = torch.tensor(TOKENS)
+    with torch.no_grad():
+        logp = model(ids).logits[:, :-1].float().log_softmax(-1)
+    return logp.gather(2, ids[:, 1:, None]).squeeze(2)
+
+
+@pytest.fixture(scope="module")
+def served(tiny_model, tmp_path_factory):
+    """Of each kind: what the engine says, PEFT's log-probs over the same base, and the base's; the folder's digest."""
+    root = tmp_path_factory.mktemp("outside")
+    quantize_checkpoint(tiny_model, root / "packed")
+    adapters, expected = {}, {}
+    for kind in KINDS:
+        folder = write_adapter(root / kind, tiny_model, **SERVED[kind])
+        adapter = read_folder(folder, root / "packed")
+        tensors, config = sent(built(root / "packed", folder, adapter.widest))
+        adapters[kind] = tensors, json.loads(json.dumps(config, default=list))  # of enums and sets
+        peft = PeftModel.from_pretrained(load_model(root / "packed"), folder).eval()
+        with peft.disable_adapter():
+            without = logprobs(peft)
+        expected[kind] = logprobs(peft), without, adapter.digest()
+    torch.save({"tokens": TOKENS, "adapters": adapters}, root / "sent.pt")
+    return ask_vllm("outside", root / "packed", root / "sent.pt"), expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_rollout_s_log_probs_are_peft_s(served, kind):
+    found, (peft, without, digest) = served[0][kind], served[1][kind]
+    off = (torch.tensor(found["logprobs"]) - peft).abs().mean()
+    # Nats a token. Without an adapter the two differ by 0.028, as PEFT in bf16 and in float32 do.
+    assert off < 0.06
+    assert (without - peft).abs().mean() > 0.5
+    assert found["digest"] == digest
