@@ -138,7 +138,7 @@ def run_arm(model: Path, base: Path, settings: Sequence[str]) -> Trial:
         if record["kind"] == "mismatch":
             trial.mismatch = (*trial.mismatch, record["abs_dlogp_mean"])
         elif record["kind"] == "rollout":
-            trial.norms, trial.expected = record.get("norms"), record.get("norms_expected")
+            trial.norms, trial.expected = record.get("norms"), len(record.get("expected_norms", ()))
         elif record["kind"] == "layout":
             trial.layout = record["layout"]
     return trial

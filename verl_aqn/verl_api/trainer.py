@@ -91,6 +91,9 @@ class AqnTrainer(SavingTrainer):
         self.record(
             "placed", actor_nodes=self.actor_rollout_wg.node(), rollout_nodes=[address for address, _ in addresses]
         )
+        self.layout = self.actor_rollout_wg.layout()[0]
+        self.record("layout", layout=self.layout)
+        self.event(f"layout of the actor's batches: {self.layout}")
         super().on_init_end()  # wakes the replicas (verl put them to sleep) and sends the adapter
         # The first order here, so that a pattern that matches nothing is told before anything is generated.
         order = order_of(self.aqn.noise, self.schedule, 0)
@@ -250,7 +253,7 @@ class AqnTrainer(SavingTrainer):
             return
         limits = self.aqn.parity
         self.record("mismatch", step=self.global_steps, warn=limits.warn, stop=limits.stop, **found)
-        if text := tripwire.judge(found, self.global_steps, self.mismatches, limits):
+        if text := tripwire.judge(found, self.global_steps, self.mismatches, limits, self.layout):
             self.warn(text)
         elif not self.compared:
             self.event(
