@@ -60,7 +60,12 @@ SHARING = {
     "olmo3": ("Olmo3", GQA | MIXED | {"sliding_window": WINDOW}),
     "granite": ("Granite", GQA),
     "glm4": ("Glm4", SMALL),
-    "glm4_moe": ("Glm4Moe", SMALL | MOE | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}),
+    "glm4_moe": (
+        "Glm4Moe",
+        SMALL | MOE | {
+            "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+        },
+    ),
     "gpt_oss": ("GptOss", WINDOWED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "deepseek_v2": ("DeepseekV2", MLA | {"topk_method": "greedy"}),
     "deepseek_v3": ("DeepseekV3", MLA),
@@ -85,26 +90,85 @@ SEPARATED = {
     "lfm2": ("Lfm2", GQA | {"layer_types": ["conv", "full_attention"]}, "model.layers.0.conv"),
     "granite hybrid": (
         "GraniteMoeHybrid",
-        GQA | MAMBA | {"layer_types": ["mamba", "attention"], "num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 48},
+        GQA
+        | MAMBA
+        | {
+            "layer_types": ["mamba", "attention"],
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "shared_intermediate_size": 48,
+        },
         "model.layers.0.mamba",
     ),
     "falcon_h1": ("FalconH1", SMALL | MAMBA | {"mamba_d_ssm": 64}, "model.layers.0.mamba"),
     "nemotron_h": (
         "NemotronH",
-        SMALL | {"hybrid_override_pattern": "M*", "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1},
+        SMALL
+        | {
+            "hybrid_override_pattern": "M*",
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+        },
         "model.layers.0.mixer",
     ),
-    "minimax": ("MiniMax", SMALL | {"num_local_experts": 2, "num_experts_per_tok": 1, "layer_types": ["linear_attention", "full_attention"], "block_size": 8}, "model.layers.0.self_attn"),
+    "minimax": (
+        "MiniMax",
+        SMALL
+        | {
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "layer_types": ["linear_attention", "full_attention"],
+            "block_size": 8,
+        },
+        "model.layers.0.self_attn",
+    ),
     "bamba": ("Bamba", GQA | MAMBA | {"attn_layer_indices": [1]}, "model.layers.0.mamba"),
-    "jamba": ("Jamba", GQA | {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "mamba_d_state": 8, "use_mamba_kernels": False}, "model.layers.0.mamba"),
+    "jamba": (
+        "Jamba",
+        GQA
+        | {
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "num_experts": 1,
+            "mamba_d_state": 8,
+            "use_mamba_kernels": False,
+        },
+        "model.layers.0.mamba",
+    ),
     "llama4 by slot": (
         "Llama4Text",
-        SMALL | {"attention_chunk_size": WINDOW, "num_local_experts": 2, "num_experts_per_tok": 1, "no_rope_layers": [1, 0], "interleave_moe_layer_step": 1, "intermediate_size_mlp": 48},
+        SMALL
+        | {
+            "attention_chunk_size": WINDOW,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "no_rope_layers": [1, 0],
+            "interleave_moe_layer_step": 1,
+            "intermediate_size_mlp": 48,
+        },
         "counts the tokens of a row",
     ),
-    "bloom": ("Bloom", {"vocab_size": V, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "does not use transformers' attention interface"),
-    "mamba2": ("Mamba2", {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1}, "no layer of Mamba2ForCausalLM"),
-}  # fmt: skip
+    "bloom": (
+        "Bloom",
+        {"vocab_size": V, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+        "does not use transformers' attention interface",
+    ),
+    "mamba2": (
+        "Mamba2",
+        {
+            "vocab_size": V,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_heads": 4,
+            "head_dim": 16,
+            "state_size": 8,
+            "n_groups": 1,
+        },
+        "no layer of Mamba2ForCausalLM",
+    ),
+}
 
 
 def make(kind: str, **more) -> transformers.PreTrainedModel:

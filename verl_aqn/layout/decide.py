@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ class Layout:
     reason: str = ""
     rules: tuple[Rule, ...] = field(default=(), compare=False)
     keeps: bool = True
-    device: torch.device = torch.device("cpu")
+    device: torch.device | str = "cpu"
 
     def full(self, length: int) -> bool:
         """Whether the last of `length` tokens sees all of them in every layer: no window and no chunk ends before."""
@@ -192,7 +193,9 @@ class _NoSlots(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, size: int):
         super().__init__()
-        self.size, self.stack, self.hooks, self.model = size, [""], [], model
+        self.size, self.model = size, model
+        self.stack = [""]  # names of the modules that run now
+        self.hooks: list[Any] = []
         self.holders = {""} | {".".join(n.split(".")[:i]) for n in mixers(model) for i in range(n.count(".") + 2)}
 
     def __enter__(self):

@@ -41,6 +41,9 @@ class AqnFSDPEngine(PackedBase):
     def _build_module(self):
         noisy = self.model_config.override_config.get("noise_in_actor") and not self.engine_config.forward_only
         if not is_packed(self.model_config.local_path) and not noisy:
+            if self.model_config.override_config.get("attn_implementation") == "sdpa":
+                # transformers' choice: sdpa, or eager for the models that sdpa cannot serve
+                self.model_config.hf_config._attn_implementation = None
             module = super()._build_module()
         else:
             module = self._finished(self._causal_model())
