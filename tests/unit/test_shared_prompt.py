@@ -212,6 +212,7 @@ def batch(prompts: list[torch.Tensor], responses: list[torch.Tensor], remove_pad
         batch_size=[len(prompts)],
     )
     tu.assign_non_tensor(made, use_remove_padding=remove_padding, temperature=1.0, pad_token_id=0)
+    tu.assign_non_tensor(made, multi_modal_inputs=[{} for _ in prompts])  # as verl's agent loop gives it
     return made
 
 
@@ -384,3 +385,11 @@ def test_a_layout_and_a_mask_of_others_do_not_meet():
             attention(nn.Module(), states, states, states, torch.ones(1, 1, 3, 3))
     finally:
         lay_out(None)
+
+
+def test_a_batch_with_images_goes_verl_s_way():
+    engine = engine_of(make("llama"))
+    given = batch(*samples())
+    assert engine._shares_prompts(given)
+    tu.assign_non_tensor(given, multi_modal_inputs=[{"pixel_values": torch.ones(1)}] + [{}] * 5)
+    assert not engine._shares_prompts(given)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
@@ -67,6 +67,17 @@ def decide(model: PreTrainedModel) -> Layout | None:
 
 
 _DECIDED: "weakref.WeakKeyDictionary[PreTrainedModel, Layout]" = weakref.WeakKeyDictionary()
+
+
+def agreed(found: Layout | None) -> Layout:
+    """What all ranks can take: those whose weights are on meta (None) do as the others."""
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        assert found
+        return found
+    told: list[tuple[bool, str, bool] | None] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(told, found and (found.together, found.reason, found.keeps))
+    together, reason, keeps = min(answer for answer in told if answer)  # False before True
+    return Layout(together, reason, found.rules if found else (), keeps)
 
 
 def use_attention(model: PreTrainedModel, name: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from verl.utils import tensordict_utils as tu
+from verl.utils.model import extract_multi_modal_inputs
 from verl.workers.engine.base import EngineRegistry
 
 from verl_aqn.adapter import ADAPTER_DTYPE, served_adapter
@@ -118,7 +119,7 @@ class AqnFSDPEngine(PackedBase):
 
     def _shares_prompts(self, micro_batch) -> bool:
         return self.layout == SHARED and not (
-            any(micro_batch.get("multi_modal_inputs", []))
+            extract_multi_modal_inputs(micro_batch.get("multi_modal_inputs", []))
             or tu.get_non_tensor_data(data=micro_batch, key="use_fused_kernels", default=False)
             or tu.get_non_tensor_data(data=micro_batch, key="calculate_sum_pi_squared", default=False)
             or tu.get_non_tensor_data(data=micro_batch, key="distillation_use_topk", default=False)
