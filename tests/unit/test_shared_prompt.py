@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from verl.utils import tensordict_utils as tu
 
 from tests.engines import bare_engine
-from verl_aqn.errors import ConfigError
+from verl_aqn.errors import ConfigError, ModelError
 from verl_aqn.layout.attention import NAME, attention, lay_out
 from verl_aqn.layout.decide import PACKED, SEPARATE, SHARED, attention_of, decide, use_attention
 from verl_aqn.layout.prompts import share_prompts
@@ -324,13 +324,18 @@ class Wrapped(nn.Module):
         return self.layer(self.before(hidden_states), past_key_values=past_key_values, **kwargs, **self.arguments)
 
 
+def shifted(states: torch.Tensor) -> torch.Tensor:
+    """Each token, and half of the one before: a convolution that no name gives away."""
+    return states + 0.5 * nn.functional.pad(states, (0, 0, 1, 0))[:, :-1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
         ({"bias_of_position": torch.ones(1)}, "attention has the argument bias_of_position"),
         ({"is_causal": False}, "attention has the argument is_causal"),
         # What reaches the token after is seen by no structure: the trial finds it.
-        ({"before": lambda x: x + 0.5 * x.roll(1, 1)}, "its logits differ by .* from those of separate rows"),
+        ({"before": shifted}, "its logits differ by .* from those of separate rows"),
         ({"before": lambda x: x + 0.1 * torch.arange(x.shape[1])[:, None]}, "counts the tokens of a row"),
     ],
 )
@@ -343,7 +348,25 @@ def test_what_attention_does_not_know_and_what_leaks_past_it_needs_separate_rows
     found = decide(model)
     assert not found.together
     assert re.search(reason, found.reason)
-    assert attention_of(model) == "sdpa"
+    assert attention_of(model) == ("eager" if "is_causal" in arguments else "sdpa")
+
+
+def test_separate_rows_take_eager_attention_where_sdpa_gives_other_values():
+    """Doge's sdpa forgets causality in rows without padding."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(transformers.DogeConfig(**GQA), dtype=torch.float32).eval()
+    engine = engine_of(model)
+    assert engine.layout.startswith(SEPARATE)
+    assert attention_of(model) == "eager"
+    torch.testing.assert_close(log_probs(engine, *samples()), alone(model, *samples()))
+
+
+def test_a_model_that_mixes_padding_in_is_refused():
+    model = make("llama")
+    layer = model.model.layers[1]
+    layer.self_attn = Wrapped(layer.self_attn, lambda x: x + 0.5 * x.roll(1, 1))  # the last token goes first
+    with pytest.raises(ModelError, match="padded rows other logits than the same rows alone"):
+        decide(model)
 
 
 def test_a_layout_is_decided_on_bf16_weights_too():
@@ -351,7 +374,7 @@ def test_a_layout_is_decided_on_bf16_weights_too():
         assert decide(make(kind).to(torch.bfloat16)).together, kind
     model = make("llama").to(torch.bfloat16)
     layer = model.model.layers[1]
-    layer.self_attn = Wrapped(layer.self_attn, lambda x: x + 0.5 * x.roll(1, 1))
+    layer.self_attn = Wrapped(layer.self_attn, shifted)
     assert "differ" in decide(model).reason
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, distributed, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from verl_aqn.errors import first_line
+from verl_aqn.errors import ModelError, first_line
 from verl_aqn.layout.attention import NAME, LayoutError, Rule, Watch, laid_out
 from verl_aqn.layout.prompts import SharedPrompts, share_prompts
 
@@ -58,7 +58,9 @@ def decide(model: PreTrainedModel) -> Layout | None:
     """Find what `model` can take; None where its weights are on meta, so that another rank must say.
 
     The model has its own attention before and after. That becomes eager where sdpa would leave out what its layers ask
-    for (a cap or sinks).
+    for (a cap or sinks), or give other values in separate rows.
+
+    Raises ModelError where the model gives padded rows other values than rows alone.
     """
     found = _DECIDED.get(model)
     if found is None and not any(p.is_meta for p in model.parameters()):
@@ -136,6 +138,8 @@ def _decide(model: PreTrainedModel) -> Layout:
         if not reason:
             assert shared is not None
             reason = _difference(model, samples, shared, told)
+        if reason and told == "sdpa":
+            use_attention(model, _faithful(model, samples, told))
     return Layout(not reason, reason, tuple(watch.rules), _keeps(model), samples[0][0].device)
 
 
@@ -183,23 +187,54 @@ def _difference(model: PreTrainedModel, samples: tuple[list[Tensor], list[Tensor
     """Say by how much the logits differ from those of separate rows; nothing where they are equal."""
     if told.startswith(("flash", "paged", "flex")):  # not on every device
         use_attention(model, "eager")
+    logits = _padded(model, samples)
+    use_attention(model, told)
+    # Those that a sibling before them, or another group, could change.
+    found = _off(shared[_RESPONSES[0] + 1 :], logits[_RESPONSES[0] + 1 :])
+    return f"its logits differ by {found:.1%} from those of separate rows" if found else ""
+
+
+def _faithful(model: PreTrainedModel, samples: tuple[list[Tensor], list[Tensor]], told: str) -> str:
+    """Name the attention that gives padded rows what each row gives alone by eager attention: `told`, or eager.
+
+    Raises ModelError where neither does.
+    """
+    use_attention(model, "eager")
+    alone, padded = _alone(model, samples), _padded(model, samples)
+    use_attention(model, told)
+    if not _off(_alone(model, samples), alone) and not _off(_padded(model, samples), alone):
+        return told
+    use_attention(model, "eager")
+    if off := _off(padded, alone):
+        raise ModelError(
+            f"{type(model).__name__} gives padded rows other logits than the same rows alone ({off:.1%} apart): it "
+            "cannot be trained in batches"
+        )
+    return "eager"
+
+
+def _padded(model: PreTrainedModel, samples: tuple[list[Tensor], list[Tensor]]) -> Tensor:
+    """Logits [N, V] of the response tokens, one row a sample."""
     rows = [torch.cat(pair) for pair in zip(*samples, strict=True)]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    use_attention(model, told)
-    separate = torch.cat(
-        [logits[i, len(p) - 1 : len(p) + len(r) - 1] for i, (p, r) in enumerate(zip(*samples, strict=True))]
-    )
-    a, b = (x.float() - x.float().mean(-1, keepdim=True) for x in (shared, separate))
+    return torch.cat([x[len(p) - 1 : len(p) + len(r) - 1] for x, p, r in zip(logits, *samples, strict=True)])
+
+
+def _alone(model: PreTrainedModel, samples: tuple[list[Tensor], list[Tensor]]) -> Tensor:
+    """The same, one forward a sample."""
+    return torch.cat([_padded(model, ([p], [r])) for p, r in zip(*samples, strict=True)])
+
+
+def _off(some: Tensor, others: Tensor) -> float:
+    """How far logits are apart, as a part of their size; 0 where that is rounding."""
+    a, b = (x.float() - x.float().mean(-1, keepdim=True) for x in (some, others))
     off = (a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=1e-12)  # [N]
-    # In 16 bits a token may go to another expert by rounding, so there the middle one counts: of those that a sibling
-    # before them, or another group, could change.
-    exact = logits.dtype in _TOLERANCE
-    found = float(off.max() if exact else off[_RESPONSES[0] + 1 :].median())
-    if found <= _TOLERANCE.get(logits.dtype, _ROUNDED):
-        return ""
-    return f"its logits differ by {found:.1%} from those of separate rows"
+    # In 16 bits a token may go to another expert by rounding: there the middle one counts.
+    exact = others.dtype in _TOLERANCE
+    found = float(off.max() if exact else off.median())
+    return 0.0 if found <= _TOLERANCE.get(others.dtype, _ROUNDED) else found
 
 
 class _NoSlots(TorchFunctionMode):
