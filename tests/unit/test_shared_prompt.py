@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from verl.utils import tensordict_utils as tu
 
 from tests.engines import bare_engine
-from verl_aqn.errors import ConfigError
+from verl_aqn.errors import ConfigError, ModelError
 from verl_aqn.layout.attention import NAME, attention, lay_out
 from verl_aqn.layout.decide import PACKED, SEPARATE, SHARED, attention_of, decide, use_attention
 from verl_aqn.layout.prompts import share_prompts
@@ -60,7 +60,12 @@ SHARING = {
     "olmo3": ("Olmo3", GQA | MIXED | {"sliding_window": WINDOW}),
     "granite": ("Granite", GQA),
     "glm4": ("Glm4", SMALL),
-    "glm4_moe": ("Glm4Moe", SMALL | MOE | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}),
+    "glm4_moe": (
+        "Glm4Moe",
+        SMALL | MOE | {
+            "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+        },
+    ),
     "gpt_oss": ("GptOss", WINDOWED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "deepseek_v2": ("DeepseekV2", MLA | {"topk_method": "greedy"}),
     "deepseek_v3": ("DeepseekV3", MLA),
@@ -85,26 +90,85 @@ SEPARATED = {
     "lfm2": ("Lfm2", GQA | {"layer_types": ["conv", "full_attention"]}, "model.layers.0.conv"),
     "granite hybrid": (
         "GraniteMoeHybrid",
-        GQA | MAMBA | {"layer_types": ["mamba", "attention"], "num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 48},
+        GQA
+        | MAMBA
+        | {
+            "layer_types": ["mamba", "attention"],
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "shared_intermediate_size": 48,
+        },
         "model.layers.0.mamba",
     ),
     "falcon_h1": ("FalconH1", SMALL | MAMBA | {"mamba_d_ssm": 64}, "model.layers.0.mamba"),
     "nemotron_h": (
         "NemotronH",
-        SMALL | {"hybrid_override_pattern": "M*", "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1},
+        SMALL
+        | {
+            "hybrid_override_pattern": "M*",
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+        },
         "model.layers.0.mixer",
     ),
-    "minimax": ("MiniMax", SMALL | {"num_local_experts": 2, "num_experts_per_tok": 1, "layer_types": ["linear_attention", "full_attention"], "block_size": 8}, "model.layers.0.self_attn"),
+    "minimax": (
+        "MiniMax",
+        SMALL
+        | {
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "layer_types": ["linear_attention", "full_attention"],
+            "block_size": 8,
+        },
+        "model.layers.0.self_attn",
+    ),
     "bamba": ("Bamba", GQA | MAMBA | {"attn_layer_indices": [1]}, "model.layers.0.mamba"),
-    "jamba": ("Jamba", GQA | {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "mamba_d_state": 8, "use_mamba_kernels": False}, "model.layers.0.mamba"),
+    "jamba": (
+        "Jamba",
+        GQA
+        | {
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "num_experts": 1,
+            "mamba_d_state": 8,
+            "use_mamba_kernels": False,
+        },
+        "model.layers.0.mamba",
+    ),
     "llama4 by slot": (
         "Llama4Text",
-        SMALL | {"attention_chunk_size": WINDOW, "num_local_experts": 2, "num_experts_per_tok": 1, "no_rope_layers": [1, 0], "interleave_moe_layer_step": 1, "intermediate_size_mlp": 48},
+        SMALL
+        | {
+            "attention_chunk_size": WINDOW,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "no_rope_layers": [1, 0],
+            "interleave_moe_layer_step": 1,
+            "intermediate_size_mlp": 48,
+        },
         "counts the tokens of a row",
     ),
-    "bloom": ("Bloom", {"vocab_size": V, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "does not use transformers' attention interface"),
-    "mamba2": ("Mamba2", {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1}, "no layer of Mamba2ForCausalLM"),
-}  # fmt: skip
+    "bloom": (
+        "Bloom",
+        {"vocab_size": V, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+        "does not use transformers' attention interface",
+    ),
+    "mamba2": (
+        "Mamba2",
+        {
+            "vocab_size": V,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_heads": 4,
+            "head_dim": 16,
+            "state_size": 8,
+            "n_groups": 1,
+        },
+        "no layer of Mamba2ForCausalLM",
+    ),
+}
 
 
 def make(kind: str, **more) -> transformers.PreTrainedModel:
@@ -148,6 +212,7 @@ def batch(prompts: list[torch.Tensor], responses: list[torch.Tensor], remove_pad
         batch_size=[len(prompts)],
     )
     tu.assign_non_tensor(made, use_remove_padding=remove_padding, temperature=1.0, pad_token_id=0)
+    tu.assign_non_tensor(made, multi_modal_inputs=[{} for _ in prompts])  # as verl's agent loop gives it
     return made
 
 
@@ -259,13 +324,18 @@ class Wrapped(nn.Module):
         return self.layer(self.before(hidden_states), past_key_values=past_key_values, **kwargs, **self.arguments)
 
 
+def shifted(states: torch.Tensor) -> torch.Tensor:
+    """Each token, and half of the one before: a convolution that no name gives away."""
+    return states + 0.5 * nn.functional.pad(states, (0, 0, 1, 0))[:, :-1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
         ({"bias_of_position": torch.ones(1)}, "attention has the argument bias_of_position"),
         ({"is_causal": False}, "attention has the argument is_causal"),
         # What reaches the token after is seen by no structure: the trial finds it.
-        ({"before": lambda x: x + 0.5 * x.roll(1, 1)}, "its logits differ by .* from those of separate rows"),
+        ({"before": shifted}, "its logits differ by .* from those of separate rows"),
         ({"before": lambda x: x + 0.1 * torch.arange(x.shape[1])[:, None]}, "counts the tokens of a row"),
     ],
 )
@@ -278,7 +348,25 @@ def test_what_attention_does_not_know_and_what_leaks_past_it_needs_separate_rows
     found = decide(model)
     assert not found.together
     assert re.search(reason, found.reason)
-    assert attention_of(model) == "sdpa"
+    assert attention_of(model) == ("eager" if "is_causal" in arguments else "sdpa")
+
+
+def test_separate_rows_take_eager_attention_where_sdpa_gives_other_values():
+    """Doge's sdpa forgets causality in rows without padding."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(transformers.DogeConfig(**GQA), dtype=torch.float32).eval()
+    engine = engine_of(model)
+    assert engine.layout.startswith(SEPARATE)
+    assert attention_of(model) == "eager"
+    torch.testing.assert_close(log_probs(engine, *samples()), alone(model, *samples()))
+
+
+def test_a_model_that_mixes_padding_in_is_refused():
+    model = make("llama")
+    layer = model.model.layers[1]
+    layer.self_attn = Wrapped(layer.self_attn, lambda x: x + 0.5 * x.roll(1, 1))  # the last token goes first
+    with pytest.raises(ModelError, match="padded rows other logits than the same rows alone"):
+        decide(model)
 
 
 def test_a_layout_is_decided_on_bf16_weights_too():
@@ -286,7 +374,7 @@ def test_a_layout_is_decided_on_bf16_weights_too():
         assert decide(make(kind).to(torch.bfloat16)).together, kind
     model = make("llama").to(torch.bfloat16)
     layer = model.model.layers[1]
-    layer.self_attn = Wrapped(layer.self_attn, lambda x: x + 0.5 * x.roll(1, 1))
+    layer.self_attn = Wrapped(layer.self_attn, shifted)
     assert "differ" in decide(model).reason
 
 
@@ -320,3 +408,11 @@ def test_a_layout_and_a_mask_of_others_do_not_meet():
             attention(nn.Module(), states, states, states, torch.ones(1, 1, 3, 3))
     finally:
         lay_out(None)
+
+
+def test_a_batch_with_images_goes_verl_s_way():
+    engine = engine_of(make("llama"))
+    given = batch(*samples())
+    assert engine._shares_prompts(given)
+    tu.assign_non_tensor(given, multi_modal_inputs=[{"pixel_values": torch.ones(1)}] + [{}] * 5)
+    assert not engine._shares_prompts(given)

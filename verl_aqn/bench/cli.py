@@ -254,7 +254,7 @@ def attention(
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of every arm; the fastest counts.")] = 5,
     as_json: Json = False,
 ) -> None:
-    """One layer's attention over groups of answers, forward and backward: a dense mask, separate rows, shared prompts."""
+    """One layer's attention over groups of answers: a dense mask, separate rows, and prompts shared."""
     if heads % kv_heads:
         raise ConfigError(f"--heads {heads} is not a multiple of --kv-heads {kv_heads}")
     from verl_aqn.bench.attention import measure, table

@@ -120,7 +120,7 @@ def attention(
     unknown = sorted(name for name, value in kwargs.items() if name not in _HARMLESS and value is not None)
     if unknown or is_causal is False or kwargs.get("output_attentions"):
         raise LayoutError(f"attention has the argument {unknown[0] if unknown else 'is_causal or output_attentions'}")
-    options = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "sinks": s_aux}
+    options: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "sinks": s_aux}
     if not isinstance(attention_mask, SharedMask):
         if _LAYOUT.get() is not None:
             raise LayoutError("attention has a mask that transformers' mask functions have not made")

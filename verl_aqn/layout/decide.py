@@ -16,13 +16,14 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from verl_aqn.errors import first_line
+from verl_aqn.errors import ModelError, first_line
 from verl_aqn.layout.attention import NAME, LayoutError, Rule, Watch, laid_out
 from verl_aqn.layout.prompts import SharedPrompts, share_prompts
 
@@ -44,7 +45,7 @@ class Layout:
     reason: str = ""
     rules: tuple[Rule, ...] = field(default=(), compare=False)
     keeps: bool = True
-    device: torch.device = torch.device("cpu")
+    device: torch.device | str = "cpu"
 
     def full(self, length: int) -> bool:
         """Whether the last of `length` tokens sees all of them in every layer: no window and no chunk ends before."""
@@ -57,7 +58,9 @@ def decide(model: PreTrainedModel) -> Layout | None:
     """Find what `model` can take; None where its weights are on meta, so that another rank must say.
 
     The model has its own attention before and after. That becomes eager where sdpa would leave out what its layers ask
-    for (a cap or sinks).
+    for (a cap or sinks), or give other values in separate rows.
+
+    Raises ModelError where the model gives padded rows other values than rows alone.
     """
     found = _DECIDED.get(model)
     if found is None and not any(p.is_meta for p in model.parameters()):
@@ -66,6 +69,17 @@ def decide(model: PreTrainedModel) -> Layout | None:
 
 
 _DECIDED: "weakref.WeakKeyDictionary[PreTrainedModel, Layout]" = weakref.WeakKeyDictionary()
+
+
+def agreed(found: Layout | None) -> Layout:
+    """What all ranks can take: those whose weights are on meta (None) do as the others."""
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        assert found
+        return found
+    told: list[tuple[bool, str, bool] | None] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(told, found and (found.together, found.reason, found.keeps))
+    together, reason, keeps = min(answer for answer in told if answer)  # False before True
+    return Layout(together, reason, found.rules if found else (), keeps)
 
 
 def use_attention(model: PreTrainedModel, name: str) -> bool:
@@ -90,7 +104,10 @@ def mixers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _takes_cache(module: nn.Module) -> bool:
-    names = inspect.signature(type(module).forward).parameters
+    try:
+        names = inspect.signature(type(module).forward).parameters
+    except (TypeError, ValueError):  # compiled code tells none
+        return False
     return any("cache" in name or "past" in name or name == "state" for name in names)
 
 
@@ -121,6 +138,8 @@ def _decide(model: PreTrainedModel) -> Layout:
         if not reason:
             assert shared is not None
             reason = _difference(model, samples, shared, told)
+        if reason and told == "sdpa":
+            use_attention(model, _faithful(model, samples, told))
     return Layout(not reason, reason, tuple(watch.rules), _keeps(model), samples[0][0].device)
 
 
@@ -142,8 +161,8 @@ def shared_inputs(layout: SharedPrompts, keeps: bool) -> dict[str, Tensor]:
 def _probe_inputs(model: PreTrainedModel) -> tuple[list[Tensor], list[Tensor]]:
     """A group of three and one of one. Ids of tokens are low, where none stands for an image."""
     generator = torch.Generator().manual_seed(0)
-    size = min(model.config.get_text_config().vocab_size, 256)
-    device = model.get_input_embeddings().weight.device
+    size = min(getattr(model.config.get_text_config(), "vocab_size", None) or 256, 256)
+    device = next(model.parameters()).device
 
     def tokens(length: int) -> Tensor:
         return torch.randint(size // 2, size, (length,), generator=generator).to(device)
@@ -168,23 +187,54 @@ def _difference(model: PreTrainedModel, samples: tuple[list[Tensor], list[Tensor
     """Say by how much the logits differ from those of separate rows; nothing where they are equal."""
     if told.startswith(("flash", "paged", "flex")):  # not on every device
         use_attention(model, "eager")
+    logits = _padded(model, samples)
+    use_attention(model, told)
+    # Those that a sibling before them, or another group, could change.
+    found = _off(shared[_RESPONSES[0] + 1 :], logits[_RESPONSES[0] + 1 :])
+    return f"its logits differ by {found:.1%} from those of separate rows" if found else ""
+
+
+def _faithful(model: PreTrainedModel, samples: tuple[list[Tensor], list[Tensor]], told: str) -> str:
+    """Name the attention that gives padded rows what each row gives alone by eager attention: `told`, or eager.
+
+    Raises ModelError where neither does.
+    """
+    use_attention(model, "eager")
+    alone, padded = _alone(model, samples), _padded(model, samples)
+    use_attention(model, told)
+    if not _off(_alone(model, samples), alone) and not _off(_padded(model, samples), alone):
+        return told
+    use_attention(model, "eager")
+    if off := _off(padded, alone):
+        raise ModelError(
+            f"{type(model).__name__} gives padded rows other logits than the same rows alone ({off:.1%} apart): it "
+            "cannot be trained in batches"
+        )
+    return "eager"
+
+
+def _padded(model: PreTrainedModel, samples: tuple[list[Tensor], list[Tensor]]) -> Tensor:
+    """Logits [N, V] of the response tokens, one row a sample."""
     rows = [torch.cat(pair) for pair in zip(*samples, strict=True)]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    use_attention(model, told)
-    separate = torch.cat(
-        [logits[i, len(p) - 1 : len(p) + len(r) - 1] for i, (p, r) in enumerate(zip(*samples, strict=True))]
-    )
-    a, b = (x.float() - x.float().mean(-1, keepdim=True) for x in (shared, separate))
+    return torch.cat([x[len(p) - 1 : len(p) + len(r) - 1] for x, p, r in zip(logits, *samples, strict=True)])
+
+
+def _alone(model: PreTrainedModel, samples: tuple[list[Tensor], list[Tensor]]) -> Tensor:
+    """The same, one forward a sample."""
+    return torch.cat([_padded(model, ([p], [r])) for p, r in zip(*samples, strict=True)])
+
+
+def _off(some: Tensor, others: Tensor) -> float:
+    """How far logits are apart, as a part of their size; 0 where that is rounding."""
+    a, b = (x.float() - x.float().mean(-1, keepdim=True) for x in (some, others))
     off = (a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=1e-12)  # [N]
-    # In 16 bits a token may go to another expert by rounding, so there the middle one counts: of those that a sibling
-    # before them, or another group, could change.
-    exact = logits.dtype in _TOLERANCE
-    found = float(off.max() if exact else off[_RESPONSES[0] + 1 :].median())
-    if found <= _TOLERANCE.get(logits.dtype, _ROUNDED):
-        return ""
-    return f"its logits differ by {found:.1%} from those of separate rows"
+    # In 16 bits a token may go to another expert by rounding: there the middle one counts.
+    exact = others.dtype in _TOLERANCE
+    found = float(off.max() if exact else off.median())
+    return 0.0 if found <= _TOLERANCE.get(others.dtype, _ROUNDED) else found
 
 
 class _NoSlots(TorchFunctionMode):
@@ -192,7 +242,9 @@ class _NoSlots(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, size: int):
         super().__init__()
-        self.size, self.stack, self.hooks, self.model = size, [""], [], model
+        self.size, self.model = size, model
+        self.stack = [""]  # names of the modules that run now
+        self.hooks: list[Any] = []
         self.holders = {""} | {".".join(n.split(".")[:i]) for n in mixers(model) for i in range(n.count(".") + 2)}
 
     def __enter__(self):

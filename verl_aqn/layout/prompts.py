@@ -49,9 +49,9 @@ class SharedPrompts:
     """One row of L tokens for N response tokens of B samples.
 
     `input_ids`, `position_ids` [1, L] int64; `blocks`: what attends to what; `order` [L]: where the output of each slot
-    stands in the real queries of all blocks. For each response token in order of samples: `column` [N] of the token that
-    predicts it, `label` [N] its id, `flat` [N] where its log-prob belongs in a jagged layout of prompt + response per
-    sample, `sample` [N]. The last token of a response predicts nothing and is left out of the row.
+    stands in the real queries of all blocks. For each response token in order of samples: `column` [N] of the token
+    that predicts it, `label` [N] its id, `flat` [N] where its log-prob belongs in a jagged layout of prompt + response
+    per sample, `sample` [N]. The last token of a response predicts nothing and is left out of the row.
     """
 
     input_ids: Tensor
@@ -101,9 +101,9 @@ def share_prompts(prompts: Sequence[Tensor], responses: Sequence[Tensor]) -> Sha
     blocks = [*_blocks(whole), *_blocks(continued)]
     asked = torch.cat([block.queries.flatten()[block.real] for block in blocks])
     found = [torch.cat(parts).to(device) for parts in zip(*places, strict=True)]
-    row = [torch.cat(parts).unsqueeze(0).to(device) for parts in (ids, positions)]
+    row, place_in = (torch.cat(parts).unsqueeze(0).to(device) for parts in (ids, positions))
     moved = tuple(Block(*(t.to(device) for t in (b.keys, b.queries, b.first, b.lengths, b.real))) for b in blocks)
-    return SharedPrompts(*row, moved, asked.argsort().to(device), *found)
+    return SharedPrompts(row, place_in, moved, asked.argsort().to(device), *found)
 
 
 def _blocks(sequences: list[tuple[Tensor, int]]) -> Iterator[Block]:

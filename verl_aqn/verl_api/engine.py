@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
 from verl.utils import tensordict_utils as tu
-from verl.utils.model import convert_weight_keys
+from verl.utils.model import convert_weight_keys, extract_multi_modal_inputs
 from verl.workers.engine.base import EngineRegistry
 
 from verl_aqn.adapter import ADAPTER_DTYPE, held_name, served_adapter, unwrapped
@@ -44,6 +44,9 @@ class AqnFSDPEngine(PackedBase):
     def _build_module(self):
         noisy = self.model_config.override_config.get("noise_in_actor") and not self.engine_config.forward_only
         if not is_packed(self.model_config.local_path) and not noisy:
+            if self.model_config.override_config.get("attn_implementation") == "sdpa":
+                # transformers' choice: sdpa, or eager for the models that sdpa cannot serve
+                self.model_config.hf_config._attn_implementation = None
             module = super()._build_module()
         else:
             module = self._finished(self._causal_model())
@@ -134,7 +137,7 @@ class AqnFSDPEngine(PackedBase):
 
     def _shares_prompts(self, micro_batch) -> bool:
         return self.layout == SHARED and not (
-            any(micro_batch.get("multi_modal_inputs", []))
+            extract_multi_modal_inputs(micro_batch.get("multi_modal_inputs", []))
             or tu.get_non_tensor_data(data=micro_batch, key="use_fused_kernels", default=False)
             or tu.get_non_tensor_data(data=micro_batch, key="calculate_sum_pi_squared", default=False)
             or tu.get_non_tensor_data(data=micro_batch, key="distillation_use_topk", default=False)

@@ -4,7 +4,6 @@ import math
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import distributed
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from verl.models.transformers.monkey_patch import apply_monkey_patch
 from verl.utils import tensordict_utils as tu
@@ -12,7 +11,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from verl_aqn.errors import ConfigError, TrainingError
 from verl_aqn.layout.attention import NAME
-from verl_aqn.layout.decide import PACKED, SEPARATE, SHARED, Layout, attention_of, decide, use_attention
+from verl_aqn.layout.decide import PACKED, SEPARATE, SHARED, Layout, agreed, attention_of, decide, use_attention
 from verl_aqn.mxfp4.checkpoint import is_packed
 from verl_aqn.mxfp4.experts import packed_layers
 from verl_aqn.mxfp4.linear import Activation, Mxfp4Linear
@@ -71,7 +70,7 @@ class PackedBase(FSDPEngineWithLMHead):
 
         Raises ConfigError where sequence parallelism is asked for a model whose sequences cannot stand in one row.
         """
-        self.taken = _agreed(decide(module))
+        self.taken = agreed(decide(module))
         ulysses = self.ulysses_sequence_parallel_size > 1
         flash = attention_of(module).startswith("flash")
         if not self.taken.together:
@@ -116,14 +115,3 @@ class PackedBase(FSDPEngineWithLMHead):
         peft = getattr(getattr(self.module, "_fsdp_wrapped_module", self.module), "peft_config", None)
         if peft and torch.distributed.get_rank() == 0:
             peft["default"].save_pretrained(local_path)
-
-
-def _agreed(found: Layout | None) -> Layout:
-    """What all ranks can take: those whose weights are on meta (None) do as the others."""
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
-        assert found
-        return found
-    told: list[tuple[bool, str, bool] | None] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(told, found and (found.together, found.reason, found.keeps))
-    together, reason, keeps = min(answer for answer in told if answer)  # False before True
-    return Layout(together, reason, found.rules if found else (), keeps)

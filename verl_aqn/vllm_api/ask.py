@@ -30,7 +30,9 @@ def answer(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     """
     from vllm.platforms import current_platform
 
-    said: dict[str, Any] = {"platform": "npu" if current_platform.device_name == "npu" else current_platform.device_type}
+    said: dict[str, Any] = {
+        "platform": "npu" if current_platform.device_name == "npu" else current_platform.device_type
+    }
     if said["platform"] != "cpu":
         # Not tried on such a machine: only what can be told without a device.
         return said | _class_of(folder)
