@@ -24,6 +24,8 @@ def prepare_model(config: DictConfig) -> Path:
     """
     from verl_aqn.mxfp4.cached import quantized_cache
     from verl_aqn.mxfp4.checkpoint import is_packed
+    from verl_aqn.mxfp4.foreign import foreign_layout
+    from verl_aqn.mxfp4.storage import read_config
 
     refuse_unread(config)
     source = find_model(config)
@@ -34,7 +36,7 @@ def prepare_model(config: DictConfig) -> Path:
             path = quantized_cache(
                 source, cache_dir() / "mxfp4", mxfp4.scale_rule, mxfp4.exclude, mxfp4.calibrate, progress
             )
-    elif not mxfp4.enabled and is_packed(source):
+    elif not mxfp4.enabled and foreign_layout(read_config(source)):
         raise ModelError(f"{source} is an MXFP4 checkpoint, but aqn.mxfp4.enabled=false asks for an unquantised base")
     config.actor_rollout_ref.model.path = str(path)
     prepare_serving(config)

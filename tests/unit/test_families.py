@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from tests.family_models import FAMILIES, REFUSED, make
+from tests.tiny_configs import SMALL_MOE
 from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4 import quantize
 from verl_aqn.mxfp4.checkpoint import checkpoint_digest, model_digest, quantize_checkpoint
@@ -182,6 +183,21 @@ def test_experts_without_a_gate_are_refused_unless_excluded(tmp_path: Path) -> N
     model = load_model(tmp_path / "packed", torch.float32, attn_implementation="eager")
     dense = load_dense(tmp_path / "dense", torch.float32, attn_implementation="eager")
     torch.testing.assert_close(logits(model), logits(dense), atol=1e-4, rtol=1e-4)
+
+
+def test_experts_in_an_unknown_layout_are_refused_unless_excluded(tmp_path: Path) -> None:
+    from transformers import GraniteMoeConfig
+
+    torch.manual_seed(0)
+    config = GraniteMoeConfig(**SMALL_MOE, num_local_experts=4)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
+    with pytest.raises(ModelError, match=r"GraniteMoeParallelExperts\) .* exclude model\.layers\.0\.block_sparse_moe$"):
+        quantize_checkpoint(tmp_path / "source", tmp_path / "packed")
+    report = quantize_checkpoint(tmp_path / "source", tmp_path / "packed", exclude=("lm_head", "block_sparse_moe"))
+    assert {module.name.rpartition(".")[2] for module in report.modules} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    ignore = json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]["ignore"]
+    assert {"model.layers.0.block_sparse_moe.router.layer", r"re:model\.layers\.1\.block_sparse_moe\..*"} <= set(ignore)
+    assert logits(load_model(tmp_path / "packed")).isfinite().all()
 
 
 @pytest.mark.parametrize(("tied", "fits"), [(True, False), (False, True)])

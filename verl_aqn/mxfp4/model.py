@@ -168,7 +168,8 @@ def check_names(model: PreTrainedModel, naming: Naming, sources: dict[str, list[
 def _check_tied(model: PreTrainedModel, state: dict[str, Tensor], path: Path) -> None:
     """Raise ModelError where config.json ties two weights that the folder stores with different values."""
     for copied, original in model.all_tied_weights_keys.items():
-        if copied in state and original in state and not torch.equal(state[copied], state[original]):
+        pair = [state[name] for name in (copied, original) if name in state]
+        if len(pair) == 2 and not pair[0].is_meta and not torch.equal(*pair):
             raise ModelError(
                 f"{path / 'config.json'} ties {copied} to {original}, but the folder stores other values for it: set "
                 "tie_word_embeddings to false, or remove the tensor"
@@ -261,6 +262,16 @@ def has_packed_experts(path: Path) -> bool:
     """
     weights = open_packed(path)
     return any(is_expert(name) or len(weights.specs[name + PACKED].shape) == 3 for name in packed_modules(weights))
+
+
+def has_packed_stacks(path: Path) -> bool:
+    """Whether a packed folder holds experts as stacks, one tensor for all, under names that vLLM does not read.
+
+    Raises:
+        ModelError: the folder is not a packed checkpoint or is damaged.
+    """
+    weights = open_packed(path)
+    return any(len(weights.specs[name + PACKED].shape) == 3 for name in packed_modules(weights))
 
 
 def open_packed(path: Path) -> Weights:
