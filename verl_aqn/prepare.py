@@ -11,6 +11,7 @@ from verl_aqn.errors import ConfigError, ModelError, first_line
 from verl_aqn.moe import keep_adapter_off_experts
 from verl_aqn.serving import prepare_serving
 from verl_aqn.terminal import progress_bar
+from verl_aqn.text_part import use_text_alone
 
 # Rows of the embedded task; a recipe takes as many of them as it has steps for.
 N_TRAIN, N_TEST = 2048, 384
@@ -40,6 +41,7 @@ def prepare_model(config: DictConfig) -> Path:
         raise ModelError(f"{source} is an MXFP4 checkpoint, but aqn.mxfp4.enabled=false asks for an unquantised base")
     config.actor_rollout_ref.model.path = str(path)
     prepare_serving(config)
+    use_text_alone(config, path)
     tell_workers(config)
     keep_adapter_off_experts(config)
     _bound_context(config.actor_rollout_ref.rollout, path)

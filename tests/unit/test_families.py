@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -14,10 +15,12 @@ from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4 import quantize
 from verl_aqn.mxfp4.checkpoint import checkpoint_digest, model_digest, quantize_checkpoint
 from verl_aqn.mxfp4.codec import dequantize
+from verl_aqn.mxfp4.linear import Mxfp4Linear
 from verl_aqn.mxfp4.model import PACKED, dequantize_checkpoint, load_dense, load_model
 from verl_aqn.mxfp4.names import Naming
 from verl_aqn.mxfp4.plan import ROUTERS, matches
 from verl_aqn.preflight.model import shape_of
+from verl_aqn.text_part import use_text_alone
 
 TOKENS = torch.arange(3, 27).view(2, 12)
 WORKING = [name for name in FAMILIES if name not in REFUSED]
@@ -96,6 +99,13 @@ def test_names_go_back_and_forth(family: Path) -> None:
         if not name.endswith(("_packed", "_scale")):
             assert naming.in_checkpoint(name) in packed, name
             assert again.in_checkpoint(name) == naming.in_checkpoint(name)
+            assert model.checkpoint_names.in_checkpoint(name) == naming.in_checkpoint(name)
+    modules = {name.removesuffix(PACKED) for name in packed if name.endswith(PACKED)}
+    for name, module in model.named_modules():
+        if isinstance(module, Mxfp4Linear):
+            assert naming.in_checkpoint(name) in modules
+            sent = naming.adapter_name(f"base_model.model.{name}.lora_A.weight")
+            assert sent == f"base_model.model.{naming.in_checkpoint(name)}.lora_A.weight"
 
 
 def test_what_vllm_leaves_unquantised_is_named(family: Path) -> None:
@@ -198,6 +208,28 @@ def test_experts_in_an_unknown_layout_are_refused_unless_excluded(tmp_path: Path
     ignore = json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]["ignore"]
     assert {"model.layers.0.block_sparse_moe.router.layer", r"re:model\.layers\.1\.block_sparse_moe\..*"} <= set(ignore)
     assert logits(load_model(tmp_path / "packed")).isfinite().all()
+
+
+def test_verl_and_vllm_are_told_to_leave_images_alone(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path / "cache"))
+    source = make("gemma3_vl", tmp_path / "source")
+    (source / "preprocessor_config.json").write_text("{}")
+    (source / "tokenizer_config.json").write_text('{"processor_class": "Gemma3Processor", "eos_token": "e"}')
+    block = {"model": {"tokenizer_path": None}, "rollout": {"engine_kwargs": {"vllm": {}}}}
+    config = OmegaConf.create({"actor_rollout_ref": block})
+    use_text_alone(config, source)
+    assert config.actor_rollout_ref.rollout.engine_kwargs.vllm.language_model_only
+    folder = Path(config.actor_rollout_ref.model.tokenizer_path)
+    assert {file.name for file in folder.iterdir()} >= {"config.json", "tokenizer_config.json"}
+    assert not (folder / "preprocessor_config.json").exists()
+    assert AutoConfig.from_pretrained(folder).model_type == "gemma3_text"
+    assert json.loads((folder / "tokenizer_config.json").read_text()) == {"eos_token": "e"}
+    again = OmegaConf.create({"actor_rollout_ref": block})
+    use_text_alone(again, source)
+    assert again == config
+    text = OmegaConf.create({"actor_rollout_ref": block})
+    use_text_alone(text, make("llama_tied", tmp_path / "text"))
+    assert text.actor_rollout_ref == block
 
 
 @pytest.mark.parametrize(("tied", "fits"), [(True, False), (False, True)])

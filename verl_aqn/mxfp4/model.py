@@ -31,6 +31,7 @@ def load_model(
 ) -> PreTrainedModel:
     """The model of a packed folder, in evaluation mode: `Mxfp4Linear` where it is packed, other weights in ``dtype``.
 
+    The folder's names of its modules are in ``checkpoint_names``, a `Naming`.
     Without ``attn_implementation`` it is transformers' choice: SDPA, or eager where the architecture has no other.
 
     Raises:
@@ -46,12 +47,16 @@ def load_dense(
 ) -> PreTrainedModel:
     """The model of an unquantised folder, or of its text part where it is multimodal, in evaluation mode.
 
+    ``checkpoint_names`` and ``attn_implementation`` are those of `load_model`.
+
     Raises:
         ModelError: the folder's weights are damaged, or they are not the model's.
     """
     path = Path(path)
     if not is_multimodal(path):
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation)
+        model.checkpoint_names = Naming.of_folder(path)
+        return model.eval()
     return _load(path, Weights(path), [], dtype, "cpu", attn_implementation)
 
 
@@ -82,6 +87,7 @@ def _load(
     except RuntimeError as error:  # its lines name the tensor and both shapes
         raise ModelError(f"the weights of {path} do not fit its config.json: {' '.join(str(error).split())}") from error
     model.tie_weights()
+    model.checkpoint_names = naming
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model.to(device).eval()

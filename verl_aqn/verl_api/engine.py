@@ -4,7 +4,8 @@ Imported by verl through `actor_rollout_ref.model.external_lib`, so that process
 """
 
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from verl.workers.engine.base import EngineRegistry
 
 from verl_aqn.adapter import ADAPTER_DTYPE, served_adapter
 from verl_aqn.digest import tensor_digest
+from verl_aqn.mxfp4.building import is_multimodal
 from verl_aqn.mxfp4.checkpoint import is_packed, model_digest
 from verl_aqn.mxfp4.experts import packed_layers
 from verl_aqn.noise import NoiseInjector
@@ -38,13 +40,18 @@ class AqnFSDPEngine(PackedBase):
 
     def _build_module(self):
         noisy = self.model_config.override_config.get("noise_in_actor") and not self.engine_config.forward_only
-        if not is_packed(self.model_config.local_path) and not noisy:
+        if not is_packed(self.model_config.local_path) and not noisy and not self.text_part:
             return super()._build_module()
         module = self._finished(self._causal_model())
         if noisy:
             # Here the norms have the rollout's names and are whole; PEFT and FSDP wrap them afterwards.
             self.noise = NoiseInjector(module, beside=True)
         return module
+
+    @cached_property
+    def text_part(self) -> bool:
+        """Whether this is the text part of a multimodal folder, which vLLM serves with the names of the whole."""
+        return is_multimodal(Path(self.model_config.local_path))
 
     @contextmanager
     def disable_adapter(self):
@@ -57,7 +64,8 @@ class AqnFSDPEngine(PackedBase):
         params, peft_config = super().get_per_tensor_param(layered_summon, base_sync_done, **kwargs)
         if peft_config is None or not base_sync_done:
             return params, peft_config
-        adapter = [(name, tensor.to(ADAPTER_DTYPE)) for name, tensor in params]
+        renamed = self.module.checkpoint_names.adapter_name if self.text_part else str
+        adapter = [(renamed(name), tensor.to(ADAPTER_DTYPE)) for name, tensor in params]
         self.sent_bytes = sum(tensor.nbytes for _, tensor in adapter)
         scaling = peft_config["lora_alpha"] / peft_config["r"]
         served = list(served_adapter(adapter, scaling))

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from verl.models.transformers.monkey_patch import apply_monkey_patch
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
@@ -11,7 +11,7 @@ from verl_aqn.errors import TrainingError
 from verl_aqn.mxfp4.checkpoint import is_packed
 from verl_aqn.mxfp4.experts import packed_layers
 from verl_aqn.mxfp4.linear import Activation, Mxfp4Linear
-from verl_aqn.mxfp4.model import load_model
+from verl_aqn.mxfp4.model import load_dense, load_model
 from verl_aqn.mxfp4.sharding import allow_packed_shards
 
 
@@ -33,7 +33,7 @@ class PackedBase(FSDPEngineWithLMHead):
         path = self.model_config.local_path
         if not is_packed(path):
             attention = told.get("attn_implementation", "sdpa")
-            return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation=attention)
+            return load_dense(path, torch.bfloat16, attention).train()
         allow_packed_shards()
         module = load_model(path, dtype=torch.bfloat16)
         for layer in packed_layers(module):
