@@ -156,6 +156,13 @@ def test_folder_under_transformers_own_names(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj", "language_model.model.layers.1.mlp.up_proj"])
+def test_excluded_by_the_models_name_or_the_folders(name: str, tmp_path: Path) -> None:
+    source = make("gemma3_vl", tmp_path / "source")
+    quantize_checkpoint(source, tmp_path / "packed", exclude=("lm_head", name, name.replace("up_", "gate_")))
+    assert "language_model.model.layers.1.mlp.up_proj.weight" in tensors(tmp_path / "packed")
+
+
 def test_excluded_experts_of_gpt_oss_stay_in_bf16(tmp_path: Path) -> None:
     source = make("gpt_oss", tmp_path / "source")
     report = quantize_checkpoint(source, tmp_path / "packed", exclude=("lm_head", "experts"))

@@ -72,7 +72,11 @@ def make_plan(src: Path, weights: Weights, exclude: tuple[str, ...]) -> Plan:
     modules = dict(model.named_modules())
     experts = {name: list(_experts(name, module)) for name, module in modules.items() if is_fused(module)}
     gates = routers(model)
-    known = [*modules, *(naming.of_expert(e) for of_module in experts.values() for e in of_module)]
+    known = [
+        *modules,
+        *map(naming.in_checkpoint, modules),
+        *(naming.of_expert(e) for of_module in experts.values() for e in of_module),
+    ]
     for pattern in exclude:
         if pattern not in EXCLUDE and not any(matches(name, pattern) for name in known):
             raise ConfigError(f"exclude names {pattern!r}, which matches no module of {type(model).__name__}")
@@ -82,7 +86,11 @@ def make_plan(src: Path, weights: Weights, exclude: tuple[str, ...]) -> Plan:
     for name, module in modules.items():
         out = naming.in_checkpoint(name)
         router = name in gates
-        kept = router or module is model.get_output_embeddings() or any(matches(name, p) for p in exclude)
+        kept = (
+            router
+            or module is model.get_output_embeddings()
+            or any(matches(n, p) for n in (name, out) for p in exclude)
+        )
         if name in experts:
             # vLLM asks for gate_proj, up_proj and down_proj, whatever the checkpoint calls them.
             if _excluded(name, [naming.of_expert(expert) for expert in experts[name]], exclude):
