@@ -73,7 +73,7 @@ class Naming:
         names = sorted(names) or list(table.state)
         for name in names:
             self._learn(name, table)
-        stacks = {n.rpartition(".")[0] for n in table.state if n.endswith(".experts.down_proj")}
+        stacks = {n.rpartition(".")[0] for n in built.model.state_dict() if n.endswith(".experts.down_proj")}
         back = {theirs: ours for ours, theirs in self._modules.items()}
         for name in names:  # experts of a table-less model, which `of_expert` named
             match = _EXPERT.fullmatch(_module(name) or "")
