@@ -51,12 +51,12 @@ def attention_layers(path: Path) -> list[str]:
     from verl_aqn.mxfp4.experts import is_fused
     from verl_aqn.mxfp4.model import empty_model
     from verl_aqn.mxfp4.names import EXPERT_MATRICES
-    from verl_aqn.mxfp4.plan import ROUTERS, matches
+    from verl_aqn.mxfp4.plan import routers
 
     model = empty_model(path)
     if not any(is_fused(module) for module in model.modules()):
         return []
     head = model.get_output_embeddings()
     linears = [n for n, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
-    leaves = {name.rpartition(".")[2] for name in linears if not any(matches(name, router) for router in ROUTERS)}
+    leaves = {name.rpartition(".")[2] for name in set(linears) - routers(model)}
     return sorted(leaves - EXPERT_MATRICES)

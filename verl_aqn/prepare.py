@@ -11,6 +11,7 @@ from verl_aqn.errors import ConfigError, ModelError, first_line
 from verl_aqn.moe import keep_adapter_off_experts
 from verl_aqn.serving import prepare_serving
 from verl_aqn.terminal import progress_bar
+from verl_aqn.text_part import use_text_alone
 
 # Rows of the embedded task; a recipe takes as many of them as it has steps for.
 N_TRAIN, N_TEST = 2048, 384
@@ -26,6 +27,8 @@ def prepare_model(config: DictConfig) -> Path:
     from verl_aqn.adapter_folder import take_adapter
     from verl_aqn.mxfp4.cached import quantized_cache
     from verl_aqn.mxfp4.checkpoint import is_packed
+    from verl_aqn.mxfp4.foreign import foreign_layout
+    from verl_aqn.mxfp4.storage import read_config
 
     refuse_unread(config)
     source = find_model(config)
@@ -36,11 +39,12 @@ def prepare_model(config: DictConfig) -> Path:
             path = quantized_cache(
                 source, cache_dir() / "mxfp4", mxfp4.scale_rule, mxfp4.exclude, mxfp4.calibrate, progress
             )
-    elif not mxfp4.enabled and is_packed(source):
+    elif not mxfp4.enabled and foreign_layout(read_config(source)):
         raise ModelError(f"{source} is an MXFP4 checkpoint, but aqn.mxfp4.enabled=false asks for an unquantised base")
     config.actor_rollout_ref.model.path = str(path)
     take_adapter(config)
     prepare_serving(config)
+    use_text_alone(config, path)
     tell_workers(config)
     keep_adapter_off_experts(config)
     _bound_context(config.actor_rollout_ref.rollout, path)

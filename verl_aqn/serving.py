@@ -50,7 +50,7 @@ def prepare_serving(config: DictConfig, chip: Callable[[], str] = chip_name) -> 
         EnvironmentFault: `auto` on a machine where no Ascend device answers.
     """
     from verl_aqn.mxfp4.cached import dequantized_cache, modelslim_cache
-    from verl_aqn.mxfp4.model import has_packed_experts
+    from verl_aqn.mxfp4.model import has_packed_experts, has_packed_stacks
 
     aqn, actor_rollout = parse_aqn(config), config.actor_rollout_ref
     engine = "rollout.engine_kwargs.vllm.quantization"
@@ -67,7 +67,13 @@ def prepare_serving(config: DictConfig, chip: Callable[[], str] = chip_name) -> 
             "on a CPU vLLM has no kernel for packed experts, so that this base is served in bf16: set "
             "aqn.mxfp4.serve=auto and aqn.mxfp4.activation=none"
         )
-    form = form_of(aqn, chip, experts)
+    stacks = has_packed_stacks(path)
+    if stacks and (aqn.mxfp4.serve == "packed" or aqn.mxfp4.activation != "none"):
+        raise ConfigError(
+            f"the experts of {path} are packed in one stack a layer (gpt-oss), which vLLM does not read, so that this "
+            "base is served in bf16: set aqn.mxfp4.serve=auto and aqn.mxfp4.activation=none"
+        )
+    form = "bf16" if stacks else form_of(aqn, chip, experts)
     ascend = form == "packed" and aqn.profile == "npu"
     if ascend and aqn.mxfp4.serve == "auto":
         config.aqn.mxfp4.activation = "mxfp4"

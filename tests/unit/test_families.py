@@ -5,18 +5,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from tests.family_models import FAMILIES, REFUSED, make
+from tests.tiny_configs import SMALL_MOE
 from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4 import quantize
 from verl_aqn.mxfp4.checkpoint import checkpoint_digest, model_digest, quantize_checkpoint
 from verl_aqn.mxfp4.codec import dequantize
+from verl_aqn.mxfp4.linear import Mxfp4Linear
 from verl_aqn.mxfp4.model import PACKED, dequantize_checkpoint, load_dense, load_model
 from verl_aqn.mxfp4.names import Naming
 from verl_aqn.mxfp4.plan import ROUTERS, matches
 from verl_aqn.preflight.model import shape_of
+from verl_aqn.text_part import use_text_alone
 
 TOKENS = torch.arange(3, 27).view(2, 12)
 WORKING = [name for name in FAMILIES if name not in REFUSED]
@@ -95,6 +99,13 @@ def test_names_go_back_and_forth(family: Path) -> None:
         if not name.endswith(("_packed", "_scale")):
             assert naming.in_checkpoint(name) in packed, name
             assert again.in_checkpoint(name) == naming.in_checkpoint(name)
+            assert model.checkpoint_names.in_checkpoint(name) == naming.in_checkpoint(name)
+    modules = {name.removesuffix(PACKED) for name in packed if name.endswith(PACKED)}
+    for name, module in model.named_modules():
+        if isinstance(module, Mxfp4Linear):
+            assert naming.in_checkpoint(name) in modules
+            sent = naming.adapter_name(f"base_model.model.{name}.lora_A.weight")
+            assert sent == f"base_model.model.{naming.in_checkpoint(name)}.lora_A.weight"
 
 
 def test_what_vllm_leaves_unquantised_is_named(family: Path) -> None:
@@ -145,6 +156,13 @@ def test_folder_under_transformers_own_names(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj", "language_model.model.layers.1.mlp.up_proj"])
+def test_excluded_by_the_models_name_or_the_folders(name: str, tmp_path: Path) -> None:
+    source = make("gemma3_vl", tmp_path / "source")
+    quantize_checkpoint(source, tmp_path / "packed", exclude=("lm_head", name, name.replace("up_", "gate_")))
+    assert "language_model.model.layers.1.mlp.up_proj.weight" in tensors(tmp_path / "packed")
+
+
 def test_excluded_experts_of_gpt_oss_stay_in_bf16(tmp_path: Path) -> None:
     source = make("gpt_oss", tmp_path / "source")
     report = quantize_checkpoint(source, tmp_path / "packed", exclude=("lm_head", "experts"))
@@ -182,6 +200,43 @@ def test_experts_without_a_gate_are_refused_unless_excluded(tmp_path: Path) -> N
     model = load_model(tmp_path / "packed", torch.float32, attn_implementation="eager")
     dense = load_dense(tmp_path / "dense", torch.float32, attn_implementation="eager")
     torch.testing.assert_close(logits(model), logits(dense), atol=1e-4, rtol=1e-4)
+
+
+def test_experts_in_an_unknown_layout_are_refused_unless_excluded(tmp_path: Path) -> None:
+    from transformers import GraniteMoeConfig
+
+    torch.manual_seed(0)
+    config = GraniteMoeConfig(**SMALL_MOE, num_local_experts=4)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
+    with pytest.raises(ModelError, match=r"GraniteMoeParallelExperts\) .* exclude model\.layers\.0\.block_sparse_moe$"):
+        quantize_checkpoint(tmp_path / "source", tmp_path / "packed")
+    report = quantize_checkpoint(tmp_path / "source", tmp_path / "packed", exclude=("lm_head", "block_sparse_moe"))
+    assert {module.name.rpartition(".")[2] for module in report.modules} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    ignore = json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]["ignore"]
+    assert {"model.layers.0.block_sparse_moe.router.layer", r"re:model\.layers\.1\.block_sparse_moe\..*"} <= set(ignore)
+    assert logits(load_model(tmp_path / "packed")).isfinite().all()
+
+
+def test_verl_and_vllm_are_told_to_leave_images_alone(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path / "cache"))
+    source = make("gemma3_vl", tmp_path / "source")
+    (source / "preprocessor_config.json").write_text("{}")
+    (source / "tokenizer_config.json").write_text('{"processor_class": "Gemma3Processor", "eos_token": "e"}')
+    block = {"model": {"tokenizer_path": None}, "rollout": {"engine_kwargs": {"vllm": {}}}}
+    config = OmegaConf.create({"actor_rollout_ref": block})
+    use_text_alone(config, source)
+    assert config.actor_rollout_ref.rollout.engine_kwargs.vllm.language_model_only
+    folder = Path(config.actor_rollout_ref.model.tokenizer_path)
+    assert {file.name for file in folder.iterdir()} >= {"config.json", "tokenizer_config.json"}
+    assert not (folder / "preprocessor_config.json").exists()
+    assert AutoConfig.from_pretrained(folder).model_type == "gemma3_text"
+    assert json.loads((folder / "tokenizer_config.json").read_text()) == {"eos_token": "e"}
+    again = OmegaConf.create({"actor_rollout_ref": block})
+    use_text_alone(again, source)
+    assert again == config
+    text = OmegaConf.create({"actor_rollout_ref": block})
+    use_text_alone(text, make("llama_tied", tmp_path / "text"))
+    assert text.actor_rollout_ref == block
 
 
 @pytest.mark.parametrize(("tied", "fits"), [(True, False), (False, True)])

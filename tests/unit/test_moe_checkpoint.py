@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 from tests.tiny_configs import SMALL_MOE
 from verl_aqn.errors import ConfigError, ModelError
@@ -165,16 +165,6 @@ def test_refuses_what_is_missing_or_does_not_fit(tmp_path: Path) -> None:
     save_file({key: t for key, t in good.items() if not key.startswith(name.removesuffix("_scale"))}, file)
     with pytest.raises(ModelError, match=f"lacks tensor {name.removesuffix('_scale')}"):
         load_model(tmp_path / "packed")
-
-
-def test_refuses_to_pack_gpt_oss_from_bf16(tmp_path: Path) -> None:
-    config = GptOssConfig(**SMALL_MOE, num_local_experts=2, head_dim=16, layer_types=["full_attention"] * 2)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "oss")
-    with pytest.raises(ModelError, match=r"GptOssExperts cannot be packed .*: exclude it"):
-        quantize_checkpoint(tmp_path / "oss", tmp_path / "packed")
-    report = quantize_checkpoint(tmp_path / "oss", tmp_path / "packed", exclude=("lm_head", "experts"))
-    assert {module.name.rpartition(".")[2] for module in report.modules} == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    assert logits(load_model(tmp_path / "packed", attn_implementation="eager")).isfinite().all()
 
 
 def test_one_expert_dequantises_to_its_codes(tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 from verl_aqn.errors import DataError, ModelError
 from verl_aqn.mxfp4.checkpoint import EXCLUDE, quantize_checkpoint
-from verl_aqn.mxfp4.foreign import import_checkpoint
+from verl_aqn.mxfp4.foreign import foreign_layout, import_checkpoint
 from verl_aqn.mxfp4.model import dequantize_checkpoint
 from verl_aqn.mxfp4.storage import Weights, companions, read_config
 
 # Part of the key: raise it when the same source would give another packed folder.
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 
 
 def quantized_cache(
@@ -27,6 +27,7 @@ def quantized_cache(
 ) -> Path:
     """The packed folder of ``src`` under ``cache_dir``, made where it is not there yet.
 
+    A source that is MXFP4 in another tool's layout keeps its codes, whatever the arguments say about rounding.
     With ``calibrate`` (texts as `verl_aqn.mxfp4.calibrate.calibration_ids` takes them) rounding is error-compensated.
     The folder's name carries a SHA-256 over everything that it is made of, so a changed source gets another folder.
     Processes may race: all make it, the first to finish gives it its name, and the others take that one.
@@ -36,7 +37,8 @@ def quantized_cache(
         ModelError, ConfigError: as `quantize_checkpoint`.
     """
     src, exclude, calibrate = Path(src), tuple(exclude), tuple(calibrate)
-    read_config(src)
+    if foreign_layout(read_config(src)) not in (None, "compressed-tensors"):
+        return _made_of(src, Path(cache_dir), "mxfp4", import_checkpoint)
     key = _key([_FORMAT_VERSION, scale_rule, sorted(exclude), len(calibrate)], src)
     for text in calibrate:
         try:

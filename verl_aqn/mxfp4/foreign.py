@@ -30,7 +30,7 @@ from verl_aqn.mxfp4.building import build
 from verl_aqn.mxfp4.formats import FORMATS, finish, packed_specs
 from verl_aqn.mxfp4.model import PACKED, PACKED_FORMAT, SCALE
 from verl_aqn.mxfp4.names import Naming
-from verl_aqn.mxfp4.plan import ROUTERS, matches, of_other_parts
+from verl_aqn.mxfp4.plan import of_other_parts, routers
 from verl_aqn.mxfp4.storage import Spec, Weights, read_config
 from verl_aqn.mxfp4.writing import MAX_SHARD_BYTES, new_folder, write_model
 
@@ -136,9 +136,10 @@ def _unpacked(src: Path, packed: set[str]) -> list[str]:
     """Names of the model's linear layers and routers that are not among ``packed``."""
     built, weights = build(src), Weights(src)
     model, naming = built.model, Naming(built, weights.specs)
+    gates = routers(model)
     names = [
         naming.in_checkpoint(name)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or any(matches(name, pattern) for pattern in ROUTERS)
+        if isinstance(module, nn.Linear) or name in gates
     ]
     return [name for name in [*names, *of_other_parts(naming, weights)] if name not in packed]

@@ -31,6 +31,7 @@ def load_model(
 ) -> PreTrainedModel:
     """The model of a packed folder, in evaluation mode: `Mxfp4Linear` where it is packed, other weights in ``dtype``.
 
+    The folder's names of its modules are in ``checkpoint_names``, a `Naming`.
     Without ``attn_implementation`` it is transformers' choice: SDPA, or eager where the architecture has no other.
     On device ``meta`` no values are read: the call checks that the folder's names, shapes and config belong together.
 
@@ -47,12 +48,16 @@ def load_dense(
 ) -> PreTrainedModel:
     """The model of an unquantised folder, or of its text part where it is multimodal, in evaluation mode.
 
+    ``checkpoint_names`` and ``attn_implementation`` are those of `load_model`.
+
     Raises:
         ModelError: the folder's weights are damaged, or they are not the model's.
     """
     path = Path(path)
     if not is_multimodal(path):
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation)
+        model.checkpoint_names = Naming.of_folder(path)
+        return model.eval()
     return _load(path, Weights(path), [], dtype, "cpu", attn_implementation)
 
 
@@ -84,6 +89,7 @@ def _load(
     except RuntimeError as error:  # its lines name the tensor and both shapes
         raise ModelError(f"the weights of {path} do not fit its config.json: {' '.join(str(error).split())}") from error
     model.tie_weights()
+    model.checkpoint_names = naming
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model.to(device).eval()
@@ -170,7 +176,8 @@ def check_names(model: PreTrainedModel, naming: Naming, sources: dict[str, list[
 def _check_tied(model: PreTrainedModel, state: dict[str, Tensor], path: Path) -> None:
     """Raise ModelError where config.json ties two weights that the folder stores with different values."""
     for copied, original in model.all_tied_weights_keys.items():
-        if copied in state and original in state and not torch.equal(state[copied], state[original]):
+        pair = [state[name] for name in (copied, original) if name in state]
+        if len(pair) == 2 and not pair[0].is_meta and not torch.equal(*pair):
             raise ModelError(
                 f"{path / 'config.json'} ties {copied} to {original}, but the folder stores other values for it: set "
                 "tie_word_embeddings to false, or remove the tensor"
@@ -263,6 +270,16 @@ def has_packed_experts(path: Path) -> bool:
     """
     weights = open_packed(path)
     return any(is_expert(name) or len(weights.specs[name + PACKED].shape) == 3 for name in packed_modules(weights))
+
+
+def has_packed_stacks(path: Path) -> bool:
+    """Whether a packed folder holds experts as stacks, one tensor for all, under names that vLLM does not read.
+
+    Raises:
+        ModelError: the folder is not a packed checkpoint or is damaged.
+    """
+    weights = open_packed(path)
+    return any(len(weights.specs[name + PACKED].shape) == 3 for name in packed_modules(weights))
 
 
 def open_packed(path: Path) -> Weights:

@@ -33,6 +33,7 @@ from verl_aqn.mxfp4.storage import Weights
 ROLES = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": ("down_proj", 0)}
 EXPERT_MATRICES = {*ROLES, "w1", "w2", "w3"}  # what an expert's matrices are called in checkpoints
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)")
+_PEFT = "base_model.model."  # what PEFT puts before every name
 _SUFFIXES = {".weight": "", ".weight_packed": "_packed", ".weight_scale": "_scale"}
 
 
@@ -72,7 +73,7 @@ class Naming:
         names = sorted(names) or list(table.state)
         for name in names:
             self._learn(name, table)
-        stacks = {n.rpartition(".")[0] for n in table.state if n.endswith(".experts.down_proj")}
+        stacks = {n.rpartition(".")[0] for n in built.model.state_dict() if n.endswith(".experts.down_proj")}
         back = {theirs: ours for ours, theirs in self._modules.items()}
         for name in names:  # experts of a table-less model, which `of_expert` named
             match = _EXPERT.fullmatch(_module(name) or "")
@@ -90,6 +91,11 @@ class Naming:
         """
         return cls(build(Path(path)), Weights(Path(path)).specs)
 
+    @classmethod
+    def of_model(cls, model: Any) -> Self:
+        """Return the names under which transformers would save a text model that it has built itself."""
+        return cls(Built(model, model))
+
     def expert(self, name: str) -> Expert | None:
         """Which expert's matrix a checkpoint's tensor or module name means; None for every other name."""
         return self._expert.get(name) or self._expert.get(_module(name) or "")
@@ -100,13 +106,12 @@ class Naming:
 
     def in_checkpoint(self, name: str) -> str:
         """The checkpoint's name for a tensor or module of the model that is no fused expert."""
-        head, tail = name, ""
-        while head:
-            if head in self._modules:
-                return self._modules[head] + tail
-            head, _, leaf = head.rpartition(".")
-            tail = f".{leaf}{tail}"
-        return name
+        return _renamed(name, self._modules)
+
+    def adapter_name(self, name: str) -> str:
+        """The name that vLLM reads for a tensor that PEFT calls ``name``: that of its module in the folder."""
+        module = name.removeprefix(_PEFT)
+        return name.removesuffix(module) + self.in_checkpoint(module)
 
     def of_expert(self, expert: Expert) -> str:
         """The checkpoint's module name of an expert's matrix."""
@@ -267,6 +272,17 @@ def parts_of(stack: str, count: int) -> list[tuple[Expert, str]]:
             roles = [role for role, (name, _) in ROLES.items() if name == fused]
             return [(Expert(module, number, role), suffix) for number in range(count) for role in roles]
     raise AssertionError(stack)
+
+
+def _renamed(name: str, modules: dict[str, str]) -> str:
+    """Return ``name`` with the part of it that ``modules`` knows, as long as can be, replaced."""
+    head, tail = name, ""
+    while head:
+        if head in modules:
+            return modules[head] + tail
+        head, _, leaf = head.rpartition(".")
+        tail = f".{leaf}{tail}"
+    return name
 
 
 def _module(name: str) -> str | None:

@@ -1,5 +1,6 @@
 """What of a bf16 checkpoint gets packed, under which names, and what stays: decided from the model's structure."""
 
+import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,9 +19,15 @@ from verl_aqn.mxfp4.names import ROLES, Expert, Naming, is_merged, parts_in
 from verl_aqn.mxfp4.storage import Weights
 
 EXCLUDE = ("lm_head", "embed_tokens")
-# A router decides which expert runs: an error there is not noise in a sum but another expert. Whether transformers
-# makes it of an nn.Linear or not, vLLM does, and must be told to leave it alone.
-ROUTERS = ("*.mlp.gate", "*.router", "*.shared_expert_gate")
+# Routers by name, beside those that `routers` finds. An error there is not noise in a sum but another expert, and vLLM
+# builds every one of them without quantisation: it must be told so, whether transformers makes it of nn.Linear or not.
+ROUTERS = (
+    "*.mlp.gate",  # Qwen, Mixtral, GLM, DeepSeek
+    "*.router",  # gpt-oss, Llama 4, Jamba
+    "*.router.layer",  # Granite MoE, DBRX
+    "*.router.classifier",  # LongCat
+    "*.shared_expert_gate",  # Qwen: weighs the shared expert
+)
 
 
 class Piece(NamedTuple):
@@ -67,7 +74,12 @@ def make_plan(src: Path, weights: Weights, exclude: tuple[str, ...]) -> Plan:
     check_names(model, naming, sources, src)
     modules = dict(model.named_modules())
     experts = {name: list(_experts(name, module)) for name, module in modules.items() if is_fused(module)}
-    known = [*modules, *(naming.of_expert(e) for of_module in experts.values() for e in of_module)]
+    gates = routers(model)
+    known = [
+        *modules,
+        *map(naming.in_checkpoint, modules),
+        *(naming.of_expert(e) for of_module in experts.values() for e in of_module),
+    ]
     for pattern in exclude:
         if pattern not in EXCLUDE and not any(matches(name, pattern) for name in known):
             raise ConfigError(f"exclude names {pattern!r}, which matches no module of {type(model).__name__}")
@@ -76,8 +88,12 @@ def make_plan(src: Path, weights: Weights, exclude: tuple[str, ...]) -> Plan:
     ignored: list[str] = []
     for name, module in modules.items():
         out = naming.in_checkpoint(name)
-        router = any(matches(name, pattern) for pattern in ROUTERS)
-        kept = router or module is model.get_output_embeddings() or any(matches(name, p) for p in exclude)
+        router = name in gates
+        kept = (
+            router
+            or module is model.get_output_embeddings()
+            or any(matches(n, p) for n in (name, out) for p in exclude)
+        )
         if name in experts:
             # vLLM asks for gate_proj, up_proj and down_proj, whatever the checkpoint calls them.
             if _excluded(name, [naming.of_expert(expert) for expert in experts[name]], exclude):
@@ -86,6 +102,13 @@ def make_plan(src: Path, weights: Weights, exclude: tuple[str, ...]) -> Plan:
             if fault := why_not_packable(module):
                 raise ModelError(f"{name} of {src}: {type(module).__name__} cannot be packed ({fault}): exclude it")
             pieces += _expert_pieces(name, module, experts[name], naming, sources, src)
+        elif _has_stacks(module):
+            if not any(matches(name, p) or matches(f"{name}.", f"*.{p}.*") for p in exclude):
+                raise ModelError(
+                    f"{name} of {src} ({type(module).__name__}) holds matrices in a layout that cannot be packed: "
+                    f"exclude {name.rpartition('.')[0]}"
+                )
+            ignored.append(f"re:{re.escape(naming.in_checkpoint(name.rpartition('.')[0]))}\\..*")
         elif kept and (router or isinstance(module, nn.Linear)):
             ignored.append(out)
         elif isinstance(module, nn.Linear):
@@ -104,6 +127,32 @@ def make_plan(src: Path, weights: Weights, exclude: tuple[str, ...]) -> Plan:
     used = {piece.tensor for piece in pieces}
     keep = {name: naming.kept_name(name) for name in weights.specs if name not in used}
     return Plan(pieces, [*ignored, *of_other_parts(naming, weights)], keep)
+
+
+def routers(model: nn.Module) -> set[str]:
+    """Return the names of a model's routers.
+
+    They are the modules called so, and those beside fused experts whose matrix [N, K] has a row for each expert, or
+    one row.
+    """
+    modules = dict(model.named_modules())
+    found = {name for name in modules if any(matches(name, pattern) for pattern in ROUTERS)}
+    for name, module in modules.items():
+        if is_fused(module):
+            block = name.rpartition(".")[0]
+            rows = {1, len(module.get_parameter("down_proj"))}
+            for other, beside in modules.items():
+                weight = getattr(beside, "weight", None)
+                if other.startswith(f"{block}.") and isinstance(weight, nn.Parameter) and weight.dim() == 2:
+                    found |= {other} if len(weight) in rows else set()
+    return found
+
+
+def _has_stacks(module: nn.Module) -> bool:
+    """Whether ``module`` has stacks of matrices of its own that are neither convolutions nor experts that we know."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return False
+    return any(p.dim() == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False))
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -10,7 +10,7 @@ from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4.building import build
 from verl_aqn.mxfp4.experts import STACKS, is_fused, why_not_packable
 from verl_aqn.mxfp4.names import Naming
-from verl_aqn.mxfp4.plan import ROUTERS, matches
+from verl_aqn.mxfp4.plan import matches, routers
 from verl_aqn.mxfp4.storage import Weights, has_weights, read_config
 from verl_aqn.preflight.shape import Shape
 
@@ -73,12 +73,13 @@ def shape_of(folder: Path, exclude: tuple[str, ...]) -> Shape:
 
 def _packed(model: PreTrainedModel, naming: Naming, exclude: tuple[str, ...]) -> Iterator[tuple[str, int]]:
     """Name and elements of every module that `make_plan` packs."""
+    gates = routers(model)
     for name, module in model.named_modules():
         names = [naming.in_checkpoint(name)]
         if is_fused(module):  # experts are left out together, each by its own name
             names.append(f"{names[0]}.0.down_proj")
-        kept = any(matches(each, pattern) for each in names for pattern in (*ROUTERS, *exclude))
-        if kept or module is model.get_output_embeddings():
+        kept = any(matches(each, pattern) for each in names for pattern in exclude)
+        if kept or name in gates or module is model.get_output_embeddings():
             continue
         if is_fused(module) and not why_not_packable(module):
             yield name, sum(module.get_parameter(stack).numel() for stack in STACKS)

@@ -4,7 +4,8 @@ Imported by verl through `actor_rollout_ref.model.external_lib`, so that process
 """
 
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from verl_aqn.digest import tensor_digest
 from verl_aqn.layout.attention import lay_out
 from verl_aqn.layout.decide import SHARED, shared_inputs
 from verl_aqn.layout.prompts import SharedPrompts, share_prompts
+from verl_aqn.mxfp4.building import is_multimodal
 from verl_aqn.mxfp4.checkpoint import is_packed, model_digest
 from verl_aqn.mxfp4.experts import packed_layers
 from verl_aqn.noise import NoiseInjector
@@ -43,7 +45,7 @@ class AqnFSDPEngine(PackedBase):
 
     def _build_module(self):
         noisy = self.model_config.override_config.get("noise_in_actor") and not self.engine_config.forward_only
-        if not is_packed(self.model_config.local_path) and not noisy:
+        if not is_packed(self.model_config.local_path) and not noisy and not self.text_part:
             if self.model_config.override_config.get("attn_implementation") == "sdpa":
                 # transformers' choice: sdpa, or eager for the models that sdpa cannot serve
                 self.model_config.hf_config._attn_implementation = None
@@ -55,6 +57,11 @@ class AqnFSDPEngine(PackedBase):
             # Here the norms have the rollout's names and are whole; PEFT and FSDP wrap them afterwards.
             self.noise = NoiseInjector(module, beside=True)
         return module
+
+    @cached_property
+    def text_part(self) -> bool:
+        """Whether this is the text part of a multimodal folder, which vLLM serves with the names of the whole."""
+        return is_multimodal(Path(self.model_config.local_path))
 
     @contextmanager
     def disable_adapter(self):
@@ -72,7 +79,8 @@ class AqnFSDPEngine(PackedBase):
             return params, peft_config
         rank, scalings = self.model_config.lora_rank, self._scalings()
         tensors = ((unwrapped(name), tensor.to(ADAPTER_DTYPE)) for name, tensor in params)
-        adapter = list(served_adapter(tensors, scalings.__getitem__, rank))
+        renamed = self.module.checkpoint_names.adapter_name if self.text_part else str
+        adapter = [(renamed(name), tensor) for name, tensor in served_adapter(tensors, scalings.__getitem__, rank)]
         self.sent_bytes = sum(tensor.nbytes for _, tensor in adapter)
         held = tuple((held_name(name), tensor) for name, tensor in adapter)
         self._served = () if self.slicings else tuple((name, tensor.cpu()) for name, tensor in held)

@@ -4,7 +4,7 @@ import math
 
 import torch
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from verl.models.transformers.monkey_patch import apply_monkey_patch
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
@@ -15,7 +15,7 @@ from verl_aqn.layout.decide import PACKED, SEPARATE, SHARED, Layout, agreed, att
 from verl_aqn.mxfp4.checkpoint import is_packed
 from verl_aqn.mxfp4.experts import packed_layers
 from verl_aqn.mxfp4.linear import Activation, Mxfp4Linear
-from verl_aqn.mxfp4.model import load_model
+from verl_aqn.mxfp4.model import load_dense, load_model
 from verl_aqn.mxfp4.sharding import allow_packed_shards
 
 
@@ -45,7 +45,7 @@ class PackedBase(FSDPEngineWithLMHead):
         if attention == "sdpa":
             attention = None  # transformers' choice: sdpa, or eager for the models that sdpa cannot serve
         if not is_packed(path):
-            return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation=attention)
+            return load_dense(path, torch.bfloat16, attention).train()
         allow_packed_shards()
         module = load_model(path, dtype=torch.bfloat16, attn_implementation=attention)
         for layer in packed_layers(module):
