@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -45,7 +46,7 @@ def quantize(
     from verl_aqn.mxfp4.foreign import foreign_layout, import_checkpoint
     from verl_aqn.mxfp4.storage import read_config
 
-    if kind := foreign_layout(read_config(src)):
+    if kind := foreign_layout(read_config(src), src):
         if exclude or plot or calibrate:
             raise ConfigError(
                 f"{src} is MXFP4 already ({kind}) and is not rounded again: drop --exclude, --plot and --calibrate"
@@ -76,6 +77,7 @@ def quantize(
         print(json.dumps(report.to_dict()))
         return
     print_wide(table(report, title))
+    print(left_line(report))
 
 
 def _db(value: float) -> str:
@@ -105,6 +107,16 @@ def table(report: "QuantReport", title: str) -> Table:
             f"{row.bytes_after:,}",
         )
     return view
+
+
+def left_line(report: "QuantReport") -> str:
+    """What is not packed, the layers of a stack taken together."""
+    pooled: dict[str, int] = {}
+    for name in report.left:
+        key = re.sub(r"\.\d+(?=\.)", ".*", name)
+        pooled[key] = pooled.get(key, 0) + 1
+    names = ", ".join(name if count == 1 else f"{name} ({count})" for name, count in pooled.items())
+    return f"left in 16 bits: {names or 'no linear layer'}; embeddings, norms and biases always are"
 
 
 def _megabytes(before: int, after: int) -> str:

@@ -5,6 +5,7 @@ Calibration is sequential: the inputs of a layer come from the quantised layers 
 make up for the errors of earlier ones.
 """
 
+import contextlib
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -51,13 +52,12 @@ class Calibration:
         self._modules = {
             naming.in_checkpoint(name): name for name, m in model.named_modules() if isinstance(m, nn.Linear)
         }
-        decoder = model.get_decoder()
-        self._layers = _layers(decoder, model.config.get_text_config().num_hidden_layers)
-        names = {module: name for name, module in model.named_modules()}
-        self._prefix = names[self._layers]
+        self._prefix, self._layers = _find_layers(model)
+        parent = self._prefix.rpartition(".")[0]
+        decoder = model.get_submodule(parent)
         for name, module in decoder.named_children():
             if module is not self._layers:
-                self._load(module, f"{names[decoder]}.{name}")
+                self._load(module, f"{parent}.{name}")
         check_decoder(decoder, self._layers, ids[:1])
         self._hidden: list[Tensor] = []
         self._calls: list[list[Call]] = []
@@ -118,32 +118,41 @@ class Calibration:
         layer, prefix = self._layers[self._at], f"{self._prefix}.{self._at}"
         self._load(layer, prefix)
         self._moments = {}
-        linears = {
-            f"{prefix}.{name}": module for name, module in layer.named_modules() if isinstance(module, nn.Linear)
-        }
-        seen: list[tuple[Tensor, str]] = []  # inputs of this forward pass, each with the first layer that it went into
+        linears = {name: m for name, m in layer.named_modules(prefix=prefix) if isinstance(m, nn.Linear)}
+        leaders = self._leaders(layer, linears)
 
         def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                x = inputs[0]
-                for other, first in seen:
-                    if other is x:
-                        self._moments[name] = self._moments[first]
-                        return
-                seen.append((x, name))
-                x = x.flatten(0, -2).float()
+                x = inputs[0].flatten(0, -2).float()
                 if name not in self._moments:
                     self._moments[name] = torch.zeros(x.shape[1], x.shape[1])
                 self._moments[name].addmm_(x.T, x)
 
             return hook
 
-        handles = [module.register_forward_pre_hook(record(name)) for name, module in linears.items()]
-        for hidden, calls in zip(self._hidden, self._calls, strict=True):
-            _output(layer, hidden, calls[self._at])
-            seen.clear()
-        for handle in handles:
-            handle.remove()
+        with contextlib.ExitStack() as hooks:
+            for name in set(leaders.values()):
+                hooks.callback(linears[name].register_forward_pre_hook(record(name)).remove)
+            for hidden, calls in zip(self._hidden, self._calls, strict=True):
+                _output(layer, hidden, calls[self._at])
+        self._moments |= {name: self._moments[leader] for name, leader in leaders.items()}
+
+    def _leaders(self, layer: nn.Module, linears: dict[str, nn.Linear]) -> dict[str, str]:
+        """For each of ``layer``'s ``linears`` that runs, the first one that gets all the same inputs."""
+        seen: dict[str, list[tuple[Tensor, int]]] = {}  # holding the tensors keeps their ids apart
+
+        def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            return lambda module, inputs: seen.setdefault(name, []).append((inputs[0], inputs[0]._version))
+
+        with contextlib.ExitStack() as hooks:
+            for name, module in linears.items():
+                hooks.callback(module.register_forward_pre_hook(note(name)).remove)
+            _output(layer, self._hidden[-1], self._calls[-1][self._at])
+        first: dict[tuple[tuple[int, int], ...], str] = {}
+        return {
+            name: first.setdefault(tuple((id(x), version) for x, version in inputs), name)
+            for name, inputs in seen.items()
+        }
 
     def _load(self, module: nn.Module, prefix: str) -> None:
         state = {}
@@ -224,19 +233,21 @@ def conversations(tokenizer: Any, n: int, split: str, seed: int) -> list[str]:
 
 
 def _attending(src: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The empty model with SDPA, or with eager attention where the architecture has no other."""
+    """The empty model, without dropout, with SDPA or with eager attention where the architecture has no other."""
     try:
-        return empty_model(src, dtype, "sdpa")
+        return empty_model(src, dtype, "sdpa").eval()
     except ModelError:
-        return empty_model(src, dtype, "eager")
+        return empty_model(src, dtype, "eager").eval()
 
 
-def _layers(decoder: nn.Module, count: int) -> nn.ModuleList:
-    """The decoder's list of ``count`` layers; ModelError where there is none or more than one."""
-    lists = [module for module in decoder.children() if isinstance(module, nn.ModuleList) and len(module) == count]
-    if len(lists) != 1:
-        raise ModelError(f"cannot calibrate {type(decoder).__name__}: {len(lists)} lists of {count} layers, not one")
-    return lists[0]
+def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """(name, list) of the decoder's layers; ModelError unless there is one list of that length."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
+    outer = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists)}
+    if len(outer) != 1:
+        raise ModelError(f"cannot calibrate {type(model).__name__}: {len(outer)} lists of {count} layers, not one")
+    return next(iter(outer.items()))
 
 
 def _output(layer: nn.Module, hidden: Tensor, call: Call) -> Tensor:

@@ -64,7 +64,7 @@ def quantize_checkpoint(
             raise ConfigError(f"unknown {what} {value!r}: use one of {', '.join(known)}")
     config = read_config(src)
     weights = Weights(src)
-    if kind := foreign_layout(config):
+    if kind := foreign_layout(config, src):
         raise ModelError(f"{src} is MXFP4 already ({kind}): convert it with `verl-aqn quantize {src} DST`")
     if config.get("quantization_config") or any(name.endswith(PACKED) for name in weights.specs):
         raise ModelError(f"{src} is quantised already: start from the bf16 checkpoint it was made of")
@@ -104,7 +104,8 @@ def quantize_checkpoint(
     with new_folder(dst) as folder:
         write_model(folder, config, layout, tensors(), src, extra, max_shard_bytes)
         before, after = (sum(spec.nbytes for spec in specs.values()) for specs in (weights.specs, layout))
-        report = QuantReport(scale_rule, tuple(modules), before, after, combined_digest(digests))
+        left = sorted(plan.ignored)
+        report = QuantReport(scale_rule, tuple(modules), before, after, combined_digest(digests), tuple(left))
         (folder / FILE).write_text(json.dumps(report.to_dict()) + "\n")
         if format == "compressed-tensors":  # the other one is read on the NPU alone
             check_opens(folder, dst)

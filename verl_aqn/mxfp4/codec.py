@@ -91,7 +91,7 @@ def quantize(
     else:
         _check_out(out.packed, torch.uint8, (*lead, k // 2))
         _check_out(out.scale, torch.uint8, (*lead, k // BLOCK))
-    blocks = x.detach().reshape(-1, BLOCK).contiguous()  # reshape may give a strided view
+    blocks = x.detach().reshape(-1, BLOCK).contiguous().resolve_neg()  # reshape may give a strided view
     packed, scale = out.packed.view(-1, BLOCK // 2), out.scale.view(-1)
     _kernel(blocks).quantize(blocks, scale_rule, rounding, seed, packed, scale)
     return out
@@ -159,7 +159,7 @@ def _fake_quantize(x: Tensor, scale_rule: str, rounding: str, seed: int, out: Te
     k = x.shape[-1] if x.dim() else 1
     padding = -k % BLOCK
     padded = torch.nn.functional.pad(x.detach().reshape(-1, k), (0, padding)) if padding else x.detach()
-    blocks = padded.reshape(-1, BLOCK).contiguous()
+    blocks = padded.reshape(-1, BLOCK).contiguous().resolve_neg()
     values = torch.empty_like(blocks) if out is None or padding else out.view(-1, BLOCK)
     _kernel(blocks).fake_quantize(blocks, scale_rule, rounding, seed, values)
     result = values.view(padded.shape)[..., :k].reshape(x.shape)

@@ -38,7 +38,8 @@ def record_calls(
         ModelError: the decoder does not call its layers one after the other, each on the last one's output.
     """
     faults = []
-    for give in (lambda hidden: hidden, lambda hidden: (hidden,)):  # newer layers return a tensor, older ones a tuple
+    # Newer layers return a tensor, older ones a tuple, of which the second item is for attention weights.
+    for give in (lambda hidden: hidden, lambda hidden: (hidden,), lambda hidden: (hidden, None)):
         try:
             return _run(decoder, layers, ids, factor, give)
         except (_NotHandedOn, TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:

@@ -139,7 +139,7 @@ class PackedProduct(torch.autograd.Function):
             packed, scale = ctx.saved_tensors
             grad_x = grad @ dequantize(packed, scale, grad.dtype)
         if ctx.needs_input_grad[3]:
-            grad_bias = grad.flatten(0, -2).sum(0)
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
         return grad_x, None, None, grad_bias
 
 

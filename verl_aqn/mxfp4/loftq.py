@@ -10,14 +10,16 @@ import math
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from verl_aqn.adapter import PEFT_PREFIX
-from verl_aqn.errors import ConfigError
+from verl_aqn.errors import ConfigError, ModelError
 from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
 from verl_aqn.mxfp4.codec import Mxfp4Tensor, dequantize, quantize
-from verl_aqn.mxfp4.model import load_model
+from verl_aqn.mxfp4.model import empty_model, load_model
+from verl_aqn.mxfp4.plan import EXCLUDE, make_plan
 from verl_aqn.mxfp4.report import QuantReport
+from verl_aqn.mxfp4.storage import Weights
 from verl_aqn.mxfp4.writing import new_folder
 
 
@@ -63,6 +65,7 @@ def loftq_checkpoint(
         factors[name] = (a / math.sqrt(scaling), b / math.sqrt(scaling))
         return codes
 
+    _check_linear(Path(src))
     with new_folder(Path(adapter)) as folder:
         report = quantize_checkpoint(src, dst, "mse", quantizer=quantizer)
         config = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=rslora, target_modules=list(factors))
@@ -74,6 +77,17 @@ def loftq_checkpoint(
             layer.lora_B["default"].weight.data = b
         model.save_pretrained(folder, save_embedding_layers=False)
     return report
+
+
+def _check_linear(src: Path) -> None:
+    """Raise ModelError where quantising packs what PEFT would not find as a linear layer: experts, renamed modules."""
+    linears = {name for name, module in empty_model(src).named_modules() if isinstance(module, nn.Linear)}
+    for piece in make_plan(src, Weights(src), EXCLUDE).pieces:
+        if piece.module not in linears:
+            raise ModelError(
+                f"LoftQ: {piece.module} of {src} is no linear layer of the model, so no adapter can absorb its error: "
+                "quantise without LoftQ"
+            )
 
 
 def _best_rank(residual: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -153,8 +153,7 @@ def check_names(model: PreTrainedModel, naming: Naming, sources: dict[str, list[
     """
     expected = model.state_dict()
     missing = expected.keys() - sources.keys() - set(model.all_tied_weights_keys)
-    # transformers ignores these as well; old checkpoints store the rotary frequencies, which are computed.
-    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
+    ignored = ignored_names(model)
     unexpected = {
         sources[name][0]
         for name in sources.keys() - expected.keys()
@@ -171,6 +170,12 @@ def check_names(model: PreTrainedModel, naming: Naming, sources: dict[str, list[
                 f"{path} {fault} tensor {min(names)} ({len(names)} in all): its weights must carry the names that "
                 f"{type(model).__name__} of this transformers gives them, with one name for each expert or fused ones"
             )
+
+
+def ignored_names(model: PreTrainedModel) -> list[str]:
+    """Patterns of tensors that a checkpoint may hold for nothing: transformers ignores them as well."""
+    # Old checkpoints store the rotary frequencies, which are computed.
+    return [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
 
 
 def _check_tied(model: PreTrainedModel, state: dict[str, Tensor], path: Path) -> None:

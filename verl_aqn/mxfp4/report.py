@@ -50,6 +50,8 @@ class QuantReport:
     bytes_before: int
     bytes_after: int
     base_digest: str
+    left: tuple[str, ...] = ()
+    """Linear layers, routers and experts that stay in 16 bits."""
 
     @property
     def error(self) -> ErrorSplit:
@@ -68,6 +70,7 @@ class QuantReport:
             **_numbers(self.error),
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
+            "left_in_16_bits": list(self.left),
             "modules": [m.to_dict() for m in self.modules],
         }
 
