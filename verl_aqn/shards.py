@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -267,9 +268,23 @@ def not_covered(holders: Sequence[Slices], numel: Callable[[str], int]) -> str |
         if any(name not in slices for slices in holders):
             continue  # who has no slice of it holds the whole
         tiles = sorted({block for slices in holders for block in blocks_of(slices[name])})
-        if sum(rows * columns for _, rows, _, columns in tiles) != numel(name):
+        if _area(tiles) != numel(name):
             return f"{name}: {tiles}"
     return None
+
+
+def _area(tiles: list[tuple[int, int, int, int]]) -> int:
+    """Elements that `tiles`, in order, cover; they may overlap."""
+    edges = sorted({edge for _, _, column, columns in tiles for edge in (column, column + columns)})
+    area = 0
+    for left, right in pairwise(edges):
+        covered = end = 0
+        for row, rows, column, columns in tiles:
+            if column <= left and right <= column + columns and row + rows > end:
+                covered += row + rows - max(row, end)
+                end = row + rows
+        area += covered * (right - left)
+    return area
 
 
 def cut(matrix: Tensor, part: Slice | None) -> Tensor:

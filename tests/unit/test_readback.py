@@ -138,6 +138,28 @@ def test_a_way_of_loading_that_cannot_be_followed_is_named():
         describe_base(nn.Module(), ["o_proj"])
 
 
+@pytest.mark.parametrize(
+    ("tensors", "mapping"),
+    [
+        (["mlp.gate_proj", "mlp.up_proj"], ["gate_proj", "up_proj"]),
+        (["mlp.gate_up_proj"], ["gate_up_proj"]),  # GLM4: vLLM's LoRA layers would look for gate_proj
+    ],
+)
+def test_what_the_checkpoint_has_in_one_tensor_is_one_module_for_adapters_too(tensors, mapping):
+    class Glm(nn.Module):
+        packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}  # noqa: RUF012
+
+    model, layer = Glm(), nn.Module()
+    layer.weight = frozen(8, 64, dtype=torch.bfloat16)
+    model.mlp = nn.ModuleDict({"gate_up_proj": layer})
+    with Trace() as trace:
+        weights = ((f"{name}.weight", torch.randn(8 // len(tensors), 64).bfloat16()) for name in tensors)
+        layer.weight.data.copy_(torch.cat([weight for _, weight in trace.watch(weights)]))
+    keep(model, trace)
+    assert model.packed_modules_mapping == {"gate_up_proj": mapping}
+    assert Glm.packed_modules_mapping == {"gate_up_proj": ["gate_proj", "up_proj"]}
+
+
 def named_kernel(name: str, **attributes):
     return type(name, (), attributes)()
 

@@ -62,9 +62,14 @@ class Trace(TorchDispatchMode):
             yield name, tensor
 
     def name(self, name: str, tensor: Tensor) -> None:
-        """Follow `tensor` under `name`."""
+        """Follow `tensor` under `name`; a loader may use its memory again for another."""
         self.sources[name] = Source(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-        self._storage(tensor, create=True).add(name, _box(tensor))
+        held, box = self._storage(tensor, create=True), _box(tensor)
+        if held.itemsize != tensor.element_size():
+            self._lost[name] = "one buffer for several dtypes"
+            return
+        held.erase(box)
+        held.add(name, box)
 
     def loaded(self, parameters: Iterable[tuple[str, Tensor]]) -> Loaded:
         """What `parameters`, by name, hold of the named tensors."""

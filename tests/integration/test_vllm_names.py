@@ -1,0 +1,62 @@
+"""A family whose modules vLLM renames and fuses in its own way: base, adapter and answers are the trainer's."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, FalconH1Config
+
+from tests.integration.conftest import ask_vllm
+from verl_aqn.adapter import served_adapter
+from verl_aqn.digest import tensor_digest
+from verl_aqn.mxfp4.checkpoint import checkpoint_digest, quantize_checkpoint
+from verl_aqn.mxfp4.model import load_model
+
+# Attention and Mamba side by side: `mamba.in_proj` is one tensor over five widths, vLLM calls `mamba` `mamba.mamba`.
+CONFIG = {
+    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32,
+    "mamba_d_state": 32, "mamba_n_groups": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "in_proj"]
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_model, tmp_path_factory):
+    """A packed checkpoint and a PEFT adapter that is not zero."""
+    import shutil
+
+    from peft import LoraConfig, get_peft_model
+
+    root = tmp_path_factory.mktemp("names")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FalconH1Config(**CONFIG), dtype=torch.bfloat16)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    model.save_pretrained(root / "source")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_model / file, root / "source")
+    quantize_checkpoint(root / "source", root / "packed")
+    model = get_peft_model(load_model(root / "packed"), LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    model.save_pretrained(root / "adapter")
+    return root
+
+
+def test_renamed_and_fused_modules_are_told_under_the_trainer_s_names(folders):
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    said = ask_vllm("held", folders / "packed", folders / "adapter")
+    assert said["base"]["base_digest"] == checkpoint_digest(folders / "packed")
+    assert (said["base"]["slices"], said["base"]["weights_equal_base"]) == ({}, True)
+    sent = load_file(folders / "adapter" / "adapter_model.safetensors")
+    served = served_adapter(((name, tensor.bfloat16()) for name, tensor in sent.items()), 16 / 8)
+    assert said["adapter"]["adapter_digest"] == tensor_digest(served)
+    assert (said["adapter"]["modules"], said["adapter"]["slices"]) == (2 * len(TARGETS), {})
+    model = PeftModel.from_pretrained(load_model(folders / "packed"), folders / "adapter").eval()
+    with torch.no_grad():
+        logp = model(torch.tensor([said["prompt"]]), use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    wanted = logp.gather(1, torch.tensor(said["prompt"][1:]).unsqueeze(1)).squeeze(1)
+    assert (wanted - torch.tensor(said["logprobs"])).abs().mean() < 0.1
