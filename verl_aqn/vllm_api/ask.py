@@ -82,7 +82,7 @@ def _build(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     for name in json.loads((folder / "config.json").read_text()).get("architectures") or []:
         if name in ModelRegistry.models:
             ModelRegistry.models[name].load_model_cls()  # its own error, which vLLM hides behind one about "inspecting"
-    hf_linears = linears_of(folder)
+    hf_linears = linear_layers(folder)
     config: Any = EngineArgs(
         model=str(folder),
         load_format="dummy",
@@ -112,8 +112,8 @@ def _build(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     return said
 
 
-def linears_of(folder: Path) -> list[str]:
-    """Names of the linear layers to which PEFT's `all-linear` would give adapters."""
+def linear_layers(folder: Path) -> list[str]:
+    """Names of the linear layers to which PEFT's `all-linear` gives adapters; only config.json is read."""
     from torch import nn
 
     from verl_aqn.mxfp4.model import empty_model
