@@ -60,9 +60,7 @@ def place_adapter(config: DictConfig, answer: dict[str, Any] | None) -> None:
     if pattern:
         OmegaConf.update(model, "exclude_modules", pattern, force_add=True)
     leaves = sorted({name.rpartition(".")[2] for name in kept})
-    OmegaConf.update(
-        config.actor_rollout_ref, "rollout.engine_kwargs.vllm.lora_target_modules", leaves, force_add=True
-    )
+    OmegaConf.update(config.actor_rollout_ref, "rollout.engine_kwargs.vllm.lora_target_modules", leaves, force_add=True)
 
 
 def peft_refuses(folder: Path, linears: Collection[str]) -> dict[str, str]:

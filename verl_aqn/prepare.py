@@ -8,9 +8,9 @@ from omegaconf import DictConfig, OmegaConf
 from verl_aqn.cache import cache_dir
 from verl_aqn.config import order_of, parse_aqn, schedule_of
 from verl_aqn.errors import ConfigError, ModelError, first_line
+from verl_aqn.placing import place_adapter
 from verl_aqn.preflight.vllm import ask
 from verl_aqn.serving import fit_engine, prepare_serving
-from verl_aqn.placing import place_adapter
 from verl_aqn.terminal import progress_bar
 
 # Rows of the embedded task; a recipe takes as many of them as it has steps for.
@@ -287,8 +287,6 @@ def warnings_of(config: DictConfig) -> list[str]:
         return told
     text = f"rollout.{' and '.join(cut)}: the rollout's probabilities are of the tokens that sampling left over"
     if used:
-        return told + [
-            f"{text}, the trainer's of all: the importance ratio of rollout_correction.{' and '.join(used)} is biased "
-            "downwards; use top_p=1 and top_k=-1, or correction=none"
-        ]
+        biased = f"the importance ratio of rollout_correction.{' and '.join(used)} is biased downwards"
+        return [*told, f"{text}, the trainer's of all: {biased}; use top_p=1 and top_k=-1, or correction=none"]
     return [*told, f"{text}: aqn/parity/* contains that, and noise is not told from kernels"]

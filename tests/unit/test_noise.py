@@ -190,7 +190,9 @@ def test_a_compiled_model_sees_noise_come_and_go():
     assert torch.equal(forward(x), clean)
 
 
-@pytest.mark.parametrize("norm", [LlamaRMSNorm(64), nn.LayerNorm(64), nn.LayerNorm(64, bias=False), CohereLayerNorm(64)])
+@pytest.mark.parametrize(
+    "norm", [LlamaRMSNorm(64), nn.LayerNorm(64), nn.LayerNorm(64, bias=False), CohereLayerNorm(64)]
+)
 def test_a_promoted_norm_keeps_the_activations_dtype(norm):
     """Alone, Llama's norm with float32 weights would return float32, and torch's LayerNorm would raise."""
     torch.manual_seed(0)
@@ -208,7 +210,7 @@ def test_a_promoted_norm_keeps_the_activations_dtype(norm):
 class Raises(nn.LayerNorm):
     """A norm that cannot be tried: it wants another argument, a device, a custom op."""
 
-    def forward(self, x, lengths):
+    def forward(self, x, *args):
         raise NotImplementedError("no native forward")
 
 
@@ -281,9 +283,11 @@ def test_norms_expected_of_a_folder_are_those_of_its_model(tmp_path):
     answer = injector.describe(order)
     check_norms(expected, [answer], order)
     short = answer | {"names": expected[1:]}
-    with pytest.raises(EvidenceError, match=rf"norm {expected[0]}: the model in its folder has it, .*8 found, 9 expected"):
+    with pytest.raises(
+        EvidenceError, match=rf"norm {expected[0]}: the model in its folder has it, .*8 found, 9 expected"
+    ):
         check_norms(expected, [answer, short], order)
-    with pytest.raises(EvidenceError, match="norm mtp.norm: rollout rank 0 has it"):
+    with pytest.raises(EvidenceError, match=r"norm mtp\.norm: rollout rank 0 has it"):
         check_norms(expected, [answer | {"names": [*expected, "mtp.norm"]}], order)
     check_norms(expected, [short], replace(order, exclude=(expected[0],)))
     check_norms(expected, [short], replace(order, targets=()))

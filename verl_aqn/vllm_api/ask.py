@@ -1,7 +1,8 @@
 """Ask the installed vLLM whether it can serve a model: `python -m verl_aqn.vllm_api.ask FOLDER OPTIONS_JSON`.
 
-vLLM builds the model of FOLDER/config.json on the meta device, and slots for adapters beside it: no weights are read, and
-the size of the model does not matter. The last line of standard output is the answer as JSON (`verl_aqn.preflight.vllm`).
+vLLM builds the model of FOLDER/config.json on the meta device, and slots for adapters beside it: no weights are read,
+and the size of the model does not matter. The last line of standard output is the answer as JSON
+(`verl_aqn.preflight.vllm`).
 """
 
 import json
@@ -26,11 +27,13 @@ def main() -> None:
 def answer(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     """What vLLM says of the model in `folder`.
 
-    `options`: of vLLM's engine. `platform` is always in the answer. Where vLLM cannot build the model, `fault` says why.
+    `options`: of vLLM's engine. `platform` is always in the answer; `fault` says why vLLM cannot build the model.
     """
     from vllm.platforms import current_platform
 
-    said: dict[str, Any] = {"platform": "npu" if current_platform.device_name == "npu" else current_platform.device_type}
+    said: dict[str, Any] = {
+        "platform": "npu" if current_platform.device_name == "npu" else current_platform.device_type
+    }
     if said["platform"] != "cpu":
         # Not tried on such a machine: only what can be told without a device.
         return said | _class_of(folder)
