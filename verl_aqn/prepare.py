@@ -40,7 +40,7 @@ def prepare_model(config: DictConfig) -> Path:
     config.actor_rollout_ref.model.path = str(path)
     prepare_serving(config)
     tell_workers(config)
-    answer = ask(config, source)
+    answer = ask(config, path)
     place_adapter(config, answer)
     fit_engine(config, answer)
     _bound_context(config.actor_rollout_ref.rollout, path)

@@ -37,6 +37,8 @@ def ask(config: DictConfig, folder: Path) -> Answer | None:
     Raises:
         EnvironmentFault: vLLM's process ended without an answer.
     """
+    from verl_aqn.mxfp4.storage import read_config  # which imports torch
+
     version = vllm_version()
     if version is None:
         return None
@@ -44,7 +46,7 @@ def ask(config: DictConfig, folder: Path) -> Answer | None:
     engine = OmegaConf.to_container(OmegaConf.select(rollout, "engine_kwargs.vllm") or OmegaConf.create(), resolve=True)
     assert isinstance(engine, dict)
     options = {"dtype": rollout.dtype, "max_model_len": 64} | {key: engine[key] for key in BUILDS if engine.get(key)}
-    key = _key(version, (folder / "config.json").read_bytes(), options)
+    key = _key(version, read_config(folder), options)
     if key not in _asked:
         _asked[key] = _remembered(key) or _ask(folder, options, key)
     answer = _asked[key]
@@ -61,10 +63,12 @@ def vllm_version() -> str | None:
     return None
 
 
-def _key(version: str, model: bytes, options: dict[str, Any]) -> str:
+def _key(version: str, model: dict[str, Any], options: dict[str, Any]) -> str:
+    """Names the question. A folder and its packed form are one model: vLLM is asked of the unquantised one."""
+    model = {k: v for k, v in model.items() if k not in ("quantization_config", "dtype", "torch_dtype")}
     versions = [version, importlib.metadata.version("transformers"), verl_aqn.__version__]
-    parts = [json.dumps([versions, options], sort_keys=True).encode(), model, ASK.read_bytes()]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
+    text = json.dumps([versions, options, model], sort_keys=True)
+    return hashlib.sha256(text.encode() + ASK.read_bytes()).hexdigest()[:24]
 
 
 def _file(key: str) -> Path:
@@ -120,7 +124,9 @@ def check_served(config: DictConfig, folder: Path) -> Iterator[Finding]:
 
 def architectures(folder: Path) -> list[str]:
     """The class names in a folder's config.json."""
-    return list(json.loads((folder / "config.json").read_text()).get("architectures") or [])
+    from verl_aqn.mxfp4.storage import read_config
+
+    return list(read_config(folder).get("architectures") or [])
 
 
 def _adapters(config: DictConfig) -> bool:
