@@ -12,6 +12,7 @@ from verl_aqn.errors import AqnError, ConfigError, first_line
 from verl_aqn.preflight import checks
 from verl_aqn.preflight.findings import Finding
 from verl_aqn.preflight.node import Node, cluster_address, cluster_nodes, local_node
+from verl_aqn.prepare import find_model
 
 
 @dataclass
@@ -92,6 +93,7 @@ def _recipe(report: Report, config: DictConfig, nodes: list[Node]) -> None:
         if shape is not None:
             findings += checks.check_memory(config, shape, node.memory, node.devices, where)
     if shape is not None:
+        findings += checks.check_served(config, find_model(config, weights=False))
         findings += checks.check_heads(config, shape)
         findings += checks.check_experts(config, shape)
         report.memory = checks.memory_of(config, shape)

@@ -131,8 +131,8 @@ class NoiseOrder:
     multiplicative  w · (1 + σz)
     ==============  ====================================================================================
 
-    `targets`: kinds of modules, of "norm" and "linear" (packed MXFP4 layers, on their dequantised weights);
-    none in a run without noise.
+    `targets`: kinds of modules, of "norm" (RMSNorms, as in QeRL, and LayerNorms, whose bias gets none) and "linear"
+    (packed MXFP4 layers, on their dequantised weights); none in a run without noise.
     `include`, `exclude`: shell patterns of module names; an empty `include` means all. `router_norms`: also the norms
     that feed the router of a mixture of experts. `layers`: multipliers of σ by module. `share`: step / steps of the
     run, which tells the sides of a zone's boundary apart.

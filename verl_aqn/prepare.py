@@ -8,8 +8,9 @@ from omegaconf import DictConfig, OmegaConf
 from verl_aqn.cache import cache_dir
 from verl_aqn.config import megatron_lora, order_of, parse_aqn, schedule_of
 from verl_aqn.errors import ConfigError, ModelError, first_line
-from verl_aqn.moe import keep_adapter_off_experts
-from verl_aqn.serving import prepare_serving
+from verl_aqn.placing import place_adapter
+from verl_aqn.preflight.vllm import ask
+from verl_aqn.serving import fit_engine, prepare_serving
 from verl_aqn.terminal import progress_bar
 from verl_aqn.text_part import use_text_alone
 
@@ -46,7 +47,9 @@ def prepare_model(config: DictConfig) -> Path:
     prepare_serving(config)
     use_text_alone(config, path)
     tell_workers(config)
-    keep_adapter_off_experts(config)
+    answer = ask(config, path)
+    place_adapter(config, answer)
+    fit_engine(config, answer)
     _bound_context(config.actor_rollout_ref.rollout, path)
     return source
 
@@ -307,12 +310,12 @@ def warnings_of(config: DictConfig) -> list[str]:
     cut = [f"top_p={rollout.top_p:g}"] if rollout.top_p < 1 else []
     cut += [f"top_k={rollout.top_k}"] if rollout.top_k > 0 else []
     used = [key for key in ("rollout_is", "rollout_rs", "bypass_mode") if correction and correction.get(key)]
+    left_out = OmegaConf.select(config, "actor_rollout_ref.model.exclude_modules")
+    told = [f"no adapter on {left_out}: the recipe, PEFT or vLLM leaves these layers out"] if left_out else []
     if not cut:
-        return []
+        return told
     text = f"rollout.{' and '.join(cut)}: the rollout's probabilities are of the tokens that sampling left over"
     if used:
-        return [
-            f"{text}, the trainer's of all: the importance ratio of rollout_correction.{' and '.join(used)} is biased "
-            "downwards; use top_p=1 and top_k=-1, or correction=none"
-        ]
-    return [f"{text}: aqn/parity/* contains that, and noise is not told from kernels"]
+        biased = f"the importance ratio of rollout_correction.{' and '.join(used)} is biased downwards"
+        return [*told, f"{text}, the trainer's of all: {biased}; use top_p=1 and top_k=-1, or correction=none"]
+    return [*told, f"{text}: aqn/parity/* contains that, and noise is not told from kernels"]

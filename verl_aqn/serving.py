@@ -7,6 +7,7 @@ the cache.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -37,6 +38,22 @@ def form_of(aqn: AqnConfig, chip: Callable[[], str] = chip_name, packed_experts:
     if aqn.profile == "cpu" and packed_experts:
         return "bf16"
     return "packed" if aqn.profile != "npu" or has_mx_units(chip()) else "bf16"
+
+
+def fit_engine(config: DictConfig, answer: dict[str, Any] | None) -> None:
+    """Set what the engine needs for this model, by what vLLM says of it (`verl_aqn.preflight.vllm`; None: nothing).
+
+    Where all layers have a window, vLLM's attention on a CPU works in blocks of 16. The state of layers that carry one
+    is kept in float32, as the actor computes it: vLLM's kernel on a CPU takes no other.
+    """
+    if answer is None:
+        return
+    rollout = config.actor_rollout_ref.rollout
+    engine = OmegaConf.select(rollout, "engine_kwargs.vllm") or {}
+    if answer.get("all_windowed") and parse_aqn(config).profile == "cpu" and engine.get("block_size") != 16:
+        OmegaConf.update(rollout, "engine_kwargs.vllm.block_size", 16, force_add=True)
+    if answer.get("hybrid") and not engine.get("mamba_ssm_cache_dtype"):
+        OmegaConf.update(rollout, "engine_kwargs.vllm.mamba_ssm_cache_dtype", "float32", force_add=True)
 
 
 def prepare_serving(config: DictConfig, chip: Callable[[], str] = chip_name) -> None:

@@ -41,7 +41,22 @@ def model(layernorm):
 
 
 def test_vllm_norms_are_found(model):
-    assert sorted(find_norms(model)) == ["gemma", "q_norm", "rms"]
+    assert sorted(find_norms(model)) == ["gemma", "layer_norm", "q_norm", "rms"]
+
+
+def test_norms_that_give_back_a_tuple_or_have_no_native_forward_end_no_load(layernorm):
+    from vllm.model_executor.layers.minimax_rms_norm.rms_norm_tp import MiniMaxText01RMSNormTP
+    from vllm.model_executor.models.commandr import LayerNorm
+
+    odd = MiniMaxText01RMSNormTP.__new__(MiniMaxText01RMSNormTP)
+    nn.Module.__init__(odd)
+    odd.weight, odd.variance_epsilon = nn.Parameter(torch.ones(64)), 1e-6
+    model = nn.ModuleDict({"cohere": LayerNorm(64).to(torch.bfloat16), "minimax": odd})
+    injector = NoiseInjector(model)
+    assert "cohere" in injector.names
+    x = torch.randn(4, 64, dtype=torch.bfloat16)
+    assert model["cohere"](x)[0].dtype == torch.bfloat16
+    assert {*injector.names, *injector.lacking} == {"cohere", "minimax"}
 
 
 @pytest.mark.parametrize("residual", [False, True])

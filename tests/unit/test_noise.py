@@ -1,5 +1,8 @@
 """Keyed noise, the clean store, and evidence; each old failure is rebuilt as a broken injector that must be caught."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     GemmaConfig,
     LlamaConfig,
     Qwen2Config,
@@ -15,13 +19,23 @@ from transformers import (
 )
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma.modeling_gemma import GemmaModel, GemmaRMSNorm
+from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
-from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm, Qwen3NextRMSNormGated
 
 from verl_aqn.errors import ConfigError, EvidenceError, ModelError
-from verl_aqn.noise import NoiseInjector, NoiseOrder, check_evidence, find_norms, sigma_interval
+from verl_aqn.noise import (
+    NoiseInjector,
+    NoiseOrder,
+    check_evidence,
+    check_norms,
+    expected_norms,
+    find_norms,
+    sigma_interval,
+)
+from verl_aqn.noise.norms import Form, survey
 
 TINY = {
     "vocab_size": 32,
@@ -83,11 +97,18 @@ def test_norms_are_found_whatever_the_size_of_their_weight(size):
         assert list(find_norms(nn.ModuleDict({"n": norm.to(torch.bfloat16)}))) == ["n"]
 
 
-def test_what_is_not_an_rmsnorm_is_left_alone():
+def test_layer_norms_are_found():
+    norms = {"n": nn.LayerNorm(64), "without_bias": nn.LayerNorm(64, bias=False), "cohere": CohereLayerNorm(64)}
+    for norm in norms.values():
+        norm.weight.data.normal_(0.5, 0.2)
+    norms["n"].bias.data.normal_()
+    for dtype in (torch.float32, torch.bfloat16):
+        forms = survey(nn.ModuleDict(norms).to(dtype)).found
+        assert forms == dict.fromkeys(norms, Form(0.0, centred=True))
+
+
+def test_what_is_not_a_norm_of_one_dimension_is_left_alone():
     others = {
-        "layer_norm": nn.LayerNorm(64),
-        "layer_norm_without_bias": nn.LayerNorm(64, bias=False),
-        "subtracts_the_mean": CohereLayerNorm(64),
         "without_weight": nn.RMSNorm(64, elementwise_affine=False),
         "two_dimensional": nn.RMSNorm((4, 16)),
         "gated": Qwen3NextRMSNormGated(64),
@@ -169,12 +190,133 @@ def test_a_compiled_model_sees_noise_come_and_go():
     assert torch.equal(forward(x), clean)
 
 
-def test_promotion_that_changes_the_activations_is_refused_and_undone():
-    """HF's Llama norm with float32 weights returns float32, which a bf16 linear layer does not take."""
-    model = make_model(dtype=torch.bfloat16)
-    with pytest.raises(ModelError, match="float32"):
-        NoiseInjector(model)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+@pytest.mark.parametrize(
+    "norm", [LlamaRMSNorm(64), nn.LayerNorm(64), nn.LayerNorm(64, bias=False), CohereLayerNorm(64)]
+)
+def test_a_promoted_norm_keeps_the_activations_dtype(norm):
+    """Alone, Llama's norm with float32 weights would return float32, and torch's LayerNorm would raise."""
+    torch.manual_seed(0)
+    model, x = nn.ModuleDict({"n": norm.to(torch.bfloat16)}), torch.randn(8, 64, dtype=torch.bfloat16)
+    before = norm(x)
+    injector = NoiseInjector(model)
+    assert norm.weight.dtype == torch.float32
+    assert norm(x).dtype == torch.bfloat16
+    torch.testing.assert_close(norm(x), before, rtol=2**-7, atol=2**-8)
+    order = NoiseOrder(0, 0, 0.05, "absolute")
+    check_evidence(injector.apply(order), order, injector.clean_digest)
+    assert not torch.equal(norm(x), before)
+
+
+class Raises(nn.LayerNorm):
+    """A norm that cannot be tried: it wants another argument, a device, a custom op."""
+
+    def forward(self, x, *args):
+        raise NotImplementedError("no native forward")
+
+
+class WantsItsOwnDtype(LlamaRMSNorm):
+    def forward(self, x):
+        if self.weight.dtype != torch.bfloat16:
+            raise RuntimeError("weight must be bf16")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("norm", [Raises(64), WantsItsOwnDtype(64)])
+def test_a_norm_that_cannot_carry_noise_is_told_when_an_order_needs_it(norm):
+    model = nn.ModuleDict({"good": LlamaRMSNorm(64), "bad": norm}).to(torch.bfloat16)
+    injector = NoiseInjector(model)
+    assert injector.names == ["good"]
+    assert norm.weight.dtype == torch.bfloat16
+    order = NoiseOrder(0, 0, 0.0, "absolute")  # at a step without noise too: at the start
+    for ask in (injector.describe, injector.apply):
+        with pytest.raises(ModelError, match=rf"bad of ModuleDict: .*{type(norm).__name__}.*(no native|must be bf16)"):
+            ask(order)
+    without = replace(order, sigma=0.05, exclude=("bad",))
+    assert injector.describe(without)["norms"] == 1
+    check_evidence(injector.apply(without), without, injector.clean_digest)
+    check_evidence(injector.restore(), None, injector.clean_digest)
+
+
+def test_a_model_without_norms_runs_without_noise():
+    injector = NoiseInjector(nn.ModuleDict({"linear": nn.Linear(8, 8)}))
+    off = NoiseOrder(0, 0, 0.0, "absolute", targets=())
+    assert injector.describe(off)["norms"] == 0
+    for evidence, order in ((injector.apply(off), off), (injector.restore(), None)):
+        check_evidence(evidence, order, injector.clean_digest)
+    with pytest.raises(EvidenceError, match="no norm found in ModuleDict"):
+        injector.describe(NoiseOrder(0, 0, 0.0, "absolute"))
+    with pytest.raises(ConfigError, match=r"noise.targets is \[\]"):
+        NoiseOrder(0, 0, 0.1, "absolute", targets=())
+
+
+@pytest.mark.parametrize(
+    ("norm", "offset"),
+    [(GemmaRMSNorm, 1.0), (Qwen3NextRMSNorm, 1.0), (Gemma4RMSNorm, 0.0), (LlamaRMSNorm, 0.0), (nn.LayerNorm, 0.0)],
+)
+@pytest.mark.parametrize("beside", [False, True])
+def test_units_count_in_what_the_model_multiplies_with(norm, offset, beside):
+    """In Gemma's norms that is 1 + w, and of what is asked that must be in the weights of actor and rollout."""
+    module = norm(4096)
+    module.weight.data.normal_(0.3, 0.1)
+    effective = module.weight.detach().clone() + offset
+    injector = NoiseInjector(nn.ModuleDict({"n": module}), beside=beside)
+    for unit, size in (("absolute", 1.0), ("rms", effective.square().mean().sqrt()), ("multiplicative", effective)):
+        order = NoiseOrder(3, 0, 0.05, unit)
+        check_evidence(injector.apply(order), order, injector.clean_digest)
+        noise = injector._norms["n"].data() + offset - effective
+        assert (noise / size).square().mean().sqrt().item() == pytest.approx(0.05, rel=0.05)
+        injector.restore()
+
+
+# ---------------------------------------------------------------- the norms that a model should have
+
+
+def test_norms_expected_of_a_folder_are_those_of_its_model(tmp_path):
+    config = Qwen3Config(**TINY)
+    config.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(
+        json.dumps(config.to_dict() | {"architectures": ["Qwen3ForCausalLM"]}, default=str)
+    )
+    expected, order = expected_norms(tmp_path), NoiseOrder(0, 0, 0.0, "absolute")
+    injector = NoiseInjector(AutoModelForCausalLM.from_config(config))
+    assert expected == injector.names
+    answer = injector.describe(order)
+    check_norms(expected, [answer], order)
+    short = answer | {"names": expected[1:]}
+    with pytest.raises(
+        EvidenceError, match=rf"norm {expected[0]}: the model in its folder has it, .*8 found, 9 expected"
+    ):
+        check_norms(expected, [answer, short], order)
+    with pytest.raises(EvidenceError, match=r"norm mtp\.norm: rollout rank 0 has it"):
+        check_norms(expected, [answer | {"names": [*expected, "mtp.norm"]}], order)
+    check_norms(expected, [short], replace(order, exclude=(expected[0],)))
+    check_norms(expected, [short], replace(order, targets=()))
+
+
+def test_towers_beside_the_language_model_get_no_noise():
+    class Multimodal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vision_tower = nn.ModuleDict({"norm": nn.LayerNorm(8)})
+            self.language_model = nn.ModuleDict({"norm": LlamaRMSNorm(8)})
+
+        def get_language_model(self):
+            return self.language_model
+
+    assert list(find_norms(Multimodal())) == ["language_model.norm"]
+
+
+def test_noise_is_drawn_under_the_checkpoint_s_names():
+    def model(name):
+        return nn.ModuleDict({name: LlamaRMSNorm(64)})
+
+    plain, renamed = model("norm"), model("final_layernorm")
+    renamed.aqn_names = {"final_layernorm.weight": "norm.weight"}
+    injectors = [NoiseInjector(plain), NoiseInjector(renamed)]
+    assert injectors[1].names == ["norm"]
+    order = NoiseOrder(3, 0, 0.05, "absolute")
+    first, second = (injector.apply(order) for injector in injectors)
+    assert first["weights_digest"] == second["weights_digest"]
 
 
 def test_promoted_weights_keep_their_values():

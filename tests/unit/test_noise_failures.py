@@ -18,6 +18,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralModel
 from verl_aqn.config import load_recipe, order_of, parse_aqn, schedule_of
 from verl_aqn.errors import ConfigError, EvidenceError
 from verl_aqn.noise import NoiseInjector, NoiseOrder, check_equal_noise, check_evidence, check_used, draw
+from verl_aqn.noise.norms import Form, Survey
 from verl_aqn.order import Layers, Zone
 from verl_aqn.schedule import SigmaSchedule
 
@@ -55,16 +56,16 @@ class EngineNorm(nn.Module):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
 
 
-def by_class(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LlamaRMSNorm)}
+def by_class(model: nn.Module) -> Survey:
+    return Survey({name: Form(0.0) for name, module in model.named_modules() if isinstance(module, LlamaRMSNorm)})
 
 
 def test_failure_matching_by_hf_class_finds_0_modules_in_the_engine(monkeypatch):
     model = nn.ModuleDict({"norm": EngineNorm()})
     assert NoiseInjector(model).names == ["norm"]
-    monkeypatch.setattr("verl_aqn.noise.injector.find_norms", by_class)
-    with pytest.raises(EvidenceError, match="no RMSNorm"):
-        NoiseInjector(nn.ModuleDict({"norm": EngineNorm()}))
+    monkeypatch.setattr("verl_aqn.noise.injector.survey", by_class)
+    with pytest.raises(EvidenceError, match="no norm found"):
+        NoiseInjector(nn.ModuleDict({"norm": EngineNorm()})).describe(ORDER)
 
 
 def test_failure_a_worker_that_matches_0_modules_does_not_pass():

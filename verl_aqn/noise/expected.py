@@ -35,12 +35,12 @@ def check_norms(expected: Collection[str], ranks: Collection[Mapping[str, Any]],
     for rank, answer in enumerate(ranks):
         held = {name for name in answer["names"] if order.selects(name)}
         for names, fault in (
-            (wanted - held, "the model has in its folder, but rollout rank {rank} has not: vLLM fuses or leaves out"),
-            (held - wanted, "rollout rank {rank} has, but the model in its folder has not: vLLM adds or renames"),
+            (wanted - held, "the model in its folder has it, but not rollout rank {}: vLLM fuses it or leaves it out"),
+            (held - wanted, "rollout rank {} has it, but not the model in its folder: vLLM adds or renames it"),
         ):
             if names:
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
                 raise EvidenceError(
-                    f"norm {min(names)}{more}: {fault.format(rank=rank)} it ({len(held)} found, {len(wanted)} "
-                    "expected): exclude it in aqn.noise.exclude"
+                    f"norm {min(names)}{more}: {fault.format(rank)} ({len(held)} found, {len(wanted)} expected): "
+                    "exclude it in aqn.noise.exclude, or take `norm` out of aqn.noise.targets"
                 )

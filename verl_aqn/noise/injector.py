@@ -147,7 +147,7 @@ class NoiseInjector:
             candidates |= self._norms
         if "linear" in order.targets:
             candidates |= self._linears
-        order.check_patterns(list(candidates))
+        order.check_patterns([*candidates, *self.lacking])
         left_alone: set[str] = set() if order.router_norms or "norm" not in order.targets else self._routers()
         for pattern in order.include:
             matches = [name for name in candidates if fnmatchcase(name, pattern)]

@@ -147,7 +147,7 @@ def _form_of(module: nn.Module) -> Form | str:
 
 def _fits(module: nn.Module, x: torch.Tensor, out: torch.Tensor) -> Form | None:
     """The form whose output on `x` is nearest to `out`, if it is near."""
-    weight: torch.Tensor = module.weight.detach().float()  # type: ignore[assignment, operator]
+    weight: torch.Tensor = module.weight.detach().float()  # type: ignore[operator]
     bias = getattr(module, "bias", None)
     shift = 0.0 if bias is None else bias.detach().float()
     eps = next((v for name, v in vars(module).items() if "eps" in name and isinstance(v, float)), 0.0)

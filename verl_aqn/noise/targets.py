@@ -207,7 +207,7 @@ def _promote(name: str, module: nn.Module, dtype: torch.dtype) -> None:
     x = torch.ones(1, before["weight"].numel(), dtype=activations, device=before["weight"].device)
     forward = getattr(module, "forward_native", module.forward)
     try:
-        module.weight.data = before["weight"].to(dtype)  # type: ignore[union-attr, assignment]
+        module.weight.data = before["weight"].to(dtype)
         with suppress(Exception), torch.no_grad():
             if _first(forward(x.clone())).dtype == activations:
                 return

@@ -20,6 +20,7 @@ from verl_aqn.preflight.memory import CPU, DEVICE, actor, machine, rollout, size
 from verl_aqn.preflight.node import PACKAGES, Node, cluster_address, devices_here, free_disk
 from verl_aqn.preflight.plan import fit
 from verl_aqn.preflight.shape import Shape
+from verl_aqn.preflight.vllm import check_served
 from verl_aqn.prepare import find_model, refuse_adapter_settings, steps_in_data
 from verl_aqn.rewards.math_verify import check_installed
 from verl_aqn.serving import ADAPTER_RANKS, served_rank
@@ -252,6 +253,7 @@ def refuse_recipe(config: DictConfig) -> Shape:
     _raise_first(check_recipe(config))
     shape = recipe_shape(config)
     _raise_first([*check_heads(config, shape), *check_experts(config, shape)])
+    _raise_first(check_served(config, find_model(config, weights=False)))
     return shape
 
 

