@@ -23,7 +23,7 @@ def prepare_model(config: DictConfig) -> Path:
         ModelError: no such folder or hub name, no weights, a file that cannot be read.
         DataError, ModelError: as `take_adapter`.
     """
-    from verl_aqn.adapter_folder import take_adapter
+    from verl_aqn.adapter_folder import check_new_adapter, take_adapter
     from verl_aqn.mxfp4.cached import quantized_cache
     from verl_aqn.mxfp4.checkpoint import is_packed
 
@@ -43,6 +43,7 @@ def prepare_model(config: DictConfig) -> Path:
     prepare_serving(config)
     tell_workers(config)
     keep_adapter_off_experts(config)
+    check_new_adapter(config, path)
     _bound_context(config.actor_rollout_ref.rollout, path)
     return source
 
@@ -300,15 +301,21 @@ def check_steps(config: DictConfig, train_rows: int, left: str = "") -> int:
 def warnings_of(config: DictConfig) -> list[str]:
     """What a recipe asks for that runs but does not do what it seems to."""
     rollout, correction = config.actor_rollout_ref.rollout, config.algorithm.rollout_correction
+    texts = []
+    if config.actor_rollout_ref.model.lora_adapter_path and (
+        config.actor_rollout_ref.actor.use_kl_loss or config.algorithm.use_kl_in_reward
+    ):
+        texts.append("KL is taken against the base without lora_adapter_path: verl switches the whole adapter off")
     cut = [f"top_p={rollout.top_p:g}"] if rollout.top_p < 1 else []
     cut += [f"top_k={rollout.top_k}"] if rollout.top_k > 0 else []
     used = [key for key in ("rollout_is", "rollout_rs", "bypass_mode") if correction and correction.get(key)]
     if not cut:
-        return []
+        return texts
     text = f"rollout.{' and '.join(cut)}: the rollout's probabilities are of the tokens that sampling left over"
     if used:
         return [
+            *texts,
             f"{text}, the trainer's of all: the importance ratio of rollout_correction.{' and '.join(used)} is biased "
-            "downwards; use top_p=1 and top_k=-1, or correction=none"
+            "downwards; use top_p=1 and top_k=-1, or correction=none",
         ]
-    return [f"{text}: aqn/parity/* contains that, and noise is not told from kernels"]
+    return [*texts, f"{text}: aqn/parity/* contains that, and noise is not told from kernels"]
