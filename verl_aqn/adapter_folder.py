@@ -41,8 +41,8 @@ PLAIN = {
 }  # fmt: skip
 
 
-def take_adapter(config: DictConfig) -> None:
-    """Check the recipe's `lora_adapter_path` against its base, and take rank, α and layers from it.
+def take_adapter(config: DictConfig, base: Path) -> None:
+    """Check the recipe's `lora_adapter_path` against the folder of its base, and take rank, α and layers from it.
 
     verl's FSDP actor takes them from the folder anyway; its vLLM server and this project's read-back from the recipe.
 
@@ -53,7 +53,7 @@ def take_adapter(config: DictConfig) -> None:
     if not model.lora_adapter_path:
         return
     folder = Path(model.lora_adapter_path).expanduser().absolute()
-    adapter = read_folder(folder, Path(model.path))
+    adapter = read_folder(folder, base)
     model.lora_adapter_path = str(folder)
     model.lora_rank = adapter.widest
     model.lora_alpha = int(adapter.alpha) if adapter.alpha.is_integer() else adapter.alpha

@@ -29,6 +29,8 @@ def prepare_model(config: DictConfig) -> Path:
 
     refuse_unread(config)
     source = find_model(config)
+    take_adapter(config, source)  # before the base is quantised, which may take minutes
+    check_new_adapter(config, source)
     mxfp4 = parse_aqn(config).mxfp4
     path = source
     if mxfp4.enabled and not is_packed(source):
@@ -39,11 +41,9 @@ def prepare_model(config: DictConfig) -> Path:
     elif not mxfp4.enabled and is_packed(source):
         raise ModelError(f"{source} is an MXFP4 checkpoint, but aqn.mxfp4.enabled=false asks for an unquantised base")
     config.actor_rollout_ref.model.path = str(path)
-    take_adapter(config)
     prepare_serving(config)
     tell_workers(config)
     keep_adapter_off_experts(config)
-    check_new_adapter(config, path)
     _bound_context(config.actor_rollout_ref.rollout, path)
     return source
 

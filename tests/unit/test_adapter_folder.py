@@ -166,7 +166,7 @@ def refuse(match: str, folder: Path, base: Path, error: type[AqnError] = ModelEr
     """What `prepare_model` (train, its dry run, eval) and doctor call, in one line."""
     config = recipe(base, folder)
     with pytest.raises(error, match=match) as said:
-        take_adapter(config)
+        take_adapter(config, base)
     assert "\n" not in str(said.value)
     assert str(folder) in str(said.value)
     (finding,) = checks.check_adapter(config)
