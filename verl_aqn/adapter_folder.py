@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from packaging.version import InvalidVersion, Version
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -41,8 +41,8 @@ PLAIN = {
 }  # fmt: skip
 
 
-def take_adapter(config: DictConfig) -> None:
-    """Check the recipe's `lora_adapter_path` against its base, and take rank, α and layers from it.
+def take_adapter(config: DictConfig, base: Path) -> None:
+    """Check the recipe's `lora_adapter_path` against the folder of its base, and take rank, α and layers from it.
 
     verl's FSDP actor takes them from the folder anyway; its vLLM server and this project's read-back from the recipe.
 
@@ -53,11 +53,32 @@ def take_adapter(config: DictConfig) -> None:
     if not model.lora_adapter_path:
         return
     folder = Path(model.lora_adapter_path).expanduser().absolute()
-    adapter = read_folder(folder, Path(model.path))
+    adapter = read_folder(folder, base)
     model.lora_adapter_path = str(folder)
     model.lora_rank = adapter.widest
     model.lora_alpha = int(adapter.alpha) if adapter.alpha.is_integer() else adapter.alpha
     model.target_modules = sorted({module.rpartition(".")[2] for module in adapter.matrices})
+
+
+def check_new_adapter(config: DictConfig, base: Path) -> None:
+    """Check that the rollout can serve the adapter that a recipe makes, where it names the layers itself.
+
+    Raises:
+        ModelError: `target_modules` means no module of the base, or one that is not a linear layer below the head.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    model, what = config.actor_rollout_ref.model, "actor_rollout_ref.model.target_modules"
+    if model.lora_adapter_path or model.lora_rank <= 0 or model.target_modules == "all-linear":
+        return
+    told: Any = OmegaConf.to_container(model, resolve=True)
+    try:
+        lora = LoraConfig(r=1, **{key: told.get(key) for key in ("target_modules", "exclude_modules")})
+        built = get_peft_model(empty_model(base), lora, low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise ModelError(f"{what}={told['target_modules']} does not fit {base}: {first_line(error)}") from error
+    for _ in _layers(what, built, "leave it out"):
+        pass
 
 
 def read_folder(folder: Path, base: Path) -> Adapter:
@@ -201,7 +222,7 @@ def _load(folder: Path, base: Path) -> tuple["PeftModel", list[str], list[str]]:
 
 def _matrices(folder: Path, model: "PeftModel") -> dict[str, tuple[Tensor, Tensor]]:
     matrices = {}
-    for module, layer in _layers(folder, model):
+    for module, layer in _layers(str(folder), model, MERGE):
         a, b = (part["default"].weight.detach() for part in (layer.lora_A, layer.lora_B))
         if not a.any() and not b.any():
             # The rollout cannot tell such a pair from an adapter that did not arrive.
@@ -210,7 +231,7 @@ def _matrices(folder: Path, model: "PeftModel") -> dict[str, tuple[Tensor, Tenso
     return matrices
 
 
-def _layers(folder: Path, model: "PeftModel") -> Iterator[tuple[str, Any]]:
+def _layers(what: str, model: "PeftModel", fix: str) -> Iterator[tuple[str, Any]]:
     """Every adapted module of the model, by name. ModelError where one is not a linear layer below the head."""
     from peft.tuners.lora import Linear, LoraLayer
 
@@ -223,8 +244,8 @@ def _layers(folder: Path, model: "PeftModel") -> Iterator[tuple[str, Any]]:
         inner = layer.get_base_layer()
         if type(layer) is not Linear or not isinstance(inner, nn.Linear) or any(inner is end for end in ends):
             raise ModelError(
-                f"{folder} changes {name.removeprefix(PEFT_PREFIX)} ({type(inner).__name__}): the rollout serves "
-                f"adapters on linear layers below the head only: {MERGE}"
+                f"{what} changes {name.removeprefix(PEFT_PREFIX)} ({type(inner).__name__}): the rollout serves "
+                f"adapters on linear layers below the head only: {fix}"
             )
         yield name.removeprefix(PEFT_PREFIX), layer
 

@@ -25,7 +25,7 @@ def prepare_model(config: DictConfig) -> Path:
         ModelError: no such folder or hub name, no weights, a file that cannot be read.
         DataError, ModelError: as `take_adapter`.
     """
-    from verl_aqn.adapter_folder import take_adapter
+    from verl_aqn.adapter_folder import check_new_adapter, take_adapter
     from verl_aqn.mxfp4.cached import quantized_cache
     from verl_aqn.mxfp4.checkpoint import is_packed
     from verl_aqn.mxfp4.foreign import foreign_layout
@@ -33,6 +33,8 @@ def prepare_model(config: DictConfig) -> Path:
 
     refuse_unread(config)
     source = find_model(config)
+    take_adapter(config, source)  # before the base is quantised, which may take minutes
+    check_new_adapter(config, source)
     mxfp4 = parse_aqn(config).mxfp4
     path = source
     if mxfp4.enabled and not is_packed(source):
@@ -43,7 +45,6 @@ def prepare_model(config: DictConfig) -> Path:
     elif not mxfp4.enabled and foreign_layout(read_config(source)):
         raise ModelError(f"{source} is an MXFP4 checkpoint, but aqn.mxfp4.enabled=false asks for an unquantised base")
     config.actor_rollout_ref.model.path = str(path)
-    take_adapter(config)
     prepare_serving(config)
     use_text_alone(config, path)
     tell_workers(config)
@@ -307,11 +308,15 @@ def check_steps(config: DictConfig, train_rows: int, left: str = "") -> int:
 def warnings_of(config: DictConfig) -> list[str]:
     """What a recipe asks for that runs but does not do what it seems to."""
     rollout, correction = config.actor_rollout_ref.rollout, config.algorithm.rollout_correction
+    left_out = OmegaConf.select(config, "actor_rollout_ref.model.exclude_modules")
+    told = [f"no adapter on {left_out}: the recipe, PEFT or vLLM leaves these layers out"] if left_out else []
+    if config.actor_rollout_ref.model.lora_adapter_path and (
+        config.actor_rollout_ref.actor.use_kl_loss or config.algorithm.use_kl_in_reward
+    ):
+        told.append("KL is taken against the base without lora_adapter_path: verl switches the whole adapter off")
     cut = [f"top_p={rollout.top_p:g}"] if rollout.top_p < 1 else []
     cut += [f"top_k={rollout.top_k}"] if rollout.top_k > 0 else []
     used = [key for key in ("rollout_is", "rollout_rs", "bypass_mode") if correction and correction.get(key)]
-    left_out = OmegaConf.select(config, "actor_rollout_ref.model.exclude_modules")
-    told = [f"no adapter on {left_out}: the recipe, PEFT or vLLM leaves these layers out"] if left_out else []
     if not cut:
         return told
     text = f"rollout.{' and '.join(cut)}: the rollout's probabilities are of the tokens that sampling left over"

@@ -1,6 +1,7 @@
 """Adapters from outside: what is served has PEFT's answers, and what is more than plain LoRA is refused by name."""
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -16,14 +17,14 @@ from vllm.lora.peft_helper import PEFTHelper
 from tests.outside_adapters import PATTERNS, SERVED, built, sent, write_adapter
 from tests.tiny_configs import SMALL, SMALL_MOE
 from verl_aqn.adapter import Adapter
-from verl_aqn.adapter_folder import read_folder, take_adapter
+from verl_aqn.adapter_folder import check_new_adapter, read_folder, take_adapter
 from verl_aqn.config import load_recipe
 from verl_aqn.errors import AqnError, ConfigError, DataError, ModelError
 from verl_aqn.evaluate import find_target, settings
 from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
 from verl_aqn.mxfp4.model import dequantize_checkpoint
 from verl_aqn.preflight import checks
-from verl_aqn.prepare import prepare_model, refuse_adapter_settings
+from verl_aqn.prepare import prepare_model, refuse_adapter_settings, warnings_of
 
 TOKENS = torch.arange(24).view(2, 12)
 
@@ -67,8 +68,9 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(TOKENS).logits
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["plain", "patterns"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("plain", torch.float32), ("patterns", torch.float16), ("rslora with patterns", torch.bfloat16)]
+)
 def test_every_module_has_peft_s_rank_and_scaling(base, tmp_path, kind, dtype):
     folder = write_adapter(tmp_path / "adapter", base.parent / "source", dtype, **SERVED[kind])
     adapter = read_folder(folder, base)
@@ -161,14 +163,12 @@ OTHERS = {
 
 
 def refuse(match: str, folder: Path, base: Path, error: type[AqnError] = ModelError) -> None:
-    """Eval, train, its dry run and doctor say the same, in one line."""
+    """What `prepare_model` (train, its dry run, eval) and doctor call, in one line."""
+    config = recipe(base, folder)
     with pytest.raises(error, match=match) as said:
-        read_folder(folder, base)
+        take_adapter(config, base)
     assert "\n" not in str(said.value)
     assert str(folder) in str(said.value)
-    config = recipe(base, folder)
-    with pytest.raises(error, match=match):
-        take_adapter(config)
     (finding,) = checks.check_adapter(config)
     assert finding.fix == str(said.value)
 
@@ -186,9 +186,14 @@ def test_other_kinds_of_adapters_are_refused(base, tmp_path, kind):
     refuse(f"is a {kind} adapter, and the rollout serves LoRA only: merge it", tmp_path, base)
 
 
+@pytest.fixture(scope="module")
+def written(base) -> Path:
+    return write_adapter(base.parent / "adapter", base.parent / "source")
+
+
 @pytest.fixture
-def folder(base, tmp_path) -> Path:
-    return write_adapter(tmp_path / "adapter", base.parent / "source")
+def folder(written, tmp_path) -> Path:
+    return shutil.copytree(written, tmp_path / "adapter")
 
 
 def edit(folder: Path, **changes) -> None:
@@ -339,3 +344,32 @@ def test_one_rank_said_twice_is_one_rank():
     refuse_adapter_settings(recipe(Path("x"), None, "actor_rollout_ref.model.lora.rank=32"))
     with pytest.raises(ConfigError, match=r"critic\.model\.lora_adapter_path"):
         refuse_adapter_settings(recipe(Path("x"), None, "critic.model.lora_adapter_path=x"))
+
+
+@pytest.mark.parametrize(
+    ("targets", "match"),
+    [
+        ("[q_proj,lm_head]", r"target_modules changes lm_head \(Linear\): .* below the head only: leave it out"),
+        ("[q_proj,embed_tokens]", r"target_modules changes model\.embed_tokens \(Embedding\)"),
+        ("[query]", r"target_modules=\['query'\] does not fit .*: Target modules"),
+        ("[q_proj,down_proj]", None),
+        (".*_proj", None),
+    ],
+)
+def test_a_new_adapter_where_the_rollout_has_no_place_for_one_is_refused(base, targets, match):
+    config = recipe(base.parent / "untied", None, f"actor_rollout_ref.model.target_modules={targets}")
+    if match is None:
+        check_new_adapter(config, base)
+        assert not list(checks.check_adapter(config))
+    else:
+        with pytest.raises(ModelError, match=match) as said:
+            check_new_adapter(config, base.parent / "untied")
+        (finding,) = checks.check_adapter(config)
+        assert finding.fix == str(said.value)
+
+
+def test_a_kl_against_the_bare_base_is_said(base):
+    kl = "actor_rollout_ref.actor.use_kl_loss=true"
+    assert "without lora_adapter_path" in warnings_of(recipe(base, Path("x"), kl))[0]
+    assert not warnings_of(recipe(base, None, kl))
+    assert not warnings_of(recipe(base, Path("x")))

@@ -144,11 +144,14 @@ def check_adapter(config: DictConfig) -> Iterator[Finding]:
     what = config.actor_rollout_ref.model.lora_adapter_path
     try:
         refuse_adapter_settings(config)
-        if not what:
+        if not what and config.actor_rollout_ref.model.target_modules == "all-linear":
             return
-        from verl_aqn.adapter_folder import read_folder
+        from verl_aqn.adapter_folder import check_new_adapter, read_folder
 
-        adapter = read_folder(Path(what).expanduser(), find_model(config, weights=False))
+        base = find_model(config, weights=False)
+        if not what:
+            return check_new_adapter(config, base)
+        adapter = read_folder(Path(what).expanduser(), base)
     except (ConfigError, DataError, ModelError) as error:
         yield Finding("adapter", str(what or "a new one"), str(error))
     else:
