@@ -42,7 +42,7 @@ def prepare_model(config: DictConfig) -> Path:
             path = quantized_cache(
                 source, cache_dir() / "mxfp4", mxfp4.scale_rule, mxfp4.exclude, mxfp4.calibrate, progress
             )
-    elif not mxfp4.enabled and foreign_layout(read_config(source)):
+    elif not mxfp4.enabled and foreign_layout(read_config(source), source):
         raise ModelError(f"{source} is an MXFP4 checkpoint, but aqn.mxfp4.enabled=false asks for an unquantised base")
     config.actor_rollout_ref.model.path = str(path)
     prepare_serving(config)

@@ -37,7 +37,7 @@ def quantized_cache(
         ModelError, ConfigError: as `quantize_checkpoint`.
     """
     src, exclude, calibrate = Path(src), tuple(exclude), tuple(calibrate)
-    if foreign_layout(read_config(src)) not in (None, "compressed-tensors"):
+    if foreign_layout(read_config(src), src) not in (None, "compressed-tensors"):
         return _made_of(src, Path(cache_dir), "mxfp4", import_checkpoint)
     key = _key([_FORMAT_VERSION, scale_rule, sorted(exclude), len(calibrate)], src)
     for text in calibrate:
