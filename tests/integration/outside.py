@@ -43,7 +43,7 @@ def main(model: str, file: str) -> dict[str, Any]:
         for output, line in zip(outputs, given["tokens"], strict=True):
             places = list(zip(line, output.prompt_logprobs or [], strict=True))[1:]
             logprobs.append([place[token].logprob for token, place in places if place])
-        digest = llm.collective_rpc("aqn_adapter", args=(config["r"],))[0]["adapter_digest"]
+        digest = llm.collective_rpc("aqn_adapter")[0]["adapter_digest"]
         found[name] = {"logprobs": logprobs, "digest": digest}
     return found
 

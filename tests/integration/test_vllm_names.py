@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, FalconH1Config
 
 from tests.integration.conftest import ask_vllm
-from verl_aqn.adapter import served_adapter
+from verl_aqn.adapter import held_name, served_adapter
 from verl_aqn.digest import tensor_digest
 from verl_aqn.mxfp4.checkpoint import checkpoint_digest, quantize_checkpoint
 from verl_aqn.mxfp4.model import load_model
@@ -52,8 +52,9 @@ def test_renamed_and_fused_modules_are_told_under_the_trainer_s_names(folders):
     assert said["base"]["base_digest"] == checkpoint_digest(folders / "packed")
     assert (said["base"]["slices"], said["base"]["weights_equal_base"]) == ({}, True)
     sent = load_file(folders / "adapter" / "adapter_model.safetensors")
-    served = served_adapter(((name, tensor.bfloat16()) for name, tensor in sent.items()), 16 / 8)
-    assert said["adapter"]["adapter_digest"] == tensor_digest(served)
+    served = served_adapter(((name, tensor.bfloat16()) for name, tensor in sent.items()), lambda name: 16 / 8, 8)
+    digest = tensor_digest((held_name(name), tensor) for name, tensor in served)
+    assert said["adapter"]["adapter_digest"] == digest
     assert (said["adapter"]["modules"], said["adapter"]["slices"]) == (2 * len(TARGETS), {})
     model = PeftModel.from_pretrained(load_model(folders / "packed"), folders / "adapter").eval()
     with torch.no_grad():

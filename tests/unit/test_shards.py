@@ -6,7 +6,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.tiny_configs import SMALL
-from verl_aqn.adapter import served_adapter
+from verl_aqn.adapter import held_name
 from verl_aqn.digest import tensor_digest
 from verl_aqn.errors import EvidenceError
 from verl_aqn.mxfp4.checkpoint import (
@@ -70,7 +70,7 @@ def test_the_actor_knows_the_digest_of_the_adapter_s_parts(rank):
     first, second = (48, 144) if rank else (0, 96)
     assert held["slices"]["gate_up_proj.B"] == [first, 48, 0, R, second, 48, 0, R]
     assert held["slices"].keys() == {"gate_up_proj.B", "down_proj.A"}
-    served = list(served_adapter(model.sent.items(), 1.0))
+    served = [(held_name(name), tensor) for name, tensor in model.sent.items()]
     digests = [tensor_digest((n, cut(t, slices.get(n))) for n, t in served) for slices in (held["slices"], other)]
     assert held["adapter_digest"] == digests[0] != digests[1]
     assert not_covered([held["slices"], other], held["sizes"].__getitem__) is None

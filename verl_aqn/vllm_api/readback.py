@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from verl_aqn.adapter import split_name
+from verl_aqn.adapter import held_name, split_name
 from verl_aqn.digest import tensor_digest
 from verl_aqn.errors import EvidenceError
 from verl_aqn.mxfp4 import dequantize
@@ -265,7 +265,7 @@ def describe_adapter(model: torch.nn.Module) -> dict:
     slices: Slices = {}
     sizes: dict[str, int] = {}
     for source in sent.sources:
-        name = ".".join(split_name(source))
+        name = held_name(source)
         tensors.append((name, sent.read(source, buffers.__getitem__)))
         if part := sent.region(source):
             slices[name], sizes[name] = part, sent.sources[source].numel
