@@ -137,7 +137,7 @@ def test_refusals(tmp_path: Path) -> None:
         quantize_checkpoint(oss, tmp_path / "out")
     with pytest.raises(ModelError, match="in the layout of compressed-tensors already"):
         import_checkpoint(ours, tmp_path / "out")
-    with pytest.raises(ModelError, match="is not MXFP4 of compressed-tensors, Quark or gpt-oss"):
+    with pytest.raises(ModelError, match="is not MXFP4 of compressed-tensors, Quark, gpt-oss or ModelSlim"):
         import_checkpoint(tmp_path / "source", tmp_path / "out")
     with pytest.raises(ModelError, match="no place for fused experts"):
         import_checkpoint(oss, tmp_path / "out", format="modelslim")

@@ -35,8 +35,11 @@ def test_table_and_exclusions(quantize, source, tmp_path):
     assert (code, err) == (0, "")
     for word in ("model.layers.0.self_attn.q_proj", "scale bias", "grid noise", "deadzone", "clipped", "SQNR"):
         assert word in out
-    assert "o_proj" not in out
-    assert "layers.0.mlp" not in out
+    table, left = out.split("left in 16 bits: ")
+    assert "o_proj" not in table
+    assert "layers.0.mlp" not in table
+    assert "model.layers.*.self_attn.o_proj (2)" in left
+    assert {"lm_head", "model.layers.*.mlp.up_proj"} <= set(left.replace(";", ",").split(", "))
     config = json.loads((tmp_path / "a/config.json").read_text())
     assert {"lm_head", "model.layers.0.self_attn.o_proj"} <= set(config["quantization_config"]["ignore"])
 
