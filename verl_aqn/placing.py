@@ -38,6 +38,8 @@ def place_adapter(config: DictConfig, answer: dict[str, Any] | None) -> None:
     wanted = [name for name in linears if _targets(model.target_modules, name)]
     refused = {name: why for name, why in faults.items() if name in wanted}
     if not refused:
+        if answer.get("head_is_embedding"):
+            _tell_rollout(config, wanted)
         return
     if model.target_modules != "all-linear":
         refused = {name: why for name, why in refused.items() if not (excluded and _targets(excluded, name))}
@@ -59,6 +61,11 @@ def place_adapter(config: DictConfig, answer: dict[str, Any] | None) -> None:
         pattern = f"{users}|{pattern}"
     if pattern:
         OmegaConf.update(model, "exclude_modules", pattern, force_add=True)
+    _tell_rollout(config, kept)
+
+
+def _tell_rollout(config: DictConfig, kept: Collection[str]) -> None:
+    """Keep vLLM from making places for adapters elsewhere, in the embedding above all."""
     leaves = sorted({name.rpartition(".")[2] for name in kept})
     OmegaConf.update(config.actor_rollout_ref, "rollout.engine_kwargs.vllm.lora_target_modules", leaves, force_add=True)
 

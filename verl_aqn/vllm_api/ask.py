@@ -108,6 +108,7 @@ def _build(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
             "lora": bool(supports_lora(model)),
             "hybrid": bool(config.model_config.is_hybrid),
             "prefix_caching": bool(config.cache_config.enable_prefix_caching),
+            "head_is_embedding": _head_is_embedding(model),
             **_attention(config),
         }
         if said["lora"]:
@@ -138,6 +139,15 @@ def _attention(config: Any) -> dict[str, Any]:
         if sizes and size not in sizes:
             unfit.add(f"heads of {size} (it takes {', '.join(map(str, sizes))})")
     return {"all_windowed": bool(windows) and None not in windows, "unfit": sorted(unfit)}
+
+
+def _head_is_embedding(model: Any) -> bool:
+    """Whether logits are computed with an embedding that vLLM would wrap (Cohere's class fails then)."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    modules = list(model.modules())
+    wrapped = any(getattr(module, "embedding_modules", None) for module in modules)
+    return wrapped and not any(isinstance(module, ParallelLMHead) for module in modules)
 
 
 def without_slot(model: Any, config: Any, hf_linears: list[str]) -> list[str]:
