@@ -46,7 +46,7 @@ class Calibration:
         model = _attending(Path(src), dtype)
         if any(is_fused(module) for module in model.modules()):
             raise ModelError(f"cannot calibrate {type(model).__name__}: experts are rounded plainly only")
-        naming = Naming(model.config.model_type)
+        naming = Naming.of_folder(src)
         self._sources = naming.sources(self._weights.specs)
         check_names(model, naming, self._sources, Path(src))
         self._modules = {

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from verl_aqn.mxfp4.building import Built, build, text_prefixes
-from verl_aqn.mxfp4.storage import Weights
+from verl_aqn.mxfp4.storage import Weights, has_weights
 
 # Which fused stack an expert's matrix is part of, and which half of its rows.
 ROLES = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": ("down_proj", 0)}
@@ -84,12 +84,13 @@ class Naming:
 
     @classmethod
     def of_folder(cls, path: str | Path) -> Self:
-        """Return the names of a packed or unpacked folder.
+        """Return the names of a packed or unpacked folder; of one without weights, those that transformers would save.
 
         Raises:
             ModelError: the folder cannot be read, or transformers cannot build its model.
         """
-        return cls(build(Path(path)), Weights(Path(path)).specs)
+        path = Path(path)
+        return cls(build(path), Weights(path).specs if has_weights(path) else ())
 
     @classmethod
     def of_model(cls, model: Any) -> Self:

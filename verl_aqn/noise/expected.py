@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from verl_aqn.errors import EvidenceError
-from verl_aqn.noise.norms import canonical_names, survey
+from verl_aqn.mxfp4.building import empty_model
+from verl_aqn.mxfp4.names import Naming
+from verl_aqn.noise.norms import survey
 from verl_aqn.order import NoiseOrder
 
 
@@ -17,11 +19,9 @@ def expected_norms(folder: str | Path) -> list[str]:
     Raises:
         ModelError: transformers cannot build the model.
     """
-    from verl_aqn.mxfp4.model import empty_model
-
     model = empty_model(Path(folder))
-    names = canonical_names(model)
-    return sorted(names(name) for name in survey(model).found)
+    names = Naming.of_folder(folder)
+    return sorted(names.in_checkpoint(name) for name in survey(model).found)
 
 
 def check_norms(expected: Collection[str], ranks: Collection[Mapping[str, Any]], order: NoiseOrder) -> None:

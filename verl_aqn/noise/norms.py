@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from verl_aqn.errors import first_line
 from verl_aqn.mxfp4.names import Naming
@@ -72,8 +73,10 @@ def canonical_names(model: Any) -> Callable[[str], str]:
     """
     if loaded := getattr(model, "aqn_names", None):
         return lambda name: str(loaded.get(f"{name}.weight", f"{name}.weight")).removesuffix(".weight")
-    if model_type := getattr(getattr(model, "config", None), "model_type", None):
-        return Naming(model_type).in_checkpoint
+    if known := getattr(model, "checkpoint_names", None):  # of the folder that it was loaded from
+        return known.in_checkpoint
+    if isinstance(model, PreTrainedModel):
+        return Naming.of_model(model).in_checkpoint
     return lambda name: name
 
 
