@@ -31,19 +31,22 @@ class _Storage:
         self.alive = StorageWeakRef(storage)  # keeps the address from being used again, not the memory
         self.itemsize = itemsize
         self.boxes: dict[tuple, tuple[str, Box]] = {}
+        self._ends: dict[tuple, tuple[int, int]] = {}  # first and last element; a stack of experts has hundreds
 
     def add(self, source: str, box: Box) -> None:
         """What was written last into a region replaces what was there."""
-        self.boxes[(box.here, tuple(sorted(dim[:2] for dim in box.dims)))] = (source, box)
+        key = (box.here, tuple(sorted(dim[:2] for dim in box.dims)))
+        self.boxes[key], self._ends[key] = (source, box), (box.here, box.end)
 
     def erase(self, region: Box) -> None:
         """Forget what lies within `region`."""
-        end = region.end
-        for key, (_, box) in list(self.boxes.items()) if self.boxes else ():
-            if region.here <= box.here and box.end <= end:  # else it cannot lie within it
-                found = compose(region, box)
-                if found and sum(part.numel for part in found) == box.numel:
-                    del self.boxes[key]
+        first, last = region.here, region.end
+        within = [key for key, (begin, end) in self._ends.items() if first <= begin and end <= last]
+        for key in within:
+            box = self.boxes[key][1]
+            found = compose(region, box)
+            if found and sum(part.numel for part in found) == box.numel:
+                del self.boxes[key], self._ends[key]
 
 
 class Trace(TorchDispatchMode):
