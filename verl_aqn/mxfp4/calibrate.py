@@ -158,8 +158,8 @@ class Calibration:
         state = {}
         for name in module.state_dict():
             sources = self._sources[f"{prefix}.{name}"]
-            if len(sources) != 1:
-                raise ModelError(f"cannot calibrate {prefix}: the checkpoint stores {name} in {len(sources)} parts")
+            if len(sources) != 1 or f"{prefix}.{name}" in self._converted:
+                raise ModelError(f"cannot calibrate {prefix}: the checkpoint stores {name} in another form")
             tensor = self._weights.read(sources[0])
             state[name] = tensor.to(self._dtype) if tensor.is_floating_point() else tensor
         module.load_state_dict(state, assign=True)

@@ -128,8 +128,7 @@ def import_checkpoint(
         write_model(folder, config, layout, tensors(), src, extra, max_shard_bytes)
         if format == "compressed-tensors":
             (folder / DESCRIPTION).unlink(missing_ok=True)  # came along with ModelSlim's tokenizer
-            if kind != "gpt-oss":
-                check_opens(folder, dst)
+            check_opens(folder, dst)
     total = [sum(spec.nbytes for spec in specs.values()) for specs in (weights.specs, layout)]
     return ImportReport(kind, len(shapes), *total)
 
