@@ -48,6 +48,7 @@ class Calibration:
             raise ModelError(f"cannot calibrate {type(model).__name__}: experts are rounded plainly only")
         naming = Naming.of_folder(src)
         self._sources = naming.sources(self._weights.specs)
+        self._converted = naming.converters.keys()
         check_names(model, naming, self._sources, Path(src))
         self._modules = {
             naming.in_checkpoint(name): name for name, m in model.named_modules() if isinstance(m, nn.Linear)
