@@ -80,3 +80,17 @@ def test_a_question_that_crashes_is_no_yes(tmp_path, monkeypatch):
     monkeypatch.setattr(vllm, "vllm_version", lambda: None)
     (finding,) = vllm.check_served(recipe(folder), folder)
     assert (finding.found.startswith("not asked"), finding.fix) == (True, "")
+
+
+def test_a_tensor_that_vllm_has_no_parameter_for_is_named(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    AutoModelForCausalLM.from_config(MistralConfig(**SMALL, head_dim=32, sliding_window=None)).save_pretrained(tmp_path)
+    assert not fix(recipe(tmp_path), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.input_norm.weight"] = tensors.pop("model.layers.0.input_layernorm.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    said = fix(recipe(tmp_path), tmp_path)  # the same config, but not the answer of before
+    assert "cannot load" in said
+    assert "input_norm" in said
+    assert "publisher" in said

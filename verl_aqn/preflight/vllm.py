@@ -37,7 +37,8 @@ def ask(config: DictConfig, folder: Path) -> Answer | None:
     Raises:
         EnvironmentFault: vLLM's process ended without an answer.
     """
-    from verl_aqn.mxfp4.storage import read_config  # which imports torch
+    from verl_aqn.mxfp4.building import is_multimodal  # which imports torch
+    from verl_aqn.mxfp4.storage import read_config
 
     version = vllm_version()
     if version is None:
@@ -46,7 +47,9 @@ def ask(config: DictConfig, folder: Path) -> Answer | None:
     engine = OmegaConf.to_container(OmegaConf.select(rollout, "engine_kwargs.vllm") or OmegaConf.create(), resolve=True)
     assert isinstance(engine, dict)
     options = {"dtype": rollout.dtype, "max_model_len": 64} | {key: engine[key] for key in BUILDS if engine.get(key)}
-    key = _key(version, read_config(folder), options)
+    if is_multimodal(folder):
+        options.setdefault("language_model_only", True)  # as `verl_aqn.text_part` will have it
+    key = _key(version, read_config(folder), options, tensor_names(folder))
     if key not in _asked:
         _asked[key] = _remembered(key) or _ask(folder, options, key)
     answer = _asked[key]
@@ -63,11 +66,20 @@ def vllm_version() -> str | None:
     return None
 
 
-def _key(version: str, model: dict[str, Any], options: dict[str, Any]) -> str:
+def tensor_names(folder: Path) -> list[str]:
+    """Return the names of a folder's weights, those of its unpacked form; [] where there are no weights."""
+    from verl_aqn.mxfp4.model import PACKED, SCALE
+    from verl_aqn.mxfp4.storage import Weights, has_weights
+
+    specs = Weights(folder).specs if has_weights(folder) else ()
+    return sorted({name.replace(PACKED, ".weight") for name in specs if not name.endswith(SCALE)})
+
+
+def _key(version: str, model: dict[str, Any], options: dict[str, Any], tensors: list[str]) -> str:
     """Names the question. A folder and its packed form are one model: vLLM is asked of the unquantised one."""
     model = {k: v for k, v in model.items() if k not in ("quantization_config", "dtype", "torch_dtype")}
     versions = [version, importlib.metadata.version("transformers"), verl_aqn.__version__]
-    text = json.dumps([versions, options, model], sort_keys=True)
+    text = json.dumps([versions, options, model, tensors], sort_keys=True)
     return hashlib.sha256(text.encode() + ASK.read_bytes()).hexdigest()[:24]
 
 
@@ -141,6 +153,8 @@ def _fault(answer: Answer, version: str, name: str, adapters: bool) -> str:
         if fault.startswith("ModuleNotFoundError: No module named '") and "vllm" not in fault:
             package = fault.split("'")[1].partition(".")[0]
             return f"{where} needs the package {package} for {name}: install it ({package}), for example with pip"
+        if "for a tensor of" in fault:
+            return f"{where} cannot load {name} ({fault}): give the tensors the names that the model's publisher uses"
         return f"{where} cannot build {name} ({fault}): {other}"
     if adapters and answer.get("lora") is False:
         return f"{where} takes no LoRA adapters for {name}: {other}"

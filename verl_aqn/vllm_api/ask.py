@@ -40,7 +40,7 @@ def answer(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     with TemporaryDirectory() as copy:
         _copy_without_weights(folder, Path(copy))
         try:
-            return said | _build(Path(copy), options)
+            return said | _build(Path(copy), options, folder)
         except Exception as error:  # whatever vLLM raises is the answer
             return said | {"fault": reason(error)}
 
@@ -71,7 +71,7 @@ def _class_of(folder: Path) -> dict[str, Any]:
     return {"class": cls.__name__, "lora": bool(supports_lora(cls))}
 
 
-def _build(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+def _build(folder: Path, options: dict[str, Any], weights: Path) -> dict[str, Any]:
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
@@ -111,8 +111,10 @@ def _build(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
             "head_is_embedding": _head_is_embedding(model),
             **_attention(config),
         }
+        if refused := refused_tensor(model, weights):
+            said["fault"] = refused
         if said["lora"]:
-            said["without_slot"] = without_slot(model, config, hf_linears)
+            said["without_slot"] = without_slot(model, config, sent_names(folder, hf_linears))
     return said
 
 
@@ -150,8 +152,47 @@ def _head_is_embedding(model: Any) -> bool:
     return wrapped and not any(isinstance(module, ParallelLMHead) for module in modules)
 
 
-def without_slot(model: Any, config: Any, hf_linears: list[str]) -> list[str]:
-    """Those of transformers' linear layers for whose adapter vLLM has no place."""
+def refused_tensor(model: Any, folder: Path) -> str | None:
+    """Return what vLLM says of a tensor of `folder` that its model has no place for; no values are read.
+
+    The model loads tensors on meta. Only words about names count: what else goes wrong may be due to meta.
+    """
+    import torch
+
+    from verl_aqn.mxfp4.checkpoint import is_packed
+    from verl_aqn.mxfp4.model import DenseView
+    from verl_aqn.mxfp4.storage import Weights, has_weights, read_config
+
+    packed = is_packed(folder)
+    if not has_weights(folder) or (read_config(folder).get("quantization_config") and not packed):
+        return None
+    specs = DenseView(folder).specs if packed else Weights(folder).specs
+    tensors = ((n, torch.empty(spec.shape, dtype=spec.dtype, device="meta")) for n, spec in specs.items())
+    try:
+        model.load_weights(tensors)
+    except KeyError as error:
+        return f"it has no parameter named {error} for a tensor of {folder}"
+    except ValueError as error:
+        if "no module or parameter named" in str(error):
+            return f"{str(error).split('. ')[0]}, for a tensor of {folder}"
+    except Exception:
+        return None
+    return None
+
+
+def sent_names(folder: Path, linears: list[str]) -> dict[str, str]:
+    """Map transformers' names of linear layers to those under which the actor sends their adapters."""
+    from verl_aqn.mxfp4.building import is_multimodal
+    from verl_aqn.mxfp4.names import Naming
+
+    if not is_multimodal(folder):
+        return {name: name for name in linears}
+    names = Naming.of_folder(folder)
+    return {name: names.adapter_name(name) for name in linears}
+
+
+def without_slot(model: Any, config: Any, linears: dict[str, str]) -> list[str]:
+    """Those of transformers' linear layers for whose adapter, under the name that it is sent by, vLLM has no place."""
     import torch
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.utils import parse_fine_tuned_lora_name
@@ -173,8 +214,8 @@ def without_slot(model: Any, config: Any, hf_linears: list[str]) -> list[str]:
     mapper = getattr(mapper, "get_unstacked_mapper", lambda: mapper)()  # as verl does when it loads an adapter
     return [
         name
-        for name in hf_linears
-        if parse_fine_tuned_lora_name(f"base_model.model.{name}.lora_A.weight", mapper)[0] not in held
+        for name, sent in linears.items()
+        if parse_fine_tuned_lora_name(f"base_model.model.{sent}.lora_A.weight", mapper)[0] not in held
     ]
 
 
