@@ -15,8 +15,14 @@ PLAIN = {"calculate_log_probs": True, "temperature": 1.0, "top_p": 1.0, "top_k":
 LIMITS = ParityConfig()
 
 
-def found(mean: float, tokens: int = 64) -> dict:
-    return {"tokens": tokens, "abs_dlogp_mean": mean, "abs_dlogp_p99": 3 * mean, "clipped_share": 0.5}
+def found(mean: float, tokens: int = 64, error: float = 0.0) -> dict:
+    return {
+        "tokens": tokens,
+        "abs_dlogp_mean": mean,
+        "abs_dlogp_error": error,
+        "abs_dlogp_p99": 3 * mean,
+        "clipped_share": 0.5,
+    }
 
 
 @pytest.mark.parametrize(
@@ -76,6 +82,16 @@ def test_a_run_is_warned_of_once_and_healthy_ones_are_not():
     assert "aqn.parity.warn=0.2" in (tripwire.judge(found(0.3), 1, [], LIMITS) or "")
     assert tripwire.judge(found(0.3), 2, [0.3], LIMITS) is None
     assert "aqn.parity.warn=0.2" in (tripwire.judge(found(0.3), 3, [0.19, 0.19], LIMITS) or "")
+
+
+def test_a_mean_of_few_tokens_has_to_be_clearly_above_a_limit():
+    assert tripwire.judge(found(1.2, tokens=8, error=1.1), 5, [0.01], LIMITS) is None
+    assert "0.4 ± 0.1 nats" in (tripwire.judge(found(0.4, error=0.1), 5, [0.01], LIMITS) or "")
+    data = {name: torch.zeros(1, 4) for name in ("rollout_log_probs", "old_log_probs")}
+    data |= {"response_mask": torch.ones(1, 4)}
+    data["old_log_probs"][0] = torch.tensor([1.0, 3.0, 1.0, 3.0])
+    measured = tripwire.measure(data, ["a"], {}, "sampled", CLIP)
+    assert (measured["abs_dlogp_mean"], measured["abs_dlogp_error"]) == (2.0, pytest.approx(1.96 / 2))
 
 
 def test_a_later_step_is_held_against_the_first_ones():

@@ -61,7 +61,7 @@ class Trial:
     mismatch: tuple[float, ...] = ()
     """Mean |Δ log-prob| of trainer and rollout without noise, nats a token, by step."""
     norms: int | None = None
-    """Norms that carry noise, as found in the rollout."""
+    """Norms found in the rollout that can carry noise, those in front of routers too."""
     expected: int | None = None
     """Norms that the model built by transformers has for it."""
 
@@ -138,7 +138,7 @@ def run_arm(model: Path, base: Path, settings: Sequence[str]) -> Trial:
         if record["kind"] == "mismatch":
             trial.mismatch = (*trial.mismatch, record["abs_dlogp_mean"])
         elif record["kind"] == "rollout":
-            trial.norms, trial.expected = record.get("norms"), len(record.get("expected_norms", ()))
+            trial.norms, trial.expected = len(record.get("names", ())), len(record.get("expected_norms", ()))
         elif record["kind"] == "layout":
             trial.layout = record["layout"]
     return trial

@@ -159,7 +159,10 @@ def checkpoint_digest(path: str | Path, slices: Slices | None = None, form: str 
                 continue
             packed, scale = weights.read(module + PACKED), weights.read(module + SCALE)
             if form == "bf16":  # may be cut within a block
-                yield module, values_digest(cut(dequantize(packed, scale, torch.bfloat16), part).contiguous())
+                values = dequantize(packed, scale, torch.bfloat16)
+                if values.dim() == 3:  # a stack of experts, which bf16 folders hold as [E, K, N]
+                    values = values.transpose(1, 2).flatten(0, 1)
+                yield module, values_digest(cut(values, part).contiguous())
                 continue
             if part:
                 packed, scale = cut(packed, scaled(part, 2)).contiguous(), cut(scale, scaled(part, BLOCK)).contiguous()

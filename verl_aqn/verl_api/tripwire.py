@@ -64,7 +64,8 @@ def measure(
             token on. clip: PPO's clip range below and above 1.
 
     Returns:
-        `source`, `tokens`, `abs_dlogp_mean`, `abs_dlogp_p99`, `kl_k3`, `clipped_share` (see `parity.gap`).
+        `source`, `tokens`, `abs_dlogp_mean` with `abs_dlogp_error` (half its 95 % interval, as if tokens were
+        independent), `abs_dlogp_p99`, `kl_k3`, `clipped_share` (see `parity.gap`).
     """
     mask, trainer = data["response_mask"].bool(), data["old_log_probs"].float()
     if source == "sampled":
@@ -73,7 +74,10 @@ def measure(
         rollout, mask = align(keys, clean_logp, mask)
     if not mask.any():
         return None
-    return {"source": source, "tokens": int(mask.sum()), **gap(rollout[mask], trainer[mask], clip)}
+    distance, tokens = (rollout[mask] - trainer[mask]).double().abs(), int(mask.sum())
+    error = 1.96 * distance.std(correction=0).item() / math.sqrt(tokens)
+    found = gap(rollout[mask], trainer[mask], clip)
+    return {"source": source, "tokens": tokens, "abs_dlogp_error": error, **found}
 
 
 def judge(
@@ -81,27 +85,30 @@ def judge(
 ) -> str | None:
     """Return a warning about the mismatch of `step` (from 1), or None where there is nothing to say.
 
+    The lower end of the mean's interval counts, so that a few tokens of a rescored sample do not end a run.
+
     Args:
         found: as `measure` returns it. earlier: mean mismatches of the steps compared before. limits: bounds.
         layout: how the actor lays out a batch, for the message.
 
     Raises:
-        EvidenceError: the mean is above `limits.stop`, or not a number.
+        EvidenceError: the mismatch is above `limits.stop`, or not a number.
     """
-    mean = found["abs_dlogp_mean"]
+    mean, error = found["abs_dlogp_mean"], found["abs_dlogp_error"]
+    least = mean - error if math.isfinite(mean) else mean
     text = (
-        f"step {step}: trainer and rollout without noise differ by {mean:.3g} nats a token on the same "
+        f"step {step}: trainer and rollout without noise differ by {mean:.3g} ± {error:.2g} nats a token on the same "
         f"{found['tokens']:,} tokens ({found['clipped_share']:.0%} of the ratios outside PPO's clip range)"
     )
     causes = f"likely causes: {CAUSES}" + (f"; layout of a batch: {layout}" if layout else "")
-    if not mean <= limits.stop:  # NaN, too
+    if not least <= limits.stop:  # NaN, too
         raise EvidenceError(
             f"{text}, above aqn.parity.stop={limits.stop:g}: nothing was updated; {causes}; does it stay with "
             "aqn.mxfp4.enabled=false?"
         )
     usual = statistics.median(earlier[:BASELINE_STEPS]) if len(earlier) >= BASELINE_STEPS else math.inf
-    if mean > max(GROWTH * usual, GROWTH_FLOOR):
+    if least > max(GROWTH * usual, GROWTH_FLOOR):
         return f"{text}, {mean / usual:.1f} times that of the first steps ({usual:.3g}): {causes}"
-    if mean > limits.warn and not any(value > limits.warn for value in earlier):  # told once
+    if least > limits.warn and not any(value > limits.warn for value in earlier):  # told once
         return f"{text}, above aqn.parity.warn={limits.warn:g}: {causes}"
     return None

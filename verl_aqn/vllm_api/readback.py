@@ -91,7 +91,7 @@ def remember_base(model: torch.nn.Module) -> None:
     packed: dict[str, tuple[str, ...]] = {m: n for m in _modules(loaded) if (n := _packed_names(loaded, m))}
     loaded.digests, loaded.packed = {}, bool(packed)
     for module in packed or _modules(loaded):
-        names = packed[module] if packed else (f"{module}.weight",)
+        names = packed[module] if packed else (_weight_name(loaded, module),)
         pieces = [piece for name in names for piece in loaded.pieces.get(name, ())]
         layers: list[Any] = [model.get_submodule(piece.place.rpartition(".")[0]) for piece in pieces]
         if not pieces:
@@ -126,9 +126,19 @@ def _parameters(model: torch.nn.Module) -> Callable[[str], Tensor]:
 
 
 def _modules(loaded: Loaded) -> list[str]:
-    """Modules of the checkpoint that have a weight, in order of loading."""
+    """Modules of the checkpoint that have a weight, and stacks of experts, in order of loading."""
     ends = (".weight", *(weight for weight, _ in FORMATS.values()))
-    return list(dict.fromkeys(n.removesuffix(end) for n in loaded.sources for end in ends if n.endswith(end)))
+    found: dict[str, None] = {}
+    for name, source in loaded.sources.items():
+        end = next((end for end in ends if name.endswith(end)), None)
+        if end or len(source.shape) == 3:
+            found[name.removesuffix(end or "")] = None
+    return list(found)
+
+
+def _weight_name(loaded: Loaded, module: str) -> str:
+    """Name of the tensor with a module's values; a stack of experts [E, K, N] has the module's own name."""
+    return module if module in loaded.sources else f"{module}.weight"
 
 
 def _packed_names(loaded: Loaded, module: str) -> tuple[str, str] | None:
@@ -143,7 +153,7 @@ def _packed_names(loaded: Loaded, module: str) -> tuple[str, str] | None:
 def _slice_of(loaded: Loaded, module: str) -> list[int] | None:
     """The `Slice` of a module's weight [N, K] that this rank holds."""
     names = _packed_names(loaded, module) if loaded.packed else None
-    region = loaded.region(names[0] if names else f"{module}.weight")
+    region = loaded.region(names[0] if names else _weight_name(loaded, module))
     if region is None or not names:
         return region
     return [number for row, rows, *columns in blocks_of(region) for number in (row, rows, *(2 * c for c in columns))]
@@ -182,7 +192,7 @@ def describe_base(model: torch.nn.Module, modules: Collection[str]) -> dict:
             slices[module] = NOTHING
             continue
         digests.append((module, loaded.digests[module]))
-        names = (_packed_names(loaded, module) if loaded.packed else None) or (f"{module}.weight",)
+        names = (_packed_names(loaded, module) if loaded.packed else None) or (_weight_name(loaded, module),)
         held_in = [piece.place.rpartition(".")[0] for piece in loaded.pieces[names[0]]]
         for place in held_in:
             places.setdefault(place, []).append(module)
@@ -210,7 +220,7 @@ def describe_base(model: torch.nn.Module, modules: Collection[str]) -> dict:
 def _check_followed(model: torch.nn.Module, loaded: Loaded, module: str) -> None:
     """Raise EvidenceError where `module` disappeared on its way into the model; a rank may hold nothing of it."""
     for name, how in loaded.lost.items():
-        if name.startswith(f"{module}."):
+        if name == module or name.startswith(f"{module}."):
             loader = f"{type(model).__module__}.{type(model).__name__}.load_weights"
             raise EvidenceError(f"{module}: its way into vLLM cannot be followed ({how}), as {loader} loads it")
 
