@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -133,7 +134,9 @@ def run_arm(model: Path, base: Path, settings: Sequence[str]) -> Trial:
     trial = Trial(done.returncode == 0, time.monotonic() - began, refused=not runs)
     if not trial.ok:
         said = [line for line in done.stderr.splitlines() if "error" in line.lower()]
-        trial.error = said[-1].strip() if said else (done.stderr.strip().splitlines() or ["no word"])[-1]
+        last = said[-1].strip() if said else (done.stderr.strip().splitlines() or ["no word"])[-1]
+        last = re.sub(r" \(log: [^)]*\)", "", last).replace(str(model), model.name)
+        trial.error = last.replace(str(base.parent), "RUN")  # the table is made to be shown elsewhere
     for record in _records(runs[-1] / "evidence.jsonl") if runs else ():
         if record["kind"] == "mismatch":
             trial.mismatch = (*trial.mismatch, record["abs_dlogp_mean"])
