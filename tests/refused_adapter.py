@@ -1,0 +1,70 @@
+"""`python -m tests.refused_adapter BUCKETS`: a sync whose adapter vLLM refuses, over verl's own sender and receiver.
+
+A process of its own: verl settles for good on which platform it runs. The answer is a line of JSON.
+"""
+
+import asyncio
+import json
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+
+os.environ["VERL_PLATFORM"] = "cpu"
+
+import torch
+import zmq
+
+
+def main(buckets: int) -> dict:
+    from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
+
+    import verl_aqn.verl_api.plugin  # noqa: F401  (registers the CPU)
+    from verl_aqn.verl_api.worker_extension import AqnWorkerExtension
+
+    folder = tempfile.mkdtemp(prefix="aqn-")
+    handle = f"ipc://{folder}/sync"
+
+    class Worker(AqnWorkerExtension):
+        device = torch.device("cpu")
+        _is_qat_model = _is_modelopt_qat = False
+
+        def __new__(cls):
+            return object.__new__(cls)
+
+        def _get_zmq_handle(self):
+            return handle
+
+        def remove_lora(self, lora_id):
+            return True
+
+        def add_lora(self, request):
+            raise ValueError("target_modules: 'in_proj' is not supported")
+
+    weights = [(f"w{number}", torch.ones(300 << 10)) for number in range(buckets)]  # 1.2 MB each
+    sender = BucketedWeightSender(handle, bucket_size_mb=2, use_shm=True)
+    context = zmq.Context.instance()
+    for timeout in (zmq.RCVTIMEO, zmq.SNDTIMEO):
+        context.setsockopt(timeout, 60_000)
+    sent, said = [], ""
+
+    def send():
+        asyncio.run(sender.async_send_weights(iter(weights)))
+        sent.append(len(weights))
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    began = time.monotonic()
+    try:
+        Worker().update_weights_from_ipc(peft_config={"r": 4}, base_sync_done=True, use_shm=True)
+    except ValueError as error:
+        said = str(error)
+    thread.join(timeout=60)
+    shutil.rmtree(folder)
+    return {"said": said, "sent": sent, "seconds": time.monotonic() - began}
+
+
+if __name__ == "__main__":
+    print("RESULT " + json.dumps(main(int(sys.argv[1]))), flush=True)
