@@ -181,7 +181,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "falcon_h1": Family("FalconH1Config", {"head_dim": 32, "mamba_d_ssm": 256, **MAMBA}),
     "lfm2": Family(
-        "Lfm2Config", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_dim": 128}
+        "Lfm2Config",
+        {
+            "layer_types": ["conv", "full_attention"],
+            "block_auto_adjust_ff_dim": False,
+            "conv_dim": 128,
+            "block_dim": 128,
+        },
     ),
     "nemotron_h": Family(
         "NemotronHConfig",
