@@ -10,6 +10,9 @@ from peft import LoraConfig, get_peft_model
 
 from verl_aqn.config import load_recipe
 from verl_aqn.data.smollm2 import tiny_model
+from verl_aqn.layout import decide as layout
+from verl_aqn.layout.attention import NAME, laid_out
+from verl_aqn.layout.prompts import share_prompts
 from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
 from verl_aqn.mxfp4.model import load_model
 from verl_aqn.mxfp4.storage import Weights
@@ -133,31 +136,40 @@ def test_ppo_holds_its_critic_in_the_same_process(tmp_path):
 
 def test_micro_batches_are_verl_s():
     given = recipe("experiment=embedded", profile="cpu")
-    # 6 prompts × 8 answers of 24 tokens in one micro-batch: a row is a prompt of 128 and its eight answers.
-    assert micro_batch(given, 6, 16384) == MicroBatch(6 * 320, 320, 48 * 24, 6 * 192)
+    # 6 prompts of 128 × 8 answers of 24 tokens in one micro-batch: each prompt stands once, each answer reads it.
+    one = 6 * 128 + 48 * 24
+    assert micro_batch(given, 6, 16384) == MicroBatch(one, one, 6 * 128 + 48 * 152, 48 * 24 * 152, 48 * 24, 48 * 24)
     # Half of the tokens: 24 of the 48 answers, which may be of any of the prompts.
-    assert micro_batch(given, 6, 48 * 152 // 2) == MicroBatch(6 * (128 + 96), 224, 24 * 24, 6 * 96)
+    half = 6 * 128 + 24 * 24
+    assert micro_batch(given, 6, 48 * 152 // 2) == MicroBatch(
+        half, half, 6 * 128 + 24 * 152, 24 * 24 * 152, 24 * 24, 24 * 24
+    )
+    long = micro_batch(replace(given, response=256), 6, 10**6)
+    assert (long.queries, long.masked) == (long.keys, 0)
     packed = replace(given, padded=False, ranks=2)
-    assert micro_batch(packed, 6, 16384) == MicroBatch(24 * 152, 152, 24 * 24, 24 * 152)
+    assert micro_batch(packed, 6, 16384) == MicroBatch(24 * 152, 24 * 152, 24 * 152, 0, 24 * 24, 24 * 152)
     assert micro_batch(packed, 6, 10).forward == 152  # one sample at least
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_saved_activations_are_what_autograd_keeps(tmp_path, kind):
-    """The actor's layers as they are in a run (bf16 adapters of FSDP, autocast, a mask), seen by autograd's hooks."""
+    """The actor's layers as they are in a run (bf16 adapters of FSDP, autocast, its layout), by autograd's hooks."""
     source = tiny_model(tmp_path / "tiny", layers=4, hidden=128)
     if kind == "qwen3":
         source = as_qwen3(source, tmp_path / "qwen3")
     quantize_checkpoint(source, tmp_path / "packed")
     model = load_model(tmp_path / "packed", dtype=torch.bfloat16)
-    model.config._attn_implementation = "sdpa"
+    layout.use_attention(model, NAME)
     model.enable_input_require_grads()
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    rows, length, kept = 3, 96, {}
+    prompts, samples, prompt, response, kept = 2, 3, 96, 33, {}
+    ids = [torch.randint(0, 1000, (prompt,)) for _ in range(prompts) for _ in range(samples)]
+    ids = [ids[i - i % samples] for i in range(len(ids))]
+    shared = share_prompts(ids, [torch.randint(0, 1000, (response,)) for _ in ids])
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -165,15 +177,20 @@ def test_saved_activations_are_what_autograd_keeps(tmp_path, kind):
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
-        out = model(
-            input_ids=torch.randint(0, 1000, (rows, length)), use_cache=False, logits_to_keep=1,
-            attention_mask=torch.ones(rows, 1, length, length, dtype=torch.bool).tril(),
-        )  # fmt: skip
+    inputs = layout.shared_inputs(shared, keeps=True) | {"logits_to_keep": shared.column[:1]}
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16),
+        laid_out(shared),
+    ):
+        out = model(**inputs, use_cache=False)
     given = replace(recipe("experiment=embedded", profile="cpu"), rank=8)
     shape = shape_of(tmp_path / "packed", EXCLUDE)
     assert shape.head_norms == (kind == "qwen3")
-    one = memory.saved_activations(shape, given, MicroBatch(rows * length, length, 0, 0))
+    forward = prompts * prompt + len(ids) * (response - 1)  # the last token of an answer predicts nothing
+    keys = prompts * prompt + len(ids) * (prompt + response - 1)
+    masked = len(ids) * (response - 1) * (prompt + response - 1)
+    one = memory.saved_activations(shape, given, MicroBatch(forward, forward, keys, masked, 0, 0))
     assert 4 * one == pytest.approx(sum(kept.values()), rel=0.03)
     del out
 

@@ -160,10 +160,16 @@ class Sizes:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """`forward` tokens X go through the layers, in rows of `row`; `answers` T get a log-prob, `scored` get logits."""
+    """Tokens of a micro-batch: `forward` X go through the layers, `answers` T get a log-prob, `scored` get logits.
+
+    Attention has `queries`, and `keys` with their values: of a shared prompt once for each of its answers; `masked`
+    pairs of the two have an entry in a mask.
+    """
 
     forward: int
-    row: int
+    queries: int
+    keys: int
+    masked: int
     answers: int
     scored: int
 
@@ -171,19 +177,22 @@ class MicroBatch:
 def micro_batch(sizes: Sizes, prompts: int, tokens: int) -> MicroBatch:
     """The largest micro-batch of a rank's share of `prompts` prompts with all their samples, at most `tokens` long.
 
-    verl cuts a rank's B samples into ⌈B · length / tokens⌉ micro-batches of equal size. Padded (on the CPU) a row is a
-    prompt and its answers behind each other, and logits are made from the first answer's column on; packed, every
-    sample has its own prompt and every token logits.
+    verl cuts a rank's B samples into ⌈B · length / tokens⌉ micro-batches of equal size. With shared prompts (on a CPU,
+    `verl_aqn.layout`) a prompt stands once for its answers, and logits are made for answers alone; packed, every sample
+    has its own prompt and every token logits. A model whose layers carry a state has padded rows of its own, as many
+    tokens as packed ones: there this is too little.
     """
     length = sizes.prompt + sizes.response
     samples = ceil(prompts * sizes.samples / sizes.ranks)
     rows = ceil(samples / ceil(samples * length / max(tokens, length)))
+    answers = rows * sizes.response
     if not sizes.padded:
-        return MicroBatch(rows * length, length, rows * sizes.response, rows * length)
+        return MicroBatch(rows * length, rows * length, rows * length, 0, answers, rows * length)
     groups = min(rows, prompts)  # samples are spread over micro-batches by length, not by prompt
-    answers = ceil(rows / groups) * sizes.response
-    row = sizes.prompt + answers
-    return MicroBatch(groups * row, row, rows * sizes.response, groups * answers)
+    forward, keys = groups * sizes.prompt + answers, groups * sizes.prompt + rows * length
+    if length <= 1.5 * sizes.response:  # all tokens ask, which spares a mask (`verl_aqn.layout.attention`)
+        return MicroBatch(forward, keys, keys, 0, answers, answers)
+    return MicroBatch(forward, forward, keys, answers * length, answers, answers)
 
 
 def saved_activations(shape: Shape, sizes: Sizes, micro: MicroBatch) -> int:
@@ -192,14 +201,16 @@ def saved_activations(shape: Shape, sizes: Sizes, micro: MicroBatch) -> int:
     tests/unit/test_memory.py counts it with autograd's own hooks.
 
     A token, in bytes: 8H inputs of two norms in fp32 (and 4 (Q + C) of norms on heads); 2 (2H + Q) inputs of qkv,
-    output and MLP projections; 2 (Q + 2C) queries, keys, values; 8F gate, its activation, up, and their product;
-    14r or more outputs of the adapters' A; 4a sums of the softmax. Padded rows add the mask, 2 a token and column.
+    output and MLP projections; 8F gate, its activation, up, and their product; 14r or more outputs of the adapters' A.
+    Attention: 2Q + 4a a query (a sums of the softmax), 4C a key with its value. Shared prompts add 2Q a query: what
+    attention gives is put into another order; and 4 an entry of the mask, which SDPA turns into floats.
     """
     h, q, c = shape.hidden, shape.query, shape.key_value
-    token = 4 * 2 * h + BF16 * (2 * h + q) + BF16 * (q + 2 * c) + 4 * BF16 * shape.inner + BF16 * 7 * sizes.rank
-    token += 4 * shape.heads + (4 * (q + c) if shape.head_norms else 0)
+    token = 4 * 2 * h + BF16 * (2 * h + q) + 4 * BF16 * shape.inner + BF16 * 7 * sizes.rank
+    token += 4 * (q + c) if shape.head_norms else 0
     token += shape.experts * 2 * BF16 * h  # a row for each expert of a token, in and out
-    return micro.forward * (token + (BF16 * micro.row if sizes.padded else 0))
+    asked = (BF16 * q + 4 * shape.heads + (BF16 * q if sizes.padded else 0)) * micro.queries
+    return micro.forward * token + asked + 2 * BF16 * c * micro.keys + FP32 * micro.masked
 
 
 def actor(shape: Shape, sizes: Sizes, costs: Costs) -> Estimate:
