@@ -135,7 +135,7 @@ def run_arm(model: Path, base: Path, settings: Sequence[str]) -> Trial:
     if not trial.ok:
         said = [line for line in done.stderr.splitlines() if "error" in line.lower()]
         last = said[-1].strip() if said else (done.stderr.strip().splitlines() or ["no word"])[-1]
-        last = re.sub(r" \(log: [^)]*\)", "", last).replace(str(model), model.name)
+        last = re.sub(r" \(log: [^)]*\)", "", last.removeprefix("error: ")).replace(str(model), model.name)
         trial.error = last.replace(str(base.parent), "RUN")  # the table is made to be shown elsewhere
     for record in _records(runs[-1] / "evidence.jsonl") if runs else ():
         if record["kind"] == "mismatch":

@@ -131,7 +131,8 @@ def check_served(config: DictConfig, folder: Path) -> Iterator[Finding]:
         yield Finding("vLLM's model", "not asked: no vLLM for this profile is installed here")
         return
     name = answer.get("class") or ", ".join(architectures(folder)) or folder.name
-    yield Finding("vLLM's model", f"vLLM {version}: {name}", _fault(answer, version, name, _adapters(config)))
+    fault = _fault(answer, version, name, _adapters(config))
+    yield Finding("vLLM's model", "it cannot be served" if fault else f"vLLM {version}: {name}", fault)
 
 
 def architectures(folder: Path) -> list[str]:

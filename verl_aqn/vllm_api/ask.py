@@ -7,6 +7,7 @@ and the size of the model does not matter. The last line of standard output is t
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -224,6 +225,7 @@ def reason(error: BaseException) -> str:
     if hasattr(error, "errors") and callable(error.errors):  # pydantic's
         return str(error.errors()[0].get("msg", error)).split("\n")[0]
     text = (str(error).strip() or "no message").splitlines()[0]
+    text = re.sub(r" \(/[^)]*\)$", "", text)  # an ImportError's file
     return f"{type(error).__name__}: {text}"
 
 
