@@ -118,7 +118,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family("MistralConfig", {"head_dim": 32, "sliding_window": WINDOW}),
     "ministral": Family("MinistralConfig", {"head_dim": 32, "sliding_window": WINDOW}),
     "qwen2_window": Family(
-        "Qwen2Config", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
+        "Qwen2Config", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 0}
     ),
     "phi3": Family("Phi3Config", {"sliding_window": None}),
     "phi3_window": Family("Phi3Config", {"sliding_window": WINDOW}),
