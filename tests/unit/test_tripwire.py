@@ -35,6 +35,7 @@ def found(mean: float, tokens: int = 64, error: float = 0.0) -> dict:
         ({"temperature": 0.8}, 0.05, False, None),
         ({"top_p": 0.9}, 0.0, False, "rescored"),
         ({"top_p": 0.9, "temperature": 0.8}, 0.0, False, None),
+        ({"top_k": 20}, 0.0, True, "rescored"),
         ({"top_k": 20}, 0.05, True, None),  # the noisy rollout cannot be scored by a clean one
         ({"calculate_log_probs": False}, 0.0, False, "rescored"),
     ],

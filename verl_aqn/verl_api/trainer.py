@@ -240,8 +240,9 @@ class AqnTrainer(SavingTrainer):
             if not self.mismatches and not self.told_uncompared:
                 self.told_uncompared = True  # once
                 self.warn(
-                    f"step {self.global_steps}: trainer and rollout are not compared (temperature "
-                    f"{actor_rollout.rollout.temperature:g}, σ {sigma:g}); the first step without noise will be"
+                    f"step {self.global_steps}: log-probs of trainer and rollout are not compared (temperature "
+                    f"{actor_rollout.rollout.temperature:g}, top_p {actor_rollout.rollout.top_p:g}, σ {sigma:g}): a "
+                    "difference would not be noticed before a step that can be"
                 )
             return
         keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
@@ -281,7 +282,9 @@ class AqnTrainer(SavingTrainer):
         found = {"aqn/groups": groups, "aqn/groups_without_variance": flat + refused}
         if {"rollout_log_probs", "old_log_probs", "entropy"} <= set(data.keys()):  # bypass mode has one of them only
             clip = clip_range(self.config.actor_rollout_ref.actor)
-            found |= step_metrics(data, keys, self.clean_logp, clip, self.aqn.noise.in_actor)
+            # What only the check of the mismatch scored again is not comparable with what top_p left over.
+            rescored = self.clean_logp if can_rescore(self.config.actor_rollout_ref.rollout) else {}
+            found |= step_metrics(data, keys, rescored, clip, self.aqn.noise.in_actor)
         return found
 
     # ---- noise and evidence ----

@@ -8,7 +8,7 @@ source    tokens                                                        when
 ========  ============================================================  ===========================================
 sampled   all of the step, with the log-probs that the rollout sampled  σ is 0, or the actor has the same noise; and
           them with                                                     sampling keeps the whole vocabulary
-rescored  those that the rollout scored again without noise             the temperature is 1
+rescored  those that the rollout scored again without noise             the temperature is 1, and the actor is clean
 ========  ============================================================  ===========================================
 """
 
@@ -46,7 +46,7 @@ def source_of(rollout: DictConfig, sigma: float, noisy_actor: bool) -> str | Non
     if (sigma == 0 or noisy_actor) and rollout.calculate_log_probs and not truncates(rollout):
         return "sampled"
     # vLLM scores given tokens at temperature 1; the trainer divides its logits by the rollout's temperature.
-    return "rescored" if rollout.temperature == 1 and not noisy_actor else None
+    return "rescored" if rollout.temperature == 1 and (sigma == 0 or not noisy_actor) else None
 
 
 def measure(
