@@ -32,7 +32,7 @@ from verl_aqn.verl_api.packed_base import PackedBase
 class AqnFSDPEngine(PackedBase):
     """The actor: packed base (uint8), LoRA in fp32 master weights that compute and travel in bf16.
 
-    `noise` is set where the recipe wants the rollout's noise in the actor too. `slicings`: the parts of the adapter that
+    `noise` is set where the recipe wants the rollout's noise in the actor too. `slicings`: parts of the adapter that
     ranks of the rollout hold ({}: all of it), known once they have one. `sent_adapters`: the digest of each part when
     the adapter was last sent. `sent_bytes`: the bytes that went to each replica then.
     """
