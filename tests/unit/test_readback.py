@@ -176,3 +176,39 @@ def test_a_kernel_that_rounds_activations_without_a_word_is_found_out():
         check_activations("none", [["none"], ["even/nearest"]], found[:1])
     assert kernel_activation(named_kernel("NewKernel")) == "unknown"
     assert kernel_activation(named_kernel("CpuMxfp4LinearKernel", activation=None)) == "none"
+
+
+def test_a_stack_of_experts_is_read_back_as_its_folder_holds_it(tmp_path):
+    """gpt-oss: [E, K, N] in the bf16 folder, [E, N, K] in vLLM's layer."""
+    from tests.family_models import make
+    from verl_aqn.mxfp4.checkpoint import checkpoint_digest, quantize_checkpoint
+    from verl_aqn.mxfp4.model import dequantize_checkpoint, open_packed, packed_modules
+    from verl_aqn.mxfp4.storage import Weights
+    from verl_aqn.shards import NOTHING
+    from verl_aqn.vllm_api.observe import keep
+    from verl_aqn.vllm_api.trace import Trace
+
+    make("gpt_oss", tmp_path / "source")
+    quantize_checkpoint(tmp_path / "source", tmp_path / "packed")
+    dequantize_checkpoint(tmp_path / "packed", tmp_path / "dense")
+    name = "model.layers.0.mlp.experts.down_proj"
+    stack = Weights(tmp_path / "dense").read(name)
+    others = [module for module in packed_modules(open_packed(tmp_path / "packed")) if module != name]
+    wanted = checkpoint_digest(tmp_path / "packed", dict.fromkeys(others, NOTHING), "bf16")
+
+    def held(values: torch.Tensor) -> dict:
+        model = torch.nn.Module()
+        model.experts = torch.nn.Module()
+        model.experts.w2_weight = torch.nn.Parameter(torch.zeros_like(stack.transpose(1, 2).contiguous()))
+        model.experts.quant_method = object()
+        with Trace() as trace:
+            ((_, tensor),) = trace.watch([(name, values)])
+            model.experts.w2_weight.data.copy_(tensor.transpose(1, 2))
+        keep(model, trace)
+        return describe_base(model, [name, *others])
+
+    assert held(stack)["base_digest"] == wanted
+    assert held(stack)["slices"] == dict.fromkeys(others, NOTHING)
+    wrong = stack.clone()
+    wrong[-1, -1, -1] += 1
+    assert held(wrong)["base_digest"] != wanted
