@@ -4,8 +4,8 @@ Noise is a function, not a state: `draw(seed, step, name, numel)` gives the same
 weights are always written as clean + noise. What was written is then read back and measured.
 """
 
-from verl_aqn.noise.evidence import check_equal_noise, check_evidence, check_used, sigma_interval
-from verl_aqn.noise.expected import check_norms, expected_norms
+from verl_aqn.judge.noise import check_equal_noise, check_evidence, check_norms, check_used, sigma_interval
+from verl_aqn.noise.expected import expected_norms
 from verl_aqn.noise.gaussian import draw
 from verl_aqn.noise.injector import NoiseInjector
 from verl_aqn.noise.norms import find_norms

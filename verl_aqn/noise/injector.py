@@ -15,7 +15,7 @@ from torch import nn
 
 from verl_aqn.digest import tensor_digest
 from verl_aqn.errors import ConfigError, EvidenceError, ModelError
-from verl_aqn.noise.evidence import sigma_interval
+from verl_aqn.judge.noise import sigma_interval
 from verl_aqn.noise.gaussian import draw_spans
 from verl_aqn.noise.norms import canonical_names, survey
 from verl_aqn.noise.routers import router_norms
