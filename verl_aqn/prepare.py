@@ -152,6 +152,9 @@ def tell_workers(config: DictConfig) -> None:
                 f"aqn.noise.apply_to=rollout+actor needs actor.strategy=fsdp2, not {actor_rollout.actor.strategy}"
             )
         OmegaConf.update(actor_rollout, "model.override_config.noise_in_actor", True, force_add=True)
+    elif noise.enabled and "norm" in noise.targets and aqn.profile != "npu" and actor_rollout.actor.strategy == "fsdp2":
+        # So that the trainer can measure once what noise does, and the rollout be held against that.
+        OmegaConf.update(actor_rollout, "model.override_config.noise_measured", True, force_add=True)
     if mxfp4.keep_dense:
         OmegaConf.update(actor_rollout, "model.override_config.mxfp4_keep_dense", True, force_add=True)
     if mxfp4.activation == "none":
@@ -171,7 +174,7 @@ def untell_workers(config: DictConfig) -> None:
     """Take out of a run's resolved config what `tell_workers` put in: an evaluation of it may have to be told less."""
     actor_rollout = config.actor_rollout_ref
     told, engine = actor_rollout.model.override_config, actor_rollout.rollout.engine_kwargs.vllm
-    for key in ("noise_in_actor", "mxfp4_keep_dense"):
+    for key in ("noise_in_actor", "noise_measured", "mxfp4_keep_dense"):
         told.pop(key, None)
     if told.pop("mxfp4_activation", None) is None:
         return

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl_aqn.config import load_recipe, parse_aqn, schedule_of
 from verl_aqn.console import Console
 from verl_aqn.errors import StrengthError
+from verl_aqn.judge.records import VERSION
 from verl_aqn.preflight.checks import check_machine
 from verl_aqn.prepare import check_steps, data_files, prepare_data, prepare_model, warnings_of
 from verl_aqn.runs.arms import differences, flatten
@@ -182,7 +183,7 @@ def launch(run: RunFolder, todo: Prepared) -> list[str]:
             run.write_text(name, content)
     launch_file = run.path / "launch.yaml"  # the config of the newest attempt
     launch_file.write_text(text)
-    run.append("events.jsonl", {"kind": "attempt", **run.state, "versions": versions})
+    run.append("events.jsonl", {"kind": "attempt", **run.state, "versions": versions, "evidence": VERSION})
     changed = differences(flatten(run.block("versions.json") or {}), flatten(versions))
     return [
         f"the run began with {key} {was} and goes on with {now}: compare will refuse it beside runs of one {key}"

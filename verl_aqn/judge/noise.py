@@ -84,21 +84,17 @@ def check_reading(
             f"{evidence['changed_outside']} weights that were to be clean differ from clean at σ {sigma:g}: noise of "
             "an earlier step stayed on, or went where it was not ordered; restart the rollout"
         )
-    if sigma == 0:
-        if evidence["weights_digest"] != clean_digest:
-            raise EvidenceError("σ is 0, but the norms are not the clean ones bit for bit; restart the rollout")
+    if sigma == 0 and evidence["weights_digest"] != clean_digest:
+        raise EvidenceError("σ is 0, but the norms are not the clean ones bit for bit; restart the rollout")
 
 
 def check_realised(evidence: Mapping[str, Any], sigma: float) -> None:
     """Raises EvidenceError unless σ over all that was measured lies where sampling and rounding allow it to be."""
-    interval = evidence["sigma_interval"]
+    interval, realised, rounding = (evidence[f"sigma_{key}"] for key in ("interval", "realised", "rounding"))
     if sigma == 0:
-        if evidence["sigma_realised"] != 0 or list(interval) != [0.0, 0.0]:
-            raise EvidenceError(
-                f"σ is 0, but σ {evidence['sigma_realised']:.3g} is in the weights; restart the rollout"
-            )
+        if realised != 0 or list(interval) != [0.0, 0.0]:
+            raise EvidenceError(f"σ is 0, but σ {realised:.3g} is in the weights; restart the rollout")
         return
-    realised, rounding = evidence["sigma_realised"], evidence["sigma_rounding"]
     expected = sigma_interval(sigma, evidence["elements"])
     if not all(math.isclose(one, other, rel_tol=1e-6) for one, other in zip(interval, expected, strict=True)):
         raise EvidenceError(

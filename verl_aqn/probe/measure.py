@@ -42,6 +42,8 @@ class Strength:
 
     KL(clean || noisy) and the noisy policy's entropy: bootstrap over prompts. Accuracy, and the share of groups whose
     rewards differ: Wilson's, as if samples of a prompt were independent. Those two are None where nothing was sampled.
+    `dlogp`: mean |log p_clean − log p_now| of the tokens that the clean policy samples, which a run holds against what
+    its rollout does (`verl_aqn.judge.use`).
     """
 
     sigma: float
@@ -49,6 +51,7 @@ class Strength:
     entropy: tuple[float, float, float]
     accuracy: tuple[float, float, float] | None = None
     variance: tuple[float, float, float] | None = None
+    dlogp: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -92,9 +95,10 @@ class Probe:
     def measure(self, sigma: float, sampled: bool = True) -> Strength:
         """The policy under noise of `sigma` (0: the clean one); without `sampled` only KL and entropy, much faster."""
         with self._noise(sigma):
-            kl, entropy, counts = self._compare()
+            kl, entropy, dlogp, counts = self._compare()
             answers = (self.answers if sigma == 0 else self._sample()) if sampled else None
-        strength = Strength(sigma, ratio_interval(kl, counts), ratio_interval(entropy, counts))
+        moved = float(dlogp.sum() / counts.sum())
+        strength = Strength(sigma, ratio_interval(kl, counts), ratio_interval(entropy, counts), dlogp=moved)
         if answers is None:
             return strength
         rewards = [self._rewards(prompt, group) for prompt, group in zip(self.prompts, answers, strict=True)]
@@ -191,16 +195,17 @@ class Probe:
         return states
 
     @torch.inference_mode()
-    def _compare(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """By prompt, summed over its clean answer: KL(clean || now), entropy now, tokens; float64 [P]."""
+    def _compare(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """By prompt, summed over its clean answer: KL(clean || now), entropy now, |Δ log p|, tokens; float64 [P]."""
         head = self.model.get_output_embeddings()
-        kl, entropy, counts = (np.zeros(len(self.prompts)) for _ in range(3))
+        kl, entropy, dlogp, counts = (np.zeros(len(self.prompts)) for _ in range(4))
         for i, (clean, now) in enumerate(zip(self.clean_states, self._states(), strict=True)):
             p, q = ((head(state).float() / self.temperature).log_softmax(-1) for state in (clean, now))
             kl[i] = (p.exp() * (p - q)).sum(-1, dtype=torch.float64).sum().item()
             entropy[i] = -(q.exp() * q).sum(-1, dtype=torch.float64).sum().item()
+            dlogp[i] = (p.exp() * (p - q).abs()).sum(-1, dtype=torch.float64).sum().item()
             counts[i] = len(now)
-        return kl, entropy, counts
+        return kl, entropy, dlogp, counts
 
     def _rewards(self, prompt: Prompt, group: list[list[int]]) -> list[float]:
         texts = self.tokenizer.batch_decode(group, skip_special_tokens=True)

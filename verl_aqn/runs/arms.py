@@ -16,6 +16,7 @@ from verl_aqn.runs.folder import RunFolder
 FACTOR = "aqn.noise"
 _COPIES = {  # settings that follow another one
     ".noise_in_actor": "aqn.noise.apply_to",
+    ".noise_measured": "aqn.noise.enabled",
     "critic.model.path": "actor_rollout_ref.model.path",
     ".prometheus.served_model_name": "actor_rollout_ref.model.path",
     "versions.base": "actor_rollout_ref.model.path",

@@ -22,9 +22,12 @@ from typing import Any
 import yaml
 
 from verl_aqn.errors import AqnError, BusyError, DataError, EnvironmentFault
+from verl_aqn.runs.chain import linked
 
 STATUSES = ("running", "finished", "failed", "interrupted")
 LINKS = ("training.log", "checkpoints")
+LINKED = ("evidence.jsonl",)
+"""Records that are linked to the one before them (`runs.chain`)."""
 
 
 class RunFolder:
@@ -119,7 +122,6 @@ class RunFolder:
         except ValueError:
             plain = json.loads(json.dumps(record, default=lambda scalar: scalar.item()), parse_constant=lambda _: None)
             text = json.dumps(plain)
-        line = (text + "\n").encode()
         path = self.path / name
         with _faults(path):
             handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
@@ -128,6 +130,9 @@ class RunFolder:
                 # The kernel stops the write of a killed process between pages: a long line is then torn, and the next
                 # one would be glued to it.
                 _cut_torn_line(handle)
+                if name in LINKED:
+                    text = json.dumps(linked(_last_line(handle), json.loads(text)))
+                line = (text + "\n").encode()
                 if os.write(handle, line) < len(line):  # a disk that fills up within the line
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
@@ -272,6 +277,17 @@ def _cut_torn_line(handle: int) -> None:
     size = os.fstat(handle).st_size
     if size and os.pread(handle, 1, size - 1) != b"\n":
         os.ftruncate(handle, os.pread(handle, size, 0).rfind(b"\n") + 1)
+
+
+def _last_line(handle: int) -> bytes:
+    """The last line without its end; empty where there is none."""
+    size = os.fstat(handle).st_size
+    start, tail = size, b""
+    while start > 0 and tail.count(b"\n") < 2:
+        step = min(start, 1 << 16)
+        start -= step
+        tail = os.pread(handle, step, start) + tail
+    return tail.removesuffix(b"\n").rpartition(b"\n")[2]
 
 
 def _write_state(folder: Path, state: dict[str, Any]) -> None:

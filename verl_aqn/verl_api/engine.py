@@ -32,7 +32,8 @@ from verl_aqn.verl_api.packed_base import PackedBase
 class AqnFSDPEngine(PackedBase):
     """The actor: packed base (uint8), LoRA in fp32 master weights that compute and travel in bf16.
 
-    `noise` is set where the recipe wants the rollout's noise in the actor too. `slicings`: parts of the adapter that
+    `noise` is set where the recipe has noise on norms: for the forwards of a whole step where it wants it in the actor
+    too, else for one measurement of what it does. `slicings`: parts of the adapter that
     ranks of the rollout hold ({}: all of it), known once they have one. `sent_adapters`: the digest of each part when
     the adapter was last sent. `sent_bytes`: the bytes that went to each replica then.
     """
@@ -44,7 +45,9 @@ class AqnFSDPEngine(PackedBase):
     _served: tuple[tuple[str, torch.Tensor], ...] = ()  # what was sent first, until it is known in which parts
 
     def _build_module(self):
-        noisy = self.model_config.override_config.get("noise_in_actor") and not self.engine_config.forward_only
+        told = self.model_config.override_config
+        noisy = told.get("noise_in_actor") or told.get("noise_measured")
+        noisy = noisy and not self.engine_config.forward_only
         if not is_packed(self.model_config.local_path) and not noisy and not self.text_part:
             if self.model_config.override_config.get("attn_implementation") == "sdpa":
                 # transformers' choice: sdpa, or eager for the models that sdpa cannot serve

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from omegaconf import DictConfig, OmegaConf
 
-from verl_aqn.errors import AqnError, ProcessFault
+from verl_aqn.errors import AqnError, EvidenceError, ProcessFault
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.stacks import listen
 from verl_aqn.supervise import launched
@@ -96,6 +96,8 @@ def main(folder: Path) -> int:
         text = str(cause) if isinstance(cause, AqnError) else f"{type(cause).__name__}: {cause}"
         line = (text.strip().splitlines() or ["no word"])[0][:500]
         # What a user has to mend comes again at the next attempt; what happened to a process need not.
+        if isinstance(cause, EvidenceError):
+            records.append("evidence.jsonl", {"kind": "stopped", "reason": line})
         again = not isinstance(cause, AqnError) or isinstance(cause, ProcessFault)
         records.append("events.jsonl", {"kind": "error", "text": line, "again": again})
         return 1

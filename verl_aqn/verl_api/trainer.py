@@ -3,11 +3,14 @@
 One place decides σ: `on_step_begin` here. The rollout is told, and what it answers is checked there and then.
 """
 
+import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 import transfer_queue
 from omegaconf import DictConfig
 from verl.trainer.ppo.utils import Role
@@ -16,13 +19,14 @@ from verl.utils.debug import marked_timer
 import verl_aqn.verl_api.rollout  # noqa: F401  registers the replica
 from verl_aqn.config import order_of, parse_aqn, schedule_of
 from verl_aqn.errors import ConfigError, EvidenceError
+from verl_aqn.judge.records import END, RESCORING, VALIDATION, VERSION, Judge
 from verl_aqn.mxfp4.checkpoint import check_covered, checkpoint_digest
 from verl_aqn.mxfp4.model import open_packed, packed_modules
-from verl_aqn.noise import check_equal_noise, check_evidence, check_norms, check_used, expected_norms
-from verl_aqn.order import NoiseOrder
+from verl_aqn.noise import expected_norms
 from verl_aqn.prepare import check_steps
 from verl_aqn.rewards import math_verify
 from verl_aqn.rewards.gsm8k import number
+from verl_aqn.runs.evidence import judge_run
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.shards import distinct, not_covered
 from verl_aqn.verl_api import tripwire
@@ -30,6 +34,7 @@ from verl_aqn.verl_api.divergence import saved_where_it_diverges
 from verl_aqn.verl_api.groups import AqnReplayBuffer, check_refill, count_groups, remedy
 from verl_aqn.verl_api.parity import can_rescore, clip_range, scored_again, step_metrics
 from verl_aqn.verl_api.saving import SavingTrainer
+from verl_aqn.verl_api.use import TRAINER, UseOfNoise
 from verl_aqn.verl_api.workers import AqnActorWorker, AqnTrainingWorker
 from verl_aqn.vllm_api.readback import check_activations
 from verl_aqn.watchdog import ENDING
@@ -50,10 +55,12 @@ class AqnTrainer(SavingTrainer):
         self.shares: dict[str, float] = {}  # of the last validation's answers, right by the other two rules
         self.clean_logp: dict[str, list[float]] = {}  # of the rollout's own sequences, scored again without noise
         # Mean |Δ log-prob| between trainer and rollout of each compared step, those of earlier attempts first.
+        evidence = list(self.folder.read("evidence.jsonl"))
         self.mismatches: list[float] = [
-            record["abs_dlogp_mean"] for record in self.folder.read("evidence.jsonl") if record["kind"] == "mismatch"
+            record["abs_dlogp_mean"] for record in evidence if record["kind"] == "mismatch" and record.get("source")
         ]
-        self.compared = self.told_uncompared = False  # in this attempt
+        self.use = UseOfNoise(evidence)
+        self.compared = self.told_uncompared = self.told_unpredicted = False  # in this attempt
 
     # ---- verl's seams ----
 
@@ -86,10 +93,16 @@ class AqnTrainer(SavingTrainer):
 
     def on_init_end(self):
         self.schedule = schedule_of(self.config, self.total_training_steps)
+        self.judge = Judge(
+            lambda step: order_of(self.aqn.noise, self.schedule, step), noisy_actor=self.aqn.noise.in_actor
+        )
         self.event("rollout ready")
         addresses = ray.get([server.get_server_address.remote() for server in self.servers()])
         self.record(
-            "placed", actor_nodes=self.actor_rollout_wg.node(), rollout_nodes=[address for address, _ in addresses]
+            "placed",
+            evidence=VERSION,
+            actor_nodes=self.actor_rollout_wg.node(),
+            rollout_nodes=[address for address, _ in addresses],
         )
         self.layout = self.actor_rollout_wg.layout()[0]
         self.record("layout", layout=self.layout)
@@ -99,9 +112,8 @@ class AqnTrainer(SavingTrainer):
         order = order_of(self.aqn.noise, self.schedule, 0)
         ranks = self.rollout("aqn_prepare", order.to_dict())
         norms, expected = ranks[0], expected_norms(self.config.actor_rollout_ref.model.path)
-        self.clean_digest = norms["clean_digest"]
-        self.record("rollout", **norms, expected_norms=expected)
-        check_norms(expected, ranks, order)
+        for rank, answer in enumerate(ranks):
+            self.record("rollout", rank=rank, ranks=len(ranks), **answer, expected_norms=expected)
         self.check_base("start")
         self.check_adapter()
         linears = f" and {norms['linears']} linear weights" if norms["linears"] else ""
@@ -134,16 +146,19 @@ class AqnTrainer(SavingTrainer):
 
     def _compute_old_log_prob(self, batch, metrics):
         self.doing("log-probs")
+        noisy = self.log_probs_with_noise(batch)
         correction = self.config.algorithm.rollout_correction
-        if not (correction and correction.get("bypass_mode")):
-            batch = super()._compute_old_log_prob(batch, metrics)
-            self.check_mismatch(batch)
-            return batch
-        if not self.compared:  # the trainer's log-probs are computed for this check alone
-            correction.bypass_mode = False
-            self.check_mismatch(super()._compute_old_log_prob(batch, {}))
-            correction.bypass_mode = True
-        return super()._compute_old_log_prob(batch, metrics)
+        if correction and correction.get("bypass_mode"):
+            if self.compared and noisy is None:
+                self.uncompared("algorithm.rollout_correction.bypass_mode=true takes the rollout's log-probs")
+            else:  # the trainer's log-probs are computed for these checks alone
+                self.check_mismatch(self.trainer_log_probs(batch))
+            self.check_use(batch, noisy)
+            return super()._compute_old_log_prob(batch, metrics)
+        batch = super()._compute_old_log_prob(batch, metrics)
+        self.check_mismatch(batch)
+        self.check_use(batch, noisy)
+        return batch
 
     def _update_critic(self, batch, metrics):
         self.doing("critic's update")
@@ -163,15 +178,17 @@ class AqnTrainer(SavingTrainer):
     def on_validate_begin(self):
         self.event(f"validating after step {self.global_steps}")
         self.doing("validation")
-        self.restore_clean()
+        self.restore_clean(VALIDATION)
         super().on_validate_begin()
 
     def fit(self, agent_loop_manager):
         super().fit(agent_loop_manager)
-        self.restore_clean()
+        self.restore_clean(END)
         self.check_base("end")
         peaks = {"actor": self.actor_rollout_wg.memory_peak(), "rollout": self.rollout("aqn_memory_peak")}
         self.write("events.jsonl", kind="memory", **peaks)
+        if faults := judge_run(self.folder, finished=True).faults:  # all records once more, and what is not there
+            raise EvidenceError(f"the run's own evidence does not hold: {faults[0]}")
         self.doing(ENDING)
 
     def _validate(self) -> dict[str, float]:
@@ -217,7 +234,7 @@ class AqnTrainer(SavingTrainer):
 
     def score_without_noise(self, keys: list[str]) -> dict[str, list[float]]:
         """Log-probabilities that the rollout, with this step's adapter and clean norms, gives to its own responses."""
-        self.restore_clean()
+        self.restore_clean(RESCORING)
         data = transfer_queue.kv_batch_get(keys=keys, partition_id="train", select_fields=["prompts", "responses"])
         servers, asked = self.servers(), []
         longest = self.config.actor_rollout_ref.rollout.max_model_len - 1  # the engine wants room for one token more
@@ -237,24 +254,30 @@ class AqnTrainer(SavingTrainer):
         actor_rollout, sigma = self.config.actor_rollout_ref, self.noise_metrics["aqn/sigma"]
         source = tripwire.source_of(actor_rollout.rollout, sigma, self.aqn.noise.in_actor)
         if source is None:
+            reason = f"temperature {actor_rollout.rollout.temperature:g}, top_p {actor_rollout.rollout.top_p:g}"
+            self.uncompared(f"{reason}, σ {sigma:g}")
             if not self.mismatches and not self.told_uncompared:
                 self.told_uncompared = True  # once
                 self.warn(
-                    f"step {self.global_steps}: log-probs of trainer and rollout are not compared (temperature "
-                    f"{actor_rollout.rollout.temperature:g}, top_p {actor_rollout.rollout.top_p:g}, σ {sigma:g}): a "
-                    "difference would not be noticed before a step that can be"
+                    f"step {self.global_steps}: log-probs of trainer and rollout are not compared ({reason}, σ "
+                    f"{sigma:g}): a difference would not be noticed before a step that can be"
                 )
             return
-        keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
+        keys = real_keys(batch)
         fields = ["response_mask", "old_log_probs", *(["rollout_log_probs"] if source == "sampled" else [])]
         data = transfer_queue.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
         clip = clip_range(actor_rollout.actor)
         found = tripwire.measure(data.to_padded_tensor(), keys, self.clean_logp, source, clip)
         if found is None:
+            self.uncompared("no sample was scored again without noise (aqn.parity.rescore)")
             return
         limits = self.aqn.parity
-        self.record("mismatch", step=self.global_steps, warn=limits.warn, stop=limits.stop, **found)
-        if text := tripwire.judge(found, self.global_steps, self.mismatches, limits, self.layout):
+        bounds = {key: value if math.isfinite(value) else "none" for key, value in asdict(limits).items()}
+        record = {"step": self.global_steps, "warn": bounds["warn"], "stop": bounds["stop"], **found}
+        self.write("evidence.jsonl", kind="mismatch", **record)
+        text = tripwire.judge(found, self.global_steps, self.mismatches, limits, self.layout)  # names likely causes
+        self.judged("mismatch", record)
+        if text:
             self.warn(text)
         elif not self.compared:
             self.event(
@@ -263,9 +286,73 @@ class AqnTrainer(SavingTrainer):
         self.compared = True
         self.mismatches.append(found["abs_dlogp_mean"])
 
+    def uncompared(self, reason: str) -> None:
+        """Put on record that the log-probs of this step are not compared, and why."""
+        self.record("mismatch", step=self.global_steps, source=None, reason=reason)
+
+    def trainer_log_probs(self, batch: Any) -> Any:
+        """The batch with the trainer's own log-probs, whatever the run learns from."""
+        correction = self.config.algorithm.rollout_correction
+        bypass = correction and correction.get("bypass_mode")
+        if bypass:
+            correction.bypass_mode = False
+        batch = super()._compute_old_log_prob(batch, {})
+        if bypass:
+            correction.bypass_mode = True
+        return batch
+
+    def log_probs_with_noise(self, batch: Any) -> torch.Tensor | None:
+        """The trainer's log-probs [B, R] with the rollout's noise, in the first step that has any; else None."""
+        sigma = self.noise_metrics["aqn/sigma"]
+        if self.aqn.noise.in_actor or sigma == 0 or self.use.by == TRAINER or not self.use_can_be_seen():
+            return None
+        order = order_of(self.aqn.noise, self.schedule, self.global_steps - 1)
+        reason = next(filter(None, self.actor_rollout_wg.cannot_carry_noise(order.to_dict())), "")
+        if not reason:
+            held = self.actor_rollout_wg.apply_noise(order.to_dict())
+            if {one["weights_digest"] for one in held} == {self.rollout_noise["rollout rank 0"]["weights_digest"]}:
+                self.trainer_log_probs(batch)
+                noisy = self.log_probs_of(batch, ["old_log_probs"])["old_log_probs"]
+                if all(one["uses"] for one in self.actor_rollout_wg.restore_clean()):
+                    return noisy
+                reason = "its forward did not use it"
+            else:
+                self.actor_rollout_wg.restore_clean()
+                reason = "its norms with noise are not those of the rollout"
+        if not self.told_unpredicted:
+            self.told_unpredicted = True
+            self.warn(f"what noise does was not measured in the actor ({reason}): a rollout that ignores it may pass")
+        return None
+
+    def use_can_be_seen(self) -> bool:
+        """Whether samples of this step were scored again, and are comparable."""
+        return bool(self.clean_logp) and can_rescore(self.config.actor_rollout_ref.rollout)
+
+    def check_use(self, batch: Any, noisy_trainer: torch.Tensor | None) -> None:
+        """Check that this step's noise moved the rollout's log-probs, where some of its samples were scored again."""
+        if not self.use_can_be_seen():
+            return
+        sigma, noisy = self.noise_metrics["aqn/sigma"], self.aqn.noise.in_actor
+        # In bypass mode the trainer's are there only where something was to be compared with them.
+        trainer = ["old_log_probs"] if noisy_trainer is not None or noisy else []
+        data = self.log_probs_of(batch, ["response_mask", "rollout_log_probs", *trainer])
+        if noisy and sigma:
+            noisy_trainer = data["old_log_probs"]
+        mismatch = self.mismatches[-1] if self.mismatches else 0.0
+        found = self.use.measure(data, real_keys(batch), self.clean_logp, sigma, mismatch, noisy_trainer)
+        if found:
+            self.record("use", step=self.global_steps, **found)
+
+    def log_probs_of(self, batch: Any, fields: list[str]) -> Any:
+        """Fields [B, R] of a batch, padded."""
+        keys = real_keys(batch)
+        return transfer_queue.kv_batch_get(
+            keys=keys, partition_id=batch.partition_id, select_fields=fields
+        ).to_padded_tensor()
+
     def group_and_parity_metrics(self, batch: Any, metrics: dict) -> dict[str, float]:
         """`aqn/groups…` and `aqn/parity/…` of a step; see verl_api/parity.py for what each figure is."""
-        keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
+        keys = real_keys(batch)
         fields = ["rm_scores", "response_mask", "rollout_log_probs", "old_log_probs", "entropy"]
         data = transfer_queue.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
         data = data.to_padded_tensor()
@@ -303,9 +390,8 @@ class AqnTrainer(SavingTrainer):
         """Noise of RL step `step` (from 0) on every replica, read back and checked."""
         order = order_of(self.aqn.noise, self.schedule, step)
         ranks = self.rollout("aqn_apply_noise", order.to_dict(), clear_cache=True)
-        self.check_ranks("noise", ranks, order, stage=self.schedule.stage(step))
+        self.check_ranks("noise", ranks, stage=self.schedule.stage(step))
         self.rollout_noise = {f"rollout rank {rank}": evidence for rank, evidence in enumerate(ranks)}
-        check_equal_noise(self.rollout_noise)
         self.noise_metrics = {
             "aqn/sigma": order.sigma,
             "aqn/sigma_realised": ranks[0]["sigma_realised"],
@@ -313,29 +399,25 @@ class AqnTrainer(SavingTrainer):
             "aqn/modules": ranks[0]["modules"],
         }
 
-    def restore_clean(self) -> None:
-        """Clean weights on every replica, bit for bit."""
-        self.check_ranks("clean", self.rollout("aqn_restore", clear_cache=True), None)
+    def restore_clean(self, when: str) -> None:
+        """Clean weights on every replica, bit for bit. `when`: as `judge.records` names the moment."""
+        self.check_ranks("clean", self.rollout("aqn_restore", clear_cache=True), when=when, at=self.global_steps)
 
     def apply_actor_noise(self, step: int) -> None:
         """The noise of the rollout of RL step `step`, bit for bit, in the forward of every actor rank."""
         order = order_of(self.aqn.noise, self.schedule, step)
         ranks = self.actor_rollout_wg.apply_noise(order.to_dict())
-        self.check_ranks("actor noise", ranks, order)
-        check_equal_noise(self.rollout_noise | {f"actor rank {rank}": evidence for rank, evidence in enumerate(ranks)})
+        self.check_ranks("actor noise", ranks)
 
     def restore_actor(self) -> None:
         """No noise in the actor, after it was used."""
         ranks = self.actor_rollout_wg.restore_clean()
-        self.check_ranks("actor clean", ranks, None)
-        for evidence in ranks:
-            check_used(evidence, self.noise_metrics["aqn/sigma"])
+        self.check_ranks("actor clean", ranks, at=self.global_steps, sigma_used=self.noise_metrics["aqn/sigma"])
 
-    def check_ranks(self, kind: str, ranks: list[dict], order: NoiseOrder | None, **more: Any) -> None:
-        """What each rank read back, on record and then held against `order` (None: clean)."""
+    def check_ranks(self, kind: str, ranks: list[dict], **more: Any) -> None:
+        """Put on record what each rank read back, and judge it."""
         for rank, evidence in enumerate(ranks):
             self.record(kind, rank=rank, **more, **evidence)
-            check_evidence(evidence, order, self.clean_digest)
 
     def check_adapter(self) -> None:
         """The rollout multiplies with the adapter that the actor sent."""
@@ -347,10 +429,10 @@ class AqnTrainer(SavingTrainer):
             if missing := not_covered(slices, sizes[0].__getitem__):
                 raise EvidenceError(f"the rollout's ranks together do not hold the whole adapter of {missing}")
         digests, self.synced_bytes = self.actor_rollout_wg.sent_adapters()[0]
-        self.record("adapter", step=self.global_steps, sent=digests[0], bytes=self.synced_bytes, held=held)
         wanted = [digests[slicing] for slicing in self.slicing_of_rank]
-        if [answer["adapter_digest"] for answer in held] != wanted:
-            raise EvidenceError(f"after step {self.global_steps} the rollout's adapter is not the one that was sent")
+        # `whole`: every rank holds all of what was sent, so that all digests are one.
+        whole, told = len(digests) == 1, {"sent": digests[0], "wanted": wanted, "bytes": self.synced_bytes}
+        self.record("adapter", step=self.global_steps, whole=whole, **told, held=held)
 
     def check_base(self, when: str) -> None:
         """The base on disk, in the actor and in the rollout (packed, or its values in bf16) is one and the same."""
@@ -391,7 +473,14 @@ class AqnTrainer(SavingTrainer):
         self.folder.append(name, record)
 
     def record(self, kind: str, **evidence: Any) -> None:
+        """Put evidence on record, and stop the run where it does not hold."""
         self.write("evidence.jsonl", kind=kind, **evidence)
+        self.judged(kind, evidence)
+
+    def judged(self, kind: str, evidence: dict) -> None:
+        """Raise EvidenceError where a record does not hold."""
+        if fault := self.judge.add({"kind": kind, **evidence}):
+            raise EvidenceError(f"{fault}; see evidence.jsonl")
 
     def event(self, text: str) -> None:
         self.write("events.jsonl", kind="phase", text=text, time=time.time())
@@ -402,6 +491,11 @@ class AqnTrainer(SavingTrainer):
 
     def warn(self, text: str) -> None:
         self.write("events.jsonl", kind="warning", text=text)
+
+
+def real_keys(batch: Any) -> list[str]:
+    """The keys of a batch's samples, without its padding."""
+    return [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
 
 
 def _is_number(value: Any) -> bool:

@@ -5,7 +5,7 @@ import zmq
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
-from verl_aqn.errors import ProcessFault
+from verl_aqn.errors import AqnError, ProcessFault
 from verl_aqn.order import NoiseOrder
 from verl_aqn.preflight.peak import memory_peak
 from verl_aqn.runs.checkpoints import weights_only
@@ -81,6 +81,17 @@ class AqnActorWorker(ActorRolloutRefWorker):
     def memory_peak(self) -> dict[str, int]:
         """The most memory of this process so far, in bytes: `resident`, and `device` where it computes on one."""
         return memory_peak()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def cannot_carry_noise(self, order: dict) -> str:
+        """Why this actor's norms cannot have the noise of `order`, in one line; "" where they can."""
+        if (noise := self.actor.engine.noise) is None:
+            return "its norms were not prepared for noise"
+        try:
+            noise.describe(NoiseOrder.from_dict(order))
+        except AqnError as error:
+            return str(error)
+        return ""
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def apply_noise(self, order: dict) -> dict:

@@ -1,0 +1,384 @@
+"""The judge of a run's evidence: the same for the trainer, record by record, and for what reads the records later.
+
+`Judge.add` says what is wrong with a record, `Judge.missing` what should be on record and is not. A record is right
+only where every field that it must have is there, is what was asked for, and agrees with the records before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from verl_aqn.errors import AqnError, EvidenceError
+from verl_aqn.judge.base import check_base
+from verl_aqn.judge.mismatch import check_mismatch
+from verl_aqn.judge.noise import (
+    check_equal_noise,
+    check_evidence,
+    check_norms,
+    check_reading,
+    check_realised,
+    check_used,
+)
+from verl_aqn.judge.use import check_effect
+from verl_aqn.order import NoiseOrder
+
+VERSION = 2
+"""Of the evidence: 1 (no field `evidence` in `placed`) lacks what `Judge.missing` asks for."""
+
+Record = Mapping[str, Any]
+VALIDATION, RESCORING, END = "validation", "rescoring", "end"
+"""When the rollout's norms are written back clean."""
+
+IDENTITY: dict[str, tuple[str, ...]] = {
+    "placed": (),
+    "layout": (),
+    "rollout": ("rank",),
+    "base": ("when",),
+    "adapter": ("step",),
+    "noise": ("step", "rank"),
+    "clean": ("when", "at", "rank"),
+    "actor noise": ("step", "rank"),
+    "actor clean": ("at", "rank"),
+    "mismatch": ("step",),
+    "use": ("step",),
+    "strength": (),
+    "stopped": ("reason",),
+}
+"""Kinds of records that are judged, and what tells two of a kind apart within one attempt."""
+
+START = ("placed", "layout", "rollout", "base", "adapter")
+"""What is on record before anything is generated."""
+
+
+class Missing(KeyError):
+    """A field that a record must have and has not."""
+
+
+class Fields(dict[str, Any]):
+    """A record whose fields must be there: None is not there either."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__({key: _fields(value) for key, value in values.items()})
+
+    def __missing__(self, key: str) -> Any:
+        raise Missing(key)
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        if value is None:
+            raise Missing(key)
+        return value
+
+
+def _fields(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return Fields(value)
+    return [_fields(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+@dataclass
+class Tally:
+    """Records of one kind: how many were right, what was wrong with the others, how many cannot be judged."""
+
+    right: int = 0
+    faults: list[str] = field(default_factory=list)
+    unknown: int = 0
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a run did by other records than its evidence; steps count from 1."""
+
+    steps: Collection[int]
+    validations: Collection[int]
+    rescored: Collection[int]
+    finished: bool
+
+
+class Judge:
+    """The records of one run, in the order in which they were written.
+
+    Args:
+        order_at: what the run's config orders for RL step n (from 0); None where that is not known.
+        noisy_actor: whether the actor has the rollout's noise.
+        whole: whether the records are of `VERSION`. In older ones a field or a record that is not there is no fault.
+    """
+
+    def __init__(
+        self, order_at: Callable[[int], NoiseOrder] | None, *, noisy_actor: bool = False, whole: bool = True
+    ) -> None:
+        self.order_at, self.noisy_actor, self.whole = order_at, noisy_actor, whole
+        self.tallies: dict[str, Tally] = {}
+        self.seen: set[tuple] = set()  # of all attempts
+        self._attempt: set[tuple] = set()  # of the last one
+        self.rollout_ranks = self.actor_ranks = 0
+        self.clean_digest: str | None = None
+        self._names: set[str] = set()
+        self._sizes: dict[str, int] = {}  # of what was read back clean
+        self._first_base: Record | None = None
+        self._last_adapter: Record | None = None
+        self._readings: dict[str, dict[int, Record]] = {"noise": {}, "actor noise": {}}
+        self._digest_of_step: dict[str, int] = {}
+
+    def add(self, record: Record) -> str | None:
+        """Return what is wrong with the next record, in one line; None where nothing is."""
+        kind = str(record.get("kind"))
+        if kind not in IDENTITY:
+            return None
+        tally = self.tallies.setdefault(kind, Tally())
+        if (fault := self._fault(kind, Fields(record))) is None:
+            tally.right += 1
+            return None
+        if fault == "":
+            tally.unknown += 1
+            return None
+        tally.faults.append(fault)
+        return fault
+
+    def _fault(self, kind: str, record: Fields) -> str | None:
+        """What is wrong with a record; "" where an old one does not say."""
+        try:
+            if kind == "placed":
+                self._attempt = set()
+            self._once(kind, record)
+            getattr(self, "_on_" + kind.replace(" ", "_"))(record)
+        except Missing as error:
+            return f"{_name(kind, record)} does not say {error.args[0]!r}" if self.whole else ""
+        except AqnError as error:
+            return str(error)
+        except (TypeError, ValueError, AttributeError, IndexError, KeyError, ArithmeticError) as error:
+            return f"{_name(kind, record)} cannot be read ({type(error).__name__}: {error})"
+        return None
+
+    def _once(self, kind: str, record: Fields) -> None:
+        if not self.whole:
+            return
+        key = (kind, *(record[part] for part in IDENTITY[kind]))
+        if key in self._attempt:
+            raise EvidenceError(f"{_name(kind, record)} is there twice: one of them is of another step or rank")
+        if kind not in (*START, "strength", "stopped") and (lacking := self._lacking_at_start()):
+            raise EvidenceError(f"{_name(kind, record)} comes before the first record of {lacking}")
+        self._attempt.add(key)
+        self.seen.add(key)
+
+    def _lacking_at_start(self) -> str:
+        there = {key[0] for key in self._attempt}
+        if lacking := [kind for kind in START if kind not in there]:
+            return lacking[0]
+        ranks = [rank for rank in range(self.rollout_ranks) if ("rollout", rank) not in self._attempt]
+        return f"rollout rank {ranks[0]}" if ranks else ""
+
+    # ---- one kind each ----
+
+    def _on_placed(self, record: Fields) -> None:
+        nodes = record["actor_nodes"], record["rollout_nodes"]
+        if not all(names and all(isinstance(name, str) and name for name in names) for names in nodes):
+            raise EvidenceError("the record of the run's places names no node of the actor or of the rollout")
+        self.actor_ranks = len(record["actor_nodes"])
+        if self.whole and record["evidence"] != VERSION:
+            raise EvidenceError(f"the evidence is of version {record['evidence']}, and of {VERSION} elsewhere")
+
+    def _on_layout(self, record: Fields) -> None:
+        if not isinstance(record["layout"], str) or not record["layout"]:
+            raise EvidenceError("the record of the layout does not say how the actor lays out a batch")
+
+    def _on_rollout(self, record: Fields) -> None:
+        digest = self.clean_digest or record["clean_digest"]
+        if record["clean_digest"] != digest:
+            raise EvidenceError("the ranks or attempts of the rollout began with different clean norms")
+        self.clean_digest = digest
+        names = record["names"]
+        if record["norms"] > len(names) or record["norms"] < 0:
+            raise EvidenceError(f"the rollout counts {record['norms']} norms and names {len(names)}")
+        if "expected_norms" in record or self.whole:
+            order = self.order_at(0) if self.order_at else None
+            if order:
+                check_norms(record["expected_norms"], [record], order)
+        if len(set(names)) < len(names) or (self._names and set(names) != self._names):
+            raise EvidenceError("the ranks or attempts of the rollout name different norms")
+        self._names = set(names)
+        if self.whole:
+            ranks, rank = record["ranks"], record["rank"]
+            if not 0 <= rank < ranks or (self.rollout_ranks and self.rollout_ranks != ranks):
+                raise EvidenceError(f"rollout rank {rank} says that there are {ranks} ranks, others say otherwise")
+            self.rollout_ranks = ranks
+
+    def _on_base(self, record: Fields) -> None:
+        when = record["when"]
+        if when not in ("start", "end"):
+            raise EvidenceError(f"the base was compared at the {when!r}: it is to be at the start and at the end")
+        check_base(record, self._first_base)
+        self._first_base = self._first_base or record
+
+    def _on_adapter(self, record: Fields) -> None:
+        sent, held = record["sent"], record["held"]
+        if not held:
+            raise EvidenceError(f"after step {record['step']} no rank of the rollout told its adapter")
+        digests = [answer["adapter_digest"] for answer in held]
+        if not self.whole:
+            # Only the first rank surely holds what `sent` is the digest of: others may hold other slices.
+            if digests[0] != sent:
+                raise EvidenceError(f"after step {record['step']} the rollout's adapter is not the one that was sent")
+            return
+        wanted = record["wanted"]
+        if len(held) != self.rollout_ranks or len(wanted) != self.rollout_ranks:
+            raise EvidenceError(
+                f"after step {record['step']} {len(held)} ranks of {self.rollout_ranks} told their adapter"
+            )
+        if digests != wanted or (record["whole"] and set(wanted) != {sent}):
+            raise EvidenceError(f"after step {record['step']} the rollout's adapter is not the one that was sent")
+        modules = {answer["modules"] for answer in held}
+        before = self._last_adapter
+        if min(modules) < 1 or record["bytes"] < 1 or len(modules) > 1:
+            raise EvidenceError(f"after step {record['step']} the adapter in the rollout has {sorted(modules)} modules")
+        if before and (before["held"][0]["modules"] not in modules or before["bytes"] != record["bytes"]):
+            raise EvidenceError(f"after step {record['step']} the adapter has another size than before")
+        if not all(0 <= answer["b_max"] < float("inf") for answer in held):
+            raise EvidenceError(f"after step {record['step']} the adapter in the rollout is not finite")
+        self._last_adapter = record
+
+    def _noise_of(self, kind: str, record: Fields) -> None:
+        step = record["step"]
+        order = self.order_at(step) if self.order_at else None
+        if order is None or not self.whole:
+            sigma = order.sigma if order else record["sigma_asked"]
+            check_reading(record, sigma, self.clean_digest or record["clean_digest"])
+            check_realised(record, sigma)
+            return
+        check_evidence(record, order, self._clean_digest())
+        self._check_modules(record, order)
+        same = self._readings[kind].setdefault(step, record)
+        if kind == "actor noise":
+            same = self._readings["noise"].get(step, same)
+        check_equal_noise({"rollout rank 0": same, f"{kind} of rank {record['rank']}": record})
+        if order.sigma and "norm" in order.targets:
+            other = self._digest_of_step.setdefault(record["weights_digest"], step)
+            if other != step:
+                raise EvidenceError(f"the noise of step {step} is that of step {other}: it was not drawn anew")
+
+    def _check_modules(self, record: Fields, order: NoiseOrder) -> None:
+        """Every norm that the order selects has noise, and where σ is 0 every norm was looked at."""
+        routers = set() if order.router_norms else set(record["router_norms"])
+        if not routers <= self._names:
+            raise EvidenceError(f"{min(routers - self._names)} feeds a router, but the rollout has no such norm")
+        expected = {
+            name
+            for name in self._names - routers
+            if "norm" in order.targets
+            and order.selects(name)
+            and order.layers.multiplier_of(name, record["layers"], order.share) > 0
+        }
+        if not order.sigma:
+            if record["elements"] < record["modules"] or (order.targets and record["modules"] < max(1, len(expected))):
+                raise EvidenceError(f"only {record['modules']} of {len(expected)} norms were looked at")
+            self._same_size("noise of 0", record)
+            return
+        held = [name for group in record["groups"] if group["kind"] == "norm" for name in group["modules"]]
+        if sorted(held) != sorted(expected):
+            name = min(set(held) ^ expected, default="one norm")
+            raise EvidenceError(
+                f"step {record['step']}: {name} is to have noise and has none, or the other way round ({len(held)} "
+                f"norms with noise, {len(expected)} expected)"
+            )
+
+    def _same_size(self, of: str, record: Fields) -> None:
+        """As many norms and elements as in the reading of this kind before."""
+        for key in ("modules", "elements", "layers"):
+            if self._sizes.setdefault(f"{of} {key}", record[key]) != record[key]:
+                raise EvidenceError(
+                    f"{record[key]} {key} of norms were read back, and {self._sizes[f'{of} {key}']} before"
+                )
+
+    def _on_noise(self, record: Fields) -> None:
+        self._noise_of("noise", record)
+
+    def _on_actor_noise(self, record: Fields) -> None:
+        self._noise_of("actor noise", record)
+
+    def _on_clean(self, record: Fields) -> None:
+        if not self.whole:
+            check_reading(record, 0.0, self.clean_digest or record["clean_digest"])
+            check_realised(record, 0.0)
+            return
+        if record["when"] not in (VALIDATION, RESCORING, END):
+            raise EvidenceError(f"clean norms are on record for {record['when']!r}: no such moment")
+        check_evidence(record, None, self._clean_digest())
+        if record["modules"] < 1 or record["modules"] < len(self._names):
+            raise EvidenceError(f"{record['modules']} of {len(self._names)} norms were read back as clean")
+        self._same_size("clean", record)
+
+    def _on_actor_clean(self, record: Fields) -> None:
+        sigma = record["sigma_used"] if self.whole else 0.0
+        if self.whole and self.order_at and sigma != self.order_at(record["at"] - 1).sigma:
+            raise EvidenceError(f"the actor's noise of step {record['at']} was σ {sigma:g}, which was not ordered")
+        check_used(record, sigma)
+        if self.whole:
+            check_evidence(record, None, self._clean_digest())
+            self._same_size("clean actor", record)
+        else:
+            check_reading(record, 0.0, self.clean_digest or record["clean_digest"])
+
+    def _on_mismatch(self, record: Fields) -> None:
+        if record.get("source") is None and record.get("reason"):
+            return  # a step that cannot be compared, and why
+        check_mismatch(record)
+
+    def _on_use(self, record: Fields) -> None:
+        if self.order_at and self.order_at(record["step"] - 1).sigma != record["sigma"]:
+            raise EvidenceError(f"the use of noise in step {record['step']} was measured at another σ than was ordered")
+        check_effect(record)
+
+    def _on_strength(self, record: Fields) -> None:
+        for one in (record["clean"], record["noisy"]):
+            for key in ("kl", "entropy"):
+                middle, low, high = one[key]
+                if not low <= high or not -1e-6 <= middle < float("inf"):
+                    raise EvidenceError(f"the probe's {key} is {middle} [{low}, {high}]: no measurement")
+
+    def _on_stopped(self, record: Fields) -> None:
+        raise EvidenceError(f"the run was stopped: {record['reason']}")
+
+    def _clean_digest(self) -> str:
+        if self.clean_digest is None:
+            raise EvidenceError("what the rollout's clean norms are is not on record")
+        return self.clean_digest
+
+    # ---- what is not there ----
+
+    def missing(self, done: Done) -> Iterator[tuple[str, str]]:
+        """Yield (kind, what) for everything that should be on record and is not; nothing for older versions."""
+        if not self.whole:
+            return
+        for kind in START:
+            if kind not in {key[0] for key in self.seen} and (done.steps or done.validations):
+                yield kind, f"no record of {kind}"
+        rollout, actor = range(max(1, self.rollout_ranks)), range(max(1, self.actor_ranks))
+        wanted: list[tuple] = []
+        for step in done.steps:
+            wanted += [("noise", step - 1, rank) for rank in rollout]
+            wanted += [("adapter", step), ("mismatch", step)]
+            if self.noisy_actor:
+                wanted += [
+                    (kind, step - at, rank) for rank in actor for kind, at in (("actor noise", 1), ("actor clean", 0))
+                ]
+        for step in done.rescored:
+            wanted += [("use", step), *(("clean", RESCORING, step, rank) for rank in rollout)]
+        for step in done.validations:
+            wanted += [("clean", VALIDATION, step, rank) for rank in rollout]
+        if done.finished:
+            wanted += [("base", "end")]
+            if not any(key[:2] == ("clean", END) for key in self.seen):
+                yield "clean", "no record of clean norms at the end of the run"
+        for key in wanted:
+            if key not in self.seen:
+                names = IDENTITY[key[0]]
+                where = ", ".join(f"{name} {value}" for name, value in zip(names, key[1:], strict=True))
+                yield key[0], f"no record of {key[0]} for {where}"
+
+
+def _name(kind: str, record: Fields) -> str:
+    """A record's kind and what tells it apart, for an error."""
+    told = [f"{part} {record.get(part)}" for part in IDENTITY[kind] if record.get(part) is not None]
+    return f"the record of {kind}" + (f" ({', '.join(told)})" if told else "")

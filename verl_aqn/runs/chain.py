@@ -1,0 +1,51 @@
+"""The chain of a run's records: each is linked to the one before it, so that an edit, a loss or a swap shows.
+
+It guards against accidents and careless edits, not against a forger: who rewrites a whole file can link it anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+LINK = "link"
+
+
+def linked(before: bytes, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `record` (plain JSON values) with its link.
+
+    Args:
+        before: the line of the record before it, without its end; empty for the first.
+    """
+    plain = {key: value for key, value in record.items() if key != LINK}
+    return plain | {LINK: _link(_end_of(before), plain)}
+
+
+def broken(lines: Iterable[bytes]) -> tuple[int, list[int]]:
+    """Return how many of `lines` have a link, and the numbers (from 1) of those that do not follow the line before.
+
+    Lines in front of the first link are of an older version and no break.
+    """
+    count, breaks, before = 0, [], b""
+    for number, line in enumerate(lines, 1):
+        record = json.loads(line)
+        link = record.pop(LINK, None)
+        if (link is None and count) or (link is not None and link != _link(_end_of(before), record)):
+            breaks.append(number)
+        count += link is not None
+        before = line
+    return count, breaks
+
+
+def _link(before: str, plain: Mapping[str, Any]) -> str:
+    text = json.dumps(plain, sort_keys=True)
+    return hashlib.sha256(f"{before}\n{text}".encode()).hexdigest()[:16]
+
+
+def _end_of(line: bytes) -> str:
+    """What the next record is linked to: a line's own link, or of one without a digest of the line."""
+    if not line:
+        return ""
+    return json.loads(line).get(LINK) or hashlib.sha256(line).hexdigest()[:16]
