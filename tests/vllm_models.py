@@ -20,8 +20,9 @@ from verl_aqn.vllm_api.tensors import describe_tensors
 
 def start(meeting: Path) -> None:
     """vLLM's process groups, of one rank, for all models of this process."""
-    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment, parallel_state
 
+    parallel_state.destroy_model_parallel()  # those of the last model may lack one for experts
     init_distributed_environment(1, 0, f"file://{meeting}/store", 0, backend="gloo")
     ensure_model_parallel_initialized(1, 1)
 

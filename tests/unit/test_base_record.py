@@ -2,23 +2,18 @@
 
 import copy
 import os
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from tests.family_models import make
+from tests.base_answers import actor_of, loaded, record_of, records, rollout_of
+from tests.family_models import FAMILIES, make
 from verl_aqn.errors import EvidenceError
 from verl_aqn.judge.base import check_base, sentence
-from verl_aqn.mxfp4.checkpoint import combined_digest, quantize_checkpoint
+from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
 from verl_aqn.mxfp4.disk_base import DiskBase, Part
-from verl_aqn.mxfp4.held_base import held_base
-from verl_aqn.mxfp4.model import load_dense, load_model
-from verl_aqn.shards import NOTHING, Slices
-from verl_aqn.verl_api.base import BaseRecords
-
-KERNEL = {"layers": 8, "experts": 0, "kernel": "Kernel", "weights_equal_base": None, "weights_digest": "a" * 64}
+from verl_aqn.shards import NOTHING
 
 
 @pytest.fixture(scope="module")
@@ -28,45 +23,6 @@ def folders(tmp_path_factory):
     make("glm4", root / "source")
     quantize_checkpoint(root / "source", root / "packed")
     return root
-
-
-def records(folder) -> BaseRecords:
-    return BaseRecords(folder, "packed", "none", lambda text: None)
-
-
-def actor_of(model: nn.Module, folder) -> dict[str, Any]:
-    return held_base(model, folder)._asdict() | {"activations": ["none"] if folder.name == "packed" else []}
-
-
-def loaded(folder) -> nn.Module:
-    return (load_model if folder.name == "packed" else load_dense)(folder).requires_grad_(False)
-
-
-def rollout_of(folder, slices: Slices | None = None) -> dict[str, Any]:
-    """A rank's answer that holds `slices` of the folder's tensors, and all else whole and unchanged."""
-    disk, slices = DiskBase(folder), slices or {}
-    parts = {
-        name: Part(
-            "packed" if group == "packed" else disk.dtypes[name], tuple(slices[name]) if name in slices else None
-        )
-        for name, group in disk.groups.items()
-        if slices.get(name) != NOTHING
-    }
-    digests, _ = disk.digests({name: [part] for name, part in parts.items()})
-    found = {(n, p): digests[(n, p)] for n, p in parts.items()}
-    tensors = {n: [found[(n, p)], p.form, p.form != "packed", slices.get(n)] for n, p in parts.items()}
-    packed = [(n, tensors[n][0]) for n, group in disk.groups.items() if group == "packed" and n in tensors]
-    held = {n: s for n, s in slices.items() if disk.groups[n] == "packed"}
-    form = "packed" if disk.quantised else "bf16"
-    return {
-        **KERNEL, "form": form, "base_digest": combined_digest(packed), "slices": held, "kernel_digest": None,
-        "activations": ["none"] if packed else [], "tensors": tensors, "computed": {}, "lost": {},
-    }  # fmt: skip
-
-
-def record_of(folder, actor, rollout, when="start", made=None) -> dict[str, Any]:
-    ranks = {"actor": len(actor), "rollout": len(rollout)}
-    return (made or records(folder)).record(when, actor, rollout, ranks)
 
 
 @pytest.mark.parametrize("kind", ["packed", "source"])
@@ -197,8 +153,6 @@ def test_experts_of_other_ranks_are_counted_as_theirs(tmp_path):
 
 
 def test_rounding_to_the_served_dtype_is_done_on_disk_s_side_and_on_record(tmp_path):
-    from tests.family_models import FAMILIES
-
     torch.manual_seed(0)
     model = FAMILIES["llama_untied"]()  # float32
     model.model.norm.weight.data += 1e-3 * torch.rand(64)

@@ -77,6 +77,13 @@ def check_base(record: Mapping[str, Any], first: Mapping[str, Any] | None) -> No
 
     ``first``: the record of the start of the same attempt; it is needed for that of the end.
     """
+    try:
+        _check(record, first)
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise EvidenceError(f"the base's record is damaged ({type(error).__name__}: {error}): {AGAIN}") from error
+
+
+def _check(record: Mapping[str, Any], first: Mapping[str, Any] | None) -> None:
     when = record.get("when")
     _must(when in ("start", "end"), "the base's record does not say when it was made (when: start or end)")
     where = f"at the {when}: "
@@ -168,6 +175,10 @@ def _natural(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def _slice(value: Any) -> bool:
+    return isinstance(value, list) and len(value) >= 4 and len(value) % 4 == 0 and all(map(_natural, value))
+
+
 def _digest(value: Any) -> bool:
     return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
 
@@ -198,7 +209,8 @@ def _left_out(record: Mapping[str, Any], expected: Mapping[str, int], where: str
         side, group, code, names = (one.get(key) for key in ("side", "group", "code", "names"))
         fault = f"{where}what was not compared ({group} of the {side}) is not told with names and a reason"
         _must(side in SIDES and group in expected and bool(one.get("reason")) and isinstance(one["reason"], str), fault)
-        _must(isinstance(names, list) and bool(names) and _count(one.get("tensors")), fault)
+        _must(isinstance(names, list) and bool(names) and all(isinstance(n, str) and n for n in names), fault)
+        _must(_count(one.get("tensors")), fault)
         assert isinstance(names, list)
         _must(len(names) == min(one["tensors"], SHOWN), fault)
         _must(
@@ -285,7 +297,14 @@ def _check_packed(record: Mapping[str, Any], quantised: bool, form: str, ranks: 
             and all(one.get(key) is not None for key in ("layers", "experts", "kernel", "activations", "slices")),
             f"{where}rollout rank {rank} does not say what it computes with",
         )
+        name = f"rollout {rank}"
+        _must(
+            one.get("form") == form, f"{where}{name} holds its base as {one.get('form')}, not as aqn.mxfp4.serve={form}"
+        )
+        _must(all(_slice(part) for part in one["slices"].values()), f"{where}{name} does not say which parts it holds")
     if not quantised:
+        alone = all((one.get("base_digest"), one["weights_equal_base"]) == (EMPTY_DIGEST, None) for one in held)
+        _must(alone, f"{where}a 16-bit base has packed matrices")
         return
     disk, served, actor = (_get(record, name, where) for name in ("disk", "served", "actor"))
     _must(
@@ -295,17 +314,17 @@ def _check_packed(record: Mapping[str, Any], quantised: bool, form: str, ranks: 
     _must((served == disk) == (form == "packed"), f"{where}the form of the rollout's base is not {form}")
     for rank, one in enumerate(held):
         name = f"rollout {rank}"
+        packed = record["holders"][name]["packed"]
         _must(
-            one.get("form") == form, f"{where}{name} holds its base as {one.get('form')}, not as aqn.mxfp4.serve={form}"
+            packed["live"] == (packed["tensors"] if one["weights_equal_base"] else 0),
+            f"{where}what {name} computes with is told in two ways",
         )
-        wanted = record["holders"][name]["packed"]["disk"] if one["slices"] else served
+        wanted = packed["disk"] if one["slices"] else served
         _must(
-            one.get("base_digest") == wanted == record["holders"][name]["packed"]["held"],
+            one.get("base_digest") == wanted == packed["held"],
             f"{where}the MXFP4 base of {name} is not the folder's",
         )
-        _must(
-            _count(one.get("layers")) or not record["holders"][name]["packed"]["tensors"], f"{where}{name} has no layer"
-        )
+        _must(_count(one["layers"]) or not packed["tensors"], f"{where}{name} has no layer")
 
 
 def _check_activations(record: Mapping[str, Any], ranks: Mapping[str, int], where: str) -> None:
@@ -316,7 +335,8 @@ def _check_activations(record: Mapping[str, Any], ranks: Mapping[str, int], wher
         f"{where}not every rank of the actor told its rounding",
     )
     if not record["quantised"]:
-        _must(asked == "none" and not any(actor), f"{where}a base that is not quantised rounds activations")
+        rounding = [*actor, *(one.get("activations") for one in record["rollout"])]
+        _must(asked == "none" and rounding == [[]] * len(rounding), f"{where}a 16-bit base rounds activations")
         return
     for rank, found in enumerate(actor):
         if found != [asked]:
@@ -338,6 +358,8 @@ def _check_files(record: Mapping[str, Any], first: Mapping[str, Any] | None, whe
     _must((files["tensors"] > 0) == (files["read"] == "now"), fault)
     if files["read"] == "at the start":
         _must(record["when"] == "end" and first is not None, f"{where}nothing was read from disk")
+    seconds = record.get("seconds")
+    _must(isinstance(seconds, int | float) and seconds >= 0, f"{where}the record does not say how long it took")
     if record["when"] == "start":
         _must(files["tensors"] >= max(record["expected"].values()) > 0, f"{where}less was read than the folder holds")
 
@@ -347,12 +369,13 @@ def _check_unchanged(record: Mapping[str, Any], first: Mapping[str, Any]) -> Non
     _must(first.get("when") == "start", "the record that the end is compared with is not that of a start")
     for name in ("quantised", "form", "ranks", "expected", "not_compared", "converted", "activation", "actor_digests"):
         _must(record.get(name) == first.get(name), f"at the end {name} of the base is not that of the start")
-    _must(record["files"]["files"] == first.get("files", {}).get("files"), "at the end the folder has other files")
+    for key in ("files", "bytes"):
+        _must(record["files"][key] == first["files"].get(key), f"at the end the folder has other {key} than at the start")
     if record["quantised"]:
         _must(record["disk"] == first.get("disk"), "at the end the MXFP4 base on disk is not that of the start")
     for name, groups in _pairs(record["holders"], first.get("holders")):
         for group, one, before in groups:
-            _must(one["held"] == before, f"at the end the {GROUPS[group][1]} of {name} are not those of the start")
+            _must(one == before, f"at the end the {GROUPS[group][1]} of {name} are not those of the start")
     for rank, one in enumerate(record["rollout"]):
         before = ((first.get("rollout") or [])[rank:][:1] or [{}])[0]
         for key in (*KERNELS, "layers", "experts", "kernel", "activations", "slices", "weights_equal_base"):
@@ -365,4 +388,4 @@ def _check_unchanged(record: Mapping[str, Any], first: Mapping[str, Any]) -> Non
 def _pairs(now: Mapping[str, Any], before: Any) -> Iterator[tuple[str, list[tuple[str, Any, Any]]]]:
     before = before if isinstance(before, Mapping) else {}
     for name, groups in now.items():
-        yield name, [(g, one, (before.get(name) or {}).get(g, {}).get("held")) for g, one in groups.items()]
+        yield name, [(g, one, (before.get(name) or {}).get(g)) for g, one in groups.items()]

@@ -73,6 +73,7 @@ class BaseRecords:
                     differ.append({"holder": holder, "name": name, "fault": _fault(found[holder][name], part)})
         differ += left.missing
         files, size = disk.size
+        kernels = [answer["weights_equal_base"] is True for answer in rollout]
         record = {
             "when": when,
             "quantised": disk.quantised,
@@ -84,7 +85,9 @@ class BaseRecords:
             "actor_digests": [answer["digest"] for answer in actor],
             "actor_activations": [answer["activations"] for answer in actor],
             "rollout": [{k: v for k, v in a.items() if k not in ("tensors", "computed", "lost")} for a in rollout],
-            "holders": {holder: self._groups(holder, compared, found, parts, digests, held, left) for holder in parts},
+            "holders": {
+                holder: self._groups(holder, compared, found, parts, digests, held, left, kernels) for holder in parts
+            },
             "converted": {holder: self._converted(compared[holder], parts[holder]) for holder in parts},
             "not_compared": left.listed(),
             "differ": differ[:SHOWN],
@@ -119,6 +122,7 @@ class BaseRecords:
         digests: Mapping[tuple[str, Part], str],
         held: Sequence[Mapping[str, Any]],
         left: "_Left",
+        kernels: Sequence[bool],
     ) -> dict[str, dict[str, Any]]:
         """By group what ``holder`` holds of it, beside what the folder holds of the same parts."""
         side, _, rank = holder.partition(" ")
@@ -128,6 +132,8 @@ class BaseRecords:
             live = len(names)
             if side == "rollout":
                 live = sum(bool(held[int(rank)][name][2]) for name in names)
+                if group == "packed" and kernels[int(rank)]:
+                    live = len(names)
             elsewhere = 0
             if side == "rollout":
                 elsewhere = count - len(names) - sum(self.disk.groups[name] == group for name in left.of[side])

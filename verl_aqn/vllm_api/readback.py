@@ -220,7 +220,7 @@ def describe_base(model: torch.nn.Module, modules: Collection[str]) -> dict:
         "base_digest": combined_digest(digests),
         "slices": slices,
         "weights_digest": tensor_digest(kept) if kept else None,
-        "weights_equal_base": False if False in equal else None if None in equal else True,
+        "weights_equal_base": False if False in equal else None if None in equal or not equal else True,
         "activations": sorted({kernel_activation(kernel) for kernel in kernels}),
         "kernel": ",".join(sorted({type(kernel).__name__ for kernel in kernels})),
     }
