@@ -80,13 +80,17 @@ class Loaded:
     """What a model holds of the tensors that it was loaded from.
 
     `pieces`: by the checkpoint's name. `lost`: names whose tensors went into an operation that could not be followed,
-    and into which. `digests`, `packed`: by module, filled by `verl_aqn.vllm_api.readback.remember_base`.
+    and into which. `computed`: names whose values were computed with on their way, and how. Filled by
+    `verl_aqn.vllm_api.readback.remember_base`: `digests` of packed modules by module, of other tensors by name;
+    `parameters`: shape and dtype (without ``torch.``) of every parameter when it was loaded.
     """
 
     sources: dict[str, Source]
     pieces: dict[str, list[Piece]]
     lost: dict[str, str]
+    computed: dict[str, str] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
+    parameters: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
     packed: bool = False
 
     @cached_property

@@ -13,6 +13,7 @@ FILES = {
 # (adapter, boxes, cache, digest, order, shards, stacks, trackers). `errors` is everybody's.
 ARROWS = {
     "schedule": (),
+    "judge": (),  # of records alone: torch-free
     "order": (),
     "digest": (),
     "boxes": (),
@@ -39,7 +40,7 @@ HOSTS = {
     "vllm": ("vllm_api",),
     "vllm_ascend": ("vllm_api", "ascend.py"),  # asked which chip it was built for
 }
-WITHOUT_HOSTS = ("schedule", "noise", "mxfp4", "runs", "config", "data", "rewards", "vllm_api.readback")
+WITHOUT_HOSTS = ("schedule", "judge", "noise", "mxfp4", "runs", "config", "data", "rewards", "vllm_api.readback")
 
 
 @cache

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from verl_aqn.errors import AqnError, EvidenceError
-from verl_aqn.judge.base import check_base
+from verl_aqn.judge.base import check_base, is_old
 from verl_aqn.judge.mismatch import check_mismatch
 from verl_aqn.judge.noise import (
     check_equal_noise,
@@ -117,7 +117,8 @@ class Judge:
         self.clean_digest: str | None = None
         self._names: set[str] = set()
         self._sizes: dict[str, int] = {}  # of what was read back clean
-        self._first_base: Record | None = None
+        self._first_base: Record | None = None  # of the run
+        self._base_at_start: Record | None = None  # of the attempt
         self._last_adapter: Record | None = None
         self._readings: dict[str, dict[int, Record]] = {"noise": {}, "actor noise": {}}
         self._digest_of_step: dict[str, int] = {}
@@ -141,7 +142,7 @@ class Judge:
         """What is wrong with a record; "" where an old one does not say."""
         try:
             if kind == "placed":
-                self._attempt = set()
+                self._attempt, self._base_at_start = set(), None
             self._once(kind, record)
             getattr(self, "_on_" + kind.replace(" ", "_"))(record)
         except Missing as error:
@@ -209,8 +210,17 @@ class Judge:
         when = record["when"]
         if when not in ("start", "end"):
             raise EvidenceError(f"the base was compared at the {when!r}: it is to be at the start and at the end")
-        check_base(record, self._first_base)
-        self._first_base = self._first_base or record
+        if not self.whole and is_old(record):
+            _check_packed_base(record)
+            return
+        check_base(record, self._base_at_start if when == "end" else None)
+        if record["ranks"] != {"actor": self.actor_ranks, "rollout": self.rollout_ranks}:
+            raise EvidenceError(f"at the {when} the base was compared on {dict(record['ranks'])} ranks, not on all")
+        first = self._first_base = self._first_base or record
+        if any(record.get(key) != first.get(key) for key in ("expected", "disk", "actor_digests")):
+            raise EvidenceError(f"at the {when} the base is not that of the run's first attempt")
+        if when == "start":
+            self._base_at_start = record
 
     def _on_adapter(self, record: Fields) -> None:
         sent, held = record["sent"], record["held"]
@@ -376,6 +386,20 @@ class Judge:
                 names = IDENTITY[key[0]]
                 where = ", ".join(f"{name} {value}" for name, value in zip(names, key[1:], strict=True))
                 yield key[0], f"no record of {key[0]} for {where}"
+
+
+def _check_packed_base(record: Fields) -> None:
+    """Of a record that compares packed modules only, as older versions wrote it."""
+    if record.get("quantised") is False:
+        raise Missing("a comparison of the 16-bit base")
+    disk, actor, held = record["disk"], record["actor"], record["rollout"]
+    served = record.get("served") or disk
+    if not actor or not held or set(actor) != {disk}:
+        raise EvidenceError(f"at the {record['when']} the MXFP4 base of the actor is not that on disk")
+    if any(one["base_digest"] != served for one in held if not one.get("slices")):
+        raise EvidenceError(f"at the {record['when']} the MXFP4 base of the rollout is not that on disk")
+    if any(one.get("weights_equal_base") is False for one in held):
+        raise EvidenceError(f"at the {record['when']} the rollout computes with other weights than its MXFP4 base")
 
 
 def _name(kind: str, record: Fields) -> str:

@@ -23,8 +23,9 @@ from verl_aqn.mxfp4.model import PACKED, PACKED_FORMAT, SCALE, open_packed, pack
 from verl_aqn.mxfp4.plan import EXCLUDE, make_plan
 from verl_aqn.mxfp4.report import FILE, ModuleReport, QuantReport
 from verl_aqn.mxfp4.storage import Spec, Weights, read_config
+from verl_aqn.mxfp4.values import values_digest as values_digest  # asked for here, too
 from verl_aqn.mxfp4.writing import MAX_SHARD_BYTES, new_folder, tensor_bytes, write_model
-from verl_aqn.shards import NOTHING, Slices, cut, not_covered, scaled
+from verl_aqn.shards import NOTHING, Slice, Slices, cut, not_covered, scaled
 
 
 def quantize_checkpoint(
@@ -129,13 +130,6 @@ def module_digest(packed: Tensor, scale: Tensor) -> str:
     return digest.hexdigest()
 
 
-def values_digest(weight: Tensor) -> str:
-    """SHA-256 (hex) of one unpacked weight [N, K]: its shape, dtype and bytes."""
-    digest = hashlib.sha256(json.dumps([list(weight.shape), str(weight.dtype)]).encode())
-    digest.update(tensor_bytes(weight))
-    return digest.hexdigest()
-
-
 def combined_digest(modules: Iterable[tuple[str, str]]) -> str:
     """SHA-256 (hex) over pairs of module name and `module_digest`, in order of name."""
     return hashlib.sha256(json.dumps(sorted(modules)).encode()).hexdigest()
@@ -155,20 +149,22 @@ def checkpoint_digest(path: str | Path, slices: Slices | None = None, form: str 
     def digests() -> Iterator[tuple[str, str]]:
         for module in packed_modules(weights):
             part = slices.get(module) if slices else None
-            if part == NOTHING:
-                continue
-            packed, scale = weights.read(module + PACKED), weights.read(module + SCALE)
-            if form == "bf16":  # may be cut within a block
-                values = dequantize(packed, scale, torch.bfloat16)
-                if values.dim() == 3:  # a stack of experts, which bf16 folders hold as [E, K, N]
-                    values = values.transpose(1, 2).flatten(0, 1)
-                yield module, values_digest(cut(values, part).contiguous())
-                continue
-            if part:
-                packed, scale = cut(packed, scaled(part, 2)).contiguous(), cut(scale, scaled(part, BLOCK)).contiguous()
-            yield module, module_digest(packed, scale)
+            if part != NOTHING:
+                yield module, part_digest(weights.read(module + PACKED), weights.read(module + SCALE), part, form)
 
     return combined_digest(digests())
+
+
+def part_digest(packed: Tensor, scale: Tensor, part: Slice | None, form: str) -> str:
+    """Digest of the ``part`` of one packed module [..., N, K], in the ``form`` of `checkpoint_digest`."""
+    if form == "bf16":  # may be cut within a block
+        values = dequantize(packed, scale, torch.bfloat16)
+        if values.dim() == 3:  # a stack of experts, which bf16 folders hold as [E, K, N]
+            values = values.transpose(1, 2).flatten(0, 1)
+        return values_digest(cut(values, part).contiguous())
+    if part:
+        packed, scale = cut(packed, scaled(part, 2)).contiguous(), cut(scale, scaled(part, BLOCK)).contiguous()
+    return module_digest(packed, scale)
 
 
 def check_covered(path: str | Path, holders: Sequence[Slices]) -> None:
@@ -183,27 +179,29 @@ def model_digest(model: nn.Module) -> str:
 
     Under FSDP2 this gathers every packed weight in turn, so all ranks must call it.
     """
-    return base_digest(_packed_weights(model))
+    return base_digest(packed_weights(model))
 
 
-def _packed_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+def packed_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(checkpoint's module name, packed, scale) of every packed matrix in ``model``, gathered one at a time."""
     for name, module in model.named_modules():
         if isinstance(module, Mxfp4Linear):
             yield (
-                module.name_in_checkpoint or _plain_name(name),
-                _whole(module.weight_packed),
-                _whole(module.weight_scale),
+                module.name_in_checkpoint or plain_name(name),
+                whole(module.weight_packed),
+                whole(module.weight_scale),
             )
         elif isinstance(module, Mxfp4Experts):
-            yield from module.matrices(_plain_name(name), _whole)
+            yield from module.matrices(plain_name(name), whole)
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
     """A module's name in the Hugging Face model, whatever it is wrapped in."""
     return unwrapped(name).removeprefix(PEFT_PREFIX).removesuffix(".base_layer")
 
 
-def _whole(parameter: Tensor) -> Tensor:
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter that FSDP2 may have sharded, gathered: all ranks must call it."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 

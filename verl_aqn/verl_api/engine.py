@@ -21,8 +21,9 @@ from verl_aqn.layout.attention import lay_out
 from verl_aqn.layout.decide import SHARED, shared_inputs
 from verl_aqn.layout.prompts import SharedPrompts, share_prompts
 from verl_aqn.mxfp4.building import is_multimodal
-from verl_aqn.mxfp4.checkpoint import is_packed, model_digest
+from verl_aqn.mxfp4.checkpoint import is_packed
 from verl_aqn.mxfp4.experts import packed_layers
+from verl_aqn.mxfp4.held_base import held_base
 from verl_aqn.noise import NoiseInjector
 from verl_aqn.shards import Slices, cut
 from verl_aqn.verl_api.critic import AqnValueEngine
@@ -103,13 +104,14 @@ class AqnFSDPEngine(PackedBase):
         if self._served:
             self.sent_adapters, self._served = _digests(self._served, slicings), ()
 
-    def base_digest(self) -> str | None:
-        """Digest of the packed base as it is in this process now; None for an unquantised one."""
-        return model_digest(self.module) if is_packed(self.model_config.local_path) else None
+    def base(self, every: bool) -> dict[str, Any]:
+        """`mxfp4.held_base.Held` of this process as it is now, all ranks at once; without its tensors unless `every`.
 
-    def activations(self) -> list[str]:
-        """How the packed layers of this process round their inputs: one entry where all do the same."""
-        return sorted({str(layer.activation or "none") for layer in packed_layers(self.module)})
+        `activations`: how the packed layers round their inputs, one entry where all do the same.
+        """
+        held = held_base(self.module, self.model_config.local_path)._asdict()
+        rounding = sorted({str(layer.activation or "none") for layer in packed_layers(self.module)})
+        return {key: value for key, value in held.items() if every or "digest" in key} | {"activations": rounding}
 
     def prepare_model_inputs(self, micro_batch):
         """Each prompt once for all of its samples, if the model can take that; otherwise verl's own rows."""

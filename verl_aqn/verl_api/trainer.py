@@ -19,9 +19,8 @@ from verl.utils.debug import marked_timer
 import verl_aqn.verl_api.rollout  # noqa: F401  registers the replica
 from verl_aqn.config import order_of, parse_aqn, schedule_of
 from verl_aqn.errors import ConfigError, EvidenceError
+from verl_aqn.judge.base import sentence
 from verl_aqn.judge.records import END, RESCORING, VALIDATION, VERSION, Judge
-from verl_aqn.mxfp4.checkpoint import check_covered, checkpoint_digest
-from verl_aqn.mxfp4.model import open_packed, packed_modules
 from verl_aqn.noise import expected_norms
 from verl_aqn.prepare import check_steps
 from verl_aqn.rewards import math_verify
@@ -30,13 +29,13 @@ from verl_aqn.runs.evidence import judge_run
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.shards import distinct, not_covered
 from verl_aqn.verl_api import tripwire
+from verl_aqn.verl_api.base import BaseRecords
 from verl_aqn.verl_api.divergence import saved_where_it_diverges
 from verl_aqn.verl_api.groups import AqnReplayBuffer, check_refill, count_groups, remedy
 from verl_aqn.verl_api.parity import can_rescore, clip_range, scored_again, step_metrics
 from verl_aqn.verl_api.saving import SavingTrainer
 from verl_aqn.verl_api.use import TRAINER, UseOfNoise
 from verl_aqn.verl_api.workers import AqnActorWorker, AqnTrainingWorker
-from verl_aqn.vllm_api.readback import check_activations
 from verl_aqn.watchdog import ENDING
 
 
@@ -50,7 +49,10 @@ class AqnTrainer(SavingTrainer):
         self.folder = RunFolder(Path(self.aqn.run.dir))
         self.noise_metrics: dict[str, float] = {}
         self.synced_bytes = 0
-        self.base_weights: list[str | None] = []
+        mxfp4 = self.aqn.mxfp4
+        self.base = BaseRecords(
+            config.actor_rollout_ref.model.path, mxfp4.serve, mxfp4.activation_arithmetic, self.event
+        )
         self.slicing_of_rank: list[int] = []
         self.shares: dict[str, float] = {}  # of the last validation's answers, right by the other two rules
         self.clean_logp: dict[str, list[float]] = {}  # of the rollout's own sequences, scored again without noise
@@ -114,11 +116,12 @@ class AqnTrainer(SavingTrainer):
         norms, expected = ranks[0], expected_norms(self.config.actor_rollout_ref.model.path)
         for rank, answer in enumerate(ranks):
             self.record("rollout", rank=rank, ranks=len(ranks), **answer, expected_norms=expected)
-        self.check_base("start")
+        compared = self.check_base("start")
         self.check_adapter()
         linears = f" and {norms['linears']} linear weights" if norms["linears"] else ""
         alone = f" ({len(norms['router_norms'])} in front of routers left alone)" if norms["router_norms"] else ""
-        self.event(f"{norms['norms']} norms{linears} found{alone}, base and adapter equal in actor and rollout")
+        self.event(f"{norms['norms']} norms{linears} found{alone}, adapter equal in actor and rollout")
+        self.event(compared)
 
     def on_step_begin(self):
         self.doing("noise")
@@ -434,38 +437,16 @@ class AqnTrainer(SavingTrainer):
         whole, told = len(digests) == 1, {"sent": digests[0], "wanted": wanted, "bytes": self.synced_bytes}
         self.record("adapter", step=self.global_steps, whole=whole, **told, held=held)
 
-    def check_base(self, when: str) -> None:
-        """The base on disk, in the actor and in the rollout (packed, or its values in bf16) is one and the same."""
-        actor = self.actor_rollout_wg.base_digest()
-        if actor[0] is None:
-            self.record("base", when=when, quantised=False)
-            return
-        path, form = self.config.actor_rollout_ref.model.path, self.aqn.mxfp4.serve
-        held = self.rollout("aqn_base", packed_modules(open_packed(Path(path))))
-        rounding = self.actor_rollout_wg.activations()
-        slicings, slicing_of_rank = distinct([answer["slices"] for answer in held])
-        digests = [checkpoint_digest(path, slices, form) for slices in slicings]
-        disk = digests[0] if form == "packed" else checkpoint_digest(path)
-        # `served`: what a rollout that holds the whole base must show.
-        self.record(
-            "base", when=when, disk=disk, served=digests[0], actor=actor, actor_activations=rounding, rollout=held
-        )
-        wanted = [digests[slicing] for slicing in slicing_of_rank]
-        if {disk, *actor} != {disk} or [answer["base_digest"] for answer in held] != wanted:
-            raise EvidenceError(
-                f"at the {when} the MXFP4 base differs between disk, actor and rollout; see evidence.jsonl"
-            )
-        if {answer["form"] for answer in held} != {form}:
-            raise EvidenceError(f"the rollout holds its base as {held[0]['form']}, not as aqn.mxfp4.serve={form}")
-        check_covered(path, [answer["slices"] for answer in held])
-        # A kernel that keeps weights in an order of its own gives None: there they must be what they were.
-        if any(answer["weights_equal_base"] is False for answer in held):
-            raise EvidenceError(f"at the {when} the rollout computes with other weights than its MXFP4 base")
-        check_activations(self.aqn.mxfp4.activation_arithmetic, rounding, held)
-        weights = [answer["weights_digest"] for answer in held]
-        if weights != (self.base_weights or weights):
-            raise EvidenceError(f"at the {when} the weights of the rollout's MXFP4 layers are not those of the start")
-        self.base_weights = weights
+    def check_base(self, when: str) -> str:
+        """Hold every frozen tensor of actor and rollout against the folder's; returns what was compared."""
+        servers = self.servers()
+        asked = [server.aqn_call.remote("aqn_base", self.base.packed, clear_cache=False) for server in servers]
+        actor = self.actor_rollout_wg.base()  # while the rollout looks at its own
+        held = [answer for replica in ray.get(asked) for answer in replica]
+        ranks = {"actor": self.actor_rollout_wg.world_size, "rollout": self.actor_rollout_wg.world_size}
+        record = self.base.record(when, actor, held, ranks)
+        self.record("base", **record)
+        return sentence(record)
 
     # ---- records ----
 

@@ -12,6 +12,7 @@ from verl_aqn.noise import NoiseInjector, NoiseOrder
 from verl_aqn.preflight.peak import memory_peak
 from verl_aqn.verl_api.sync_socket import of_this_run
 from verl_aqn.vllm_api import plugin, readback
+from verl_aqn.vllm_api.tensors import describe_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,9 @@ class AqnWorkerExtension(vLLMColocateWorkerExtension):
         }
 
     def aqn_base(self, modules: list[str]) -> dict:
-        """The base's weights of `modules` as the engine holds them."""
-        return readback.describe_base(self.model_runner.get_model(), modules)
+        """The base as the engine holds it: the kernels of the packed `modules`, and every tensor."""
+        model = self.model_runner.get_model()
+        return readback.describe_base(model, modules) | describe_tensors(model, modules)
 
     def aqn_apply_noise(self, order: dict) -> dict:
         """Write clean + noise as the order says; evidence read back from the weights."""

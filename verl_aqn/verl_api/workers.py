@@ -53,14 +53,9 @@ class AqnActorWorker(ActorRolloutRefWorker):
         return ray.util.get_node_ip_address()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def base_digest(self) -> str | None:
-        """Digest of the packed base in the actor, or None for an unquantised one."""
-        return self.actor.engine.base_digest()
-
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def activations(self) -> list[str]:
-        """How the actor's packed layers round their inputs."""
-        return self.actor.engine.activations()
+    def base(self) -> dict:
+        """What this rank of the actor holds of the base; the first rank tells every tensor."""
+        return self.actor.engine.base(every=self.rank == 0)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def layout(self) -> str:

@@ -15,8 +15,9 @@ from verl_aqn.adapter import held_name, split_name
 from verl_aqn.digest import tensor_digest
 from verl_aqn.errors import EvidenceError
 from verl_aqn.mxfp4 import dequantize
-from verl_aqn.mxfp4.checkpoint import combined_digest, module_digest, values_digest
+from verl_aqn.mxfp4.checkpoint import combined_digest, module_digest
 from verl_aqn.mxfp4.formats import FORMATS
+from verl_aqn.mxfp4.values import plain_digest
 from verl_aqn.shards import NOTHING, Loaded, Slices, blocks_of
 
 # How vLLM's kernels round activations; the scheme asks all of them for MXFP4 and only some comply. What is written here
@@ -81,34 +82,41 @@ def is_experts(layer: Any) -> bool:
 
 
 def remember_base(model: torch.nn.Module) -> None:
-    """Keep the digests of what the base was loaded with, before kernels rearrange it (most do).
+    """Keep the digests of all that the model was loaded with, before kernels rearrange it (most do).
 
-    By module of the checkpoint: of the packed ones, or where there are none, of every matrix but the embeddings.
-    `mxfp4_digests` marks the layers of packed ones.
+    Of packed modules by the checkpoint's module, of other tensors by name. `mxfp4_digests` marks the layers of packed ones.
     """
-    loaded = _loaded(model)
-    parameter = _parameters(model)
+    loaded = loaded_of(model)
+    parameter = parameters_of(model)
     packed: dict[str, tuple[str, ...]] = {m: n for m in _modules(loaded) if (n := _packed_names(loaded, m))}
     loaded.digests, loaded.packed = {}, bool(packed)
-    for module in packed or _modules(loaded):
-        names = packed[module] if packed else (_weight_name(loaded, module),)
-        pieces = [piece for name in names for piece in loaded.pieces.get(name, ())]
-        layers: list[Any] = [model.get_submodule(piece.place.rpartition(".")[0]) for piece in pieces]
-        if not pieces:
+    held = {place: parameter(place) for place in loaded.held_in}
+    loaded.parameters = {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in held.items()}
+    for module, names in packed.items():
+        if not (pieces := [piece for name in names for piece in loaded.pieces.get(name, ())]):
             continue  # another rank's
-        if not packed and (len(loaded.sources[names[0]].shape) < 2 or hasattr(layers[0], "num_embeddings")):
+        if (weights := _read(loaded, names, parameter)) is None:
             continue
-        try:
-            weights = [loaded.read(name, parameter) for name in names]
-        except EvidenceError as error:
-            loaded.lost.update(dict.fromkeys(names, str(error)))
-            continue
-        loaded.digests[module] = module_digest(*weights) if packed else values_digest(weights[0])
-        for layer in layers if packed else ():
+        loaded.digests[module] = module_digest(*weights)
+        for piece in pieces:
+            layer: Any = model.get_submodule(piece.place.rpartition(".")[0])
             layer.mxfp4_digests = [*getattr(layer, "mxfp4_digests", ()), loaded.digests[module]]
+    of_packed = {name for names in packed.values() for name in names}
+    for name in loaded.pieces:
+        if name not in of_packed and (weights := _read(loaded, (name,), parameter)) is not None:
+            loaded.digests[name] = plain_digest(weights[0])
 
 
-def _loaded(model: torch.nn.Module) -> Loaded:
+def _read(loaded: Loaded, names: tuple[str, ...], parameter: Callable[[str], Tensor]) -> list[Tensor] | None:
+    """What the model holds of these tensors; None, and why, on record, where they cannot be put together again."""
+    try:
+        return [loaded.read(name, parameter) for name in names]
+    except EvidenceError as error:
+        loaded.lost.update(dict.fromkeys(names, str(error)))
+        return None
+
+
+def loaded_of(model: torch.nn.Module) -> Loaded:
     loaded: Loaded | None = getattr(model, "aqn_loaded", None)
     if loaded is None or not loaded.sources:
         raise EvidenceError(
@@ -118,7 +126,7 @@ def _loaded(model: torch.nn.Module) -> Loaded:
     return loaded
 
 
-def _parameters(model: torch.nn.Module) -> Callable[[str], Tensor]:
+def parameters_of(model: torch.nn.Module) -> Callable[[str], Tensor]:
     """A parameter or buffer as it is now by the name that it had when it was loaded: without LoRA's wrapper."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     held = {name.replace(".base_layer.", "."): parameter.data for name, parameter in named}
@@ -136,7 +144,7 @@ def _modules(loaded: Loaded) -> list[str]:
     return list(found)
 
 
-def _weight_name(loaded: Loaded, module: str) -> str:
+def weight_name(loaded: Loaded, module: str) -> str:
     """Name of the tensor with a module's values; a stack of experts [E, K, N] has the module's own name."""
     return module if module in loaded.sources else f"{module}.weight"
 
@@ -150,16 +158,16 @@ def _packed_names(loaded: Loaded, module: str) -> tuple[str, str] | None:
     return None
 
 
-def _slice_of(loaded: Loaded, module: str) -> list[int] | None:
+def slice_of(loaded: Loaded, module: str) -> list[int] | None:
     """The `Slice` of a module's weight [N, K] that this rank holds."""
     names = _packed_names(loaded, module) if loaded.packed else None
-    region = loaded.region(names[0] if names else _weight_name(loaded, module))
+    region = loaded.region(names[0] if names else weight_name(loaded, module))
     if region is None or not names:
         return region
     return [number for row, rows, *columns in blocks_of(region) for number in (row, rows, *(2 * c for c in columns))]
 
 
-def _kept(layer: Any) -> dict[str, torch.Tensor]:
+def kept_by(layer: Any) -> dict[str, torch.Tensor]:
     """What a layer's kernel computes with, by the end of its name; without what was taken out of the layer."""
     names = ("w13_weight", "w2_weight") if is_experts(layer) else ("weight",)
     weights = {name: getattr(layer, name, None) for name in names}
@@ -180,29 +188,30 @@ def describe_base(model: torch.nn.Module, modules: Collection[str]) -> dict:
 
     Raises EvidenceError where one of `modules` was loaded in a way that could not be followed.
     """
-    loaded = _loaded(model)
+    loaded = loaded_of(model)
     named = {name.removesuffix(".base_layer"): layer for name, layer in model.named_modules()}
     places: dict[str, list[str]] = {}
     digests: list[tuple[str, str]] = []
     experts = 0
     slices: Slices = {}
     for module in modules:
-        if module not in loaded.digests:
+        key = module if loaded.packed else weight_name(loaded, module)
+        if key not in loaded.digests:
             _check_followed(model, loaded, module)
             slices[module] = NOTHING
             continue
-        digests.append((module, loaded.digests[module]))
-        names = (_packed_names(loaded, module) if loaded.packed else None) or (_weight_name(loaded, module),)
+        digests.append((module, loaded.digests[key]))
+        names = (_packed_names(loaded, module) if loaded.packed else None) or (weight_name(loaded, module),)
         held_in = [piece.place.rpartition(".")[0] for piece in loaded.pieces[names[0]]]
         for place in held_in:
             places.setdefault(place, []).append(module)
         experts += is_experts(named[held_in[0]])
-        if part := _slice_of(loaded, module):
+        if part := slice_of(loaded, module):
             slices[module] = part
     layers: dict[str, Any] = {name: layer for name, layer in named.items() if name in places}
-    parameter = _parameters(model)
+    parameter = parameters_of(model)
     equal = {equals_loaded(loaded, layer, places[name], parameter) for name, layer in layers.items()}
-    kept = [(name + end, weight) for name, layer in layers.items() for end, weight in _kept(layer).items()]
+    kept = [(name + end, weight) for name, layer in layers.items() for end, weight in kept_by(layer).items()]
     kernels = [kernel_of(layer) for layer in layers.values()]
     return {
         "layers": len(layers),
@@ -211,7 +220,7 @@ def describe_base(model: torch.nn.Module, modules: Collection[str]) -> dict:
         "base_digest": combined_digest(digests),
         "slices": slices,
         "weights_digest": tensor_digest(kept) if kept else None,
-        "weights_equal_base": False if False in equal else None if None in equal else True,
+        "weights_equal_base": False if False in equal else None if None in equal or not equal else True,
         "activations": sorted({kernel_activation(kernel) for kernel in kernels}),
         "kernel": ",".join(sorted({type(kernel).__name__ for kernel in kernels})),
     }
@@ -235,10 +244,7 @@ def equals_loaded(loaded: Loaded, layer: Any, modules: list[str], parameter: Cal
     sources = [f"{module}.weight" for module in modules]
     if loaded.packed or weight.dim() != 2 or any(_outgrown(loaded, source, parameter) for source in sources):
         return None
-    return all(
-        values_digest(loaded.read(source, parameter)) == loaded.digests[module]
-        for source, module in zip(sources, modules, strict=True)
-    )
+    return all(plain_digest(loaded.read(source, parameter)) == loaded.digests[source] for source in sources)
 
 
 def _outgrown(loaded: Loaded, source: str, parameter: Callable[[str], Tensor]) -> bool:

@@ -21,6 +21,7 @@ from verl_aqn.shards import Loaded, Piece, Source
 
 aten = torch.ops.aten
 _JOINS = {aten.cat.default, aten.stack.default}
+_COPIES = {"_to_copy", "clone", "contiguous", "_reshape_copy", "detach", "alias", "lift_fresh", "view", "empty_like"}
 _ERASERS = {"fill_", "zero_", "normal_", "uniform_", "random_", "copy_"}  # what was written before is gone
 
 
@@ -57,6 +58,7 @@ class Trace(TorchDispatchMode):
         self.sources: dict[str, Source] = {}
         self._storages: dict[int, _Storage] = {}
         self._lost: dict[str, str] = {}  # source -> the operation that it disappeared into
+        self._computed_by: dict[str, dict[str, None]] = {}  # source -> the operations that changed its values
 
     def watch(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The same weights; from here on each tensor is known by its name."""
@@ -90,7 +92,8 @@ class Trace(TorchDispatchMode):
                     self._lost[source] = "strides that do not divide"
                 for part in found or []:
                     pieces.setdefault(source, []).append(Piece(place, *part))
-        return Loaded(self.sources, pieces, {name: how for name, how in self._lost.items() if name not in pieces})
+        lost = {name: how for name, how in self._lost.items() if name not in pieces}
+        return Loaded(self.sources, pieces, lost, {name: ", ".join(how) for name, how in self._computed_by.items()})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -118,8 +121,10 @@ class Trace(TorchDispatchMode):
     def _computed(self, func: Any, out: Tensor, known: list[Tensor]) -> None:
         """A new tensor: element by element of the one that it was computed from, or lost.
 
-        Whether the values are still the source's is for digests to say; here only the places count.
+        Whether the values are still the source's is for digests to say; here only the places count, and the operation
+        is noted where it is no copy.
         """
+        self._note(func, known)
         names = {self._one_of(tensor) for tensor in known}
         if len(names) == 1 and out.shape == known[0].shape:
             self._copy(out, known[0], func.__name__)
@@ -131,6 +136,8 @@ class Trace(TorchDispatchMode):
         target = args[0]
         others = [tensor for tensor in known if tensor is not target]
         name = func._schema.name.removeprefix("aten::")
+        if name not in _ERASERS:
+            self._note(func, known)
         if others:
             for tensor in others:
                 self._lose(tensor, str(func))
@@ -138,6 +145,15 @@ class Trace(TorchDispatchMode):
                 self._erase(target)
         elif name in _ERASERS and isinstance(target, Tensor):
             self._erase(target)
+
+    def _note(self, func: Any, known: list[Tensor]) -> None:
+        """Values that were computed with need not be the source's any more."""
+        name = func._schema.name.removeprefix("aten::")
+        if name in _COPIES:
+            return
+        for tensor in known:
+            for source, _ in self._storage(tensor).boxes.values():
+                self._computed_by.setdefault(source, {})[name] = None
 
     def _join(self, func: Any, args: Any, out: Tensor) -> None:
         dim = args[1] if len(args) > 1 else 0

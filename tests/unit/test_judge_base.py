@@ -1,0 +1,178 @@
+"""The judge of the base's records: whatever is deleted, emptied, nulled or changed in one of them is noticed."""
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.base_answers import actor_of, loaded, record_of, records, rollout_of
+from tests.family_models import make
+from verl_aqn.errors import EvidenceError
+from verl_aqn.judge.base import check_base, is_old, sentence
+from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
+
+# Fields whose value says nothing about equality at the start; they must be there, and at the end be the same.
+FREE = {
+    "bytes",
+    "kernel",
+    "layers",
+    "experts",
+    "files",
+    "reason",
+    "names",
+    "weights_digest",
+    "kernel_digest",
+    "slices",
+    "seconds",
+    "converted",
+    "actor_digests",
+}
+NULLABLE = {"weights_digest", "kernel_digest", "weights_equal_base"}
+
+
+@pytest.fixture(scope="module", params=["packed", "source", "parts"])
+def pair(request, tmp_path_factory) -> tuple[dict, dict]:
+    """The records of start and end of an attempt: packed, not quantised, and on two ranks that hold halves."""
+    root = tmp_path_factory.mktemp("judge")
+    make("glm4" if request.param != "source" else "gemma3_vl", root / "source")
+    quantize_checkpoint(root / "source", root / "packed")
+    folder = root / ("packed" if request.param != "source" else "source")
+    halves: list = [None]
+    if request.param == "parts":
+        halves = [{"model.layers.0.self_attn.q_proj": [32 * rank, 32, 0, 64]} for rank in range(2)]
+    actor, made = [actor_of(loaded(folder), folder)] * len(halves), records(folder)
+    rollout = [rollout_of(folder, slices) for slices in halves]
+    found = [record_of(folder, actor, rollout, when, made) for when in ("start", "end")]
+    return tuple(json.loads(json.dumps(record)) for record in found)
+
+
+def paths(value: Any, before: tuple = ()) -> Iterator[tuple]:
+    """The path of everything within a record."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*before, key)
+        yield from paths(inner, (*before, key))
+
+
+def other(value: Any) -> Any:
+    """Another value of the same kind."""
+    if isinstance(value, bool) or value is None:
+        return value is None or not value
+    if isinstance(value, int | float):
+        return value + 1
+    if isinstance(value, str):
+        return f"{value[:-1]}{'0' if value[-1:] != '0' else '1'}"
+    return (
+        {}
+        if isinstance(value, dict) and value
+        else []
+        if value
+        else ["more"]
+        if isinstance(value, list)
+        else {"more": 1}
+    )
+
+
+def changed(record: dict, path: tuple, how: str) -> dict | None:
+    """The record with one change, None where it would be none."""
+    record = copy.deepcopy(record)
+    at: Any = record
+    for key in path[:-1]:
+        at = at[key]
+    before = at[path[-1]]
+    if how == "deleted":
+        del at[path[-1]]
+    else:
+        at[path[-1]] = None if how == "null" else other(before)
+        if at[path[-1]] == before and type(before) is type(at[path[-1]]):
+            return None
+    return record
+
+
+@pytest.mark.parametrize("how", ["deleted", "null", "changed"])
+def test_every_field_counts(pair, how):
+    start, end = pair
+    check_base(start, None)
+    check_base(end, start)
+    unnoticed = []
+    for record, first in ((start, None), (end, start)):
+        for path in paths(record):
+            if path == ("seconds",) and how == "changed":
+                continue
+            if how != "deleted" and first is None and FREE & set(path):
+                if how == "changed" or path[-1] in NULLABLE or "slices" in path[:-1]:
+                    continue
+            one = changed(record, path, how)
+            if one is None:
+                continue
+            try:
+                check_base(one, first)
+            except EvidenceError as error:
+                assert "\n" not in str(error)
+            else:
+                unnoticed.append((record["when"], *path))
+    assert not unnoticed, unnoticed[:20]
+
+
+def test_two_holders_may_not_be_swapped_nor_doubled(pair):
+    start, end = pair
+    if start["ranks"]["rollout"] == 2:
+        swapped = copy.deepcopy(start)
+        swapped["rollout"].reverse()
+        with pytest.raises(EvidenceError, match="rollout 0"):
+            check_base(swapped, None)
+    doubled = copy.deepcopy(start)
+    doubled["rollout"].append(doubled["rollout"][0])
+    with pytest.raises(EvidenceError, match="not every rank of the rollout answered"):
+        check_base(doubled, None)
+    with pytest.raises(EvidenceError):
+        check_base({}, None)
+    with pytest.raises(EvidenceError):
+        check_base({"when": "start"}, None)
+    with pytest.raises(EvidenceError):
+        check_base(end, {})
+    with pytest.raises(EvidenceError):
+        check_base(end, end)
+
+
+def test_a_tensor_may_be_left_out_for_few_reasons_only(pair):
+    start, _ = pair
+    left = {"side": "rollout", "group": "norms", "reason": "who knows", "tensors": 1, "names": ["model.norm.weight"]}
+    for code in ("lost", "computed", "converted", "missing", "other", "", None):
+        record = copy.deepcopy(start)
+        record["not_compared"].append(left | {"code": code})
+        for holder, groups in record["holders"].items():
+            if holder != "actor":
+                groups["norms"] |= {"tensors": groups["norms"]["tensors"] - 1, "live": groups["norms"]["live"] - 1}
+        with pytest.raises(EvidenceError, match="norm"):
+            check_base(record, None)
+
+
+def test_norms_that_were_only_loaded_are_not_enough(pair):
+    start, _ = pair
+    record = copy.deepcopy(start)
+    record["holders"]["rollout 0"]["norms"]["live"] = 0
+    with pytest.raises(EvidenceError, match="norms of rollout 0 were compared as they were loaded"):
+        check_base(record, None)
+    record = copy.deepcopy(start)
+    record["holders"]["rollout 0"]["embeddings"]["live"] = 0
+    check_base(record, None)
+    assert "embeddings" in sentence(record).partition("of the rollout as they were loaded")[0]
+
+
+def test_old_records_are_known_by_what_they_lack(pair):
+    start, _ = pair
+    old = {"kind": "base", "when": "start", "disk": "a" * 64, "actor": ["a" * 64], "rollout": []}
+    assert is_old(old)
+    assert is_old({"kind": "base", "when": "start", "quantised": False})
+    for name in start:
+        assert not is_old({key: value for key, value in start.items() if key != name})
+
+
+def test_the_judge_needs_no_torch():
+    code = "import sys, verl_aqn.judge.base; assert not {'torch', 'numpy', 'omegaconf'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
