@@ -6,7 +6,7 @@ only where every field that it must have is there, is what was asked for, and ag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,14 +102,20 @@ class Judge:
 
     Args:
         order_at: what the run's config orders for RL step n (from 0); None where that is not known.
+        sigmas: σ by RL step as the run's schedule has it, for records of older versions.
         noisy_actor: whether the actor has the rollout's noise.
         whole: whether the records are of `VERSION`. In older ones a field or a record that is not there is no fault.
     """
 
     def __init__(
-        self, order_at: Callable[[int], NoiseOrder] | None, *, noisy_actor: bool = False, whole: bool = True
+        self,
+        order_at: Callable[[int], NoiseOrder] | None,
+        *,
+        sigmas: Sequence[float] = (),
+        noisy_actor: bool = False,
+        whole: bool = True,
     ) -> None:
-        self.order_at, self.noisy_actor, self.whole = order_at, noisy_actor, whole
+        self.order_at, self.sigmas, self.noisy_actor, self.whole = order_at, sigmas, noisy_actor, whole
         self.tallies: dict[str, Tally] = {}
         self.seen: set[tuple] = set()  # of all attempts
         self._attempt: set[tuple] = set()  # of the last one
@@ -154,9 +160,10 @@ class Judge:
         return None
 
     def _once(self, kind: str, record: Fields) -> None:
+        key = (kind, *(record.get(part) if not self.whole else record[part] for part in IDENTITY[kind]))
         if not self.whole:
+            self.seen.add(key)
             return
-        key = (kind, *(record[part] for part in IDENTITY[kind]))
         if key in self._attempt:
             raise EvidenceError(f"{_name(kind, record)} is there twice: one of them is of another step or rank")
         if kind not in (*START, "strength", "stopped") and (lacking := self._lacking_at_start()):
@@ -251,12 +258,12 @@ class Judge:
 
     def _noise_of(self, kind: str, record: Fields) -> None:
         step = record["step"]
-        order = self.order_at(step) if self.order_at else None
-        if order is None or not self.whole:
-            sigma = order.sigma if order else record["sigma_asked"]
-            check_reading(record, sigma, self.clean_digest or record["clean_digest"])
-            check_realised(record, sigma)
+        if not self.whole:
+            self._old_reading(record, self.sigmas[step] if step < len(self.sigmas) else record["sigma_asked"])
             return
+        if self.order_at is None:
+            raise EvidenceError(f"step {step} has noise, but what the run's config orders is not known")
+        order = self.order_at(step)
         check_evidence(record, order, self._clean_digest())
         self._check_modules(record, order)
         same = self._readings[kind].setdefault(step, record)
@@ -309,8 +316,7 @@ class Judge:
 
     def _on_clean(self, record: Fields) -> None:
         if not self.whole:
-            check_reading(record, 0.0, self.clean_digest or record["clean_digest"])
-            check_realised(record, 0.0)
+            self._old_reading(record, 0.0)
             return
         if record["when"] not in (VALIDATION, RESCORING, END):
             raise EvidenceError(f"clean norms are on record for {record['when']!r}: no such moment")
@@ -320,15 +326,21 @@ class Judge:
         self._same_size("clean", record)
 
     def _on_actor_clean(self, record: Fields) -> None:
-        sigma = record["sigma_used"] if self.whole else 0.0
-        if self.whole and self.order_at and sigma != self.order_at(record["at"] - 1).sigma:
+        if not self.whole:
+            self._old_reading(record, 0.0)
+            return
+        sigma = record["sigma_used"]
+        if self.order_at and sigma != self.order_at(record["at"] - 1).sigma:
             raise EvidenceError(f"the actor's noise of step {record['at']} was σ {sigma:g}, which was not ordered")
         check_used(record, sigma)
-        if self.whole:
-            check_evidence(record, None, self._clean_digest())
-            self._same_size("clean actor", record)
-        else:
-            check_reading(record, 0.0, self.clean_digest or record["clean_digest"])
+        check_evidence(record, None, self._clean_digest())
+        self._same_size("clean actor", record)
+
+    def _old_reading(self, record: Fields, sigma: float) -> None:
+        """Of a version whose readings have neither an order nor groups, and at first no rounding either."""
+        whole = Fields({"sigma_rounding": 0.0, **record})
+        check_reading(whole, sigma, self.clean_digest or record["clean_digest"])
+        check_realised(whole, sigma)
 
     def _on_mismatch(self, record: Fields) -> None:
         if record.get("source") is None and record.get("reason"):
@@ -358,8 +370,9 @@ class Judge:
     # ---- what is not there ----
 
     def missing(self, done: Done) -> Iterator[tuple[str, str]]:
-        """Yield (kind, what) for everything that should be on record and is not; nothing for older versions."""
+        """Yield (kind, what) for everything that should be on record and is not."""
         if not self.whole:
+            yield from self._old_missing(done)
             return
         for kind in START:
             if kind not in {key[0] for key in self.seen} and (done.steps or done.validations):
@@ -381,6 +394,20 @@ class Judge:
             wanted += [("base", "end")]
             if not any(key[:2] == ("clean", END) for key in self.seen):
                 yield "clean", "no record of clean norms at the end of the run"
+        yield from self._absent(wanted)
+
+    def _old_missing(self, done: Done) -> Iterator[tuple[str, str]]:
+        """Yield what older versions recorded too. Their clean readings do not say when they were made."""
+        wanted: list[tuple] = [("base", "start")] if done.steps or done.validations else []
+        wanted += [("base", "end")] if done.finished else []
+        for step in done.steps:
+            wanted += [("noise", step - 1, 0), ("adapter", step)]
+        yield from self._absent(wanted)
+        tally = self.tallies.get("clean", Tally())
+        if (read := tally.right + tally.unknown + len(tally.faults)) < len(done.validations):
+            yield "clean", f"{read} readings of clean norms in {len(done.validations)} validations"
+
+    def _absent(self, wanted: Iterable[tuple]) -> Iterator[tuple[str, str]]:
         for key in wanted:
             if key not in self.seen:
                 names = IDENTITY[key[0]]

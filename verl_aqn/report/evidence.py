@@ -1,132 +1,150 @@
-"""What each run read back of itself, checked here once more from the records alone."""
+"""What each run read back of itself, as `verl_aqn.judge` finds it in the records."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from verl_aqn.judge.base import is_old, sentence
+from verl_aqn.judge.mismatch import bound, least
+from verl_aqn.judge.use import is_visible
 from verl_aqn.report.charts import Chart, Series, aside, number
 from verl_aqn.report.records import Run, finite
 from verl_aqn.report.sections import span_of
 from verl_aqn.report.tables import Cell, Table
+from verl_aqn.runs.evidence import CHAIN
 
 Record = dict[str, Any]
 NONE = Cell("–")
 
 
+ROWS = {
+    "base": "base on disk, in actor and rollout",
+    "adapter": "adapter in the rollout",
+    "mismatch": "trainer against the rollout without noise",
+    "noise": "noise in the rollout's weights",
+    "use": "noise in the rollout's forward",
+    "actor noise": "noise in the actor",
+    "clean": "clean norms in validation, rescoring and at the end",
+    "actor clean": "clean norms in the actor",
+    "rollout": "norms in the rollout",
+    "placed": "where the run ran",
+    "layout": "layout of the actor's batches",
+    "strength": "what σ_start does (measured before training)",
+    "stopped": "stopped by its own evidence",
+    CHAIN: "records as they were written",
+}
+QUIET = ("placed", "layout", "rollout", "stopped")
+"""Kinds whose row is shown only where something is wrong with them."""
+
+
 def checks(runs: Sequence[Run]) -> Table:
-    """A check a row, a run a column. A check that cannot be made from the records has no verdict."""
+    """A check a row, a run a column, as `verl_aqn.judge` finds it. What is not on record has no verdict."""
     rows: list[list[Cell]] = []
-    for name, check in CHECKS:
-        cells = [check(run) for run in runs]
-        if any(cell is not NONE for cell in cells):
+    for kind, name in ROWS.items():
+        cells = [_cell(run, kind) for run in runs]
+        if any(cell is not NONE for cell in cells) and (kind not in QUIET or any(cell.good is False for cell in cells)):
             rows.append([Cell(name), *cells])
     return Table("Evidence by run", ["what was read back", *(run.label for run in runs)], rows, sortable=False)
 
 
-def _base(run: Run) -> Cell:
-    records = run.of_kind.get("base", [])
-    if not records:
+def _cell(run: Run, kind: str) -> Cell:
+    finding = run.judgement.findings.get(kind)
+    if finding is None:
         return NONE
-    if any(record.get("quantised") is False for record in records):
-        return Cell("unquantised base: nothing to compare")
-    good, digests = True, set()
-    for record in records:
-        held = record.get("rollout") or []
-        whole = [one.get("base_digest") for one in held if not one.get("slices")]
-        packed = {record.get("disk"), *(record.get("actor") or [])}
-        served = {record.get("served", record.get("disk")), *whole}
-        good &= len(packed) == len(served) == 1 and all(one.get("weights_equal_base") is not False for one in held)
-        digests.add(record.get("disk"))
+    if finding.faults:
+        more = f" (and {len(finding.faults) - 1} more)" if len(finding.faults) > 1 else ""
+        return Cell(f"{finding.faults[0]}{more}", good=False)
+    records = run.of_kind.get(kind, [])
+    detail = (
+        DETAILS[kind](run, records) if kind in DETAILS and records else f"{finding.right} of {finding.total} records"
+    )
+    if finding.good is None:
+        return Cell(f"{detail}; not on record: {finding.unknown} of {finding.total}")
+    return Cell(detail, good=doubt(records) if kind == "mismatch" else True)
+
+
+def doubt(records: Sequence[Record]) -> bool:
+    """Whether trainer and rollout stayed below the bound of a warning in every step that was compared."""
+    return all(least(record) <= bound(record, "warn") for record in records if record.get("source"))
+
+
+def _base(run: Run, records: Sequence[Record]) -> str:
     when = " and ".join(str(record.get("when")) for record in records)
-    sliced = any(one.get("slices") for record in records for one in record.get("rollout") or [])
+    if not is_old(records[0]):
+        return f"{sentence(records[0])} ({when})"
+    if any(record.get("quantised") is False for record in records):
+        return "unquantised base: nothing was compared"
     kernels = sorted({str(one.get("kernel")) for record in records for one in record.get("rollout") or []})
-    text = (
-        f"{_short(records[-1].get('disk'))} on disk{' = actor = rollout' if good else ', but not everywhere'} ({when})"
+    return f"packed modules {_short(records[-1].get('disk'))} on disk = actor = rollout ({when}); {', '.join(kernels)}"
+
+
+def _adapter(run: Run, records: Sequence[Record]) -> str:
+    return f"equal in {len(records)} of {len(records)} syncs; last {_short(records[-1].get('sent'))}"
+
+
+def _noise(run: Run, records: Sequence[Record]) -> str:
+    noisy = [record for record in records if record.get("sigma_asked")]
+    if not noisy:
+        return "no noise in any step, and none was asked for"
+    inside = sum(_inside(record) for record in noisy)
+    modules = sorted({record.get("modules") or 0 for record in noisy})
+    return (
+        f"as the schedule has it in {len(records)} of {len(records)} readings, in {'–'.join(map(str, modules))} "
+        f"modules; σ within its 95 % sampling interval in {inside} of {len(noisy)}"
     )
-    text += "; ranks of the rollout hold slices, which the run itself compared" if sliced else ""
-    return Cell(f"{text}; {', '.join(kernels)}", good=good and len(digests) == 1)
 
 
-def _adapter(run: Run) -> Cell:
-    records = run.of_kind.get("adapter", [])
-    if not records:
-        return NONE
-    # Only the first rank surely holds what `sent` is the digest of: others may hold other slices.
-    unlike = [record for record in records if not (held := record.get("held")) or
-              held[0].get("adapter_digest") != record.get("sent")]  # fmt: skip
-    text = f"equal in {len(records) - len(unlike)} of {len(records)} syncs; last {_short(records[-1].get('sent'))}"
-    return Cell(text, good=not unlike)
-
-
-def _noise(kind: str) -> Callable[[Run], Cell]:
-    def check(run: Run) -> Cell:
-        records = [record for record in run.of_kind.get(kind, []) if record.get("sigma_asked")]
-        if not records:
-            return Cell("no noise in any step") if run.of_kind.get(kind) else NONE
-        inside = [record for record in records if _inside(record)]
-        strays = sum(record.get("changed_outside") or 0 for record in records)
-        modules = sorted({record.get("modules") or 0 for record in records})
-        text = (
-            f"{'–'.join(map(str, modules))} modules; σ within its 95 % sampling interval in {len(inside)} of "
-            f"{len(records)} readings; {strays} weights changed that were to be clean"
-        )
-        return Cell(text, good=strays == 0 and modules[0] > 0)
-
-    return check
-
-
-def _clean(kind: str) -> Callable[[Run], Cell]:
-    def check(run: Run) -> Cell:
-        records = run.of_kind.get(kind, [])
-        if not records:
-            return NONE
-        first = next(
-            (one.get("clean_digest") for one in run.of_kind.get("rollout", [])), records[0].get("clean_digest")
-        )
-        equal = [one for one in records if one.get("weights_digest") == one.get("clean_digest") == first]
-        text = f"bit for bit those of the start in {len(equal)} of {len(records)} readings; {_short(first)}"
-        return Cell(text, good=len(equal) == len(records))
-
-    return check
-
-
-def _mismatch(run: Run) -> Cell:
-    records = [one for one in run.of_kind.get("mismatch", []) if isinstance(one.get("step"), int)]
-    if not records:
-        return NONE
-    means = [finite(one.get("abs_dlogp_mean")) for one in records]
-    known = [mean for mean in means if mean is not None]
-    good = len(known) == len(means) and all(
-        mean <= (finite(one.get("warn")) or 0.0) for mean, one in zip(known, records, strict=True)
+def _use(run: Run, records: Sequence[Record]) -> str:
+    seen = [record for record in records if record["sigma"] and is_visible(record)]
+    if not seen:
+        return f"no step of {len(records)} had noise that is large enough to be seen in log-probs"
+    first = seen[0]
+    return (
+        f"moves log-probs by {number(first['effect'])} nats a token in step {first['step']}, "
+        f"{number(first['predicted'])} predicted by {first.get('predicted_by')}; seen in {len(seen)} of "
+        f"{sum(bool(record['sigma']) for record in records)} steps with noise, too small elsewhere"
     )
-    if not known:
-        return Cell(f"no figure in {len(records)} steps", good=False)
-    text = f"{number(known[0])} nats a token in step {records[0]['step']}, at most {number(max(known))} "
-    return Cell(text + f"in {len(known)} of {len(records)} compared steps", good=good)
 
 
-def _strength(run: Run) -> Cell:
-    record = next(iter(run.of_kind.get("strength", [])), None)
-    if not record or not (noisy := record.get("noisy")) or not (clean := record.get("clean")):
-        return NONE
+def _clean(run: Run, records: Sequence[Record]) -> str:
+    return (
+        f"bit for bit those of the start in {len(records)} of {len(records)} readings; "
+        f"{_short(records[-1].get('weights_digest'))}"
+    )
+
+
+def _mismatch(run: Run, records: Sequence[Record]) -> str:
+    compared = [record for record in records if record.get("source")]
+    if not compared:
+        return f"not compared in {len(records)} steps: {records[0].get('reason')}"
+    means = [record["abs_dlogp_mean"] for record in compared]
+    return (
+        f"{number(means[0])} nats a token in step {compared[0]['step']}, at most {number(max(means))} in {len(means)} "
+        f"of {len(records)} steps that could be compared"
+    )
+
+
+def _strength(run: Run, records: Sequence[Record]) -> str:
+    clean, noisy = records[0]["clean"], records[0]["noisy"]
     text = f"KL {_interval(noisy.get('kl'))} nats a token; entropy {_interval(clean.get('entropy'))} → "
     text += _interval(noisy.get("entropy"))
     if noisy.get("variance"):
         text += f"; groups with variance {_interval([100 * x for x in noisy['variance']])} %"
-    return Cell(f"σ {number(noisy.get('sigma', 0.0))}: {text}")
+    return f"σ {number(noisy.get('sigma', 0.0))}: {text}"
 
 
-CHECKS: tuple[tuple[str, Callable[[Run], Cell]], ...] = (
-    ("packed base", _base),
-    ("adapter in the rollout", _adapter),
-    ("trainer against the rollout without noise", _mismatch),
-    ("noise in the rollout", _noise("noise")),
-    ("noise in the actor", _noise("actor noise")),
-    ("clean norms in validation, rescoring and at the end", _clean("clean")),
-    ("clean norms in the actor", _clean("actor clean")),
-    ("what σ_start does (measured before training)", _strength),
-)
+DETAILS: dict[str, Callable[[Run, Sequence[Record]], str]] = {
+    "base": _base,
+    "adapter": _adapter,
+    "mismatch": _mismatch,
+    "noise": _noise,
+    "actor noise": _noise,
+    "use": _use,
+    "clean": _clean,
+    "actor clean": _clean,
+    "strength": _strength,
+}
 
 
 def deviation(runs: Sequence[Run]) -> Chart | None:

@@ -13,6 +13,7 @@ from typing import Any
 from verl_aqn.errors import DataError
 from verl_aqn.report.charts import COLOURS
 from verl_aqn.runs.arms import find_each, flatten, records_of
+from verl_aqn.runs.evidence import Judgement, judge_run
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.listing import describe
 
@@ -37,6 +38,7 @@ class Run:
     validations: dict[int, dict[str, Any]]
     evidence: list[dict[str, Any]]
     events: list[dict[str, Any]]
+    judgement: Judgement = field(default_factory=lambda: Judgement(1, {}))
     quantization: dict[str, Any] | None = None
     no_quantization: str = ""
     answered: tuple[int, ...] = field(default=())  # steps of which there are answers, ascending
@@ -95,6 +97,7 @@ def _read(folder: RunFolder, label: str, place: int, colour: int, summary: dict[
         steps=steps,
         validations={step: one for step, one in validations.items() if one.get("items") and "accuracy" in one},
         evidence=evidence,
+        judgement=judge_run(folder),
         events=list(folder.read("events.jsonl")),
         quantization=quantization,
         no_quantization=why,

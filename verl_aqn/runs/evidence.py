@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,9 @@ CHAIN = "chain"
 
 @dataclass(frozen=True)
 class Finding:
-    """Records of one kind. `right` of `total` are as they should be; `unknown` cannot be judged by what they hold.
+    """Records of one kind. `right` of `total` are as they should be.
 
+    `unknown`: what cannot be judged, for records of older versions that lack a field or are not there.
     `good`: True where all that is wanted is there and right, False for any fault, None where it is not on record.
     """
 
@@ -69,6 +71,7 @@ def judge_run(run: RunFolder, *, finished: bool | None = None) -> Judgement:
     faults: dict[str, list[str]] = {"noise": [fault]} if fault and version >= VERSION else {}
     judge = Judge(
         (lambda step: order_of(*asked, step)) if asked else None,
+        sigmas=[row["sigma"] for row in _table(run)],
         noisy_actor=bool(asked and asked[0].in_actor),
         whole=version >= VERSION,
     )
@@ -82,16 +85,20 @@ def judge_run(run: RunFolder, *, finished: bool | None = None) -> Judgement:
         rescored=[step for step, record in steps.items() if (record.get("metrics") or {}).get(RESCORED)],
         finished=run.state["status"] == "finished" if finished is None else finished,
     )
+    absent: Counter[str] = Counter()
     for kind, fault in judge.missing(done):
-        faults.setdefault(kind, []).append(fault)
+        if version >= VERSION:
+            faults.setdefault(kind, []).append(fault)
+        else:
+            absent[kind] += 1
     links, breaks = _chain(run)
     if breaks or (version >= VERSION and links < len(records)):
         lines = ", ".join(map(str, breaks[:5] or [1]))
         faults[CHAIN] = [f"{FILE} was changed after it was written: line {lines} does not follow the line before it"]
     findings = {}
-    for kind in dict.fromkeys([*judge.tallies, *faults]):
+    for kind in dict.fromkeys([*judge.tallies, *faults, *absent]):
         tally = judge.tallies.get(kind)
-        right, unknown = (tally.right, tally.unknown) if tally else (0, 0)
+        right, unknown = (tally.right, tally.unknown + absent[kind]) if tally else (0, absent[kind])
         wrong = tuple(faults.get(kind, ()))
         findings[kind] = Finding(kind, right, right + unknown + len(wrong), unknown, wrong)
     if CHAIN not in findings and links:
@@ -127,7 +134,9 @@ def _table(run: RunFolder) -> list[dict[str, Any]]:
         table = json.loads(path.read_text())
     except (OSError, ValueError):
         return []
-    return table if isinstance(table, list) and all(isinstance(row, dict) for row in table) else []
+    rows = table if isinstance(table, list) else []
+    good = all(isinstance(row, dict) and isinstance(row.get("sigma"), int | float) for row in rows)
+    return rows if good else []
 
 
 def _chain(run: RunFolder) -> tuple[int, list[int]]:
