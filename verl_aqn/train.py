@@ -139,7 +139,7 @@ def measure_noise(run: RunFolder, todo: Prepared, console: Console) -> None:
     except StrengthError as error:
         run.set_status("failed", str(error))
         raise
-    run.append("evidence.jsonl", {"kind": "strength", "clean": clean.to_dict(), "noisy": noisy.to_dict()})
+    run.add_evidence({"kind": "strength", "clean": clean.to_dict(), "noisy": noisy.to_dict()})
     console.strength(clean, noisy)
 
 

@@ -22,14 +22,15 @@ ARROWS = {
     "stacks": (),
     "data": (),
     "rewards": (),
-    "runs": (),
+    "judge": ("order",),  # of records, without torch: the trainer's and the reports' alike
+    "runs": ("config", "judge", "order", "schedule"),
     "trackers": ("cache",),
     "config": ("order", "schedule", "trackers"),  # the names of trackers, to refuse others
     "adapter": ("digest",),
     "mxfp4": ("adapter", "ascend", "cache", "data", "order", "shards"),  # whose operators to use; texts to calibrate on
-    "noise": ("digest", "mxfp4", "order", "shards"),  # packed layers are noised on their codes
+    "noise": ("digest", "judge", "mxfp4", "order", "shards"),  # packed layers are noised on their codes
     "vllm_api": ("adapter", "boxes", "digest", "mxfp4", "noise", "shards", "stacks"),
-    "report": ("order", "runs", "__version__"),
+    "report": ("judge", "order", "runs", "__version__"),
 }
 # Who imports what is not installed with the core, within functions too.
 HOSTS = {
@@ -40,7 +41,18 @@ HOSTS = {
     "vllm": ("vllm_api",),
     "vllm_ascend": ("vllm_api", "ascend.py"),  # asked which chip it was built for
 }
-WITHOUT_HOSTS = ("schedule", "judge", "noise", "mxfp4", "runs", "config", "data", "rewards", "vllm_api.readback")
+WITHOUT_HOSTS = (
+    "schedule",
+    "judge",
+    "judge",
+    "noise",
+    "mxfp4",
+    "runs",
+    "config",
+    "data",
+    "rewards",
+    "vllm_api.readback",
+)
 
 
 @cache

@@ -49,10 +49,10 @@ def test_one_run(tmp_path):
         "rollout.top_p=0.9: biased",
         "0.0 % -> 44.4 % on the same 9 items",
         "Reward Mean over a step's answers, under the step's noise. Reward 0.4",
-        "5 modules; σ within its 95 % sampling interval in 3 of 3 readings",
+        "as the schedule has it in 4 of 4 readings, in 5 modules; σ within its 95 % sampling interval in 3 of 3",
         "equal in 4 of 4 syncs",
         "bit for bit those of the start in 2 of 2 readings",
-        f"{BASE[:12]} on disk = actor = rollout (start and end)",
+        f"packed modules {BASE[:12]} on disk = actor = rollout (start and end)",
         "Scale rule mse, 6 matrices, 18.90 dB over all",
         "9 of 9 validation problems",
         "abcdef0 + changes",
@@ -218,7 +218,7 @@ def test_evidence_is_checked_anew(tmp_path):
     (read,) = read_runs([run.path])
     table = checks([read])
     assert [row[1].good for row in table.rows] == [False] * 4
-    assert "σ within its 95 % sampling interval in 2 of 3 readings; 2 weights changed" in table.rows[2][1].text
+    assert "2 weights changed that were to be clean" in table.rows[2][1].text
     assert [row[4].good for row in noise_table(read).rows] == [None, True, True, False]
 
 

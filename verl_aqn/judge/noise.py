@@ -31,7 +31,7 @@ def check_evidence(evidence: Mapping[str, Any], order: NoiseOrder | None, clean_
     factor of 1.5 at least, noise added twice by 1.4.
     """
     sigma = order.sigma if order else 0.0
-    check_reading(evidence, sigma, clean_digest, order)
+    _check_reading(evidence, sigma, clean_digest, order)
     if order:
         _check_order(evidence["order"], order)
     elif evidence.get("step") is not None or evidence.get("order") is not None:
@@ -52,18 +52,43 @@ def check_evidence(evidence: Mapping[str, Any], order: NoiseOrder | None, clean_
                 )
         _check_group(group, sigma)
     _check_sums(evidence, sigma)
-    check_realised(evidence, sigma)
+    _check_realised(evidence, sigma)
     if order and sigma and "norm" in order.targets and evidence["weights_digest"] == clean_digest:
         raise EvidenceError(f"noise of σ {sigma:g} was ordered, but the norms are the clean ones; restart the rollout")
 
 
-def check_reading(
+OLD_FIELDS = ("sigma_asked", "sigma_realised", "modules", "changed_outside", "clean_digest", "weights_digest")
+
+
+def check_old_reading(evidence: Mapping[str, Any], sigma: float, clean_digest: str | None) -> None:
+    """Raises EvidenceError where a record of an older version shows other noise than of `sigma`.
+
+    The oldest ones have neither groups nor an order, and any field may be missing: what is there must be right.
+    `clean_digest` is None where it is not on record.
+    """
+    told = {key: value for key in (*OLD_FIELDS, "sigma_interval") if (value := evidence.get(key)) is not None}
+    rounding = evidence.get("sigma_rounding") or 0.0
+    if told.get("sigma_asked", sigma) != sigma:
+        raise EvidenceError(f"the schedule has σ {sigma:g}, the worker was asked for {told['sigma_asked']:g}")
+    if told.get("changed_outside"):
+        raise EvidenceError(f"{told['changed_outside']} weights changed that were to be clean at σ {sigma:g}")
+    if sigma and told.get("modules") == 0:
+        raise EvidenceError("noise matched 0 modules: the rollout ran without noise")
+    for key in ("clean_digest", *(() if sigma else ("weights_digest",))):
+        if clean_digest and told.get(key, clean_digest) != clean_digest:
+            raise EvidenceError(f"{key} is not that of the clean norms with which the run began")
+    low, high = told.get("sigma_interval") or ((0.0, 0.0) if sigma == 0 else (sigma, sigma))
+    realised = told.get("sigma_realised", low)
+    if not low <= sigma <= high:
+        raise EvidenceError(f"σ {sigma:g} was ordered, and its interval is told to be {low:.3g} to {high:.3g}")
+    if not low / TOLERANCE - rounding <= realised <= high * TOLERANCE + rounding:
+        raise EvidenceError(f"σ {sigma:g} was ordered, {realised:.3g} is in the weights")
+
+
+def _check_reading(
     evidence: Mapping[str, Any], sigma: float, clean_digest: str, order: NoiseOrder | None = None
 ) -> None:
-    """Raises EvidenceError unless one reading is of noise of `sigma` and of nothing else.
-
-    With `check_realised` this is all that the oldest records allow: they have neither groups nor an order.
-    """
+    """Raise unless one reading is of noise of `sigma` and of nothing else."""
     asked = evidence["sigma_asked"]
     if (evidence["modules"] == 0 or evidence["elements"] == 0) and (sigma or (order and order.targets)):
         raise EvidenceError("noise matched 0 modules: the rollout runs without noise; check the model class")
@@ -88,8 +113,8 @@ def check_reading(
         raise EvidenceError("σ is 0, but the norms are not the clean ones bit for bit; restart the rollout")
 
 
-def check_realised(evidence: Mapping[str, Any], sigma: float) -> None:
-    """Raises EvidenceError unless σ over all that was measured lies where sampling and rounding allow it to be."""
+def _check_realised(evidence: Mapping[str, Any], sigma: float) -> None:
+    """Raise unless σ over all that was measured lies where sampling and rounding allow it to be."""
     interval, realised, rounding = (evidence[f"sigma_{key}"] for key in ("interval", "realised", "rounding"))
     if sigma == 0:
         if realised != 0 or list(interval) != [0.0, 0.0]:

@@ -14,11 +14,11 @@ from verl_aqn.errors import AqnError, EvidenceError
 from verl_aqn.judge.base import check_base, is_old
 from verl_aqn.judge.mismatch import check_mismatch
 from verl_aqn.judge.noise import (
+    OLD_FIELDS,
     check_equal_noise,
     check_evidence,
     check_norms,
-    check_reading,
-    check_realised,
+    check_old_reading,
     check_used,
 )
 from verl_aqn.judge.use import check_effect
@@ -337,10 +337,9 @@ class Judge:
         self._same_size("clean actor", record)
 
     def _old_reading(self, record: Fields, sigma: float) -> None:
-        """Of a version whose readings have neither an order nor groups, and at first no rounding either."""
-        whole = Fields({"sigma_rounding": 0.0, **record})
-        check_reading(whole, sigma, self.clean_digest or record["clean_digest"])
-        check_realised(whole, sigma)
+        check_old_reading(record, sigma, self.clean_digest)
+        for key in OLD_FIELDS:
+            record[key]
 
     def _on_mismatch(self, record: Fields) -> None:
         if record.get("source") is None and record.get("reason"):
@@ -423,7 +422,7 @@ def _check_packed_base(record: Fields) -> None:
     served = record.get("served") or disk
     if not actor or not held or set(actor) != {disk}:
         raise EvidenceError(f"at the {record['when']} the MXFP4 base of the actor is not that on disk")
-    if any(one["base_digest"] != served for one in held if not one.get("slices")):
+    if any(one.get("base_digest") != served for one in held if not one.get("slices")):
         raise EvidenceError(f"at the {record['when']} the MXFP4 base of the rollout is not that on disk")
     if any(one.get("weights_equal_base") is False for one in held):
         raise EvidenceError(f"at the {record['when']} the rollout computes with other weights than its MXFP4 base")

@@ -56,11 +56,10 @@ def _cell(run: Run, kind: str) -> Cell:
         more = f" (and {len(finding.faults) - 1} more)" if len(finding.faults) > 1 else ""
         return Cell(f"{finding.faults[0]}{more}", good=False)
     records = run.of_kind.get(kind, [])
-    detail = (
-        DETAILS[kind](run, records) if kind in DETAILS and records else f"{finding.right} of {finding.total} records"
-    )
+    counted = f"{finding.right} of {finding.total} records"
     if finding.good is None:
-        return Cell(f"{detail}; not on record: {finding.unknown} of {finding.total}")
+        return Cell(f"{counted} hold, the others are not there or lack a field: not on record")
+    detail = DETAILS[kind](run, records) if kind in DETAILS and records else counted
     return Cell(detail, good=doubt(records) if kind == "mismatch" else True)
 
 
@@ -75,8 +74,13 @@ def _base(run: Run, records: Sequence[Record]) -> str:
         return f"{sentence(records[0])} ({when})"
     if any(record.get("quantised") is False for record in records):
         return "unquantised base: nothing was compared"
-    kernels = sorted({str(one.get("kernel")) for record in records for one in record.get("rollout") or []})
-    return f"packed modules {_short(records[-1].get('disk'))} on disk = actor = rollout ({when}); {', '.join(kernels)}"
+    held = [one for record in records for one in record.get("rollout") or []]
+    slices = any(one.get("slices") for one in held)
+    sliced = "; ranks of the rollout hold slices, which the run itself compared" if slices else ""
+        one.get("slices") for one in held
+    )
+    kernels = ", ".join(sorted({str(one.get("kernel")) for one in held}))
+    return f"packed modules {_short(records[-1].get('disk'))} on disk = actor = rollout ({when}){sliced}; {kernels}"
 
 
 def _adapter(run: Run, records: Sequence[Record]) -> str:

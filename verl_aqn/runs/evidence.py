@@ -11,10 +11,9 @@ from verl_aqn.config import NoiseConfig, order_of, parse_aqn, schedule_of
 from verl_aqn.errors import AqnError
 from verl_aqn.judge.records import VERSION, Done, Judge
 from verl_aqn.runs.chain import broken
-from verl_aqn.runs.folder import RunFolder
+from verl_aqn.runs.folder import EVIDENCE, RunFolder
 from verl_aqn.schedule import SigmaSchedule
 
-FILE = "evidence.jsonl"
 RESCORED = "aqn/parity/rescored_tokens"
 CHAIN = "chain"
 """Stands for the order and completeness of the records themselves, beside the kinds of `judge.records`."""
@@ -63,7 +62,7 @@ def judge_run(run: RunFolder, *, finished: bool | None = None) -> Judgement:
     Raises:
         DataError: a record is damaged.
     """
-    records = list(run.read(FILE))
+    records = list(run.read(EVIDENCE))
     version = _version(run, records)
     config = run.block("config.yaml") or {}
     steps = run.by_step("metrics.jsonl", "step")
@@ -94,7 +93,7 @@ def judge_run(run: RunFolder, *, finished: bool | None = None) -> Judgement:
     links, breaks = _chain(run)
     if breaks or (version >= VERSION and links < len(records)):
         lines = ", ".join(map(str, breaks[:5] or [1]))
-        faults[CHAIN] = [f"{FILE} was changed after it was written: line {lines} does not follow the line before it"]
+        faults[CHAIN] = [f"{EVIDENCE} was changed after it was written: line {lines} does not follow the one before"]
     findings = {}
     for kind in dict.fromkeys([*judge.tallies, *faults, *absent]):
         tally = judge.tallies.get(kind)
@@ -140,7 +139,7 @@ def _table(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def _chain(run: RunFolder) -> tuple[int, list[int]]:
-    path = run.path / FILE
+    path = run.path / EVIDENCE
     if not path.is_file():
         return 0, []
     whole = path.read_bytes()

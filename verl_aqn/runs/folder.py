@@ -26,8 +26,7 @@ from verl_aqn.runs.chain import linked
 
 STATUSES = ("running", "finished", "failed", "interrupted")
 LINKS = ("training.log", "checkpoints")
-LINKED = ("evidence.jsonl",)
-"""Records that are linked to the one before them (`runs.chain`)."""
+EVIDENCE = "evidence.jsonl"
 
 
 class RunFolder:
@@ -111,7 +110,11 @@ class RunFolder:
     def _damage(self, name: str, what: str) -> DataError:
         return DataError(f"{self.path / name} is damaged ({what}): move {self.path} away and start again")
 
-    def append(self, name: str, record: Mapping[str, Any]) -> None:
+    def add_evidence(self, record: Mapping[str, Any]) -> None:
+        """Appends a record to evidence.jsonl, linked to the one before it (`verl_aqn.runs.chain`)."""
+        self.append(EVIDENCE, record, link=True)
+
+    def append(self, name: str, record: Mapping[str, Any], *, link: bool = False) -> None:
         """Adds one line of JSON; writers in several processes take turns, and what a killed one left half is removed.
 
         numpy and torch scalars become numbers; NaN and infinities, which JSON does not have, become null. A full disk
@@ -130,7 +133,7 @@ class RunFolder:
                 # The kernel stops the write of a killed process between pages: a long line is then torn, and the next
                 # one would be glued to it.
                 _cut_torn_line(handle)
-                if name in LINKED:
+                if link:
                     text = json.dumps(linked(_last_line(handle), json.loads(text)))
                 line = (text + "\n").encode()
                 if os.write(handle, line) < len(line):  # a disk that fills up within the line

@@ -92,7 +92,7 @@ def _describe_node(folder: RunFolder, needed: list[Path], module: str, check: st
         raise EnvironmentFault(f"node {address} has no module {module} (the reward function's): install it there")
     (Path(os.environ[TEMPORARY]) / "since").write_text(str(time.time()))  # by this node's clock
     node = {"address": address, "host": platform.node(), "verl_aqn": __version__, "versions": check_versions()}
-    folder.append("evidence.jsonl", {"kind": "node", "check": check, **node})
+    folder.add_evidence({"kind": "node", "check": check, **node})
     return node
 
 

@@ -97,7 +97,7 @@ def main(folder: Path) -> int:
         line = (text.strip().splitlines() or ["no word"])[0][:500]
         # What a user has to mend comes again at the next attempt; what happened to a process need not.
         if isinstance(cause, EvidenceError):
-            records.append("evidence.jsonl", {"kind": "stopped", "reason": line})
+            records.add_evidence({"kind": "stopped", "reason": line})
         again = not isinstance(cause, AqnError) or isinstance(cause, ProcessFault)
         records.append("events.jsonl", {"kind": "error", "text": line, "again": again})
         return 1

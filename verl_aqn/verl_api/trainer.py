@@ -277,7 +277,7 @@ class AqnTrainer(SavingTrainer):
         limits = self.aqn.parity
         bounds = {key: value if math.isfinite(value) else "none" for key, value in asdict(limits).items()}
         record = {"step": self.global_steps, "warn": bounds["warn"], "stop": bounds["stop"], **found}
-        self.write("evidence.jsonl", kind="mismatch", **record)
+        self.folder.add_evidence({"kind": "mismatch", **record})
         text = tripwire.judge(found, self.global_steps, self.mismatches, limits, self.layout)  # names likely causes
         self.judged("mismatch", record)
         if text:
@@ -455,7 +455,7 @@ class AqnTrainer(SavingTrainer):
 
     def record(self, kind: str, **evidence: Any) -> None:
         """Put evidence on record, and stop the run where it does not hold."""
-        self.write("evidence.jsonl", kind=kind, **evidence)
+        self.folder.add_evidence({"kind": kind, **evidence})
         self.judged(kind, evidence)
 
     def judged(self, kind: str, evidence: dict) -> None:

@@ -1,0 +1,214 @@
+"""The judge of records: whatever is done to the records of a real run, something is found to be wrong with them."""
+
+import copy
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from verl_aqn.judge.records import IDENTITY, VERSION
+from verl_aqn.report.evidence import checks
+from verl_aqn.report.records import read_runs
+from verl_aqn.runs.chain import LINK, linked
+from verl_aqn.runs.evidence import CHAIN, judge_run
+from verl_aqn.runs.folder import EVIDENCE, RunFolder
+
+# Records of real runs on a tiny model (tests/integration/conftest.py's settings), one with noise in the actor too.
+REAL = sorted((Path(__file__).parent / "real_runs").iterdir())
+# What only describes: nothing else on record says what it should be. The chain of records guards it.
+DESCRIBED = {
+    "placed": {"actor_nodes[0]", "rollout_nodes[0]"},
+    "layout": {"layout"},
+    "rollout": {"vllm", "dtype", "linears", "multipliers", "multipliers[0]"},
+    "base": {"seconds", "files", "rollout[0].kernel", "rollout[0].layers", "rollout[0].experts"},
+    "noise": {"stage", "layers"},
+    "adapter": {"held[0].b_max"},
+    "mismatch": {"source", "reason"},
+    "use": {"predicted_by"},
+}
+
+
+def records_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / EVIDENCE).read_text().splitlines()]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """`folder(run, records)` → that run with other evidence, linked anew: the chain finds nothing."""
+
+    def make(run: Path, records: list[dict], link: bool = True) -> RunFolder:
+        copied = tmp_path / "run"
+        if not copied.exists():
+            shutil.copytree(run, copied)
+        before, lines = b"", []
+        for record in records:
+            lines.append(json.dumps(linked(before, record) if link else record).encode())
+            before = lines[-1]
+        (copied / EVIDENCE).write_bytes(b"".join(line + b"\n" for line in lines))
+        return RunFolder(copied)
+
+    return make
+
+
+@pytest.mark.parametrize("run", REAL, ids=lambda run: run.name)
+def test_the_records_of_a_real_run_hold(run, folder):
+    judgement = judge_run(RunFolder(run))
+    assert judgement.version == VERSION
+    assert judgement.faults == []
+    assert all(finding.good for finding in judgement.findings.values())
+    assert judgement.findings[CHAIN].right == len(records_of(run))
+    assert {row[1].good for row in checks(read_runs([run])).rows} == {True}
+    assert judge_run(folder(run, records_of(run))).faults == []
+
+
+def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """Paths of everything within a record, itself aside."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+def name_of(path: tuple) -> str:
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
+
+
+def mutations(record: dict) -> Iterator[tuple[str, str, dict]]:
+    """(what was done, to which field, the changed record)."""
+    for path in places({key: value for key, value in record.items() if key != LINK}):
+        inner = record
+        for key in path[:-1]:
+            inner = inner[key]
+        value = inner[path[-1]]
+        changes: list[tuple[str, Any]] = [("null", None)]
+        if isinstance(value, bool):
+            changes.append(("flipped", not value))
+        elif isinstance(value, int | float):
+            changes += [("scaled", value * 20 + 1), ("negated", -value - 1)]
+        elif isinstance(value, str):
+            changes.append(("another", "0" * len(value) + "x"))
+        elif isinstance(value, list | dict) and value:
+            changes.append(("emptied", type(value)()))
+        for what, new in changes:
+            if new == value:
+                continue
+            changed = copy.deepcopy(record)
+            target = changed
+            for key in path[:-1]:
+                target = target[key]
+            target[path[-1]] = new
+            yield what, name_of(path), changed
+        changed = copy.deepcopy(record)
+        target = changed
+        for key in path[:-1]:
+            target = target[key]
+        del target[path[-1]]
+        yield "deleted", name_of(path), changed
+
+
+@pytest.mark.parametrize("run", REAL, ids=lambda run: run.name)
+def test_a_changed_field_is_found_without_the_chain(run, folder):
+    """`DESCRIBED` aside, by what it says and not by its link."""
+    records, passed = records_of(run), []
+    for at, record in enumerate(records):
+        if record["kind"] not in IDENTITY:
+            continue
+        for what, field, changed in mutations(record):
+            if what != "deleted" and field in DESCRIBED.get(record["kind"], ()):
+                continue
+            if not judge_run(folder(run, [*records[:at], changed, *records[at + 1 :]])).faults:
+                passed.append(f"{record['kind']}: {field} {what}")
+    assert sorted(set(passed)) == []
+
+
+@pytest.mark.parametrize("run", REAL, ids=lambda run: run.name)
+def test_any_changed_field_is_found(run, folder):
+    records = records_of(run)
+    for at, record in enumerate(records):
+        for what, field, changed in mutations(record):
+            found = judge_run(folder(run, [*records[:at], changed, *records[at + 1 :]], link=False))
+            assert found.faults, f"{record['kind']}: {field} {what}"
+
+
+@pytest.mark.parametrize("run", REAL, ids=lambda run: run.name)
+def test_lost_swapped_and_repeated_records_are_found_without_the_chain(run, folder):
+    records = records_of(run)
+    for at, record in enumerate(records):
+        if record["kind"] not in IDENTITY:
+            continue
+        told = f"{record['kind']} {at}"
+        assert judge_run(folder(run, records[:at] + records[at + 1 :])).faults, told
+        assert judge_run(folder(run, [*records[: at + 1], *records[at:]])).faults, told
+        for other in range(at + 1, len(records)):
+            if records[other]["kind"] == record["kind"] and "step" in record:
+                swapped = copy.deepcopy(records)
+                one, two = swapped[at], swapped[other]
+                one["step"], two["step"] = two["step"], one["step"]
+                if one["step"] != two["step"]:
+                    assert judge_run(folder(run, swapped)).faults, f"{told} and {other}"
+
+
+def test_all_records_of_a_kind_may_not_vanish(folder):
+    records = records_of(REAL[0])
+    for kind in {record["kind"] for record in records} & set(IDENTITY):
+        run = folder(REAL[0], [record for record in records if record["kind"] != kind])
+        rows = checks(read_runs([run.path])).rows
+        assert False in [row[1].good for row in rows], kind
+    empty = folder(REAL[0], [])
+    assert False in [row[1].good for row in checks(read_runs([empty.path])).rows]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "row"),
+    [
+        ("noise", {"sigma_realised": 1.0}, "noise in the rollout's weights"),
+        ("noise", {"sigma_asked": 7.0}, "noise in the rollout's weights"),
+        ("base", {"actor": [], "rollout": []}, "base on disk, in actor and rollout"),
+        ("use", {"effect": 0.0, "error": 0.0}, "noise in the rollout's forward"),
+        ("mismatch", {"abs_dlogp_mean": 1.5}, "trainer against the rollout without noise"),
+    ],
+)
+def test_the_row_of_what_is_wrong_says_so(kind, change, row, folder):
+    records = records_of(REAL[0])
+    at = max(n for n, one in enumerate(records) if one["kind"] == kind and one.get("sigma_asked", 1) and
+             one.get("sigma", 1) and one.get("step") != 2)  # fmt: skip
+    if kind == "use":
+        at = next(n for n, one in enumerate(records) if one["kind"] == "use" and one["sigma"] == 0.05)
+    run = folder(REAL[0], [*records[:at], records[at] | change, *records[at + 1 :]])
+    cells = {one[0].text: one[1] for one in checks(read_runs([run.path])).rows}
+    assert cells[row].good is False
+
+
+def test_another_sigma_than_the_schedule_s_is_found_whatever_the_order_says(folder):
+    records = records_of(REAL[0])
+    for record in records:
+        if record["kind"] == "noise" and record["sigma_asked"]:
+            scale = 7.0 / record["sigma_asked"]
+            record["order"]["sigma"] = record["sigma_asked"] = 7.0
+            record["sigma_realised"] *= scale
+            record["sigma_interval"] = [end * scale for end in record["sigma_interval"]]
+            for group in record["groups"]:
+                group["sigma_realised"] *= scale
+    assert any("σ" in fault for fault in judge_run(folder(REAL[0], records)).faults)
+
+
+def test_a_run_that_was_stopped_by_its_evidence_shows_it(folder):
+    records = [*records_of(REAL[0]), {"kind": "stopped", "reason": "norms are not the clean ones"}]
+    run = folder(REAL[0], records)
+    rows = {row[0].text: row[1] for row in checks(read_runs([run.path])).rows}
+    assert rows["stopped by its own evidence"].good is False
+    assert "norms are not the clean ones" in rows["stopped by its own evidence"].text
+
+
+def test_a_resumed_run_may_take_steps_again(folder):
+    """Attempts begin with a record of where they run; within one nothing may be there twice."""
+    records = records_of(REAL[0])
+    start = [one for one in records if one["kind"] in ("placed", "layout", "rollout")]
+    start += [one for one in records if (one["kind"], one.get("when")) == ("base", "start")]
+    start += [one for one in records if (one["kind"], one.get("step")) == ("adapter", 2)]
+    again = next(n for n, one in enumerate(records) if (one["kind"], one.get("step")) == ("noise", 2))
+    assert judge_run(folder(REAL[0], [*records[: again + 1], *start, *records[again:]])).faults == []
+    assert judge_run(folder(REAL[0], [*records[: again + 1], *start[1:], *records[again:]])).faults
