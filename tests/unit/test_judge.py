@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+from verl_aqn.errors import EvidenceError
+from verl_aqn.export.source import find_source
 from verl_aqn.judge.records import IDENTITY, VERSION
 from verl_aqn.report.evidence import checks
 from verl_aqn.report.records import read_runs
+from verl_aqn.runs.arms import read_run
 from verl_aqn.runs.chain import LINK, linked
 from verl_aqn.runs.evidence import CHAIN, judge_run
 from verl_aqn.runs.folder import EVIDENCE, RunFolder
@@ -201,6 +204,15 @@ def test_a_run_that_was_stopped_by_its_evidence_shows_it(folder):
     rows = {row[0].text: row[1] for row in checks(read_runs([run.path])).rows}
     assert rows["stopped by its own evidence"].good is False
     assert "norms are not the clean ones" in rows["stopped by its own evidence"].text
+
+
+def test_runs_whose_evidence_does_not_hold_are_neither_compared_nor_exported(folder):
+    run = folder(REAL[0], records_of(REAL[0])[:-1])
+    with pytest.raises(EvidenceError, match=r"does not hold: no record of base for when end"):
+        read_run(run.path)
+    (run.path / "checkpoints" / "global_step_3").mkdir(parents=True)
+    with pytest.raises(EvidenceError, match="does not hold"):
+        find_source(run.path)
 
 
 def test_a_resumed_run_may_take_steps_again(folder):

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from verl_aqn.errors import DataError, EvidenceError, ModelError
 from verl_aqn.mxfp4.checkpoint import checkpoint_digest, is_packed
 from verl_aqn.runs.checkpoints import config_of, find_checkpoint
+from verl_aqn.runs.evidence import check_proved
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.provenance import model_digest
 
@@ -41,10 +42,11 @@ def find_source(path: Path) -> Source:
 
     Raises:
         DataError: no run, no checkpoint, or nothing on record about its step.
-        ModelError: the base is gone. EvidenceError: it is not the run's.
+        ModelError: the base is gone. EvidenceError: it is not the run's, or the run's evidence does not hold.
     """
     run, step = find_checkpoint(path)
     config = config_of(run)
+    check_proved(run)
     evidence = list(run.read("evidence.jsonl"))
     # Of a step that was taken twice, after a crash, the later one was saved.
     sent = next((r["sent"] for r in reversed(evidence) if r["kind"] == "adapter" and r["step"] == step), None)

@@ -135,7 +135,9 @@ class Judge:
         if kind not in IDENTITY:
             return None
         tally = self.tallies.setdefault(kind, Tally())
-        if (fault := self._fault(kind, Fields(record))) is None:
+        # The base's own judge tells null from absent.
+        fault = self._fault(kind, dict(record) if kind == "base" else Fields(record))
+        if fault is None:
             tally.right += 1
             return None
         if fault == "":
@@ -144,7 +146,7 @@ class Judge:
         tally.faults.append(fault)
         return fault
 
-    def _fault(self, kind: str, record: Fields) -> str | None:
+    def _fault(self, kind: str, record: Record) -> str | None:
         """What is wrong with a record; "" where an old one does not say."""
         try:
             if kind == "placed":
@@ -159,7 +161,7 @@ class Judge:
             return f"{_name(kind, record)} cannot be read ({type(error).__name__}: {error})"
         return None
 
-    def _once(self, kind: str, record: Fields) -> None:
+    def _once(self, kind: str, record: Record) -> None:
         key = (kind, *(record.get(part) if not self.whole else record[part] for part in IDENTITY[kind]))
         if not self.whole:
             self.seen.add(key)
@@ -213,12 +215,12 @@ class Judge:
                 raise EvidenceError(f"rollout rank {rank} says that there are {ranks} ranks, others say otherwise")
             self.rollout_ranks = ranks
 
-    def _on_base(self, record: Fields) -> None:
+    def _on_base(self, record: Record) -> None:
         when = record["when"]
         if when not in ("start", "end"):
             raise EvidenceError(f"the base was compared at the {when!r}: it is to be at the start and at the end")
         if not self.whole and is_old(record):
-            _check_packed_base(record)
+            _check_packed_base(Fields(record))
             return
         check_base(record, self._base_at_start if when == "end" else None)
         if record["ranks"] != {"actor": self.actor_ranks, "rollout": self.rollout_ranks}:
@@ -415,7 +417,7 @@ class Judge:
 
 
 def _check_packed_base(record: Fields) -> None:
-    """Of a record that compares packed modules only, as older versions wrote it."""
+    """Raise unless a record of an older version, which compares packed modules only, shows them to be equal."""
     if record.get("quantised") is False:
         raise Missing("a comparison of the 16-bit base")
     disk, actor, held = record["disk"], record["actor"], record["rollout"]
@@ -428,7 +430,7 @@ def _check_packed_base(record: Fields) -> None:
         raise EvidenceError(f"at the {record['when']} the rollout computes with other weights than its MXFP4 base")
 
 
-def _name(kind: str, record: Fields) -> str:
+def _name(kind: str, record: Record) -> str:
     """A record's kind and what tells it apart, for an error."""
     told = [f"{part} {record.get(part)}" for part in IDENTITY[kind] if record.get(part) is not None]
     return f"the record of {kind}" + (f" ({', '.join(told)})" if told else "")

@@ -77,8 +77,6 @@ def _base(run: Run, records: Sequence[Record]) -> str:
     held = [one for record in records for one in record.get("rollout") or []]
     slices = any(one.get("slices") for one in held)
     sliced = "; ranks of the rollout hold slices, which the run itself compared" if slices else ""
-        one.get("slices") for one in held
-    )
     kernels = ", ".join(sorted({str(one.get("kernel")) for one in held}))
     return f"packed modules {_short(records[-1].get('disk'))} on disk = actor = rollout ({when}){sliced}; {kernels}"
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from verl_aqn.errors import ConfigError, DataError
+from verl_aqn.runs.evidence import check_proved
 from verl_aqn.runs.folder import RunFolder
 
 FACTOR = "aqn.noise"
@@ -82,12 +83,14 @@ def read_run(path: Path) -> Run:
     """What `path` holds, as `find_run` finds it.
 
     DataError where it has not finished, was never validated, or answers a prompt more than once: several answers to
-    one prompt are no independent items. An `acc` of null (the reward told none) is wrong, as the trainer counts it.
+    one prompt are no independent items. EvidenceError where its evidence does not hold. An `acc` of null (the reward
+    told none) is wrong, as the trainer counts it.
     """
     folder = find_run(path)
     status = folder.state["status"]
     if status != "finished":
         raise DataError(f"{folder.path} is {status}: only finished runs are compared, so finish it or leave it out")
+    check_proved(folder)
     steps = folder.by_step("metrics.jsonl", "validation")
     file = f"validation/{max(steps, default=0)}.jsonl"
     if not steps or not (folder.path / file).is_file():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl_aqn.config import NoiseConfig, order_of, parse_aqn, schedule_of
-from verl_aqn.errors import AqnError
+from verl_aqn.errors import AqnError, EvidenceError
 from verl_aqn.judge.records import VERSION, Done, Judge
 from verl_aqn.runs.chain import broken
 from verl_aqn.runs.folder import EVIDENCE, RunFolder
@@ -103,6 +103,16 @@ def judge_run(run: RunFolder, *, finished: bool | None = None) -> Judgement:
     if CHAIN not in findings and links:
         findings[CHAIN] = Finding(CHAIN, links, len(records), len(records) - links, ())
     return Judgement(version, findings)
+
+
+def check_proved(run: RunFolder) -> None:
+    """Raise EvidenceError where a run's evidence does not hold: what was measured in it is no result.
+
+    What older versions did not record is no fault.
+    """
+    if faults := judge_run(run).faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise EvidenceError(f"the evidence of {run.path} does not hold: {faults[0]}{more}; see `verl-aqn report`")
 
 
 def _version(run: RunFolder, records: list[dict[str, Any]]) -> int:
