@@ -1,4 +1,4 @@
-"""A real run whose rollout computes another model than its trainer ends before it learns anything."""
+"""Real runs whose rollout computes another model than its trainer, or ignores its noise, end before they learn of it."""
 
 from tests.integration.conftest import lines, newest
 
@@ -18,3 +18,20 @@ def test_a_rollout_with_another_model_stops_the_run_before_the_first_update(trai
     assert record["tokens"] == 64  # all of the batch: σ is 0
     assert not lines(run / "metrics.jsonl", "step")
     assert len(lines(run / "evidence.jsonl", "adapter")) == 1  # of the start: nothing was sent after it
+
+
+def test_a_rollout_whose_forward_ignores_the_noise_in_its_weights_stops_the_run(train, tmp_path):
+    deaf = "actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=tests.broken_forward.DeafToNoise"
+    process = train(tmp_path, deaf, "trainer.val_before_train=false", "aqn.noise.num_stages=2")
+    _, err = process.communicate(timeout=600)
+    run = newest(tmp_path)
+    assert process.returncode == 1, err
+    assert "step 2: noise of σ 0.05 is in the rollout's weights, but its forward does not use it" in err
+    quiet, noisy = lines(run / "evidence.jsonl", "use")
+    assert quiet["sigma"] == 0
+    assert noisy["effect"] + noisy["error"] < noisy["predicted"] / 2
+    assert noisy["predicted_by"] == "the trainer with the same noise"
+    assert len(lines(run / "metrics.jsonl", "step")) == 1
+    assert lines(run / "evidence.jsonl", "noise")[-1]["sigma_realised"] > 0.04  # by weights alone all was well
+    (stopped,) = lines(run / "evidence.jsonl", "stopped")
+    assert "does not use it" in stopped["reason"]

@@ -27,6 +27,8 @@ def check_mismatch(record: Mapping[str, Any]) -> None:
         raise EvidenceError(f"step {step}: trainer and rollout were compared on no token")
     if not (math.isfinite(mean) and mean >= 0 and math.isfinite(error) and error >= 0):
         raise EvidenceError(f"step {step}: trainer and rollout differ by {mean} ± {error} nats a token: no measurement")
+    if not (record["abs_dlogp_p99"] >= 0 and record["kl_k3"] >= -1e-6 and 0 <= record["clipped_share"] <= 1):
+        raise EvidenceError(f"step {step}: a figure of the mismatch is none that log-probs can give")
     warn, stop = (bound(record, key) for key in ("warn", "stop"))
     if not 0 < warn <= stop:
         raise EvidenceError(f"step {step}: the bounds of the mismatch are {warn:g} and {stop:g}: no bounds")

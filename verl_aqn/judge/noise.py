@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -177,12 +178,12 @@ def check_used(evidence: Mapping[str, Any], sigma: float) -> None:
 
 
 def _check_order(held: Mapping[str, Any], order: NoiseOrder) -> None:
-    received = NoiseOrder.from_dict(held)
-    for key, wanted in vars(order).items():
-        if getattr(received, key) != wanted:
+    wanted, received = (json.loads(json.dumps(one)) for one in (order.to_dict(), dict(held)))  # lists for tuples
+    for key in wanted.keys() | received.keys():
+        if received.get(key) != wanted.get(key):
             raise EvidenceError(
-                f"the noise order said {key} = {wanted}, the worker received {getattr(received, key)}: "
-                "it is lost on the way"
+                f"the noise order said {key} = {wanted.get(key)}, the worker received {received.get(key)}: it is lost "
+                "on the way"
             )
 
 

@@ -6,6 +6,7 @@ only where every field that it must have is there, is what was asked for, and ag
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ from verl_aqn.judge.noise import (
     check_used,
 )
 from verl_aqn.judge.use import check_effect
-from verl_aqn.order import NoiseOrder
+from verl_aqn.order import NoiseOrder, count_layers
 
 VERSION = 2
 """Of the evidence: 1 (no field `evidence` in `placed`) lacks what `Judge.missing` asks for."""
@@ -102,6 +103,7 @@ class Judge:
 
     Args:
         order_at: what the run's config orders for RL step n (from 0); None where that is not known.
+        stage_at: the stage of RL step n; None where that is not known.
         sigmas: σ by RL step as the run's schedule has it, for records of older versions.
         noisy_actor: whether the actor has the rollout's noise.
         whole: whether the records are of `VERSION`. In older ones a field or a record that is not there is no fault.
@@ -111,11 +113,13 @@ class Judge:
         self,
         order_at: Callable[[int], NoiseOrder] | None,
         *,
+        stage_at: Callable[[int], int] | None = None,
         sigmas: Sequence[float] = (),
         noisy_actor: bool = False,
         whole: bool = True,
     ) -> None:
-        self.order_at, self.sigmas, self.noisy_actor, self.whole = order_at, sigmas, noisy_actor, whole
+        self.order_at, self.stage_at, self.sigmas = order_at, stage_at, sigmas
+        self.noisy_actor, self.whole = noisy_actor, whole
         self.tallies: dict[str, Tally] = {}
         self.seen: set[tuple] = set()  # of all attempts
         self._attempt: set[tuple] = set()  # of the last one
@@ -126,6 +130,10 @@ class Judge:
         self._first_base: Record | None = None  # of the run
         self._base_at_start: Record | None = None  # of the attempt
         self._last_adapter: Record | None = None
+        self._last_sync: int | None = None  # of the attempt
+        self._bounds: tuple | None = None
+        self._last_mismatch = 0.0
+        self._quiet: list[float] = []  # effects of σ = 0
         self._readings: dict[str, dict[int, Record]] = {"noise": {}, "actor noise": {}}
         self._digest_of_step: dict[str, int] = {}
 
@@ -150,7 +158,7 @@ class Judge:
         """What is wrong with a record; "" where an old one does not say."""
         try:
             if kind == "placed":
-                self._attempt, self._base_at_start = set(), None
+                self._begin()
             self._once(kind, record)
             getattr(self, "_on_" + kind.replace(" ", "_"))(record)
         except Missing as error:
@@ -160,6 +168,12 @@ class Judge:
         except (TypeError, ValueError, AttributeError, IndexError, KeyError, ArithmeticError) as error:
             return f"{_name(kind, record)} cannot be read ({type(error).__name__}: {error})"
         return None
+
+    def _begin(self) -> None:
+        """A new attempt at the run; the one before came at least to its first adapter."""
+        before, self._attempt, self._base_at_start, self._last_sync = self._attempt, set(), None, None
+        if self.whole and before == {("placed",)}:
+            raise EvidenceError("the record of where the run ran is there twice")
 
     def _once(self, kind: str, record: Record) -> None:
         key = (kind, *(record.get(part) if not self.whole else record[part] for part in IDENTITY[kind]))
@@ -202,15 +216,19 @@ class Judge:
         names = record["names"]
         if record["norms"] > len(names) or record["norms"] < 0:
             raise EvidenceError(f"the rollout counts {record['norms']} norms and names {len(names)}")
-        if "expected_norms" in record or self.whole:
-            order = self.order_at(0) if self.order_at else None
-            if order:
-                check_norms(record["expected_norms"], [record], order)
+        order = self.order_at(0) if self.order_at else None
+        if order and ("expected_norms" in record or self.whole):
+            check_norms(record["expected_norms"], [record], order)
         if len(set(names)) < len(names) or (self._names and set(names) != self._names):
             raise EvidenceError("the ranks or attempts of the rollout name different norms")
         self._names = set(names)
         if self.whole:
             ranks, rank = record["ranks"], record["rank"]
+            multipliers, texts = record["multipliers"], [record[key] for key in ("vllm", "dtype")]
+            told = all(isinstance(text, str) and text for text in texts) and record["linears"] >= 0
+            told &= all(value > 0 for value in multipliers) and bool(multipliers or not (order and order.targets))
+            if not told or not set(record["router_norms"]) <= set(names):
+                raise EvidenceError(f"rollout rank {rank} does not say what it would do with an order")
             if not 0 <= rank < ranks or (self.rollout_ranks and self.rollout_ranks != ranks):
                 raise EvidenceError(f"rollout rank {rank} says that there are {ranks} ranks, others say otherwise")
             self.rollout_ranks = ranks
@@ -241,7 +259,12 @@ class Judge:
             if digests[0] != sent:
                 raise EvidenceError(f"after step {record['step']} the rollout's adapter is not the one that was sent")
             return
-        wanted = record["wanted"]
+        wanted, step = record["wanted"], record["step"]
+        if step < 0 or (self._last_sync is not None and step != self._last_sync + 1):
+            raise EvidenceError(f"a sync is on record for step {step}, the one before was of step {self._last_sync}")
+        self._last_sync = step
+        if self.rollout_ranks == 1 and not record["whole"]:
+            raise EvidenceError(f"after step {step} the only rank of the rollout holds a part of the adapter")
         if len(held) != self.rollout_ranks or len(wanted) != self.rollout_ranks:
             raise EvidenceError(
                 f"after step {record['step']} {len(held)} ranks of {self.rollout_ranks} told their adapter"
@@ -266,6 +289,9 @@ class Judge:
         if self.order_at is None:
             raise EvidenceError(f"step {step} has noise, but what the run's config orders is not known")
         order = self.order_at(step)
+        self._check_rank(record, self.actor_ranks if kind == "actor noise" else self.rollout_ranks)
+        if kind == "noise" and self.stage_at and record["stage"] != self.stage_at(step):
+            raise EvidenceError(f"step {step} is of stage {self.stage_at(step)}, the record says {record['stage']}")
         check_evidence(record, order, self._clean_digest())
         self._check_modules(record, order)
         same = self._readings[kind].setdefault(step, record)
@@ -290,9 +316,13 @@ class Judge:
             and order.layers.multiplier_of(name, record["layers"], order.share) > 0
         }
         if not order.sigma:
-            if record["elements"] < record["modules"] or (order.targets and record["modules"] < max(1, len(expected))):
-                raise EvidenceError(f"only {record['modules']} of {len(expected)} norms were looked at")
-            self._same_size("noise of 0", record)
+            linear = "linear" in order.targets
+            count = len(expected) or len(self._names)
+            if record["modules"] < count or (record["modules"] > count and not linear):
+                raise EvidenceError(f"{record['modules']} modules were looked at, {count} norms were to be")
+            self._same("elements of all norms", record["elements"])
+            if record["layers"] != count_layers(self._names):
+            raise EvidenceError(f"the norms are told to be of {record['layers']} layers: their names tell another number")
             return
         held = [name for group in record["groups"] if group["kind"] == "norm" for name in group["modules"]]
         if sorted(held) != sorted(expected):
@@ -302,13 +332,25 @@ class Judge:
                 f"norms with noise, {len(expected)} expected)"
             )
 
-    def _same_size(self, of: str, record: Fields) -> None:
-        """As many norms and elements as in the reading of this kind before."""
-        for key in ("modules", "elements", "layers"):
-            if self._sizes.setdefault(f"{of} {key}", record[key]) != record[key]:
-                raise EvidenceError(
-                    f"{record[key]} {key} of norms were read back, and {self._sizes[f'{of} {key}']} before"
-                )
+    def _same(self, what: str, count: int) -> None:
+        """The same count as in all readings before."""
+        if self._sizes.setdefault(what, count) != count or count < 1:
+            raise EvidenceError(f"{count} {what} were read back, and {self._sizes[what]} before")
+
+    def _check_rank(self, record: Fields, ranks: int) -> None:
+        if not 0 <= record["rank"] < ranks:
+            raise EvidenceError(f"{_name(record['kind'], record)} is of a rank that is none of {ranks}")
+
+    def _check_clean(self, record: Fields, ranks: int) -> None:
+        self._check_rank(record, ranks)
+        check_evidence(record, None, self._clean_digest())
+        if record["modules"] != len(self._names) or not set(record["router_norms"]) <= self._names:
+            raise EvidenceError(f"{record['modules']} of {len(self._names)} norms were read back as clean")
+        if not {"step", "order"} <= set(record) or record["unit"] != "absolute":
+            raise EvidenceError("a reading of clean norms does not say that no order was given")
+        self._same("elements of all norms", record["elements"])
+        if record["layers"] != count_layers(self._names):
+            raise EvidenceError(f"the norms are told to be of {record['layers']} layers: their names tell another number")
 
     def _on_noise(self, record: Fields) -> None:
         self._noise_of("noise", record)
@@ -322,10 +364,7 @@ class Judge:
             return
         if record["when"] not in (VALIDATION, RESCORING, END):
             raise EvidenceError(f"clean norms are on record for {record['when']!r}: no such moment")
-        check_evidence(record, None, self._clean_digest())
-        if record["modules"] < 1 or record["modules"] < len(self._names):
-            raise EvidenceError(f"{record['modules']} of {len(self._names)} norms were read back as clean")
-        self._same_size("clean", record)
+        self._check_clean(record, self.rollout_ranks)
 
     def _on_actor_clean(self, record: Fields) -> None:
         if not self.whole:
@@ -335,8 +374,7 @@ class Judge:
         if self.order_at and sigma != self.order_at(record["at"] - 1).sigma:
             raise EvidenceError(f"the actor's noise of step {record['at']} was σ {sigma:g}, which was not ordered")
         check_used(record, sigma)
-        check_evidence(record, None, self._clean_digest())
-        self._same_size("clean actor", record)
+        self._check_clean(record, self.actor_ranks)
 
     def _old_reading(self, record: Fields, sigma: float) -> None:
         check_old_reading(record, sigma, self.clean_digest)
@@ -344,14 +382,33 @@ class Judge:
             record[key]
 
     def _on_mismatch(self, record: Fields) -> None:
-        if record.get("source") is None and record.get("reason"):
+        source = record.get("source")
+        if "source" in record and source is None and record["reason"]:
             return  # a step that cannot be compared, and why
+        if self.whole and source not in ("sampled", "rescored"):
+            raise EvidenceError(f"step {record['step']}: trainer and rollout were compared on tokens of {source!r}")
         check_mismatch(record)
+        bounds = record["warn"], record["stop"]
+        if self._bounds not in (None, bounds):
+            raise EvidenceError(
+                f"step {record['step']}: the bounds of the mismatch are {bounds}, before {self._bounds}"
+            )
+        self._bounds, self._last_mismatch = bounds, record["abs_dlogp_mean"]
 
     def _on_use(self, record: Fields) -> None:
         if self.order_at and self.order_at(record["step"] - 1).sigma != record["sigma"]:
             raise EvidenceError(f"the use of noise in step {record['step']} was measured at another σ than was ordered")
         check_effect(record)
+        if record["sigma"] == 0:
+            self._quiet.append(record["effect"])
+        floor = max(
+            [self._last_mismatch, sum(self._quiet) / len(self._quiet)] if self._quiet else [self._last_mismatch]
+        )
+        if not math.isclose(record["floor"], floor, rel_tol=1e-6, abs_tol=1e-9):
+            raise EvidenceError(
+                f"step {record['step']}: the noise is held against {record['floor']:g} nats a token, the records give "
+                f"{floor:g}"
+            )
 
     def _on_strength(self, record: Fields) -> None:
         for one in (record["clean"], record["noisy"]):
@@ -393,7 +450,9 @@ class Judge:
             wanted += [("clean", VALIDATION, step, rank) for rank in rollout]
         if done.finished:
             wanted += [("base", "end")]
-            if not any(key[:2] == ("clean", END) for key in self.seen):
+            ends = {key[2] for key in self.seen if key[:2] == ("clean", END)}
+            last = max([*done.steps, *done.validations], default=0)
+            if not ends or not {one - last for one in ends} <= {0, 1}:  # verl counts on behind the last step
                 yield "clean", "no record of clean norms at the end of the run"
         yield from self._absent(wanted)
 

@@ -52,6 +52,8 @@ def check_effect(record: Mapping[str, Any]) -> None:
     for key in ("effect", "error", "predicted", "floor"):
         if not (math.isfinite(record[key]) and record[key] >= 0):
             raise EvidenceError(f"step {record['step']}: {key} of the noise is {record[key]}, which is no measurement")
+    if (record["predicted"] > 0) != bool(record["predicted_by"]) or (record["sigma"] == 0 and record["predicted"]):
+        raise EvidenceError(f"step {record['step']}: it is not clear what the effect of noise is predicted by")
     if record["tokens"] < 1:
         raise EvidenceError(f"step {record['step']}: no token was scored again without noise")
     if record["sigma"] > 0 and is_visible(record) and record["effect"] + record["error"] < record["predicted"] / SHORT:

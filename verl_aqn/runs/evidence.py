@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,13 @@ from verl_aqn.runs.folder import EVIDENCE, RunFolder
 from verl_aqn.schedule import SigmaSchedule
 
 RESCORED = "aqn/parity/rescored_tokens"
+_FIGURES = ("abs_dlogp_mean", "abs_dlogp_p99", "kl_k3", "clipped_share")
+MEASURED = {
+    ("mismatch", "sampled"): {"tokens": "aqn/parity/tokens", **{key: f"aqn/parity/{key}" for key in _FIGURES}},
+    ("mismatch", "rescored"): {"tokens": RESCORED, **{key: f"aqn/parity/kernels/{key}" for key in _FIGURES}},
+    ("use", None): {"tokens": RESCORED, "effect": "aqn/parity/noise/abs_dlogp_mean"},
+}
+"""What of a record is also among the metrics of its step, by kind and source."""
 CHAIN = "chain"
 """Stands for the order and completeness of the records themselves, beside the kinds of `judge.records`."""
 
@@ -53,6 +62,23 @@ class Judgement:
         return [fault for finding in self.findings.values() for fault in finding.faults]
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What a run's other records say that its evidence must show.
+
+    `noise`, `schedule`: None where config.yaml does not tell, with `fault` for the reason. `sigmas`: of schedule.json.
+    """
+
+    version: int
+    noise: NoiseConfig | None
+    schedule: SigmaSchedule | None
+    sigmas: tuple[float, ...]
+    fault: str
+    done: Done
+    metrics: dict[int, dict[str, Any]]
+    """By step, from 1; empty where they are not comparable with the evidence."""
+
+
 def judge_run(run: RunFolder, *, finished: bool | None = None) -> Judgement:
     """Judge all evidence of a run.
 
@@ -62,38 +88,47 @@ def judge_run(run: RunFolder, *, finished: bool | None = None) -> Judgement:
     Raises:
         DataError: a record is damaged.
     """
-    records = list(run.read(EVIDENCE))
-    version = _version(run, records)
-    config = run.block("config.yaml") or {}
-    steps = run.by_step("metrics.jsonl", "step")
-    asked, fault = _asked(run, config)
-    faults: dict[str, list[str]] = {"noise": [fault]} if fault and version >= VERSION else {}
+    lines = _lines(run)
+    return judge_lines(expected_of(run, lines, finished), lines)
+
+
+def judge_lines(expected: Expected, lines: Sequence[bytes]) -> Judgement:
+    """Judge the lines of evidence.jsonl against what the run's other records say."""
+    whole = expected.version >= VERSION
+    noise, schedule = expected.noise, expected.schedule
     judge = Judge(
-        (lambda step: order_of(*asked, step)) if asked else None,
-        sigmas=[row["sigma"] for row in _table(run)],
-        noisy_actor=bool(asked and asked[0].in_actor),
-        whole=version >= VERSION,
+        (lambda step: order_of(noise, schedule, step)) if noise and schedule else None,
+        stage_at=schedule.stage if schedule else None,
+        sigmas=expected.sigmas,
+        noisy_actor=bool(noise and noise.in_actor),
+        whole=whole,
     )
-    for record in records:
+    faults: dict[str, list[str]] = {"noise": [expected.fault]} if expected.fault and whole else {}
+    last: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in lines:
+        record = json.loads(line)
         judge.add(record)
+        if record.get("kind") in ("mismatch", "use") and isinstance(record.get("step"), int):
+            last[record["kind"], record["step"]] = record
+    for (kind, step), record in last.items() if whole else ():  # of a step taken twice, the later one
+        for key, name in MEASURED.get((kind, record.get("source")), {}).items():
+            value = expected.metrics.get(step, {}).get(name)
+            if isinstance(value, int | float) and not _close(record.get(key), value):
+                faults.setdefault(kind, []).append(
+                    f"step {step}: {key} is {record.get(key)} in {EVIDENCE} and {value:g} in metrics.jsonl ({name})"
+                )
     for kind, tally in judge.tallies.items():
         faults.setdefault(kind, []).extend(tally.faults)
-    done = Done(
-        steps=steps,
-        validations=run.by_step("metrics.jsonl", "validation"),
-        rescored=[step for step, record in steps.items() if (record.get("metrics") or {}).get(RESCORED)],
-        finished=run.state["status"] == "finished" if finished is None else finished,
-    )
     absent: Counter[str] = Counter()
-    for kind, fault in judge.missing(done):
-        if version >= VERSION:
+    for kind, fault in judge.missing(expected.done):
+        if whole:
             faults.setdefault(kind, []).append(fault)
         else:
             absent[kind] += 1
-    links, breaks = _chain(run)
-    if breaks or (version >= VERSION and links < len(records)):
-        lines = ", ".join(map(str, breaks[:5] or [1]))
-        faults[CHAIN] = [f"{EVIDENCE} was changed after it was written: line {lines} does not follow the one before"]
+    links, breaks = broken(lines)
+    if breaks or (whole and links < len(lines)):
+        numbers = ", ".join(map(str, breaks[:5] or [1]))
+        faults[CHAIN] = [f"{EVIDENCE} was changed after it was written: line {numbers} does not follow the one before"]
     findings = {}
     for kind in dict.fromkeys([*judge.tallies, *faults, *absent]):
         tally = judge.tallies.get(kind)
@@ -101,8 +136,28 @@ def judge_run(run: RunFolder, *, finished: bool | None = None) -> Judgement:
         wrong = tuple(faults.get(kind, ()))
         findings[kind] = Finding(kind, right, right + unknown + len(wrong), unknown, wrong)
     if CHAIN not in findings and links:
-        findings[CHAIN] = Finding(CHAIN, links, len(records), len(records) - links, ())
-    return Judgement(version, findings)
+        findings[CHAIN] = Finding(CHAIN, links, len(lines), len(lines) - links, ())
+    return Judgement(expected.version, findings)
+
+
+def expected_of(run: RunFolder, lines: Sequence[bytes], finished: bool | None = None) -> Expected:
+    """Return what the evidence of a run, the `lines` of it, must show."""
+    steps = run.by_step("metrics.jsonl", "step")
+    table = _table(run)
+    config = run.block("config.yaml") or {}
+    noise, schedule, fault = _asked(config, table)
+    done = Done(
+        steps=steps,
+        validations=run.by_step("metrics.jsonl", "validation"),
+        rescored=[step for step, record in steps.items() if (record.get("metrics") or {}).get(RESCORED)],
+        finished=run.state["status"] == "finished" if finished is None else finished,
+    )
+    # Of the newest evidence that anything in the folder speaks of: a lost record does not make a run an old one.
+    told = [record.get("evidence") for record in (*map(json.loads, lines), *run.read("events.jsonl"))]
+    version = max((value for value in told if isinstance(value, int)), default=1)
+    correction = (config.get("algorithm") or {}).get("rollout_correction") or {}
+    metrics = {} if correction.get("bypass_mode") else {at: one.get("metrics") or {} for at, one in steps.items()}
+    return Expected(version, noise, schedule, tuple(row["sigma"] for row in table), fault, done, metrics)
 
 
 def check_proved(run: RunFolder) -> None:
@@ -115,32 +170,29 @@ def check_proved(run: RunFolder) -> None:
         raise EvidenceError(f"the evidence of {run.path} does not hold: {faults[0]}{more}; see `verl-aqn report`")
 
 
-def _version(run: RunFolder, records: list[dict[str, Any]]) -> int:
-    """Of the newest evidence that anything in the folder speaks of: a lost record does not make a run an old one."""
-    told = [record.get("evidence") for record in (*records, *run.read("events.jsonl"))]
-    return max((value for value in told if isinstance(value, int)), default=1)
+def _close(one: Any, other: float) -> bool:
+    return isinstance(one, int | float) and math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-9)
 
 
-def _asked(run: RunFolder, config: dict[str, Any]) -> tuple[tuple[NoiseConfig, SigmaSchedule] | None, str]:
+def _asked(config: dict[str, Any], table: list[dict[str, Any]]) -> tuple[NoiseConfig | None, SigmaSchedule | None, str]:
     """The noise that the recorded config asks for, and what is wrong with the record of it."""
-    table = _table(run)
     try:
         noise = parse_aqn(config).noise
         schedule = schedule_of(config, len(table) or int(config["trainer"]["total_training_steps"]))
     except (AqnError, KeyError, TypeError, ValueError) as error:
-        return None, f"the noise that config.yaml asks for cannot be derived: {error}"
+        return None, None, f"the noise that config.yaml asks for cannot be derived: {error}"
     fault = "" if table else "schedule.json is not there, or is empty"
     for step, row in enumerate(table):
-        if row.get("sigma") != schedule.sigma(step) or row.get("stage") != schedule.stage(step):
-            fault = f"schedule.json has σ {row.get('sigma')} for step {step}, config.yaml {schedule.sigma(step):g}"
+        if row["sigma"] != schedule.sigma(step) or row.get("stage") != schedule.stage(step):
+            fault = f"schedule.json has σ {row['sigma']} for step {step}, config.yaml {schedule.sigma(step):g}"
             break
-    return (noise, schedule), fault
+    return noise, schedule, fault
 
 
 def _table(run: RunFolder) -> list[dict[str, Any]]:
-    path = run.path / "schedule.json"
+    """schedule.json; empty where it is not there or is damaged."""
     try:
-        table = json.loads(path.read_text())
+        table = json.loads((run.path / "schedule.json").read_text())
     except (OSError, ValueError):
         return []
     rows = table if isinstance(table, list) else []
@@ -148,9 +200,10 @@ def _table(run: RunFolder) -> list[dict[str, Any]]:
     return rows if good else []
 
 
-def _chain(run: RunFolder) -> tuple[int, list[int]]:
+def _lines(run: RunFolder) -> list[bytes]:
+    """The whole lines of evidence.jsonl. DataError where one is damaged."""
+    for _ in run.read(EVIDENCE):
+        pass
     path = run.path / EVIDENCE
-    if not path.is_file():
-        return 0, []
-    whole = path.read_bytes()
-    return broken(whole[: whole.rfind(b"\n") + 1].splitlines())
+    whole = path.read_bytes() if path.is_file() else b""
+    return whole[: whole.rfind(b"\n") + 1].split(b"\n")[:-1]

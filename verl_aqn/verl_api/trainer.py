@@ -96,7 +96,9 @@ class AqnTrainer(SavingTrainer):
     def on_init_end(self):
         self.schedule = schedule_of(self.config, self.total_training_steps)
         self.judge = Judge(
-            lambda step: order_of(self.aqn.noise, self.schedule, step), noisy_actor=self.aqn.noise.in_actor
+            lambda step: order_of(self.aqn.noise, self.schedule, step),
+            stage_at=self.schedule.stage,
+            noisy_actor=self.aqn.noise.in_actor,
         )
         self.event("rollout ready")
         addresses = ray.get([server.get_server_address.remote() for server in self.servers()])

@@ -62,13 +62,14 @@ class UseOfNoise:
             self.reference, self.by = {"sigma": sigma, "effect": moved, "surprisal": surprisal}, TRAINER
         if sigma == 0:
             self._quiet.append(effect)
+        predicted = predicted_effect(sigma, surprisal, self.reference)
         return {
             "sigma": sigma,
             "tokens": tokens,
             "effect": effect,
             "error": 1.96 * distance.std(correction=0).item() / math.sqrt(tokens),
-            "predicted": predicted_effect(sigma, surprisal, self.reference),
-            "predicted_by": self.by if sigma else "",
+            "predicted": predicted,
+            "predicted_by": self.by if predicted else "",
             # Decoding against scoring where there was no noise, and the difference of two implementations.
             "floor": max([mismatch, sum(self._quiet) / len(self._quiet)] if self._quiet else [mismatch]),
         }
