@@ -321,8 +321,7 @@ class Judge:
             if record["modules"] < count or (record["modules"] > count and not linear):
                 raise EvidenceError(f"{record['modules']} modules were looked at, {count} norms were to be")
             self._same("elements of all norms", record["elements"])
-            if record["layers"] != count_layers(self._names):
-            raise EvidenceError(f"the norms are told to be of {record['layers']} layers: their names tell another number")
+            self._check_layers(record)
             return
         held = [name for group in record["groups"] if group["kind"] == "norm" for name in group["modules"]]
         if sorted(held) != sorted(expected):
@@ -331,6 +330,10 @@ class Judge:
                 f"step {record['step']}: {name} is to have noise and has none, or the other way round ({len(held)} "
                 f"norms with noise, {len(expected)} expected)"
             )
+
+    def _check_layers(self, record: Fields) -> None:
+        if record["layers"] != (layers := count_layers(self._names)):
+            raise EvidenceError(f"the norms are told to be of {record['layers']} layers, their names say {layers}")
 
     def _same(self, what: str, count: int) -> None:
         """The same count as in all readings before."""
@@ -349,8 +352,7 @@ class Judge:
         if not {"step", "order"} <= set(record) or record["unit"] != "absolute":
             raise EvidenceError("a reading of clean norms does not say that no order was given")
         self._same("elements of all norms", record["elements"])
-        if record["layers"] != count_layers(self._names):
-            raise EvidenceError(f"the norms are told to be of {record['layers']} layers: their names tell another number")
+        self._check_layers(record)
 
     def _on_noise(self, record: Fields) -> None:
         self._noise_of("noise", record)
