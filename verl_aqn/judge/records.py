@@ -305,6 +305,7 @@ class Judge:
 
     def _check_modules(self, record: Fields, order: NoiseOrder) -> None:
         """Every norm that the order selects has noise, and where σ is 0 every norm was looked at."""
+        self._check_layers(record)
         routers = set() if order.router_norms else set(record["router_norms"])
         if not routers <= self._names:
             raise EvidenceError(f"{min(routers - self._names)} feeds a router, but the rollout has no such norm")
@@ -321,7 +322,6 @@ class Judge:
             if record["modules"] < count or (record["modules"] > count and not linear):
                 raise EvidenceError(f"{record['modules']} modules were looked at, {count} norms were to be")
             self._same("elements of all norms", record["elements"])
-            self._check_layers(record)
             return
         held = [name for group in record["groups"] if group["kind"] == "norm" for name in group["modules"]]
         if sorted(held) != sorted(expected):
