@@ -164,6 +164,26 @@ def test_norms_that_were_only_loaded_are_not_enough(pair):
     assert "embeddings" in sentence(record).partition("of the rollout as they were loaded")[0]
 
 
+def test_activations_are_rounded_as_the_recipe_asks(pair):
+    start, _ = pair
+    if not start["quantised"]:
+        return
+    for asked, actor, rollout, fault in (
+        ("none", "none", "rceil/nearest", r"kernel Kernel rounds activations.*linear_backend"),
+        ("none", "even/nearest", "none", "actor rank 0 rounds"),
+        ("even/nearest", "none", "none", "actor rank 0 rounds"),
+        ("even/nearest", "even/nearest", "even/nearest", None),
+    ):
+        record = copy.deepcopy(start) | {"activation": asked, "actor_activations": [[actor]] * start["ranks"]["actor"]}
+        for one in record["rollout"]:
+            one["activations"] = [rollout]
+        if fault is None:
+            check_base(record, None)
+            continue
+        with pytest.raises(EvidenceError, match=fault):
+            check_base(record, None)
+
+
 def test_old_records_are_known_by_what_they_lack(pair):
     start, _ = pair
     old = {"kind": "base", "when": "start", "disk": "a" * 64, "actor": ["a" * 64], "rollout": []}

@@ -1,26 +1,24 @@
-"""Judge a record of kind `base`: whether disk, actor and rollout hold the same frozen tensors. Nothing here needs torch.
+"""Judge a record of kind `base`: do disk, actor and rollout hold the same frozen tensors? Nothing here needs torch.
 
 The trainer judges each record when it writes it, and `report` judges it again. Fields of a record:
 
-================  ======================================================================================================
-`when`            "start" or "end" of an attempt
-`quantised`       whether the base is packed MXFP4; `form`: in which form the rollout holds it, "packed" or "bf16"
-`ranks`           {"actor": n, "rollout": n}: how many there are
-`expected`        by group (`GROUPS`) how many tensors the folder holds; a packed module counts as one
-`holders`         by "actor" and "rollout 0", …, by group: `tensors` that were compared, `elsewhere` those that other ranks
-                  hold, `live` those that were read where the model computes with them (the others: as they were loaded),
-                  and combined digests: `held` by the process, `disk` of the same parts of the same tensors
-`converted`       by holder how many tensors were rounded to the dtype that the process holds them in, by "from → to"
-`not_compared`    list of {"side", "group", "code" (`CODES`), "reason", "tensors", "names"}
-`differ`          list of {"holder", "name", "fault"}: must be empty
-`uncovered`       tensors that the rollout's ranks together do not hold the whole of: must be empty
-`actor_digests`   of everything that each rank of the actor holds: all the same
-`files`           what was read from disk, and whether "now" or "at the start" of the attempt
-`activation`      how activations are to be rounded; `actor_activations` and `rollout[].activations`: how they are
-`disk`            of a quantised base: digest of its packed modules; `served`: of the form that the rollout holds;
-                  `actor`: of every rank of the actor
-`rollout`         what every rank says (`verl_aqn.vllm_api.readback.describe_base`)
-================  ======================================================================================================
+- `when`: "start" or "end" of an attempt; `seconds` that the folder's part of the comparison took.
+- `quantised`: whether the base is packed MXFP4; `form`: how the rollout holds it, "packed" or "bf16".
+- `ranks`: {"actor": n, "rollout": n}, how many there are.
+- `expected`: by group (`GROUPS`) how many tensors the folder holds; a packed module counts as one.
+- `holders`: by "actor" and "rollout 0", … and by group: `tensors` that were compared, `elsewhere` those of other ranks,
+  `live` those that were read where the model computes with them (the others: as they were loaded), and combined
+  digests: `held` by the process, and `disk` of the same parts of the same tensors.
+- `converted`: by holder, how many tensors were rounded to the dtype that the process holds them in, by "from → to".
+- `not_compared`: list of {"side", "group", "code" (`CODES`), "reason", "tensors", "names"}.
+- `differ`: list of {"holder", "name", "fault"}; `uncovered`: tensors that the rollout's ranks together do not hold the
+  whole of. Both must be empty.
+- `actor_digests`: of everything that each rank of the actor holds: all the same.
+- `files`: what was read from disk, and whether "now" or "at the start" of the attempt.
+- `activation`: how activations are to be rounded; `actor_activations` and `rollout[].activations`: how they are.
+- `disk`, `served`, `actor`, of a quantised base: digests of its packed modules, of the form that the rollout holds, and
+  of every rank of the actor.
+- `rollout`: what every rank says (`verl_aqn.vllm_api.readback.describe_base`).
 """
 
 from __future__ import annotations
@@ -253,7 +251,7 @@ def _check_holders(
                 tensors + elsewhere + out == expected[group]
                 and live <= tensors
                 and not (side == "actor" and elsewhere),
-                f"{what}: {tensors} compared, {elsewhere} on other ranks and {out} left out of {expected[group]} on disk",
+                f"{what}: {tensors} compared, {elsewhere} on other ranks and {out} left out of {expected[group]}",
             )
             _must(_digest(one.get("held")) and one.get("held") == one.get("disk"), f"{what} differ from the folder's")
             _must(
@@ -370,7 +368,9 @@ def _check_unchanged(record: Mapping[str, Any], first: Mapping[str, Any]) -> Non
     for name in ("quantised", "form", "ranks", "expected", "not_compared", "converted", "activation", "actor_digests"):
         _must(record.get(name) == first.get(name), f"at the end {name} of the base is not that of the start")
     for key in ("files", "bytes"):
-        _must(record["files"][key] == first["files"].get(key), f"at the end the folder has other {key} than at the start")
+        _must(
+            record["files"][key] == first["files"].get(key), f"at the end the folder has other {key} than at the start"
+        )
     if record["quantised"]:
         _must(record["disk"] == first.get("disk"), "at the end the MXFP4 base on disk is not that of the start")
     for name, groups in _pairs(record["holders"], first.get("holders")):

@@ -18,9 +18,11 @@ _PACKED = ("weight_packed", "weight_scale")
 
 
 class Held(NamedTuple):
-    """`tensors`: (digest, dtype or "packed") by the checkpoint's name. `converted`: tensors that transformers makes others
+    """What one process holds.
+
+    `tensors`: (digest, dtype or "packed") by the checkpoint's name. `converted`: tensors that transformers makes others
     of when it loads them, and how. `passed`: those of other parts than text. `faults`: what is wrong in this process.
-    `digest`: over all that is held, to compare ranks.
+    `digest`: over all that is held, to compare ranks; `packed_digest`: of the packed modules, None without any.
     """
 
     tensors: dict[str, tuple[str, str]]
@@ -32,10 +34,10 @@ class Held(NamedTuple):
 
 
 def held_base(model: nn.Module, path: str | Path) -> Held:
-    """Digests of every frozen parameter and persistent buffer of ``model``, which was loaded from the folder ``path``.
+    """Digest every frozen parameter and persistent buffer of ``model``, which was loaded from the folder ``path``.
 
-    Packed modules have `module_digest` under the module's name, other tensors `plain_digest`. Under FSDP2 each is gathered
-    in turn, so that all ranks must call it.
+    Packed modules have `module_digest` under the module's name, other tensors `plain_digest`. Under FSDP2 each is
+    gathered in turn, so that all ranks must call it.
     """
     weights = Weights(Path(path))
     naming: Naming = getattr(model, "checkpoint_names", None) or Naming.of_folder(path)
