@@ -116,7 +116,7 @@ def test_tensor_parallel_ranks_hold_parts_and_together_all(folders):
         {
             "model.embed_tokens.weight": [48 * rank, 48, 0, columns],
             "model.layers.0.self_attn.q_proj": [32 * rank, 32, 0, columns],
-            "model.layers.0.self_attn.q_proj.bias": [0, 1, 32 * rank, 32],
+            "model.layers.0.self_attn.q_proj.bias": [32 * rank, 32, 0, 1],
         }
         for rank in range(2)
     ]

@@ -30,6 +30,7 @@ FREE = {
     "seconds",
     "converted",
     "actor_digests",
+    "left",
 }
 NULLABLE = {"weights_digest", "kernel_digest", "weights_equal_base"}
 

@@ -11,6 +11,7 @@ The trainer judges each record when it writes it, and `report` judges it again. 
   digests: `held` by the process, and `disk` of the same parts of the same tensors.
 - `converted`: by holder, how many tensors were rounded to the dtype that the process holds them in, by "from → to".
 - `not_compared`: list of {"side", "group", "code" (`CODES`), "reason", "tensors", "names"}.
+- `left`: by holder the digest of what it holds of these; at the end it must be that of the start.
 - `differ`: list of {"holder", "name", "fault"}; `uncovered`: tensors that the rollout's ranks together do not hold the
   whole of. Both must be empty.
 - `actor_digests`: of everything that each rank of the actor holds: all the same.
@@ -50,6 +51,7 @@ CODES = {
 KERNELS = ("weights_digest", "kernel_digest")  # of weights that kernels keep in an order of their own
 SHOWN = 8  # names of tensors that were not compared for one reason; the rest is counted
 NEW = (
+    "left",
     "expected",
     "holders",
     "not_compared",
@@ -224,6 +226,7 @@ def _check_holders(
 ) -> None:
     left = _left_out(record, expected, where)
     holders, converted, digests = (_get(record, name, where) for name in ("holders", "converted", "actor_digests"))
+    alone = _get(record, "left", where)
     wanted = ["actor", *(f"rollout {rank}" for rank in range(ranks["rollout"]))]
     _must(
         isinstance(holders, Mapping) and sorted(holders) == sorted(wanted), f"{where}not every rank told what it holds"
@@ -233,6 +236,10 @@ def _check_holders(
         and sorted(converted) == sorted(wanted)
         and all(isinstance(c, Mapping) and all(_count(n) for n in c.values()) for c in converted.values()),
         f"{where}the record does not say what was rounded",
+    )
+    _must(
+        sorted(alone) == sorted(wanted) and all(map(_digest, alone.values())),
+        f"{where}the record does not say what is held beside what was compared",
     )
     for name in wanted:
         side = name.split()[0]
@@ -365,7 +372,17 @@ def _check_files(record: Mapping[str, Any], first: Mapping[str, Any] | None, whe
 def _check_unchanged(record: Mapping[str, Any], first: Mapping[str, Any]) -> None:
     """At the end everything is what it was at the start."""
     _must(first.get("when") == "start", "the record that the end is compared with is not that of a start")
-    for name in ("quantised", "form", "ranks", "expected", "not_compared", "converted", "activation", "actor_digests"):
+    for name in (
+        "quantised",
+        "form",
+        "ranks",
+        "expected",
+        "not_compared",
+        "converted",
+        "activation",
+        "actor_digests",
+        "left",
+    ):
         _must(record.get(name) == first.get(name), f"at the end {name} of the base is not that of the start")
     for key in ("files", "bytes"):
         _must(

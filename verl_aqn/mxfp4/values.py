@@ -28,8 +28,8 @@ def plain_digest(tensor: Tensor) -> str:
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
-    """[rows, columns] of a tensor of any shape: all dimensions before the last are rows."""
-    return tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
+    """[rows, columns] of a tensor of any shape: all dimensions before the last are rows; a vector is one column."""
+    return tensor.reshape(-1, tensor.shape[-1] if tensor.dim() > 1 else 1)
 
 
 def narrowest(tensor: Tensor) -> Tensor:

@@ -90,6 +90,10 @@ class BaseRecords:
             },
             "converted": {holder: self._converted(compared[holder], parts[holder]) for holder in parts},
             "not_compared": left.listed(),
+            "left": {
+                holder: combined_digest((n, found[holder][n]) for n in of if n in left.of[holder.split()[0]])
+                for holder, of in parts.items()
+            },
             "differ": differ[:SHOWN],
             "uncovered": self._uncovered(held),
             "files": {"files": files, "bytes": size, "tensors": read, "read": "now" if read else "at the start"},
