@@ -102,18 +102,17 @@ def test_every_field_counts(pair, how):
     unnoticed = []
     for record, first in ((start, None), (end, start)):
         for path in paths(record):
-            if path == ("seconds",) and how == "changed":
+            if how == "changed" and (path == ("seconds",) or (first is None and FREE & set(path))):
                 continue
-            if how != "deleted" and first is None and FREE & set(path):
-                if how == "changed" or path[-1] in NULLABLE or "slices" in path[:-1]:
-                    continue
+            if how == "null" and first is None and (path[-1] in NULLABLE or "slices" in path[:-1]):
+                continue
             one = changed(record, path, how)
             if one is None:
                 continue
             try:
                 check_base(one, first)
-            except EvidenceError as error:
-                assert "\n" not in str(error)
+            except EvidenceError:
+                continue
             else:
                 unnoticed.append((record["when"], *path))
     assert not unnoticed, unnoticed[:20]

@@ -186,7 +186,8 @@ def _digest(value: Any) -> bool:
 def _check_differences(record: Mapping[str, Any], where: str) -> None:
     differ, uncovered = record.get("differ"), record.get("uncovered")
     _must(isinstance(differ, list) and isinstance(uncovered, list), f"{where}the record lacks differ or uncovered")
-    assert isinstance(differ, list) and isinstance(uncovered, list)
+    assert isinstance(differ, list)
+    assert isinstance(uncovered, list)
     if differ:
         one = differ[0]
         more = f" (and {len(differ) - 1} more)" if len(differ) > 1 else ""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from verl_aqn.mxfp4.checkpoint import combined_digest, module_digest, packed_weights, plain_name, whole
 from verl_aqn.mxfp4.experts import Mxfp4Experts
@@ -71,10 +72,30 @@ def held_base(model: nn.Module, path: str | Path) -> Held:
 
 
 def _frozen(model: nn.Module, faults: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """(the model's own name, tensor) of what is no adapter and no packed weight; tied ones once."""
+    """(the model's own name, tensor) of what is no adapter and no packed weight; tied ones once.
+
+    FSDP1 keeps the parameters of each of its units in one flat tensor: they are gathered unit by unit.
+    """
+    units = {name: module for name, module in model.named_modules() if isinstance(module, FullyShardedDataParallel)}
+    if not units:
+        yield from _own(_modules(model, ""), faults)
+    for name, unit in units.items():
+        with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
+            yield from _own(_modules(unit, name), faults)
+
+
+def _modules(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of ``module`` and all within it, without FSDP1's units in it."""
+    yield name, module
+    for leaf, child in module.named_children():
+        if not isinstance(child, FullyShardedDataParallel):
+            yield from _modules(child, f"{name}.{leaf}" if name else leaf)
+
+
+def _own(modules: Iterator[tuple[str, nn.Module]], faults: list[str]) -> Iterator[tuple[str, Tensor]]:
     seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        skipped = _PACKED if isinstance(module, Mxfp4Linear) else ()
+    for prefix, module in modules:
+        skipped: tuple[str, ...] = _PACKED if isinstance(module, Mxfp4Linear) else ()
         if isinstance(module, Mxfp4Experts):
             skipped = tuple(name for name in module._parameters if name.endswith(("_packed", "_scale")))
         buffers = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}

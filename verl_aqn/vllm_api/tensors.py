@@ -54,8 +54,8 @@ def describe_tensors(model: torch.nn.Module, modules: Collection[str]) -> dict[s
         for piece in loaded.pieces[name]
     }
     kept = [(place + end, w) for place in rearranged for end, w in kept_by(layers.get(place)).items()]
-    digest = tensor_digest(kept) if kept else None
-    return {"tensors": found, "computed": loaded.computed, "lost": loaded.lost, "kernel_digest": digest}
+    kernels = tensor_digest(kept) if kept else None
+    return {"tensors": found, "computed": loaded.computed, "lost": loaded.lost, "kernel_digest": kernels}
 
 
 def _readable(loaded: Loaded, layers: dict[str, Any], parameter: Any, place: str) -> bool:
