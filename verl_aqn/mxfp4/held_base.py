@@ -64,11 +64,21 @@ def held_base(model: nn.Module, path: str | Path) -> Held:
         else:
             tensors[sources[0]] = (plain_digest(values), dtype)
         del values
+    faults += _dense_faults(model)
     ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
     for name in homeless:
         faults += _tied_fault(name, ties, model, tensors, made_of)
     found = combined_digest((name, f"{digest} {form}") for name, (digest, form) in tensors.items())
     return Held(tensors, converted, sorted(naming.passed), faults, found, combined_digest(packed) if packed else None)
+
+
+def _dense_faults(model: nn.Module) -> list[str]:
+    """Layers that compute with a dequantised copy (`Mxfp4Linear.keep_dense`) of other values than their codes."""
+    return [
+        f"{plain_name(name)}.weight, which the actor keeps dequantised, has other values than its codes"
+        for name, layer in model.named_modules()
+        if isinstance(layer, Mxfp4Linear) and not layer.keeps_its_codes(whole)
+    ]
 
 
 def _frozen(model: nn.Module, faults: list[str]) -> Iterator[tuple[str, Tensor]]:

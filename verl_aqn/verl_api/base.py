@@ -47,7 +47,7 @@ class BaseRecords:
         for rank, tensors in enumerate(held):
             parts[f"rollout {rank}"] = {n: Part(f, tuple(s) if s else None) for n, (_, f, _, s) in tensors.items()}
             found[f"rollout {rank}"] = {name: digest for name, (digest, *_) in tensors.items()}
-        differ = [{"holder": "actor", "name": fault.split()[0], "fault": fault} for fault in actor[0]["faults"]]
+        differ = [{"holder": "actor", "name": fault.split()[0].rstrip(","), "fault": fault} for fault in actor[0]["faults"]]
         wanted: dict[str, set[Part]] = {}
         for holder, of in parts.items():
             for name, part in of.items():

@@ -173,6 +173,7 @@ class AqnTrainer(SavingTrainer):
     def fit(self, agent_loop_manager):
         super().fit(agent_loop_manager)
         self.restore_clean()
+        self.doing("base")  # with a time of its own for the watchdog
         self.check_base("end")
         peaks = {"actor": self.actor_rollout_wg.memory_peak(), "rollout": self.rollout("aqn_memory_peak")}
         self.write("events.jsonl", kind="memory", **peaks)
