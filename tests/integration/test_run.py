@@ -115,7 +115,9 @@ def test_base_is_one_and_the_same_and_unchanged_at_the_end(finished):
 
 def test_every_frozen_tensor_was_compared_and_the_console_says_which(finished):
     said, start = compared(finished)
-    assert said == ("base equal on disk, in the actor and in the rollout: 14 packed matrices, 5 norms, 1 embedding")
+    assert said == (
+        "base equal on disk, in the actor and in the rollout: 14 packed matrices, 5 norms, 1 embedding, 1 head"
+    )
     assert said in (finished / "stderr.txt").read_text()
     norms = start["holders"]["rollout 0"]["norms"]
     assert (norms["tensors"], norms["live"]) == (5, 5)
@@ -400,7 +402,7 @@ def test_eval_of_a_bf16_folder_as_it_is_and_quantised(finished, tiny_model, warm
         assert (start["quantised"], result["base"]) == (False, None)
         said, _ = compared(Path(result["run"]))
         assert said.startswith(
-            "base equal on disk, in the actor and in the rollout: 14 16-bit matrices, 5 norms, 1 embedding ("
+            "base equal on disk, in the actor and in the rollout: 14 16-bit matrices, 5 norms, 1 embedding, 1 head ("
         )
     else:  # it is the base of the run that began with this folder
         assert result["base"] == start["disk"] == lines(finished / "evidence.jsonl", "base")[0]["disk"]

@@ -2,7 +2,7 @@
 
 The trainer judges each record when it writes it, and `report` judges it again. Fields of a record:
 
-- `when`: "start" or "end" of an attempt; `seconds` that the folder's part of the comparison took.
+- `when`: "start" or "end" of an attempt; `seconds` that the comparison took.
 - `quantised`: whether the base is packed MXFP4; `form`: how the rollout holds it, "packed" or "bf16".
 - `ranks`: {"actor": n, "rollout": n}, how many there are.
 - `expected`: by group (`GROUPS`) how many tensors the folder holds; a packed module counts as one.
