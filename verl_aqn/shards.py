@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -44,12 +45,9 @@ class Source(NamedTuple):
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """(rows, columns), all dimensions before the last as rows."""
-        columns = self.shape[-1] if self.shape else 1
-        rows = 1
-        for size in self.shape[:-1]:
-            rows *= size
-        return rows, columns
+        """(rows, columns), all dimensions before the last as rows; a vector is one column."""
+        *lead, columns = self.shape if len(self.shape) > 1 else (*self.shape, 1)
+        return math.prod(lead), columns
 
 
 class Piece(NamedTuple):

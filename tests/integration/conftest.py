@@ -14,6 +14,7 @@ import pytest
 
 from verl_aqn.bench import letters
 from verl_aqn.cache import cache_dir
+from verl_aqn.judge.base import check_base, sentence
 
 # Sizes of a run that takes a minute and a half. The reward has variance for a model that knows nothing.
 TINY = [
@@ -163,6 +164,17 @@ def lines(path: Path, kind: str | None = None) -> list[dict]:
         return []
     records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
     return [record for record in records if kind is None or record["kind"] == kind]
+
+
+def compared(run: Path) -> tuple[str, dict]:
+    """What a run's start and end say that they have compared of its base, judged anew, and the start's record."""
+    start, end = lines(run / "evidence.jsonl", "base")
+    check_base(start, None)
+    check_base(end, start)
+    assert sentence(start) == sentence(end)
+    assert end["files"]["read"] == "at the start"
+    assert sum(start["expected"].values()) == start["files"]["tensors"]
+    return sentence(start), start
 
 
 def lines_of(base: Path) -> list[dict]:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.integration.conftest import (
     TINY,
     ask_vllm,
+    compared,
     descendants,
     finish,
     kill,
@@ -110,6 +111,16 @@ def test_base_is_one_and_the_same_and_unchanged_at_the_end(finished):
         assert record["rollout"][0]["layers"] == 4 * 2  # qkv, o, gate_up, down in each of two layers
         assert record["rollout"][0]["weights_equal_base"]
         assert {record["disk"], *record["actor"], record["rollout"][0]["base_digest"]} == {start["disk"]}
+
+
+def test_every_frozen_tensor_was_compared_and_the_console_says_which(finished):
+    said, start = compared(finished)
+    assert said == (
+        "base equal on disk, in the actor and in the rollout: 14 packed matrices, 5 norms, 1 embedding, 1 head"
+    )
+    assert said in (finished / "stderr.txt").read_text()
+    norms = start["holders"]["rollout 0"]["norms"]
+    assert (norms["tensors"], norms["live"]) == (5, 5)
 
 
 def test_adapter_changes_at_every_step_and_reaches_the_rollout(finished):
@@ -389,6 +400,10 @@ def test_eval_of_a_bf16_folder_as_it_is_and_quantised(finished, tiny_model, warm
     start, *_ = lines(Path(result["run"]) / "evidence.jsonl", "base")
     if precision == "bf16":
         assert (start["quantised"], result["base"]) == (False, None)
+        said, _ = compared(Path(result["run"]))
+        assert said.startswith(
+            "base equal on disk, in the actor and in the rollout: 14 16-bit matrices, 5 norms, 1 embedding, 1 head ("
+        )
     else:  # it is the base of the run that began with this folder
         assert result["base"] == start["disk"] == lines(finished / "evidence.jsonl", "base")[0]["disk"]
 

@@ -4,11 +4,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, FalconH1Config
 
+from tests.base_answers import actor_of, loaded
 from tests.integration.conftest import ask_vllm
 from verl_aqn.adapter import held_name, served_adapter
 from verl_aqn.digest import tensor_digest
+from verl_aqn.judge.base import check_base
 from verl_aqn.mxfp4.checkpoint import checkpoint_digest, quantize_checkpoint
 from verl_aqn.mxfp4.model import load_model
+from verl_aqn.verl_api.base import BaseRecords
 
 # Attention and Mamba side by side: `mamba.in_proj` is one tensor over five widths, vLLM calls `mamba` `mamba.mamba`.
 CONFIG = {
@@ -51,6 +54,14 @@ def test_renamed_and_fused_modules_are_told_under_the_trainer_s_names(folders):
     said = ask_vllm("held", folders / "packed", folders / "adapter")
     assert said["base"]["base_digest"] == checkpoint_digest(folders / "packed")
     assert (said["base"]["slices"], said["base"]["weights_equal_base"]) == ({}, True)
+    packed = folders / "packed"
+    record = BaseRecords(packed, "packed", "none", print).record(
+        "start", [actor_of(loaded(packed), packed)], [said["base"]], {"actor": 1, "rollout": 1}
+    )
+    check_base(record, None)  # behind LoRA's wrappers, in an engine that has answered
+    norms = record["holders"]["rollout 0"]["norms"]
+    assert norms["live"] == norms["tensors"] == 5
+    assert [(one["code"], one["tensors"]) for one in record["not_compared"]] == [("computed", 2)]
     sent = load_file(folders / "adapter" / "adapter_model.safetensors")
     served = served_adapter(((name, tensor.bfloat16()) for name, tensor in sent.items()), lambda name: 16 / 8, 8)
     digest = tensor_digest((held_name(name), tensor) for name, tensor in served)

@@ -109,6 +109,18 @@ def test_a_trained_or_foreign_parameter_of_the_actor_is_named(folders):
         check_base(record_of(folder, [actor_of(model, folder)], [rollout_of(folder)]), None)
 
 
+def test_a_dequantised_copy_that_the_actor_computes_with_is_compared_with_its_codes(folders):
+    folder = folders / "packed"
+    model = loaded(folder)
+    layer = model.model.layers[1].self_attn.o_proj
+    layer.keep_dense = True
+    layer(torch.ones(1, 64, dtype=torch.bfloat16))
+    check_base(record_of(folder, [actor_of(model, folder)], [rollout_of(folder)]), None)
+    layer._dense[3, 3] += 1
+    with pytest.raises(EvidenceError, match=r"layers\.1\.self_attn\.o_proj\.weight in actor .* than its codes"):
+        check_base(record_of(folder, [actor_of(model, folder)], [rollout_of(folder)]), None)
+
+
 def test_tensor_parallel_ranks_hold_parts_and_together_all(folders):
     folder = folders / "packed"
     rows, columns = (96, 64)
@@ -116,7 +128,7 @@ def test_tensor_parallel_ranks_hold_parts_and_together_all(folders):
         {
             "model.embed_tokens.weight": [48 * rank, 48, 0, columns],
             "model.layers.0.self_attn.q_proj": [32 * rank, 32, 0, columns],
-            "model.layers.0.self_attn.q_proj.bias": [0, 1, 32 * rank, 32],
+            "model.layers.0.self_attn.q_proj.bias": [32 * rank, 32, 0, 1],
         }
         for rank in range(2)
     ]

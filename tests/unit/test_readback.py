@@ -11,7 +11,7 @@ from verl_aqn.mxfp4 import dequantize, quantize
 from verl_aqn.mxfp4.checkpoint import base_digest, combined_digest, values_digest
 from verl_aqn.shards import NOTHING
 from verl_aqn.vllm_api.observe import keep
-from verl_aqn.vllm_api.readback import check_activations, describe_base, kernel_activation
+from verl_aqn.vllm_api.readback import describe_base, kernel_activation
 from verl_aqn.vllm_api.trace import Trace
 
 
@@ -164,17 +164,10 @@ def named_kernel(name: str, **attributes):
     return type(name, (), attributes)()
 
 
-def test_a_kernel_that_rounds_activations_without_a_word_is_found_out():
-    """The trap of Blackwell: a weight-only checkpoint runs as W4A4 there."""
-    blackwell, hopper = named_kernel("FlashInferMxFp4LinearKernel"), named_kernel("MarlinMxFp4LinearKernel")
-    found = [{"kernel": type(k).__name__, "activations": [kernel_activation(k)]} for k in (hopper, blackwell)]
-    check_activations("none", [["none"]], found[:1])
-    check_activations("rceil/nearest", [["rceil/nearest"]], found[1:])
-    with pytest.raises(EvidenceError, match=r"FlashInferMxFp4LinearKernel rounds activations.*linear_backend"):
-        check_activations("none", [["none"]], found)
-    with pytest.raises(EvidenceError, match="actor rank 1"):
-        check_activations("none", [["none"], ["even/nearest"]], found[:1])
-    assert kernel_activation(named_kernel("NewKernel")) == "unknown"
+def test_every_kernel_is_known_by_how_it_rounds_activations():
+    """The trap of Blackwell: a weight-only checkpoint runs as W4A4 there (`verl_aqn.judge.base` compares)."""
+    names = ("FlashInferMxFp4LinearKernel", "MarlinMxFp4LinearKernel", "NewKernel")
+    assert [kernel_activation(named_kernel(name)) for name in names] == ["rceil/nearest", "none", "unknown"]
     assert kernel_activation(named_kernel("CpuMxfp4LinearKernel", activation=None)) == "none"
 
 

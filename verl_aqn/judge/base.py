@@ -1,26 +1,25 @@
-"""Judge a record of kind `base`: whether disk, actor and rollout hold the same frozen tensors. Nothing here needs torch.
+"""Judge a record of kind `base`: do disk, actor and rollout hold the same frozen tensors? Nothing here needs torch.
 
 The trainer judges each record when it writes it, and `report` judges it again. Fields of a record:
 
-================  ======================================================================================================
-`when`            "start" or "end" of an attempt
-`quantised`       whether the base is packed MXFP4; `form`: in which form the rollout holds it, "packed" or "bf16"
-`ranks`           {"actor": n, "rollout": n}: how many there are
-`expected`        by group (`GROUPS`) how many tensors the folder holds; a packed module counts as one
-`holders`         by "actor" and "rollout 0", …, by group: `tensors` that were compared, `elsewhere` those that other ranks
-                  hold, `live` those that were read where the model computes with them (the others: as they were loaded),
-                  and combined digests: `held` by the process, `disk` of the same parts of the same tensors
-`converted`       by holder how many tensors were rounded to the dtype that the process holds them in, by "from → to"
-`not_compared`    list of {"side", "group", "code" (`CODES`), "reason", "tensors", "names"}
-`differ`          list of {"holder", "name", "fault"}: must be empty
-`uncovered`       tensors that the rollout's ranks together do not hold the whole of: must be empty
-`actor_digests`   of everything that each rank of the actor holds: all the same
-`files`           what was read from disk, and whether "now" or "at the start" of the attempt
-`activation`      how activations are to be rounded; `actor_activations` and `rollout[].activations`: how they are
-`disk`            of a quantised base: digest of its packed modules; `served`: of the form that the rollout holds;
-                  `actor`: of every rank of the actor
-`rollout`         what every rank says (`verl_aqn.vllm_api.readback.describe_base`)
-================  ======================================================================================================
+- `when`: "start" or "end" of an attempt; `seconds` that the comparison took.
+- `quantised`: whether the base is packed MXFP4; `form`: how the rollout holds it, "packed" or "bf16".
+- `ranks`: {"actor": n, "rollout": n}, how many there are.
+- `expected`: by group (`GROUPS`) how many tensors the folder holds; a packed module counts as one.
+- `holders`: by "actor" and "rollout 0", … and by group: `tensors` that were compared, `elsewhere` those of other ranks,
+  `live` those that were read where the model computes with them (the others: as they were loaded), and combined
+  digests: `held` by the process, and `disk` of the same parts of the same tensors.
+- `converted`: by holder, how many tensors were rounded to the dtype that the process holds them in, by "from → to".
+- `not_compared`: list of {"side", "group", "code" (`CODES`), "reason", "tensors", "names"}.
+- `left`: by holder the digest of what it holds of these; at the end it must be that of the start.
+- `differ`: list of {"holder", "name", "fault"}; `uncovered`: tensors that the rollout's ranks together do not hold the
+  whole of. Both must be empty.
+- `actor_digests`: of everything that each rank of the actor holds: all the same.
+- `files`: what was read from disk, and whether "now" or "at the start" of the attempt.
+- `activation`: how activations are to be rounded; `actor_activations` and `rollout[].activations`: how they are.
+- `disk`, `served`, `actor`, of a quantised base: digests of its packed modules, of the form that the rollout holds, and
+  of every rank of the actor.
+- `rollout`: what every rank says (`verl_aqn.vllm_api.readback.describe_base`).
 """
 
 from __future__ import annotations
@@ -52,6 +51,7 @@ CODES = {
 KERNELS = ("weights_digest", "kernel_digest")  # of weights that kernels keep in an order of their own
 SHOWN = 8  # names of tensors that were not compared for one reason; the rest is counted
 NEW = (
+    "left",
     "expected",
     "holders",
     "not_compared",
@@ -186,7 +186,8 @@ def _digest(value: Any) -> bool:
 def _check_differences(record: Mapping[str, Any], where: str) -> None:
     differ, uncovered = record.get("differ"), record.get("uncovered")
     _must(isinstance(differ, list) and isinstance(uncovered, list), f"{where}the record lacks differ or uncovered")
-    assert isinstance(differ, list) and isinstance(uncovered, list)
+    assert isinstance(differ, list)
+    assert isinstance(uncovered, list)
     if differ:
         one = differ[0]
         more = f" (and {len(differ) - 1} more)" if len(differ) > 1 else ""
@@ -226,6 +227,7 @@ def _check_holders(
 ) -> None:
     left = _left_out(record, expected, where)
     holders, converted, digests = (_get(record, name, where) for name in ("holders", "converted", "actor_digests"))
+    alone = _get(record, "left", where)
     wanted = ["actor", *(f"rollout {rank}" for rank in range(ranks["rollout"]))]
     _must(
         isinstance(holders, Mapping) and sorted(holders) == sorted(wanted), f"{where}not every rank told what it holds"
@@ -235,6 +237,10 @@ def _check_holders(
         and sorted(converted) == sorted(wanted)
         and all(isinstance(c, Mapping) and all(_count(n) for n in c.values()) for c in converted.values()),
         f"{where}the record does not say what was rounded",
+    )
+    _must(
+        sorted(alone) == sorted(wanted) and all(map(_digest, alone.values())),
+        f"{where}the record does not say what is held beside what was compared",
     )
     for name in wanted:
         side = name.split()[0]
@@ -253,7 +259,7 @@ def _check_holders(
                 tensors + elsewhere + out == expected[group]
                 and live <= tensors
                 and not (side == "actor" and elsewhere),
-                f"{what}: {tensors} compared, {elsewhere} on other ranks and {out} left out of {expected[group]} on disk",
+                f"{what}: {tensors} compared, {elsewhere} on other ranks and {out} left out of {expected[group]}",
             )
             _must(_digest(one.get("held")) and one.get("held") == one.get("disk"), f"{what} differ from the folder's")
             _must(
@@ -367,7 +373,17 @@ def _check_files(record: Mapping[str, Any], first: Mapping[str, Any] | None, whe
 def _check_unchanged(record: Mapping[str, Any], first: Mapping[str, Any]) -> None:
     """At the end everything is what it was at the start."""
     _must(first.get("when") == "start", "the record that the end is compared with is not that of a start")
-    for name in ("quantised", "form", "ranks", "expected", "not_compared", "converted", "activation", "actor_digests"):
+    for name in (
+        "quantised",
+        "form",
+        "ranks",
+        "expected",
+        "not_compared",
+        "converted",
+        "activation",
+        "actor_digests",
+        "left",
+    ):
         _must(record.get(name) == first.get(name), f"at the end {name} of the base is not that of the start")
     for key in ("files", "bytes"):
         _must(

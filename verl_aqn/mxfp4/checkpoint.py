@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from verl_aqn.adapter import PEFT_PREFIX, unwrapped
-from verl_aqn.errors import ConfigError, EvidenceError, ModelError
+from verl_aqn.errors import ConfigError, ModelError
 from verl_aqn.mxfp4.checks import as_kept, check_opens
 from verl_aqn.mxfp4.codec import BLOCK, SCALE_RULES, Mxfp4Tensor, dequantize, quantize
 from verl_aqn.mxfp4.error_split import split_error
@@ -25,7 +24,7 @@ from verl_aqn.mxfp4.report import FILE, ModuleReport, QuantReport
 from verl_aqn.mxfp4.storage import Spec, Weights, read_config
 from verl_aqn.mxfp4.values import values_digest as values_digest  # asked for here, too
 from verl_aqn.mxfp4.writing import MAX_SHARD_BYTES, new_folder, tensor_bytes, write_model
-from verl_aqn.shards import NOTHING, Slice, Slices, cut, not_covered, scaled
+from verl_aqn.shards import NOTHING, Slice, Slices, cut, scaled
 
 
 def quantize_checkpoint(
@@ -165,13 +164,6 @@ def part_digest(packed: Tensor, scale: Tensor, part: Slice | None, form: str) ->
     if part:
         packed, scale = cut(packed, scaled(part, 2)).contiguous(), cut(scale, scaled(part, BLOCK)).contiguous()
     return module_digest(packed, scale)
-
-
-def check_covered(path: str | Path, holders: Sequence[Slices]) -> None:
-    """Raise EvidenceError unless the slices of all `holders` together are the whole of every weight in `path`."""
-    weights = open_packed(Path(path))
-    if missing := not_covered(holders, lambda module: 2 * math.prod(weights.specs[module + PACKED].shape)):
-        raise EvidenceError(f"the rollout's ranks together do not hold the whole of {missing}")
 
 
 def model_digest(model: nn.Module) -> str:

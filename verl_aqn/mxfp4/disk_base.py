@@ -94,9 +94,11 @@ class DiskBase:
         state = self._files()
         if state != self._state:
             self._known, self._state = {}, state
-        missing = {
-            name: parts for name, all_of in wanted.items() if (parts := {p for p in all_of if (name, p) not in self._known})
-        }  # fmt: skip
+        same = {(name, part): self._as_read(name, part) for name, parts in wanted.items() for part in parts}
+        missing: dict[str, list[Part]] = {}
+        for name, part in dict.fromkeys((name, part) for (name, _), part in same.items()):
+            if (name, part) not in self._known:
+                missing.setdefault(name, []).append(part)
         last = time.monotonic()
         for done, name in enumerate(missing):
             if time.monotonic() - last > _REPORT_S:
@@ -105,9 +107,12 @@ class DiskBase:
             read = self._reader(name)
             for part in missing[name]:
                 self._known[(name, part)] = read(part)
-        return {(name, part): self._known[(name, part)] for name, parts in wanted.items() for part in parts}, len(
-            missing
-        )
+        return {(name, part): self._known[(name, kept)] for (name, part), kept in same.items()}, len(missing)
+
+    def _as_read(self, name: str, part: Part) -> Part:
+        """The part with the same values that needs the least work: none is rounded that keeps all of its digits."""
+        disk = self.dtypes.get(name)
+        return part if disk is None or rounds(disk, part.form) else part._replace(form=disk)
 
     def _reader(self, name: str) -> Callable[[Part], str]:
         """What gives the digest of a part of ``name``, whose values are read now."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from verl_aqn.mxfp4.checkpoint import combined_digest, module_digest, packed_weights, plain_name, whole
 from verl_aqn.mxfp4.experts import Mxfp4Experts
@@ -18,9 +19,11 @@ _PACKED = ("weight_packed", "weight_scale")
 
 
 class Held(NamedTuple):
-    """`tensors`: (digest, dtype or "packed") by the checkpoint's name. `converted`: tensors that transformers makes others
+    """What one process holds.
+
+    `tensors`: (digest, dtype or "packed") by the checkpoint's name. `converted`: tensors that transformers makes others
     of when it loads them, and how. `passed`: those of other parts than text. `faults`: what is wrong in this process.
-    `digest`: over all that is held, to compare ranks.
+    `digest`: over all that is held, to compare ranks; `packed_digest`: of the packed modules, None without any.
     """
 
     tensors: dict[str, tuple[str, str]]
@@ -32,10 +35,10 @@ class Held(NamedTuple):
 
 
 def held_base(model: nn.Module, path: str | Path) -> Held:
-    """Digests of every frozen parameter and persistent buffer of ``model``, which was loaded from the folder ``path``.
+    """Digest every frozen parameter and persistent buffer of ``model``, which was loaded from the folder ``path``.
 
-    Packed modules have `module_digest` under the module's name, other tensors `plain_digest`. Under FSDP2 each is gathered
-    in turn, so that all ranks must call it.
+    Packed modules have `module_digest` under the module's name, other tensors `plain_digest`. Under FSDP2 each is
+    gathered in turn, so that all ranks must call it.
     """
     weights = Weights(Path(path))
     naming: Naming = getattr(model, "checkpoint_names", None) or Naming.of_folder(path)
@@ -61,6 +64,7 @@ def held_base(model: nn.Module, path: str | Path) -> Held:
         else:
             tensors[sources[0]] = (plain_digest(values), dtype)
         del values
+    faults += _dense_faults(model)
     ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
     for name in homeless:
         faults += _tied_fault(name, ties, model, tensors, made_of)
@@ -68,11 +72,40 @@ def held_base(model: nn.Module, path: str | Path) -> Held:
     return Held(tensors, converted, sorted(naming.passed), faults, found, combined_digest(packed) if packed else None)
 
 
+def _dense_faults(model: nn.Module) -> list[str]:
+    """Layers that compute with a dequantised copy (`Mxfp4Linear.keep_dense`) of other values than their codes."""
+    return [
+        f"{plain_name(name)}.weight, which the actor keeps dequantised, has other values than its codes"
+        for name, layer in model.named_modules()
+        if isinstance(layer, Mxfp4Linear) and not layer.keeps_its_codes(whole)
+    ]
+
+
 def _frozen(model: nn.Module, faults: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """(the model's own name, tensor) of what is no adapter and no packed weight; tied ones once."""
+    """(the model's own name, tensor) of what is no adapter and no packed weight; tied ones once.
+
+    FSDP1 keeps the parameters of each of its units in one flat tensor: they are gathered unit by unit.
+    """
+    units = {name: module for name, module in model.named_modules() if isinstance(module, FullyShardedDataParallel)}
+    if not units:
+        yield from _own(_modules(model, ""), faults)
+    for name, unit in units.items():
+        with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
+            yield from _own(_modules(unit, name), faults)
+
+
+def _modules(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of ``module`` and all within it, without FSDP1's units in it."""
+    yield name, module
+    for leaf, child in module.named_children():
+        if not isinstance(child, FullyShardedDataParallel):
+            yield from _modules(child, f"{name}.{leaf}" if name else leaf)
+
+
+def _own(modules: Iterator[tuple[str, nn.Module]], faults: list[str]) -> Iterator[tuple[str, Tensor]]:
     seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        skipped = _PACKED if isinstance(module, Mxfp4Linear) else ()
+    for prefix, module in modules:
+        skipped: tuple[str, ...] = _PACKED if isinstance(module, Mxfp4Linear) else ()
         if isinstance(module, Mxfp4Experts):
             skipped = tuple(name for name in module._parameters if name.endswith(("_packed", "_scale")))
         buffers = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}

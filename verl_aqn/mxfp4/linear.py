@@ -1,5 +1,6 @@
 """A linear layer that keeps its weight packed in MXFP4 and trains whatever stands around it (LoRA, norms)."""
 
+from collections.abc import Callable
 from typing import NamedTuple, Self
 
 import torch
@@ -97,6 +98,13 @@ class Mxfp4Linear(nn.Linear):
         if self.keep_dense:
             return F.linear(x, self._kept_weight().to(x.dtype), bias)
         return PackedProduct.apply(x, self.weight_packed, self.weight_scale, bias)
+
+    def keeps_its_codes(self, whole: Callable[[Tensor], Tensor]) -> bool:
+        """Return whether the dequantised copy has the codes' values, where there is one; ``whole`` gathers a shard."""
+        if self._dense is None:
+            return True
+        codes, scale = whole(self.weight_packed), whole(self.weight_scale)
+        return torch.equal(self._dense, dequantize(codes, scale, self._dense.dtype))
 
     def _apply(self, fn, recurse: bool = True) -> Self:
         self._dense = None  # made anew where the parameters go

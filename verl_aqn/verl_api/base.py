@@ -38,16 +38,21 @@ class BaseRecords:
         actor: Sequence[Mapping[str, Any]],
         rollout: Sequence[Mapping[str, Any]],
         ranks: Mapping[str, int],
+        began: float | None = None,
     ) -> dict[str, Any]:
-        """The record of this moment, from the answers of every rank of the actor and of the rollout."""
-        began = time.monotonic()
+        """The record of this moment, from the answers of every rank of the actor and of the rollout.
+
+        `began`: the time (`time.monotonic`) at which these were asked; `seconds` counts from then.
+        """
+        began = time.monotonic() if began is None else began
         disk, held = self.disk, [dict(answer["tensors"]) for answer in rollout]
         parts: dict[str, dict[str, Part]] = {"actor": {n: Part(form) for n, (_, form) in actor[0]["tensors"].items()}}
         found = {"actor": {name: digest for name, (digest, _) in actor[0]["tensors"].items()}}
         for rank, tensors in enumerate(held):
             parts[f"rollout {rank}"] = {n: Part(f, tuple(s) if s else None) for n, (_, f, _, s) in tensors.items()}
             found[f"rollout {rank}"] = {name: digest for name, (digest, *_) in tensors.items()}
-        differ = [{"holder": "actor", "name": fault.split()[0], "fault": fault} for fault in actor[0]["faults"]]
+        faults = {fault: fault.split()[0].rstrip(",") for fault in actor[0]["faults"]}
+        differ = [{"holder": "actor", "name": name, "fault": fault} for fault, name in faults.items()]
         wanted: dict[str, set[Part]] = {}
         for holder, of in parts.items():
             for name, part in of.items():
@@ -90,6 +95,10 @@ class BaseRecords:
             },
             "converted": {holder: self._converted(compared[holder], parts[holder]) for holder in parts},
             "not_compared": left.listed(),
+            "left": {
+                holder: combined_digest((n, found[holder][n]) for n in of if n in left.of[holder.split()[0]])
+                for holder, of in parts.items()
+            },
             "differ": differ[:SHOWN],
             "uncovered": self._uncovered(held),
             "files": {"files": files, "bytes": size, "tensors": read, "read": "now" if read else "at the start"},

@@ -189,6 +189,7 @@ class AqnTrainer(SavingTrainer):
     def fit(self, agent_loop_manager):
         super().fit(agent_loop_manager)
         self.restore_clean(END)
+        self.doing("base")  # with a time of its own for the watchdog
         self.check_base("end")
         peaks = {"actor": self.actor_rollout_wg.memory_peak(), "rollout": self.rollout("aqn_memory_peak")}
         self.write("events.jsonl", kind="memory", **peaks)
@@ -441,12 +442,12 @@ class AqnTrainer(SavingTrainer):
 
     def check_base(self, when: str) -> str:
         """Hold every frozen tensor of actor and rollout against the folder's; returns what was compared."""
-        servers = self.servers()
+        began, servers = time.monotonic(), self.servers()
         asked = [server.aqn_call.remote("aqn_base", self.base.packed, clear_cache=False) for server in servers]
         actor = self.actor_rollout_wg.base()  # while the rollout looks at its own
         held = [answer for replica in ray.get(asked) for answer in replica]
         ranks = {"actor": self.actor_rollout_wg.world_size, "rollout": self.actor_rollout_wg.world_size}
-        record = self.base.record(when, actor, held, ranks)
+        record = self.base.record(when, actor, held, ranks, began)
         self.record("base", **record)
         return sentence(record)
 

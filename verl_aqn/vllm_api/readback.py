@@ -59,23 +59,6 @@ def kernel_of(layer: Any) -> Any:
     return getattr(layer.quant_method, "quant_method", layer.quant_method)  # vllm-ascend wraps its schemes
 
 
-def check_activations(asked: str, actor: list[list[str]], rollout: list[dict]) -> None:
-    """Raise EvidenceError unless every actor rank and every rollout rank rounds activations as the recipe asks.
-
-    `asked`: as `kernel_activation` says it. `actor`: a list for each rank. `rollout`: answers of `describe_base`.
-    """
-    for rank, found in enumerate(actor):
-        if found != [asked]:
-            raise EvidenceError(f"actor rank {rank} rounds activations as {found}, but the recipe asks for {asked!r}")
-    for answer in rollout:
-        if answer["activations"] != [asked]:
-            raise EvidenceError(
-                f"the rollout's kernel {answer['kernel']} rounds activations as {answer['activations']}, but the "
-                f"recipe asks for {asked!r}: set actor_rollout_ref.rollout.engine_kwargs.vllm.linear_backend (marlin "
-                "for W4A16), or aqn.mxfp4.activation"
-            )
-
-
 def is_experts(layer: Any) -> bool:
     """Whether `layer` holds routed experts as vLLM keeps them: w13 [E, 2I, H] and w2 [E, H, I] of E experts."""
     return hasattr(layer, "w13_weight") or hasattr(layer, "w13_weight_packed")
@@ -84,7 +67,7 @@ def is_experts(layer: Any) -> bool:
 def remember_base(model: torch.nn.Module) -> None:
     """Keep the digests of all that the model was loaded with, before kernels rearrange it (most do).
 
-    Of packed modules by the checkpoint's module, of other tensors by name. `mxfp4_digests` marks the layers of packed ones.
+    Of packed modules by the checkpoint's module, of other tensors by name. `mxfp4_digests` marks packed layers.
     """
     loaded = loaded_of(model)
     parameter = parameters_of(model)

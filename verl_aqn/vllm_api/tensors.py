@@ -16,15 +16,15 @@ from verl_aqn.vllm_api.readback import is_experts, kept_by, loaded_of, parameter
 
 
 def describe_tensors(model: torch.nn.Module, modules: Collection[str]) -> dict[str, Any]:
-    """`{"tensors", "computed", "lost", "kernel_digest"}` of the checkpoint's tensors; none of them is missing that this rank holds.
+    """Return `{"tensors", "computed", "lost", "kernel_digest"}` of all of the checkpoint's tensors that a rank holds.
 
     `modules`: the checkpoint's names of those that are MXFP4 on disk. `tensors`: by module for these, by name for all
-    others, [digest, form, live, slice]. `digest` is of what the parameter holds now where it can be read there (`live`),
-    else of what was loaded, because a kernel keeps the weight in an order of its own. `form`: "packed" or "bf16" of one
-    of `modules`, else the dtype that it was loaded in. `slice`: its `Slice`, None for the whole. `computed`: names of those
-    whose values were computed with while they were loaded, and how; `lost`: of those whose way could not be followed.
-    `kernel_digest`: of the weights of layers outside `modules` that their kernels have rearranged, to be compared between
-    two moments; None where there are none that can be read.
+    others, [digest, form, live, slice]. `digest` is of what the parameter holds now where it can be read there
+    (`live`), else of what was loaded, because a kernel keeps the weight in an order of its own. `form`: "packed" or
+    "bf16" of one of `modules`, else the dtype that it was loaded in. `slice`: its `Slice`, None for the whole.
+    `computed`: names of those whose values were computed with while they were loaded, and how; `lost`: of those whose
+    way could not be followed. `kernel_digest`: of the weights of layers outside `modules` that their kernels have
+    rearranged, to be compared between two moments; None where there are none that can be read.
     """
     loaded, parameter = loaded_of(model), parameters_of(model)
     layers = {name.replace(".base_layer", ""): layer for name, layer in model.named_modules()}
@@ -54,8 +54,8 @@ def describe_tensors(model: torch.nn.Module, modules: Collection[str]) -> dict[s
         for piece in loaded.pieces[name]
     }
     kept = [(place + end, w) for place in rearranged for end, w in kept_by(layers.get(place)).items()]
-    digest = tensor_digest(kept) if kept else None
-    return {"tensors": found, "computed": loaded.computed, "lost": loaded.lost, "kernel_digest": digest}
+    kernels = tensor_digest(kept) if kept else None
+    return {"tensors": found, "computed": loaded.computed, "lost": loaded.lost, "kernel_digest": kernels}
 
 
 def _readable(loaded: Loaded, layers: dict[str, Any], parameter: Any, place: str) -> bool:
