@@ -210,13 +210,16 @@ def compare(
     ] = None,
     any_: Annotated[bool, typer.Option("--any", help="Compare whatever differs.")] = False,
     as_json: Json = False,
+    metric: Annotated[
+        str, typer.Option(help="What a problem scores: avg (the share of its answers that are right) or pass@K.")
+    ] = "avg",
 ) -> None:
     """Paired tests of runs with the same items; runs of one config are the seeds of an arm."""
     from verl_aqn.console import Console
     from verl_aqn.runs.arms import FACTOR, arms
     from verl_aqn.runs.compare import compare as compared
 
-    report = compared(arms(runs, factor or [FACTOR], any_))
+    report = compared(arms(runs, factor or [FACTOR], any_, metric))
     if as_json:
         print(json.dumps(report.to_dict()))
     else:

@@ -63,8 +63,8 @@ def test_runs_are_grouped_and_items_paired_by_prompt(experiment):
     folders, treated, control = experiment
     found = arms([folders[name] for name in ("control0", "noisy1", "noisy0", "control1")])
     assert [[run.seed for run in arm.runs] for arm in found] == [[0, 1], [1, 0]]
-    assert np.array_equal(found[0].right, control)
-    assert np.array_equal(found[1].right, treated[::-1])
+    assert np.array_equal(found[0].scores, control)
+    assert np.array_equal(found[1].scores, treated[::-1])
 
 
 def test_a_base_folder_is_its_newest_run(tmp_path):
@@ -83,8 +83,11 @@ def test_json_is_one_document(experiment, capsys):
     assert arm["difference"] == pytest.approx(treated.mean() - control.mean())
     assert arm["differs"] == {"aqn.noise.enabled": [False, True]}
     assert arm["p_value"] == pytest.approx(spread(treated, control).p_value)
-    low, high = arm["bootstrap"]
-    assert low < arm["difference"] < high
+    for key in ("interval", "simultaneous"):
+        low, high = arm[key]
+        assert low < arm["difference"] < high
+    assert report["metric"] == "accuracy"
+    assert not {"bootstrap", "detectable", "seeds_needed"} & arm.keys()
 
 
 def test_table_and_sentence(experiment, capsys):
@@ -136,8 +139,8 @@ def test_an_answer_that_the_reward_told_no_accuracy_of_is_wrong(tmp_path):
         write_run(tmp_path / "b", "b", [1, 1, None, 1]),
     ]
     control, treated = arms(runs)
-    assert control.right.tolist() == [[True, False, True, False]]
-    assert treated.right.tolist() == [[True, True, False, True]]
+    assert control.scores.tolist() == [[1, 0, 1, 0]]
+    assert treated.scores.tolist() == [[1, 1, 0, 1]]
     assert compare([control, treated]).arms[0].difference == 0.25
     lines = (runs[0] / "validation/29.jsonl").read_text()
     (runs[0] / "validation/29.jsonl").write_text(lines.replace(', "acc": null', ""))

@@ -130,7 +130,7 @@ def test_of_several_arms_the_page_says_what_is_corrected(tmp_path):
         write_run(tmp_path / str(at), f"arm{at}", config={"aqn": {"seed": 0, "noise": one}}).path
         for at, one in enumerate(noise)
     ]
-    assert "p and found in 80 % corrected for 2 tests" in page_of(*runs).text
+    assert "differences and p corrected for 2 contrasts" in page_of(*runs).text
     assert "corrected for" not in page_of(*runs[:2]).text
 
 
