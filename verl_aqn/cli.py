@@ -180,12 +180,16 @@ def eval_(
     precision: Annotated[
         str | None, typer.Option(help="mxfp4 or bf16; by default what the run or the folder has.")
     ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Answers to each problem, drawn as in training: avg@N and pass@1 … pass@N."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Accuracy without noise, in the rollout, by the code that validates during training; items are saved."""
     from verl_aqn.evaluate import evaluate
 
-    result = evaluate(target, overrides or [], adapter, precision)
+    result = evaluate(target, overrides or [], adapter, precision, samples)
     if as_json:
         print(json.dumps(result.to_dict()))
         return
@@ -193,7 +197,10 @@ def eval_(
     view = Table(title=escape(title), title_justify="left")
     for column in ("score", "accuracy, %", "95 % interval", "problems"):
         view.add_column(column, justify="left" if column == "score" else "right")
-    for name, score in result.scores.items():
+    average = f", avg@{result.samples}" if result.samples > 1 else ""
+    rows = {f"{name}{average}": score for name, score in result.scores.items()}
+    rows |= {f"strict, pass@{k}": score for k, score in result.pass_at.items()}
+    for name, score in rows.items():
         low, high = (100 * bound for bound in score.interval)
         view.add_row(name, f"{100 * score.accuracy:.1f}", f"{low:.1f} to {high:.1f}", str(result.items))
     print_wide(view)

@@ -5,11 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from statsmodels.stats import contingency_tables
 from statsmodels.stats.proportion import proportion_confint
 
 from verl_aqn.errors import DataError
-from verl_aqn.runs.stats import accuracy_text, mcnemar, ratio_interval, wilson
+from verl_aqn.runs.stats import accuracy_text, ratio_interval, wilson
 from verl_aqn.runs.verdict import compare_before_after, plan_verdict
 
 counts = st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
@@ -71,17 +70,6 @@ def test_before_and_after_interval_p_and_words_are_of_one_test(pairs):
     assert (low > 0 or high < 0) == (result.p_value < 0.05) == ("more than chance" in result.text)
 
 
-@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=300))
-def test_mcnemar_is_statsmodels(pairs):
-    table = np.zeros((2, 2), dtype=int)
-    for before, after in pairs:
-        table[int(before), int(after)] += 1
-    theirs = contingency_tables.mcnemar(table, exact=True)
-    gained, lost, p_value = mcnemar(*zip(*pairs, strict=True))
-    assert (gained, lost) == (table[0, 1], table[1, 0])
-    assert p_value == pytest.approx(theirs.pvalue, rel=1e-9)
-
-
 @pytest.mark.parametrize(("gained", "lost"), [(0.1, 0.1), (0.15, 0.05), (0.03, 0.01), (0.3, 0.05)])
 def test_paired_interval_covers_the_true_difference(gained, lost):
     rng, truth = np.random.default_rng(0), gained - lost
@@ -91,15 +79,6 @@ def test_paired_interval_covers_the_true_difference(gained, lost):
         low, high = compare_before_after(kind == 1, kind == 0).interval
         covered += low <= truth <= high
     assert 0.935 <= covered / 1000 <= 0.98
-
-
-def test_mcnemar_of_a_published_table():
-    """Airway hyper-responsiveness before and after stem cell transplantation: Fagerland et al. 2013, table 1."""
-    before = [True] * 2 + [False] * 19
-    after = [True, False] + [True] * 7 + [False] * 12
-    assert mcnemar(before, after) == (7, 1, pytest.approx(0.0703, abs=5e-5))
-    assert mcnemar(np.array(after), np.array(before)) == (1, 7, pytest.approx(0.0703, abs=5e-5))
-    assert mcnemar(before, before) == (0, 0, 1.0)
 
 
 def test_ratio_interval():

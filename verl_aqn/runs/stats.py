@@ -1,25 +1,17 @@
-"""Intervals for accuracies and for means over items, and a test of paired answers."""
+"""Intervals for accuracies and for means over items."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from verl_aqn.errors import DataError
 
 RESAMPLES = 10_000
-
-
-class Pairs(NamedTuple):
-    """The same items before and after: what changed, and how likely chance alone changes as unevenly or more."""
-
-    gained: int  # wrong before, right after
-    lost: int  # right before, wrong after
-    p_value: float  # two-sided
 
 
 def wilson(successes: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
@@ -101,21 +93,6 @@ def share_text(share: float | None, n: int | None, unit: str = "") -> str:
         return "–"
     low, high = wilson(share * n, n)
     return f"{100 * share:.1f}{unit} [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def mcnemar(before: Sequence[bool] | np.ndarray, after: Sequence[bool] | np.ndarray) -> Pairs:
-    """Exact McNemar test of per-item results in the same order of items: gained against lost, binomial at 1/2.
-
-    McNemar 1947; the exact conditional form of Fagerland, Lydersen and Laake 2013. Where nothing changed p is 1.
-    DataError where the two differ in length or are empty.
-    """
-    from scipy.stats import binomtest  # a second to import, and most commands test nothing
-
-    if len(before) != len(after) or len(before) == 0:
-        raise DataError(f"{len(before)} items before and {len(after)} after: the same items are needed on both sides")
-    was, is_ = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
-    gained, lost = int((is_ & ~was).sum()), int((was & ~is_).sum())
-    return Pairs(gained, lost, float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0)
 
 
 def ratio_interval(
