@@ -49,7 +49,7 @@ def test_problems_that_are_alike_are_told_apart_in_the_order_of_the_data():
 
 
 def test_records_of_older_versions_are_one_answer_each_and_pair_with_new_ones():
-    old, new = answers_in([line("a", 1.0), line("b", None)]), answers_in([line("b", True, 0, 0), line("a", 0, 7, 0)])
+    old, new = answers_in([line("a", 1.0), line("b", False)]), answers_in([line("b", True, 0, 0), line("a", 0, 7, 0)])
     assert old.right.keys() == new.right.keys()
     assert (old.samples, list(old.right.values())) == (1, [1, 0])
 
@@ -68,9 +68,9 @@ def test_answers_that_cannot_be_told_apart_are_refused(lines):
         answers_in(lines)
 
 
-@pytest.mark.parametrize("acc", [-1, 0.5, "1", 2])
+@pytest.mark.parametrize("acc", [-1, 0.5, "1", 2, None, float("nan")])
 def test_what_is_neither_right_nor_wrong_is_refused(acc):
-    with pytest.raises(DataError, match="right \\(1\\) or wrong \\(0\\)"):
+    with pytest.raises(DataError, match=r"^has acc=.* for 1 of 1 answers, which is neither 0 nor 1"):
         answers_in([line("a", acc)])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -54,7 +55,7 @@ def k_of(metric: str) -> int | None:
 
 
 def answers_in(lines: Iterable[Mapping[str, Any]], rule: str = "acc") -> Answers:
-    """The answers in lines of a validation, right by `rule`: 1 or true; null (the reward told none) is wrong.
+    """The answers in lines of a validation, right by `rule`: 1 or true; wrong: 0 or false.
 
     `item` tells problems apart, and `sample` the answers to one. Lines of older versions have neither: there one line a
     prompt is one problem with one answer.
@@ -62,27 +63,29 @@ def answers_in(lines: Iterable[Mapping[str, Any]], rule: str = "acc") -> Answers
     DataError where a line lacks a key or its rule is neither 0 nor 1, where a prompt is answered several times and the
     lines do not tell which problem and sample each is, or where problems were not answered equally often.
     """
+    lines = list(lines)
     found: dict[tuple[str, str, int], dict[int, bool]] = {}
-    count = 0
-    for line in lines:
-        count += 1
-        try:
-            told, key = line[rule], (line["input"], str(line["gts"]), int(line.get("item", -1)))
-        except KeyError as error:
-            raise DataError(f"has no {error} in a line: it is no validation of a run of ours") from error
-        if told not in (0, 1, None):
-            raise DataError(f"has {rule}={told!r} in a line: an answer is right (1) or wrong (0)")
-        found.setdefault(key, {})[int(line.get("sample", 0))] = bool(told)
-    times = {len(samples) for samples in found.values()}
-    if not count or sum(map(len, found.values())) < count or len(times) > 1:
+    try:
+        unclear = [line[rule] for line in lines if line[rule] not in (0, 1)]
+        for line in lines:
+            key = (line["input"], str(line["gts"]), int(line.get("item", -1)))
+            found.setdefault(key, {})[int(line.get("sample", 0))] = line[rule] == 1
+    except KeyError as error:
+        raise DataError(f"has no {error} in a line: it is no validation of a run of ours") from error
+    if unclear:
         raise DataError(
-            f"has {count} answers to {len(found)} problems: each problem needs the same number of answers, and "
+            f"has {rule}={json.dumps(unclear[0])} for {len(unclear)} of {len(lines)} answers, which is neither 0 nor "
+            "1: whether these answers are right is not on record, so the run cannot be compared"
+        )
+    times = {len(samples) for samples in found.values()}
+    if not lines or sum(map(len, found.values())) < len(lines) or len(times) > 1:
+        raise DataError(
+            f"has {len(lines)} answers to {len(found)} problems: each problem needs the same number of answers, and "
             "several are told apart by `item` and `sample`, which records of older versions have not"
         )
     copies: Counter[tuple[str, str]] = Counter()
     right: dict[Item, int] = {}
-    for prompt, answer, _ in sorted(found):
-        right[Item(prompt, answer, copies[prompt, answer])] = 0
-        copies[prompt, answer] += 1
-    right = dict(zip(right, (sum(found[key].values()) for key in sorted(found)), strict=True))
+    for key in sorted(found):
+        right[Item(*key[:2], copies[key[:2]])] = sum(found[key].values())
+        copies[key[:2]] += 1
     return Answers(right, times.pop())
