@@ -201,13 +201,13 @@ def read(run: RunFolder, target: str, precision: str) -> Evaluation:
     items, samples = validation["items"], samples_of(validation)
     lines = list(run.read(f"validation/{validation['step']}.jsonl"))
     scores = {
-        rule: Score(validation[key], _interval(lines, "acc" if key == "accuracy" else key, validation[key], items))
+        rule: Score(validation[key], _interval(lines, key, validation))
         for rule, key in RULES.items()
         if key in validation
     }
     passed = {}
     if samples > 1:
-        answers = answers_in(lines)
+        answers = answers_in(lines, samples=samples)
         for k in ks(samples):
             each = list(answers.scores(f"pass@{k}").values())
             passed[str(k)] = Score(sum(each) / len(each), score_interval(each, samples))
@@ -218,12 +218,12 @@ def read(run: RunFolder, target: str, precision: str) -> Evaluation:
     )  # fmt: skip
 
 
-def _interval(lines: list[dict[str, Any]], rule: str, share: float, items: int) -> tuple[float, float]:
-    """By problem where the lines tell them apart; else the widest that `share` of `items` problems can have."""
+def _interval(lines: list[dict[str, Any]], key: str, validation: dict[str, Any]) -> tuple[float, float]:
+    """By problem where the lines tell them apart; else the widest that such a share of so many problems can have."""
     try:
-        answers = answers_in(lines, rule)
+        answers = answers_in(lines, "acc" if key == "accuracy" else key, validation.get("samples"))
     except DataError:
-        return wilson(share * items, items)
+        return wilson(validation[key] * validation["items"], validation["items"])
     return score_interval(list(answers.scores().values()), answers.samples)
 
 

@@ -74,6 +74,18 @@ def test_what_is_neither_right_nor_wrong_is_refused(acc):
         answers_in([line("a", acc)])
 
 
+def test_an_answer_that_never_came_is_wrong_where_the_record_tells_how_many_there_should_be():
+    lines = lines_of([[1, 1, 1, 0], [0, 1, 1, 1]])
+    del lines[2]  # of problem 0 the second
+    found = answers_in(lines, samples=4)
+    assert (list(found.right.values()), found.samples) == ([2, 3], 4)
+    with pytest.raises(DataError, match="same number"):
+        answers_in(lines)
+    with pytest.raises(DataError, match="same number"):
+        answers_in(lines, samples=3)
+    assert answers_in(lines_of([[1], [0]]), samples=1).samples == 1
+
+
 def test_an_interval_of_right_and_wrong_answers_is_wilsons():
     assert score_interval([1, 0, 1, 1]) == pytest.approx(wilson(3, 4), abs=1e-12)
     assert score_interval([1, 1, 1], samples=8) == wilson(3, 3)

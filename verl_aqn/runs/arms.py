@@ -91,7 +91,7 @@ def read_run(path: Path) -> Run:
         raise DataError(f"{folder.path} has no answers of a validation ({file}): it cannot be compared")
     lines = list(folder.read(file))
     try:
-        answers = answers_in(lines)
+        answers = answers_in(lines, samples=steps[max(steps)].get("samples"))
     except DataError as error:
         raise DataError(f"{folder.path / file} {error}") from error
     config, versions = records_of(folder.path)

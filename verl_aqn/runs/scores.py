@@ -54,11 +54,12 @@ def k_of(metric: str) -> int | None:
     raise ConfigError(f"metric {metric!r} is neither avg nor pass@K, such as pass@8")
 
 
-def answers_in(lines: Iterable[Mapping[str, Any]], rule: str = "acc") -> Answers:
+def answers_in(lines: Iterable[Mapping[str, Any]], rule: str = "acc", samples: int | None = None) -> Answers:
     """The answers in lines of a validation, right by `rule`: 1 or true; wrong: 0 or false.
 
     `item` tells problems apart, and `sample` the answers to one. Lines of older versions have neither: there one line a
-    prompt is one problem with one answer.
+    prompt is one problem with one answer. `samples`: how many answers to each were asked for, by the validation's
+    record; one that never came is wrong, as it is in the record. None where the record does not tell.
 
     DataError where a line lacks a key or its rule is neither 0 nor 1, where a prompt is answered several times and the
     lines do not tell which problem and sample each is, or where problems were not answered equally often.
@@ -77,8 +78,14 @@ def answers_in(lines: Iterable[Mapping[str, Any]], rule: str = "acc") -> Answers
             f"has {rule}={json.dumps(unclear[0])} for {len(unclear)} of {len(lines)} answers, which is neither 0 nor "
             "1: whether these answers are right is not on record, so the run cannot be compared"
         )
-    times = {len(samples) for samples in found.values()}
-    if not lines or sum(map(len, found.values())) < len(lines) or len(times) > 1:
+    counts = {len(given) for given in found.values()}
+    each = samples or max(counts, default=1)
+    if (
+        sum(map(len, found.values())) < len(lines)
+        or not counts
+        or max(counts) > each
+        or (not samples and min(counts) < each)
+    ):
         raise DataError(
             f"has {len(lines)} answers to {len(found)} problems: each problem needs the same number of answers, and "
             "several are told apart by `item` and `sample`, which records of older versions have not"
@@ -88,4 +95,4 @@ def answers_in(lines: Iterable[Mapping[str, Any]], rule: str = "acc") -> Answers
     for key in sorted(found):
         right[Item(*key[:2], copies[key[:2]])] = sum(found[key].values())
         copies[key[:2]] += 1
-    return Answers(right, times.pop())
+    return Answers(right, each)

@@ -84,10 +84,16 @@ def compare_validations(run: RunFolder, first: int, last: int) -> Comparison | N
 
     None where no item was answered in both, or where a record cannot be told apart by item.
     """
+    records = run.by_step("metrics.jsonl", "validation")
     try:
         before, after = (
             answers_in(
-                {"gts": ""} | line for line in run.read(f"validation/{step}.jsonl") if {"input", "acc"} <= line.keys()
+                [
+                    {"gts": ""} | line
+                    for line in run.read(f"validation/{step}.jsonl")
+                    if {"input", "acc"} <= line.keys()
+                ],
+                samples=records.get(step, {}).get("samples"),
             ).scores()
             for step in (first, last)
         )
