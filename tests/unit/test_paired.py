@@ -108,6 +108,11 @@ def test_false_positives_and_coverage_are_exact(n):
     assert max(missed) <= 0.067
 
 
+@pytest.mark.parametrize("n", [8, 12, 16, 24, 32, 40])
+def test_of_few_items_the_test_errs_little_more_often(n):
+    assert max(rejected(n, changed / 2, changed / 2) for changed in np.arange(0.02, 1, 0.04)) <= 0.067
+
+
 def test_right_and_wrong_answers_are_counted():
     differences = np.array([1, 0, -1, 1, 0, 0, 1.0])
     assert of_items(differences) == (3, 1, 7)
