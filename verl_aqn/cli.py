@@ -180,12 +180,16 @@ def eval_(
     precision: Annotated[
         str | None, typer.Option(help="mxfp4 or bf16; by default what the run or the folder has.")
     ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Answers to each problem, drawn as in training: avg@N and pass@1 … pass@N."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Accuracy without noise, in the rollout, by the code that validates during training; items are saved."""
     from verl_aqn.evaluate import evaluate
 
-    result = evaluate(target, overrides or [], adapter, precision)
+    result = evaluate(target, overrides or [], adapter, precision, samples)
     if as_json:
         print(json.dumps(result.to_dict()))
         return
@@ -193,7 +197,10 @@ def eval_(
     view = Table(title=escape(title), title_justify="left")
     for column in ("score", "accuracy, %", "95 % interval", "problems"):
         view.add_column(column, justify="left" if column == "score" else "right")
-    for name, score in result.scores.items():
+    average = f", avg@{result.samples}" if result.samples > 1 else ""
+    rows = {f"{name}{average}": score for name, score in result.scores.items()}
+    rows |= {f"strict, pass@{k}": score for k, score in result.pass_at.items()}
+    for name, score in rows.items():
         low, high = (100 * bound for bound in score.interval)
         view.add_row(name, f"{100 * score.accuracy:.1f}", f"{low:.1f} to {high:.1f}", str(result.items))
     print_wide(view)
@@ -210,13 +217,16 @@ def compare(
     ] = None,
     any_: Annotated[bool, typer.Option("--any", help="Compare whatever differs.")] = False,
     as_json: Json = False,
+    metric: Annotated[
+        str, typer.Option(help="What a problem scores: avg (the share of its answers that are right) or pass@K.")
+    ] = "avg",
 ) -> None:
     """Paired tests of runs with the same items; runs of one config are the seeds of an arm."""
     from verl_aqn.console import Console
     from verl_aqn.runs.arms import FACTOR, arms
     from verl_aqn.runs.compare import compare as compared
 
-    report = compared(arms(runs, factor or [FACTOR], any_))
+    report = compared(arms(runs, factor or [FACTOR], any_, metric))
     if as_json:
         print(json.dumps(report.to_dict()))
     else:

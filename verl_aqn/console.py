@@ -16,7 +16,7 @@ from verl_aqn.runs.compare import Report
 from verl_aqn.runs.compare import table as comparison_table
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.listing import sigmas
-from verl_aqn.runs.stats import accuracy_text, share_text
+from verl_aqn.runs.stats import pass_text, samples_of, share_text, validation_text
 from verl_aqn.runs.verdict import PLAN_MODEL, compare_validations, plan_verdict
 from verl_aqn.supervise import Outcome
 from verl_aqn.terminal import print_wide
@@ -117,8 +117,7 @@ class Console:
         """The validation that has not been told yet, if there is one."""
         if self.validation:
             problems = self.validation["items"]
-            correct = round(self.validation["accuracy"] * problems)
-            self.say(f"accuracy {accuracy_text(correct, problems)}")
+            self.say(f"accuracy {validation_text(self.validation)}")
             others = [
                 f"{rule} {share_text(self.validation[key], problems)}"
                 for rule, key in RULES.items()
@@ -181,12 +180,15 @@ def sigma_table(run: RunFolder) -> Table:
 def result_table(run: RunFolder) -> Table:
     """Accuracy at every validation by each rule with its interval; "–" in records that are older than the rule."""
     table = Table(title="Accuracy (noise off), % with 95 % interval", title_justify="left")
-    for column in ("step", *RULES, "problems"):
+    validations = list(run.by_step("metrics.jsonl", "validation").values())
+    several = any(map(pass_text, validations))
+    for column in ("step", *RULES, "problems", *(("answers each", "of them, %") if several else ())):
         table.add_column(column, justify="right")
-    for validation in run.by_step("metrics.jsonl", "validation").values():
+    for validation in validations:
         count = validation["items"]
         shares = [escape(share_text(validation.get(key), count)) for key in RULES.values()]
-        table.add_row(str(validation["step"]), *shares, str(count))
+        passed = [str(samples_of(validation)), pass_text(validation) or "–"] if several else []
+        table.add_row(str(validation["step"]), *shares, str(count), *passed)
     return table
 
 

@@ -4,7 +4,7 @@ The process is that of a run (the same trainer, engines, agent loop, reward and 
 the base is packed as in the rollout, the adapter is unmerged, clean norms are read back before anything is answered.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,23 @@ from verl_aqn.prepare import untell_workers
 from verl_aqn.runs.arms import run_in
 from verl_aqn.runs.checkpoints import config_of, find_checkpoint
 from verl_aqn.runs.folder import RunFolder, open_run
-from verl_aqn.runs.stats import wilson
+from verl_aqn.runs.passk import ks
+from verl_aqn.runs.scores import answers_in
+from verl_aqn.runs.stats import samples_of, score_interval, wilson
 from verl_aqn.train import attempt, identity, launch, resolve
 
 CONTROL = "e6a"  # the recipe that a model folder is validated by: its noise is off, its data and lengths are the plan's
 PRECISIONS = ("mxfp4", "bf16")
 _LENGTHS = ("data.max_prompt_length=", "data.max_response_length=")
+_ROLLOUT = "actor_rollout_ref.rollout"
 
 
 @dataclass(frozen=True)
 class Score:
-    """Right answers by one rule as a fraction of 1, with Wilson's 95 % interval."""
+    """Right answers by one rule (avg@k), or pass@k, as a fraction of 1, with its 95 % interval.
+
+    Of one answer each: Wilson's. Of several: `score_interval`, clustered by problem.
+    """
 
     accuracy: float
     interval: tuple[float, float]
@@ -38,7 +44,9 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was evaluated and how it went. `items` problems are in `file`, a JSON line each.
+    """What was evaluated and how it went. `items` problems are in `file`, a JSON line for each of `samples` answers.
+
+    `scores`, by rule, are means over all answers. `pass_at`, by k, is of the rule "strict"; {} of one answer each.
 
     `step`: RL steps behind the adapter. `base` and `adapter`: digests of what the rollout held; None for an
     unquantised base. `run`: the folder of the evaluation, a run folder like any other.
@@ -53,6 +61,8 @@ class Evaluation:
     scores: dict[str, Score]
     base: str | None
     adapter: str
+    samples: int = 1
+    pass_at: dict[str, Score] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -82,15 +92,22 @@ def find_target(path: Path) -> Target:
     return Target(path.resolve(), run, run.checkpoints / f"global_step_{step}")
 
 
-def settings(target: Target, overrides: list[str], adapter: Path | None, precision: str | None) -> DictConfig:
+def settings(
+    target: Target, overrides: list[str], adapter: Path | None, precision: str | None, samples: int | None = None
+) -> DictConfig:
     """The config of a run that only validates.
 
     A run's own config with its noise block untouched, so that two evaluations differ in what their runs differ in; for
     a model folder the control's recipe. `precision` None is that of the run, or of the folder; in bf16 nothing rounds
-    activations, whatever the run did.
+    activations, whatever the run did. `samples` answers to each problem are drawn as in training (temperature, top-p
+    and top-k of the rollout) unless `overrides` say otherwise; None is what the run or the recipe has.
     """
     if precision not in (None, *PRECISIONS):
         raise ConfigError(f"--precision {precision} is not one of {', '.join(PRECISIONS)}")
+    if samples is not None:
+        told = {"n": samples, "do_sample": "true"}
+        told |= {key: f"${{{_ROLLOUT}.{key}}}" for key in ("temperature", "top_p", "top_k")}
+        overrides = [*(f"{_ROLLOUT}.val_kwargs.{key}={value}" for key, value in told.items()), *overrides]
     if target.run:
         config = config_of(target.run)
         untell_workers(config)
@@ -132,8 +149,14 @@ def settings(target: Target, overrides: list[str], adapter: Path | None, precisi
     return config
 
 
-def evaluate(path: Path, overrides: list[str], adapter: Path | None = None, precision: str | None = None) -> Evaluation:
-    """Validate once, in a new run folder in aqn.run.dir of `overrides`.
+def evaluate(
+    path: Path,
+    overrides: list[str],
+    adapter: Path | None = None,
+    precision: str | None = None,
+    samples: int | None = None,
+) -> Evaluation:
+    """Validate once, in a new run folder in aqn.run.dir of `overrides`; `samples` as in `settings`.
 
     By default that is `evaluations/` in the run, or /tmp/mxfp4_eval_NAME for a model folder.
 
@@ -142,7 +165,7 @@ def evaluate(path: Path, overrides: list[str], adapter: Path | None = None, prec
         AqnError: the evaluation failed, or was stopped.
     """
     target, console = find_target(path), Console()
-    config = settings(target, overrides, adapter, precision)
+    config = settings(target, overrides, adapter, precision, samples)
     check_machine(config)
     todo = resolve(config, fit=False)
     named = any(override.startswith("aqn.run.dir=") for override in overrides) and parse_aqn(config).run.dir
@@ -175,14 +198,33 @@ def read(run: RunFolder, target: str, precision: str) -> Evaluation:
     """The result of a finished evaluation out of its folder."""
     (validation,) = run.by_step("metrics.jsonl", "validation").values()
     file = run.path / "validation" / f"{validation['step']}.jsonl"
-    items = validation["items"]
-    shares = {rule: validation[key] for rule, key in RULES.items() if key in validation}
-    scores = {rule: Score(share, wilson(round(share * items), items)) for rule, share in shares.items()}
+    items, samples = validation["items"], samples_of(validation)
+    lines = list(run.read(f"validation/{validation['step']}.jsonl"))
+    scores = {
+        rule: Score(validation[key], _interval(lines, key, validation))
+        for rule, key in RULES.items()
+        if key in validation
+    }
+    passed = {}
+    if samples > 1:
+        answers = answers_in(lines, samples=samples)
+        for k in ks(samples):
+            each = list(answers.scores(f"pass@{k}").values())
+            passed[str(k)] = Score(sum(each) / len(each), score_interval(each, samples))
     evidence = {record["kind"]: record for record in run.read("evidence.jsonl")}
     return Evaluation(
         target, str(run.path), str(file), validation["step"], precision, items, scores,
-        evidence["base"].get("disk"), evidence["adapter"]["sent"],
+        evidence["base"].get("disk"), evidence["adapter"]["sent"], samples, passed,
     )  # fmt: skip
+
+
+def _interval(lines: list[dict[str, Any]], key: str, validation: dict[str, Any]) -> tuple[float, float]:
+    """By problem where the lines tell them apart; else the widest that such a share of so many problems can have."""
+    try:
+        answers = answers_in(lines, "acc" if key == "accuracy" else key, validation.get("samples"))
+    except DataError:
+        return wilson(validation[key] * validation["items"], validation["items"])
+    return score_interval(list(answers.scores().values()), answers.samples)
 
 
 def check_adapter(run: RunFolder, result: Evaluation) -> None:

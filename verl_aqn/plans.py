@@ -23,7 +23,7 @@ from verl_aqn.errors import AqnError, ConfigError, DataError
 from verl_aqn.runs.arms import FACTOR, arms, beyond, settings_of, versions_of
 from verl_aqn.runs.compare import Report, compare
 from verl_aqn.runs.folder import RunFolder, runs_of
-from verl_aqn.runs.stats import accuracy_text
+from verl_aqn.runs.stats import validation_text
 from verl_aqn.terminal import print_wide
 from verl_aqn.train import compose, execute, identity, prepare, resolve, versions_now
 
@@ -288,8 +288,7 @@ class Series:
         return found[max(found)]
 
     def result(self, arm: str, seed: int) -> str:
-        last = self.last(self.done[arm, seed])
-        return accuracy_text(round(last["accuracy"] * last["items"]), last["items"])
+        return validation_text(self.last(self.done[arm, seed]))
 
     def compared(self) -> Report | None:
         """The plan's contrasts over the finished runs; None where no pair has any."""

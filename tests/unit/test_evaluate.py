@@ -1,15 +1,20 @@
 """What `verl-aqn eval` takes for its target, and what it makes of a run's config; the real thing is in test_run.py."""
 
+import json
+
 import pytest
 from omegaconf import OmegaConf
 from peft import LoraConfig
+from typer.testing import CliRunner
 
 from verl_aqn import evaluate
+from verl_aqn.cli import app
 from verl_aqn.config import load_recipe, parse_aqn
 from verl_aqn.errors import ConfigError, DataError, EvidenceError, ModelError
 from verl_aqn.evaluate import Evaluation, Score, check_adapter, find_target, read, settings
 from verl_aqn.prepare import tell_workers
 from verl_aqn.runs.folder import open_run
+from verl_aqn.runs.stats import wilson
 from verl_aqn.train import Prepared
 
 
@@ -207,6 +212,52 @@ def test_scores_are_columns_with_intervals_of_their_own(run):
     assert scores == {"strict": 0.25, "flexible": 0.5, "math-verify": 0.75}
     assert found.scores["strict"].interval == pytest.approx((0.0456, 0.6994), abs=1e-3)
     assert (found.base, found.adapter, found.step, found.items) == ("b", "a", 10, 4)
+
+
+SAMPLING = ["n", "do_sample", "temperature", "top_p", "top_k"]
+
+
+def test_several_answers_are_drawn_as_in_training(run, model):
+    for path in (run.path, model):
+        target = find_target(path)
+        few = ["profile=cpu"] if path == model else []
+        config = settings(target, few, None, None, samples=8)
+        rollout = config.actor_rollout_ref.rollout
+        assert [rollout.val_kwargs[key] for key in SAMPLING] == [8, True, 1.0, rollout.top_p, rollout.top_k]
+        told = [
+            "actor_rollout_ref.rollout.val_kwargs.temperature=0.6",
+            "actor_rollout_ref.rollout.val_kwargs.top_p=0.9",
+        ]
+        chosen = settings(target, [*few, *told], None, None, samples=4).actor_rollout_ref.rollout.val_kwargs
+        assert [chosen[key] for key in SAMPLING[:4]] == [4, True, 0.6, 0.9]
+        greedy = settings(target, few, None, None).actor_rollout_ref.rollout.val_kwargs
+        assert [greedy[key] for key in SAMPLING[:3]] == [1, False, 0]
+
+
+def test_of_several_answers_avg_and_pass_have_intervals_by_problem(run, monkeypatch):
+    table = [[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 0]]
+    shares = {"accuracy": 0.5, "flexible": 0.5}
+    run.append("metrics.jsonl", {"kind": "validation", "step": 10, **shares, "items": 4, "samples": 4, "pass_at": {}})
+    run.append("evidence.jsonl", {"kind": "base", "disk": "b"})
+    run.append("evidence.jsonl", {"kind": "adapter", "step": 10, "sent": "a"})
+    (run.path / "validation").mkdir()
+    for item, answers in enumerate(table):
+        for sample, acc in enumerate(answers):
+            line = {"input": "the same prompt", "gts": "1", "output": "", "acc": acc, "item": item, "sample": sample}
+            run.append("validation/10.jsonl", line)
+    found = read(run, "x", "mxfp4")
+    assert (found.samples, found.items) == (4, 4)
+    assert {k: score.accuracy for k, score in found.pass_at.items()} == pytest.approx(
+        {"1": 0.5, "2": (1 + 0 + 1 + 0.5) / 4, "4": 0.75}
+    )
+    strict, flexible = found.scores["strict"].interval, found.scores["flexible"].interval
+    assert flexible == wilson(2, 4)  # the lines do not have it: the widest there can be
+    assert wilson(8, 16)[0] > strict[0] > flexible[0]
+    assert found.pass_at["1"].interval == pytest.approx(strict)
+    monkeypatch.setattr(evaluate, "evaluate", lambda *given: found if given[-1] == 4 else None)
+    shown = CliRunner().invoke(app, ["eval", str(run.path), "--samples", "4"]).stdout
+    assert all(text in shown for text in ("strict, avg@4", "flexible, avg@4", "strict, pass@1", "strict, pass@4"))
+    assert json.loads(CliRunner().invoke(app, ["eval", "x", "--samples", "4", "--json"]).stdout)["samples"] == 4
 
 
 def test_another_adapter_than_the_run_s_is_told(run):

@@ -57,7 +57,7 @@ def test_an_old_run_is_listed_and_shown(old):
 
 def test_an_old_run_is_compared(old):
     run = read_run(old.path)
-    assert (run.seed, sum(run.answers.values()), len(run.answers)) == (None, 3, 4)
+    assert (run.seed, sum(run.answers.right.values()), len(run.answers.right), run.answers.samples) == (None, 3, 4, 1)
     assert run.settings["aqn.noise.sigma_start"] == 0.05
 
 

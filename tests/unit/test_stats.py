@@ -1,17 +1,14 @@
 """Intervals and tests against scipy and published examples; sentences against what the numbers allow."""
 
-import math
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from statsmodels.stats import contingency_tables
 from statsmodels.stats.proportion import proportion_confint
 
 from verl_aqn.errors import DataError
-from verl_aqn.runs.stats import accuracy_text, mcnemar, ratio_interval, wilson
+from verl_aqn.runs.stats import accuracy_text, ratio_interval, wilson
 from verl_aqn.runs.verdict import compare_before_after, plan_verdict
 
 counts = st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
@@ -64,26 +61,13 @@ def test_accuracy_text():
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=300))
-def test_mcnemar_is_scipys_binomial_test(pairs):
+def test_before_and_after_interval_p_and_words_are_of_one_test(pairs):
     before, after = zip(*pairs, strict=True)
     result = compare_before_after(before, after)
-    changed = result.gained + result.lost
-    expected = stats.binomtest(result.gained, changed).pvalue if changed else 1.0
-    assert result.p_value == pytest.approx(expected, rel=1e-9)
     low, high = result.interval
     assert -1 <= low <= high <= 1
     assert result.after - result.before == pytest.approx((result.gained - result.lost) / len(pairs))
-
-
-@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=300))
-def test_mcnemar_is_statsmodels(pairs):
-    table = np.zeros((2, 2), dtype=int)
-    for before, after in pairs:
-        table[int(before), int(after)] += 1
-    theirs = contingency_tables.mcnemar(table, exact=True)
-    gained, lost, p_value = mcnemar(*zip(*pairs, strict=True))
-    assert (gained, lost) == (table[0, 1], table[1, 0])
-    assert p_value == pytest.approx(theirs.pvalue, rel=1e-9)
+    assert (low > 0 or high < 0) == (result.p_value < 0.05) == ("more than chance" in result.text)
 
 
 @pytest.mark.parametrize(("gained", "lost"), [(0.1, 0.1), (0.15, 0.05), (0.03, 0.01), (0.3, 0.05)])
@@ -95,15 +79,6 @@ def test_paired_interval_covers_the_true_difference(gained, lost):
         low, high = compare_before_after(kind == 1, kind == 0).interval
         covered += low <= truth <= high
     assert 0.935 <= covered / 1000 <= 0.98
-
-
-def test_mcnemar_of_a_published_table():
-    """Airway hyper-responsiveness before and after stem cell transplantation: Fagerland et al. 2013, table 1."""
-    before = [True] * 2 + [False] * 19
-    after = [True, False] + [True] * 7 + [False] * 12
-    assert mcnemar(before, after) == (7, 1, pytest.approx(0.0703, abs=5e-5))
-    assert mcnemar(np.array(after), np.array(before)) == (1, 7, pytest.approx(0.0703, abs=5e-5))
-    assert mcnemar(before, before) == (0, 0, 1.0)
 
 
 def test_ratio_interval():
@@ -129,24 +104,18 @@ def test_ratio_interval_covers_the_truth_as_often_as_it_says(items, least):
     assert least <= covered / 400 <= 0.98
 
 
-def test_paired_interval_of_agresti_and_mins_formula():
-    """Adjusted Wald: each of the four cells gets half an item."""
+def test_a_change_in_words():
     before = [True] * 90 + [True] * 4 + [False] * 16 + [False] * 10
     after = [True] * 90 + [False] * 4 + [True] * 16 + [False] * 10
-    result = compare_before_after(before, after)
-    middle = 12 / 122
-    half = 1.959964 * math.sqrt((16.5 + 4.5) - 12**2 / 122) / 122
-    assert result.interval == pytest.approx((middle - half, middle + half), abs=1e-6)
-    assert (result.gained, result.lost) == (16, 4)
-    assert "a difference" in result.text
-    assert "+10.0 points" in result.text
-
-
-def test_a_small_change_is_called_chance():
-    assert (
-        "no difference beyond chance"
-        in compare_before_after([True, False] * 20, [True] * 3 + [False, True] * 18 + [False]).text
+    assert compare_before_after(before, after).text == (
+        "78.3 % -> 88.3 % on the same 120 items: +10.0 points (95 % interval +3.0 to +17.8); 16 gained, 4 lost, "
+        "McNemar p = 0.0073: more than chance."
     )
+    few = compare_before_after([True, False] * 20, [True] * 3 + [False, True] * 18 + [False])
+    assert "chance alone may explain it" in few.text
+    several = compare_before_after([0.125, 0.5, 1.0], [0.25, 0.5, 1.0])
+    assert (several.gained, several.lost) == (1, 0)
+    assert "score test over items, p = " in several.text
 
 
 def test_different_items_cannot_be_paired():

@@ -287,3 +287,33 @@ def guard(
         print_wide(bench.table(now, then))
     if worse:
         raise typer.Exit(1)
+
+
+@bench_app.command("verdicts")
+def verdicts(
+    trials: Annotated[int, typer.Option(min=1, help="Simulated comparisons of each case.")] = 400,
+    accuracy: Annotated[float, typer.Option(min=0.05, max=0.94, help="Of the control, a fraction of 1.")] = 0.75,
+    as_json: Json = False,
+) -> None:
+    """How often `compare` says what is false, on simulated runs whose true difference is known."""
+    from verl_aqn.bench.verdicts import summary, survey
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("simulating")
+        rows = survey(trials, accuracy, lambda done, total: progress.update(task, completed=done, total=total))
+    if as_json:
+        print(json.dumps(rows))
+        return
+    title = f"Verdicts of `compare`, % of {trials} simulated comparisons, least and most over seeds' spreads of "
+    view = Table(title=f"{title}0 to 3 points; control at {100 * accuracy:g} %", title_justify="left")
+    for column in (
+        "seeds",
+        "problems",
+        *(f"{what} at {d} points" for what in ("false", "a verdict") for d in (0, 2, 5)),
+    ):
+        view.add_column(column, justify="right")
+    for row in summary(rows):
+        cells = [f"{100 * low:.1f}–{100 * high:.1f}" for low, high in row["false"].values()]
+        cells += [f"{100 * low:.0f}–{100 * high:.0f}" for low, high in row["reached"].values()]
+        view.add_row(str(row["seeds"]), str(row["items"]), *cells)
+    print_wide(view)

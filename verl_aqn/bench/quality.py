@@ -30,7 +30,8 @@ from verl_aqn.mxfp4.model import load_model
 from verl_aqn.mxfp4.plan import EXCLUDE
 from verl_aqn.mxfp4.remedies import fold_macro_scales, worst_layers
 from verl_aqn.rewards.gsm8k import score
-from verl_aqn.runs.stats import mcnemar, ratio_interval, wilson
+from verl_aqn.runs.paired import of_items
+from verl_aqn.runs.stats import ratio_interval, wilson
 from verl_aqn.terminal import print_wide
 
 LENGTH = 256  # tokens of a text
@@ -190,7 +191,8 @@ def print_table(rows: list[dict[str, Any]], title: str) -> None:
 def _row(name: str, size: int, it: Measured, bf16: Measured, mse: Measured, counts: np.ndarray) -> dict[str, Any]:
     right, n = int(it.right.sum()), len(it.right)
     versus_mse = ratio_interval(it.nll - mse.nll, counts)
-    answers = ratio_interval(it.right.astype(float) - mse.right, np.ones(n))
+    change = of_items(it.right.astype(float) - mse.right)
+    answers = (change.value, *change.interval())
     return {
         "variant": name,
         "what": VARIANTS[name][0] if name in VARIANTS else "not quantised",
@@ -201,7 +203,7 @@ def _row(name: str, size: int, it: Measured, bf16: Measured, mse: Measured, coun
         "kl": ratio_interval(it.kl, counts),
         "accuracy": (right / n, *wilson(right, n)),
         "accuracy_minus_mse": answers,
-        "mcnemar_p": mcnemar(mse.right, it.right).p_value,
+        "mcnemar_p": change.p_value,
         # Beyond the error bar; bf16 takes no part.
         "wins_loss": name in VARIANTS and versus_mse[2] < 0,
         "wins_answers": name in VARIANTS and answers[1] > 0,

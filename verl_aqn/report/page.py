@@ -203,25 +203,22 @@ def _arms(report: Report) -> Table:
     control = report.control
     rows = [
         [Cell(f"{control.arm} (control)"), Cell(str(len(control.runs)), len(control.runs)),
-         points(control.accuracy, control.interval, ".1f"), *[Cell("–")] * 5]
+         points(control.accuracy, control.interval, ".1f"), *[Cell("–")] * 3]
     ]  # fmt: skip
     for arm in report.arms:
-        low, high = arm.bootstrap
         rows.append(
             [
                 Cell(arm.score.arm),
                 Cell(str(len(arm.score.runs)), len(arm.score.runs)),
                 points(arm.score.accuracy, arm.score.interval, ".1f"),
-                points(arm.difference, arm.interval, "+.1f"),
-                Cell(f"{100 * low:+.1f}, {100 * high:+.1f}", low),
+                points(arm.difference, arm.simultaneous, "+.1f"),
                 Cell("–" if arm.corrected is None else f"{arm.corrected:.2g}", arm.corrected),
-                Cell(f"{100 * arm.detectable:.1f}", arm.detectable),
                 Cell(arm.verdict),
             ]
         )
-    columns = ["arm", "seeds", "accuracy, %", "difference, points", "bootstrap", "p", "found in 80 %", "verdict"]
+    columns = ["arm", "seeds", f"{report.metric}, %", "difference, points", "p", "verdict"]
     caption = f"Last validation, {report.items} problems answered by all; 95 % intervals in brackets{report.correction}"
-    return Table(caption, columns, rows, frozenset(range(1, 7)))
+    return Table(caption, columns, rows, frozenset(range(1, 5)))
 
 
 def differing(runs: Sequence[Run]) -> Table | None:

@@ -11,7 +11,7 @@ from verl_aqn.order import layer_and_kind, pooled_name
 from verl_aqn.report.charts import COLOURS, Chart, Series, aside
 from verl_aqn.report.records import Run, finite
 from verl_aqn.report.tables import Cell, Table
-from verl_aqn.runs.stats import wilson
+from verl_aqn.runs.stats import passed_of, samples_of, wilson
 
 Metrics = dict[str, float]
 Value = str | Callable[[Metrics], float | None]  # a metric's name, or what is made of several
@@ -165,33 +165,38 @@ def _value(metrics: Metrics, value: Value) -> float | None:
 def accuracy(runs: Sequence[Run]) -> tuple[Chart | None, Table]:
     """Accuracy with Wilson's interval at every validation. Runs stand a little apart, so that intervals can be told."""
     span, rows, series = span_of(runs), [], []
+    several = any(samples_of(record) > 1 for run in runs for record in run.validations.values())
     for run in runs:
         points: list[tuple[float, float | None]] = []
         bars = []
         for step, record in run.validations.items():
-            items = int(record["items"])
-            right = round(record["accuracy"] * items)
-            low, high = (100 * end for end in wilson(right, items))
-            points.append((float(step), 100 * right / items))
+            items, samples = int(record["items"]), samples_of(record)
+            right = round(record["accuracy"] * items * samples)
+            share = right / items / samples
+            low, high = (100 * end for end in wilson(min(share * items, items), items))
+            points.append((float(step), 100 * share))
             bars.append((low, high))
             rows.append(
                 [
                     Cell(run.label, colour=run.colour),
                     Cell(str(step), step),
-                    Cell(f"{100 * right / items:.1f} %", right / items),
+                    Cell(f"{100 * share:.1f} %", share),
                     Cell(f"{low:.1f} to {high:.1f} %", low),
-                    Cell(f"{right:,} of {items:,}", right),
+                    Cell(f"{right:,} of {items * samples:,}", right),
+                    *([Cell(", ".join(passed_of(record)) or "–")] if several else []),
                 ]
             )
         if points:
             name = run.label if len(runs) > 1 else "Accuracy"
             shift = aside(run.place, len(runs))
             series.append(Series(name, points, run.colour, run.place, bars=bars, shift=shift))
-    columns = ["run", "after step", "accuracy", "95 % interval", "right"]
+    columns = ["run", "after step", "accuracy", "95 % interval", "right", *(["pass@k, %"] if several else [])]
     table = Table("Accuracy without noise", columns, rows, frozenset({1, 2, 3, 4}))
     if not series:
         return None, table
     note = "Noise off. Bars are 95 % intervals (Wilson) over problems; what another seed would do is not in them."
+    if several:
+        note += " Of several answers to a problem the mean is shown, with the widest interval that it can have."
     return Chart("accuracy", "Accuracy", series, span, note, " %", ".1f", tall=True), table
 
 

@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from verl_aqn.errors import ConfigError, DataError
 from verl_aqn.runs.evidence import check_proved
 from verl_aqn.runs.folder import RunFolder
+from verl_aqn.runs.scores import AVG, Answers, Item, answers_in, k_of
 
 FACTOR = "aqn.noise"
 _COPIES = {  # settings that follow another one
@@ -25,13 +26,6 @@ _COPIES = {  # settings that follow another one
 STEP = "step of the last validation"
 
 
-class Item(NamedTuple):
-    """A validation problem: the prompt and its right answer."""
-
-    prompt: str
-    answer: str
-
-
 @dataclass(frozen=True)
 class Run:
     """A finished run. `settings`: all that decides its result, its seed aside, by dotted key."""
@@ -40,16 +34,20 @@ class Run:
     name: str
     seed: Any
     settings: dict[str, Any]
-    answers: dict[Item, bool]
+    answers: Answers
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs of equal settings. `right` is [seeds, items], bool, with the same order of items in every arm."""
+    """Runs of equal settings. `scores` is [seeds, items], in [0, 1], with the same order of items in every arm.
+
+    `metric`: what the scores are: accuracy (of one answer to each item), avg@8, pass@4.
+    """
 
     name: str
     runs: tuple[Run, ...]
-    right: np.ndarray
+    scores: np.ndarray
+    metric: str = "accuracy"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -82,9 +80,8 @@ def find_each(paths: Sequence[Path]) -> list[RunFolder]:
 def read_run(path: Path) -> Run:
     """What `path` holds, as `find_run` finds it.
 
-    DataError where it has not finished, was never validated, or answers a prompt more than once: several answers to
-    one prompt are no independent items. EvidenceError where its evidence does not hold. An `acc` of null (the reward
-    told none) is wrong, as the trainer counts it.
+DataError where it has not finished, was never validated, or its answers cannot be told apart by problem
+    (`answers_in`). EvidenceError where its evidence does not hold.
     """
     folder = find_run(path)
     status = folder.state["status"]
@@ -97,16 +94,9 @@ def read_run(path: Path) -> Run:
         raise DataError(f"{folder.path} has no answers of a validation ({file}): it cannot be compared")
     lines = list(folder.read(file))
     try:
-        answers = {Item(line["input"], str(line["gts"])): bool(line["acc"]) for line in lines}
-    except KeyError as error:
-        raise DataError(
-            f"{folder.path / file} has no {error} in a line: it is no validation of a run of ours"
-        ) from error
-    if not answers or len(answers) < len(lines):
-        raise DataError(
-            f"{folder.path / file} has {len(lines)} answers to {len(answers)} problems: one to each is needed "
-            "(actor_rollout_ref.rollout.val_kwargs.n=1)"
-        )
+        answers = answers_in(lines, samples=steps[max(steps)].get("samples"))
+    except DataError as error:
+        raise DataError(f"{folder.path / file} {error}") from error
     config, versions = records_of(folder.path)
     seed, name = config.get("aqn", {}).get("seed"), config.get("trainer", {}).get("experiment_name")
     settings = settings_of(config | {"versions": versions}) | {STEP: max(steps)}
@@ -137,15 +127,20 @@ def flatten(config: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def arms(paths: Sequence[Path], factors: Sequence[str] = (FACTOR,), any_difference: bool = False) -> list[Arm]:
+def arms(
+    paths: Sequence[Path], factors: Sequence[str] = (FACTOR,), any_difference: bool = False, metric: str = AVG
+) -> list[Arm]:
     """The runs grouped by their settings; the first is the control, the arm of the first path.
 
+    `metric`: what an item scores, avg (the share of its answers that are right) or pass@K.
     Settings of arms may differ under the keys `factors`, anywhere with `any_difference`. ConfigError where fewer than
-    two arms are left, where they differ elsewhere, where a run is named twice, or where a factor names no key.
+    two arms are left, where they differ elsewhere, where a run is named twice, where a factor names no key, or where a
+    run has fewer answers to a problem than `metric` takes.
     DataError where a run cannot be read, where two runs of an arm share their `aqn.seed` (they share noise, first
     adapter and order of the data, so that they are closer to each other than two seeds are), or where not all have
     answered the same items.
     """
+    k_of(metric)
     runs = [read_run(folder.path) for folder in find_each(paths)]
     groups: list[list[Run]] = []
     for run in runs:
@@ -167,19 +162,30 @@ def arms(paths: Sequence[Path], factors: Sequence[str] = (FACTOR,), any_differen
             f"these runs differ in more than {', '.join(factors)}: {others}. Name what may differ with --factor KEY, "
             "or allow everything with --any"
         )
-    items = sorted(runs[0].answers)
+    items = sorted(runs[0].answers.right)
     for run in runs:
-        if unlike := run.answers.keys() ^ runs[0].answers.keys():
+        if unlike := run.answers.right.keys() ^ runs[0].answers.right.keys():
             raise DataError(f"{runs[0].path} and {run.path} differ in {len(unlike)} items: the same are needed in all")
     names = [group[0].name for group in groups]
+    counts = sorted({run.answers.samples for run in runs})
+    label = metric if metric != AVG else "accuracy" if counts == [1] else f"avg@{', '.join(map(str, counts))}"
     return [
         Arm(
             name if names.count(name) == 1 else f"{name} ({place})",
             tuple(group),
-            np.array([[run.answers[item] for item in items] for run in group]),
+            np.array([_scores(run, items, metric) for run in group]),
+            label,
         )
         for place, (name, group) in enumerate(zip(names, groups, strict=True), 1)
     ]
+
+
+def _scores(run: Run, items: Sequence[Item], metric: str) -> list[float]:
+    try:
+        scores = run.answers.scores(metric)
+    except ConfigError as error:
+        raise ConfigError(f"{run.path}: {error}") from error
+    return [scores[item] for item in items]
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

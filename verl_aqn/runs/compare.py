@@ -11,23 +11,25 @@ from rich.markup import escape
 from rich.table import Table
 
 from verl_aqn.runs.arms import Arm, differences
-from verl_aqn.runs.crossed import LEVEL, bootstrap, detectable, detectable_by_pairs, holm, seeds_needed, spread
-from verl_aqn.runs.stats import wilson
-from verl_aqn.runs.verdict import compare_before_after
+from verl_aqn.runs.crossed import Spread, seeds_needed, spread
+from verl_aqn.runs.paired import LEVEL, Changes, Difference, Strictest, of_items
+from verl_aqn.runs.stats import score_interval
 
-WANTED = 0.05  # a difference that a comparison should be able to find: 5 points
+WANTED = 0.05  # below this a difference does not matter: 5 points
 # Runs an arm from which equal seeds are paired: of fewer, the degrees of freedom that pairs cost (of three runs: an
 # interval half as wide again) outweigh what equal seeds usually have in common.
 PAIRS = 5
+_FOR = ", corrected for {} contrasts,"
 
-HELPS, HURTS, SAME, UNKNOWN = "helps", "hurts", "no significant difference", "not enough data"
+HELPS, HURTS, UNKNOWN = "helps", "hurts", "not enough data"
+SAME = f"equivalent within ±{100 * WANTED:.0f} points"
 
 
 @dataclass(frozen=True)
 class Score:
-    """An arm's mean accuracy with its 95 % interval; all fractions of 1.
+    """An arm's mean accuracy (or avg@k, pass@k) with its 95 % interval; all fractions of 1.
 
-    Of one seed: Wilson's, over items alone. Of several: `spread`'s, over both, unless all are right or wrong.
+    Of one seed: `score_interval`, over items alone. Of several: what spans that and `spread`'s, over both.
     """
 
     arm: str
@@ -41,14 +43,14 @@ class Score:
 class Contrast:
     """The arm of `score` less `control`, on the same items; fractions of 1.
 
-    `interval` and `bootstrap` are 95 % and of this difference alone, not corrected for the number of arms. `interval`
-    is `spread`'s over seeds and items; of one seed each Agresti and Min's over items; of one against several the
-    bootstrap's.
-    `p_value` is None where one arm has several seeds and the other one: neither runs nor methods can then be tested.
-    `corrected` is `p_value` after Holm's correction over all contrasts. `detectable` is the difference found in 80 % of
-    cases (of one run each, where an arm has one seed), so corrected: at 5 % over the number of tests. `seeds_needed`:
-    an arm, to find 5 points, so corrected; None where no number would do. With one seed it is the least, as if seeds
-    did not differ at all.
+    `interval` and `p_value` are of this difference alone, at 95 % and 5 %. `simultaneous` and `corrected` are of the
+    same test after Bonferroni's correction over all contrasts (95 % for all intervals together), and they decide:
+    `corrected` is below 5 % exactly where `simultaneous` excludes 0. p is None where one arm has several seeds and the
+    other one: neither runs nor methods can then be tested, and the interval is over items alone.
+
+    `seeds_for_verdict`: an arm, of which `simultaneous` would be at most ±2.5 points wide, if seeds and items scatter
+    as they did here: then there is a verdict whatever the difference, as an interval that holds 0 lies within ±5. None
+    where no number would do. With one seed it is the least, as if seeds did not differ at all.
     """
 
     score: Score
@@ -56,21 +58,24 @@ class Contrast:
     differs: dict[str, tuple[Any, Any]]
     difference: float
     interval: tuple[float, float]
-    bootstrap: tuple[float, float]
+    simultaneous: tuple[float, float]
     test: str
     p_value: float | None
     corrected: float | None
-    detectable: float
-    seeds_needed: int | None
+    seeds_for_verdict: int | None
     verdict: str
     text: str
 
 
 @dataclass(frozen=True)
 class Report:
-    """Arms against others on `items` items. `control` is the first of all arms, `arms` are the contrasts asked for."""
+    """Arms against others on `items` items. `control` is the first of all arms, `arms` are the contrasts asked for.
+
+    `metric`: what was compared: accuracy, avg@8, pass@4.
+    """
 
     items: int
+    metric: str
     control: Score
     scores: tuple[Score, ...]
     arms: tuple[Contrast, ...]
@@ -80,92 +85,97 @@ class Report:
 
     @property
     def correction(self) -> str:
-        """What a table of this has to say of `corrected` and `detectable`; "" of a single test."""
-        tests = sum(arm.p_value is not None for arm in self.arms)
-        return f"; p and found in 80 % corrected for {tests} tests" if tests > 1 else ""
+        """What a table of this has to say of intervals of differences and of p; "" of a single contrast."""
+        count = len(self.arms)
+        return f"; differences and p corrected for {count} contrasts, which hold together at 95 %" if count > 1 else ""
 
 
 def compare(arms: Sequence[Arm], pairs: Sequence[tuple[Arm, Arm]] = ()) -> Report:
     """Each arm after the first against the first, which is the control; or the `pairs` (arm, control) and no others.
 
-    One seed each: exact McNemar test. Several each: `spread`'s test over seeds and items (McNemar's where nothing
-    varies), of pairs where both arms have the same seeds and `PAIRS` or more of them. The verdict is about the method,
-    so it takes two seeds an arm at least: what one does, another need not.
+    One seed each: `of_items` (McNemar's test of right and wrong answers). Several each: `spread`'s test over seeds and
+    items, of pairs where both arms have the same seeds and `PAIRS` or more of them, and `of_items` beside it. The
+    verdict is about the method, so it takes two seeds an arm at least: what one does, another need not. The interval
+    decides, corrected over the contrasts (Bonferroni), so that in 95 % of comparisons no verdict is wrong:
 
-    - helps, hurts: p after Holm's correction is below 5 %.
-    - no significant difference: it is not, and a difference of 5 points would have been found in 80 % of cases, at the
-      level of Holm's first step (5 % over the number of tests).
+    - helps, hurts: it excludes 0.
+    - equivalent within ±5 points: it lies within ±5 points (two one-sided tests: Schuirmann 1987).
     - not enough data: neither.
     """
     pairs = pairs or [(arm, arms[0]) for arm in arms[1:]]
-    level = LEVEL / max(sum(_is_tested(*pair) for pair in pairs), 1)
-    tests = [_test(arm, control, level) for arm, control in pairs]
-    known = [index for index, test in enumerate(tests) if test["p_value"] is not None]
-    corrected = dict(zip(known, holm([tests[index]["p_value"] for index in known]), strict=True))
     scores = {arm.name: _score(arm) for arm in arms}
-    contrasts = []
-    for index, ((arm, control), test) in enumerate(zip(pairs, tests, strict=True)):
-        p = corrected.get(index)
-        several = min(len(arm.runs), len(control.runs)) > 1
-        if not several:
-            verdict = UNKNOWN
-        elif p is not None and p < LEVEL:
-            verdict = HELPS if test["difference"] > 0 else HURTS
-        else:
-            verdict = SAME if test["detectable"] <= WANTED else UNKNOWN
-        differs = differences(control.settings, arm.settings)
-        changes = [f"{key} {_short(was)} → {_short(now)}" for key, (was, now) in differs.items()]
-        more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
-        text = f"{arm.name} against {control.name}: {verdict}. {_sentence(test, p, len(known), verdict, several)}"
-        text += f" What differs: {', '.join(changes[:4])}{more}."
-        score = scores[arm.name]
-        contrasts.append(Contrast(score, control.name, differs, corrected=p, verdict=verdict, text=text, **test))
-    return Report(arms[0].right.shape[1], scores[arms[0].name], tuple(scores.values()), tuple(contrasts))
+    contrasts = tuple(_contrast(arm, control, scores[arm.name], len(pairs)) for arm, control in pairs)
+    return Report(arms[0].scores.shape[1], arms[0].metric, scores[arms[0].name], tuple(scores.values()), contrasts)
+
+
+def decide(interval: tuple[float, float]) -> str:
+    """The verdict of an interval of a difference between methods, fractions of 1."""
+    low, high = interval
+    if low > 0 or high < 0:
+        return HELPS if low > 0 else HURTS
+    return SAME if max(-low, high) <= WANTED else UNKNOWN
 
 
 def _score(arm: Arm) -> Score:
-    seeds, items = arm.right.shape
-    if seeds > 1 and (found := spread(arm.right)).error > 0:
-        low, high = found.interval()
-    else:
-        low, high = wilson(int(arm.right[0].sum()), items)
+    low, high = score_interval(arm.scores.mean(0), sum(run.answers.samples for run in arm.runs))
+    if len(arm.scores) > 1:
+        ends = spread(arm.scores).interval()
+        low, high = min(low, ends[0]), max(high, ends[1])
     runs, numbers = tuple(str(run.path) for run in arm.runs), tuple(run.seed for run in arm.runs)
-    return Score(arm.name, runs, numbers, float(arm.right.mean()), (max(low, 0.0), min(high, 1.0)))
+    return Score(arm.name, runs, numbers, float(arm.scores.mean()), (max(low, 0.0), min(high, 1.0)))
 
 
-def _is_tested(arm: Arm, control: Arm) -> bool:
-    """Not where one has several seeds and the other one: then neither runs nor methods can be tested."""
-    return (len(arm.runs) > 1) == (len(control.runs) > 1)
-
-
-def _test(arm: Arm, control: Arm, level: float) -> dict[str, Any]:
-    items = arm.right.shape[1]
-    treated, base, how = _tables(arm, control)
-    drawn = bootstrap(treated, base)
-    difference = float(arm.right.mean() - control.right.mean())
-    result = {"difference": difference, "interval": drawn, "bootstrap": drawn, "p_value": None}
+def _contrast(arm: Arm, control: Arm, score: Score, contrasts: int) -> Contrast:
     several = min(len(arm.runs), len(control.runs)) > 1
-    if several and (found := spread(treated, base)).error > 0:
-        low, high = found.interval()
-        return result | {
-            "test": how,
-            "interval": (max(low, -1.0), min(high, 1.0)),
-            "p_value": found.p_value,
-            "detectable": detectable(found.error, found.freedom, level),
-            "seeds_needed": seeds_needed(found.shared, found.per_seed, items, WANTED, found.residual, level),
-        }
+    tested = several or len(arm.runs) == len(control.runs)
+    level = LEVEL / contrasts
+    found, test = _difference(arm, control)
+    differs = differences(control.settings, arm.settings)
+    simultaneous = _within(found.interval(level))
+    verdict = decide(simultaneous) if several else UNKNOWN
+    corrected = min(1.0, contrasts * found.p_value) if tested else None
+    seeds = min(len(arm.runs), len(control.runs))
+    needed = _needed(found, arm.scores.shape[1], level)
+    if needed is not None and verdict == UNKNOWN and 1 < needed <= seeds:
+        needed = None  # so many were run: the items are too few
+    changes = [f"{key} {_short(was)} → {_short(now)}" for key, (was, now) in differs.items()]
+    more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
+    low, high = (100 * bound for bound in simultaneous)
+    text = f"{arm.name} against {control.name}: {verdict}. {100 * found.value:+.1f} points "
+    text += f"(95 % interval{_FOR.format(contrasts) if contrasts > 1 else ''} {low:+.1f} to {high:+.1f}"
+    text += f"; {test}, p = {corrected:.2g}). " if corrected is not None else "). "
+    text += _reason(verdict, several, corrected, needed)
+    text += f"What differs: {', '.join(changes[:4])}{more}."
+    return Contrast(
+        score, control.name, differs, found.value, _within(found.interval()), simultaneous, test if tested else "none",
+        found.p_value if tested else None, corrected, needed, verdict, text,
+    )  # fmt: skip
+
+
+def _difference(arm: Arm, control: Arm) -> tuple[Difference, str]:
+    """The difference with its test and interval, and the test's name.
+
+    Of several seeds `spread`'s, and that of items beside it: where few items changed, and seeds agree on nearly all of
+    them, the t-distribution of `spread` is no likeness of so few changes and its interval is too narrow (100 items of
+    which 5 % are gained: "equivalent" in up to 13 % of cases, where it should be 2.5 %).
+    """
+    over_items = of_items(arm.scores.mean(0) - control.scores.mean(0))
+    if min(len(arm.runs), len(control.runs)) > 1:
+        treated, base, how = _tables(arm, control)
+        return Strictest((spread(treated, base), over_items)), how
+    whole = all(np.isin(one.scores, (0, 1)).all() for one in (arm, control))
+    return over_items, "McNemar" if whole else "score test over items"
+
+
+def _needed(found: Difference, items: int, level: float) -> int | None:
+    """Seeds an arm with which the interval is ±2.5 points wide at most, by `spread`'s part of it alone."""
+    if isinstance(found, Strictest):
+        crossed = next(part for part in found.parts if isinstance(part, Spread))
+        return seeds_needed(crossed.shared, crossed.per_seed, items, WANTED / 2, crossed.residual, level)
     # Of one run each it cannot be said what the seed did: that it did nothing is the least there can be.
-    pairs = compare_before_after(control.right[0], arm.right[0])
-    reach = detectable_by_pairs(pairs.gained, pairs.lost, items, level)
-    unlike = (pairs.gained + pairs.lost + 1) / (items + 2)
-    needed = seeds_needed(0.0, [unlike / items / 2] * 2, items, WANTED, level=level)
-    if several:
-        # All seeds agree and all items changed alike: items then decide, by their number, and no more seeds would.
-        needed = 2 if reach <= WANTED else None
-    result |= {"detectable": reach, "seeds_needed": needed}
-    if _is_tested(arm, control):
-        return result | {"test": "exact McNemar", "interval": pairs.interval, "p_value": pairs.p_value}
-    return result | {"test": "none"}
+    assert isinstance(found, Changes)
+    variance = (found.gained + found.lost + 1) / (found.items + 2) / found.items
+    return seeds_needed(0.0, [variance / 2] * 2, items, WANTED / 2, level=level)
 
 
 def _tables(arm: Arm, control: Arm) -> tuple[np.ndarray, np.ndarray | None, str]:
@@ -174,10 +184,10 @@ def _tables(arm: Arm, control: Arm) -> tuple[np.ndarray, np.ndarray | None, str]
     Runs of one seed share the order of the data, the first adapter and the draws of noise, so that they move together.
     To pair them depends on the design alone, never on what was found.
     """
-    by_seed = [dict(zip((run.seed for run in one.runs), one.right, strict=True)) for one in (arm, control)]
+    by_seed = [dict(zip((run.seed for run in one.runs), one.scores, strict=True)) for one in (arm, control)]
     seeds = by_seed[0].keys()
     if seeds != by_seed[1].keys() or len(seeds) < PAIRS:
-        return arm.right, control.right, "seeds crossed with items"
+        return arm.scores, control.scores, "seeds crossed with items"
     treated, base = (np.array([rows[seed] for seed in seeds], dtype=float) for rows in by_seed)
     return treated - base, None, "pairs of seeds crossed with items"
 
@@ -187,32 +197,28 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:20]}…{text[-19:]}"
 
 
-def _sentence(test: dict[str, Any], p: float | None, tests: int, verdict: str, several: bool) -> str:
-    low, high = (100 * bound for bound in test["interval"])
-    correction = f" after Holm's correction for {tests} tests" if tests > 1 else ""
-    so = " with that correction" if p is not None and tests > 1 else ""
-    found = f"{100 * test['difference']:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}"
-    found += f"; {test['test']}, p = {p:.2g}{correction})" if p is not None else ")"
-    needed = test["seeds_needed"]
+def _within(interval: tuple[float, float]) -> tuple[float, float]:
+    return max(interval[0], -1.0), min(interval[1], 1.0)
+
+
+def _reason(verdict: str, several: bool, corrected: float | None, needed: int | None) -> str:
+    """What keeps a comparison from a verdict, and what would help; "" where there is a verdict."""
+    if verdict != UNKNOWN:
+        return ""
     if not several:
         least = f"at least {needed} seeds an arm" if needed else "more items"
-        find = f"To find a difference of 5 points{so} takes {least}."
-        if p is None:
-            return f"{found}. One of the arms has one seed: how far its seeds differ is not in the interval. {find}"
-        differ = "differ" if p < LEVEL else "do not differ"
+        would = f"A verdict takes {least}. "
+        if corrected is None:
+            return f"One of the arms has one seed: how far its seeds differ is not in the interval. {would}"
+        differ = "differ" if corrected < LEVEL else "do not differ"
         return (
-            f"{found}. These two runs {differ} beyond chance on these items, but each arm has one seed: how far seeds "
-            f"differ is not in the interval, so it says nothing about the method. {find}"
+            f"These two runs {differ} beyond chance on these items, but each arm has one seed: how far seeds "
+            f"differ is not in the interval, so it says nothing about the method. {would}"
         )
-    if verdict in (HELPS, HURTS):
-        return f"{found}."
-    smallest = f"Differences of {100 * test['detectable']:.1f} points are found in 80 % of cases{so}"
-    if test["detectable"] > 1:
-        smallest = f"Not even a difference of 100 points is sure to be found{so}"
-    if verdict == SAME:
-        return f"{found}. {smallest}; smaller ones may be there."
-    more = f"{needed} seeds an arm" if needed else "more items, however many the seeds"
-    return f"{found}. {smallest}; to find 5 points takes {more}."
+    why = f"The interval neither excludes 0 nor lies within ±{100 * WANTED:.0f} points"
+    if needed is None:
+        return f"{why}; for a verdict take more items, however many the seeds. "
+    return f"{why}; {needed} seeds an arm would narrow it to ±{50 * WANTED:g} points, which is a verdict in any case. "
 
 
 def table(report: Report) -> Table:
@@ -220,22 +226,20 @@ def table(report: Report) -> Table:
     title = f"Last validation, {report.items} items answered by all{report.correction}"
     view = Table(title=title, title_justify="left")
     view.add_column("arm")
-    for column in ("seeds", "accuracy, %", "against", "difference, points", "bootstrap", "p", "found in 80 %"):
-        view.add_column(column, justify="left" if column == "against" else "right")
+    for column in ("seeds", f"{report.metric}, %", "against", "difference, points", "p", "verdict"):
+        view.add_column(column, justify="left" if column in ("against", "verdict") else "right")
     for score in report.scores:
         row = [escape(score.arm), str(len(score.runs)), _interval(score.accuracy, score.interval, ".1f")]
         contrasts = [contrast for contrast in report.arms if contrast.score.arm == score.arm]
         if not contrasts:
             view.add_row(*row)
         for contrast in contrasts:
-            low, high = contrast.bootstrap
             view.add_row(
                 *row,
                 escape(contrast.control),
-                _interval(contrast.difference, contrast.interval, "+.1f"),
-                f"{100 * low:+.1f}, {100 * high:+.1f}",
+                _interval(contrast.difference, contrast.simultaneous, "+.1f"),
                 "–" if contrast.corrected is None else f"{contrast.corrected:.2g}",
-                f"{100 * contrast.detectable:.1f}",
+                contrast.verdict,
             )
             row = ["", "", ""]
     return view

@@ -1,20 +1,20 @@
 """Accuracies over several seeds that answered the same items: both are samples, and both count in an interval.
 
-Items are correct or not: a table of answers is [seeds, items], one an arm, with the same items in all arms.
+A table of scores is [seeds, items], one an arm, with the same items in all arms: 0 or 1 where an item is answered once,
+avg@k or pass@k where it is answered k times, so that an item is the cluster of its answers.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 
-from verl_aqn.runs.stats import RESAMPLES
+from verl_aqn.runs.paired import LEVEL
 
-LEVEL = 0.05  # two-sided
-POWER = 0.8
 MOST_SEEDS = 200
 
 
@@ -28,11 +28,11 @@ class Spread(NamedTuple):
     error: float  # standard error
     freedom: float  # degrees of freedom of `error`
 
-    def interval(self) -> tuple[float, float]:
-        """The 95 % interval."""
+    def interval(self, level: float = LEVEL) -> tuple[float, float]:
+        """Give the interval that covers the truth in all but the share `level` of cases."""
         from scipy.stats import t
 
-        half = float(t.isf(LEVEL / 2, self.freedom)) * self.error
+        half = float(t.isf(level / 2, self.freedom)) * self.error
         return self.value - half, self.value + half
 
     @property
@@ -94,87 +94,26 @@ def _error(
     return math.sqrt(variance), variance**2 / spare if spare else 1.0
 
 
-def bootstrap(treated: np.ndarray, control: np.ndarray | None = None) -> tuple[float, float]:
-    """95 % percentile interval of what `spread` estimates: seeds drawn in each arm, then items, the same in both arms.
-
-    With one seed each this is the paired bootstrap of items (Efron and Tibshirani 1993). Of n seeds n − 1 are drawn,
-    without which the spread between few seeds comes out too small by (n − 1) / n (Rao and Wu 1988). It is shown and
-    does not decide: it knows no t-distribution, and draws on two levels count the residuals up to three times (Owen
-    2007). In simulations of no difference (2, 3 and 5 seeds, 192 and 1319 items) it covered 81 % (two seeds that differ
-    much) to 100 % (seeds that do not), and drawing n seeds 72 to 100 %, where `Spread.interval` covered 93 to 99 %.
-    """
-    rng = np.random.default_rng(0)
-    tables = [np.asarray(arm, dtype=np.float32) for arm in (treated, control) if arm is not None]
-    items, batch = tables[0].shape[1], 500  # rows at a time: 2.6 MB for GSM8K's 1319 items
-    drawn = np.empty(RESAMPLES)
-    for start in range(0, RESAMPLES, batch):
-        means = []
-        for table in tables:
-            draws = max(len(table) - 1, 1)
-            counts = rng.multinomial(draws, np.full(len(table), 1 / len(table)), batch)
-            means.append((counts / draws).astype(np.float32) @ table)
-        chosen = rng.integers(items, size=(batch, items))
-        difference = means[0] - means[1] if len(means) > 1 else means[0]
-        drawn[start : start + batch] = np.take_along_axis(difference, chosen, axis=1).mean(1)
-    low, high = np.percentile(drawn, [50 * LEVEL, 100 - 50 * LEVEL])
-    return float(low), float(high)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number, in the same order (Holm 1979): the family's error stays below 5 %."""
-    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
-    corrected, least = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(order):
-        least = max(least, min(1.0, (len(p_values) - rank) * p_values[index]))
-        corrected[index] = least
-    return corrected
-
-
-def detectable(error: float, freedom: float, level: float = LEVEL) -> float:
-    """The difference (fraction of 1) that a two-sided test at `level` finds in 80 % of cases.
-
-    (t(1 − level / 2) + t(80 %)) · standard error: Bloom 1995. Of few degrees of freedom it is somewhat less: of two
-    77 % at 5 % and 72 % at a third of that, of four 79 % and 76 %.
-
-    Of one of m tests that `holm` corrects together the level is 5 % / m: there its first step rejects, whatever the
-    others find.
-    """
-    from scipy.stats import t
-
-    return float(t.isf(level / 2, freedom) + t.isf(1 - POWER, freedom)) * error
-
-
-def detectable_by_pairs(gained: int, lost: int, items: int, level: float = LEVEL) -> float:
-    """As `detectable`, for McNemar's test of one run each: Connor 1987, solved for the difference d,
-
-    d √m = z(1 − level / 2) √ψ + z(80 %) √(ψ − d²), with ψ the share of answers that differ, half an item added to each
-    of `gained` and `lost` (Agresti and Min 2005), so that it is not 0 where none differs.
-    """
-    from scipy.stats import norm
-
-    unlike = (gained + lost + 1) / (items + 2)
-    bound, power = float(norm.isf(level / 2)) * math.sqrt(unlike), float(norm.isf(1 - POWER))
-    square, rest = items + power**2, bound**2 - power**2 * unlike
-    # Of three items or fewer nothing is found in 80 % of cases: the root is of a negative number.
-    return (bound * math.sqrt(items) + math.sqrt(max(bound**2 * items - square * rest, 0.0))) / square
-
-
 def seeds_needed(
     shared: float,
     per_seed: Sequence[float],
     items: int,
-    difference: float,
+    half_width: float,
     residual: Sequence[float] = (),
     level: float = LEVEL,
 ) -> int | None:
-    """Seeds an arm, two or more, of which `detectable` is at most `difference`; None where `MOST_SEEDS` are too few.
+    """Seeds an arm, two or more, with which the interval at `level` is at most ± `half_width` (fraction of 1) wide.
 
-    `shared`, `per_seed` and `residual` are `Spread`'s, with an entry for each arm (of pairs one); without `residual`
-    it is taken to be 0. What was found with so many seeds an arm already is reckoned alike, by `spread`'s formula.
+    None where `MOST_SEEDS` are too few. `shared`, `per_seed` and `residual` are `Spread`'s, with an entry for each arm
+    (of pairs one); without `residual` it is taken to be 0. What was found with so many seeds an arm already is reckoned
+    alike, by `spread`'s formula.
     """
+    from scipy.stats import t
+
     residual = residual or [0.0] * len(per_seed)
+    at_least = NormalDist().inv_cdf(1 - level / 2)  # a t-distribution's is more, and takes a hundred times as long
     for seeds in range(2, MOST_SEEDS + 1):
         error, freedom = _error(shared, per_seed, residual, [seeds] * len(per_seed), items)
-        if detectable(error, freedom, level) <= difference:
+        if at_least * error <= half_width and float(t.isf(level / 2, freedom)) * error <= half_width:
             return seeds
     return None

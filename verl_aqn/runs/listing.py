@@ -12,14 +12,14 @@ from rich.table import Table
 
 from verl_aqn.errors import AqnError, DataError
 from verl_aqn.runs.folder import RunFolder
-from verl_aqn.runs.stats import share_text
+from verl_aqn.runs.stats import pass_text, samples_of, share_text
 
 DEFAULT_BASES = "/tmp/mxfp4_*"  # where recipes and plans put their runs when aqn.run.dir is not set
 _BELOW = ("runs/[!.]*/state.json", "*/runs/[!.]*/state.json")  # a base folder, or one that holds some, as a plan's does
 
 _KEYS = (
     "run", "recipe", "status", "attempt", "created", "minutes", "step", "steps", "accuracy", "flexible", "math_verify",
-    "items", "seed", "noise", "base", "adapter", "message", "path",
+    "items", "samples", "pass_at", "seed", "noise", "base", "adapter", "message", "path",
 )  # fmt: skip
 
 
@@ -60,7 +60,8 @@ def describe(run: RunFolder) -> dict[str, Any]:
 
     `status` is that of state.json, or `dead` where it says running and no process holds the run. `step` and `steps`:
     done and wanted. Of the last validation, fractions of 1 over `items`: `accuracy` (strict), `flexible` and
-    `math_verify`. `minutes`: from the first attempt to the end, or to the last sign of life. `base` and `adapter`:
+    `math_verify`; with several answers (`samples`) to each item these are averages, and `pass_at` has pass@k by k.
+    `minutes`: from the first attempt to the end, or to the last sign of life. `base` and `adapter`:
     digests of the MXFP4 base and of the last adapter in the rollout.
     """
     state = run.state
@@ -92,6 +93,8 @@ def describe(run: RunFolder) -> dict[str, Any]:
         "flexible": last.get("flexible"),
         "math_verify": last.get("math_verify"),
         "items": last.get("items"),
+        "samples": samples_of(last) if last else None,
+        "pass_at": last.get("pass_at"),
         "seed": _get(config, "aqn", "seed"),
         "noise": _get(config, "aqn", "noise"),
         "base": base,
@@ -104,7 +107,10 @@ def describe(run: RunFolder) -> dict[str, Any]:
 def table(rows: Iterable[dict[str, Any]]) -> Table:
     """What `listed` says of runs, a run a row."""
     view = Table(title="Runs (accuracy without noise, 95 % interval)", title_justify="left")
-    for column in ("run", "recipe", "status", "steps", "σ", "seed", "accuracy", "minutes"):
+    rows = list(rows)
+    several = any(map(pass_text, rows))
+    passed = ("pass@k",) if several else ()
+    for column in ("run", "recipe", "status", "steps", "σ", "seed", "accuracy", *passed, "minutes"):
         view.add_column(column, justify="left" if column in ("run", "recipe", "status") else "right", no_wrap=True)
     for row in rows:
         view.add_row(
@@ -115,6 +121,7 @@ def table(rows: Iterable[dict[str, Any]]) -> Table:
             sigmas(row["noise"]),
             "–" if row["seed"] is None else str(row["seed"]),
             escape(share_text(row["accuracy"], row["items"], " %")),
+            *([pass_text(row) or "–"] if several else []),
             "–" if row["minutes"] is None else f"{row['minutes']:g}",
         )
     return view

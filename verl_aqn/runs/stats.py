@@ -1,11 +1,11 @@
-"""Intervals for accuracies and for means over items, and a test of paired answers."""
+"""Intervals for accuracies and for means over items."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -14,19 +14,11 @@ from verl_aqn.errors import DataError
 RESAMPLES = 10_000
 
 
-class Pairs(NamedTuple):
-    """The same items before and after: what changed, and how likely chance alone changes as unevenly or more."""
-
-    gained: int  # wrong before, right after
-    lost: int  # right before, wrong after
-    p_value: float  # two-sided
-
-
-def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(successes: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval for a share (Wilson 1927): (low, high) as fractions of 1.
 
-    Unlike the textbook ± it stays within [0, 1] and is right near both ends. DataError unless 0 <= successes <= n
-    and n >= 1.
+    Unlike the textbook ± it stays within [0, 1] and is right near both ends. Both counts may be fractions (an average
+    over several answers, an effective number of items). DataError unless 0 <= successes <= n and n >= 1.
     """
     if n < 1 or not 0 <= successes <= n:
         raise DataError(f"{successes} right of {n} is no accuracy: at least one item is needed")
@@ -38,6 +30,26 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
     return (0.0 if successes == 0 else middle - half), (1.0 if successes == n else middle + half)
 
 
+def score_interval(scores: Sequence[float] | np.ndarray, samples: int = 1) -> tuple[float, float]:
+    """95 % interval of a mean over problems, clustered by problem: (low, high) as fractions of 1.
+
+    `scores`: [n], one in [0, 1] for each problem, made of `samples` answers (avg@k, pass@k). Wilson's interval with the
+    effective number of problems n·p(1 − p)/s², where s² is the variance of the scores over n: the design effect of
+    clusters (Korn and Graubard 1998, who put it into the exact interval; Dean and Pagano 2015 into Wilson's). Of scores
+    0 and 1 it is Wilson's own interval. No more than n · `samples` problems are counted, so that scores that are all
+    alike have an interval too, and no more than n where all answers are right or all wrong.
+    """
+    values = np.asarray(scores, dtype=float)
+    if len(values) == 0:
+        raise DataError("no problem was answered: at least one is needed")
+    n, share = len(values), float(values.mean())
+    free, found = share * (1 - share), float(values.var())
+    most = n * samples if free > 0 else n
+    effective = min(n * free / found, most) if found > 1e-15 else most
+    effective = n if effective < n * (1 + 1e-9) else effective  # of 0 and 1 it is n but for rounding
+    return wilson(min(share * effective, effective), effective)
+
+
 def accuracy_text(successes: int, n: int) -> str:
     """'72.5 % (956 of 1319; 95 % interval 70.0–74.8 %)'."""
     low, high = wilson(successes, n)
@@ -45,27 +57,42 @@ def accuracy_text(successes: int, n: int) -> str:
     return f"{share:.1f} % ({successes} of {n}; 95 % interval {100 * low:.1f}–{100 * high:.1f} %)"
 
 
+def validation_text(record: Mapping[str, Any]) -> str:
+    """`accuracy_text` of a validation's record; of several answers to each problem avg@k and pass@k.
+
+    The interval of avg@k is then the widest that the record allows: as if the answers to a problem were all alike.
+    """
+    share, items, samples = record["accuracy"], record["items"], samples_of(record)
+    if samples == 1:
+        return accuracy_text(round(share * items), items)
+    low, high = wilson(share * items, items)
+    text = f"avg@{samples} {100 * share:.1f} % ({items} problems × {samples} answers; 95 % interval at most "
+    text += f"{100 * low:.1f}–{100 * high:.1f} %)"
+    return ", ".join([text, *(f"{passed} %" for passed in [pass_text(record)] if passed)])
+
+
+def samples_of(record: Mapping[str, Any]) -> int:
+    """Tell how many answers to each problem a validation's record is of; older records know only one."""
+    return int(record.get("samples") or 1)
+
+
+def passed_of(record: Mapping[str, Any]) -> list[str]:
+    """['pass@2 80.1', 'pass@8 91.3'], in percent, of a validation's record; [] of one answer to each problem."""
+    shares = {int(k): share for k, share in (record.get("pass_at") or {}).items() if share is not None}
+    return [f"pass@{k} {100 * shares[k]:.1f}" for k in sorted(shares) if k > 1]
+
+
+def pass_text(record: Mapping[str, Any]) -> str:
+    """The last of `passed_of`, of the largest k; "" of one answer to each problem."""
+    return (passed_of(record) or [""])[-1]
+
+
 def share_text(share: float | None, n: int | None, unit: str = "") -> str:
     """'84.4 [78.6, 88.8]': a share of `n` items in percent, with its 95 % interval; '–' where there is none."""
     if share is None or not n:
         return "–"
-    low, high = wilson(round(share * n), n)
+    low, high = wilson(share * n, n)
     return f"{100 * share:.1f}{unit} [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def mcnemar(before: Sequence[bool] | np.ndarray, after: Sequence[bool] | np.ndarray) -> Pairs:
-    """Exact McNemar test of per-item results in the same order of items: gained against lost, binomial at 1/2.
-
-    McNemar 1947; the exact conditional form of Fagerland, Lydersen and Laake 2013. Where nothing changed p is 1.
-    DataError where the two differ in length or are empty.
-    """
-    from scipy.stats import binomtest  # a second to import, and most commands test nothing
-
-    if len(before) != len(after) or len(before) == 0:
-        raise DataError(f"{len(before)} items before and {len(after)} after: the same items are needed on both sides")
-    was, is_ = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
-    gained, lost = int((is_ & ~was).sum()), int((was & ~is_).sum())
-    return Pairs(gained, lost, float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0)
 
 
 def ratio_interval(

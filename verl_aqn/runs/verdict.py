@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
+import numpy as np
+
+from verl_aqn.errors import DataError
 from verl_aqn.runs.folder import RunFolder
-from verl_aqn.runs.stats import accuracy_text, mcnemar, wilson
+from verl_aqn.runs.paired import LEVEL, of_items
+from verl_aqn.runs.scores import answers_in
+from verl_aqn.runs.stats import accuracy_text, wilson
 
 PLAN_MODEL = "Qwen2.5-1.5B-Instruct"
 E12_ACCURACY = 0.7248  # E12 on GSM8K, Qwen2.5-1.5B-Instruct: the experiment plan's bar
@@ -37,52 +40,64 @@ def plan_verdict(accuracy: float, n: int, comparable: bool) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The same `n` items before and after. Shares are fractions of 1, `p_value` is two-sided."""
+    """The same `n` items before and after. Shares are fractions of 1; `interval` and `p_value` are of one test."""
 
     n: int
     before: float
     after: float
-    gained: int  # wrong before, right after
-    lost: int  # right before, wrong after
-    p_value: float
+    gained: int  # scores higher after; of one answer each: wrong before, right after
+    lost: int  # scores lower after
+    p_value: float  # two-sided
     interval: tuple[float, float]  # of after - before, 95 %
+    test: str
 
     @property
     def text(self) -> str:
         low, high = self.interval
         change = f"{100 * (self.after - self.before):+.1f} points"
-        finding = "a difference" if self.p_value < 0.05 else "no difference beyond chance"
+        finding = "more than chance" if self.p_value < LEVEL else "chance alone may explain it"
         return (
             f"{100 * self.before:.1f} % -> {100 * self.after:.1f} % on the same {self.n} items: {change} "
             f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}); {self.gained} gained, {self.lost} lost, "
-            f"exact McNemar p = {self.p_value:.2g}: {finding}."
+            f"{self.test} p = {self.p_value:.2g}: {finding}."
         )
 
 
-def compare_before_after(before: Sequence[bool], after: Sequence[bool]) -> Comparison:
-    """Paired comparison of per-item results, in the same order of items.
+def compare_before_after(before: Sequence[float], after: Sequence[float]) -> Comparison:
+    """Paired comparison of per-item scores in [0, 1], in the same order of items. Test and interval: `of_items`.
 
-    p: `mcnemar`, whose DataError it raises. Interval: Agresti and Min's adjusted Wald interval for paired shares
-    (2005), half an item added to each cell.
+    DataError where the two differ in length or are empty.
     """
-    gained, lost, p_value = mcnemar(before, after)
-    n = len(before)
-    total, up, down = n + 2, gained + 0.5, lost + 0.5
-    middle = (up - down) / total
-    half = NormalDist().inv_cdf(0.975) * math.sqrt((up + down) / total - middle**2) / math.sqrt(total)
-    interval = (max(-1.0, middle - half), min(1.0, middle + half))
-    return Comparison(n, sum(map(bool, before)) / n, sum(map(bool, after)) / n, gained, lost, p_value, interval)
+    if len(before) != len(after) or len(before) == 0:
+        raise DataError(f"{len(before)} items before and {len(after)} after: the same items are needed on both sides")
+    was, now = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
+    found = of_items(now - was)
+    test = "McNemar" if np.isin([was, now], (0, 1)).all() else "score test over items,"
+    gained, lost = int((now > was).sum()), int((now < was).sum())
+    return Comparison(
+        len(was), float(was.mean()), float(now.mean()), gained, lost, found.p_value, found.interval(), test
+    )
 
 
 def compare_validations(run: RunFolder, first: int, last: int) -> Comparison | None:
-    """`compare_before_after` of the answers after two steps, by prompt; None where no prompt was answered in both."""
-    before, after = (
-        {
-            line["input"]: bool(line["acc"])
-            for line in run.read(f"validation/{step}.jsonl")
-            if "input" in line and "acc" in line
-        }
-        for step in (first, last)
-    )
+    """`compare_before_after` of the answers after two steps (avg@k of several answers to a problem), item by item.
+
+    None where no item was answered in both, or where a record cannot be told apart by item.
+    """
+    records = run.by_step("metrics.jsonl", "validation")
+    try:
+        before, after = (
+            answers_in(
+                [
+                    {"gts": ""} | line
+                    for line in run.read(f"validation/{step}.jsonl")
+                    if {"input", "acc"} <= line.keys()
+                ],
+                samples=records.get(step, {}).get("samples"),
+            ).scores()
+            for step in (first, last)
+        )
+    except DataError:
+        return None
     both = sorted(before.keys() & after.keys())
     return compare_before_after([before[key] for key in both], [after[key] for key in both]) if both else None
