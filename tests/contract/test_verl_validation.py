@@ -57,7 +57,7 @@ def test_truths_that_are_no_numbers_and_a_reward_with_one_rule_have_no_other_col
 
 def test_the_accuracy_is_of_all_problems_whatever_their_source_or_where_an_answer_is_missing(trainer, monkeypatch):
     """verl's own figures are of each data source; an answer that never came leaves no line."""
-    trainer.answers = ["#### 1", "#### 2", "#### 3"], ["1", "2", "3"], {"acc": [1.0, None, 1.0]}
+    trainer.answers = ["#### 1", "#### 2", "#### 3"], ["1", "2", "3"], {"acc": [1.0, 0, True]}
     dump = type(trainer)._dump_generations
 
     def with_one_more(self, **given):
@@ -74,6 +74,22 @@ def test_a_reward_that_tells_no_accuracy_is_refused_in_a_line(trainer):
     trainer.answers = ["#### 1"], ["1"], {"reward": [0.3]}
     with pytest.raises(ConfigError, match=r"reward\.custom_reward_function tells no accuracy"):
         trainer._validate()
+
+
+@pytest.mark.parametrize("column", ["acc", "flexible"])
+@pytest.mark.parametrize("value", [None, -1.0, 0.5, float("nan"), "1", 2])
+def test_a_reward_whose_accuracy_is_neither_0_nor_1_is_refused_with_what_to_return(trainer, column, value):
+    trainer.answers = ["#### 1", "#### 2"], ["1", "2"], {"acc": [1.0, 0.0], "flexible": [1, 1]} | {column: [1.0, value]}
+    with pytest.raises(ConfigError, match=rf"{column}=.* for 1 of 2 answers.*'acc': 1 if the answer is right else 0"):
+        trainer._validate()
+    assert not list(trainer.folder.read("metrics.jsonl"))
+
+
+def test_truths_may_be_numbers_of_any_type(trainer):
+    trainer.answers = ["#### 72", "#### 0.5", "#### 7"], [72, 0.5, "7"], {"acc": [1, 1, 0]}
+    trainer._validate()
+    (record,) = trainer.folder.read("metrics.jsonl")
+    assert record["math_verify"] == 1.0
 
 
 def test_training_answers_are_not_judged(trainer, tmp_path):

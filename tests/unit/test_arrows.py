@@ -19,8 +19,8 @@ ARROWS = {
     "shards": ("boxes",),
     "cache": (),
     "stacks": (),
-    "data": (),
-    "rewards": (),
+    "data": ("rewards",),  # whose rule the ground truths are for
+    "rewards": ("runs",),  # what a right answer is
     "runs": (),
     "trackers": ("cache",),
     "config": ("order", "schedule", "trackers"),  # the names of trackers, to refuse others

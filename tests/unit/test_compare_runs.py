@@ -130,17 +130,24 @@ def test_a_searched_sigma_is_no_difference_but_how_far_it_falls_is(tmp_path):
     assert [len(arm.runs) for arm in arms(runs)] == [2, 1]
 
 
-def test_an_answer_that_the_reward_told_no_accuracy_of_is_wrong(tmp_path):
+@pytest.mark.parametrize("acc", [None, 0.5, -1.0, "1", float("nan"), 2])
+def test_an_answer_of_which_it_is_not_on_record_whether_it_is_right_is_refused_by_name(tmp_path, acc):
     runs = [
-        write_run(tmp_path / "a", "a", [1, None, 1, 0], enabled=False),
-        write_run(tmp_path / "b", "b", [1, 1, None, 1]),
+        write_run(tmp_path / "a", "a", [1, 0, 1, 0], enabled=False),
+        write_run(tmp_path / "b", "b", [1, 1, 0, 1]),
     ]
-    control, treated = arms(runs)
-    assert control.right.tolist() == [[True, False, True, False]]
-    assert treated.right.tolist() == [[True, True, False, True]]
-    assert compare([control, treated]).arms[0].difference == 0.25
-    lines = (runs[0] / "validation/29.jsonl").read_text()
-    (runs[0] / "validation/29.jsonl").write_text(lines.replace(', "acc": null', ""))
+    assert arms(runs)[1].right.tolist() == [[True, True, False, True]]
+    file = runs[1] / "validation/29.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(line | {"acc": bool(line["acc"])}) + "\n" for line in lines))
+    assert arms(runs)[1].right.tolist() == [[True, True, False, True]], "as a bool"
+    lines[2]["acc"] = acc
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(DataError, match=r"29\.jsonl has acc=.* for 1 of 4 answers.*not on record") as caught:
+        arms(runs)
+    assert "\n" not in str(caught.value)
+    del lines[2]["acc"]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(DataError, match="has no 'acc' in a line"):
         arms(runs)
 

@@ -134,13 +134,14 @@ def test_of_several_arms_the_page_says_what_is_corrected(tmp_path):
     assert "corrected for" not in page_of(*runs[:2]).text
 
 
-def test_an_answer_that_the_reward_told_no_accuracy_of_is_wrong_everywhere_on_the_page(tmp_path):
+def test_an_answer_that_the_reward_told_no_accuracy_of_is_not_on_record_everywhere_on_the_page(tmp_path):
     answers = {"1 + 1?": ("2", "#### 2", True), "2 + 2?": ("4", "four", None)}
     runs = [write_run(tmp_path / name, name, noise=name == "b", answers=answers).path for name in ("a", "b")]
     page = page_of(*runs)
-    assert "b against a: not enough data. +0.0 points" in page.text
-    assert "0.0 % -> 50.0 % on the same 2 items" in page.text
-    assert "b, seed 0, after step 4 ✗ wrong four" in page.text
+    assert "acc=null for 1 of 2 answers, which is neither 0 nor 1" in page.text
+    assert "on the same 2 items" not in page.text
+    assert "b, seed 0, after step 4 not on record four" in page.text
+    assert "b, seed 0, after step 4 ✓ right #### 2" in page.text
 
 
 def test_runs_that_cannot_be_compared_are_shown_with_the_reason(tmp_path):

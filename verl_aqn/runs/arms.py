@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from verl_aqn.errors import ConfigError, DataError
+from verl_aqn.runs.accuracy import is_right
 from verl_aqn.runs.folder import RunFolder
 
 FACTOR = "aqn.noise"
@@ -81,7 +83,7 @@ def read_run(path: Path) -> Run:
     """What `path` holds, as `find_run` finds it.
 
     DataError where it has not finished, was never validated, or answers a prompt more than once: several answers to
-    one prompt are no independent items. An `acc` of null (the reward told none) is wrong, as the trainer counts it.
+    one prompt are no independent items; or where it is not on record of each answer whether it is right.
     """
     folder = find_run(path)
     status = folder.state["status"]
@@ -93,7 +95,7 @@ def read_run(path: Path) -> Run:
         raise DataError(f"{folder.path} has no answers of a validation ({file}): it cannot be compared")
     lines = list(folder.read(file))
     try:
-        answers = {Item(line["input"], str(line["gts"])): bool(line["acc"]) for line in lines}
+        answers = {Item(line["input"], str(line["gts"])): is_right(line["acc"]) for line in lines}
     except KeyError as error:
         raise DataError(
             f"{folder.path / file} has no {error} in a line: it is no validation of a run of ours"
@@ -103,10 +105,17 @@ def read_run(path: Path) -> Run:
             f"{folder.path / file} has {len(lines)} answers to {len(answers)} problems: one to each is needed "
             "(actor_rollout_ref.rollout.val_kwargs.n=1)"
         )
+    judged = {item: right for item, right in answers.items() if right is not None}
+    if unjudged := len(answers) - len(judged):
+        shown = next(line["acc"] for line in lines if is_right(line["acc"]) is None)
+        raise DataError(
+            f"{folder.path / file} has acc={json.dumps(shown)} for {unjudged} of {len(lines)} answers, which is "
+            "neither 0 nor 1: whether these answers are right is not on record, so the run cannot be compared"
+        )
     config, versions = records_of(folder.path)
     seed, name = config.get("aqn", {}).get("seed"), config.get("trainer", {}).get("experiment_name")
     settings = settings_of(config | {"versions": versions}) | {STEP: max(steps)}
-    return Run(folder.path, str(name or folder.path.name), seed, settings, answers)
+    return Run(folder.path, str(name or folder.path.name), seed, settings, judged)
 
 
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:

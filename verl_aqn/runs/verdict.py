@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
+from verl_aqn.runs.accuracy import recorded
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.stats import accuracy_text, mcnemar, wilson
 
@@ -75,14 +76,15 @@ def compare_before_after(before: Sequence[bool], after: Sequence[bool]) -> Compa
 
 
 def compare_validations(run: RunFolder, first: int, last: int) -> Comparison | None:
-    """`compare_before_after` of the answers after two steps, by prompt; None where no prompt was answered in both."""
+    """`compare_before_after` of the answers after two steps, by prompt.
+
+    None where no prompt was answered in both, or where it is not on record of each answer whether it is right.
+    """
     before, after = (
-        {
-            line["input"]: bool(line["acc"])
-            for line in run.read(f"validation/{step}.jsonl")
-            if "input" in line and "acc" in line
-        }
+        {line["input"]: recorded(line) for line in run.read(f"validation/{step}.jsonl") if "input" in line}
         for step in (first, last)
     )
+    if None in (*before.values(), *after.values()):
+        return None
     both = sorted(before.keys() & after.keys())
-    return compare_before_after([before[key] for key in both], [after[key] for key in both]) if both else None
+    return compare_before_after(*([bool(one[key]) for key in both] for one in (before, after))) if both else None

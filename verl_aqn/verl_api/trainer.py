@@ -23,6 +23,7 @@ from verl_aqn.order import NoiseOrder
 from verl_aqn.prepare import check_steps
 from verl_aqn.rewards import math_verify
 from verl_aqn.rewards.gsm8k import number
+from verl_aqn.runs.accuracy import REMEDY, judged
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.shards import distinct, not_covered
 from verl_aqn.verl_api import tripwire
@@ -185,17 +186,15 @@ class AqnTrainer(SavingTrainer):
     def _dump_generations(self, inputs, outputs, gts, scores, reward_extra_infos_dict, dump_path):
         if dump_path == self.config.trainer.validation_data_dir:
             # Only a number can be looked for in an answer, and only some rewards have a flexible rule.
-            if all(number(str(truth)) is not None for truth in gts):
+            if all(number(truth) is not None for truth in gts):
                 found = math_verify.scores(outputs, [str(truth) for truth in gts])
                 reward_extra_infos_dict = reward_extra_infos_dict | {"math_verify": found}
             if "acc" not in reward_extra_infos_dict:
-                raise ConfigError(
-                    "reward.custom_reward_function tells no accuracy: let it return {'score': …, 'acc': 1.0 or 0.0}"
-                )
+                raise ConfigError(f"reward.custom_reward_function tells no accuracy: {REMEDY}")
             # Of all problems, whatever data they come from: one without an answer (a session that failed) is wrong.
             rules = {"accuracy": "acc", "flexible": "flexible", "math_verify": "math_verify"}
             self.shares = {
-                name: sum(map(bool, reward_extra_infos_dict[rule])) / len(self.val_dataset)
+                name: sum(judged(reward_extra_infos_dict[rule], rule)) / len(self.val_dataset)
                 for name, rule in rules.items()
                 if rule in reward_extra_infos_dict
             }
