@@ -17,7 +17,10 @@ def trainer(tmp_path, monkeypatch):
     from verl_aqn.verl_api.trainer import AqnTrainer
 
     made = AqnTrainer.__new__(AqnTrainer)
-    made.config = OmegaConf.create({"trainer": {"validation_data_dir": str(tmp_path / "validation")}})
+    rollout = {"rollout": {"val_kwargs": {"n": 1}}}
+    made.config = OmegaConf.create(
+        {"trainer": {"validation_data_dir": str(tmp_path / "validation")}, "actor_rollout_ref": rollout}
+    )
     made.folder, made.global_steps, made.shares = RunFolder(tmp_path), 29, {}
 
     def validate(self):
@@ -26,7 +29,7 @@ def trainer(tmp_path, monkeypatch):
         self._init_dump_executor()
         self._dump_generations(
             inputs=[str(n) for n in range(len(outputs))], outputs=outputs, gts=truths, scores=[0.0] * len(outputs),
-            reward_extra_infos_dict=more, dump_path=self.config.trainer.validation_data_dir,
+            reward_extra_infos_dict={"uid": [f"u{n}_0_0" for n in range(len(outputs))]} | more, dump_path=self.config.trainer.validation_data_dir,
         )  # fmt: skip
         self._shutdown_dump_executor()
         return {"val-core/task/acc/mean@1": 1.0, "val-core/other task/acc/mean@1": 0.0}
@@ -44,7 +47,7 @@ def test_three_scores_by_item_and_in_the_record(trainer):
     assert [item["output"] for item in items] == outputs
     (record,) = trainer.folder.read("metrics.jsonl")
     shares = {"accuracy": 0.25, "flexible": 0.75, "math_verify": 0.75}
-    assert record == {"kind": "validation", "step": 29, **shares, "items": 4}
+    assert record == {"kind": "validation", "step": 29, **shares, "items": 4, "answered": 4, "failed": 0}
     assert {f"aqn/validation/{name}": share for name, share in shares.items()}.items() <= metrics.items()
 
 
@@ -52,7 +55,7 @@ def test_truths_that_are_no_numbers_and_a_reward_with_one_rule_have_no_other_col
     trainer.answers = ["a", "b"], ["a", "72"], {"acc": [1.0, 0.0]}
     trainer._validate()
     (record,) = trainer.folder.read("metrics.jsonl")
-    assert record == {"kind": "validation", "step": 29, "accuracy": 0.5, "items": 2}
+    assert record == {"kind": "validation", "step": 29, "accuracy": 0.5, "items": 2, "answered": 2, "failed": 0}
 
 
 def test_the_accuracy_is_of_all_problems_whatever_their_source_or_where_an_answer_is_missing(trainer, monkeypatch):
@@ -67,7 +70,11 @@ def test_the_accuracy_is_of_all_problems_whatever_their_source_or_where_an_answe
     monkeypatch.setattr(type(trainer), "_dump_generations", with_one_more)
     trainer._validate()
     (record,) = trainer.folder.read("metrics.jsonl")
-    assert record == {"kind": "validation", "step": 29, "accuracy": 0.5, "math_verify": 0.75, "items": 4}
+    counts = {"items": 4, "answered": 3, "failed": 1}
+    assert record == {"kind": "validation", "step": 29, "accuracy": 0.5, "math_verify": 0.75, **counts}
+    (warning,) = trainer.folder.read("events.jsonl")
+    assert warning["kind"] == "warning"
+    assert "validation after step 29: 1 of 4 answers failed and count as wrong: training.log" in warning["text"]
 
 
 def test_a_reward_that_tells_no_accuracy_is_refused_in_a_line(trainer):

@@ -50,7 +50,7 @@ def test_anything_else_is_refused_with_what_to_return(value):
         with pytest.raises(ConfigError, match=r"let it return \{'score': REWARD, 'acc': 1 if") as caught:
             acc_in(result)
         assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match="acc=.* for 2 of 3 answers"):
+    with pytest.raises(ConfigError, match=r"acc=.* for 2 of 3 answers"):
         judged([1, value, value])
 
 
@@ -94,9 +94,11 @@ def test_a_reward_that_tells_right_from_wrong_is_taken(tmp_path, body):
     [("return 1.0 if ground_truth in solution_str else -1.0", r"returned -1\.0"),
      ("return 0.5 * (ground_truth in solution_str)", r"returned 0\.5"),  # shows only where the answer is right
      ("return {'score': 1.0}", "without 'acc'"), ("return {'score': 1.0, 'acc': None}", "acc=None"),
-     ("return {'score': 1.0, 'acc': 0.5}", r"acc=0\.5"), ("return {'score': 1.0, 'acc': 1, 'flexible': 0.5}", "flexible"),
+     ("return {'score': 1.0, 'acc': 0.5}", r"acc=0\.5"),
+     ("return {'score': 1.0, 'acc': 1, 'flexible': 0.5}", "flexible"),
      ("return {'acc': 1}", "no number as reward"), ("return None", "returned None"),
-     ("return float(solution_str)", "raises ValueError .*row 0 of .*parquet"), ("sys.nothing", "raises AttributeError")],
+     ("return float(solution_str)", "raises ValueError .*row 0 of .*parquet"),
+     ("sys.nothing", "raises AttributeError")],
 )  # fmt: skip
 def test_a_reward_that_does_not_is_refused_before_anything_starts(tmp_path, body, said):
     with pytest.raises(ConfigError, match=said) as caught:

@@ -11,7 +11,6 @@ import yaml
 from verl_aqn.cli import compare as command
 from verl_aqn.errors import ConfigError, DataError
 from verl_aqn.runs.arms import arms, read_run
-from verl_aqn.runs.compare import compare
 from verl_aqn.runs.crossed import spread
 
 

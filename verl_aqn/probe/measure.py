@@ -43,7 +43,8 @@ class Strength:
     """The policy under σ: value, low and high ends of 95 % intervals. Nats a token; shares as fractions of 1.
 
     KL(clean || noisy) and the noisy policy's entropy: bootstrap over prompts. Accuracy (`acc`), and the share of groups
-    whose rewards (what training uses) differ: Wilson's, as if samples of a prompt were independent. Those two are None where nothing was sampled.
+    whose rewards (what training uses) differ: Wilson's, as if samples of a prompt were independent. Those two are None
+    where nothing was sampled.
     """
 
     sigma: float

@@ -4,6 +4,7 @@ One place decides σ: `on_step_begin` here. The rollout is told, and what it ans
 """
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from verl_aqn.mxfp4.checkpoint import check_covered, checkpoint_digest
 from verl_aqn.mxfp4.model import open_packed, packed_modules
 from verl_aqn.noise import check_equal_noise, check_evidence, check_norms, check_used, expected_norms
 from verl_aqn.order import NoiseOrder
-from verl_aqn.prepare import check_steps
+from verl_aqn.prepare import check_steps, data_files
 from verl_aqn.rewards import math_verify
 from verl_aqn.rewards.gsm8k import number
 from verl_aqn.runs.accuracy import REMEDY, judged
@@ -28,8 +29,10 @@ from verl_aqn.runs.folder import RunFolder
 from verl_aqn.shards import distinct, not_covered
 from verl_aqn.verl_api import tripwire
 from verl_aqn.verl_api.divergence import saved_where_it_diverges
+from verl_aqn.verl_api.failures import answered, failure_text
 from verl_aqn.verl_api.groups import AqnReplayBuffer, check_refill, count_groups, remedy
 from verl_aqn.verl_api.parity import can_rescore, clip_range, scored_again, step_metrics
+from verl_aqn.verl_api.rows import rows_of, told_rows
 from verl_aqn.verl_api.saving import SavingTrainer
 from verl_aqn.verl_api.workers import AqnActorWorker, AqnTrainingWorker
 from verl_aqn.vllm_api.readback import check_activations
@@ -65,7 +68,9 @@ class AqnTrainer(SavingTrainer):
             self.role_worker_mapping[role] = ray.remote(cls)
 
     def _init_dataloader(self):
-        super()._init_dataloader()
+        with told_rows(self.config):
+            super()._init_dataloader()
+        self.tell_rows()
         left = " that are left of the file (too long ones are filtered)"
         assert check_steps(self.config, len(self.train_dataset), left) == self.total_training_steps
 
@@ -116,6 +121,8 @@ class AqnTrainer(SavingTrainer):
 
     def on_sample_end(self):
         rollout = self.config.actor_rollout_ref.rollout
+        asked = self.config.data.train_batch_size * rollout.n
+        self.noise_metrics["aqn/answers_failed"] = self.tell_failed("train", asked, self.replay_buffer.taken.keys)
         taken = self.replay_buffer.taken.keys
         keys = scored_again(taken, self.aqn.parity.rescore if can_rescore(rollout) else 0)
         sigma = self.noise_metrics["aqn/sigma"]
@@ -179,12 +186,15 @@ class AqnTrainer(SavingTrainer):
         metrics = super()._validate()
         for items_on_disk in self._dump_futures:  # before the record that speaks of them
             items_on_disk.result()
-        items = len(self.val_dataset)
-        self.write("metrics.jsonl", kind="validation", step=self.global_steps, **self.shares, items=items)
+        counts = {"items": len(self.val_dataset), "answered": self.answered, "failed": self.failed}
+        self.write("metrics.jsonl", kind="validation", step=self.global_steps, **self.shares, **counts)
         return metrics | {f"aqn/validation/{name}": share for name, share in self.shares.items()}
 
     def _dump_generations(self, inputs, outputs, gts, scores, reward_extra_infos_dict, dump_path):
         if dump_path == self.config.trainer.validation_data_dir:
+            asked = len(self.val_dataset) * self.config.actor_rollout_ref.rollout.val_kwargs.n
+            self.failed = self.tell_failed("val", asked, reward_extra_infos_dict["uid"])
+            self.answered = asked - self.failed
             # Only a number can be looked for in an answer, and only some rewards have a flexible rule.
             if all(number(truth) is not None for truth in gts):
                 found = math_verify.scores(outputs, [str(truth) for truth in gts])
@@ -383,6 +393,22 @@ class AqnTrainer(SavingTrainer):
         if weights != (self.base_weights or weights):
             raise EvidenceError(f"at the {when} the weights of the rollout's MXFP4 layers are not those of the start")
         self.base_weights = weights
+
+    # ---- rows and answers ----
+
+    def tell_rows(self) -> None:
+        """What became of the rows of both sets' files, on record and told."""
+        sets = {"train": (self.train_dataset, "training data"), "val": (self.val_dataset, "validation data")}
+        for part, (dataset, name) in sets.items():
+            rows = rows_of(dataset, [str(file) for file in data_files(self.config, f"{part}_files")])
+            self.write("events.jsonl", kind="rows", set=part, **asdict(rows))
+            (self.warn if rows.failed else self.event)(f"{name}: {rows.text}")
+
+    def tell_failed(self, part: str, asked: int, keys: list[str]) -> int:
+        """How many of `asked` answers are not among `keys`: told as a warning, with the reason where one is known."""
+        if failed := asked - answered(keys):
+            self.warn(failure_text(self.folder, part, self.global_steps, asked, failed))
+        return failed
 
     # ---- records ----
 
