@@ -29,7 +29,8 @@ def trainer(tmp_path, monkeypatch):
         self._init_dump_executor()
         self._dump_generations(
             inputs=[str(n) for n in range(len(outputs))], outputs=outputs, gts=truths, scores=[0.0] * len(outputs),
-            reward_extra_infos_dict={"uid": [f"u{n}_0_0" for n in range(len(outputs))]} | more, dump_path=self.config.trainer.validation_data_dir,
+            dump_path=self.config.trainer.validation_data_dir,
+            reward_extra_infos_dict={"uid": [f"u{n}_0_0" for n in range(len(outputs))]} | more,
         )  # fmt: skip
         self._shutdown_dump_executor()
         return {"val-core/task/acc/mean@1": 1.0, "val-core/other task/acc/mean@1": 0.0}

@@ -37,7 +37,7 @@ def reward_of(config: DictConfig) -> Callable[..., Any]:
         function = getattr(module, custom.name)
     except Exception as error:  # whatever the user's module does as it is imported
         raise ConfigError(f"reward.custom_reward_function {path!r} cannot be loaded: {first_line(error)}") from error
-    more = OmegaConf.to_container(custom.get("reward_kwargs") or OmegaConf.create({}), resolve=True)
+    more: Any = OmegaConf.to_container(custom.get("reward_kwargs") or OmegaConf.create({}), resolve=True)
     return partial(function, **more) if more else function
 
 

@@ -19,7 +19,7 @@ def is_right(acc: object) -> bool | None:
     """True of 1 and False of 0, as bool, int, float or a scalar of numpy or torch; None of anything else."""
     if getattr(acc, "shape", None) == () and hasattr(acc, "item"):
         acc = acc.item()
-    return {0: False, 1: True}.get(acc) if isinstance(acc, Real) else None
+    return bool(acc) if isinstance(acc, Real) and acc in (0, 1) else None
 
 
 def judged(values: Sequence[object], key: str = "acc") -> list[bool]:

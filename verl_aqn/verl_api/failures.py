@@ -21,7 +21,7 @@ from verl_aqn.verl_api.cause import root_cause
 FILE = "failures.jsonl"
 """A line for each session that failed: set (train or val), RL step, uid, session, reason."""
 
-_Worker: Any = AgentLoopWorkerTQ.__ray_actor_class__  # type: ignore[attr-defined]  # without Ray around it
+_Worker: Any = AgentLoopWorkerTQ.__ray_actor_class__  # without Ray around it
 
 
 class NotingFailures:

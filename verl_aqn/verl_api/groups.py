@@ -30,8 +30,8 @@ class AqnReplayBuffer(ReplayBuffer):
             found, metrics = super().sample(global_steps, partition_id, batch_size)
             if not found.keys:  # verl would go on, and stumble over nothing
                 raise TrainingError(
-                    f"validation after step {global_steps}: every answer to {batch_size} problems failed: failures.jsonl "
-                    "and training.log say why"
+                    f"validation after step {global_steps}: every answer to {batch_size} problems failed: "
+                    "failures.jsonl and training.log say why"
                 )
             return found, metrics
         self.begin()

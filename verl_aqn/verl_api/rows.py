@@ -93,6 +93,7 @@ class ToldDataset(RLHFDataset):
     """verl's data set, which also tells what it left out, as `rows`."""
 
     rows: Rows
+    max_prompt_length: int
 
     def maybe_filter_out_long_prompts(self, dataframe=None):
         limit = int(self.max_prompt_length)
