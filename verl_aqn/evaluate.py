@@ -40,6 +40,7 @@ class Score:
 class Evaluation:
     """What was evaluated and how it went. `items` problems are in `file`, a JSON line each.
 
+    `failed` of their answers never came and count as wrong (None: an older record, which does not tell).
     `step`: RL steps behind the adapter. `base` and `adapter`: digests of what the rollout held; None for an
     unquantised base. `run`: the folder of the evaluation, a run folder like any other.
     """
@@ -53,6 +54,7 @@ class Evaluation:
     scores: dict[str, Score]
     base: str | None
     adapter: str
+    failed: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -181,7 +183,7 @@ def read(run: RunFolder, target: str, precision: str) -> Evaluation:
     evidence = {record["kind"]: record for record in run.read("evidence.jsonl")}
     return Evaluation(
         target, str(run.path), str(file), validation["step"], precision, items, scores,
-        evidence["base"].get("disk"), evidence["adapter"]["sent"],
+        evidence["base"].get("disk"), evidence["adapter"]["sent"], validation.get("failed"),
     )  # fmt: skip
 
 

@@ -172,6 +172,7 @@ def accuracy(runs: Sequence[Run]) -> tuple[Chart | None, Table]:
             items = int(record["items"])
             right = round(record["accuracy"] * items)
             low, high = (100 * end for end in wilson(right, items))
+            failed = record.get("failed")  # older records do not tell
             points.append((float(step), 100 * right / items))
             bars.append((low, high))
             rows.append(
@@ -181,14 +182,15 @@ def accuracy(runs: Sequence[Run]) -> tuple[Chart | None, Table]:
                     Cell(f"{100 * right / items:.1f} %", right / items),
                     Cell(f"{low:.1f} to {high:.1f} %", low),
                     Cell(f"{right:,} of {items:,}", right),
+                    Cell("not on record" if failed is None else f"{failed:,}", failed),
                 ]
             )
         if points:
             name = run.label if len(runs) > 1 else "Accuracy"
             shift = aside(run.place, len(runs))
             series.append(Series(name, points, run.colour, run.place, bars=bars, shift=shift))
-    columns = ["run", "after step", "accuracy", "95 % interval", "right"]
-    table = Table("Accuracy without noise", columns, rows, frozenset({1, 2, 3, 4}))
+    columns = ["run", "after step", "accuracy", "95 % interval", "right", "failed (wrong)"]
+    table = Table("Accuracy without noise", columns, rows, frozenset({1, 2, 3, 4, 5}))
     if not series:
         return None, table
     note = "Noise off. Bars are 95 % intervals (Wilson) over problems; what another seed would do is not in them."
