@@ -209,12 +209,13 @@ def understood(text):
 
 @given(
     st.from_regex(r"(?:[0-9]{1,4}|[1-9][0-9]{0,2},[0-9]{3})(?:\.[0-9]{1,2})?", fullmatch=True),
-    st.text(alphabet="0123456789.,'’_/:;^*+-–×÷·⁄%½²eExX \N{NO-BREAK SPACE}", min_size=1, max_size=8),
+    st.text(alphabet="0123456789.,'’_/:;^*+-–×÷·⁄%½²eExX(\"$€ \N{NO-BREAK SPACE}", min_size=1, max_size=8),
     st.sampled_from([*"0123456789½²", "½"]),
 )
 @settings(max_examples=2000)
 def test_the_beginning_of_a_number_is_never_the_number(begin, more, last):
     whole = (begin + more + last).replace("\N{NO-BREAK SPACE}", " ").replace("–", "-")
+    assume(" (" not in whole)  # a remark, as in "72 (3 a day)"
     assume(understood(whole.replace("’", "'")) != number(begin))
     assert score(f"#### {begin}{more}{last}", begin) == 0.0
 

@@ -45,11 +45,12 @@ _NUMBER = re.compile(
 )
 _TRUTH = re.compile(rf"{_NUMBER.pattern}(?: ?{_CURRENCY})?")
 # Marks, signs and the letters x and e (times, exponent): where they lead to a digit, number and digit belong together.
-_BETWEEN = re.compile(rf"(?:[\s.,;:'\"’”»`´_*/^+~%‰)\]}}×÷·⁄∕—xXeE-]|{_CURRENCY})*+")
+# A bracket does that without a space before it: what follows "72 (" is a remark.
+_BETWEEN = re.compile(rf"(?:[\s.,;:'\"’”»`´_*/^+~%‰)\]}}×÷·⁄∕—xXeE-]|(?<!\s)\(|{_CURRENCY})*+")
 _GOES_ON = re.compile(
     r"\.{2,}|…"  # 3.33...
     r"|\{|\s*+\\(?![)\]$%\\]|text|mathrm)"  # LaTeX's
-    r"|\s*+[-+*/×÷^:]\s*+[(\\]|\(\s*+[0-9]|\^"  # an expression
+    r"|\s*+[-+*/×÷^:]\s*+[(\\]|\^"  # an expression
     r"|[^\W\d_]+[0-9]|[eE][-+]?(?![^\W\d_])|(?<=0)[xX][0-9a-fA-F]"  # 5h30, 1e, 0xFF
     rf"|\s*+,?\s*+(?i:or|and|to|by|over|of|out of|point|plus|minus|times|through)\s++[-+]?{_CURRENCY}? ?[0-9.]"
     r"|\s++(?i:and\s++(?:a|an|one|two|three)[\s-]++(?:half|third|quarter|fourth|fifth))"
