@@ -234,9 +234,9 @@ def test_a_long_negative_number_keeps_its_last_digit():
     ids=lambda text: text[:16],
 )  # fmt: skip
 def test_a_text_that_is_written_to_hold_the_scorer_up_takes_no_time(text):
-    began = time.perf_counter()
+    began = time.process_time()
     compute_score("", text, "7")
-    assert time.perf_counter() - began < 0.1
+    assert time.process_time() - began < 0.1
 
 
 @pytest.mark.parametrize(
