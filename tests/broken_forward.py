@@ -1,4 +1,4 @@
-"""A vLLM worker whose norms hold the noise but compute without it, as a graph or a fused kernel that was made before."""
+"""A vLLM worker whose norms hold the noise but compute without it, as with a graph that was made before."""
 
 from typing import Any
 

@@ -48,6 +48,7 @@ class Evaluation:
 
     `scores`, by rule, are means over all answers. `pass_at`, by k, is of the rule "strict"; {} of one answer each.
 
+    `failed` of their answers never came and count as wrong (None: an older record, which does not tell).
     `step`: RL steps behind the adapter. `base` and `adapter`: digests of what the rollout held; None for an
     unquantised base. `run`: the folder of the evaluation, a run folder like any other.
     """
@@ -63,6 +64,7 @@ class Evaluation:
     adapter: str
     samples: int = 1
     pass_at: dict[str, Score] = field(default_factory=dict)
+    failed: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -214,7 +216,7 @@ def read(run: RunFolder, target: str, precision: str) -> Evaluation:
     evidence = {record["kind"]: record for record in run.read("evidence.jsonl")}
     return Evaluation(
         target, str(run.path), str(file), validation["step"], precision, items, scores,
-        evidence["base"].get("disk"), evidence["adapter"]["sent"], samples, passed,
+        evidence["base"].get("disk"), evidence["adapter"]["sent"], samples, passed, validation.get("failed"),
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from verl_aqn.config import megatron_lora, order_of, parse_aqn, schedule_of
 from verl_aqn.errors import ConfigError, ModelError, first_line
 from verl_aqn.placing import place_adapter
 from verl_aqn.preflight.vllm import ask
+from verl_aqn.rewards.custom import check_reward, is_ours
 from verl_aqn.serving import fit_engine, prepare_serving
 from verl_aqn.terminal import progress_bar
 from verl_aqn.text_part import use_text_alone
@@ -200,9 +201,11 @@ def prepare_data(config: DictConfig) -> dict[str, int]:
     """Make `data.train_files` and `data.val_files` parquet files. Returns the number of rows of each.
 
     Raises:
-        DataError: a file that is missing, unreadable, empty, or lacks a column.
+        DataError: a file that is missing, unreadable, empty, or lacks a column, or a row whose ground truth the rule
+            for GSM8K's form cannot judge, where that is the reward.
+        ConfigError: a reward function of the user's own that raises, or does not tell the accuracy (`check_reward`).
     """
-    from verl_aqn.data.parquet import check_parquet
+    from verl_aqn.data.parquet import check_parquet, check_truths, first_row
     from verl_aqn.data.word_problems import prepare_word_problems
 
     makers = {
@@ -221,6 +224,11 @@ def prepare_data(config: DictConfig) -> dict[str, int]:
         limit = config.data[f"{'train' if split == 'train' else 'val'}_max_samples"]
         count = sum(check_parquet(file) for file in data_files(config, key))
         rows[split] = min(count, limit) if limit > 0 else count
+    if is_ours(config):
+        for file in data_files(config):
+            check_truths(file)
+    file = data_files(config, "val_files")[0]
+    check_reward(config, first_row(file), f"row 0 of {file}")
     return rows
 
 

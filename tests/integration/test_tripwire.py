@@ -1,4 +1,4 @@
-"""Real runs whose rollout computes another model than its trainer, or ignores its noise, end before they learn of it."""
+"""Real runs whose rollout computes another model than its trainer, or ignores its noise, end before they learn."""
 
 from tests.integration.conftest import lines, newest
 

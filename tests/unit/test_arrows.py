@@ -13,16 +13,15 @@ FILES = {
 # (adapter, boxes, cache, digest, order, shards, stacks, trackers). `errors` is everybody's.
 ARROWS = {
     "schedule": (),
-    "judge": (),  # of records alone: torch-free
     "order": (),
     "digest": (),
     "boxes": (),
     "shards": ("boxes",),
     "cache": (),
     "stacks": (),
-    "data": (),
-    "rewards": (),
     "judge": ("order",),  # of records, without torch: the trainer's and the reports' alike
+    "data": ("rewards",),  # whose rule the ground truths are for
+    "rewards": ("runs",),  # what a right answer is
     "runs": ("config", "judge", "order", "schedule"),
     "trackers": ("cache",),
     "config": ("order", "schedule", "trackers"),  # the names of trackers, to refuse others

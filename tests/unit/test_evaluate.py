@@ -212,6 +212,10 @@ def test_scores_are_columns_with_intervals_of_their_own(run):
     assert scores == {"strict": 0.25, "flexible": 0.5, "math-verify": 0.75}
     assert found.scores["strict"].interval == pytest.approx((0.0456, 0.6994), abs=1e-3)
     assert (found.base, found.adapter, found.step, found.items) == ("b", "a", 10, 4)
+    assert found.failed is None, "an older record does not tell"
+    counts = {"items": 4, "answered": 3, "failed": 1}
+    run.append("metrics.jsonl", {"kind": "validation", "step": 10, **shares, **counts})
+    assert read(run, "x", "mxfp4").failed == 1
 
 
 SAMPLING = ["n", "do_sample", "temperature", "top_p", "top_k"]

@@ -9,9 +9,10 @@ import pytest
 from verl_aqn.cache import cache_dir
 from verl_aqn.config import load_recipe
 from verl_aqn.data.gsm8k import INSTRUCTION, ground_truth, prepare_gsm8k
-from verl_aqn.data.parquet import check_parquet, write_parquet
+from verl_aqn.data.parquet import check_parquet, check_truths, write_parquet
 from verl_aqn.errors import ConfigError, DataError, EnvironmentFault
 from verl_aqn.prepare import find_model, prepare_data, steps_in_data
+from verl_aqn.rewards import gsm8k
 
 ROWS = [
     {"question": "Ida has 3 hens and buys 4. How many?", "answer": "She has 3+4 = <<3+4=7>>7.\n#### 7"},
@@ -105,7 +106,7 @@ def test_a_source_that_cannot_be_used(source, tmp_path):
         prepare_gsm8k(tmp_path / "out", source)
 
 
-@pytest.mark.parametrize("answer", ["7", "#### seven", "####7", ""])
+@pytest.mark.parametrize("answer", ["7", "#### seven", "####7", "", "#### NaN", "#### 1/2", "#### 1_000", "#### ٧"])
 def test_ground_truth_must_be_marked(answer):
     with pytest.raises(DataError, match="row 5"):
         ground_truth(answer, "row 5")
@@ -137,3 +138,59 @@ def test_no_rows_leave_the_old_file(source, tmp_path):
     with pytest.raises(DataError, match="no rows"):
         write_parquet([], good)
     assert check_parquet(good) == 3
+
+
+def with_truths(path, truths):
+    """A file like the good one at `path`, beside it, whose rows have `truths` (an Arrow array)."""
+    table, bad = pq.read_table(path), path.with_name("bad.parquet")
+    table = pa.concat_tables([table] * len(truths)).slice(0, len(truths))
+    structs = pa.StructArray.from_arrays([pa.array(["rule"] * len(truths)), truths], ["style", "ground_truth"])
+    pq.write_table(table.set_column(table.schema.get_field_index("reward_model"), "reward_model", structs), bad)
+    return bad
+
+
+@pytest.mark.parametrize(
+    "truths",
+    [pa.array([1, 2, 3]), pa.array([1.5, 1e-05, 3.0]), pa.array(["1", "1e-05", "-1,234.5", "$5", "1 000"]),
+     pa.array([1.0, 2.0], pa.float32()), pa.array(["1", "2"], pa.large_string()),
+     pa.array(["1", "2"]).dictionary_encode()],
+    ids=lambda truths: str(truths.type),
+)  # fmt: skip
+def test_truths_that_the_rule_can_judge(source, tmp_path, truths):
+    check_truths(with_truths(prepare_gsm8k(tmp_path, source)["train"], truths))
+
+
+@pytest.mark.parametrize(
+    "truth", ["3/4", "7:30", "(3, 4)", "\\frac{3}{4}", "\\boxed{7}", "72 clips", "", "2 1/2", None]
+)
+def test_a_truth_that_the_rule_cannot_judge_is_refused_with_its_row_and_a_way(source, tmp_path, truth):
+    bad = with_truths(prepare_gsm8k(tmp_path, source)["train"], pa.array(["7", "8", "7", truth, "9", truth]))
+    with pytest.raises(DataError, match=r"bad\.parquet: row 3 .*math-verify") as caught:
+        check_truths(bad)
+    assert ("null" if truth is None else repr(truth)) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "truths",
+    [pa.array([1, None]), pa.array([1.0, float("nan")]), pa.array([1.0, float("inf")]), pa.array([True, False]),
+     pa.array([7.0, 0.1], pa.float32()), pa.array([[1], [2]]), pa.array([{"a": 1}, {"a": 2}]), pa.array([b"1", b"2"])],
+    ids=lambda truths: str(truths.type),
+)  # fmt: skip
+def test_columns_that_hold_something_else(source, tmp_path, truths):
+    with pytest.raises(DataError, match="which the rule"):
+        check_truths(with_truths(prepare_gsm8k(tmp_path, source)["train"], truths))
+
+
+def test_every_row_of_both_sets_is_checked_before_a_run_and_only_for_our_rule(source, tmp_path):
+    good = prepare_gsm8k(tmp_path, source)["train"]
+    bad = with_truths(good, pa.array(["7", "1/2"]))
+    reward = tmp_path / "reward.py"
+    reward.write_text("def compute_score(**told):\n    return {'score': 0.5, 'acc': 0}\n")
+    ours = gsm8k.__file__
+    for train, test in ((good, bad), (bad, good)):
+        files = ["profile=cpu", f"data.train_files={train}", f"data.val_files={test}"]
+        for same in ([], [f"reward.custom_reward_function.path={ours}"]):
+            with pytest.raises(DataError, match=r"bad\.parquet: row 1"):
+                prepare_data(load_recipe("e6a", [*files, *same]))
+        prepare_data(load_recipe("e6a", [*files, f"reward.custom_reward_function.path={reward}"]))

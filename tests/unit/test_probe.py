@@ -35,11 +35,16 @@ from verl_aqn.train import measure_noise, resolve
 
 LETTERS = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
-    return {"score": 0.0, "acc": float(len(solution_str) % 2)}
+    odd = len(solution_str) % 2
+    return {"score": odd - 3.0, "acc": odd}  # a reward that is never above 0 and never equal to the accuracy
 
 
 def never_nothing(solution_str, **kwargs):
-    return 1.0 + len(solution_str) % 2
+    return {"score": 1.0 + len(solution_str) % 2, "acc": True}
+
+
+def flat(solution_str, **kwargs):
+    return {"score": 0.25, "acc": len(solution_str) % 2}
 """
 
 
@@ -69,6 +74,22 @@ def todo(overrides):
 @pytest.fixture(scope="module")
 def held(todo):
     return Probe(todo.config, todo.steps, 4, 2)
+
+
+def test_accuracy_is_of_acc_and_variance_of_the_reward_that_training_uses(todo, overrides, held):
+    found = held.measure(0)
+    texts = [held.tokenizer.batch_decode(group, skip_special_tokens=True) for group in held.answers]
+    odd = [[len(text) % 2 for text in group] for group in texts]
+    assert 0 < sum(map(sum, odd)) < 8, "the test needs both"
+    assert found.accuracy[0] == sum(map(sum, odd)) / 8
+    assert found.variance[0] == sum(len(set(group)) > 1 for group in odd) / 4
+    name = "reward.custom_reward_function.name="
+    flat = resolve(load_recipe("e12_aggressive_1ep", [*overrides, f"{name}flat"]))
+    same = Probe(flat.config, flat.steps, 4, 2).measure(0)
+    assert (same.accuracy, same.variance[0]) == (found.accuracy, 0)
+    always = resolve(load_recipe("e12_aggressive_1ep", [*overrides, f"{name}never_nothing"]))
+    right = Probe(always.config, always.steps, 4, 2).measure(0)
+    assert (right.accuracy[0], right.variance) == (1, found.variance)
 
 
 def test_the_clean_policy_is_at_no_distance_and_noise_takes_it_away(held):
@@ -168,11 +189,12 @@ def test_refuses(todo, overrides):
         ("trainer.total_training_steps=1", "σ is 0 at each of the 1 steps"),
         ("actor_rollout_ref.rollout.top_p=0.5", r"from the whole vocabulary: .* actor_rollout_ref\.rollout\.top_p=1"),
         ("actor_rollout_ref.rollout.top_k=50", r"actor_rollout_ref\.rollout\.top_k=-1"),
-        ("reward.custom_reward_function.path=/nowhere.py", "cannot be loaded"),
     ):
         wrong = resolve(load_recipe("e12_aggressive_1ep", [*overrides, override]))
         with pytest.raises(ConfigError, match=message):
             Probe(wrong.config, wrong.steps, 2, 2)
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        resolve(load_recipe("e12_aggressive_1ep", [*overrides, "reward.custom_reward_function.path=/nowhere.py"]))
 
 
 def test_a_sigma_that_leaves_nothing_names_the_largest_that_does():

@@ -15,8 +15,8 @@ from verl_aqn.report.charts import Chart, Series, number
 from verl_aqn.report.evidence import checks, noise_table
 from verl_aqn.report.page import render, write_report
 from verl_aqn.report.records import QUANTIZATION, read_runs
-from verl_aqn.report.sections import NESTED, OUTSIDE, PHASES, bases, times
-from verl_aqn.runs.folder import open_run
+from verl_aqn.report.sections import NESTED, OUTSIDE, PHASES, accuracy, bases, times
+from verl_aqn.runs.folder import RunFolder, open_run
 
 
 class Text(HTMLParser):
@@ -134,12 +134,24 @@ def test_of_several_arms_the_page_says_what_is_corrected(tmp_path):
     assert "corrected for" not in page_of(*runs[:2]).text
 
 
-def test_runs_with_an_answer_that_the_reward_told_no_accuracy_of_are_not_compared(tmp_path):
+def test_an_answer_that_the_reward_told_no_accuracy_of_is_not_on_record_everywhere_on_the_page(tmp_path):
     answers = {"1 + 1?": ("2", "#### 2", True), "2 + 2?": ("4", "four", None)}
     runs = [write_run(tmp_path / name, name, noise=name == "b", answers=answers).path for name in ("a", "b")]
     page = page_of(*runs)
     assert "acc=null for 1 of 2 answers, which is neither 0 nor 1" in page.text
-    assert "b, seed 0, after step 4 ✗ wrong four" in page.text
+    assert "on the same 2 items" not in page.text
+    assert "b, seed 0, after step 4 not on record four" in page.text
+    assert "b, seed 0, after step 4 ✓ right #### 2" in page.text
+
+
+def test_answers_that_failed_are_in_the_table_and_not_on_record_in_older_runs(tmp_path):
+    run = RunFolder(write_run(tmp_path, "a").path)
+    steps = run.by_step("metrics.jsonl", "validation")
+    old, new = min(steps), max(steps)
+    run.append("metrics.jsonl", steps[new] | {"answered": 6, "failed": 3})
+    _, table = accuracy(read_runs([run.path]))
+    told = {row[1].text: row[5].text for row in table.rows}
+    assert told == {str(old): "not on record", str(new): "3"}
 
 
 def test_runs_that_cannot_be_compared_are_shown_with_the_reason(tmp_path):

@@ -4,4 +4,5 @@
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     letters = [letter for letter in solution_str.lower() if letter.isalpha()]
     share = sum(letter <= "m" for letter in letters) / max(len(letters), 1)
-    return {"score": share, "acc": float(share > 0.5), "flexible": share}
+    right = float(share > 0.5)
+    return {"score": share, "acc": right, "flexible": right}

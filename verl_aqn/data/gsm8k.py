@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Iterable
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from verl_aqn.data.parquet import Message, row, write_parquet
 from verl_aqn.errors import DataError
+from verl_aqn.rewards.gsm8k import number
 
 SOURCE = "openai/gsm8k"
 TEST_PROBLEMS = 1319
@@ -42,15 +42,11 @@ def prepare_gsm8k(dst: str | Path, source: str | Path | None = None) -> dict[str
 
 def ground_truth(answer: str, where: str) -> str:
     """The N of a solution's last "#### N", without commas: "1,234" gives "1234". `where` names the row in the error."""
-    _, mark, number = answer.rpartition("#### ")
-    number = number.strip().replace(",", "")
-    try:
-        Decimal(number)
-    except InvalidOperation:
-        mark = ""
-    if not mark:
+    _, mark, truth = answer.rpartition("#### ")
+    truth = truth.strip()
+    if not mark or number(truth) is None:
         raise DataError(f"{where}: the answer does not end in '#### N': get the data set again")
-    return number
+    return truth.replace(",", "")
 
 
 def _load(split: str, source: str | Path | None) -> Iterable[dict]:

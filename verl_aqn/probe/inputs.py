@@ -1,11 +1,7 @@
-"""What a recipe gives a probe: its prompts, reward, and first noise."""
+"""What a recipe gives a probe: its prompts and first noise."""
 
 import hashlib
-import importlib
-import importlib.util
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
@@ -58,28 +54,6 @@ def read_prompts(config: DictConfig, tokenizer: Any, count: int) -> list[Prompt]
     raise DataError(
         f"{config.data.train_files} holds {len(chosen)} prompts within data.max_prompt_length, {count} are asked for"
     )
-
-
-def reward_of(config: DictConfig) -> Callable[..., Any]:
-    """The recipe's reward function (`reward.custom_reward_function`), called with names as verl does.
-
-    Raises:
-        ConfigError: there is none, or it cannot be loaded.
-    """
-    custom = config.reward.custom_reward_function
-    path = str(custom.path or "")
-    try:
-        if path.startswith("pkg://"):
-            module = importlib.import_module(path.removeprefix("pkg://"))
-        else:
-            spec = importlib.util.spec_from_file_location("verl_aqn_probe_reward", Path(path).expanduser())
-            if spec is None or spec.loader is None:
-                raise ImportError("no Python file")
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        return getattr(module, custom.name)
-    except (ImportError, OSError, AttributeError) as error:
-        raise ConfigError(f"reward.custom_reward_function {path!r} cannot be loaded: {error}") from error
 
 
 def first_noise(config: DictConfig, steps: int) -> NoiseOrder:

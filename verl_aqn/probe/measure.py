@@ -28,7 +28,9 @@ from verl_aqn.generate import batches, generate, prefix, prefixes, shared_length
 from verl_aqn.mxfp4.dense import dequantize_linears
 from verl_aqn.noise import NoiseInjector, check_evidence
 from verl_aqn.policy import end_tokens, load_base
-from verl_aqn.probe.inputs import Prompt, first_noise, read_prompts, reward_of
+from verl_aqn.probe.inputs import Prompt, first_noise, read_prompts
+from verl_aqn.rewards.custom import reward_of
+from verl_aqn.runs.accuracy import acc_in, reward_in
 from verl_aqn.runs.stats import ratio_interval, wilson
 
 PROMPTS, SAMPLES = 16, 4
@@ -40,10 +42,10 @@ _TOGETHER = 64  # sequences that run together
 class Strength:
     """The policy under σ: value, low and high ends of 95 % intervals. Nats a token; shares as fractions of 1.
 
-    KL(clean || noisy) and the noisy policy's entropy: bootstrap over prompts. Accuracy, and the share of groups whose
-    rewards differ: Wilson's, as if samples of a prompt were independent. Those two are None where nothing was sampled.
-    `dlogp`: mean |log p_clean − log p_now| of the tokens that the clean policy samples, which a run holds against what
-    its rollout does (`verl_aqn.judge.use`).
+    KL(clean || noisy) and the noisy policy's entropy: bootstrap over prompts. Accuracy (`acc`), and the share of groups
+    whose rewards (what training uses) differ: Wilson's, as if samples of a prompt were independent. Those two are None
+    where nothing was sampled. `dlogp`: mean |log p_clean − log p_now| of the tokens that the clean policy samples,
+    which a run holds against what its rollout does (`verl_aqn.judge.use`).
     """
 
     sigma: float
@@ -101,9 +103,9 @@ class Probe:
         strength = Strength(sigma, ratio_interval(kl, counts), ratio_interval(entropy, counts), dlogp=moved)
         if answers is None:
             return strength
-        rewards = [self._rewards(prompt, group) for prompt, group in zip(self.prompts, answers, strict=True)]
-        right = sum(reward > 0 for group in rewards for reward in group)
-        varied, groups = sum(len(set(group)) > 1 for group in rewards), len(rewards)
+        told = [self._told(prompt, group) for prompt, group in zip(self.prompts, answers, strict=True)]
+        right = sum(acc_in(one) for group in told for one in group)
+        varied, groups = sum(len(set(map(reward_in, group))) > 1 for group in told), len(told)
         return replace(
             strength,
             accuracy=_share(right, groups * self.samples),
@@ -207,12 +209,10 @@ class Probe:
             counts[i] = len(now)
         return kl, entropy, dlogp, counts
 
-    def _rewards(self, prompt: Prompt, group: list[list[int]]) -> list[float]:
+    def _told(self, prompt: Prompt, group: list[list[int]]) -> list[Any]:
+        """What the recipe's reward function returns for each answer of `group`."""
         texts = self.tokenizer.batch_decode(group, skip_special_tokens=True)
-        found = [self.reward(solution_str=text, **prompt.reward) for text in texts]
-        return [
-            float(value["acc" if "acc" in value else "score"] if isinstance(value, dict) else value) for value in found
-        ]
+        return [self.reward(solution_str=text, **prompt.reward) for text in texts]
 
 
 def _share(part: int, whole: int) -> tuple[float, float, float]:

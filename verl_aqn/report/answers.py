@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from verl_aqn.report.records import Run
+from verl_aqn.runs.accuracy import recorded
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _answers(run: Run, step: int) -> dict[tuple[str, str], Answer]:
     """By (prompt, right answer); of several answers to one prompt the first."""
     found: dict[tuple[str, str], Answer] = {}
     for line in run.folder.read(f"validation/{step}.jsonl"):
-        answer = Answer(str(line.get("output", "")), bool(line["acc"]) if "acc" in line else None)
+        answer = Answer(str(line.get("output", "")), recorded(line))
         found.setdefault((str(line.get("input", "")), str(line.get("gts", "–"))), answer)
     return found
 

@@ -174,6 +174,7 @@ def accuracy(runs: Sequence[Run]) -> tuple[Chart | None, Table]:
             right = round(record["accuracy"] * items * samples)
             share = right / items / samples
             low, high = (100 * end for end in wilson(min(share * items, items), items))
+            failed = record.get("failed")  # older records do not tell
             points.append((float(step), 100 * share))
             bars.append((low, high))
             rows.append(
@@ -183,6 +184,7 @@ def accuracy(runs: Sequence[Run]) -> tuple[Chart | None, Table]:
                     Cell(f"{100 * share:.1f} %", share),
                     Cell(f"{low:.1f} to {high:.1f} %", low),
                     Cell(f"{right:,} of {items * samples:,}", right),
+                    Cell("not on record" if failed is None else f"{failed:,}", failed),
                     *([Cell(", ".join(passed_of(record)) or "–")] if several else []),
                 ]
             )
@@ -190,8 +192,9 @@ def accuracy(runs: Sequence[Run]) -> tuple[Chart | None, Table]:
             name = run.label if len(runs) > 1 else "Accuracy"
             shift = aside(run.place, len(runs))
             series.append(Series(name, points, run.colour, run.place, bars=bars, shift=shift))
-    columns = ["run", "after step", "accuracy", "95 % interval", "right", *(["pass@k, %"] if several else [])]
-    table = Table("Accuracy without noise", columns, rows, frozenset({1, 2, 3, 4}))
+    pass_k = ["pass@k, %"] if several else []
+    columns = ["run", "after step", "accuracy", "95 % interval", "right", "failed (wrong)", *pass_k]
+    table = Table("Accuracy without noise", columns, rows, frozenset({1, 2, 3, 4, 5}))
     if not series:
         return None, table
     note = "Noise off. Bars are 95 % intervals (Wilson) over problems; what another seed would do is not in them."

@@ -80,8 +80,8 @@ def find_each(paths: Sequence[Path]) -> list[RunFolder]:
 def read_run(path: Path) -> Run:
     """What `path` holds, as `find_run` finds it.
 
-DataError where it has not finished, was never validated, or its answers cannot be told apart by problem
-    (`answers_in`). EvidenceError where its evidence does not hold.
+    DataError where it has not finished, was never validated, its answers cannot be told apart by problem, or it is not
+    on record of each answer whether it is right (`answers_in`). EvidenceError where its evidence does not hold.
     """
     folder = find_run(path)
     status = folder.state["status"]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from verl_aqn.errors import ConfigError, DataError
+from verl_aqn.runs.accuracy import is_right
 from verl_aqn.runs.passk import avg_at_k, ks, pass_at_k
 
 AVG = "avg"
@@ -67,10 +68,10 @@ def answers_in(lines: Iterable[Mapping[str, Any]], rule: str = "acc", samples: i
     lines = list(lines)
     found: dict[tuple[str, str, int], dict[int, bool]] = {}
     try:
-        unclear = [line[rule] for line in lines if line[rule] not in (0, 1)]
+        unclear = [line[rule] for line in lines if is_right(line[rule]) is None]
         for line in lines:
             key = (line["input"], str(line["gts"]), int(line.get("item", -1)))
-            found.setdefault(key, {})[int(line.get("sample", 0))] = line[rule] == 1
+            found.setdefault(key, {})[int(line.get("sample", 0))] = is_right(line[rule]) is True
     except KeyError as error:
         raise DataError(f"has no {error} in a line: it is no validation of a run of ours") from error
     if unclear:

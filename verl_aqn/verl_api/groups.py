@@ -27,7 +27,13 @@ class AqnReplayBuffer(ReplayBuffer):
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict]:
         if partition_id == "val":
-            return super().sample(global_steps, partition_id, batch_size)
+            found, metrics = super().sample(global_steps, partition_id, batch_size)
+            if not found.keys:  # verl would go on, and stumble over nothing
+                raise TrainingError(
+                    f"validation after step {global_steps}: every answer to {batch_size} problems failed: "
+                    "failures.jsonl and training.log say why"
+                )
+            return found, metrics
         self.begin()
         self.taken, metrics = super().sample(global_steps, partition_id, batch_size)
         return self.taken, metrics

@@ -22,17 +22,20 @@ from verl_aqn.errors import ConfigError, EvidenceError
 from verl_aqn.judge.base import sentence
 from verl_aqn.judge.records import END, RESCORING, VALIDATION, VERSION, Judge
 from verl_aqn.noise import expected_norms
-from verl_aqn.prepare import check_steps
+from verl_aqn.prepare import check_steps, data_files
 from verl_aqn.rewards import math_verify
 from verl_aqn.rewards.gsm8k import number
+from verl_aqn.runs.accuracy import REMEDY, judged
 from verl_aqn.runs.evidence import judge_run
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.shards import distinct, not_covered
 from verl_aqn.verl_api import tripwire
 from verl_aqn.verl_api.base import BaseRecords
 from verl_aqn.verl_api.divergence import saved_where_it_diverges
+from verl_aqn.verl_api.failures import answered, failure_text
 from verl_aqn.verl_api.groups import AqnReplayBuffer, check_refill, count_groups, remedy
 from verl_aqn.verl_api.parity import can_rescore, clip_range, scored_again, step_metrics
+from verl_aqn.verl_api.rows import rows_of, told_rows
 from verl_aqn.verl_api.saving import SavingTrainer
 from verl_aqn.verl_api.use import TRAINER, UseOfNoise
 from verl_aqn.verl_api.workers import AqnActorWorker, AqnTrainingWorker
@@ -73,7 +76,9 @@ class AqnTrainer(SavingTrainer):
             self.role_worker_mapping[role] = ray.remote(cls)
 
     def _init_dataloader(self):
-        super()._init_dataloader()
+        with told_rows(self.config):
+            super()._init_dataloader()
+        self.tell_rows()
         left = " that are left of the file (too long ones are filtered)"
         assert check_steps(self.config, len(self.train_dataset), left) == self.total_training_steps
 
@@ -132,6 +137,8 @@ class AqnTrainer(SavingTrainer):
 
     def on_sample_end(self):
         rollout = self.config.actor_rollout_ref.rollout
+        asked = self.config.data.train_batch_size * rollout.n
+        self.noise_metrics["aqn/answers_failed"] = self.tell_failed("train", asked, self.replay_buffer.taken.keys)
         taken = self.replay_buffer.taken.keys
         keys = scored_again(taken, self.aqn.parity.rescore if can_rescore(rollout) else 0)
         sigma = self.noise_metrics["aqn/sigma"]
@@ -201,24 +208,25 @@ class AqnTrainer(SavingTrainer):
         metrics = super()._validate()
         for items_on_disk in self._dump_futures:  # before the record that speaks of them
             items_on_disk.result()
-        items = len(self.val_dataset)
-        self.write("metrics.jsonl", kind="validation", step=self.global_steps, **self.shares, items=items)
+        counts = {"items": len(self.val_dataset), "answered": self.answered, "failed": self.failed}
+        self.write("metrics.jsonl", kind="validation", step=self.global_steps, **self.shares, **counts)
         return metrics | {f"aqn/validation/{name}": share for name, share in self.shares.items()}
 
     def _dump_generations(self, inputs, outputs, gts, scores, reward_extra_infos_dict, dump_path):
         if dump_path == self.config.trainer.validation_data_dir:
+            asked = len(self.val_dataset) * self.config.actor_rollout_ref.rollout.val_kwargs.n
+            self.failed = self.tell_failed("val", asked, reward_extra_infos_dict["uid"])
+            self.answered = asked - self.failed
             # Only a number can be looked for in an answer, and only some rewards have a flexible rule.
-            if all(number(str(truth)) is not None for truth in gts):
+            if all(number(truth) is not None for truth in gts):
                 found = math_verify.scores(outputs, [str(truth) for truth in gts])
                 reward_extra_infos_dict = reward_extra_infos_dict | {"math_verify": found}
             if "acc" not in reward_extra_infos_dict:
-                raise ConfigError(
-                    "reward.custom_reward_function tells no accuracy: let it return {'score': …, 'acc': 1.0 or 0.0}"
-                )
+                raise ConfigError(f"reward.custom_reward_function tells no accuracy: {REMEDY}")
             # Of all problems, whatever data they come from: one without an answer (a session that failed) is wrong.
             rules = {"accuracy": "acc", "flexible": "flexible", "math_verify": "math_verify"}
             self.shares = {
-                name: sum(map(bool, reward_extra_infos_dict[rule])) / len(self.val_dataset)
+                name: sum(judged(reward_extra_infos_dict[rule], rule)) / len(self.val_dataset)
                 for name, rule in rules.items()
                 if rule in reward_extra_infos_dict
             }
@@ -450,6 +458,22 @@ class AqnTrainer(SavingTrainer):
         record = self.base.record(when, actor, held, ranks, began)
         self.record("base", **record)
         return sentence(record)
+
+    # ---- rows and answers ----
+
+    def tell_rows(self) -> None:
+        """What became of the rows of both sets' files, on record and told."""
+        sets = {"train": (self.train_dataset, "training data"), "val": (self.val_dataset, "validation data")}
+        for part, (dataset, name) in sets.items():
+            rows = rows_of(dataset, [str(file) for file in data_files(self.config, f"{part}_files")])
+            self.write("events.jsonl", kind="rows", set=part, **asdict(rows))
+            (self.warn if rows.failed else self.event)(f"{name}: {rows.text}")
+
+    def tell_failed(self, part: str, asked: int, keys: list[str]) -> int:
+        """How many of `asked` answers are not among `keys`: told as a warning, with the reason where one is known."""
+        if failed := asked - answered(keys):
+            self.warn(failure_text(self.folder, part, self.global_steps, asked, failed))
+        return failed
 
     # ---- records ----
 
