@@ -15,27 +15,25 @@ from verl.utils.debug import marked_timer
 
 import verl_aqn.verl_api.rollout  # noqa: F401  registers the replica
 from verl_aqn.config import order_of, parse_aqn, schedule_of
-from verl_aqn.errors import ConfigError, EvidenceError
+from verl_aqn.errors import EvidenceError
 from verl_aqn.mxfp4.checkpoint import check_covered, checkpoint_digest
 from verl_aqn.mxfp4.model import open_packed, packed_modules
 from verl_aqn.noise import check_equal_noise, check_evidence, check_norms, check_used, expected_norms
 from verl_aqn.order import NoiseOrder
 from verl_aqn.prepare import check_steps
-from verl_aqn.rewards import math_verify
-from verl_aqn.rewards.gsm8k import number
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.shards import distinct, not_covered
 from verl_aqn.verl_api import tripwire
 from verl_aqn.verl_api.divergence import saved_where_it_diverges
 from verl_aqn.verl_api.groups import AqnReplayBuffer, check_refill, count_groups, remedy
 from verl_aqn.verl_api.parity import can_rescore, clip_range, scored_again, step_metrics
-from verl_aqn.verl_api.saving import SavingTrainer
+from verl_aqn.verl_api.validation import ValidatingTrainer
 from verl_aqn.verl_api.workers import AqnActorWorker, AqnTrainingWorker
 from verl_aqn.vllm_api.readback import check_activations
 from verl_aqn.watchdog import ENDING
 
 
-class AqnTrainer(SavingTrainer):
+class AqnTrainer(ValidatingTrainer):
     """Hooks of one run; records go to the run folder `aqn.run.dir`."""
 
     def __init__(self, config: DictConfig):
@@ -47,7 +45,6 @@ class AqnTrainer(SavingTrainer):
         self.synced_bytes = 0
         self.base_weights: list[str | None] = []
         self.slicing_of_rank: list[int] = []
-        self.shares: dict[str, float] = {}  # of the last validation's answers, right by the other two rules
         self.clean_logp: dict[str, list[float]] = {}  # of the rollout's own sequences, scored again without noise
         # Mean |Δ log-prob| between trainer and rollout of each compared step, those of earlier attempts first.
         self.mismatches: list[float] = [
@@ -173,33 +170,6 @@ class AqnTrainer(SavingTrainer):
         peaks = {"actor": self.actor_rollout_wg.memory_peak(), "rollout": self.rollout("aqn_memory_peak")}
         self.write("events.jsonl", kind="memory", **peaks)
         self.doing(ENDING)
-
-    def _validate(self) -> dict[str, float]:
-        metrics = super()._validate()
-        for items_on_disk in self._dump_futures:  # before the record that speaks of them
-            items_on_disk.result()
-        items = len(self.val_dataset)
-        self.write("metrics.jsonl", kind="validation", step=self.global_steps, **self.shares, items=items)
-        return metrics | {f"aqn/validation/{name}": share for name, share in self.shares.items()}
-
-    def _dump_generations(self, inputs, outputs, gts, scores, reward_extra_infos_dict, dump_path):
-        if dump_path == self.config.trainer.validation_data_dir:
-            # Only a number can be looked for in an answer, and only some rewards have a flexible rule.
-            if all(number(str(truth)) is not None for truth in gts):
-                found = math_verify.scores(outputs, [str(truth) for truth in gts])
-                reward_extra_infos_dict = reward_extra_infos_dict | {"math_verify": found}
-            if "acc" not in reward_extra_infos_dict:
-                raise ConfigError(
-                    "reward.custom_reward_function tells no accuracy: let it return {'score': …, 'acc': 1.0 or 0.0}"
-                )
-            # Of all problems, whatever data they come from: one without an answer (a session that failed) is wrong.
-            rules = {"accuracy": "acc", "flexible": "flexible", "math_verify": "math_verify"}
-            self.shares = {
-                name: sum(map(bool, reward_extra_infos_dict[rule])) / len(self.val_dataset)
-                for name, rule in rules.items()
-                if rule in reward_extra_infos_dict
-            }
-        super()._dump_generations(inputs, outputs, gts, scores, reward_extra_infos_dict, dump_path)
 
     def _compute_metrics(self, batch, metrics, timing_raw, global_steps, epoch):
         timing_raw.pop("save_checkpoint", None)  # that is only due yet
