@@ -139,13 +139,15 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class AqnConfig:
-    """The whole `aqn:` block. `seed`: of noise, adapters before training, order of the data, and the rollout's sampler.
+    """The whole `aqn:` block. `seed`: of noise, adapters before training, order of the data, and the rollout's samples.
 
-    Two runs of one seed draw the same noise and begin with the same adapter; their samples differ, since vLLM's sampler
-    depends on the order in which requests reach it.
+    Two runs of one seed draw the same noise, begin with the same adapter and ask for each answer with the same seed, so
+    that they differ only where floating point does. Without `request_seeds` samples depend on the order in which
+    requests reach vLLM.
     """
 
     seed: int = 0
+    request_seeds: bool = True
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     mxfp4: Mxfp4Config = field(default_factory=Mxfp4Config)
     parity: ParityConfig = field(default_factory=ParityConfig)
@@ -172,7 +174,7 @@ _ROLLOUT = "actor_rollout_ref.rollout"
 _COUNTS = (
     "trainer.n_gpus_per_node", "trainer.nnodes", "trainer.total_epochs", "trainer.total_training_steps",
     "data.train_batch_size", "data.gen_batch_size", "data.max_prompt_length", "data.max_response_length",
-    "actor_rollout_ref.actor.ppo_mini_batch_size", f"{_ROLLOUT}.n",
+    "actor_rollout_ref.actor.ppo_mini_batch_size", f"{_ROLLOUT}.n", f"{_ROLLOUT}.val_kwargs.n",
     f"{_ROLLOUT}.tensor_model_parallel_size", f"{_ROLLOUT}.data_parallel_size", f"{_ROLLOUT}.expert_parallel_size",
     f"{_ROLLOUT}.max_model_len", f"{_ROLLOUT}.max_num_seqs", f"{_ROLLOUT}.max_num_batched_tokens",
 )  # fmt: skip

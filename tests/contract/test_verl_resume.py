@@ -60,3 +60,24 @@ def test_a_run_that_is_not_to_resume_starts_from_scratch(trainer, tmp_path):
     trainer.config.trainer.resume_mode = "disable"
     trainer._load_checkpoint()
     assert (trainer.global_steps, trainer.loaded) == (0, [])
+
+
+def test_prompts_that_were_put_back_are_saved_with_a_checkpoint_and_taken_up_again(trainer, tmp_path):
+    """verl saves where its loader stands, which is behind them."""
+    trainer.config.trainer.merge_with({"max_actor_ckpt_to_keep": 2, "max_critic_ckpt_to_keep": 2})
+    trainer.config.trainer.default_hdfs_dir = None
+    trainer.config.actor_rollout_ref = {"actor": {"checkpoint": {}}}
+    trainer.checkpoint_callback = SimpleNamespace(on_save=lambda **_: None)
+    trainer.actor_rollout_wg.save_checkpoint = lambda *_, **__: None
+    trainer.train_dataloader.state_dict = lambda: {"step": 3}
+    trainer.global_steps, trainer.put_back = 3, [417, 5]
+    trainer.save()
+    trainer.put_back = ()
+    trainer._load_checkpoint()
+    assert (trainer.global_steps, trainer.loaded[-1]) == (3, 3)
+    assert trainer.put_back == [417, 5]
+
+
+def test_a_checkpoint_of_an_older_version_put_nothing_back(trainer):
+    trainer._load_checkpoint()
+    assert trainer.put_back == ()

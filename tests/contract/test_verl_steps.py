@@ -1,12 +1,25 @@
 """How verl counts RL steps, on which `check_steps` rests."""
 
-from types import SimpleNamespace
-
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from verl_aqn.errors import ConfigError
 from verl_aqn.prepare import check_steps
+from verl_aqn.seeds import StepPrompts
+
+
+class Rows(torch.utils.data.Dataset):
+    """A data set as verl's trainer has it."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, item):
+        return {"raw_prompt": [{"role": "user", "content": f"{item}?"}], "dummy": torch.zeros(1)}
 
 
 def trainer(steps, rows=20, epochs=2, batch=6, filtering=True):
@@ -30,7 +43,8 @@ def trainer(steps, rows=20, epochs=2, batch=6, filtering=True):
     )  # fmt: skip
     made.tokenizer = made.processor = None
     made.trainer_mode, made.parameter_sync_step = "sync", 1
-    return made, trainer_base, [SimpleNamespace(index=i) for i in range(rows)]
+    made.train_dataloader_it, made.prompts, made.global_steps = None, StepPrompts(), 1
+    return made, trainer_base, Rows(rows)
 
 
 @pytest.mark.parametrize("filtering", [False, True])
@@ -52,12 +66,56 @@ def test_rows_that_verl_drops_are_told_in_the_trainer(monkeypatch):
         made._init_dataloader()
 
 
+def prompts_of(batch):
+    """Name, uid and text of each prompt of a batch."""
+    texts = [prompt[0]["content"] for prompt in batch["raw_prompt"]]
+    return list(zip(batch["aqn_prompt"], batch["uid"], texts, strict=True))
+
+
 def test_a_loader_at_its_end_starts_over_so_that_dropped_groups_cost_no_step(monkeypatch):
     made, base, rows = trainer(6, filtering=True)
     monkeypatch.setattr(base, "create_rl_dataset", lambda *args, **kwargs: rows)
     made._init_dataloader()
-    monkeypatch.setattr(base.tu, "get_tensordict", lambda batch: batch)
-    made.train_dataloader.collate_fn = lambda batch: {"raw_prompt": batch}
-    made.train_dataloader_it = None
-    drawn = [made._fetch_one_gen_batch()["raw_prompt"][0].index for _ in range(50)]
-    assert sorted(drawn[:20]) == sorted(drawn[20:40]) == list(range(20))
+    drawn = [prompts_of(made._fetch_one_gen_batch())[0] for _ in range(50)]
+    names, uids, texts = zip(*drawn, strict=True)
+    assert sorted(texts[:20]) == sorted(texts[20:40]) == sorted(f"{row}?" for row in range(20))
+    assert [name.partition("+")[0] + "?" for name in names] == list(texts)
+    assert len(set(names)) == len(set(uids)) == 50, "a row that comes again in a step has another name"
+
+
+@pytest.mark.parametrize("filtering", [False, True])
+def test_prompts_have_the_names_of_their_rows_in_the_order_of_the_data(filtering, monkeypatch):
+    made, base, rows = trainer(6, filtering=filtering)
+    monkeypatch.setattr(base, "create_rl_dataset", lambda *args, **kwargs: rows)
+    made._init_dataloader()
+    found = []
+    for made.global_steps in (1, 2):
+        batch = made._next_train_batch()
+        assert len(batch) == 6
+        found += prompts_of(batch)
+    assert [uid for _, uid, _ in found] == [f"{1 + n // 6}-{n % 6}-{name}" for n, (name, _, _) in enumerate(found)]
+    assert [f"{name}?" for name, _, _ in found] == [text for _, _, text in found]
+
+
+def test_what_is_put_back_comes_first_and_again_by_its_row(monkeypatch):
+    made, base, rows = trainer(6, filtering=True)
+    monkeypatch.setattr(base, "create_rl_dataset", lambda *args, **kwargs: rows)
+    made._init_dataloader()
+    first = prompts_of(made._next_train_batch(6))
+    made.put_back = made.prompts.after(3)
+    made.global_steps = 2
+    then = prompts_of(made._next_train_batch(6))
+    assert [text for _, _, text in then[:2]] == [text for _, _, text in first[4:]]
+    assert len({text for _, _, text in first[:4] + then}) == 10, "nothing else comes twice"
+    assert [uid.split("-")[1] for _, uid, _ in then] == list("012345")
+    assert not made.put_back
+
+
+def test_the_validation_set_tells_its_rows_too(monkeypatch):
+    made, base, rows = trainer(6)
+    monkeypatch.setattr(base, "create_rl_dataset", lambda *args, **kwargs: rows)
+    made.config.data.validation_shuffle = True
+    made._init_dataloader()
+    (batch,) = made.val_dataloader
+    texts = [prompt[0]["content"] for prompt in batch["raw_prompt"]]
+    assert texts == [f"{row}?" for row in batch["aqn_prompt"]] != [f"{row}?" for row in range(20)]

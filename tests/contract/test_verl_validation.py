@@ -1,6 +1,7 @@
 """The answers of a validation as verl hands them to be written, and what becomes of them on record."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
@@ -17,20 +18,25 @@ def trainer(tmp_path, monkeypatch):
     from verl_aqn.verl_api.trainer import AqnTrainer
 
     made = AqnTrainer.__new__(AqnTrainer)
-    rollout = {"rollout": {"val_kwargs": {"n": 1}}}
     made.config = OmegaConf.create(
-        {"trainer": {"validation_data_dir": str(tmp_path / "validation")}, "actor_rollout_ref": rollout}
+        {
+            "trainer": {"validation_data_dir": str(tmp_path / "validation")},
+            "actor_rollout_ref": {"rollout": {"val_kwargs": {"n": 1}}},
+        }
     )
-    made.folder, made.global_steps, made.shares = RunFolder(tmp_path), 29, {}
+    made.folder, made.global_steps, made.keys = RunFolder(tmp_path), 29, None
 
     def validate(self):
         outputs, truths, more = self.answers
-        self.val_dataset = truths
+        if self.keys is None:  # one answer to each problem
+            self.val_dataset, self.keys = truths, [f"uid-{n}_0_0" for n in range(len(outputs))]
+        uids = dict.fromkeys(key.split("_")[0] for key in self.keys)
+        self.agent_loop_manager = SimpleNamespace(row_of={uid: int(uid.split("-")[1]) for uid in uids})
         self._init_dump_executor()
         self._dump_generations(
             inputs=[str(n) for n in range(len(outputs))], outputs=outputs, gts=truths, scores=[0.0] * len(outputs),
+            reward_extra_infos_dict=more | {"uid": self.keys},
             dump_path=self.config.trainer.validation_data_dir,
-            reward_extra_infos_dict={"uid": [f"u{n}_0_0" for n in range(len(outputs))]} | more,
         )  # fmt: skip
         self._shutdown_dump_executor()
         return {"val-core/task/acc/mean@1": 1.0, "val-core/other task/acc/mean@1": 0.0}
@@ -48,7 +54,8 @@ def test_three_scores_by_item_and_in_the_record(trainer):
     assert [item["output"] for item in items] == outputs
     (record,) = trainer.folder.read("metrics.jsonl")
     shares = {"accuracy": 0.25, "flexible": 0.75, "math_verify": 0.75}
-    assert record == {"kind": "validation", "step": 29, **shares, "items": 4, "answered": 4, "failed": 0}
+    sizes = {"items": 4, "samples": 1, "pass_at": {"1": 0.25}, "answered": 4, "failed": 0}
+    assert record == {"kind": "validation", "step": 29, **shares, **sizes}
     assert {f"aqn/validation/{name}": share for name, share in shares.items()}.items() <= metrics.items()
 
 
@@ -56,26 +63,64 @@ def test_truths_that_are_no_numbers_and_a_reward_with_one_rule_have_no_other_col
     trainer.answers = ["a", "b"], ["a", "72"], {"acc": [1.0, 0.0]}
     trainer._validate()
     (record,) = trainer.folder.read("metrics.jsonl")
-    assert record == {"kind": "validation", "step": 29, "accuracy": 0.5, "items": 2, "answered": 2, "failed": 0}
+    assert record == {
+        "kind": "validation",
+        "step": 29,
+        "accuracy": 0.5,
+        "items": 2,
+        "samples": 1,
+        "answered": 2,
+        "failed": 0,
+        "pass_at": {"1": 0.5},
+    }
 
 
-def test_the_accuracy_is_of_all_problems_whatever_their_source_or_where_an_answer_is_missing(trainer, monkeypatch):
-    """verl's own figures are of each data source; an answer that never came leaves no line."""
-    trainer.answers = ["#### 1", "#### 2", "#### 3"], ["1", "2", "3"], {"acc": [1.0, 0, True]}
-    dump = type(trainer)._dump_generations
-
-    def with_one_more(self, **given):
-        self.val_dataset = [*self.val_dataset, "4"]
-        dump(self, **given)
-
-    monkeypatch.setattr(type(trainer), "_dump_generations", with_one_more)
+def several(trainer, problems, keys, acc):
+    """Answers to `problems`, two to each, as they arrived."""
+    trainer.config.actor_rollout_ref.rollout.val_kwargs.n = 2
+    trainer.val_dataset, trainer.keys = list(range(problems)), keys
+    trainer.answers = [f"answer {key}" for key in keys], ["–"] * len(keys), {"acc": acc}
     trainer._validate()
     (record,) = trainer.folder.read("metrics.jsonl")
-    counts = {"items": 4, "answered": 3, "failed": 1}
-    assert record == {"kind": "validation", "step": 29, "accuracy": 0.5, "math_verify": 0.75, **counts}
+    return record, list(trainer.folder.read("validation/29.jsonl"))
+
+
+def test_several_answers_are_by_item_and_sample_in_order_and_scored_as_avg_and_pass(trainer):
+    keys = ["uid-2_1_0", "uid-0_1_0", "uid-1_0_0", "uid-0_0_0", "uid-2_0_0", "uid-1_1_0"]
+    record, lines = several(trainer, 3, keys, [0.0, 1.0, 1.0, 0.0, 0.0, 1.0])
+    assert [(line["item"], line["sample"]) for line in lines] == [(item, s) for item in range(3) for s in range(2)]
+    assert [line["output"] for line in lines] == [f"answer uid-{item}_{s}_0" for item in range(3) for s in range(2)]
+    assert [line["acc"] for line in lines] == [0, 1, 1, 1, 0, 0]
+    assert not any("uid" in line for line in lines)
+    sizes = {
+        "items": 3,
+        "samples": 2,
+        "answered": 6,
+        "failed": 0,
+        "pass_at": {"1": pytest.approx(0.5), "2": pytest.approx(2 / 3)},
+    }
+    assert record == {"kind": "validation", "step": 29, "accuracy": 0.5, **sizes}
+
+
+def test_a_session_of_several_outputs_is_one_answer_the_last(trainer):
+    keys = ["uid-0_0_0", "uid-0_0_10", "uid-0_0_9", "uid-0_1_0"]
+    record, lines = several(trainer, 1, keys, [1.0, 1.0, 1.0, 0.0])
+    assert [line["output"] for line in lines] == ["answer uid-0_0_10", "answer uid-0_1_0"]
+    assert (record["accuracy"], record["pass_at"]) == (0.5, {"1": 0.5, "2": 1.0})
+
+
+def test_a_missing_answer_is_wrong_and_told(trainer):
+    record, lines = several(trainer, 2, ["uid-1_1_0", "uid-0_0_0", "uid-0_1_0"], [1.0, 1.0, 1.0])
+    assert (len(lines), record["accuracy"], record["items"]) == (3, 0.75, 2)
+    assert record["pass_at"] == {"1": 0.75, "2": 1.0}
     (warning,) = trainer.folder.read("events.jsonl")
-    assert warning["kind"] == "warning"
     assert "validation after step 29: 1 of 4 answers failed and count as wrong: training.log" in warning["text"]
+    assert (record["answered"], record["failed"]) == (3, 1)
+
+
+def test_problems_of_which_no_answer_came_count(trainer):
+    record, _ = several(trainer, 4, ["uid-3_0_0", "uid-3_1_0"], [1.0, 0.0])
+    assert (record["accuracy"], record["pass_at"]) == (0.125, {"1": 0.125, "2": 0.25})
 
 
 def test_a_reward_that_tells_no_accuracy_is_refused_in_a_line(trainer):

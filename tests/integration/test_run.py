@@ -36,6 +36,8 @@ from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model
 from verl_aqn.preflight import memory
 from verl_aqn.preflight.memory import sizes
 from verl_aqn.preflight.model import shape_of
+from verl_aqn.runs.agreement import agreement
+from verl_aqn.runs.folder import RunFolder
 
 PLANTED = "planted-cc97d"
 # Where verl's actor and rollout would meet in any run that starts a Ray of its own.
@@ -257,6 +259,10 @@ def test_a_killed_run_resumes_with_the_same_sigma_and_noise(train, tmp_path, fin
     for record in lines(folder / "evidence.jsonl", "noise"):
         assert record["weights_digest"] == wanted[record["step"]]
     assert [record["step"] for record in lines(folder / "metrics.jsonl", "step")][-1] == 3
+    # And the same answers to the same prompts, but for what floating point does after the first update.
+    for one in agreement(RunFolder(finished), RunFolder(folder)):
+        assert one.common == one.answers
+        assert one.share == 1 or (one.part, one.step) not in (("val", 0), ("train", 1))
     assert leftovers() <= untouched, "what the killed attempt left behind is cleaned up by the one that resumes it"
 
 
@@ -416,7 +422,27 @@ def rounded(train, tmp_path_factory) -> Path:
     """Folder of a run of two steps with 4-bit activations."""
     base = tmp_path_factory.mktemp("rounded")
     two_steps = ["trainer.total_training_steps=2", "trainer.val_before_train=false", "aqn.noise.num_stages=2"]
-    return finish(train(base, *two_steps, "aqn.mxfp4.activation=mxfp4", "aqn.mxfp4.keep_dense=true"), base)[0]
+    rounding = ["aqn.mxfp4.activation=mxfp4", "aqn.mxfp4.keep_dense=true"]
+    twice = [f"actor_rollout_ref.rollout.val_kwargs.{one}" for one in ("n=2", "do_sample=true", "temperature=1")]
+    return finish(train(base, *two_steps, *rounding, *twice), base)[0]
+
+
+def test_a_validation_with_two_answers_to_each_problem(rounded):
+    items = lines(rounded / "validation" / "2.jsonl")
+    assert [(item["item"], item["sample"]) for item in items] == [(n, s) for n in range(4) for s in range(2)]
+    assert [item["input"] for item in items[::2]] == [item["input"] for item in items[1::2]]
+    assert len({item["output"] for item in items}) > 4, "both answers to a problem are one"
+    (record,) = lines(rounded / "metrics.jsonl", "validation")
+    right = [items[n]["acc"] + items[n + 1]["acc"] for n in range(0, 8, 2)]
+    assert (record["items"], record["samples"]) == (4, 2)
+    assert record["accuracy"] == record["pass_at"]["1"] == pytest.approx(sum(right) / 8)
+    assert record["pass_at"]["2"] == pytest.approx(sum(count > 0 for count in right) / 4)
+
+
+def test_every_step_s_answers_are_on_record_by_digest(rounded):
+    records = lines(rounded / "samples.jsonl")
+    assert [(record["step"], record["count"], len(record["answers"])) for record in records] == [(1, 8, 8), (2, 8, 8)]
+    assert records[0]["digest"] != records[1]["digest"]
 
 
 def test_four_bit_activations_in_actor_and_rollout(rounded):

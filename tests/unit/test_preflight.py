@@ -14,6 +14,8 @@ from verl_aqn.preflight import checks
 from verl_aqn.preflight.node import PACKAGES, Node, free_disk
 from verl_aqn.preflight.shape import Shape
 
+VAL = "actor_rollout_ref.rollout.val_kwargs"
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
@@ -65,11 +67,18 @@ def test_a_shipped_recipe_has_no_fault(shape):
             "rollout's ranks",
             "divisor of 2",
         ),
-        (["actor_rollout_ref.rollout.val_kwargs.n=4"], "validation's answers", "val_kwargs.n=1"),
+        ([f"{VAL}.n=4"], "validation's answers", "all be the same"),
+        ([f"{VAL}.n=4", f"{VAL}.do_sample=true"], "validation's answers", "temperature=0 and do_sample=false"),
+        ([f"{VAL}.temperature=0.7"], "validation's answers", f"set {VAL}.do_sample=true"),
     ],
 )
 def test_faults_of_a_recipe(overrides, what, words):
     assert words in faults(checks.check_recipe(config(*overrides)))[what]
+
+
+def test_sampled_answers_to_a_problem_are_no_fault():
+    several = (f"{VAL}.n=4", f"{VAL}.do_sample=true", f"{VAL}.temperature=0.7")
+    assert not faults(checks.check_recipe(config(*several)))
 
 
 def test_a_critic_s_batches_are_checked_where_there_is_one():

@@ -61,12 +61,23 @@ def check_recipe(config: DictConfig) -> Iterator[Finding]:
         f"set rollout.tensor_model_parallel_size to a divisor of {ranks} (n_gpus_per_node × nnodes)" if ranks % parts
         else "",
     )  # fmt: skip
-    each = config.actor_rollout_ref.rollout.val_kwargs.n
-    yield Finding(
-        "validation's answers",
-        f"{each} to each problem",
-        "" if each == 1 else "set actor_rollout_ref.rollout.val_kwargs.n=1: accuracy and pairs are of one answer each",
-    )
+    yield check_validation(config)
+
+
+def check_validation(config: DictConfig) -> Finding:
+    """How many answers validation asks for, and whether they can differ.
+
+    verl's V1 trainer reads the temperature alone: with do_sample=false it would sample all the same.
+    """
+    block, val = "actor_rollout_ref.rollout.val_kwargs", config.actor_rollout_ref.rollout.val_kwargs
+    samples, warm = bool(val.do_sample), val.temperature > 0
+    fix = ""
+    if samples != warm:
+        fix = f"set {block}.do_sample=true to sample, or temperature=0 and do_sample=false for the likeliest tokens"
+    elif val.n > 1 and not samples:
+        fix = f"they would all be the same: set {block}.do_sample=true and a temperature above 0, or {block}.n=1"
+    how = f"do_sample={str(samples).lower()}, temperature {val.temperature:g}"
+    return Finding("validation's answers", f"{val.n} to each problem, {how}", fix)
 
 
 def check_ports(config: DictConfig) -> Iterator[Finding]:

@@ -8,10 +8,11 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
 from verl_aqn.config import NoiseConfig, parse_aqn
 from verl_aqn.errors import TrainingError
+from verl_aqn.seeds import order_of_key, place_of
 
 
 class AqnReplayBuffer(ReplayBuffer):
-    """verl's sampler, which also tells what it threw away and what it took.
+    """verl's sampler, which also tells what it threw away and what it took, and takes it in the order of the data.
 
     verl builds its own class where groups are filtered (a custom sampler would not be given the filter), so its object
     is turned into this one after it was made.
@@ -20,6 +21,7 @@ class AqnReplayBuffer(ReplayBuffer):
     thrown_away: Counter  # groups without variance of this step: {their metric's one value: how many}
     failed: int  # groups of this step without an answer, which a recipe may have replaced
     taken: KVBatchMeta
+    selected: list[str]  # uids of the groups that were taken, in the order of the data
 
     def begin(self) -> None:
         """A new step."""
@@ -37,6 +39,21 @@ class AqnReplayBuffer(ReplayBuffer):
         self.begin()
         self.taken, metrics = super().sample(global_steps, partition_id, batch_size)
         return self.taken, metrics
+
+    def _select_prompt_uids(self, partition_id, sampleable_keys, batch_size):
+        """verl takes any of them, as a set of strings yields them; the first ones of the data are always the same."""
+        if partition_id == "val":
+            return super()._select_prompt_uids(partition_id, sampleable_keys, batch_size)
+        uids, *snapshots = super()._select_prompt_uids(partition_id, sampleable_keys, len(sampleable_keys))
+        self.selected = sorted(uids, key=place_of)[:batch_size]
+        return self.selected, *snapshots
+
+    def _materialize_batch(self, partition_id, selected_prompt_uids, partition_snapshot):
+        """As verl's, in the order of the keys and not of arrival."""
+        batch = super()._materialize_batch(partition_id, selected_prompt_uids, partition_snapshot)
+        if partition_id != "val":
+            batch.reorder(sorted(range(len(batch)), key=lambda n: order_of_key(batch.keys[n])))
+        return batch
 
     def _evict_terminal_groups(self, global_steps, partition_id, eviction_reasons):
         self.thrown_away.update(eviction_reasons[3])

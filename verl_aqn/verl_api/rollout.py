@@ -1,6 +1,7 @@
 """verl's vLLM replica with a way to ask the engine's workers and get their answers."""
 
 import asyncio
+import inspect
 from typing import Any
 
 import ray
@@ -8,6 +9,7 @@ from verl.workers.rollout.replica import RolloutReplicaRegistry
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
 from verl_aqn.errors import EvidenceError
+from verl_aqn.seeds import turn_seed
 from verl_aqn.serving import SERVED
 from verl_aqn.verl_api.plugin import assert_loaded
 
@@ -30,6 +32,13 @@ class AqnHttpServer(vLLMHttpServer):
             await super().run_server(args)
         finally:
             self._server_address = address  # which is also the replica's name, and that of its ranks' group
+
+    async def generate(self, *args, **kwargs):
+        """As verl's; each turn of a session with a seed draws random numbers of its own."""
+        asked = inspect.signature(super().generate).bind(*args, **kwargs).arguments
+        if (seed := asked["sampling_params"].get("seed")) is not None:
+            asked["sampling_params"] = asked["sampling_params"] | {"seed": turn_seed(seed, len(asked["prompt_ids"]))}
+        return await super().generate(**asked)
 
     async def aqn_call(self, method: str, *args: Any, clear_cache: bool = False) -> list[Any]:
         """Call `method` on every rank of the engine.

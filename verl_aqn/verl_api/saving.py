@@ -1,7 +1,9 @@
 """verl's checkpoints, made whole: a step is on record before it is saved, and what is loaded is what was saved."""
 
+import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
@@ -9,6 +11,8 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl_aqn.errors import DataError
 from verl_aqn.runs.checkpoints import WRITING, damage_of, newest_whole, point_to, publish, weights_only
 from verl_aqn.runs.folder import RunFolder
+
+PUT_BACK = "put_back.json"
 
 
 class SavingTrainer(PPOTrainerSync):
@@ -18,6 +22,8 @@ class SavingTrainer(PPOTrainerSync):
 
     folder: RunFolder
     save_due = False
+    put_back: Sequence[int] = ()
+    """Rows of the data that were taken and are to be taken again: verl's loader, whose place is saved, is past them."""
 
     def _save_checkpoint(self):
         self.save_due = True
@@ -33,7 +39,9 @@ class SavingTrainer(PPOTrainerSync):
         trainer.merge_with(aside | {"max_actor_ckpt_to_keep": None, "max_critic_ckpt_to_keep": None})
         super()._save_checkpoint()
         trainer.merge_with(was)
-        size = publish(place / WRITING / f"global_step_{self.global_steps}", place, was.max_actor_ckpt_to_keep)
+        written = place / WRITING / f"global_step_{self.global_steps}"
+        (written / PUT_BACK).write_text(json.dumps(list(self.put_back)))
+        size = publish(written, place, was.max_actor_ckpt_to_keep)
         shutil.rmtree(place / WRITING)
         seconds = time.monotonic() - began
         self.folder.append(
@@ -53,3 +61,7 @@ class SavingTrainer(PPOTrainerSync):
             raise DataError(f"{damage}: name another checkpoint")
         with weights_only():
             super()._load_checkpoint()
+        if self.global_steps:
+            loaded = place / f"global_step_{step}" if step else Path(trainer.resume_from_path)
+            if (file := loaded / PUT_BACK).exists():  # older checkpoints have none
+                self.put_back = json.loads(file.read_text())

@@ -18,14 +18,11 @@ from verl.utils.debug import marked_timer
 
 import verl_aqn.verl_api.rollout  # noqa: F401  registers the replica
 from verl_aqn.config import order_of, parse_aqn, schedule_of
-from verl_aqn.errors import ConfigError, EvidenceError
+from verl_aqn.errors import EvidenceError
 from verl_aqn.judge.base import sentence
 from verl_aqn.judge.records import END, RESCORING, VALIDATION, VERSION, Judge
 from verl_aqn.noise import expected_norms
 from verl_aqn.prepare import check_steps, data_files
-from verl_aqn.rewards import math_verify
-from verl_aqn.rewards.gsm8k import number
-from verl_aqn.runs.accuracy import REMEDY, judged
 from verl_aqn.runs.evidence import judge_run
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.shards import distinct, not_covered
@@ -36,13 +33,13 @@ from verl_aqn.verl_api.failures import answered, failure_text
 from verl_aqn.verl_api.groups import AqnReplayBuffer, check_refill, count_groups, remedy
 from verl_aqn.verl_api.parity import can_rescore, clip_range, scored_again, step_metrics
 from verl_aqn.verl_api.rows import rows_of, told_rows
-from verl_aqn.verl_api.saving import SavingTrainer
 from verl_aqn.verl_api.use import TRAINER, UseOfNoise
+from verl_aqn.verl_api.validation import ValidatingTrainer
 from verl_aqn.verl_api.workers import AqnActorWorker, AqnTrainingWorker
 from verl_aqn.watchdog import ENDING
 
 
-class AqnTrainer(SavingTrainer):
+class AqnTrainer(ValidatingTrainer):
     """Hooks of one run; records go to the run folder `aqn.run.dir`."""
 
     def __init__(self, config: DictConfig):
@@ -57,7 +54,6 @@ class AqnTrainer(SavingTrainer):
             config.actor_rollout_ref.model.path, mxfp4.serve, mxfp4.activation_arithmetic, self.event
         )
         self.slicing_of_rank: list[int] = []
-        self.shares: dict[str, float] = {}  # of the last validation's answers, right by the other two rules
         self.clean_logp: dict[str, list[float]] = {}  # of the rollout's own sequences, scored again without noise
         # Mean |Δ log-prob| between trainer and rollout of each compared step, those of earlier attempts first.
         evidence = list(self.folder.read("evidence.jsonl"))
@@ -203,34 +199,6 @@ class AqnTrainer(SavingTrainer):
         if faults := judge_run(self.folder, finished=True).faults:  # all records once more, and what is not there
             raise EvidenceError(f"the run's own evidence does not hold: {faults[0]}")
         self.doing(ENDING)
-
-    def _validate(self) -> dict[str, float]:
-        metrics = super()._validate()
-        for items_on_disk in self._dump_futures:  # before the record that speaks of them
-            items_on_disk.result()
-        counts = {"items": len(self.val_dataset), "answered": self.answered, "failed": self.failed}
-        self.write("metrics.jsonl", kind="validation", step=self.global_steps, **self.shares, **counts)
-        return metrics | {f"aqn/validation/{name}": share for name, share in self.shares.items()}
-
-    def _dump_generations(self, inputs, outputs, gts, scores, reward_extra_infos_dict, dump_path):
-        if dump_path == self.config.trainer.validation_data_dir:
-            asked = len(self.val_dataset) * self.config.actor_rollout_ref.rollout.val_kwargs.n
-            self.failed = self.tell_failed("val", asked, reward_extra_infos_dict["uid"])
-            self.answered = asked - self.failed
-            # Only a number can be looked for in an answer, and only some rewards have a flexible rule.
-            if all(number(truth) is not None for truth in gts):
-                found = math_verify.scores(outputs, [str(truth) for truth in gts])
-                reward_extra_infos_dict = reward_extra_infos_dict | {"math_verify": found}
-            if "acc" not in reward_extra_infos_dict:
-                raise ConfigError(f"reward.custom_reward_function tells no accuracy: {REMEDY}")
-            # Of all problems, whatever data they come from: one without an answer (a session that failed) is wrong.
-            rules = {"accuracy": "acc", "flexible": "flexible", "math_verify": "math_verify"}
-            self.shares = {
-                name: sum(judged(reward_extra_infos_dict[rule], rule)) / len(self.val_dataset)
-                for name, rule in rules.items()
-                if rule in reward_extra_infos_dict
-            }
-        super()._dump_generations(inputs, outputs, gts, scores, reward_extra_infos_dict, dump_path)
 
     def _compute_metrics(self, batch, metrics, timing_raw, global_steps, epoch):
         timing_raw.pop("save_checkpoint", None)  # that is only due yet

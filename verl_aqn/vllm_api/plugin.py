@@ -1,9 +1,10 @@
 """What vLLM calls in each of its processes (entry point `vllm.general_plugins`).
 
 In our engines it remembers what the base was loaded with, and readies the norms for noise. On a CPU it adds what vLLM
-0.28 lacks there: a dense MXFP4 kernel, LoRA products that do not gather a copy of the adapter for every token, and MoE
-layers beside LoRA and under expert parallelism; and queues wait without taking a core. All runtime patches of vLLM are
-in this file; tests/contract/test_vllm_seams.py holds what they rely on.
+0.28 lacks there: a dense MXFP4 kernel, LoRA products that do not gather a copy of the adapter for every token, MoE
+layers beside LoRA and under expert parallelism, and sampling by the seeds of requests; and queues wait without taking a
+core. This file puts all runtime patches of vLLM in place; tests/contract/test_vllm_seams.py and test_vllm_sampler.py
+hold what they rely on.
 """
 
 import importlib.metadata
@@ -52,8 +53,11 @@ def register() -> None:
         from vllm.model_executor.kernels.linear import register_linear_kernel
         from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
+        from verl_aqn.vllm_api import cpu_sampler
         from verl_aqn.vllm_api.cpu_kernel import CpuMxfp4LinearKernel
         from verl_aqn.vllm_api.cpu_moe import CpuMoEMethod
+
+        cpu_sampler.patch()
 
         # An engine spins while it waits for its worker's answer, on the cores that this needs for its threads.
         shm_broadcast.sched_yield = lambda: time.sleep(POLL_S)

@@ -1,0 +1,89 @@
+"""Validation: each problem of the set is answered once or several times, and every answer is on record by its place."""
+
+from collections import Counter
+
+from verl_aqn.errors import ConfigError
+from verl_aqn.rewards import math_verify
+from verl_aqn.rewards.gsm8k import number
+from verl_aqn.runs.accuracy import REMEDY, judged
+from verl_aqn.runs.passk import mean_pass
+from verl_aqn.seeds import last_outputs
+from verl_aqn.verl_api.failures import failure_text
+from verl_aqn.verl_api.keyed import KeyedTrainer
+
+RULES = {"accuracy": "acc", "flexible": "flexible", "math_verify": "math_verify"}
+"""Name of a share in the record of a validation: the column of its answers."""
+
+
+class ValidatingTrainer(KeyedTrainer):
+    """verl's validation, on record.
+
+    `validation/<step>.jsonl` holds a line for each answer, in the order of `item` (row of the validation set) and
+    `sample` (0 to n - 1); metrics.jsonl holds the shares of right answers. Both are of `items` × `samples` answers: one
+    that never came (a session that failed) has no line, is wrong, and is told. Of a session with several outputs the
+    last one is the answer.
+    """
+
+    shares: dict[str, float]  # of the last validation: of right answers, by rule
+    pass_at: dict[str, float]  # and that one of k answers is right, by k
+    failed: int  # how many answers never came
+
+    def _validate(self) -> dict[str, float]:
+        metrics = super()._validate()
+        for lines_on_disk in self._dump_futures:  # before the record that speaks of them
+            lines_on_disk.result()
+        items, samples = len(self.val_dataset), self.samples
+        sizes = {"items": items, "samples": samples, "pass_at": self.pass_at}
+        sizes |= {"answered": items * samples - self.failed, "failed": self.failed}
+        self.folder.append("metrics.jsonl", {"kind": "validation", "step": self.global_steps, **self.shares, **sizes})
+        several = {f"pass_at_{k}": share for k, share in self.pass_at.items() if k != "1"}
+        return metrics | {f"aqn/validation/{name}": share for name, share in (self.shares | several).items()}
+
+    @property
+    def samples(self) -> int:
+        """How many answers each problem of the validation set gets."""
+        return self.config.actor_rollout_ref.rollout.val_kwargs.n
+
+    def _dump_generations(self, inputs, outputs, gts, scores, reward_extra_infos_dict, dump_path):
+        if dump_path != self.config.trainer.validation_data_dir:
+            return super()._dump_generations(inputs, outputs, gts, scores, reward_extra_infos_dict, dump_path)
+        if "acc" not in reward_extra_infos_dict:
+            raise ConfigError(f"reward.custom_reward_function tells no accuracy: {REMEDY}")
+        places = places_of(reward_extra_infos_dict["uid"], self.agent_loop_manager.row_of)
+        inputs, outputs, gts, scores = (
+            [values[at] for at in places.values()] for values in (inputs, outputs, gts, scores)
+        )
+        columns = {
+            name: [values[at] for at in places.values()]
+            for name, values in reward_extra_infos_dict.items()
+            if name != "uid"
+        }
+        columns |= {"item": [item for item, _ in places], "sample": [sample for _, sample in places]}
+        # Only a number can be looked for in an answer, and only some rewards have a flexible rule.
+        if all(number(truth) is not None for truth in gts):
+            columns["math_verify"] = math_verify.scores(outputs, [str(truth) for truth in gts])
+        self.count_right(columns)
+        super()._dump_generations(inputs, outputs, gts, scores, columns, dump_path)
+
+    def count_right(self, columns: dict[str, list]) -> None:
+        """Set the shares of right answers, by rule and as pass@k, and tell how many answers are missing."""
+        items, wanted = len(self.val_dataset), len(self.val_dataset) * self.samples
+        # Of all problems, whatever data they come from: one without an answer (a session that failed) is wrong.
+        right_by = {name: judged(columns[rule], rule) for name, rule in RULES.items() if rule in columns}
+        self.shares = {name: sum(right) / wanted for name, right in right_by.items()}
+        solved = Counter(item for item, one in zip(columns["item"], right_by["accuracy"], strict=True) if one)
+        passed = mean_pass([solved[item] for item in range(items)], self.samples)
+        self.pass_at = {str(k): share for k, share in passed.items()}
+        self.failed = wanted - len(columns["item"])
+        if self.failed:
+            text = failure_text(self.folder, "val", self.global_steps, wanted, self.failed)
+            self.folder.append("events.jsonl", {"kind": "warning", "text": text})
+
+
+def places_of(keys: list[str], row_of: dict[str, int]) -> dict[tuple[int, int], int]:
+    """Return {(item, sample): where in `keys` its answer is} in the order of item and sample.
+
+    Args:
+        keys: verl's, UID_SESSION_INDEX. row_of: row of the validation set by uid.
+    """
+    return dict(sorted(((row_of[uid], sample), at) for (uid, sample), at in last_outputs(keys).items()))
