@@ -124,8 +124,9 @@ def settings(target: Target, overrides: list[str], adapter: Path | None, precisi
         model.lora_rank, model.lora_alpha = told["r"], told["lora_alpha"]
     base = Path(str(model.path))
     if (packed := _is_packed(base)) and precision == "bf16":
-        from verl_aqn.mxfp4.cached import dequantized_cache
+        from verl_aqn.mxfp4.cached import check_made, dequantized_cache
 
+        check_made(base)
         model.path = str(dequantized_cache(base, cache_dir() / "bf16"))
     if precision or not target.run:
         config.aqn.mxfp4.enabled = packed if precision is None else precision == "mxfp4"

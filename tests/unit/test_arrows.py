@@ -10,7 +10,7 @@ FILES = {
     for path in PACKAGE.rglob("*.py")
 }
 # What of ours a room may import, within functions too: the table of the rooms, and small modules that several share
-# (adapter, boxes, cache, digest, order, shards, stacks, trackers). `errors` is everybody's.
+# (adapter, boxes, cache, checksums, digest, order, shards, stacks, trackers). `errors` is everybody's.
 ARROWS = {
     "schedule": (),
     "order": (),
@@ -21,11 +21,13 @@ ARROWS = {
     "stacks": (),
     "data": (),
     "rewards": (),
-    "runs": (),
+    "checksums": (),
+    "runs": ("checksums",),
     "trackers": ("cache",),
     "config": ("order", "schedule", "trackers"),  # the names of trackers, to refuse others
     "adapter": ("digest",),
-    "mxfp4": ("adapter", "ascend", "cache", "data", "order", "shards"),  # whose operators to use; texts to calibrate on
+    # ascend: whose operators to use; data: texts to calibrate on
+    "mxfp4": ("adapter", "ascend", "cache", "checksums", "data", "order", "shards"),
     "noise": ("digest", "mxfp4", "order", "shards"),  # packed layers are noised on their codes
     "vllm_api": ("adapter", "boxes", "digest", "mxfp4", "noise", "shards", "stacks"),
     "report": ("order", "runs", "__version__"),

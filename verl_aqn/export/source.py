@@ -6,6 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from verl_aqn.errors import DataError, EvidenceError, ModelError
+from verl_aqn.mxfp4.cached import check_made
 from verl_aqn.mxfp4.checkpoint import checkpoint_digest, is_packed
 from verl_aqn.runs.checkpoints import config_of, find_checkpoint
 from verl_aqn.runs.folder import RunFolder
@@ -61,6 +62,7 @@ def find_source(path: Path) -> Source:
     digest = next((record.get("disk") for record in reversed(evidence) if record["kind"] == "base"), None)
     if is_packed(base) != (digest is not None):
         raise EvidenceError(f"{base} is not the run's base: one of them is packed MXFP4 and the other is not")
+    check_made(base)  # what the digest of packed modules leaves out: embeddings, head, norms
     # Made anew with other arithmetic a packed base's files may differ where its values do not.
     recorded = digest or (run.block("versions.json") or {}).get("base")
     if recorded not in (None, checkpoint_digest(base) if digest else model_digest(base)):
