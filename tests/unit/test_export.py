@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm.lora.peft_helper import PEFTHelper
 
-from tests.export_runs import adapter_of, state_of, trained, write_actor, write_run
+from tests.export_runs import adapter_of, state_of, trained, transformers_engine, write_actor, write_run
 from tests.sharded_lora import Lora, save_sharded
 from verl_aqn.data.smollm2 import tiny_model
 from verl_aqn.errors import DataError, EvidenceError, ModelError
@@ -25,7 +25,6 @@ from verl_aqn.export.difference import Difference, first_difference
 from verl_aqn.export.exporting import RECORD, export
 from verl_aqn.export.folders import target_modules
 from verl_aqn.export.questions import read_questions, validation_prompts
-from verl_aqn.export.reference import logprobs
 from verl_aqn.export.shards import read_adapter
 from verl_aqn.export.source import find_source
 from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
@@ -191,42 +190,6 @@ def test_where_answers_part_and_how_near_a_tie():
     assert first_difference(answer, tops, "b", decode) == Difference(0, pytest.approx(1.9))
     assert first_difference(answer, tops, "xyz", decode) == Difference(0, None)
     assert first_difference(answer[:2], tops[:2], "abc", decode) == Difference(2, None)
-
-
-def transformers_engine(config, model, adapters, prompts, expected, scored, *, of_run):
-    """What stands in for vLLM here: the exported folder in plain transformers and plain PEFT."""
-    dense = model
-    if of_run:
-        dense = model.parent / "dense"
-        if not dense.exists():
-            dequantize_checkpoint(model, dense)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    said = []
-    for adapter in adapters:
-        network = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16)
-        if adapter is not None:
-            network = PeftModel.from_pretrained(network, str(adapter), autocast_adapter_dtype=False)
-        answers = greedily(network, tokenizer, config, prompts, expected)
-        with torch.no_grad():
-            said.append({"answers": answers, "logprobs": logprobs(network, prompts, scored)})
-    return said
-
-
-def greedily(network, tokenizer, config, prompts, expected):
-    answers = []
-    for ids, text in zip(prompts, expected, strict=True):
-        tokens, tops = [], []
-        for _ in range(config.actor_rollout_ref.rollout.response_length):
-            with torch.no_grad():
-                logp = network(torch.tensor([ids + tokens])).logits[0, -1].float().log_softmax(-1)
-            values, indices = logp.topk(20)
-            tops.append(dict(zip(indices.tolist(), values.tolist(), strict=True)))
-            tokens.append(int(logp.argmax()))
-            if tokens[-1] == tokenizer.eos_token_id:
-                break
-        answer = {"tokens": tokens, "text": tokenizer.decode(tokens, skip_special_tokens=True)}
-        answers.append(answer if answer["text"] == text else answer | {"tops": tops})
-    return answers
 
 
 @pytest.fixture
