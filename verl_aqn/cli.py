@@ -197,6 +197,8 @@ def eval_(
         low, high = (100 * bound for bound in score.interval)
         view.add_row(name, f"{100 * score.accuracy:.1f}", f"{low:.1f} to {high:.1f}", str(result.items))
     print_wide(view)
+    if result.adapter_is:
+        print(f"adapter: {result.adapter_is}")
     print(f"items: {result.file}")
 
 
