@@ -15,13 +15,13 @@ from verl_aqn.adapter import Adapter
 from verl_aqn.cli import app
 from verl_aqn.data.smollm2 import tiny_model
 from verl_aqn.errors import EnvironmentFault, EvidenceError
-from verl_aqn.export import exporting, trial
+from verl_aqn.export import exporting, reference, trial
 from verl_aqn.export.cli import lines_of
 from verl_aqn.export.effect import ERROR, FLOOR, Effect, measure
 from verl_aqn.export.exporting import RECORD, export
 from verl_aqn.export.folders import write_peft_folder
 from verl_aqn.export.questions import read_questions
-from verl_aqn.export.reference import Reference
+from verl_aqn.export.reference import Reference, logprobs
 from verl_aqn.export.source import find_source
 from verl_aqn.export.trial import TELLING, Differing, Trial, judge, try_out
 from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
@@ -85,9 +85,25 @@ def test_the_effect_of_right_and_wrong_exports():
 def test_a_log_probability_that_is_none_fails(bad, where):
     good = [[-2.0, -6.0], [-3.0]]
     values = {name: [[-2.0, -6.0], [bad if name == where else -3.0]] for name in ("export", "base", "trainer")}
-    reference = Reference([[1, 2], [3]], ["", ""], good, values["trainer"])
-    with pytest.raises((EvidenceError, TypeError)):
-        measure(reference, values["export"], values["base"])
+    of_trainer = Reference([[1, 2], [3]], ["", ""], good, values["trainer"])
+    with pytest.raises(EvidenceError):
+        measure(of_trainer, values["export"], values["base"])
+
+
+def test_log_probabilities_of_sequences_together_are_those_of_each_alone(base, monkeypatch):
+    model = trained(base, std=0.05).float()
+    prompts = [[300 + n, *range(310, 310 + 3 * n)] for n in range(5)]
+    answers = [[400], [], [401, 402, 403, 404], [405, 406], [407]]
+    with torch.no_grad():
+        together = logprobs(model, prompts, answers)
+        monkeypatch.setattr(reference, "TOGETHER", 1)
+        alone = logprobs(model, prompts, answers)
+        (logits,) = model(torch.tensor([prompts[2] + answers[2]])).logits.float().log_softmax(-1)
+    assert list(map(len, together)) == list(map(len, answers))
+    for one, other in zip(together, alone, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+    start = len(prompts[2]) - 1
+    assert alone[2] == pytest.approx([float(logits[start + n, token]) for n, token in enumerate(answers[2])], abs=1e-4)
 
 
 def test_an_answer_that_vllm_did_not_score_fails():
@@ -131,7 +147,7 @@ def test_gaps_within_their_bounds_do_not_make_up_for_answers_that_are_not_equal(
 
 @pytest.mark.parametrize("error", [ERROR * 1.01, 1.0, math.nan, None])
 def test_an_export_that_does_something_else_than_the_adapter_fails(error):
-    with pytest.raises((EvidenceError, TypeError)):
+    with pytest.raises(EvidenceError, match="missing or wrong"):
         judge(replace(TRIAL, effect=replace(GOOD, error=error)), 1.0)
 
 

@@ -47,18 +47,21 @@ def measure(reference: Reference, shown: Logprobs, base: Logprobs) -> Effect:
     Raises:
         EvidenceError: vLLM scored no token of an answer, or a log-probability is no finite number.
     """
-    effects, differences, floors, seen = [], [], [], []
+    effects, differences, floors = [], [], []
     for number, (a, b) in enumerate(zip(reference.exported, reference.base, strict=True)):
         c, d = shown[number], base[number]
         if a and not (c and d):
             raise EvidenceError(f"vLLM gave no probability for the answer to prompt {number}")
         for of_trainer, without, of_export, of_base in zip(a, b, c, d, strict=False):
+            four = of_trainer, without, of_export, of_base
+            if not all(value is not None and math.isfinite(value) for value in four):
+                raise EvidenceError(
+                    f"a log-probability of the answer to prompt {number} is no number: trainer {of_trainer}, its base "
+                    f"{without}, export {of_export}, base {of_base}"
+                )
             effects.append(of_trainer - without)
             differences.append(of_export - of_base)
             floors.append(of_base - without)
-            seen += [of_trainer, without, of_export, of_base]
-    if not all(isinstance(value, float) and math.isfinite(value) for value in seen):
-        raise EvidenceError("a log-probability of the trainer's model or of the export is no number (NaN or infinity)")
     norm = _norm(effects)
     if not norm:
         return Effect(len(effects), 0.0, _mean(floors), None, None, None)

@@ -16,6 +16,7 @@ from verl_aqn.policy import end_tokens, load_base
 
 Logprobs = list[list[float]]
 """[answer][token], natural logarithms."""
+TOGETHER = 1024
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,15 @@ def ask_trainer(source: Source, questions: Questions, adapter: Adapter, merged: 
         of_base = logprobs(model, questions.prompts, answers)
     if merged:
         model = merge(model, adapter)
-    exported = logprobs(model, questions.prompts, answers)
-    if torch.cuda.is_available():  # vLLM, in another process, wants the memory
-        del base, model
-        torch.cuda.empty_cache()
-    return Reference(answers, texts, of_base, exported)
+    return Reference(answers, texts, of_base, logprobs(model, questions.prompts, answers))
+
+
+def free_memory() -> None:
+    """Give back what a model that is gone had of an accelerator: vLLM, in another process, wants it."""
+    for name in ("cuda", "npu"):
+        device = getattr(torch, name, None)
+        if device is not None and device.is_available():
+            device.empty_cache()
 
 
 def with_adapter(base: nn.Module, adapter: Adapter) -> Any:
@@ -63,14 +68,14 @@ def with_adapter(base: nn.Module, adapter: Adapter) -> Any:
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.rank,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        lora_alpha=adapter.alpha,
         use_rslora=adapter.rslora,
         rank_pattern=dict(adapter.rank_pattern),
         alpha_pattern=dict(adapter.alpha_pattern),
         target_modules=list(adapter.matrices),
         inference_mode=True,
     )
-    model = get_peft_model(base, config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+    model = get_peft_model(base, config, autocast_adapter_dtype=False)
     for module, matrices in adapter.matrices.items():
         layer: Any = model.get_base_model().get_submodule(module)
         for part, matrix in zip((layer.lora_A, layer.lora_B), matrices, strict=True):
@@ -96,11 +101,22 @@ def merge(model: Any, adapter: Adapter) -> nn.Module:
 
 
 def logprobs(model: Any, prompts: list[list[int]], answers: list[list[int]]) -> Logprobs:
-    """Of each answer's tokens after its prompt, [answer][token] in float32."""
+    """Of each answer's tokens after its prompt, [answer][token] in float32.
+
+    Sequences of about `TOGETHER` tokens are computed at a time, filled up on the right, where no token looks.
+    """
+    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    together = max(1, TOGETHER // max(map(len, rows)))
     found = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        tokens = torch.tensor([[*prompt, *answer]], device=next(model.parameters()).device)
-        logits: Tensor = model(tokens, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-        wanted = tokens[0, len(prompt) :, None]
-        found.append((logits.gather(-1, wanted)[:, 0] - logits.logsumexp(-1)).tolist())
+    for first in range(0, len(rows), together):
+        batch = rows[first : first + together]
+        longest = max(map(len, batch))
+        filled = [row + [0] * (longest - len(row)) for row in batch]
+        tokens = torch.tensor(filled, device=next(model.parameters()).device)
+        logits: Tensor = model(tokens, use_cache=False).logits
+        for number, row in enumerate(batch, start=first):
+            start = len(prompts[number])
+            own = logits[number - first, start - 1 : len(row) - 1].float()
+            wanted = tokens[number - first, start : len(row), None]
+            found.append((own.gather(-1, wanted)[:, 0] - own.logsumexp(-1)).tolist())
     return found

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from verl_aqn.adapter import Adapter
 from verl_aqn.errors import EnvironmentFault, EvidenceError
@@ -15,9 +14,8 @@ from verl_aqn.export.difference import first_difference
 from verl_aqn.export.effect import Effect, measure
 from verl_aqn.export.engine import ask_vllm
 from verl_aqn.export.questions import Questions
-from verl_aqn.export.reference import Reference, ask_trainer
+from verl_aqn.export.reference import Reference, ask_trainer, free_memory
 from verl_aqn.export.source import Source
-from verl_aqn.serving import SERVED
 
 EQUAL = 0.5
 TELLING = 8
@@ -99,15 +97,14 @@ def try_out(
                 "record: export on a larger device"
             ) from error
         reference, prompts = None, prompts[:recorded]
+    free_memory()
     texts = reference.texts if reference else questions.answers
     scored = reference.answers if reference else [[] for _ in prompts]
-    served = OmegaConf.select(source.config, f"actor_rollout_ref.model.override_config.{SERVED}") or source.base
-    served = Path(served)  # the base in the form that the run's rollout had
     if merged:
         (export,) = ask_vllm(source.config, folder, [None], prompts, texts, scored, of_run=False)
-        (base,) = ask_vllm(source.config, served, [None], prompts, texts, scored, of_run=True)
+        (base,) = ask_vllm(source.config, source.served, [None], prompts, texts, scored, of_run=True)
     else:
-        export, base = ask_vllm(source.config, served, [folder, None], prompts, texts, scored, of_run=True)
+        export, base = ask_vllm(source.config, source.served, [folder, None], prompts, texts, scored, of_run=True)
     others = [answer["text"] != text for answer, text in zip(base["answers"], texts, strict=True)]
     equal = [answer["text"] == text for answer, text in zip(export["answers"], texts, strict=True)]
     return Trial(
@@ -158,8 +155,8 @@ def judge(trial: Trial, apart: float) -> Trial:
     """
     far = [one for one in trial.differing if one.bound is not None and not _within(one.gap, one.bound)]
     if far:
-        worst = max(far, key=lambda one: one.gap if _within(one.gap, math.inf) else math.inf)
-        gap = f"{worst.gap:.3g}" if _within(worst.gap, math.inf) else "far more"
+        worst = max(far, key=lambda one: _or_infinity(one.gap))
+        gap = "far more" if math.isinf(_or_infinity(worst.gap)) else f"{worst.gap:.3g}"
         raise EvidenceError(
             f"{len(far)} of {trial.prompts} answers are not those of {trial.against}: {worst.answer!r} for "
             f"{worst.expected!r}, where token {worst.token} differs by {gap} nats ({worst.bound:g} allowed)"
@@ -177,8 +174,9 @@ def judge(trial: Trial, apart: float) -> Trial:
         )
     if effect is not None and effect.allowed is not None and not _within(effect.error, effect.allowed):
         raise EvidenceError(
-            f"the export does not do to log-probabilities what the adapter does: {effect.error:.2f} of its effect is "
-            f"missing or wrong ({effect.allowed:.2f} allowed; the bare base has 1)"
+            "the export does not do to log-probabilities what the adapter does: "
+            f"{_or_infinity(effect.error):.2f} of its effect is missing or wrong "
+            f"({effect.allowed:.2f} allowed; the bare base has 1)"
         )
     if trial.required is not None or (effect is not None and effect.allowed is not None):
         return trial
@@ -190,11 +188,15 @@ def _within(value: float | None, bound: float) -> bool:
     return value is not None and value <= bound
 
 
+def _or_infinity(gap: float | None) -> float:
+    return math.inf if gap is None or math.isnan(gap) else gap
+
+
 def _why(trial: Trial) -> str:
     answers = f"the base gives {trial.base_equal} of {trial.prompts} answers as the adapter does"
     if trial.effect is None:
         return f"{answers}, and the trainer's model, whose log-probabilities would tell more, has no room on one device"
-    if not trial.effect.size:
+    if trial.effect.floor is None:
         return f"{answers}, and the adapter changes no log-probability of them"
     return (
         f"{answers}, and the adapter changes log-probabilities by {trial.effect.size:.2g} nats a token, of which "
