@@ -124,8 +124,8 @@ def lines_of_answers(answers: dict[str, Any]) -> list[str]:
         return lines
     needed = f", at least {answers['required']} needed" if answers["required"] is not None else ""
     lines.append(
-        f"the bare base gives {answers['base_equal']} of them; of the {answers['telling']} others the export gives "
-        f"{answers['telling_equal']}{needed}"
+        f"the bare base gives {answers['base_equal']} of them; of {answers['telling']} short ones that the base does "
+        f"not give, the export gives {answers['telling_equal']}{needed}"
     )
     if (effect := answers["effect"]) and effect["error"] is not None:
         bound = f"at most {effect['allowed']:.2f} allowed" if effect["allowed"] is not None else "too noisy to judge"

@@ -17,10 +17,12 @@ from verl_aqn.export.questions import Questions
 from verl_aqn.export.reference import Reference, ask_trainer, free_memory
 from verl_aqn.export.source import Source
 
-EQUAL = 0.5
-TELLING = 8
-TIE_ADAPTER = 0.25
-TIE_OTHER = 2.0
+# The bounds of answers, chosen between right and wrong exports (README, Export).
+EQUAL = 0.6  # share of the telling answers that must be the expected ones
+TELLING = 8  # fewer decide nothing
+SHORT = 64  # tokens; a longer answer comes past many near ties, and says little by being equal or not
+TIE_ADAPTER = 0.25  # nats; the run's own answers, by the same arithmetic
+TIE_OTHER = 0.5  # answers of the trainer's model, which is another implementation
 RECORDED = "the run's recorded validation"
 TRAINER = "the trainer's model"
 
@@ -43,10 +45,10 @@ class Trial:
     """What was asked and how it went.
 
     `equal` of `prompts` greedy answers are those of `against`: the first `recorded` prompts have answers of the run on
-    record, the others those of the trainer's model. `base_equal`: the same of the bare base. `telling` prompts have an
-    answer that the base does not give, and `telling_equal` of them have the expected one. `effect`: None where the
-    trainer's model does not fit on one device. `undecided`: why the trial cannot tell the export from the bare base;
-    empty where it can, and the export passed.
+    record, the others those of the trainer's model. `base_equal`: the same of the bare base. `telling` prompts have a
+    short answer (`SHORT`) that the base does not give; to `telling_equal` of them the export gives it. `effect`: None
+    where the trainer's model does not fit on one device. `undecided`: why the trial cannot tell the export from the bare
+    base; empty where it can, and the export passed.
     """
 
     against: str
@@ -105,7 +107,11 @@ def try_out(
         (base,) = ask_vllm(source.config, source.served, [None], prompts, texts, scored, of_run=True)
     else:
         export, base = ask_vllm(source.config, source.served, [folder, None], prompts, texts, scored, of_run=True)
-    others = [answer["text"] != text for answer, text in zip(base["answers"], texts, strict=True)]
+    of_base = [answer["text"] == text for answer, text in zip(base["answers"], texts, strict=True)]
+    telling = [
+        not one and len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= SHORT
+        for one, text in zip(of_base, texts, strict=True)
+    ]
     equal = [answer["text"] == text for answer, text in zip(export["answers"], texts, strict=True)]
     return Trial(
         against(recorded, len(prompts)),
@@ -113,9 +119,9 @@ def try_out(
         prompts=len(prompts),
         recorded=recorded,
         equal=sum(equal),
-        base_equal=len(others) - sum(others),
-        telling=sum(others),
-        telling_equal=sum(one and other for one, other in zip(equal, others, strict=True)),
+        base_equal=sum(of_base),
+        telling=sum(telling),
+        telling_equal=sum(one and tells for one, tells in zip(equal, telling, strict=True)),
         differing=list(_differing(export["answers"], texts, 0 if merged else recorded, merged, tokenizer)),
         effect=measure(reference, export["logprobs"], base["logprobs"]) if reference else None,
     )
@@ -163,8 +169,8 @@ def judge(trial: Trial, apart: float) -> Trial:
         )
     if trial.required is not None and trial.telling_equal < trial.required:
         raise EvidenceError(
-            f"the base gives other answers to {trial.telling} of {trial.prompts} prompts, and the export gives only "
-            f"{trial.telling_equal} of them as {trial.against} has them (at least {trial.required} are needed)"
+            f"{trial.telling} of {trial.prompts} answers of {trial.against} are not the bare base's, and the export "
+            f"gives only {trial.telling_equal} of these (at least {trial.required} are needed)"
         )
     effect = trial.effect
     if effect is not None and not _within(effect.apart, apart):
