@@ -47,8 +47,8 @@ class Trial:
     `equal` of `prompts` greedy answers are those of `against`: the first `recorded` prompts have answers of the run on
     record, the others those of the trainer's model. `base_equal`: the same of the bare base. `telling` prompts have a
     short answer (`SHORT`) that the base does not give; to `telling_equal` of them the export gives it. `effect`: None
-    where the trainer's model does not fit on one device. `undecided`: why the trial cannot tell the export from the bare
-    base; empty where it can, and the export passed.
+    where the trainer's model does not fit on one device. `undecided`: why the trial cannot tell export and bare
+    base apart; empty where it can, and the export passed.
     """
 
     against: str
