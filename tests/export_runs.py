@@ -8,12 +8,14 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from verl_aqn.adapter import Adapter
 from verl_aqn.config import load_recipe
 from verl_aqn.data.parquet import row, write_parquet
+from verl_aqn.export.reference import logprobs
 from verl_aqn.mxfp4.checkpoint import checkpoint_digest, is_packed
-from verl_aqn.mxfp4.model import load_model
+from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model
 
 RANK, ALPHA = 6, 12  # no rank of vLLM's slots
 
@@ -49,7 +51,7 @@ def adapter_of(state: dict[str, torch.Tensor]) -> Adapter:
             for module, name in sorted(pairs.items())
         },
         RANK,
-        ALPHA,
+        float(ALPHA),
     )
 
 
@@ -131,3 +133,39 @@ def questions(number: int) -> list[dict[str, Any]]:
         )
         for one in range(number)
     ]
+
+
+def transformers_engine(config, model, adapters, prompts, expected, scored, *, of_run):
+    """What stands in for vLLM here: the exported folder in plain transformers and plain PEFT."""
+    dense = model
+    if of_run:
+        dense = model.parent / "dense"
+        if not dense.exists():
+            dequantize_checkpoint(model, dense)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    said = []
+    for adapter in adapters:
+        network = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16)
+        if adapter is not None:
+            network = PeftModel.from_pretrained(network, str(adapter), autocast_adapter_dtype=False)
+        answers = greedily(network, tokenizer, config, prompts, expected)
+        with torch.no_grad():
+            said.append({"answers": answers, "logprobs": logprobs(network, prompts, scored)})
+    return said
+
+
+def greedily(network, tokenizer, config, prompts, expected):
+    answers = []
+    for ids, text in zip(prompts, expected, strict=True):
+        tokens, tops = [], []
+        for _ in range(config.actor_rollout_ref.rollout.response_length):
+            with torch.no_grad():
+                logp = network(torch.tensor([ids + tokens])).logits[0, -1].float().log_softmax(-1)
+            values, indices = logp.topk(20)
+            tops.append(dict(zip(indices.tolist(), values.tolist(), strict=True)))
+            tokens.append(int(logp.argmax()))
+            if tokens[-1] == tokenizer.eos_token_id:
+                break
+        answer = {"tokens": tokens, "text": tokenizer.decode(tokens, skip_special_tokens=True)}
+        answers.append(answer if answer["text"] == text else answer | {"tops": tops})
+    return answers

@@ -206,6 +206,8 @@ def eval_(
     print_wide(view)
     if result.failed:
         print(f"{result.failed} of {result.items} answers failed and count as wrong")
+    if result.adapter_is:
+        print(f"adapter: {result.adapter_is}")
     print(f"items: {result.file}")
 
 

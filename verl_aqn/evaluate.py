@@ -4,7 +4,7 @@ The process is that of a run (the same trainer, engines, agent loop, reward and 
 the base is packed as in the rollout, the adapter is unmerged, clean norms are read back before anything is answered.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ class Evaluation:
 
     `failed` of their answers never came and count as wrong (None: an older record, which does not tell).
     `step`: RL steps behind the adapter. `base` and `adapter`: digests of what the rollout held; None for an
-    unquantised base. `run`: the folder of the evaluation, a run folder like any other.
+    unquantised base. `run`: the folder of the evaluation, a run folder like any other. `adapter_is`: what the digest of
+    the adapter was held against, in words; that it was held against nothing is said too.
     """
 
     target: str
@@ -65,6 +66,7 @@ class Evaluation:
     samples: int = 1
     pass_at: dict[str, Score] = field(default_factory=dict)
     failed: int | None = None
+    adapter_is: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -143,8 +145,9 @@ def settings(
         model.lora_rank, model.lora_alpha = told["r"], told["lora_alpha"]
     base = Path(str(model.path))
     if (packed := _is_packed(base)) and precision == "bf16":
-        from verl_aqn.mxfp4.cached import dequantized_cache
+        from verl_aqn.mxfp4.cached import check_made, dequantized_cache
 
+        check_made(base)
         model.path = str(dequantized_cache(base, cache_dir() / "bf16"))
     if precision or not target.run:
         config.aqn.mxfp4.enabled = packed if precision is None else precision == "mxfp4"
@@ -185,10 +188,10 @@ def evaluate(
         raise AqnError(f"{outcome.message} (log: {run.log})")
     result = read(run, str(path), used)
     if adapter:
-        check_folder(config, result)
+        result = replace(result, adapter_is=check_folder(config, result))
     if target.run:
         if not adapter:
-            check_adapter(target.run, result)
+            result = replace(result, adapter_is=check_adapter(target.run, result))
         try:
             target.run.append("evaluations.jsonl", result.to_dict())
         except EnvironmentFault as error:  # a folder that is kept read-only
@@ -229,22 +232,33 @@ def _interval(lines: list[dict[str, Any]], key: str, validation: dict[str, Any])
     return score_interval(list(answers.scores().values()), answers.samples)
 
 
-def check_adapter(run: RunFolder, result: Evaluation) -> None:
-    """The adapter that was evaluated is the one that the run had after that step."""
-    after = run.by_step("evidence.jsonl", "adapter").get(result.step)
-    if after and after["sent"] != result.adapter:
+def check_adapter(run: RunFolder, result: Evaluation) -> str:
+    """Check that the adapter that was evaluated is the one that the run had after that step. Returns what was found.
+
+    Raises:
+        EvidenceError: it is another one.
+    """
+    after = run.by_step("evidence.jsonl", "adapter").get(result.step) or {}
+    if not after.get("sent"):
+        return f"not on record: {run.path} did not record the adapter of step {result.step}, so it was not checked"
+    if after["sent"] != result.adapter:
         raise EvidenceError(
             f"{result.run} evaluated another adapter than the one on record after step {result.step} of {run.path}"
         )
+    return f"the one on record after step {result.step} of {run.path}"
 
 
-def check_folder(config: DictConfig, result: Evaluation) -> None:
-    """The adapter that was evaluated is the one in the folder, with the scalings that PEFT gives it."""
+def check_folder(config: DictConfig, result: Evaluation) -> str:
+    """Check that the adapter that was evaluated is the one in the folder, with the scalings that PEFT gives it.
+
+    Returns what was found. Raises EvidenceError where it is another one.
+    """
     from verl_aqn.adapter_folder import read_folder
 
     model = config.actor_rollout_ref.model
     if read_folder(Path(model.lora_adapter_path), Path(model.path)).digest() != result.adapter:
         raise EvidenceError(f"{result.run} evaluated another adapter than the one in {model.lora_adapter_path}")
+    return f"the one in {model.lora_adapter_path}"
 
 
 def with_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:

@@ -23,11 +23,12 @@ def prepare_model(config: DictConfig) -> Path:
     """Make `actor_rollout_ref.model.path` a folder on disk, quantised if the recipe says so. Returns the source.
 
     Raises:
-        ModelError: no such folder or hub name, no weights, a file that cannot be read.
+        ModelError: no such folder or hub name, no weights, a file that cannot be read, a packed folder that is no
+            longer what it was when this project made it.
         DataError, ModelError: as `take_adapter`.
     """
     from verl_aqn.adapter_folder import check_new_adapter, take_adapter
-    from verl_aqn.mxfp4.cached import quantized_cache
+    from verl_aqn.mxfp4.cached import check_made, quantized_cache
     from verl_aqn.mxfp4.checkpoint import is_packed
     from verl_aqn.mxfp4.foreign import foreign_layout
     from verl_aqn.mxfp4.storage import read_config
@@ -39,10 +40,13 @@ def prepare_model(config: DictConfig) -> Path:
     mxfp4 = parse_aqn(config).mxfp4
     path = source
     if mxfp4.enabled and not is_packed(source):
-        with progress_bar("quantising the base") as progress:  # minutes where it is calibrated
+        with progress_bar("packed base:") as progress:  # minutes where it is calibrated
             path = quantized_cache(
                 source, cache_dir() / "mxfp4", mxfp4.scale_rule, mxfp4.exclude, mxfp4.calibrate, progress
             )
+    elif mxfp4.enabled:
+        with progress_bar("checking the packed base:") as progress:
+            check_made(source, progress)
     elif not mxfp4.enabled and foreign_layout(read_config(source), source):
         raise ModelError(f"{source} is an MXFP4 checkpoint, but aqn.mxfp4.enabled=false asks for an unquantised base")
     config.actor_rollout_ref.model.path = str(path)

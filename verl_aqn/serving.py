@@ -15,6 +15,7 @@ from verl_aqn.ascend import chip_name, has_mx_units
 from verl_aqn.cache import cache_dir
 from verl_aqn.config import AqnConfig, parse_aqn
 from verl_aqn.errors import ConfigError
+from verl_aqn.terminal import progress_bar
 
 # Where in the model's override_config the rollout finds the folder that it serves, if that is not the actor's.
 SERVED = "served_path"
@@ -109,10 +110,12 @@ def prepare_serving(config: DictConfig, chip: Callable[[], str] = chip_name) -> 
         )
     config.aqn.mxfp4.serve = form
     if ascend:
-        served = modelslim_cache(path, cache_dir() / "modelslim")
+        with progress_bar("the rollout's base:") as progress:
+            served = modelslim_cache(path, cache_dir() / "modelslim", progress)
         OmegaConf.update(actor_rollout, engine, ASCEND, force_add=True)
     elif form == "bf16":
-        served = dequantized_cache(path, cache_dir() / "bf16")
+        with progress_bar("the rollout's base:") as progress:
+            served = dequantized_cache(path, cache_dir() / "bf16", progress)
     else:
         return
     OmegaConf.update(actor_rollout, f"model.override_config.{SERVED}", str(served), force_add=True)

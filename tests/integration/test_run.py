@@ -31,7 +31,7 @@ from tests.integration.conftest import (
     newest,
     verl_aqn,
 )
-from verl_aqn.export.engine import greedy_answers
+from verl_aqn.export.engine import ask_vllm as ask_engine
 from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model
 from verl_aqn.preflight import memory
 from verl_aqn.preflight.memory import sizes
@@ -307,6 +307,9 @@ def exported(finished, tmp_path_factory) -> Path:
     answers = proof["answers"]  # of the run's four validation problems, and of others of the same data
     assert (answers["prompts"], answers["recorded"]) == (32, 4)
     assert answers["equal"] > 16  # between a random model's tokens there are near ties
+    assert answers["base_equal"] < 8
+    assert answers["effect"]["error"] < answers["effect"]["allowed"] / 2  # of the real engine
+    assert proof["proved"]
     return folder
 
 
@@ -348,8 +351,8 @@ def test_an_exported_adapter_serves_in_plain_peft_and_in_vllm_without_our_worker
     base = Path(config.actor_rollout_ref.model.path)
     prompt, ours = in_plain_peft(base, exported)
     # No answer is the expected one, so that the likeliest tokens come with it.
-    (answer,) = greedy_answers(config, base, exported, [prompt], ["\0"])
-    assert_served(answer["tops"][0], ours)
+    (said,) = ask_engine(config, base, [exported], [prompt], ["\0"], [[]], of_run=True)
+    assert_served(said["answers"][0]["tops"][0], ours)
 
 
 def test_an_exported_adapter_serves_in_stock_vllm_over_the_bf16_equal_of_its_base(finished, exported, tmp_path):
@@ -367,6 +370,8 @@ def test_a_merged_export_is_a_bf16_model_that_answers_as_the_run(finished, expor
     proof = export(finished / "checkpoints/global_step_3", folder, "--merge")
     assert proof["merge"]["changed"] == proof["merge"]["tensors"] == 14
     assert proof["merge"]["kept"] > 0.9  # lr is 1e-2
+    assert proof["merge"]["unchanged"] == []
+    assert proof["proved"]
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     base = Path(proof["base"]["path"])
     model = PeftModel.from_pretrained(load_model(base), str(exported), autocast_adapter_dtype=False)

@@ -10,7 +10,7 @@ FILES = {
     for path in PACKAGE.rglob("*.py")
 }
 # What of ours a room may import, within functions too: the table of the rooms, and small modules that several share
-# (adapter, boxes, cache, digest, order, shards, stacks, trackers). `errors` is everybody's.
+# (adapter, boxes, cache, checksums, digest, order, shards, stacks, trackers). `errors` is everybody's.
 ARROWS = {
     "schedule": (),
     "order": (),
@@ -19,14 +19,16 @@ ARROWS = {
     "shards": ("boxes",),
     "cache": (),
     "stacks": (),
+    "checksums": (),
     "judge": ("order",),  # of records, without torch: the trainer's and the reports' alike
     "data": ("rewards",),  # whose rule the ground truths are for
     "rewards": ("runs",),  # what a right answer is
-    "runs": ("config", "judge", "order", "schedule"),
+    "runs": ("checksums", "config", "judge", "order", "schedule"),
     "trackers": ("cache",),
     "config": ("order", "schedule", "trackers"),  # the names of trackers, to refuse others
     "adapter": ("digest",),
-    "mxfp4": ("adapter", "ascend", "cache", "data", "order", "shards"),  # whose operators to use; texts to calibrate on
+    # ascend: whose operators to use; data: texts to calibrate on
+    "mxfp4": ("adapter", "ascend", "cache", "checksums", "data", "order", "shards"),
     "noise": ("digest", "judge", "mxfp4", "order", "shards"),  # packed layers are noised on their codes
     "vllm_api": ("adapter", "boxes", "digest", "mxfp4", "noise", "shards", "stacks"),
     "report": ("judge", "order", "runs", "__version__"),

@@ -1,6 +1,7 @@
 """What `verl-aqn eval` takes for its target, and what it makes of a run's config; the real thing is in test_run.py."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from omegaconf import OmegaConf
@@ -266,7 +267,10 @@ def test_of_several_answers_avg_and_pass_have_intervals_by_problem(run, monkeypa
 
 def test_another_adapter_than_the_run_s_is_told(run):
     result = Evaluation("x", "x", "x", 10, "mxfp4", 1, {"strict": Score(1.0, (0.2, 1.0))}, None, "other")
-    check_adapter(run, result)  # nothing on record after step 10
+    for sent in ({}, {"sent": None}, {"sent": ""}):  # a missing record passed without a word
+        assert check_adapter(run, result).startswith("not on record: ")
+        run.append("evidence.jsonl", {"kind": "adapter", "step": 10, **sent})
     run.append("evidence.jsonl", {"kind": "adapter", "step": 10, "sent": "mine"})
     with pytest.raises(EvidenceError, match="another adapter than the one on record after step 10"):
         check_adapter(run, result)
+    assert check_adapter(run, replace(result, adapter="mine")) == f"the one on record after step 10 of {run.path}"

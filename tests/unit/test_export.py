@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm.lora.peft_helper import PEFTHelper
 
-from tests.export_runs import adapter_of, state_of, trained, write_actor, write_run
+from tests.export_runs import adapter_of, state_of, trained, transformers_engine, write_actor, write_run
 from tests.sharded_lora import Lora, save_sharded
 from verl_aqn.data.smollm2 import tiny_model
 from verl_aqn.errors import DataError, EvidenceError, ModelError
@@ -24,7 +24,7 @@ from verl_aqn.export.cli import lines_of
 from verl_aqn.export.difference import Difference, first_difference
 from verl_aqn.export.exporting import RECORD, export
 from verl_aqn.export.folders import target_modules
-from verl_aqn.export.questions import Questions, read_questions, validation_prompts
+from verl_aqn.export.questions import read_questions, validation_prompts
 from verl_aqn.export.shards import read_adapter
 from verl_aqn.export.source import find_source
 from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
@@ -192,36 +192,9 @@ def test_where_answers_part_and_how_near_a_tie():
     assert first_difference(answer[:2], tops[:2], "abc", decode) == Difference(2, None)
 
 
-def transformers_engine(config, model, adapter, prompts, expected):
-    """What stands in for vLLM here: the exported folder in plain transformers and plain PEFT."""
-    dense = model
-    if adapter is not None:
-        dense = model.parent / "dense"
-        if not dense.exists():
-            dequantize_checkpoint(model, dense)
-    network = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16)
-    if adapter is not None:
-        network = PeftModel.from_pretrained(network, str(adapter), autocast_adapter_dtype=False)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    answers = []
-    for ids, text in zip(prompts, expected, strict=True):
-        tokens, tops = [], []
-        for _ in range(config.actor_rollout_ref.rollout.response_length):
-            with torch.no_grad():
-                logp = network(torch.tensor([ids + tokens])).logits[0, -1].float().log_softmax(-1)
-            values, indices = logp.topk(20)
-            tops.append(dict(zip(indices.tolist(), values.tolist(), strict=True)))
-            tokens.append(int(logp.argmax()))
-            if tokens[-1] == tokenizer.eos_token_id:
-                break
-        answer = {"tokens": tokens, "text": tokenizer.decode(tokens, skip_special_tokens=True)}
-        answers.append(answer if answer["text"] == text else answer | {"tops": tops})
-    return answers
-
-
 @pytest.fixture
 def engine(monkeypatch) -> None:
-    monkeypatch.setattr(trial, "greedy_answers", transformers_engine)
+    monkeypatch.setattr(trial, "ask_vllm", transformers_engine)
 
 
 @pytest.fixture
@@ -260,20 +233,6 @@ def test_the_proof_rests_on_32_prompts_those_with_a_recorded_answer_first(
     assert questions.answers == [f"answer {number}" for number in range(known)]
     assert questions.prompts[:known] == [everything[text] for text in answered[:known]]
     assert len({tuple(ids) for ids in questions.prompts}) == len(questions.prompts) == asked
-
-
-def test_an_answer_of_the_run_is_held_to_a_nearer_tie_than_one_of_the_trainer_s_model(run, base, monkeypatch):
-    tokenizer, folder = AutoTokenizer.from_pretrained(base), run.parent
-    a, b = (tokenizer.encode(letter)[0] for letter in "ab")
-    answer = {"tokens": [b], "text": "b", "tops": [{a: -1.5, b: -0.5}]}
-    monkeypatch.setattr(trial, "trainer_answers", lambda *_: ["a"])
-    monkeypatch.setattr(trial, "greedy_answers", lambda *_: [answer, answer])
-    asked = find_source(run), Questions([[a], [b]], ["a"])
-    found = trial.try_out(*asked, folder, folder, tokenizer)
-    assert [(one.gap, one.bound) for one in found.differing] == [(1.0, 0.25), (1.0, 2.0)]
-    with pytest.raises(EvidenceError, match=r"1 of 2 .* recorded validation \(1\) and of the trainer's model \(1\)"):
-        trial.check(found)
-    trial.check(trial.try_out(*asked, folder / "merged", folder, tokenizer))
 
 
 def test_the_adapter_as_peft_loads_it(validated, rollout, base, engine, tmp_path):
@@ -324,6 +283,7 @@ def test_it_is_asked_where_the_run_recorded_too_few_and_the_command_says_so(vali
     assert whose in (tmp_path / "out/README.md").read_text()
     said = lines_of(proof, tmp_path / "out")
     assert f"4 of 4 greedy answers are those of {whose}" in said
+    assert "proved: vLLM with the export does what the run's model does" in said
     assert "the validation data have no more than these 4 prompts" in said
 
 

@@ -19,7 +19,7 @@ def export(
     merge: Annotated[bool, typer.Option("--merge", help="A bf16 model of base and adapter instead.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
 ) -> None:
-    """A run's adapter as PEFT and vLLM load it, or a merged bf16 model; proved against the run's own record."""
+    """A run's adapter as PEFT and vLLM load it, or a merged bf16 model; held against the run's own record."""
     from verl_aqn.runs.checkpoints import find_checkpoint
 
     if dst.exists() or dst.is_symlink():
@@ -38,7 +38,8 @@ def export(
 
 def lines_of(proof: dict[str, Any], dst: Path) -> list[str]:
     """The proof in words."""
-    from verl_aqn.export.questions import PROMPTS  # imports torch
+    from verl_aqn.export.folders import lines_of_answers  # imports torch
+    from verl_aqn.export.questions import PROMPTS
 
     lines = [
         f"{'merged bf16 model' if proof['merged'] else 'PEFT adapter (bf16)'} of {proof['run']}, step {proof['step']}",
@@ -46,17 +47,21 @@ def lines_of(proof: dict[str, Any], dst: Path) -> list[str]:
         f"{proof['nonzero_b']} of {proof['adapter']['modules']} modules differ from the base",
     ]
     if merge := proof["merge"]:
+        if "read_back" in merge:
+            lines.append(f"read back, all {merge['read_back']} tensors are bit for bit base + scaling·B·A in bf16")
         lines += [
-            f"{merge['changed']} of {merge['tensors']} tensors changed, by {merge['got_db']:.1f} dB of the weights "
-            f"(asked: {merge['asked_db']:.1f} dB)",
+            f"{merge['changed']} of {merge['tensors']} adapted weights changed, by {merge['got_db']:.1f} dB "
+            f"(asked: {merge['asked_db']:.1f} dB); verl_aqn_export.json has the share of each",
             f"bf16 held {100 * merge['kept']:.0f} % of what the adapter adds: "
             "an update below 2^-9 of a weight is rounded away",
         ]
-    answers = proof["answers"]
-    near = ""
-    if farthest := max(answers["differing"], key=lambda entry: entry["gap"], default=None):
-        near = f", the others part within {farthest['gap']:.3g} nats of a tie ({farthest['bound']:g} allowed)"
-    lines.append(f"{answers['equal']} of {answers['prompts']} greedy answers are those of {answers['against']}{near}")
-    if answers["prompts"] < PROMPTS:
-        lines.append(f"the validation data have no more than these {answers['prompts']} prompts")
+    elif proof["adapter"].get("read_back"):
+        lines.append("read back from the folder, as PEFT reads it, the adapter has this digest")
+    lines += lines_of_answers(proof["answers"])
+    if proof["answers"]["prompts"] < PROMPTS:
+        lines.append(f"the validation data have no more than these {proof['answers']['prompts']} prompts")
+    if proof.get("proved"):
+        lines.append("proved: vLLM with the export does what the run's model does")
+    elif undecided := proof["answers"].get("undecided"):
+        lines.append(f"this proof cannot tell the export from the base: {undecided}")
     return [*lines, f"written: {dst}"]

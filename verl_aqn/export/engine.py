@@ -1,10 +1,11 @@
-"""Ask vLLM for greedy answers, in a process that is started here and is gone when this returns."""
+"""Ask vLLM for answers and log-probabilities, in a process that is started here and is gone when this returns."""
 
 import json
 import os
 import signal
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,20 @@ from verl_aqn.supervise import engine_environment
 TIMEOUT_S = 3600
 
 
-def greedy_answers(
+def ask_vllm(
     config: DictConfig,
     model: Path,
-    adapter: Path | None,
+    adapters: Sequence[Path | None],
     prompts: list[list[int]],
     expected: list[str],
+    scored: list[list[int]],
+    *,
+    of_run: bool,
 ) -> list[dict[str, Any]]:
-    """Answers of an engine with the settings of the run ``config`` on ``model``; see `verl_aqn.vllm_api.answers`.
+    """What an engine with the settings of the run ``config`` says on ``model`` with each of ``adapters``.
+
+    See `verl_aqn.vllm_api.answers` for the arguments and the result (its `said`). ``of_run``: ``model`` is the base in
+    the form that the run's rollout had, and not a merged model.
 
     Raises:
         EnvironmentFault: the engine did not start or did not answer; the message ends with its last word.
@@ -35,12 +42,13 @@ def greedy_answers(
         request, result, log = (Path(temporary) / name for name in ("request.json", "result.json", "engine.log"))
         question = {
             "model": str(model),
-            "adapter": str(adapter) if adapter else None,
+            "adapters": [str(adapter) if adapter else None for adapter in adapters],
             "rank": served_rank(int(config.actor_rollout_ref.model.lora_rank)),
-            "engine": engine_options(config, merged=adapter is None),
+            "engine": engine_options(config, merged=not of_run),
             "max_tokens": int(config.actor_rollout_ref.rollout.response_length),
             "prompts": prompts,
             "expected": expected,
+            "scored": scored,
         }
         request.write_text(json.dumps(question))
         process = start_module("verl_aqn.vllm_api.answers", [request, result], environment(config, temporary), log)
@@ -57,7 +65,7 @@ def greedy_answers(
             raise EnvironmentFault(
                 f"vLLM ended with code {process.returncode} on {model}: {lines[-1][:400] if lines else 'no word'}"
             )
-        return json.loads(result.read_text())["answers"]
+        return json.loads(result.read_text())["said"]
 
 
 def engine_options(config: DictConfig, *, merged: bool) -> dict[str, Any]:

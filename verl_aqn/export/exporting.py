@@ -4,7 +4,6 @@ Read `export` first: it is the whole way.
 """
 
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,13 +12,13 @@ from typing import Any
 from verl_aqn.adapter import Adapter
 from verl_aqn.adapter_folder import read_folder
 from verl_aqn.config import parse_aqn
-from verl_aqn.errors import DataError, EnvironmentFault, EvidenceError
+from verl_aqn.errors import DataError, EvidenceError
 from verl_aqn.export.folders import write_card, write_peft_folder
 from verl_aqn.export.questions import read_questions
 from verl_aqn.export.shards import read_adapter
 from verl_aqn.export.source import Source, find_source
-from verl_aqn.export.trial import check, try_out
-from verl_aqn.mxfp4.merging import covered, open_base, write_merged
+from verl_aqn.export.trial import judge, try_out
+from verl_aqn.mxfp4.merging import check_merged, covered, open_base, write_merged
 from verl_aqn.mxfp4.writing import new_folder
 
 RECORD = "verl_aqn_export.json"
@@ -29,7 +28,15 @@ def export(run: Path, dst: Path, *, merge: bool = False, say: Callable[[str], No
     """Write the adapter of ``run``, or with ``merge`` a bf16 model of base and adapter, to the new folder ``dst``.
 
     ``run`` is a run, a folder of runs, or a checkpoint (`verl_aqn.export.source.find_source`). Returns the proof, which
-    is also in ``dst``. ``dst`` appears complete and proved, or not at all.
+    is also in ``dst`` (`RECORD`). ``dst`` appears complete and with nothing found against it, or not at all.
+
+    The proof's fields: `run`, `run_path`, `step`; `merged`; `base` (path, digest); `adapter` (`digest` of the
+    checkpoint's, `recorded` by the run, `read_back` from the written folder as PEFT reads it, None for a merged model);
+    `nonzero_b` modules that add anything; `rank`, `alpha`, `rslora`; `activation`; `merge`
+    (`verl_aqn.mxfp4.merging.MergeReport`, `unchanged` modules, number of tensors `read_back` bit for bit; None for an
+    adapter); `answers` (`verl_aqn.export.trial.Trial.to_dict`); `proved`: False where the trial cannot tell the export
+    from its base (`answers.undecided` says why). Records of earlier versions lack `proved`, `read_back`, `unchanged`,
+    and most fields of `answers`.
 
     Raises:
         DataError, ModelError: the run, its checkpoint, base or data cannot be used, or ``dst`` exists.
@@ -59,7 +66,12 @@ def export(run: Path, dst: Path, *, merge: bool = False, say: Callable[[str], No
         "merged": merge,
         "dtype": "bfloat16",
         "base": {"path": str(source.base), "digest": source.base_digest},
-        "adapter": {"digest": adapter.digest(), "recorded": source.sent, "modules": len(adapter.matrices)},
+        "adapter": {
+            "digest": adapter.digest(),
+            "recorded": source.sent,
+            "read_back": None,
+            "modules": len(adapter.matrices),
+        },
         "nonzero_b": nonzero,
         "rank": uniform.rank,
         "alpha": uniform.alpha,
@@ -67,31 +79,29 @@ def export(run: Path, dst: Path, *, merge: bool = False, say: Callable[[str], No
         "activation": parse_aqn(source.config).mxfp4.activation_arithmetic,
         "merge": None,
     }
-    try:
-        with new_folder(dst) as folder, tempfile.TemporaryDirectory(prefix="aqn-") as beside:
-            peft = Path(beside) if merge else folder
-            write_peft_folder(peft, uniform, source.base)
-            if read_folder(peft, source.base).digest() != source.sent:
+    with new_folder(dst) as folder:
+        if merge:
+            say("merging")
+            report = write_merged(folder, source.base, source.packed, adapter)
+            if not report.changed:
+                raise EvidenceError(
+                    "merged to bf16 the model is its base, bit for bit: all that the adapter adds is below bf16's "
+                    "last bit; export without --merge"
+                )
+            say("reading the merged model back")
+            tensors = check_merged(folder, source.base, source.packed, adapter)
+            proof["merge"] = asdict(report) | {"unchanged": report.unchanged, "read_back": tensors}
+        else:
+            write_peft_folder(folder, uniform, source.base)
+            proof["adapter"]["read_back"] = read_folder(folder, source.base).digest()
+            if proof["adapter"]["read_back"] != source.sent:
                 raise EvidenceError(f"as PEFT reads it, the exported adapter is not the one of {source.run.path}")
-            if merge:
-                say("merging")
-                report = write_merged(folder, source.base, source.packed, adapter)
-                proof["merge"] = asdict(report)
-                if not report.changed:
-                    raise EvidenceError(
-                        "merged to bf16 the model is its base, bit for bit: all that the adapter adds is below bf16's "
-                        "last bit; export without --merge"
-                    )
-            further = len(questions.prompts) - len(questions.answers)
-            before = f"the trainer's model {further} and then " if further else ""
-            say(f"asking {before}vLLM {len(questions.prompts)} prompts")
-            trial = try_out(source, questions, folder, peft, tokenizer)
-            check(trial)
-            proof["answers"] = trial.to_dict()
-            write_card(folder, proof)
-            (folder / RECORD).write_text(json.dumps(proof, indent=2) + "\n")
-    except OSError as error:
-        raise EnvironmentFault(f"cannot write {dst} ({error.strerror}): choose another folder") from error
+        say(f"asking the trainer's model and then vLLM {len(questions.prompts)} prompts")
+        trial = try_out(source, questions, adapter, folder, merge, tokenizer)
+        trial = judge(trial, parse_aqn(source.config).parity.stop)
+        proof |= {"proved": not trial.undecided, "answers": trial.to_dict()}
+        write_card(folder, proof)
+        (folder / RECORD).write_text(json.dumps(proof, indent=2) + "\n")
     return proof
 
 

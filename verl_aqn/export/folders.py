@@ -105,9 +105,32 @@ def write_card(folder: Path, proof: dict[str, Any]) -> None:
         f"- base digest: {base_digest}",
         f"- adapter digest: {proof['adapter']['digest']} (r={proof['rank']}, α={proof['alpha']:g}"
         f"{', rsLoRA: scaled by α/√r' if proof['rslora'] else ''})",
-        f"- {answers['equal']} of {answers['prompts']} greedy answers are those of {answers['against']}; where one "
-        "differs, it parts at a near tie",
+        *(f"- {line}" for line in lines_of_answers(answers)),
+        *([f"- **not told from the base**: {answers['undecided']}"] if answers["undecided"] else []),
         "",
-        "The whole record, with how near: `verl_aqn_export.json`. Made by verl-aqn.",
+        "The whole record: `verl_aqn_export.json`. Made by verl-aqn.",
     ]
     (folder / "README.md").write_text("\n".join([*head, *text]) + "\n")
+
+
+def lines_of_answers(answers: dict[str, Any]) -> list[str]:
+    """Answers and log-probabilities in words; records of earlier versions have fewer."""
+    near = ""
+    bounded = [entry for entry in answers["differing"] if entry["bound"] is not None]
+    if farthest := max(bounded, key=lambda entry: entry["gap"], default=None):
+        near = f", the others part within {farthest['gap']:.3g} nats of a tie ({farthest['bound']:g} allowed)"
+    lines = [f"{answers['equal']} of {answers['prompts']} greedy answers are those of {answers['against']}{near}"]
+    if "base_equal" not in answers:
+        return lines
+    needed = f", at least {answers['required']} needed" if answers["required"] is not None else ""
+    lines.append(
+        f"the bare base gives {answers['base_equal']} of them; of {answers['telling']} short ones that the base does "
+        f"not give, the export gives {answers['telling_equal']}{needed}"
+    )
+    if (effect := answers["effect"]) and effect["error"] is not None:
+        bound = f"at most {effect['allowed']:.2f} allowed" if effect["allowed"] is not None else "too noisy to judge"
+        lines.append(
+            f"the adapter's effect on the log-probabilities of {effect['tokens']} tokens is {effect['size']:.2g} nats "
+            f"a token, and {effect['error']:.2f} of it is missing or wrong ({bound}; the bare base has 1)"
+        )
+    return lines

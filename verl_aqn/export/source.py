@@ -3,14 +3,16 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.errors import DataError, EvidenceError, ModelError
+from verl_aqn.mxfp4.cached import check_made
 from verl_aqn.mxfp4.checkpoint import checkpoint_digest, is_packed
 from verl_aqn.runs.checkpoints import config_of, find_checkpoint
 from verl_aqn.runs.evidence import check_proved
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.provenance import model_digest
+from verl_aqn.serving import SERVED
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class Source:
     def actor(self) -> Path:
         """Where verl put the actor."""
         return self.run.checkpoints / f"global_step_{self.step}" / "actor"
+
+    @property
+    def served(self) -> Path:
+        """The base in the form that the run's rollout had."""
+        return Path(OmegaConf.select(self.config, f"actor_rollout_ref.model.override_config.{SERVED}") or self.base)
 
     @property
     def packed(self) -> bool:
@@ -63,8 +70,11 @@ def find_source(path: Path) -> Source:
     digest = next((record.get("disk") for record in reversed(evidence) if record["kind"] == "base"), None)
     if is_packed(base) != (digest is not None):
         raise EvidenceError(f"{base} is not the run's base: one of them is packed MXFP4 and the other is not")
+    source = Source(run, step, config, base, digest, sent)
+    for folder in {base, source.served}:  # what the digest of packed modules leaves out: embeddings, head, norms
+        check_made(folder)
     # Made anew with other arithmetic a packed base's files may differ where its values do not.
     recorded = digest or (run.block("versions.json") or {}).get("base")
     if recorded not in (None, checkpoint_digest(base) if digest else model_digest(base)):
         raise EvidenceError(f"{base} is not the run's base: its digest is not {recorded[:16]}…, which the run recorded")
-    return Source(run, step, config, base, digest, sent)
+    return source

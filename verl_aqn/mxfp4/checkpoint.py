@@ -109,6 +109,8 @@ def quantize_checkpoint(
         (folder / FILE).write_text(json.dumps(report.to_dict()) + "\n")
         if format == "compressed-tensors":  # the other one is read on the NPU alone
             check_opens(folder, dst)
+            if checkpoint_digest(folder) != report.base_digest:  # the file system gave back other bytes than it got
+                raise ModelError(f"{dst} was not made: its files do not hold what was written: check disk and memory")
     return report
 
 

@@ -4,19 +4,20 @@ PEFT's own merge writes into `Mxfp4Linear.weight`, which is a fresh copy at ever
 is dequantised first.
 """
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from verl_aqn.adapter import Adapter
-from verl_aqn.errors import ModelError
+from verl_aqn.errors import EvidenceError, ModelError
 from verl_aqn.mxfp4.model import DenseView, dense_config
 from verl_aqn.mxfp4.names import Naming
 from verl_aqn.mxfp4.report import FILE
-from verl_aqn.mxfp4.storage import Spec, Weights
+from verl_aqn.mxfp4.storage import Spec, Weights, read_config
 from verl_aqn.mxfp4.writing import MAX_SHARD_BYTES, write_model
 
 
@@ -27,7 +28,7 @@ class MergeReport:
     `changed`: how many of the `tensors` differ from the base. `elements_changed`: share of their elements. `asked_db`:
     ‖Δ‖/‖W‖, `got_db`: ‖D‖/‖W‖, both 20·log10 over all of them. `kept`: ⟨D, Δ⟩/‖Δ‖², the share of the adapter that
     bf16 could hold; `loss`: ‖D − Δ‖/‖Δ‖. bf16 has 8 significant bits, so that what is smaller than 2^-9 of a weight is
-    rounded away.
+    rounded away. `modules`: {module: {"elements_changed", "kept"}} for each by itself (`kept` is None where Δ is zero).
     """
 
     tensors: int
@@ -37,6 +38,12 @@ class MergeReport:
     got_db: float
     kept: float
     loss: float
+    modules: dict[str, dict[str, float | None]] = field(default_factory=dict)
+
+    @property
+    def unchanged(self) -> list[str]:
+        """The covered modules whose weights are bit for bit the base's."""
+        return [module for module, one in self.modules.items() if not one["elements_changed"]]
 
 
 class _Sums:
@@ -45,8 +52,9 @@ class _Sums:
     def __init__(self) -> None:
         self.changed = self.elements = self.differing = 0
         self.base = self.asked = self.got = self.both = self.off = 0.0
+        self.modules: dict[str, dict[str, float | None]] = {}
 
-    def add(self, base: Tensor, delta: Tensor, merged: Tensor) -> None:
+    def add(self, module: str, base: Tensor, delta: Tensor, merged: Tensor) -> None:
         base = base.float()
         got = merged.float() - base
         differing = int(torch.count_nonzero(got))
@@ -54,9 +62,12 @@ class _Sums:
         self.differing += differing
         self.elements += got.numel()
         self.base += _dot(base, base)
-        self.asked += _dot(delta, delta)
+        asked, both = _dot(delta, delta), _dot(got, delta)
+        self.asked += asked
         self.got += _dot(got, got)
-        self.both += _dot(got, delta)
+        self.both += both
+        kept = both / asked if asked else None
+        self.modules[module] = {"elements_changed": differing / got.numel(), "kept": kept}
         off = got - delta
         self.off += _dot(off, off)
 
@@ -69,6 +80,7 @@ class _Sums:
             got_db=_db(self.got, self.base),
             kept=self.both / self.asked if self.asked else 0.0,
             loss=math.sqrt(self.off / self.asked) if self.asked else 0.0,
+            modules=dict(sorted(self.modules.items())),
         )
 
 
@@ -115,17 +127,51 @@ def write_merged(
             return base.to(spec.dtype)
         delta = adapter.delta(module_of[name])
         merged = (base.float() + delta).to(spec.dtype)
-        sums.add(base.to(spec.dtype), delta, merged)
+        sums.add(module_of[name], base.to(spec.dtype), delta, merged)
         return merged
 
-    layout = {
-        name: spec._replace(dtype=torch.bfloat16) if spec.dtype.is_floating_point else spec
-        for name, spec in sorted(weights.specs.items())
-    }
+    layout = _layout(weights)
     tensors = ((name, read(name, spec)) for name, spec in layout.items())
     write_model(folder, dense_config(src), layout, tensors, src, {}, max_shard_bytes)
     (folder / FILE).unlink(missing_ok=True)  # what rounding did to the base is not about this model
     return sums.report(len(module_of))
+
+
+def check_merged(folder: Path, src: Path, packed: bool, adapter: Adapter) -> int:
+    """Read the merged ``folder`` back and hold it against base and adapter, bit for bit. Returns the number of tensors.
+
+    Every tensor is made again from ``src`` and ``adapter``, one at a time. Raises EvidenceError for the first that the
+    folder lacks, has too many, or holds with other bits, and where config.json is another model's.
+    """
+    weights, written = open_base(src, packed), Weights(folder)
+    module_of, layout = covered(src, weights, adapter), _layout(weights)
+    if written.specs != layout:
+        names = sorted(name for name in written.specs | layout if written.specs.get(name) != layout.get(name))
+        raise EvidenceError(
+            f"{names[0]} in the merged folder is {written.specs.get(names[0])}, not {layout.get(names[0])}"
+        )
+    for name, spec in layout.items():
+        expected = weights.read(name)
+        if name in module_of:
+            expected = expected.float() + adapter.delta(module_of[name])
+        if not torch.equal(_bits(written.read(name)), _bits(expected.to(spec.dtype))):
+            what = f"base + scaling·B·A of {module_of[name]}" if name in module_of else "the base's"
+            raise EvidenceError(f"{name} as it is written in the merged folder is not, bit for bit, {what}")
+    if read_config(folder) != json.loads(json.dumps(dense_config(src))):
+        raise EvidenceError("config.json as it is written in the merged folder is not the base's without quantisation")
+    return len(layout)
+
+
+def _layout(weights: DenseView | Weights) -> dict[str, Spec]:
+    """The merged folder's tensors: floats in bfloat16."""
+    return {
+        name: spec._replace(dtype=torch.bfloat16) if spec.dtype.is_floating_point else spec
+        for name, spec in sorted(weights.specs.items())
+    }
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from verl_aqn.checksums import FILE as CHECKSUMS
 from verl_aqn.errors import ModelError
 
 # The names that safetensors gives to the dtypes that a model's weights come in.
@@ -131,7 +132,7 @@ def companions(folder: Path) -> list[Path]:
         for file in folder.iterdir()
         if file.is_file()
         and (file.suffix in keep or file.name.upper().startswith(("LICENSE", "NOTICE")))
-        and file.name != "config.json"
+        and file.name not in ("config.json", CHECKSUMS)
         and not file.name.endswith(".index.json")
     )
 

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from verl_aqn.checksums import write_checksums
 from verl_aqn.errors import EnvironmentFault, ModelError
 from verl_aqn.mxfp4.storage import DTYPE_NAMES, INDEX, SINGLE, Spec, companions
 
@@ -82,8 +83,8 @@ def new_folder(target: Path) -> Iterator[Path]:
     """A temporary sibling of ``target`` that takes its name when the block ends well and disappears when it does not.
 
     What writers of the same target left behind that were killed is removed first. A writer holds a lock in its folder
-    for as long as it lives, whatever its host or container; a free lock is that of a dead one. All files are on disk
-    before the folder gets its name.
+    for as long as it lives, whatever its host or container; a free lock is that of a dead one. All files, and a file of
+    their digests (`verl_aqn.checksums`), are on disk before the folder gets its name.
 
     Raises:
         ModelError: ``target`` exists, before the block or by the end of it.
@@ -107,7 +108,8 @@ def new_folder(target: Path) -> Iterator[Path]:
         unborn.rename(temporary)
         yield temporary
         (temporary / _LOCK).unlink()
-        for path in (*(p for p in temporary.rglob("*") if p.is_file()), temporary):
+        write_checksums(temporary)
+        for path in (*temporary.rglob("*"), temporary):
             _sync(path)
         try:
             temporary.rename(target)

@@ -12,9 +12,11 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
+
+from verl_aqn.checksums import FILE as CHECKSUMS
+from verl_aqn.checksums import MODEL_FILES, file_digest, unchanged_digest
 
 _PACKAGES = (
     "verl-aqn", "verl", "vllm", "ray", "torch", "transformers", "peft", "tensordict", "TransferQueue", "numpy",
@@ -24,7 +26,7 @@ _DEVICE_NAMES = (
     (("npu-smi", "info", "-m"), r"\bAscend.*?(?=\s*$)"),  # the last column; a card's controller (Mcu) is no device
     (("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"), r"^.+$"),
 )
-_MODEL_FILES = {".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken"}
+_REPORTS = ("quantization.json", CHECKSUMS)  # ours, about the folder
 
 
 def installed(packages: Iterable[str]) -> dict[str, str]:
@@ -96,32 +98,13 @@ def processor() -> str:
     return name or platform.machine()
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def model_digest(folder: Path) -> str:
     """sha256 over names and contents of what decides a model's answers: weights, config, tokenizer, chat template.
 
-    Not of `quantization.json`, our report beside a packed base.
+    Not of `quantization.json` and `verl_aqn_checksums.json`, our reports about a folder.
     """
-    files = sorted(
-        file for file in folder.iterdir() if file.suffix in _MODEL_FILES and file.name != "quantization.json"
-    )
+    files = sorted(file for file in folder.iterdir() if file.suffix in MODEL_FILES and file.name not in _REPORTS)
     with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock alone
-        digests = pool.map(_digest_while_unchanged, files)
+        digests = pool.map(unchanged_digest, files)
         lines = [f"{file.name}\0{digest}\n" for file, digest in zip(files, digests, strict=True)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def _digest_while_unchanged(path: Path) -> str:
-    """As `file_digest`, of a file that is as it was without reading it again: a plan's arms share a base of many GB."""
-    now = path.stat()
-    return _digest_of(path, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
-
-
-@cache
-def _digest_of(path: Path, *as_it_is: int) -> str:
-    return file_digest(path)
