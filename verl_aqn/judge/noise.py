@@ -37,7 +37,17 @@ def check_evidence(evidence: Mapping[str, Any], order: NoiseOrder | None, clean_
         _check_order(evidence["order"], order)
     elif evidence.get("step") is not None or evidence.get("order") is not None:
         raise EvidenceError("clean weights were asked for, but the worker reports a noise order: stale evidence?")
-    for group in evidence["groups"] if order and sigma else ():
+    if order and sigma:
+        _check_groups(evidence, order)
+    _check_sums(evidence, sigma)
+    _check_realised(evidence, sigma)
+    if order and sigma and "norm" in order.targets and evidence["weights_digest"] == clean_digest:
+        raise EvidenceError(f"noise of σ {sigma:g} was ordered, but the norms are the clean ones; restart the rollout")
+
+
+def _check_groups(evidence: Mapping[str, Any], order: NoiseOrder) -> None:
+    """Raise unless every module with noise was to have it, with its multiplier, and σ is right in each group."""
+    for group in evidence["groups"]:
         for name in group["modules"]:
             if name in evidence["router_norms"] and not order.router_norms:
                 raise EvidenceError(
@@ -51,11 +61,7 @@ def check_evidence(evidence: Mapping[str, Any], order: NoiseOrder | None, clean_
                     f"{name} was to have σ times {wanted:g}, the worker gave it {group['multiplier']:g}: "
                     "multipliers are lost on the way"
                 )
-        _check_group(group, sigma)
-    _check_sums(evidence, sigma)
-    _check_realised(evidence, sigma)
-    if order and sigma and "norm" in order.targets and evidence["weights_digest"] == clean_digest:
-        raise EvidenceError(f"noise of σ {sigma:g} was ordered, but the norms are the clean ones; restart the rollout")
+        _check_group(group, order.sigma)
 
 
 OLD_FIELDS = ("sigma_asked", "sigma_realised", "modules", "changed_outside", "clean_digest", "weights_digest")

@@ -11,7 +11,7 @@ from typing import Any
 
 from verl_aqn.config import NoiseConfig, order_of, parse_aqn, schedule_of
 from verl_aqn.errors import AqnError, EvidenceError
-from verl_aqn.judge.records import VERSION, Done, Judge
+from verl_aqn.judge.records import VERSION, Done, Judge, Tally
 from verl_aqn.runs.chain import broken
 from verl_aqn.runs.folder import EVIDENCE, RunFolder
 from verl_aqn.schedule import SigmaSchedule
@@ -131,8 +131,8 @@ def judge_lines(expected: Expected, lines: Sequence[bytes]) -> Judgement:
         faults[CHAIN] = [f"{EVIDENCE} was changed after it was written: line {numbers} does not follow the one before"]
     findings = {}
     for kind in dict.fromkeys([*judge.tallies, *faults, *absent]):
-        tally = judge.tallies.get(kind)
-        right, unknown = (tally.right, tally.unknown + absent[kind]) if tally else (0, absent[kind])
+        known = judge.tallies.get(kind, Tally())
+        right, unknown = known.right, known.unknown + absent[kind]
         wrong = tuple(faults.get(kind, ()))
         findings[kind] = Finding(kind, right, right + unknown + len(wrong), unknown, wrong)
     if CHAIN not in findings and links:
