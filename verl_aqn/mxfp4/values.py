@@ -24,7 +24,7 @@ def plain_digest(tensor: Tensor) -> str:
 
     A norm that the rollout keeps in float32 and the bfloat16 tensor on disk that it came from have the same digest.
     """
-    return values_digest(narrowest(as_matrix(tensor)))
+    return values_digest(narrowest(as_matrix(tensor.detach().cpu())))  # not every device views bits
 
 
 def as_matrix(tensor: Tensor) -> Tensor:

@@ -45,18 +45,19 @@ def agreement(first: RunFolder, second: RunFolder) -> list[Agreement]:
         if not records:
             raise DataError(f"{run.path} has no digests of its samples (samples.jsonl): its version recorded none")
     for step in sorted(samples[0].keys() & samples[1].keys()):
-        found.append(_compare("train", step, *(records[step]["answers"] for records in samples)))
+        found.append(_compare("train", step, samples[0][step]["answers"], samples[1][step]["answers"]))
     validations = [run.by_step("metrics.jsonl", "validation") for run in (first, second)]
     for step in sorted(validations[0].keys() & validations[1].keys()):
-        texts = [
-            {(line.get("item"), line.get("sample")): line["output"] for line in run.read(f"validation/{step}.jsonl")}
-            for run in (first, second)
-        ]
         accuracies = (validations[0][step]["accuracy"], validations[1][step]["accuracy"])
-        found.append(_compare("val", step, *texts, accuracies=accuracies))
+        found.append(_compare("val", step, _texts(first, step), _texts(second, step), accuracies))
     if not found:
         raise DataError(f"{first.path} and {second.path} have no step in common")
     return found
+
+
+def _texts(run: RunFolder, step: int) -> dict:
+    lines = run.read(f"validation/{step}.jsonl")
+    return {(line.get("item"), line.get("sample")): line["output"] for line in lines}
 
 
 def _compare(

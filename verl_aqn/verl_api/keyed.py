@@ -21,7 +21,7 @@ from verl_aqn.verl_api.saving import SavingTrainer
 PROMPT = "aqn_prompt"
 """Column of a batch: the prompt's name within its step."""
 
-_Worker: Any = AgentLoopWorkerTQ.__ray_actor_class__  # type: ignore[attr-defined]  # without Ray around it
+_Worker: Any = AgentLoopWorkerTQ.__ray_actor_class__  # without Ray around it
 
 
 class AqnAgentLoopWorker(NotingFailures, _Worker):
