@@ -34,6 +34,7 @@ def trainer(steps, rows=20, epochs=2, batch=6, filtering=True):
             "data": {
                 "train_files": "a", "val_files": "a", "train_batch_size": batch, "gen_batch_size": None,
                 "val_batch_size": None, "dataloader_num_workers": 0, "shuffle": True, "seed": 1,
+                "custom_cls": {"path": None, "name": None},
             },
             "trainer": {"total_epochs": epochs, "total_training_steps": steps, "v1": {"sampler": {}}},
             "algorithm": {"filter_groups": {"enable": filtering, "max_num_gen_batches": 10}},
@@ -42,6 +43,7 @@ def trainer(steps, rows=20, epochs=2, batch=6, filtering=True):
         }
     )  # fmt: skip
     made.tokenizer = made.processor = None
+    made.tell_rows = lambda: None  # there are no files
     made.trainer_mode, made.parameter_sync_step = "sync", 1
     made.train_dataloader_it, made.prompts, made.global_steps = None, StepPrompts(), 1
     return made, trainer_base, Rows(rows)

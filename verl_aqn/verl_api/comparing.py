@@ -31,6 +31,22 @@ class ComparingTrainer(ProvingTrainer):
         self.use = UseOfNoise(evidence)
         self.compared = self.told_uncompared = self.told_unpredicted = False  # in this attempt
 
+    def _compute_old_log_prob(self, batch, metrics):
+        self.doing("log-probs")
+        noisy = self.log_probs_with_noise(batch)
+        correction = self.config.algorithm.rollout_correction
+        if correction and correction.get("bypass_mode"):
+            if self.compared and noisy is None:
+                self.uncompared("algorithm.rollout_correction.bypass_mode=true takes the rollout's log-probs")
+            else:  # the trainer's log-probs are computed for these checks alone
+                self.check_mismatch(self.trainer_log_probs(batch))
+            self.check_use(batch, noisy)
+            return super()._compute_old_log_prob(batch, metrics)
+        batch = super()._compute_old_log_prob(batch, metrics)
+        self.check_mismatch(batch)
+        self.check_use(batch, noisy)
+        return batch
+
     def score_without_noise(self, keys: list[str]) -> dict[str, list[float]]:
         """Log-probabilities that the rollout, with this step's adapter and clean norms, gives to its own responses."""
         self.restore_clean(RESCORING)

@@ -89,22 +89,6 @@ class AqnTrainer(ComparingTrainer):
             self.restore_actor()
         return batch
 
-    def _compute_old_log_prob(self, batch, metrics):
-        self.doing("log-probs")
-        noisy = self.log_probs_with_noise(batch)
-        correction = self.config.algorithm.rollout_correction
-        if correction and correction.get("bypass_mode"):
-            if self.compared and noisy is None:
-                self.uncompared("algorithm.rollout_correction.bypass_mode=true takes the rollout's log-probs")
-            else:  # the trainer's log-probs are computed for these checks alone
-                self.check_mismatch(self.trainer_log_probs(batch))
-            self.check_use(batch, noisy)
-            return super()._compute_old_log_prob(batch, metrics)
-        batch = super()._compute_old_log_prob(batch, metrics)
-        self.check_mismatch(batch)
-        self.check_use(batch, noisy)
-        return batch
-
     def _update_critic(self, batch, metrics):
         self.doing("critic's update")
         with saved_where_it_diverges(batch, self.folder, self.global_steps):
