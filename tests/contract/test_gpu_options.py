@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 
 from verl_aqn.config import load_recipe
 
@@ -23,6 +24,25 @@ def test_marlin_is_a_backend_and_serves_mxfp4_alone():
     possible = linear._POSSIBLE_MXFP4_KERNELS[PlatformEnum.CUDA]
     left = linear._filter_kernels_by_backend(asked.linear_backend, possible)
     assert [kernel.__name__ for kernel in left] == ["MarlinMxFp4LinearKernel"]
+
+
+def test_no_pass_of_vllm_fuses_a_norm():
+    """Which passes match norms, vLLM's fusions say; those of ROCm alone and of one model's own kernels aside."""
+    import vllm.compilation.passes.fusion as fusion
+    from vllm.config import CompilationConfig, PassConfig
+
+    asked = load_recipe("e12", ["profile=cuda"]).actor_rollout_ref.rollout.engine_kwargs.vllm.compilation_config
+    passes = OmegaConf.to_container(asked.pass_config)
+    assert passes == {key: False for key in passes}
+    config = CompilationConfig(**OmegaConf.to_container(asked)).pass_config
+    assert not any(getattr(config, key) for key in passes)
+    of_norms = {field.name for field in fields(PassConfig) if "norm" in field.name or "rms" in field.name}
+    elsewhere = {"fuse_mla_dual_rms_norm", "fuse_qk_norm_rope_kvcache"}  # ROCm; off unless it is asked for
+    assert of_norms - elsewhere == {"fuse_norm_quant", "fuse_allreduce_rms", "enable_qk_norm_rope_fusion"}
+    assert of_norms - elsewhere <= set(passes)
+    # vLLM's own guard, that a norm's weight has the dtype of its input, is on some of the patterns only.
+    source = (Path(fusion.__path__[0]) / "allreduce_rms_fusion.py").read_text()
+    assert 0 < source.count("extra_check=_norm_input_weight_dtype_match") < source.count("extra_check=")
 
 
 @pytest.mark.parametrize(("rank", "merge", "level"), [(32, False, 1), (32, True, 2), (0, False, 2)])

@@ -18,6 +18,7 @@ from verl_aqn.verl_api import tripwire
 from verl_aqn.verl_api.comparing import ComparingTrainer, real_keys
 from verl_aqn.verl_api.divergence import saved_where_it_diverges
 from verl_aqn.verl_api.failures import answered, failure_text
+from verl_aqn.verl_api.figures import cut_share, drop_meaningless
 from verl_aqn.verl_api.groups import AqnReplayBuffer, check_refill, count_groups, remedy
 from verl_aqn.verl_api.parity import can_rescore, clip_range, scored_again, step_metrics
 from verl_aqn.verl_api.rows import rows_of, told_rows
@@ -126,6 +127,7 @@ class AqnTrainer(ComparingTrainer):
         metrics.update(self.noise_metrics)
         metrics["aqn/synced_bytes"] = self.synced_bytes
         metrics.update(self.group_and_parity_metrics(batch, metrics))
+        drop_meaningless(metrics, cpu=self.config.trainer.device == "cpu")
         numbers = {key: float(value) for key, value in metrics.items() if _is_number(value)}
         self.write("metrics.jsonl", kind="step", step=global_steps, total=self.total_training_steps, metrics=numbers)
         if self.save_due:
@@ -135,8 +137,9 @@ class AqnTrainer(ComparingTrainer):
     def group_and_parity_metrics(self, batch: Any, metrics: dict) -> dict[str, float]:
         """`aqn/groups…` and `aqn/parity/…` of a step; see verl_api/parity.py for what each figure is."""
         keys = real_keys(batch)
-        fields = ["rm_scores", "response_mask", "rollout_log_probs", "old_log_probs", "entropy"]
+        fields = ["responses", "rm_scores", "response_mask", "rollout_log_probs", "old_log_probs", "entropy"]
         data = transfer_queue.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
+        lengths = data["responses"].offsets().diff()
         data = data.to_padded_tensor()
         rewards = data["rm_scores"].sum(dim=1).tolist()
         groups, flat = count_groups([key.rsplit("_", 2)[0] for key in keys], rewards)
@@ -149,6 +152,7 @@ class AqnTrainer(ComparingTrainer):
         refused = self.replay_buffer.thrown_away.total()
         groups += refused + int(metrics.get("training/filter_groups/discarded_surplus_samples", 0))
         found = {"aqn/groups": groups, "aqn/groups_without_variance": flat + refused}
+        found["response_length/clip_ratio"] = cut_share(lengths, self.config.data.max_response_length)
         if {"rollout_log_probs", "old_log_probs", "entropy"} <= set(data.keys()):  # bypass mode has one of them only
             clip = clip_range(self.config.actor_rollout_ref.actor)
             # What only the check of the mismatch scored again is not comparable with what top_p left over.
