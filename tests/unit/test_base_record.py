@@ -121,6 +121,22 @@ def test_a_dequantised_copy_that_the_actor_computes_with_is_compared_with_its_co
         check_base(record_of(folder, [actor_of(model, folder)], [rollout_of(folder)]), None)
 
 
+def test_a_tensor_in_another_form_than_the_folder_s_and_faults_of_other_ranks_are_named(folders):
+    folder = folders / "source"
+    packed = loaded(folders / "packed")
+    rollout = rollout_of(folder)
+    foreign = actor_of(packed, folders / "packed") | {"activations": []}
+    with pytest.raises(EvidenceError, match=r"q_proj in actor .* does not hold it"):
+        check_base(record_of(folder, [foreign], [rollout]), None)
+    rollout["tensors"]["model.norm.weight"][1] = "packed"
+    with pytest.raises(EvidenceError, match=r"model\.norm\.weight in rollout 0 .* does not hold it as packed"):
+        check_base(record_of(folder, [actor_of(loaded(folder), folder)], [rollout]), None)
+    actor = actor_of(loaded(folder), folder)
+    second = actor | {"faults": ["model.norm.weight is trained"]}
+    with pytest.raises(EvidenceError, match=r"model\.norm\.weight in actor rank 1"):
+        check_base(record_of(folder, [actor, second], [rollout_of(folder)] * 2), None)
+
+
 def test_tensor_parallel_ranks_hold_parts_and_together_all(folders):
     folder = folders / "packed"
     rows, columns = (96, 64)

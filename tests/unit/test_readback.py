@@ -9,9 +9,11 @@ from torch import nn
 from verl_aqn.errors import EvidenceError
 from verl_aqn.mxfp4 import dequantize, quantize
 from verl_aqn.mxfp4.checkpoint import base_digest, combined_digest, values_digest
+from verl_aqn.mxfp4.values import plain_digest
 from verl_aqn.shards import NOTHING
 from verl_aqn.vllm_api.observe import keep
 from verl_aqn.vllm_api.readback import describe_base, kernel_activation
+from verl_aqn.vllm_api.tensors import describe_tensors
 from verl_aqn.vllm_api.trace import Trace
 
 
@@ -103,6 +105,37 @@ def test_a_bf16_base_is_known_by_the_values_of_the_packed_one(tmp_path):
     gone = describe_base(model, NAMES)
     assert gone["base_digest"] == said["base_digest"]
     assert gone["weights_equal_base"] is gone["weights_digest"] is None
+
+
+def test_every_tensor_is_read_where_it_is_now_or_else_as_it_was_loaded():
+    layers = {"norm": nn.Module(), "o_proj": nn.Module(), "embed": nn.Module(), "twin": nn.Module()}
+    layers["norm"].weight = nn.Parameter(torch.zeros(64, dtype=torch.bfloat16), requires_grad=False)
+    for name in ("o_proj", "embed", "twin"):
+        layers[name].weight = frozen(8, 64, dtype=torch.bfloat16)
+    tensors = {f"{name}.weight": torch.randn(layer.weight.shape).bfloat16() for name, layer in layers.items()}
+
+    def load(model, tensors):
+        for name, layer in layers.items():
+            layer.weight.data.copy_(tensors["embed.weight" if name == "twin" else f"{name}.weight"])
+
+    model = loaded_model(layers, {n: t for n, t in tensors.items() if n != "twin.weight"}, load)
+    digests = {name: plain_digest(tensor) for name, tensor in tensors.items() if name != "twin.weight"}
+    model.norm.weight.data = model.norm.weight.data.float()  # as for noise
+    said = describe_tensors(model, [])
+    assert said["tensors"] == {name: [digest, "bfloat16", True, None] for name, digest in digests.items()}
+    assert (said["computed"], said["lost"], said["kernel_digest"]) == ({}, {}, None)
+    model.norm.weight.data[3] += 2**-12  # a change that bfloat16 could not hold
+    model.o_proj.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # a kernel took it away
+    again = describe_tensors(model, [])["tensors"]
+    assert again["norm.weight"][0] != digests["norm.weight"]
+    assert again["o_proj.weight"] == [digests["o_proj.weight"], "bfloat16", False, None]
+    model.twin.weight.data[0, 0] += 1  # one of two copies
+    assert "held twice" in describe_tensors(model, [])["tensors"]["embed.weight"][0]
+    model.wrapped = nn.Module()  # LoRA puts layers into wrappers
+    model.wrapped.base_layer = model.embed
+    model.twin.weight.data[0, 0] -= 1
+    model.embed, model.wrapped = model.wrapped, None
+    assert describe_tensors(model, [])["tensors"]["embed.weight"] == [digests["embed.weight"], "bfloat16", True, None]
 
 
 def test_one_changed_weight_shows_between_two_moments():

@@ -156,3 +156,26 @@ def test_boxes_that_touch_only_in_part():
     assert compose(view, known) == [Box(3, 102, ((2, 3, 8), (3, 1, 1)))]
     assert compose(view, Box(0, 0, ((8, 1, 1),))) == []  # row 0
     assert compose(Box(0, 0, ((4, 3, 1),)), Box(0, 0, ((2, 2, 2), (2, 1, 1)))) is None
+
+
+def test_what_was_computed_with_on_its_way_is_noted_and_copies_are_not():
+    def loader(p, t):
+        p["a"].data.copy_(-torch.exp(t["a"].float()))
+        p["b"].data.copy_(t["b"].to(torch.bfloat16).clone().t().contiguous().t())
+        p["c"].data.copy_(t["c"])
+        p["c"].data.add_(1)
+
+    loaded, _ = load(loader, {name: tensor(4, 6) for name in "abc"}, a=(4, 6), b=(4, 6), c=(4, 6))
+    assert loaded.computed == {"a": "exp, neg", "c": "add_"}
+    assert loaded.pieces.keys() == set("abc")
+    assert not loaded.lost
+
+
+def test_a_vector_in_another_order_is_read_back_in_its_own():
+    def loader(p, t):  # GPT-NeoX: q, k and v of each head side by side
+        p["bias"].data.copy_(t["bias"].view(2, 3, 4).transpose(0, 1).reshape(24))
+
+    vector = torch.arange(24.0)
+    loaded, parameters = load(loader, {"bias": vector}, bias=(24,))
+    assert loaded.region("bias") is None
+    assert torch.equal(loaded.read("bias", parameters.__getitem__), vector.view(24, 1))

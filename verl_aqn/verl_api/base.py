@@ -12,6 +12,7 @@ from verl_aqn.mxfp4.disk_base import DiskBase, Part, rounds
 from verl_aqn.shards import NOTHING, Slices, not_covered
 
 WHOLE = Part("packed")
+PACKED_FORMS = ("packed", "bf16")
 
 
 class BaseRecords:
@@ -51,15 +52,20 @@ class BaseRecords:
         for rank, tensors in enumerate(held):
             parts[f"rollout {rank}"] = {n: Part(f, tuple(s) if s else None) for n, (_, f, _, s) in tensors.items()}
             found[f"rollout {rank}"] = {name: digest for name, (digest, *_) in tensors.items()}
-        faults = {fault: fault.split()[0].rstrip(",") for fault in actor[0]["faults"]}
-        differ = [{"holder": "actor", "name": name, "fault": fault} for fault, name in faults.items()]
+        differ = [
+            {"holder": f"actor rank {rank}" if rank else "actor", "name": fault.split()[0].rstrip(","), "fault": fault}
+            for rank, answer in enumerate(actor)
+            for fault in answer["faults"]
+        ]
         wanted: dict[str, set[Part]] = {}
         for holder, of in parts.items():
-            for name, part in of.items():
-                if name in disk.groups:
+            for name, part in list(of.items()):
+                if name in disk.groups and (part.form in PACKED_FORMS) == (disk.groups[name] == "packed"):
                     wanted.setdefault(name, set()).add(part)
-                else:
-                    differ.append({"holder": holder, "name": name, "fault": "the folder does not hold it"})
+                    continue
+                del of[name]
+                how = f" as {part.form}" if name in disk.groups else ""
+                differ.append({"holder": holder, "name": name, "fault": f"the folder does not hold it{how}"})
         for name, group in disk.groups.items():
             whole = {WHOLE, Part(self.form)} if group == "packed" else {Part(disk.dtypes[name])}
             if group in ("packed", "head", "embeddings"):
@@ -71,7 +77,7 @@ class BaseRecords:
             side = holder.split()[0]
             compared[holder] = []
             for name, part in of.items():
-                if name not in disk.groups or name in left.of[side]:
+                if name in left.of[side]:
                     continue
                 compared[holder].append(name)
                 if found[holder][name] != digests[(name, part)]:

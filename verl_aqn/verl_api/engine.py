@@ -111,7 +111,9 @@ class AqnFSDPEngine(PackedBase):
         """
         held = held_base(self.module, self.model_config.local_path)._asdict()
         rounding = sorted({str(layer.activation or "none") for layer in packed_layers(self.module)})
-        return {key: value for key, value in held.items() if every or "digest" in key} | {"activations": rounding}
+        return {key: value for key, value in held.items() if every or "digest" in key or key == "faults"} | {
+            "activations": rounding
+        }
 
     def prepare_model_inputs(self, micro_batch):
         """Each prompt once for all of its samples, if the model can take that; otherwise verl's own rows."""
