@@ -29,6 +29,7 @@ def trainer(steps, rows=20, epochs=2, batch=6, filtering=True):
         }
     )  # fmt: skip
     made.tokenizer = made.processor = None
+    made.tell_rows = lambda: None  # there are no files
     made.trainer_mode, made.parameter_sync_step = "sync", 1
     return made, trainer_base, [SimpleNamespace(index=i) for i in range(rows)]
 
