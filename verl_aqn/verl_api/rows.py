@@ -132,17 +132,19 @@ class ToldDataset(RLHFDataset):
 @contextmanager
 def told_rows(config: DictConfig) -> Iterator[None]:
     """Let verl make its data sets of `ToldDataset`, unless the recipe names a class of the user's own."""
-    own = config.data.custom_cls
-    if own.path is not None:
+    before = config.data.get("custom_cls")
+    if before and before.get("path") is not None:
         yield
         return
-    before = dict(own)
-    with open_dict(config):
-        own.path, own.name = f"pkg://{__name__}", ToldDataset.__name__
-    try:
-        yield
-    finally:
-        own.update(before)
+    with open_dict(config.data):
+        config.data.custom_cls = {"path": f"pkg://{__name__}", "name": ToldDataset.__name__}
+        try:
+            yield
+        finally:
+            if before is None:
+                del config.data.custom_cls
+            else:
+                config.data.custom_cls = before
 
 
 def rows_of(dataset: Any, files: Sequence[str]) -> Rows:
