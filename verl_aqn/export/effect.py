@@ -38,7 +38,7 @@ from verl_aqn.errors import EvidenceError
 from verl_aqn.export.reference import Logprobs, Reference
 
 ERROR = 0.1
-FLOOR = 0.25
+FLOOR = 0.15
 
 
 @dataclass(frozen=True)
