@@ -134,6 +134,13 @@ def test_an_answer_that_parts_far_from_a_tie_fails(gap):
         judge(replace(TRIAL, equal=31, differing=[parted(gap)]), 1.0)
 
 
+def test_a_merged_model_may_part_anywhere_but_not_at_a_number_that_is_none():
+    far = replace(TRIAL, merged=True, equal=30, differing=[parted(1.9, None), parted(None, None)])
+    assert judge(far, 1.0).undecided == ""
+    with pytest.raises(EvidenceError, match="1 of 32 answers are not those"):
+        judge(replace(far, differing=[parted(math.nan, None)]), 1.0)
+
+
 def test_gaps_within_their_bounds_do_not_make_up_for_answers_that_are_not_equal():
     """Of 32 answers none was equal, all parted at what was called a near tie, and the export was proved."""
     near = [parted(0.24)] * 32

@@ -5,6 +5,29 @@ the export (c) and on the bare base (d). The adapter's effect is e = a − b and
 over all tokens. The error is ‖s − e‖ / ‖e‖: 0 for an export that does all that the adapter does and nothing else, and 1
 for the bare base, which shows nothing. The floor is ‖d − b‖ / ‖e‖: how far apart two implementations are on equal
 weights.
+
+Measured with vLLM on a CPU: a tiny random model with a random adapter (two layers, 32 answers of 6 tokens by the
+trainer's model), with B of standard deviation 0.05 and 0.01. Equal: of the answers that the base does not give. Gap:
+the farthest from a tie at which an answer parts, in nats (–: not among the likeliest tokens).
+
+====================== ===== ======= ===== ===== ======= =====
+export                 error equal   gap   error equal   gap
+====================== ===== ======= ===== ===== ======= =====
+right                  0.019 28 / 32 0.06  0.126 20 / 26 0.12
+α × 1.25               0.21  6 / 32  1.12  0.26  12 / 26 0.31
+α / 2                  0.38  0 / 32  –     0.48  3 / 26  0.75
+α × 2                  1.36  0 / 32  –     0.96  1 / 26  1.75
+second layer missing   0.25  4 / 32  2.0   0.20  10 / 26 0.31
+first layer missing    0.91  0 / 32  –     0.98  0 / 26  1.06
+layers swapped         1.51  0 / 32  –     1.37  1 / 26  2.75
+every second module    0.56  0 / 32  2.3   0.44  6 / 26  0.81
+attention only         0.30  0 / 32  –     0.42  8 / 26  0.75
+bare base              1     0 / 32  –     1     0 / 26  0.94
+====================== ===== ======= ===== ===== ======= =====
+
+The effect was 2.5 and 0.42 nats a token, the floor 0.013 and 0.092; the error of a right export was 1.4 times the floor
+both times, as of two independent errors of that size. So at most `ERROR`, or twice the floor where that is more, is
+allowed, and where the floor is above `FLOOR` the error decides nothing.
 """
 
 import math
@@ -15,7 +38,7 @@ from verl_aqn.errors import EvidenceError
 from verl_aqn.export.reference import Logprobs, Reference
 
 ERROR = 0.1
-FLOOR = 0.25
+FLOOR = 0.15
 
 
 @dataclass(frozen=True)

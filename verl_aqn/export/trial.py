@@ -39,6 +39,11 @@ class Differing:
     expected: str
     answer: str
 
+    @property
+    def near(self) -> bool:
+        """Whether it parts at a near tie, or, without a bound, at a number at all."""
+        return _within(self.gap, self.bound) if self.bound is not None else not math.isnan(self.gap or 0.0)
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -159,13 +164,13 @@ def judge(trial: Trial, apart: float) -> Trial:
         EvidenceError: an answer parts where there is no near tie, too few answers are equal, the export does not do to
             log-probabilities what the adapter does, or vLLM's base is not the trainer's.
     """
-    far = [one for one in trial.differing if one.bound is not None and not _within(one.gap, one.bound)]
+    far = [one for one in trial.differing if not one.near]
     if far:
         worst = max(far, key=lambda one: _or_infinity(one.gap))
         gap = "far more" if math.isinf(_or_infinity(worst.gap)) else f"{worst.gap:.3g}"
         raise EvidenceError(
             f"{len(far)} of {trial.prompts} answers are not those of {trial.against}: {worst.answer!r} for "
-            f"{worst.expected!r}, where token {worst.token} differs by {gap} nats ({worst.bound:g} allowed)"
+            f"{worst.expected!r}, where token {worst.token} differs by {gap} nats ({worst.bound or 0:g} allowed)"
         )
     if trial.required is not None and trial.telling_equal < trial.required:
         raise EvidenceError(
