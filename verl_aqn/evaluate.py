@@ -219,7 +219,8 @@ def read(run: RunFolder, target: str, precision: str) -> Evaluation:
     evidence = {record["kind"]: record for record in run.read("evidence.jsonl")}
     return Evaluation(
         target, str(run.path), str(file), validation["step"], precision, items, scores,
-        evidence["base"].get("disk"), evidence["adapter"]["sent"], samples, passed, validation.get("failed"),
+        evidence["base"].get("disk"), evidence["adapter"]["sent"], samples=samples, pass_at=passed,
+        failed=validation.get("failed"),
     )  # fmt: skip
 
 

@@ -16,7 +16,9 @@ REAL = ROOT / "tests/unit/real_runs/rollout"
 
 def told() -> list[str]:
     """Patterns in the first column of the tables."""
-    rows = [line.split("|")[1] for line in (ROOT / "docs/metrics.md").read_text().splitlines() if line.startswith("| `")]
+    rows = [
+        line.split("|")[1] for line in (ROOT / "docs/metrics.md").read_text().splitlines() if line.startswith("| `")
+    ]
     return [pattern for row in rows for pattern in re.findall(r"`([^`]+)`", row)]
 
 
