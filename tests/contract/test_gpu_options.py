@@ -33,7 +33,7 @@ def test_no_pass_of_vllm_fuses_a_norm():
 
     asked = load_recipe("e12", ["profile=cuda"]).actor_rollout_ref.rollout.engine_kwargs.vllm.compilation_config
     passes = OmegaConf.to_container(asked.pass_config)
-    assert passes == {key: False for key in passes}
+    assert passes == dict.fromkeys(passes, False)
     config = CompilationConfig(**OmegaConf.to_container(asked)).pass_config
     assert not any(getattr(config, key) for key in passes)
     of_norms = {field.name for field in fields(PassConfig) if "norm" in field.name or "rms" in field.name}

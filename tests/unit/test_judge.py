@@ -28,6 +28,7 @@ DESCRIBED = {
     "base": {"seconds", "files.tensors", "rollout[0].kernel", "rollout[0].layers", "rollout[0].experts"},
     "noise": {"weights_digest"},
     "adapter": {"held[0].b_max"},
+    "actor clean": {"uses"},
     "mismatch": {"abs_dlogp_error"},
     "use": {"predicted", "predicted_by", "error"},
 }

@@ -179,8 +179,10 @@ def check_equal_noise(holders: Mapping[str, Mapping[str, Any]]) -> None:
 
 def check_used(evidence: Mapping[str, Any], sigma: float) -> None:
     """Raises EvidenceError where noise of `sigma` was in an actor, but its forwards, `uses` of them, had none of it."""
-    if sigma > 0 and evidence["uses"] == 0:
+    if sigma > 0 and not evidence["uses"] > 0:
         raise EvidenceError(f"noise of σ {sigma:g} was given to the actor, but its forward did not use it")
+    if sigma == 0 and evidence["uses"] != 0:
+        raise EvidenceError(f"σ is 0, but {evidence['uses']} forwards of the actor had noise")
 
 
 def _check_order(held: Mapping[str, Any], order: NoiseOrder) -> None:
