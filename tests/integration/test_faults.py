@@ -24,7 +24,7 @@ KINDS = {
     "rollout worker": "VLLM::Worker",
     "rollout engine": "VLLM::EngineCore",
     "rollout server": "ray::AqnHttpServer",
-    "agent loop": "ray::NotingWorker",
+    "agent loop": "ray::AgentLoopWorkerTQ",
     "rewards": "ray::RewardLoopWorker",
     "storage": "ray::SimpleStorageUnit",
     "trainer": "ray::AqnTaskRunner",

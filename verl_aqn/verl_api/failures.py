@@ -1,4 +1,4 @@
-"""Why an answer never came: noted by the process that asked for it, and told by the trainer with the count.
+"""Why an answer never came: noted by a worker that has `NotingFailures`, and told by the trainer with the count.
 
 A session that fails (its generation, or the reward of its answer, raised) leaves nothing in verl's queue: verl's worker
 logs the error and goes on.
@@ -8,10 +8,6 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-import ray
-from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 
 from verl_aqn.config import parse_aqn
 from verl_aqn.errors import AqnError, first_line
@@ -20,8 +16,6 @@ from verl_aqn.verl_api.cause import root_cause
 
 FILE = "failures.jsonl"
 """A line for each session that failed: set (train or val), RL step, uid, session, reason."""
-
-_Worker: Any = AgentLoopWorkerTQ.__ray_actor_class__  # without Ray around it
 
 
 class NotingFailures:
@@ -33,18 +27,6 @@ class NotingFailures:
         except Exception as error:
             note(parse_aqn(self.config).run.dir, trajectory, kwargs, error)  # type: ignore[attr-defined]
             raise
-
-
-class NotingWorker(NotingFailures, _Worker):
-    """verl's worker, which notes failures."""
-
-
-class NotingManager(AgentLoopManagerTQ):
-    """verl's manager of the workers that run sessions, with ours in place of its own."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.agent_loop_workers_class = ray.remote(NotingWorker)
 
 
 def note(folder: str | None, trajectory: dict, prompt: dict, error: Exception) -> None:

@@ -26,10 +26,10 @@ class AqnTaskRunner:
         """Train from the first step, or the last checkpoint, to the last step."""
         import transfer_queue
         from verl.trainer.ppo.utils import need_critic, need_reference_policy
+        from verl.trainer.ppo.v1 import AgentLoopManagerTQ
         from verl.utils.config import validate_config
 
         from verl_aqn.cluster.worker import TEMPORARY
-        from verl_aqn.verl_api.failures import NotingManager
         from verl_aqn.verl_api.nodes import check_nodes
         from verl_aqn.verl_api.plugin import assert_loaded
         from verl_aqn.verl_api.trainer import AqnTrainer
@@ -45,7 +45,7 @@ class AqnTaskRunner:
             trainer = AqnTrainer(config)
             trainer.event("loading the actor")
             trainer.init()
-            agents = NotingManager.create(
+            agents = AgentLoopManagerTQ.create(
                 config=config,
                 llm_client=trainer.get_llm_client(),
                 teacher_client=trainer.get_teacher_client(),
