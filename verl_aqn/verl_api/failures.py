@@ -1,4 +1,4 @@
-"""Why an answer never came: noted by the process that asked for it, and told by the trainer with the count.
+"""Why an answer never came: noted by a worker that has `NotingFailures`, and told by the trainer with the count.
 
 A session that fails (its generation, or the reward of its answer, raised) leaves nothing in verl's queue: verl's worker
 logs the error and goes on.

@@ -33,7 +33,7 @@ class AqnReplayBuffer(ReplayBuffer):
             if not found.keys:  # verl would go on, and stumble over nothing
                 raise TrainingError(
                     f"validation after step {global_steps}: every answer to {batch_size} problems failed: "
-                    "failures.jsonl and training.log say why"
+                    "training.log says why"
                 )
             return found, metrics
         self.begin()

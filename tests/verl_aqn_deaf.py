@@ -1,4 +1,7 @@
-"""A vLLM worker whose norms hold the noise but compute without it, as with a graph that was made before."""
+"""A vLLM worker whose norms hold the noise but compute without it, as with a graph that was made before.
+
+The plugin is for engines whose worker extension has verl_aqn in its name: hence that of this file.
+"""
 
 from typing import Any
 
