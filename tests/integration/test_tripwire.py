@@ -26,12 +26,12 @@ def test_a_rollout_whose_forward_ignores_the_noise_in_its_weights_stops_the_run(
     _, err = process.communicate(timeout=600)
     run = newest(tmp_path)
     assert process.returncode == 1, err
-    assert "step 2: noise of σ 0.05 is in the rollout's weights, but its forward does not use it" in err
-    quiet, noisy = lines(run / "evidence.jsonl", "use")
-    assert quiet["sigma"] == 0
+    assert "step 3: noise of σ 0.05 is in the rollout's weights, but its forward does not use it" in err
+    *quiet, noisy = lines(run / "evidence.jsonl", "use")
+    assert [one["sigma"] for one in quiet] == [0, 0]
     assert noisy["effect"] + noisy["error"] < noisy["predicted"] / 2
     assert noisy["predicted_by"] == "the trainer with the same noise"
-    assert len(lines(run / "metrics.jsonl", "step")) == 1
+    assert len(lines(run / "metrics.jsonl", "step")) == 2
     assert lines(run / "evidence.jsonl", "noise")[-1]["sigma_realised"] > 0.04  # by weights alone all was well
     (stopped,) = lines(run / "evidence.jsonl", "stopped")
     assert "does not use it" in stopped["reason"]
