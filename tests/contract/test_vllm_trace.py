@@ -3,6 +3,7 @@
 import inspect
 import os
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,11 +91,12 @@ def test_what_the_ranks_hold_is_what_was_loaded_and_together_it_is_all(world, mo
 def test_the_seams_of_the_observation():
     """Loaders pass their weights through the model's `load_weights`; adapters come through `from_lora_tensors`."""
     from vllm.lora import lora_model, worker_manager
-    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+    from vllm.model_executor.model_loader import base_loader
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
     assert "model.load_weights(" in inspect.getsource(DefaultModelLoader.load_weights)
-    assert "self.load_weights(model, model_config" in inspect.getsource(BaseModelLoader.load_model)
+    # Of the file: another test of this process may have put our function in its place.
+    assert "self.load_weights(model, model_config" in Path(base_loader.__file__).read_text()
     assert list(inspect.signature(lora_model.LoRAModel.from_lora_tensors).parameters)[:2] == [
         "lora_model_id",
         "tensors",
