@@ -85,7 +85,8 @@ def step_figures(monkeypatch, rewards: list[float], *, critic: bool = False) -> 
 
 def test_what_the_filter_threw_away_is_counted_too(monkeypatch):
     figures, warned = step_figures(monkeypatch, [1.0, 0.0, 1.0, 1.0])
-    assert figures == {"aqn/groups": 2 + 3 + 1, "aqn/groups_without_variance": 1 + 3}
+    counts = {"aqn/groups": 2 + 3 + 1, "aqn/groups_without_variance": 1 + 3}
+    assert figures == counts | {"response_length/clip_ratio": 0}  # of 8 tokens the answers have 2
     assert not warned
 
 
