@@ -4,13 +4,15 @@ import copy
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from verl_aqn.errors import EvidenceError
-from verl_aqn.judge.records import IDENTITY, VERSION
+from verl_aqn.judge.records import IDENTITY, VERSION, Judge
+from verl_aqn.order import NoiseOrder
 from verl_aqn.report.evidence import checks
 from verl_aqn.report.records import read_runs
 from verl_aqn.runs.arms import read_run
@@ -30,7 +32,7 @@ DESCRIBED = {
     "adapter": {"held[0].b_max"},
     "actor clean": {"uses"},
     "mismatch": {"abs_dlogp_error"},
-    "use": {"predicted", "predicted_by", "error"},
+    "use": {"predicted", "predicted_by", "here", "error"},
 }
 
 
@@ -220,6 +222,34 @@ def test_a_run_that_was_stopped_by_its_evidence_shows_it(folder):
     rows = {row[0].text: row[1] for row in checks(read_runs([run.path])).rows}
     assert rows["stopped by its own evidence"].good is False
     assert "norms are not the clean ones" in rows["stopped by its own evidence"].text
+
+
+def test_a_run_that_an_older_version_began_and_a_newer_one_went_on_with_is_judged_as_an_old_one(folder):
+    records = records_of(REAL[0])
+    old = [{key: value for key, value in one.items() if key not in ("when", "at", "evidence", "ranks", "whole", LINK)}
+           for one in records if one["kind"] in ("placed", "layout", "adapter", "noise")]  # fmt: skip
+    run = folder(REAL[0], [*old[:4], *records])
+    events = run.path / "events.jsonl"
+    events.write_text('{"kind": "attempt"}\n' + events.read_text())
+    judgement = judge_run(run)
+    assert (judgement.version, judgement.faults) == (1, [])
+    events.write_text(events.read_text().partition("\n")[2])
+    assert judge_run(run).faults  # a run of today with such records
+
+
+def test_noise_on_linear_layers_makes_clean_readings_larger():
+    order = NoiseOrder(0, 0, 0.0, "rms", targets=("norm", "linear"))
+    for targets, wrong in ((("norm", "linear"), False), (("norm",), True)):
+        judge = Judge(lambda step, targets=targets: replace(order, step=step, targets=targets))
+        records = [
+            one for one in records_of(REAL[1]) if one["kind"] in ("placed", "layout", "rollout", "base", "adapter")
+        ]
+        for record in records[:5]:
+            assert judge.add(record) is None
+        clean = next(one for one in records_of(REAL[1]) if one["kind"] == "clean")
+        assert judge.add(clean) is None
+        fault = judge.add(clean | {"at": 9, "modules": clean["modules"] + 3, "elements": clean["elements"] + 300})
+        assert bool(fault) == wrong, fault
 
 
 def test_runs_whose_evidence_does_not_hold_are_neither_compared_nor_exported(folder):

@@ -42,24 +42,33 @@ def is_visible(record: Mapping[str, Any]) -> bool:
     return record["predicted"] >= VISIBLE * record["floor"] and record["predicted"] > 0
 
 
+def falls_short(record: Mapping[str, Any]) -> bool:
+    """Return whether noise that is large enough to be seen moved the log-probs by too little."""
+    return is_visible(record) and record["effect"] + record["error"] < record["predicted"] / SHORT
+
+
 def check_effect(record: Mapping[str, Any]) -> None:
     """Raise EvidenceError unless a step's noise had the effect that was predicted, as far as that can be seen.
 
     Args:
         record: `step` (from 1), `sigma`, `tokens`; in nats a token `effect` (mean |log p with noise − log p without|)
             with `error` (half its 95 % interval), `predicted`, and `floor` (how far two forwards without noise differ).
+            `here`: whether the prediction was made for this very step. One that is scaled from another step says
+            nothing against a run: training may make a policy robust to its noise.
     """
     for key in ("effect", "error", "predicted", "floor"):
         if not (math.isfinite(record[key]) and record[key] >= 0):
             raise EvidenceError(f"step {record['step']}: {key} of the noise is {record[key]}, which is no measurement")
-    if (record["predicted"] > 0) != bool(record["predicted_by"]) or (record["sigma"] == 0 and record["predicted"]):
+    if (record["predicted"] > 0) != bool(record["predicted_by"]) or (
+        record["sigma"] == 0 and (record["predicted"] or record["here"])
+    ):
         raise EvidenceError(f"step {record['step']}: it is not clear what the effect of noise is predicted by")
     if record["tokens"] < 1:
         raise EvidenceError(f"step {record['step']}: no token was scored again without noise")
-    if record["sigma"] > 0 and is_visible(record) and record["effect"] + record["error"] < record["predicted"] / SHORT:
+    if record["here"] and falls_short(record):
         raise EvidenceError(
             f"step {record['step']}: noise of σ {record['sigma']:g} is in the rollout's weights, but its forward does "
             f"not use it: without the noise log-probs move by {record['effect']:.2g} ± {record['error']:.1g} nats a "
-            f"token, with this noise the trainer's move by {record['predicted']:.2g} ({record['floor']:.2g} is usual "
+            f"token, {record['predicted_by']} predicts {record['predicted']:.2g} ({record['floor']:.2g} is usual "
             "without noise): does it stay with actor_rollout_ref.rollout.enforce_eager=true?"
         )

@@ -152,8 +152,9 @@ def expected_of(run: RunFolder, lines: Sequence[bytes], finished: bool | None = 
         rescored=[step for step, record in steps.items() if (record.get("metrics") or {}).get(RESCORED)],
         finished=run.state["status"] == "finished" if finished is None else finished,
     )
-    # Of the newest evidence that anything in the folder speaks of: a lost record does not make a run an old one.
-    told = [record.get("evidence") for record in (*map(json.loads, lines), *run.read("events.jsonl"))]
+    # Of the version that began the run: what an older one did not record stays not on record when a newer one goes on.
+    attempts = [record.get("evidence") for record in run.read("events.jsonl") if record.get("kind") == "attempt"]
+    told = attempts[:1] or [record.get("evidence") for record in map(json.loads, lines)]
     version = max((value for value in told if isinstance(value, int)), default=1)
     correction = (config.get("algorithm") or {}).get("rollout_correction") or {}
     metrics = {} if correction.get("bypass_mode") else {at: one.get("metrics") or {} for at, one in steps.items()}

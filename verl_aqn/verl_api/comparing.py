@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from verl_aqn.config import order_of
 from verl_aqn.judge.records import RESCORING
+from verl_aqn.judge.use import falls_short
 from verl_aqn.verl_api import tripwire
 from verl_aqn.verl_api.parity import can_rescore, clip_range
 from verl_aqn.verl_api.proving import ProvingTrainer
@@ -116,10 +117,13 @@ class ComparingTrainer(ProvingTrainer):
             correction.bypass_mode = True
         return batch
 
-    def log_probs_with_noise(self, batch: Any) -> torch.Tensor | None:
-        """The trainer's log-probs [B, R] with the rollout's noise, in the first step that has any; else None."""
-        sigma = self.noise_metrics["aqn/sigma"]
-        if self.aqn.noise.in_actor or sigma == 0 or self.use.by == TRAINER or not self.use_can_be_seen():
+    def log_probs_with_noise(self, batch: Any, again: bool = False) -> torch.Tensor | None:
+        """The trainer's log-probs [B, R] with the rollout's noise, in the first step with any, or `again`; else None.
+
+        In the batch they replace those without noise.
+        """
+        sigma, done = self.noise_metrics["aqn/sigma"], self.use.by == TRAINER and not again
+        if self.aqn.noise.in_actor or sigma == 0 or done or not self.use_can_be_seen():
             return None
         order = order_of(self.aqn.noise, self.schedule, self.global_steps - 1)
         reason = next(filter(None, self.actor_rollout_wg.cannot_carry_noise(order.to_dict())), "")
@@ -154,7 +158,15 @@ class ComparingTrainer(ProvingTrainer):
         if noisy and sigma:
             noisy_trainer = data["old_log_probs"]
         mismatch = self.mismatches[-1] if self.mismatches else 0.0
-        found = self.use.measure(data, real_keys(batch), self.clean_logp, sigma, mismatch, noisy_trainer)
+        told = (real_keys(batch), self.clean_logp, sigma, mismatch)
+        found = self.use.measure(data, *told, noisy_trainer)
+        if found and not found["here"] and falls_short(found):
+            # By a prediction from another step: measure it in this one before the run is held against it.
+            noisy_trainer = self.log_probs_with_noise(batch, again=True)
+            if noisy_trainer is not None:
+                self.trainer_log_probs(batch)  # without noise, as they were
+                data = self.log_probs_of(batch, ["response_mask", "rollout_log_probs", "old_log_probs"])
+                found = self.use.measure(data, *told, noisy_trainer)
         if found:
             self.record("use", step=self.global_steps, **found)
 

@@ -13,7 +13,7 @@ from verl_aqn.judge.base import sentence
 from verl_aqn.judge.records import VERSION, Judge
 from verl_aqn.noise import expected_norms
 from verl_aqn.runs.evidence import judge_run
-from verl_aqn.runs.folder import RunFolder
+from verl_aqn.runs.folder import EVIDENCE, RunFolder
 from verl_aqn.shards import distinct, not_covered
 from verl_aqn.verl_api.base import BaseRecords
 from verl_aqn.verl_api.validation import ValidatingTrainer
@@ -46,6 +46,8 @@ class ProvingTrainer(ValidatingTrainer):
             stage_at=self.schedule.stage,
             noisy_actor=self.aqn.noise.in_actor,
         )
+        for record in self.folder.read(EVIDENCE):  # of earlier attempts: later records must agree with them
+            self.judge.add(record)
         addresses = ray.get([server.get_server_address.remote() for server in self.servers()])
         self.record(
             "placed",

@@ -26,6 +26,7 @@ class UseOfNoise:
                 surprisal = record["clean"]["entropy"][0]
                 self.reference = {"sigma": noisy["sigma"], "effect": noisy["dlogp"], "surprisal": surprisal}
                 self.by = PROBE
+        self._begun = any(record["kind"] == "use" and record["sigma"] > 0 for record in evidence)
         self._quiet = [record["effect"] for record in evidence if record["kind"] == "use" and record["sigma"] == 0]
 
     def measure(
@@ -55,6 +56,8 @@ class UseOfNoise:
         clean, noisy = clean[scored].double(), data["rollout_log_probs"][scored].double()
         distance, tokens, surprisal = (noisy - clean).abs(), int(scored.sum()), -clean.mean().item()
         effect = distance.mean().item()
+        here = noisy_trainer is not None or (self.by == PROBE and not self._begun)
+        self._begun |= sigma > 0
         if noisy_trainer is not None:
             trainer = data["old_log_probs"]
             other = clean if trainer is noisy_trainer else trainer[scored].double()
@@ -70,6 +73,7 @@ class UseOfNoise:
             "error": 1.96 * distance.std(correction=0).item() / math.sqrt(tokens),
             "predicted": predicted,
             "predicted_by": self.by if predicted else "",
+            "here": here and predicted > 0,
             # Decoding against scoring where there was no noise, and the difference of two implementations.
             "floor": max([mismatch, sum(self._quiet) / len(self._quiet)] if self._quiet else [mismatch]),
         }
