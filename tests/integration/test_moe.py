@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, PretrainedConfig, 
 
 from tests.integration.conftest import finish, lines, newest
 from tests.tiny_configs import SMALL_MOE
+from verl_aqn import checksums
 from verl_aqn.mxfp4.checkpoint import checkpoint_digest, is_packed
 from verl_aqn.shards import NOTHING
 
@@ -118,6 +119,7 @@ def test_one_weight_of_one_expert_on_one_rank_stops_the_run(train, mixtral, tmp_
     weights = load_file(file)
     weights["model.layers.1.block_sparse_moe.experts.3.w2.weight"][5, 7] += 1
     save_file(weights, file, {"format": "pt"})
+    (served / checksums.FILE).unlink()  # else the folder is refused before anything starts
     try:
         process = train(tmp_path, mixtral, *SHORT, *UNTESTED, *SHARED_OUT)
         _, err = process.communicate(timeout=800)

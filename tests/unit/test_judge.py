@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.json
 import pytest
 
 from verl_aqn.errors import EvidenceError
@@ -123,6 +124,12 @@ def lines_of(records: list[dict], link: bool = True) -> list[bytes]:
 
 
 @pytest.mark.parametrize("run", REAL, ids=lambda run: run.name)
+def test_records_of_all_kinds_are_one_table(run):
+    """A field has one type in all of them: pyarrow and pandas read them so."""
+    assert pyarrow.json.read_json(run / EVIDENCE).num_rows == len(records_of(run))
+
+
+@pytest.mark.parametrize("run", REAL, ids=lambda run: run.name)
 def test_a_changed_field_is_found_without_the_chain(run):
     """`DESCRIBED` aside, by what it says and not by its link."""
     records, passed = records_of(run), []
@@ -226,7 +233,7 @@ def test_a_run_that_was_stopped_by_its_evidence_shows_it(folder):
 
 def test_a_run_that_an_older_version_began_and_a_newer_one_went_on_with_is_judged_as_an_old_one(folder):
     records = records_of(REAL[0])
-    old = [{key: value for key, value in one.items() if key not in ("when", "at", "evidence", "ranks", "whole", LINK)}
+    old = [{key: value for key, value in one.items() if key not in ("when", "at", "evidence", "rank_count", "whole", LINK)}
            for one in records if one["kind"] in ("placed", "layout", "adapter", "noise")]  # fmt: skip
     run = folder(REAL[0], [*old[:4], *records])
     events = run.path / "events.jsonl"

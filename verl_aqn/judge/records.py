@@ -223,7 +223,7 @@ class Judge:
             raise EvidenceError("the ranks or attempts of the rollout name different norms")
         self._names = set(names)
         if self.whole:
-            ranks, rank = record["ranks"], record["rank"]
+            ranks, rank = record["rank_count"], record["rank"]
             multipliers, texts = record["multipliers"], [record[key] for key in ("vllm", "dtype")]
             told = all(isinstance(text, str) and text for text in texts) and record["linears"] >= 0
             told &= all(value > 0 for value in multipliers) and bool(multipliers or not (order and order.targets))

@@ -7,7 +7,7 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
 from verl_aqn.config import NoiseConfig, parse_aqn
-from verl_aqn.errors import TrainingError
+from verl_aqn.errors import ProcessFault, TrainingError
 from verl_aqn.seeds import order_of_key, place_of
 
 
@@ -31,7 +31,8 @@ class AqnReplayBuffer(ReplayBuffer):
         if partition_id == "val":
             found, metrics = super().sample(global_steps, partition_id, batch_size)
             if not found.keys:  # verl would go on, and stumble over nothing
-                raise TrainingError(
+                # A process that died leaves no answer either: worth another start, where the recipe allows one.
+                raise ProcessFault(
                     f"validation after step {global_steps}: every answer to {batch_size} problems failed: "
                     "training.log says why"
                 )

@@ -66,7 +66,7 @@ class ProvingTrainer(ValidatingTrainer):
         ranks = self.rollout("aqn_prepare", order.to_dict())
         norms, expected = ranks[0], expected_norms(self.config.actor_rollout_ref.model.path)
         for rank, answer in enumerate(ranks):
-            self.record("rollout", rank=rank, ranks=len(ranks), **answer, expected_norms=expected)
+            self.record("rollout", rank=rank, rank_count=len(ranks), **answer, expected_norms=expected)
         compared = self.check_base("start")
         self.check_adapter()
         linears = f" and {norms['linears']} linear weights" if norms["linears"] else ""
