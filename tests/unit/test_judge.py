@@ -233,7 +233,8 @@ def test_a_run_that_was_stopped_by_its_evidence_shows_it(folder):
 
 def test_a_run_that_an_older_version_began_and_a_newer_one_went_on_with_is_judged_as_an_old_one(folder):
     records = records_of(REAL[0])
-    old = [{key: value for key, value in one.items() if key not in ("when", "at", "evidence", "rank_count", "whole", LINK)}
+    new = ("when", "at", "evidence", "rank_count", "whole", LINK)
+    old = [{key: value for key, value in one.items() if key not in new}
            for one in records if one["kind"] in ("placed", "layout", "adapter", "noise")]  # fmt: skip
     run = folder(REAL[0], [*old[:4], *records])
     events = run.path / "events.jsonl"
