@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from verl_aqn.adapter import Adapter
 from verl_aqn.config import load_recipe
 from verl_aqn.data.parquet import row, write_parquet
+from verl_aqn.data.smollm2 import tiny_model
 from verl_aqn.export.reference import logprobs
-from verl_aqn.mxfp4.checkpoint import checkpoint_digest, is_packed
+from verl_aqn.mxfp4.checkpoint import checkpoint_digest, is_packed, quantize_checkpoint
 from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model
 
 RANK, ALPHA = 6, 12  # no rank of vLLM's slots
@@ -31,6 +32,12 @@ def trained(base: Path, seed: int = 3, std: float = 0.3, **settings: Any) -> Pef
         if "lora_B" in name:
             parameter.data.normal_(std=std)
     return model
+
+
+def packed_base(root: Path) -> Path:
+    """A packed tiny model with SmolLM2's tokenizer, below `root`."""
+    quantize_checkpoint(tiny_model(root / "tiny"), root / "packed")
+    return root / "packed"
 
 
 def state_of(model: PeftModel) -> dict[str, torch.Tensor]:

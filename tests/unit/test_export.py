@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm.lora.peft_helper import PEFTHelper
 
-from tests.export_runs import adapter_of, state_of, trained, transformers_engine, write_actor, write_run
+from tests.export_runs import adapter_of, packed_base, state_of, trained, transformers_engine, write_actor, write_run
 from tests.sharded_lora import Lora, save_sharded
-from verl_aqn.data.smollm2 import tiny_model
 from verl_aqn.errors import DataError, EvidenceError, ModelError
 from verl_aqn.export import exporting, trial
 from verl_aqn.export.cli import lines_of
@@ -37,10 +36,7 @@ TOKENS = torch.arange(300, 324).view(2, 12)
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """A packed tiny model with SmolLM2's tokenizer."""
-    root = tmp_path_factory.mktemp("base")
-    quantize_checkpoint(tiny_model(root / "tiny"), root / "packed")
-    return root / "packed"
+    return packed_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,9 @@ import torch
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from tests.export_runs import adapter_of, state_of, trained, transformers_engine, write_run
+from tests.export_runs import adapter_of, packed_base, state_of, trained, transformers_engine, write_run
 from verl_aqn.adapter import Adapter
 from verl_aqn.cli import app
-from verl_aqn.data.smollm2 import tiny_model
 from verl_aqn.errors import EnvironmentFault, EvidenceError
 from verl_aqn.export import exporting, reference, trial
 from verl_aqn.export.cli import lines_of
@@ -24,7 +23,6 @@ from verl_aqn.export.questions import read_questions
 from verl_aqn.export.reference import Reference, logprobs
 from verl_aqn.export.source import find_source
 from verl_aqn.export.trial import TELLING, Differing, Trial, judge, try_out
-from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
 from verl_aqn.mxfp4.merging import check_merged, write_merged
 from verl_aqn.mxfp4.storage import Weights
 
@@ -33,9 +31,7 @@ PROBLEMS = 12
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("base")
-    quantize_checkpoint(tiny_model(root / "tiny"), root / "packed")
-    return root / "packed"
+    return packed_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.json
 import pytest
 
+from tests.nested import paths
 from verl_aqn.errors import EvidenceError
 from verl_aqn.judge.records import IDENTITY, VERSION, Judge
 from verl_aqn.order import NoiseOrder
@@ -70,21 +71,13 @@ def test_the_records_of_a_real_run_hold(run, folder):
     assert judge_run(folder(run, records_of(run))).faults == []
 
 
-def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """Paths of everything within a record, itself aside."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield (*path, key)
-        yield from places(inner, (*path, key))
-
-
 def name_of(path: tuple) -> str:
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
 
 
 def mutations(record: dict) -> Iterator[tuple[str, str, dict]]:
     """(what was done, to which field, the changed record)."""
-    for path in places({key: value for key, value in record.items() if key != LINK}):
+    for path in paths({key: value for key, value in record.items() if key != LINK}):
         inner = record
         for key in path[:-1]:
             inner = inner[key]

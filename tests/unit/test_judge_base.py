@@ -4,13 +4,13 @@ import copy
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from tests.base_answers import actor_of, loaded, record_of, records, rollout_of
 from tests.family_models import make
+from tests.nested import paths
 from verl_aqn.errors import EvidenceError
 from verl_aqn.judge.base import check_base, is_old, sentence
 from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
@@ -49,14 +49,6 @@ def pair(request, tmp_path_factory) -> tuple[dict, dict]:
     rollout = [rollout_of(folder, slices) for slices in halves]
     found = [record_of(folder, actor, rollout, when, made) for when in ("start", "end")]
     return tuple(json.loads(json.dumps(record)) for record in found)
-
-
-def paths(value: Any, before: tuple = ()) -> Iterator[tuple]:
-    """The path of everything within a record."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield (*before, key)
-        yield from paths(inner, (*before, key))
 
 
 def other(value: Any) -> Any:

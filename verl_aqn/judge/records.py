@@ -22,7 +22,7 @@ from verl_aqn.judge.noise import (
     check_old_reading,
     check_used,
 )
-from verl_aqn.judge.use import check_effect
+from verl_aqn.judge.use import check_effect, floor_of
 from verl_aqn.order import NoiseOrder, count_layers
 
 VERSION = 2
@@ -408,9 +408,7 @@ class Judge:
         check_effect(record)
         if record["sigma"] == 0:
             self._quiet.append(record["effect"])
-        floor = max(
-            [self._last_mismatch, sum(self._quiet) / len(self._quiet)] if self._quiet else [self._last_mismatch]
-        )
+        floor = floor_of(self._last_mismatch, self._quiet)
         if not math.isclose(record["floor"], floor, rel_tol=1e-6, abs_tol=1e-9):
             raise EvidenceError(
                 f"step {record['step']}: the noise is held against {record['floor']:g} nats a token, the records give "

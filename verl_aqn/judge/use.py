@@ -8,7 +8,7 @@ trainer's own do when it computes with the same noise, once a run, and otherwise
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from verl_aqn.errors import EvidenceError
@@ -18,6 +18,16 @@ VISIBLE = 4.0
 
 SHORT = 2.0
 """By this factor the measured effect may fall short of the prediction."""
+
+
+def floor_of(mismatch: float, quiet: Sequence[float]) -> float:
+    """Return how far two forwards without noise differ, in nats a token: what an effect must clearly exceed.
+
+    Args:
+        mismatch: mean |Δ log p| of trainer and rollout without noise, two implementations.
+        quiet: effects in the run's steps with σ = 0, where decoding is held against scoring.
+    """
+    return max(mismatch, sum(quiet) / len(quiet)) if quiet else mismatch
 
 
 def predicted_effect(sigma: float, surprisal: float, reference: Mapping[str, float] | None) -> float:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from verl_aqn.config import order_of
 from verl_aqn.judge.records import RESCORING
 from verl_aqn.judge.use import falls_short
+from verl_aqn.runs.folder import EVIDENCE
 from verl_aqn.verl_api import tripwire
 from verl_aqn.verl_api.parity import can_rescore, clip_range
 from verl_aqn.verl_api.proving import ProvingTrainer
@@ -25,7 +26,7 @@ class ComparingTrainer(ProvingTrainer):
         super().__init__(config)
         self.clean_logp: dict[str, list[float]] = {}  # of the rollout's own sequences, scored again without noise
         # Mean |Δ log-prob| between trainer and rollout of each compared step, those of earlier attempts first.
-        evidence = list(self.folder.read("evidence.jsonl"))
+        evidence = list(self.folder.read(EVIDENCE))
         self.mismatches: list[float] = [
             record["abs_dlogp_mean"] for record in evidence if record["kind"] == "mismatch" and record.get("source")
         ]
@@ -92,7 +93,7 @@ class ComparingTrainer(ProvingTrainer):
         record = {"step": self.global_steps, "warn": bounds["warn"], "stop": bounds["stop"], **found}
         self.folder.add_evidence({"kind": "mismatch", **record})
         text = tripwire.judge(found, self.global_steps, self.mismatches, limits, self.layout)  # names likely causes
-        self.judged("mismatch", record)
+        self.check_record("mismatch", record)
         if text:
             self.warn(text)
         elif not self.compared:
@@ -107,7 +108,7 @@ class ComparingTrainer(ProvingTrainer):
         self.record("mismatch", step=self.global_steps, source=None, reason=reason)
 
     def trainer_log_probs(self, batch: Any) -> Any:
-        """The batch with the trainer's own log-probs, whatever the run learns from."""
+        """Compute the trainer's own log-probs, whatever the run learns from, and return the batch with them."""
         correction = self.config.algorithm.rollout_correction
         bypass = correction and correction.get("bypass_mode")
         if bypass:
@@ -118,9 +119,9 @@ class ComparingTrainer(ProvingTrainer):
         return batch
 
     def log_probs_with_noise(self, batch: Any, again: bool = False) -> torch.Tensor | None:
-        """The trainer's log-probs [B, R] with the rollout's noise, in the first step with any, or `again`; else None.
+        """Compute the trainer's log-probs [B, R] with the rollout's noise: in the first step with any, or `again`.
 
-        In the batch they replace those without noise.
+        In the batch they replace those without noise. None in other steps, and where the actor cannot carry this noise.
         """
         sigma, done = self.noise_metrics["aqn/sigma"], self.use.by == TRAINER and not again
         if self.aqn.noise.in_actor or sigma == 0 or done or not self.use_can_be_seen():
@@ -144,7 +145,7 @@ class ComparingTrainer(ProvingTrainer):
         return None
 
     def use_can_be_seen(self) -> bool:
-        """Whether samples of this step were scored again, and are comparable."""
+        """Return whether samples of this step were scored again, and are comparable."""
         return bool(self.clean_logp) and can_rescore(self.config.actor_rollout_ref.rollout)
 
     def check_use(self, batch: Any, noisy_trainer: torch.Tensor | None) -> None:

@@ -154,9 +154,9 @@ class ProvingTrainer(ValidatingTrainer):
     def record(self, kind: str, **evidence: Any) -> None:
         """Put evidence on record, and stop the run where it does not hold."""
         self.folder.add_evidence({"kind": kind, **evidence})
-        self.judged(kind, evidence)
+        self.check_record(kind, evidence)
 
-    def judged(self, kind: str, evidence: dict) -> None:
+    def check_record(self, kind: str, evidence: dict) -> None:
         """Raise EvidenceError where a record does not hold."""
         if fault := self.judge.add({"kind": kind, **evidence}):
             raise EvidenceError(f"{fault}; see evidence.jsonl")

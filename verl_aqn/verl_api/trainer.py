@@ -17,7 +17,7 @@ from verl_aqn.prepare import check_steps, data_files
 from verl_aqn.verl_api import tripwire
 from verl_aqn.verl_api.comparing import ComparingTrainer, real_keys
 from verl_aqn.verl_api.divergence import saved_where_it_diverges
-from verl_aqn.verl_api.failures import answered, failure_text
+from verl_aqn.verl_api.failures import answered
 from verl_aqn.verl_api.figures import cut_share, drop_meaningless
 from verl_aqn.verl_api.groups import AqnReplayBuffer, check_refill, count_groups, remedy
 from verl_aqn.verl_api.parity import can_rescore, clip_range, scored_again, step_metrics
@@ -72,8 +72,10 @@ class AqnTrainer(ComparingTrainer):
     def on_sample_end(self):
         rollout = self.config.actor_rollout_ref.rollout
         asked = self.config.data.train_batch_size * rollout.n
-        self.noise_metrics["aqn/answers_failed"] = self.tell_failed("train", asked, self.replay_buffer.taken.keys)
         taken = self.replay_buffer.taken.keys
+        failed = asked - answered(taken)
+        self.tell_failed("train", asked, failed)
+        self.noise_metrics["aqn/answers_failed"] = failed
         keys = scored_again(taken, self.aqn.parity.rescore if can_rescore(rollout) else 0)
         sigma = self.noise_metrics["aqn/sigma"]
         if not self.compared and tripwire.source_of(rollout, sigma, self.aqn.noise.in_actor) == "rescored":
@@ -167,12 +169,6 @@ class AqnTrainer(ComparingTrainer):
             rows = rows_of(dataset, [str(file) for file in data_files(self.config, f"{part}_files")])
             self.write("events.jsonl", kind="rows", set=part, **asdict(rows))
             (self.warn if rows.failed else self.event)(f"{name}: {rows.text}")
-
-    def tell_failed(self, part: str, asked: int, keys: list[str]) -> int:
-        """How many of `asked` answers are not among `keys`: told as a warning, with the reason where one is known."""
-        if failed := asked - answered(keys):
-            self.warn(failure_text(self.folder, part, self.global_steps, asked, failed))
-        return failed
 
 
 def _is_number(value: Any) -> bool:

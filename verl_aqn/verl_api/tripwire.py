@@ -22,6 +22,7 @@ from torch import Tensor
 
 from verl_aqn.config import ParityConfig
 from verl_aqn.errors import EvidenceError
+from verl_aqn.judge.mismatch import least
 from verl_aqn.verl_api.parity import align, gap, truncates
 
 FIRST_SAMPLES = 16
@@ -94,21 +95,20 @@ def judge(
     Raises:
         EvidenceError: the mismatch is above `limits.stop`, or not a number.
     """
-    mean, error = found["abs_dlogp_mean"], found["abs_dlogp_error"]
-    least = mean - error if math.isfinite(mean) else mean
+    mean, error, lowest = found["abs_dlogp_mean"], found["abs_dlogp_error"], least(found)
     text = (
         f"step {step}: trainer and rollout without noise differ by {mean:.3g} ± {error:.2g} nats a token on the same "
         f"{found['tokens']:,} tokens ({found['clipped_share']:.0%} of the ratios outside PPO's clip range)"
     )
     causes = f"likely causes: {CAUSES}" + (f"; layout of a batch: {layout}" if layout else "")
-    if not least <= limits.stop:  # NaN, too
+    if not lowest <= limits.stop:  # NaN, too
         raise EvidenceError(
             f"{text}, above aqn.parity.stop={limits.stop:g}: nothing was updated; {causes}; does it stay with "
             "aqn.mxfp4.enabled=false?"
         )
     usual = statistics.median(earlier[:BASELINE_STEPS]) if len(earlier) >= BASELINE_STEPS else math.inf
-    if least > max(GROWTH * usual, GROWTH_FLOOR):
+    if lowest > max(GROWTH * usual, GROWTH_FLOOR):
         return f"{text}, {mean / usual:.1f} times that of the first steps ({usual:.3g}): {causes}"
-    if least > limits.warn and not any(value > limits.warn for value in earlier):  # told once
+    if lowest > limits.warn and not any(value > limits.warn for value in earlier):  # told once
         return f"{text}, above aqn.parity.warn={limits.warn:g}: {causes}"
     return None

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from verl_aqn.judge.use import predicted_effect
+from verl_aqn.judge.use import floor_of, predicted_effect
 from verl_aqn.verl_api.parity import align
 
 PROBE, TRAINER = "the probe before training", "the trainer with the same noise"
@@ -74,6 +74,5 @@ class UseOfNoise:
             "predicted": predicted,
             "predicted_by": self.by if predicted else "",
             "here": here and predicted > 0,
-            # Decoding against scoring where there was no noise, and the difference of two implementations.
-            "floor": max([mismatch, sum(self._quiet) / len(self._quiet)] if self._quiet else [mismatch]),
+            "floor": floor_of(mismatch, self._quiet),
         }

@@ -75,8 +75,12 @@ class ValidatingTrainer(KeyedTrainer):
         passed = mean_pass([solved[item] for item in range(items)], self.samples)
         self.pass_at = {str(k): share for k, share in passed.items()}
         self.failed = wanted - len(columns["item"])
-        if self.failed:
-            text = failure_text(self.folder, "val", self.global_steps, wanted, self.failed)
+        self.tell_failed("val", wanted, self.failed)
+
+    def tell_failed(self, part: str, asked: int, failed: int) -> None:
+        """Warn of answers that never came, with the reason where one is known. `part`: train or val."""
+        if failed:
+            text = failure_text(self.folder, part, self.global_steps, asked, failed)
             self.folder.append("events.jsonl", {"kind": "warning", "text": text})
 
 
