@@ -216,6 +216,14 @@ def test_another_sigma_than_the_schedule_s_is_found_whatever_the_order_says(fold
     assert any("σ" in fault for fault in judge_run(folder(REAL[0], records)).faults)
 
 
+def test_the_same_noise_in_two_steps_is_found(folder):
+    records = records_of(REAL[1])
+    one, two = (record for record in records if record["kind"] == "noise" and record["sigma_asked"])
+    two["weights_digest"] = one["weights_digest"]
+    (fault,) = judge_run(folder(REAL[1], records)).faults
+    assert fault == "the noise of step 2 is that of step 1: it was not drawn anew"
+
+
 def test_a_run_that_was_stopped_by_its_evidence_shows_it(folder):
     records = [*records_of(REAL[0]), {"kind": "stopped", "reason": "norms are not the clean ones"}]
     run = folder(REAL[0], records)
