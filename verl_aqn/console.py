@@ -76,13 +76,17 @@ class Console:
 
     def strength(self, clean: "Strength", noisy: "Strength") -> None:
         """What σ_start does to the policy."""
-        assert clean.variance is not None
-        assert noisy.variance is not None
-        self.say(
-            f"strength σ {noisy.sigma:g}: KL {_nats(noisy.kl)}, entropy {clean.entropy[0]:.3g} → "
-            f"{noisy.entropy[0]:.3g}, groups with variance {100 * clean.variance[0]:.0f} % → "
-            f"{100 * noisy.variance[0]:.0f} % [{100 * noisy.variance[1]:.0f}, {100 * noisy.variance[2]:.0f}]"
+        text = (
+            f"strength σ {noisy.sigma:g}: KL {_nats(noisy.kl)}, entropy {clean.entropy[0]:.3g} → {noisy.entropy[0]:.3g}"
         )
+        if clean.variance and noisy.variance:
+            text += (
+                f", groups with variance {100 * clean.variance[0]:.0f} % → {100 * noisy.variance[0]:.0f} % "
+                f"[{100 * noisy.variance[1]:.0f}, {100 * noisy.variance[2]:.0f}]"
+            )
+        else:
+            text += " of the first turn (what tools say is not in it, so that rewards are not measured)"
+        self.say(text)
 
     def record(self, name: str, record: dict) -> None:
         """A new record of the run."""

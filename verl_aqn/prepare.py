@@ -9,6 +9,7 @@ from verl_aqn.cache import cache_dir
 from verl_aqn.config import megatron_lora, order_of, parse_aqn, schedule_of
 from verl_aqn.errors import ConfigError, ModelError, first_line
 from verl_aqn.placing import place_adapter
+from verl_aqn.preflight.tools import prepare_tools
 from verl_aqn.preflight.vllm import ask
 from verl_aqn.rewards.custom import check_reward, is_ours
 from verl_aqn.serving import fit_engine, prepare_serving
@@ -212,10 +213,12 @@ def prepare_data(config: DictConfig) -> dict[str, int]:
     from verl_aqn.data.parquet import check_parquet, check_truths, first_row
     from verl_aqn.data.word_problems import prepare_word_problems
 
+    def word_problems(name: str, tool: bool) -> dict[str, Path]:
+        return prepare_word_problems(cache_dir() / "data" / f"{name}-{N_TRAIN}-{N_TEST}", N_TRAIN, N_TEST, tool=tool)
+
     makers = {
-        "embedded": lambda: prepare_word_problems(
-            cache_dir() / "data" / f"word_problems-{N_TRAIN}-{N_TEST}", N_TRAIN, N_TEST
-        ),
+        "embedded": lambda: word_problems("word_problems", False),
+        "embedded_tool": lambda: word_problems("word_problems_tool", True),
         "gsm8k": _gsm8k,
     }
     rows = {}
@@ -231,6 +234,7 @@ def prepare_data(config: DictConfig) -> dict[str, int]:
     if is_ours(config):
         for file in data_files(config):
             check_truths(file)
+    prepare_tools(config, data_files(config))
     file = data_files(config, "val_files")[0]
     check_reward(config, first_row(file), f"row 0 of {file}")
     return rows
@@ -267,7 +271,7 @@ def steps_in_data(config: DictConfig) -> int | None:
     from verl_aqn.data.parquet import check_parquet
 
     value = config.data.train_files
-    if value == "embedded":
+    if value in ("embedded", "embedded_tool"):
         rows = N_TRAIN
     else:
         made = {"gsm8k": cache_dir() / "data" / "gsm8k" / "train.parquet"}

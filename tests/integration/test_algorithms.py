@@ -1,4 +1,7 @@
-"""GRPO, DAPO and PPO with a critic, a step or two each on a tiny model; and a run that cannot learn says why."""
+"""GRPO, DAPO, PPO with a critic, RLOO, REINFORCE++, GSPO and CISPO, a step or two each on a tiny model.
+
+And a run that cannot learn says why.
+"""
 
 from pathlib import Path
 
@@ -134,6 +137,24 @@ def test_ppo_trains_a_critic_on_the_packed_base_with_noise_in_the_actor_too(run)
     assert sum(name.endswith("adapter_row") for name in trained) == 1
     for part in ("adapter_row", "lora_B"):
         assert any(not torch.equal(saved[0][n].full_tensor(), saved[1][n].full_tensor()) for n in trained if part in n)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "estimator", "modules"), [("gspo", "rloo", "all-linear"), ("cispo", "reinforce_plus_plus", "[o_proj]")]
+)
+def test_an_estimator_with_kl_in_the_reward_beside_a_loss_of_another_kind(run, recipe, estimator, modules):
+    """The recipes `rloo` and `reinforce_plus_plus` differ from these in the loss alone: two runs serve four."""
+    kl = ["algorithm.use_kl_in_reward=true", "algorithm.kl_ctrl.kl_coef=0.5"]
+    model = [f"actor_rollout_ref.model.target_modules={modules}", "actor_rollout_ref.model.lora_rank=64"]
+    options = [f"algorithm.adv_estimator={estimator}", *kl, *model, "algorithm.filter_groups.enable=false"]
+    outcome = run(recipe, *TWO_STEPS, *options)
+    first, second = steps_of(outcome)
+    assert first["actor/reward_kl_penalty"] == pytest.approx(0, abs=1e-3)  # a new adapter is the base
+    assert second["actor/reward_kl_penalty"] > 1e-3
+    assert second["critic/rewards/mean"] != pytest.approx(second["critic/score/mean"], abs=1e-4)
+    assert min(first["actor/grad_norm"], second["actor/grad_norm"]) > 0
+    (held,) = lines(outcome[2] / "evidence.jsonl", "adapter")[-1]["held"]
+    assert held["modules"] == (14 if modules == "all-linear" else 2)
 
 
 def test_a_run_whose_groups_never_differ_stops_and_says_why(run):

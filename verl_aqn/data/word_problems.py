@@ -56,6 +56,8 @@ _TEMPLATES = {
 }
 _SIGN = {"add": "+", "subtract": "-", "multiply": "*"}
 
+_CALL = '<tool_call>{{"name": "calculator", "arguments": {{"expression": "{}"}}}}</tool_call>'
+
 # The same for every problem and first in the prompt. The first question sits in the system turn: that saves the turn of
 # a system message of its own and keeps the chat template from adding its default one.
 _EXAMPLES: tuple[Message, ...] = (
@@ -63,6 +65,18 @@ _EXAMPLES: tuple[Message, ...] = (
     {"role": "assistant", "content": "9 - 4 = 5\n#### 5"},
     {"role": "user", "content": "Tim has 3 bags of 2 pens. 3 * 2?"},
     {"role": "assistant", "content": "3 * 2 = 6\n#### 6"},
+)
+# The same two questions, answered by calls of a calculator (verl's tool agent loop, `hermes` format). SmolLM2's chat
+# template does not tell a model which tools there are, so that the examples have to.
+_TOOL_EXAMPLES: tuple[Message, ...] = (
+    {"role": "system", "content": "Ann has 9 cups and loses 4. 9 - 4?"},
+    {"role": "assistant", "content": _CALL.format("9 - 4")},
+    {"role": "tool", "content": "5"},
+    {"role": "assistant", "content": "#### 5"},
+    {"role": "user", "content": "Tim has 3 bags of 2 pens. 3 * 2?"},
+    {"role": "assistant", "content": _CALL.format("3 * 2")},
+    {"role": "tool", "content": "6"},
+    {"role": "assistant", "content": "#### 6"},
 )
 _TEST_SHARE = 8  # one question in eight belongs to the test side
 
@@ -105,17 +119,19 @@ def problems(n: int, split: str, seed: int) -> list[Problem]:
     raise AssertionError("cycle does not end")
 
 
-def prompt(question: str) -> list[Message]:
-    """Chat messages: the two worked examples, then `question`."""
-    return [*_EXAMPLES, {"role": "user", "content": question}]
+def prompt(question: str, *, tool: bool = False) -> list[Message]:
+    """Chat messages: the two worked examples (with `tool` they call a calculator), then `question`."""
+    return [*(_TOOL_EXAMPLES if tool else _EXAMPLES), {"role": "user", "content": question}]
 
 
-def prepare_word_problems(dst: str | Path, n_train: int, n_test: int, seed: int = 0) -> dict[str, Path]:
+def prepare_word_problems(
+    dst: str | Path, n_train: int, n_test: int, seed: int = 0, *, tool: bool = False
+) -> dict[str, Path]:
     """Write `train.parquet` and `test.parquet` to `dst`; {"train": path, "test": path}. Raises as `problems` does."""
     paths = {}
     for split, n in (("train", n_train), ("test", n_test)):
         rows = [
-            row(SOURCE, prompt(p.question), p.truth, split=split, index=i, question=p.question, answer=p.answer)
+            row(SOURCE, prompt(p.question, tool=tool), p.truth, split=split, index=i, question=p.question, answer=p.answer)
             for i, p in enumerate(problems(n, split, seed))
         ]
         paths[split] = write_parquet(rows, Path(dst) / f"{split}.parquet")

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from verl_aqn.errors import DataError
 from verl_aqn.export.source import Source
 from verl_aqn.policy import prompt_tokens
+from verl_aqn.preflight.tools import SINGLE, loops_of
 from verl_aqn.prepare import data_files
 
 PROMPTS = 32  # all there are where the validation data have fewer
@@ -34,7 +35,8 @@ def read_questions(source: Source, tokenizer: Any) -> Questions:
     file = f"validation/{source.step}.jsonl"
     rollout = source.config.actor_rollout_ref.rollout
     val = rollout.val_kwargs
-    greedy = val.temperature == 0 and val.n == 1 and not rollout.multi_turn.enable
+    once = loops_of(source.config, data_files(source.config, "val_files")) == {SINGLE}
+    greedy = val.temperature == 0 and val.n == 1 and once
     records = list(source.run.read(file))[:PROMPTS] if greedy else []
     answers = {record["input"]: record["output"] for record in records}
     if unknown := answers.keys() - prompts.keys():

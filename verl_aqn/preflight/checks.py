@@ -34,11 +34,14 @@ def check_recipe(config: DictConfig) -> Iterator[Finding]:
     given, actor = sizes(config), config.actor_rollout_ref.actor
     ranks, highest = given.ranks, ADAPTER_RANKS[-1]
     from_folder = config.actor_rollout_ref.model.lora_adapter_path  # which has a rank of its own
-    yield Finding(
-        "LoRA rank",
-        f"{given.rank}, in vLLM's slots of {served_rank(given.rank)}",
-        "" if 0 < given.rank <= highest or from_folder else f"set actor_rollout_ref.model.lora_rank to 1 to {highest}",
-    )
+    remedy = f"set actor_rollout_ref.model.lora_rank to 1 to {highest}"
+    if given.rank <= 0 and not from_folder:
+        # Full training: verl then sends all weights in each sync, clean norms would not be those that we keep, and what
+        # arrived in the rollout could not be told from what should have.
+        yield Finding("LoRA rank", f"{given.rank} is full training, which noise and its evidence are not made for", remedy)
+    else:
+        slots = f"{given.rank}, in vLLM's slots of {served_rank(given.rank)}"
+        yield Finding("LoRA rank", slots, "" if given.rank <= highest or from_folder else remedy)
     for what, mini in (("actor", actor.ppo_mini_batch_size), ("critic", config.critic.ppo_mini_batch_size)):
         if what == "critic" and not given.critic:
             continue

@@ -28,6 +28,8 @@ from verl_aqn.generate import batches, generate, prefix, prefixes, shared_length
 from verl_aqn.mxfp4.dense import dequantize_linears
 from verl_aqn.noise import NoiseInjector, check_evidence
 from verl_aqn.policy import end_tokens, load_base
+from verl_aqn.preflight.tools import SINGLE, loops_of
+from verl_aqn.prepare import data_files
 from verl_aqn.probe.inputs import Prompt, first_noise, read_prompts
 from verl_aqn.rewards.custom import reward_of
 from verl_aqn.runs.accuracy import acc_in, reward_in
@@ -81,10 +83,13 @@ class Probe:
                 f"a probe samples from the whole vocabulary: set {key}.temperature above 0, {key}.top_p=1 and "
                 f"{key}.top_k=-1, or do without it (aqn.noise.probe=false, aqn.noise.target_kl=null)"
             )
-        self.temperature, self.samples = float(rollout.temperature), samples
+        self.temperature = float(rollout.temperature)
         self.tokens = min(int(config.data.max_response_length), tokens or 10**9)
         self.tokenizer = AutoTokenizer.from_pretrained(config.actor_rollout_ref.model.path)
         self.prompts = read_prompts(config, self.tokenizer, prompts)
+        self.whole = loops_of(config, data_files(config, "train_files")) == {SINGLE}
+        """Whether an answer is whole as the policy gives it: with tools it is a first turn, which no reward is for."""
+        self.samples = samples if self.whole else 1
         self.reward = reward_of(config)
         self.model = dequantize_linears(load_base(config, torch.float32))
         self.injector = NoiseInjector(self.model)  # before an adapter gives linear layers other names

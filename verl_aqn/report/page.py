@@ -70,6 +70,7 @@ def render(runs: Sequence[Run], factors: list[str], any_difference: bool, answer
     """The page as text."""
     together, missing_together = sections.draw(sections.TOGETHER, runs)
     training, missing_training = sections.draw(sections.TRAINING, runs)
+    training += sections.draw(sections.TOOLS, runs)[0]
     mismatch, missing_mismatch = sections.draw(sections.MISMATCH, runs)
     accuracy, accuracies = sections.accuracy(runs)
     bases, without_base = sections.bases(runs)

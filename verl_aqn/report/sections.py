@@ -85,6 +85,23 @@ TRAINING = (
     ),
     Panel("gradient", "Gradient norm", "Of the actor, before clipping.", (("", "actor/grad_norm"),), zero=True),
 )
+# Of runs whose policy calls tools.
+TOOLS = (
+    Panel(
+        "turns",
+        "Messages of a conversation",
+        "Question, turns of the policy and what tools said, mean over a step's answers: 2 where no tool was called.",
+        (("", lambda metrics: metrics.get("training/num_turns/mean") if "aqn/tool_tokens" in metrics else None),),
+        zero=True,
+    ),
+    Panel(
+        "tools",
+        "Tokens of tools",
+        "In an answer, mean over a step's: in the policy's context, but in no loss and in no figure of log-probs.",
+        (("", "aqn/tool_tokens"),),
+        zero=True,
+    ),
+)
 _PARTS = (("in all", ""), ("noise", "noise/"), ("kernels", "kernels/"))
 MISMATCH = tuple(
     Panel(

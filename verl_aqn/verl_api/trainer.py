@@ -154,6 +154,8 @@ class AqnTrainer(ComparingTrainer):
         refused = self.replay_buffer.thrown_away.total()
         groups += refused + int(metrics.get("training/filter_groups/discarded_surplus_samples", 0))
         found = {"aqn/groups": groups, "aqn/groups_without_variance": flat + refused}
+        if self.config.actor_rollout_ref.rollout.multi_turn.enable:
+            found["aqn/tool_tokens"] = (lengths.sum().item() - data["response_mask"].sum().item()) / len(keys)
         found["response_length/clip_ratio"] = cut_share(lengths, self.config.data.max_response_length)
         if {"rollout_log_probs", "old_log_probs", "entropy"} <= set(data.keys()):  # bypass mode has one of them only
             clip = clip_range(self.config.actor_rollout_ref.actor)

@@ -1,0 +1,60 @@
+"""A calculator for verl's tool agent loop: `actor_rollout_ref.rollout.multi_turn.function_tool_path` names this file."""
+
+import ast
+import operator
+from collections.abc import Callable
+
+from verl.tools.function_tool import function_tool
+
+LONGEST = 64
+"""Characters of an expression."""
+
+_BINARY: dict[type, Callable] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+
+
+@function_tool("calculator")
+def calculator(expression: str) -> str:
+    """Compute an arithmetic expression.
+
+    Args:
+        expression: Numbers with +, -, *, / and parentheses, for example "3 * (2 + 4)".
+
+    Returns:
+        The result, or what is wrong with the expression.
+    """
+    try:
+        return text_of(value_of(expression))
+    except (ValueError, ZeroDivisionError, OverflowError, SyntaxError, RecursionError) as error:
+        return f"error: {error}"
+
+
+def value_of(expression: str) -> int | float:
+    """Return the value of `expression`. Nothing but the four operations on numbers is ever run.
+
+    Raises:
+        ValueError, SyntaxError: it is not such an expression, or longer than `LONGEST`. ZeroDivisionError.
+    """
+    if not isinstance(expression, str) or len(expression) > LONGEST:
+        raise ValueError(f"give an expression of at most {LONGEST} characters")
+    return _value(ast.parse(expression.strip().replace(",", ""), mode="eval").body)
+
+
+def _value(node: ast.expr) -> int | float:
+    match node:
+        case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
+            return number
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+            return _BINARY[type(op)](_value(left), _value(right))
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_value(operand)
+    raise ValueError("only numbers, + - * / and parentheses are understood")
+
+
+def text_of(value: int | float) -> str:
+    """Return a number as GSM8K writes it: 4 for 4.0, at most six decimals."""
+    return str(int(value)) if value == int(value) else f"{value:.6f}".rstrip("0")
