@@ -162,3 +162,11 @@ def test_a_tool_that_raises_as_it_is_loaded_is_named(tmp_path):
     asked = {"loops": ["tool_agent"], "format": "hermes", "own": None, "tool_config_path": None}
     found = answer(asked | {"function_tool_path": str(file)})
     assert "mine.py cannot be loaded: ModuleNotFoundError: No module named 'nothing_like_this'" in found["fault"]
+
+
+def test_the_tool_of_the_docs_is_loaded(tmp_path):
+    text = (Path(__file__).parents[2] / "docs/workloads.md").read_text()
+    file = tmp_path / "my_tools.py"
+    file.write_text(text.split("```python\n")[1].split("```")[0])
+    asked = {"loops": ["tool_agent"], "format": "hermes", "own": None, "tool_config_path": None}
+    assert answer(asked | {"function_tool_path": str(file)}) == {"fault": "", "tools": ["lookup"]}

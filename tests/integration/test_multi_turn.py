@@ -32,14 +32,14 @@ def test_a_calculator_is_called_and_its_words_are_in_no_figure(tmp_path, warm_ca
     answers = 16
     for metrics in steps:
         assert metrics["training/num_turns/max"] >= 4  # question, call, result, answer
-        assert metrics["aqn/tool_tokens"] > 2
+        assert metrics["aqn/tool_tokens"] > 0
         sampled = answers * (metrics["response_length/mean"] - metrics["aqn/tool_tokens"])
         assert metrics["aqn/parity/tokens"] == pytest.approx(sampled)
         assert metrics["aqn/parity/rescored_tokens"] == pytest.approx(sampled)
         # A token of the tool has no log-prob of the rollout: one such among them would show as several nats.
         assert metrics["aqn/parity/kernels/abs_dlogp_mean"] < 0.1
-        assert metrics["actor/grad_norm"] > 0
     clean, noisy = steps
+    assert clean["actor/grad_norm"] > 0
     assert clean["aqn/parity/abs_dlogp_mean"] < 0.1 < noisy["aqn/parity/noise/abs_dlogp_mean"]
     conversations = [json.loads(line) for line in (run / "validation/2.jsonl").read_text().splitlines()]
     called = [one["output"] for one in conversations if "<tool_call>" in one["output"]]
