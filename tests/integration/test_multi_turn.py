@@ -1,4 +1,4 @@
-"""The recipe `multi_turn`: the embedded model calls a calculator under noise, and what the tool says is in no figure."""
+"""The recipe `multi_turn`: the embedded model calls a calculator under noise; what the tool says is in no figure."""
 
 import json
 

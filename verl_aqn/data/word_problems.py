@@ -131,7 +131,15 @@ def prepare_word_problems(
     paths = {}
     for split, n in (("train", n_train), ("test", n_test)):
         rows = [
-            row(SOURCE, prompt(p.question, tool=tool), p.truth, split=split, index=i, question=p.question, answer=p.answer)
+            row(
+                SOURCE,
+                prompt(p.question, tool=tool),
+                p.truth,
+                split=split,
+                index=i,
+                question=p.question,
+                answer=p.answer,
+            )
             for i, p in enumerate(problems(n, split, seed))
         ]
         paths[split] = write_parquet(rows, Path(dst) / f"{split}.parquet")

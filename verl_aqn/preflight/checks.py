@@ -38,7 +38,9 @@ def check_recipe(config: DictConfig) -> Iterator[Finding]:
     if given.rank <= 0 and not from_folder:
         # Full training: verl then sends all weights in each sync, clean norms would not be those that we keep, and what
         # arrived in the rollout could not be told from what should have.
-        yield Finding("LoRA rank", f"{given.rank} is full training, which noise and its evidence are not made for", remedy)
+        yield Finding(
+            "LoRA rank", f"{given.rank} is full training, which noise and its evidence are not made for", remedy
+        )
     else:
         slots = f"{given.rank}, in vLLM's slots of {served_rank(given.rank)}"
         yield Finding("LoRA rank", slots, "" if given.rank <= highest or from_folder else remedy)

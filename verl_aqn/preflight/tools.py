@@ -97,4 +97,6 @@ def _ask(question: dict[str, Any]) -> str:
         raise EnvironmentFault(f"verl did not say within {TIMEOUT_S} s whether it can load the tools") from None
     except (IndexError, ValueError, TypeError, KeyError):
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise EnvironmentFault(f"verl could not be asked about the tools (exit code {done.returncode}: {last[:300]})") from None
+        raise EnvironmentFault(
+            f"verl could not be asked about the tools (exit code {done.returncode}: {last[:300]})"
+        ) from None

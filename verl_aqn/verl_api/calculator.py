@@ -1,4 +1,4 @@
-"""A calculator for verl's tool agent loop: `actor_rollout_ref.rollout.multi_turn.function_tool_path` names this file."""
+"""A calculator for verl's tool agent loop: `rollout.multi_turn.function_tool_path` of a recipe names this file."""
 
 import ast
 import operator

@@ -5,14 +5,16 @@ The last line of standard output is {"fault": "", "tools": [name, …]} as JSON 
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from verl_aqn.errors import first_line
 
 
 def answer(question: dict[str, Any]) -> dict[str, Any]:
     """Load what `question` names as verl's workers do. The fault begins with the key that is at fault."""
-    from omegaconf import OmegaConf
     from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
     from verl.experimental.agent_loop.tool_parser import ToolParser
     from verl.tools.tool_registry import load_all_tools
@@ -27,14 +29,14 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     known = set(_agent_loop_registry)
     if own := question["own"]:
         try:
-            known |= {str(loop.name) for loop in OmegaConf.load(own)}
+            known |= {str(loop["name"]) for loop in yaml.safe_load(Path(own).read_text(encoding="utf-8"))}
         except Exception as error:
             return {"fault": f"agent.agent_loop_config_path={own} cannot be read: {first_line(error)}"}
     if unknown := [loop for loop in question["loops"] if loop not in known]:
         return {"fault": f"agent: there is no agent loop {unknown[0]!r}: verl has {', '.join(sorted(known))}"}
     if question["format"] not in ToolParser._registry:
-        known = ", ".join(sorted(ToolParser._registry))
-        return {"fault": f"multi_turn.format={question['format']} is not known: verl has {known}"}
+        formats = ", ".join(sorted(ToolParser._registry))
+        return {"fault": f"multi_turn.format={question['format']} is not known: verl has {formats}"}
     if not names and any(paths.values()):
         key = next(key for key, path in paths.items() if path)
         return {"fault": f"multi_turn.{key}={paths[key]} has no tool: put @function_tool before a function"}
