@@ -255,6 +255,17 @@ def test_a_run_measures_its_start_once_and_says_so(todo, overrides, tmp_path, ca
     run.close()
 
 
+def test_no_rewards_are_measured_where_the_answers_need_tools(todo, capsys):
+    """A call of a tool is no answer: judged as one it would be wrong, and a good σ would be refused."""
+    config = todo.config.copy()
+    config.actor_rollout_ref.rollout.agent.default_agent_loop = "tool_agent"
+    clean, noisy = measure_start(config, todo.steps)
+    assert (clean.accuracy, clean.variance, noisy.accuracy, noisy.variance) == (None,) * 4
+    assert noisy.kl[0] > 0
+    Console().strength(clean, noisy)
+    assert "of the first turn" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def too_strong(overrides):
     """Logits so large that all samples of a prompt are one answer: no group has variance."""

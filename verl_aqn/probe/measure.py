@@ -103,7 +103,7 @@ class Probe:
         """The policy under noise of `sigma` (0: the clean one); without `sampled` only KL and entropy, much faster."""
         with self._noise(sigma):
             kl, entropy, dlogp, counts = self._compare()
-            answers = (self.answers if sigma == 0 else self._sample()) if sampled else None
+            answers = (self.answers if sigma == 0 else self._sample()) if sampled and self.whole else None
         moved = float(dlogp.sum() / counts.sum())
         strength = Strength(sigma, ratio_interval(kl, counts), ratio_interval(entropy, counts), dlogp=moved)
         if answers is None:

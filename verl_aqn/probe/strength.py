@@ -28,7 +28,7 @@ def survey(
     for sigma in (wanted := sorted({0.0, *sigmas})):
         if progress:
             progress(len(rows), len(wanted), f"σ {sigma:.3g}")
-        rows.append(probe.measure(sigma, sampled=probe.whole))
+        rows.append(probe.measure(sigma))
     return rows
 
 
@@ -95,7 +95,7 @@ def _measured_start(config: DictConfig, steps: int) -> list[Strength]:
     samples = int(config.actor_rollout_ref.rollout.n)
     probe = Probe(config, steps, START_GROUPS, samples)
     rows = survey(probe, [probe.order.sigma])
-    if not probe.whole or config.algorithm.adv_estimator == "gae" or not _teaches(rows[0]) or _teaches(rows[1]):
+    if config.algorithm.adv_estimator == "gae" or not _teaches(rows[0]) or _teaches(rows[1]):
         return rows
     del probe  # one model at a time
     probe = Probe(config, steps, SURE_GROUPS, samples)
