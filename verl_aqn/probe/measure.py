@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,12 @@ import torch
 from omegaconf import DictConfig
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from verl_aqn.errors import ConfigError
 from verl_aqn.generate import batches, generate, prefix, prefixes, shared_length
 from verl_aqn.mxfp4.dense import dequantize_linears
 from verl_aqn.noise import NoiseInjector, check_evidence
-from verl_aqn.policy import end_tokens, load_base
+from verl_aqn.policy import end_tokens, load_base, load_tokenizer
 from verl_aqn.probe.inputs import Prompt, first_noise, read_prompts
 from verl_aqn.rewards.custom import reward_of
 from verl_aqn.runs.accuracy import acc_in, reward_in
@@ -83,7 +83,7 @@ class Probe:
             )
         self.temperature, self.samples = float(rollout.temperature), samples
         self.tokens = min(int(config.data.max_response_length), tokens or 10**9)
-        self.tokenizer = AutoTokenizer.from_pretrained(config.actor_rollout_ref.model.path)
+        self.tokenizer = load_tokenizer(config, Path(config.actor_rollout_ref.model.path))
         self.prompts = read_prompts(config, self.tokenizer, prompts)
         self.reward = reward_of(config)
         self.model = dequantize_linears(load_base(config, torch.float32))
