@@ -92,7 +92,7 @@ def schedule(
     config = load_recipe(recipe, overrides)
     total = steps or config.trainer.total_training_steps
     if total is None:
-        from verl_aqn.prepare import steps_in_data
+        from verl_aqn.run_data import steps_in_data
 
         total = steps_in_data(config)
     if total is None:
@@ -312,11 +312,11 @@ def data_gsm8k(
 ) -> None:
     """GSM8K (7,473 training and 1,319 test problems) as verl reads it."""
     from verl_aqn.cache import cache_dir
+    from verl_aqn.data.files import count_rows
     from verl_aqn.data.gsm8k import prepare_gsm8k
-    from verl_aqn.data.parquet import check_parquet
 
     files = prepare_gsm8k(dst or cache_dir() / "data" / "gsm8k", source)
-    rows = {split: {"file": str(path), "rows": check_parquet(path)} for split, path in files.items()}
+    rows = {split: {"file": str(path), "rows": count_rows(path)} for split, path in files.items()}
     if as_json:
         print(json.dumps(rows))
     else:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from verl_aqn.config import parse_aqn
-from verl_aqn.prepare import data_files
+from verl_aqn.run_data import data_files, has_own_class
 from verl_aqn.runs.compare import Report
 from verl_aqn.runs.compare import table as comparison_table
 from verl_aqn.runs.folder import RunFolder
@@ -198,10 +198,10 @@ def result_table(run: RunFolder) -> Table:
 
 def is_plans_task(todo: "Prepared", problems: int) -> bool:
     """Whether a run is of the model and on the problems that the plan's criterion is of."""
+    from verl_aqn.data.files import sources_of
     from verl_aqn.data.gsm8k import SOURCE, TEST_PROBLEMS
-    from verl_aqn.data.parquet import sources_of
 
-    if PLAN_MODEL not in str(todo.source) or problems != TEST_PROBLEMS:
+    if PLAN_MODEL not in str(todo.source) or problems != TEST_PROBLEMS or has_own_class(todo.config):
         return False
     return {source for file in data_files(todo.config, "val_files") for source in sources_of(file)} == {SOURCE}
 

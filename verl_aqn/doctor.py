@@ -94,6 +94,7 @@ def _recipe(report: Report, config: DictConfig, nodes: list[Node]) -> None:
             findings += checks.check_memory(config, shape, node.memory, node.devices, where)
     if shape is not None:
         findings += checks.check_served(config, find_model(config, weights=False))
+        findings.append(checks.check_rows(config))
         findings += checks.check_heads(config, shape)
         findings += checks.check_experts(config, shape)
         report.memory = checks.memory_of(config, shape)

@@ -183,6 +183,8 @@ def evaluate(
     console.say(f"model    {config.actor_rollout_ref.model.path} ({used})")
     console.say(f"adapter  {adapter or target.checkpoint or 'none'}, unmerged")
     console.say(f"data     {todo.rows['test']:,} validation prompts, noise off")
+    for text in todo.warnings:
+        console.warn(text)
     outcome = attempt(run, console)
     if outcome.status != "finished":
         raise AqnError(f"{outcome.message} (log: {run.log})")

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from verl_aqn.config import parse_aqn
 from verl_aqn.mxfp4.checkpoint import is_packed
@@ -26,12 +26,28 @@ def load_base(config: DictConfig, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
+def load_tokenizer(config: DictConfig, folder: Path) -> Any:
+    """The tokenizer in `folder` with the chat template that the run's prompts are rendered with."""
+    model = config.actor_rollout_ref.model
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=bool(model.get("trust_remote_code")))
+    if model.get("custom_chat_template") is not None:
+        tokenizer.chat_template = model.custom_chat_template
+    return tokenizer
+
+
 def prompt_tokens(config: DictConfig, tokenizer: Any, messages: list[dict[str, str]]) -> list[int] | None:
-    """A prompt as the rollout gets it; None where it is longer than `data.max_prompt_length`: verl leaves those out."""
+    """A prompt as the rollout gets it; None where verl leaves it out, as it cannot be rendered or is longer than
+    `data.max_prompt_length`. Without `data.filter_overlong_prompts` verl cuts the beginning of a long one instead.
+    """
     options: Any = OmegaConf.to_container(config.data.get("apply_chat_template_kwargs") or OmegaConf.create({}))
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids if len(ids) <= config.data.max_prompt_length else None
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+    except Exception:  # whatever the template does with what it does not take
+        return None
+    ids, limit = tokenizer(text, add_special_tokens=False)["input_ids"], int(config.data.max_prompt_length)
+    if len(ids) > limit:
+        return None if config.data.filter_overlong_prompts else ids[-limit:]
+    return ids
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:

@@ -1,4 +1,4 @@
-"""Before a run: its model and data as files, and every check that can be made without starting anything."""
+"""Before a run: its model as files, and every check of its settings that can be made without starting anything."""
 
 import json
 from pathlib import Path
@@ -9,15 +9,10 @@ from verl_aqn.cache import cache_dir
 from verl_aqn.config import megatron_lora, order_of, parse_aqn, schedule_of
 from verl_aqn.errors import ConfigError, ModelError, first_line
 from verl_aqn.placing import place_adapter
-from verl_aqn.preflight.tools import prepare_tools
 from verl_aqn.preflight.vllm import ask
-from verl_aqn.rewards.custom import check_reward, is_ours
 from verl_aqn.serving import fit_engine, prepare_serving
 from verl_aqn.terminal import progress_bar
 from verl_aqn.text_part import use_text_alone
-
-# Rows of the embedded task; a recipe takes as many of them as it has steps for.
-N_TRAIN, N_TEST = 2048, 384
 
 
 def prepare_model(config: DictConfig) -> Path:
@@ -120,7 +115,7 @@ def _bound_context(rollout: DictConfig, model: Path) -> None:
 
 
 def find_model(config: DictConfig, *, weights: bool = True) -> Path:
-    """The folder of the model that a recipe names. Of a hub's model without `weights` only config.json is fetched.
+    """The folder of the model that a recipe names. Without `weights` a hub's model is fetched without them.
 
     Raises:
         ModelError: neither a folder nor a hub name.
@@ -195,92 +190,11 @@ def untell_workers(config: DictConfig) -> None:
 def _from_hub(name: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    files = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"] if weights else ["config.json"]
+    files = ["*.json", "*.txt", "*.model", "*.jinja"] + ["*.safetensors"] * weights
     try:
         return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:
         raise ModelError(f"{name} is neither a folder nor a model that the hub gives: {first_line(error)}") from error
-
-
-def prepare_data(config: DictConfig) -> dict[str, int]:
-    """Make `data.train_files` and `data.val_files` parquet files. Returns the number of rows of each.
-
-    Raises:
-        DataError: a file that is missing, unreadable, empty, or lacks a column, or a row whose ground truth the rule
-            for GSM8K's form cannot judge, where that is the reward.
-        ConfigError: a reward function of the user's own that raises, or does not tell the accuracy (`check_reward`).
-    """
-    from verl_aqn.data.parquet import check_parquet, check_truths, first_row
-    from verl_aqn.data.word_problems import prepare_word_problems
-
-    def word_problems(name: str, tool: bool) -> dict[str, Path]:
-        return prepare_word_problems(cache_dir() / "data" / f"{name}-{N_TRAIN}-{N_TEST}", N_TRAIN, N_TEST, tool=tool)
-
-    makers = {
-        "embedded": lambda: word_problems("word_problems", False),
-        "embedded_tool": lambda: word_problems("word_problems_tool", True),
-        "gsm8k": _gsm8k,
-    }
-    rows = {}
-    for split, key in (("train", "train_files"), ("test", "val_files")):
-        value = config.data[key]
-        if isinstance(value, str) and value in makers:
-            config.data[key] = str(makers[value]()[split])
-        files = [str(file.absolute()) for file in data_files(config, key)]
-        config.data[key] = files[0] if isinstance(value, str) else files
-        limit = config.data[f"{'train' if split == 'train' else 'val'}_max_samples"]
-        count = sum(check_parquet(file) for file in data_files(config, key))
-        rows[split] = min(count, limit) if limit > 0 else count
-    if is_ours(config):
-        for file in data_files(config):
-            check_truths(file)
-    prepare_tools(config, data_files(config))
-    file = data_files(config, "val_files")[0]
-    check_reward(config, first_row(file), f"row 0 of {file}")
-    return rows
-
-
-def _gsm8k() -> dict[str, Path]:
-    """GSM8K as it was prepared in the cache (`verl-aqn data gsm8k`, which takes a folder too), else from the hub."""
-    from verl_aqn.data.gsm8k import prepare_gsm8k
-
-    folder = cache_dir() / "data" / "gsm8k"
-    made = {split: folder / f"{split}.parquet" for split in ("train", "test")}
-    return made if all(file.is_file() for file in made.values()) else prepare_gsm8k(folder)
-
-
-def data_files(config: DictConfig, *keys: str) -> list[Path]:
-    """The files of `data.train_files` and `data.val_files`, or of `keys`, each of which is a path or a list of them.
-
-    Raises:
-        ConfigError: neither of the two.
-    """
-    return [Path(f).expanduser() for key in keys or ("train_files", "val_files") for f in _names_of(config, key)]
-
-
-def _names_of(config: DictConfig, key: str) -> list[str]:
-    value = config.data[key]
-    names = [value] if isinstance(value, str) else list(value or ())
-    if not names or not all(isinstance(name, str) and name for name in names):
-        raise ConfigError(f"data.{key}={value}: give a parquet file, a list of them, embedded, or gsm8k")
-    return names
-
-
-def steps_in_data(config: DictConfig) -> int | None:
-    """The RL steps of a recipe by the data it names; None where those are not on disk (nothing is made or fetched)."""
-    from verl_aqn.data.parquet import check_parquet
-
-    value = config.data.train_files
-    if value in ("embedded", "embedded_tool"):
-        rows = N_TRAIN
-    else:
-        made = {"gsm8k": cache_dir() / "data" / "gsm8k" / "train.parquet"}
-        files = [made.get(name, Path(name).expanduser()) for name in _names_of(config, "train_files")]
-        if not all(file.is_file() for file in files):
-            return None
-        rows = sum(check_parquet(file) for file in files)
-    limit = config.data.train_max_samples
-    return check_steps(config, min(rows, limit) if limit > 0 else rows)
 
 
 def check_steps(config: DictConfig, train_rows: int, left: str = "") -> int:

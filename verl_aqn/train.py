@@ -4,7 +4,7 @@ Read `train` first: it is the whole way in one breath.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,8 @@ from verl_aqn.console import Console
 from verl_aqn.errors import StrengthError
 from verl_aqn.judge.records import VERSION
 from verl_aqn.preflight.checks import check_machine
-from verl_aqn.prepare import check_steps, data_files, prepare_data, prepare_model, warnings_of
+from verl_aqn.prepare import check_steps, prepare_model, warnings_of
+from verl_aqn.run_data import data_files, prepare_data
 from verl_aqn.runs.arms import differences, flatten
 from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.runs.provenance import model_digest, provenance
@@ -35,6 +36,8 @@ class Prepared:
     source: Path
     fitted: "Strength | None" = None
     """What `aqn.noise.target_kl` found for σ_start."""
+    warnings: list[str] = field(default_factory=list)
+    """What verl said of the data's first rows."""
 
 
 def compose(recipe: str, overrides: list[str]) -> DictConfig:
@@ -60,8 +63,8 @@ def resolve(config: DictConfig, *, fit: bool = True) -> Prepared:
 
     Without `fit` σ_start is left as it is: to look at a recipe without measuring.
     """
-    rows = prepare_data(config)
-    steps = check_steps(config, rows["train"])
+    data = prepare_data(config)
+    steps = check_steps(config, data.rows["train"])
     config.trainer.total_training_steps = steps  # the schedule's, and the trainer's: it refuses if it finds fewer
     if config.trainer.test_freq < 1:
         config.trainer.test_freq = steps  # where it is 0 or -1 verl leaves out the last step's validation too
@@ -71,7 +74,7 @@ def resolve(config: DictConfig, *, fit: bool = True) -> Prepared:
         from verl_aqn.probe import fit_sigma
 
         fitted = fit_sigma(config, steps)
-    return Prepared(config=config, steps=steps, rows=rows, source=source, fitted=fitted)
+    return Prepared(config, steps, data.rows, source, fitted, data.warnings)
 
 
 def train(recipe: str, overrides: list[str], *, dry_run: bool = False) -> int:
@@ -79,6 +82,8 @@ def train(recipe: str, overrides: list[str], *, dry_run: bool = False) -> int:
     console = Console()
     todo = prepare(recipe, overrides, elsewhere=dry_run)
     if dry_run:
+        for text in todo.warnings:
+            console.warn(text)
         print(OmegaConf.to_yaml(todo.config, resolve=True))
         return 0
     base = parse_aqn(todo.config).run.dir or f"/tmp/mxfp4_{Path(recipe).stem}"
@@ -92,7 +97,7 @@ def execute(todo: Prepared, base: Path, console: Console) -> tuple[RunFolder, Ou
     run = open_run(base, identity(todo.config), fresh=settings.fresh)
     changed = launch(run, todo)
     console.start(run, todo)
-    warn(run, [*warnings_of(todo.config), *changed], console)
+    warn(run, [*warnings_of(todo.config), *todo.warnings, *changed], console)
     measure_noise(run, todo, console)
     outcome = attempt(run, console)
     for restart in range(settings.restarts if outcome.again else 0):

@@ -2,7 +2,9 @@
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -11,9 +13,9 @@ from transformers import AutoTokenizer
 from verl_aqn.cache import cache_dir
 from verl_aqn.config import load_recipe
 from verl_aqn.data.smollm2 import embedded_model
-from verl_aqn.data.word_problems import prepare_word_problems, problems, prompt
+from verl_aqn.data.word_problems import problems, prompt
 from verl_aqn.errors import ConfigError
-from verl_aqn.preflight.tools import prepare_tools
+from verl_aqn.preflight.tools import SINGLE, loops_of, prepare_tools
 from verl_aqn.verl_api.calculator import calculator, text_of, value_of
 from verl_aqn.verl_api.tools import answer
 
@@ -22,8 +24,8 @@ ROLLOUT = "actor_rollout_ref.rollout"
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory) -> list[Path]:
-    return list(prepare_word_problems(tmp_path_factory.mktemp("data"), 6, 6, tool=True).values())
+def items() -> SimpleNamespace:
+    return SimpleNamespace(rows=datasets.Dataset.from_list([{"prompt": prompt("1 + 1?", tool=True)}]))
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,7 @@ def test_integers_stay_exact():
     assert text_of(value_of("12345678901234567890 + 1")) == "12345678901234567891"
 
 
-def test_what_a_tool_says_is_masked_and_everything_else_is_what_the_policy_sampled(files, monkeypatch):
+def test_what_a_tool_says_is_masked_and_everything_else_is_what_the_policy_sampled(items, monkeypatch):
     """verl's own tool agent loop, with a server that answers from a script."""
     from verl.experimental.agent_loop.agent_loop import ToolListWrap
     from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
@@ -57,7 +59,7 @@ def test_what_a_tool_says_is_masked_and_everything_else_is_what_the_policy_sampl
     monkeypatch.delitem(FUNCTION_TOOL_REGISTRY, "calculator")  # of this file's own import: verl refuses a second
     tokenizer = AutoTokenizer.from_pretrained(embedded_model(cache_dir() / "models"))
     config = load_recipe("multi_turn", ["profile=cpu"])
-    prepare_tools(config, files)
+    prepare_tools(config, items)
     assert Path(config.actor_rollout_ref.rollout.multi_turn.function_tool_path).name == "calculator.py"
     told = [f"{CALL % '4 + 5'}<|im_end|>", "#### 9<|im_end|>"]
     sampled = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in told]
@@ -143,17 +145,17 @@ def test_masked_tokens_are_in_no_loss(mode):
         ([f"{ROLLOUT}.agent.default_agent_loop=single_turn_agent"], "answers once and calls no tool"),
     ],
 )
-def test_tools_that_would_fail_or_never_be_called_are_refused(files, overrides, text):
+def test_tools_that_would_fail_or_never_be_called_are_refused(items, overrides, text):
     config = load_recipe("multi_turn", ["profile=cpu", *overrides])
     with pytest.raises(ConfigError, match="actor_rollout_ref") as error:
-        prepare_tools(config, files)
+        prepare_tools(config, items)
     assert text in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_recipe_without_tools_asks_nothing(files, monkeypatch):
+def test_a_recipe_without_tools_asks_nothing(items, monkeypatch):
     monkeypatch.setattr("verl_aqn.preflight.tools.subprocess", None)
-    prepare_tools(load_recipe("e12", ["profile=cpu"]), files)
+    prepare_tools(load_recipe("e12", ["profile=cpu"]), items)
 
 
 def test_a_tool_that_raises_as_it_is_loaded_is_named(tmp_path):
@@ -170,3 +172,11 @@ def test_the_tool_of_the_docs_is_loaded(tmp_path):
     file.write_text(text.split("```python\n")[1].split("```")[0])
     asked = {"loops": ["tool_agent"], "format": "hermes", "own": None, "tool_config_path": None}
     assert answer(asked | {"function_tool_path": str(file)}) == {"fault": "", "tools": ["lookup"]}
+
+
+def test_a_row_may_name_its_agent_loop():
+    rows = SimpleNamespace(rows=datasets.Dataset.from_list([{"agent_name": "tool_agent"}, {"agent_name": SINGLE}]))
+    config = load_recipe("e12", ["profile=cpu"])
+    assert loops_of(config, rows) == {"tool_agent", SINGLE}
+    with pytest.raises(ConfigError, match="has no tool"):
+        prepare_tools(config, rows)

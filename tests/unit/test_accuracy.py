@@ -8,7 +8,7 @@ import torch
 
 from verl_aqn.config import load_recipe
 from verl_aqn.errors import ConfigError
-from verl_aqn.prepare import prepare_data
+from verl_aqn.run_data import prepare_data
 from verl_aqn.runs.accuracy import acc_in, is_right, judged, recorded, reward_in
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.verdict import compare_validations
@@ -76,7 +76,7 @@ def ask(tmp_path, body, arguments="data_source, solution_str, ground_truth, extr
     file = tmp_path / "reward.py"
     file.write_text(REWARD.format(body=body, arguments=arguments))
     overrides = ["profile=cpu", f"reward.custom_reward_function.path={file}", *more]
-    return prepare_data(load_recipe("e6a", overrides))
+    return prepare_data(load_recipe("e6a", overrides)).rows
 
 
 @pytest.mark.parametrize(

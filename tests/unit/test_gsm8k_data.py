@@ -8,11 +8,13 @@ import pytest
 
 from verl_aqn.cache import cache_dir
 from verl_aqn.config import load_recipe
+from verl_aqn.data.files import check_truths, count_rows
 from verl_aqn.data.gsm8k import INSTRUCTION, ground_truth, prepare_gsm8k
-from verl_aqn.data.parquet import check_parquet, check_truths, write_parquet
+from verl_aqn.data.parquet import write_parquet
 from verl_aqn.errors import ConfigError, DataError, EnvironmentFault
-from verl_aqn.prepare import find_model, prepare_data, steps_in_data
+from verl_aqn.prepare import find_model
 from verl_aqn.rewards import gsm8k
+from verl_aqn.run_data import prepare_data, steps_in_data
 
 ROWS = [
     {"question": "Ida has 3 hens and buys 4. How many?", "answer": "She has 3+4 = <<3+4=7>>7.\n#### 7"},
@@ -32,7 +34,7 @@ def source(tmp_path):
 
 def test_rows_from_jsonl(source, tmp_path):
     paths = prepare_gsm8k(tmp_path / "out", source)
-    assert {split: check_parquet(path) for split, path in paths.items()} == {"train": 3, "test": 3}
+    assert {split: count_rows(path) for split, path in paths.items()} == {"train": 3, "test": 3}
     rows = pq.read_table(paths["test"]).to_pylist()
     assert [r["reward_model"]["ground_truth"] for r in rows] == ["7", "2400", "-2"]
     assert rows[0] == {
@@ -53,7 +55,7 @@ def test_a_recipe_takes_what_was_prepared_and_asks_no_hub(source, tmp_path, monk
         prepare_data(config)
     paths = prepare_gsm8k(tmp_path / "cache/data/gsm8k", source)
     config = load_recipe("e12", ["profile=cuda"])
-    assert prepare_data(config) == {"train": 3, "test": 3}
+    assert prepare_data(config).rows == {"train": 3, "test": 3}
     assert [config.data.train_files, config.data.val_files] == [str(paths["train"]), str(paths["test"])]
 
 
@@ -75,7 +77,7 @@ def test_paths_are_on_record_as_any_other_process_would_find_them(source, tmp_pa
 @pytest.mark.parametrize("value", ["null", "[]", "[null]"])
 def test_no_files_are_told_by_their_key(key, value):
     config = load_recipe("e12", ["profile=cpu", f"data.{key}={value}"])
-    with pytest.raises(ConfigError, match=rf"^data\.{key}=.*: give a parquet file"):
+    with pytest.raises(ConfigError, match=rf"^data\.{key}=.*: give a file"):
         prepare_data(config)
     if key == "train_files":
         with pytest.raises(ConfigError, match=r"^data\.train_files="):
@@ -92,7 +94,7 @@ def test_rows_from_a_hub_snapshot(tmp_path):
     (tmp_path / "main").mkdir()
     for split in ("train", "test"):
         pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "main" / f"{split}-00000-of-00001.parquet")
-    assert check_parquet(prepare_gsm8k(tmp_path / "out", tmp_path)["train"]) == 3
+    assert count_rows(prepare_gsm8k(tmp_path / "out", tmp_path)["train"]) == 3
 
 
 def test_a_source_that_cannot_be_used(source, tmp_path):
@@ -118,7 +120,7 @@ def test_check_names_what_is_wrong(source, tmp_path):
 
     def refused(match):
         with pytest.raises(DataError, match=match) as caught:
-            check_parquet(bad)
+            count_rows(bad)
         assert "\n" not in str(caught.value)
 
     refused("no such file")
@@ -126,18 +128,13 @@ def test_check_names_what_is_wrong(source, tmp_path):
     refused("not a readable parquet")
     pq.write_table(table.slice(0, 0), bad)
     refused("no rows")
-    for column in ("data_source", "prompt", "reward_model"):
-        pq.write_table(table.drop_columns(column), bad)
-        refused(f"'{column}' is missing")
-    pq.write_table(table.set_column(3, "reward_model", pa.array([{"style": "rule"}] * 3)), bad)
-    refused(r"reward_model\.ground_truth")
 
 
 def test_no_rows_leave_the_old_file(source, tmp_path):
     good = prepare_gsm8k(tmp_path / "out", source)["train"]
     with pytest.raises(DataError, match="no rows"):
         write_parquet([], good)
-    assert check_parquet(good) == 3
+    assert count_rows(good) == 3
 
 
 def with_truths(path, truths):

@@ -6,7 +6,7 @@ from collections import Counter
 import pyarrow.parquet as pq
 import pytest
 
-from verl_aqn.data.parquet import check_parquet
+from verl_aqn.data.files import count_rows
 from verl_aqn.data.word_problems import OPERATIONS, SOURCE, prepare_word_problems, problems, prompt
 from verl_aqn.errors import ConfigError
 from verl_aqn.rewards.gsm8k import score
@@ -43,7 +43,7 @@ def test_questions_differ_and_follow_the_seed():
 
 def test_files(tmp_path):
     paths = prepare_word_problems(tmp_path, 12, 6, seed=0)
-    assert {split: check_parquet(path) for split, path in paths.items()} == {"train": 12, "test": 6}
+    assert {split: count_rows(path) for split, path in paths.items()} == {"train": 12, "test": 6}
     before = paths["train"].read_bytes()
     rows = pq.read_table(paths["train"]).to_pylist()
     assert rows[5]["extra_info"]["index"] == 5

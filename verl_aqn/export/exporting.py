@@ -20,6 +20,7 @@ from verl_aqn.export.source import Source, find_source
 from verl_aqn.export.trial import judge, try_out
 from verl_aqn.mxfp4.merging import check_merged, covered, open_base, write_merged
 from verl_aqn.mxfp4.writing import new_folder
+from verl_aqn.policy import load_tokenizer
 
 RECORD = "verl_aqn_export.json"
 
@@ -42,8 +43,6 @@ def export(run: Path, dst: Path, *, merge: bool = False, say: Callable[[str], No
         DataError, ModelError: the run, its checkpoint, base or data cannot be used, or ``dst`` exists.
         EvidenceError: what was exported is not what the run recorded, or does not answer as the run does.
     """
-    from transformers import AutoTokenizer
-
     source = find_source(run)
     say(f"step {source.step} of {source.run.path}")
     if source.config.actor_rollout_ref.model.lora_adapter_path and not (source.actor / "adapter_config.json").is_file():
@@ -56,7 +55,7 @@ def export(run: Path, dst: Path, *, merge: bool = False, say: Callable[[str], No
     uniform = adapter.uniform()
     if merge:
         covered(source.base, open_base(source.base, source.packed), adapter)
-    tokenizer = AutoTokenizer.from_pretrained(source.base)
+    tokenizer = load_tokenizer(source.config, source.base)
     questions = read_questions(source, tokenizer)
 
     proof: dict[str, Any] = {

@@ -4,14 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from omegaconf import DictConfig
 
 from verl_aqn.errors import DataError
 from verl_aqn.export.source import Source
 from verl_aqn.policy import prompt_tokens
 from verl_aqn.preflight.tools import SINGLE, loops_of
-from verl_aqn.prepare import data_files
+from verl_aqn.run_data import data_files, items_of
 
 PROMPTS = 32  # all there are where the validation data have fewer
 
@@ -35,7 +34,7 @@ def read_questions(source: Source, tokenizer: Any) -> Questions:
     file = f"validation/{source.step}.jsonl"
     rollout = source.config.actor_rollout_ref.rollout
     val = rollout.val_kwargs
-    once = loops_of(source.config, data_files(source.config, "val_files")) == {SINGLE}
+    once = loops_of(source.config, items_of(source.config, "test")) == {SINGLE}
     greedy = val.temperature == 0 and val.n == 1 and once
     records = list(source.run.read(file))[:PROMPTS] if greedy else []
     answers = {record["input"]: record["output"] for record in records}
@@ -53,7 +52,6 @@ def validation_prompts(config: DictConfig, tokenizer: Any) -> dict[str, list[int
     files: list[Path] = data_files(config, "val_files")
     if missing := [file for file in files if not file.is_file()]:
         raise DataError(f"{missing[0]} is not there: the run's validation data is needed to try the export on")
-    key = config.data.prompt_key
-    rows = [row[key] for file in files for row in pq.read_table(file, columns=[key]).to_pylist()]
-    prompts = (prompt_tokens(config, tokenizer, row) for row in rows)
+    items = items_of(config, "test")
+    prompts = (prompt_tokens(config, tokenizer, items[row]["raw_prompt"]) for row in range(len(items)))
     return {tokenizer.decode(ids, skip_special_tokens=True): ids for ids in prompts if ids is not None}

@@ -21,8 +21,9 @@ from verl_aqn.preflight.node import PACKAGES, Node, cluster_address, devices_her
 from verl_aqn.preflight.plan import fit
 from verl_aqn.preflight.shape import Shape
 from verl_aqn.preflight.vllm import check_served
-from verl_aqn.prepare import find_model, refuse_adapter_settings, steps_in_data
+from verl_aqn.prepare import find_model, refuse_adapter_settings
 from verl_aqn.rewards.math_verify import check_installed
+from verl_aqn.run_data import KEYS, check_data, files_on_disk, steps_in_data
 from verl_aqn.serving import ADAPTER_RANKS, served_rank
 
 SETUP = "bash scripts/setup.sh"
@@ -199,6 +200,22 @@ def check_schedule(config: DictConfig) -> Finding:
     data = "" if steps else f" (stated: {config.data.train_files} is not on disk)"
     sigma = f"σ {noise.sigma_start:g} → {noise.sigma_end:g} in {noise.num_stages} stages"
     return Finding("schedule", f"{sigma if noise.enabled else 'no noise'}, {steps or stated} steps{data}")
+
+
+def check_rows(config: DictConfig) -> Finding:
+    """verl reads and renders the first rows of the data, where those are on disk, and the reward can judge them all."""
+    config = config.copy()
+    for key in KEYS.values():
+        files = files_on_disk(config, key)
+        if files is None:
+            return Finding("data", f"not read: {config.data[key]} is not on disk yet")
+        config.data[key] = [str(file.absolute()) for file in files]
+    try:
+        found = check_data(config)
+    except (ConfigError, DataError, ModelError, EnvironmentFault) as error:
+        return Finding("data", "cannot be used", str(error))
+    rows = f"{found.rows['train']:,} rows for training, {found.rows['test']:,} for validation"
+    return Finding("data", "; ".join([rows, *found.warnings]))
 
 
 def check_node(node: Node, here: Node, where: str) -> Iterator[Finding]:

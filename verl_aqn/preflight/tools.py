@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from omegaconf import DictConfig
 
 from verl_aqn.errors import ConfigError, EnvironmentFault
@@ -22,22 +21,26 @@ TIMEOUT_S = 120
 _ROLLOUT = "actor_rollout_ref.rollout"
 
 
-def loops_of(config: DictConfig, files: list[Path]) -> set[str]:
-    """Return the agent loops that answer the rows of `files`: a row may name its own in the column `agent_name`."""
-    loops = set()
-    for file in files:
-        if "agent_name" in pq.read_schema(file).names:
-            loops |= set(pq.read_table(file, columns=["agent_name"])["agent_name"].unique().to_pylist())
+def loops_of(config: DictConfig, *sets: Any) -> set[str]:
+    """Return the agent loops that answer the items of `sets`: an item may name its own as `agent_name`.
+
+    Of a data set of the user's own class the first item speaks for all.
+    """
+    default, loops = config.actor_rollout_ref.rollout.agent.default_agent_loop, set()
+    for items in sets:
+        rows = getattr(items, "rows", None)
+        if hasattr(rows, "column_names"):
+            loops |= set(rows.unique("agent_name")) if "agent_name" in rows.column_names else {default}
         else:
-            loops.add(config.actor_rollout_ref.rollout.agent.default_agent_loop)
+            loops.add(items[0].get("agent_name", default))
     return loops
 
 
-def prepare_tools(config: DictConfig, files: list[Path]) -> None:
+def prepare_tools(config: DictConfig, *sets: Any) -> None:
     """Make the paths of tools absolute ones, and ask verl whether it can load loops and tools.
 
     Args:
-        files: those of training and validation data.
+        sets: the items of training and validation data.
 
     Raises:
         ConfigError: a file that is not there, a loop, tool or format of calls that verl does not know or cannot load,
@@ -45,7 +48,7 @@ def prepare_tools(config: DictConfig, files: list[Path]) -> None:
         EnvironmentFault: verl could not be asked.
     """
     rollout = config.actor_rollout_ref.rollout
-    turns, loops = rollout.multi_turn, loops_of(config, files)
+    turns, loops = rollout.multi_turn, loops_of(config, *sets)
     for key in TOOLS:
         if value := turns.get(key):
             turns[key] = str(_file_of(str(value), f"{_ROLLOUT}.multi_turn.{key}"))

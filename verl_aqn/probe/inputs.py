@@ -4,14 +4,13 @@ import hashlib
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import pyarrow.parquet as pq
 from omegaconf import DictConfig
 
 from verl_aqn.config import order_of, parse_aqn, schedule_of
 from verl_aqn.errors import ConfigError, DataError
 from verl_aqn.order import NoiseOrder
 from verl_aqn.policy import prompt_tokens
-from verl_aqn.prepare import data_files
+from verl_aqn.run_data import items_of
 
 
 class Prompt(NamedTuple):
@@ -28,9 +27,8 @@ def read_prompts(config: DictConfig, tokenizer: Any, count: int) -> list[Prompt]
     Raises:
         DataError: fewer rows have a prompt within `data.max_prompt_length`.
     """
-    tables = [pq.read_table(file) for file in data_files(config, "train_files")]
-    total = sum(table.num_rows for table in tables)
-    limit = config.data.train_max_samples
+    items = items_of(config, "train")
+    total, limit = len(items), config.data.train_max_samples
     seed = parse_aqn(config).noise.seed
     rows = sorted(
         range(min(total, limit) if limit > 0 else total),
@@ -38,16 +36,11 @@ def read_prompts(config: DictConfig, tokenizer: Any, count: int) -> list[Prompt]
     )
     chosen: list[Prompt] = []
     for row in rows:
-        at, table = row, tables[0]
-        for table in tables:
-            if at < table.num_rows:
-                break
-            at -= table.num_rows
-        record = table.slice(at, 1).to_pylist()[0]
-        ids = prompt_tokens(config, tokenizer, record[config.data.prompt_key])
+        item = items[row]
+        ids = prompt_tokens(config, tokenizer, item["raw_prompt"])
         if ids is not None:
-            truth = record["reward_model"]["ground_truth"]
-            told = {"data_source": record["data_source"], "ground_truth": truth, "extra_info": record["extra_info"]}
+            truth = (item.get("reward_model") or {}).get("ground_truth")
+            told = {"data_source": item.get("data_source"), "ground_truth": truth, "extra_info": item["extra_info"]}
             chosen.append(Prompt(row, ids, told))
             if len(chosen) == count:
                 return chosen

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,17 +22,16 @@ import torch
 from omegaconf import DictConfig
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from verl_aqn.errors import ConfigError
 from verl_aqn.generate import batches, generate, prefix, prefixes, shared_length
 from verl_aqn.mxfp4.dense import dequantize_linears
 from verl_aqn.noise import NoiseInjector, check_evidence
-from verl_aqn.policy import end_tokens, load_base
+from verl_aqn.policy import end_tokens, load_base, load_tokenizer
 from verl_aqn.preflight.tools import SINGLE, loops_of
-from verl_aqn.prepare import data_files
 from verl_aqn.probe.inputs import Prompt, first_noise, read_prompts
 from verl_aqn.rewards.custom import reward_of
+from verl_aqn.run_data import items_of
 from verl_aqn.runs.accuracy import acc_in, reward_in
 from verl_aqn.runs.stats import ratio_interval, wilson
 
@@ -85,9 +85,9 @@ class Probe:
             )
         self.temperature = float(rollout.temperature)
         self.tokens = min(int(config.data.max_response_length), tokens or 10**9)
-        self.tokenizer = AutoTokenizer.from_pretrained(config.actor_rollout_ref.model.path)
+        self.tokenizer = load_tokenizer(config, Path(config.actor_rollout_ref.model.path))
         self.prompts = read_prompts(config, self.tokenizer, prompts)
-        self.whole = loops_of(config, data_files(config, "train_files")) == {SINGLE}
+        self.whole = loops_of(config, items_of(config, "train")) == {SINGLE}
         """Whether an answer is whole as the policy gives it: with tools it is a first turn, which no reward is for."""
         self.samples = samples if self.whole else 1
         self.reward = reward_of(config)

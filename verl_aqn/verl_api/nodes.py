@@ -24,8 +24,8 @@ from verl_aqn.cluster.places import on_every_node
 from verl_aqn.cluster.worker import RUN, TEMPORARY, set_up_worker
 from verl_aqn.config import parse_aqn
 from verl_aqn.errors import ConfigError, EnvironmentFault
-from verl_aqn.prepare import data_files
 from verl_aqn.processes import GRACE_S, remove_shared_memory
+from verl_aqn.run_data import data_files
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.stacks import collect, folder_in, listening
 from verl_aqn.verl_api.plugin import check_versions

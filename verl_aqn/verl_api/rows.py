@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.parquet as pq
 from omegaconf import DictConfig, open_dict
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
-from verl_aqn.errors import first_line
+from verl_aqn.data.files import count_rows
+from verl_aqn.errors import DataError, first_line
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class ToldDataset(RLHFDataset):
         finally:
             self.max_prompt_length = limit
         kept = dataframe if kept is noting else kept
-        sizes = [pq.read_metadata(file).num_rows for file in self.data_files]
+        sizes = [count_rows(file) for file in self.data_files]
         failed = [place for place, error in enumerate(noting.errors) if error]
         long = [place for place, size in enumerate(noting.lengths) if size > limit and not noting.errors[place]]
 
@@ -151,5 +151,8 @@ def rows_of(dataset: Any, files: Sequence[str]) -> Rows:
     """What became of the rows; of a data set of another class only how many there were and are."""
     if (rows := getattr(dataset, "rows", None)) is not None:
         return rows
-    held = sum(pq.read_metadata(file).num_rows for file in files)
+    try:
+        held = sum(map(count_rows, files))
+    except DataError:  # a form that only that class knows
+        held = len(dataset)
     return Rows(held, held, len(dataset))

@@ -13,7 +13,8 @@ from verl.utils.debug import marked_timer
 
 import verl_aqn.verl_api.rollout  # noqa: F401  registers the replica
 from verl_aqn.judge.records import END, VALIDATION
-from verl_aqn.prepare import check_steps, data_files
+from verl_aqn.prepare import check_steps
+from verl_aqn.run_data import data_files
 from verl_aqn.verl_api import tripwire
 from verl_aqn.verl_api.comparing import ComparingTrainer, real_keys
 from verl_aqn.verl_api.divergence import saved_where_it_diverges
