@@ -5,6 +5,7 @@ each request has a seed of its own (`verl_aqn.seeds`), a batch is in the order o
 filtered the first ones in the order of the data are taken, however many more had been asked for.
 """
 
+from collections import deque
 from typing import Any
 
 import ray
@@ -83,7 +84,7 @@ class KeyedTrainer(SavingTrainer):
 
     def _fetch_one_gen_batch(self):
         if self.put_back:
-            row, *self.put_back = self.put_back
+            row = self.put_back.popleft()
             batch = tensordict_utils.get_tensordict(collate_fn([self.train_dataset[row]]))
         else:
             batch = super()._fetch_one_gen_batch()
@@ -97,7 +98,7 @@ class KeyedTrainer(SavingTrainer):
         if self.config.algorithm.filter_groups.enable:
             # How many prompts were asked for depends on which answers came first; what they are does not, as long as
             # those behind the last one that is used are taken again. verl throws their answers away, too.
-            self.put_back = [*self.prompts.after(place_of(buffer.selected[-1])), *self.put_back]
+            self.put_back = deque([*self.prompts.after(place_of(buffer.selected[-1])), *self.put_back])
         keys = buffer.taken.keys
         data = transfer_queue.kv_batch_get(keys=keys, partition_id="train", select_fields=["responses"])
         tokens = [response.tolist() for response in data["responses"].unbind()]
