@@ -22,7 +22,7 @@ class SavingTrainer(PPOTrainerSync):
 
     folder: RunFolder
     save_due = False
-    put_back: deque[int] = deque()
+    put_back: deque[int] = deque()  # noqa: RUF012  replaced, and never added to
     """Rows of the data that were taken and are to be taken again: verl's loader, whose place is saved, is past them."""
 
     def _save_checkpoint(self):
