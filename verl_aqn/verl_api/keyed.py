@@ -15,6 +15,7 @@ from verl.utils import tensordict_utils
 from verl.utils.dataset.rl_dataset import collate_fn
 
 from verl_aqn.config import parse_aqn
+from verl_aqn.runs.samples import FILE, sample_records
 from verl_aqn.seeds import StepPrompts, digest_of, place_of, request_seed
 from verl_aqn.verl_api.failures import NotingFailures
 from verl_aqn.verl_api.saving import SavingTrainer
@@ -103,6 +104,5 @@ class KeyedTrainer(SavingTrainer):
         data = transfer_queue.kv_batch_get(keys=keys, partition_id="train", select_fields=["responses"])
         tokens = [response.tolist() for response in data["responses"].unbind()]
         digest, answers = digest_of(dict(zip(keys, tokens, strict=True)))
-        record = {"kind": "samples", "step": self.global_steps, "count": len(keys), "digest": digest}
-        self.folder.append("samples.jsonl", record | {"answers": answers})
+        self.folder.append(FILE, *sample_records(self.global_steps, digest, answers))
         super().on_sample_end()
