@@ -270,7 +270,9 @@ def scaled(part: Slice, columns: int) -> list[int]:
 def not_covered(holders: Sequence[Slices], numel: Callable[[str], int]) -> str | None:
     """The first matrix that `holders` together do not hold the whole of, with the parts that they hold."""
     ways, _ = distinct(holders)
-    held = [{}] if any(not slices for slices in holders) else []  # who holds all of all, as `distinct` always lists
+    held: list[Slices] = (
+        [{}] if any(not slices for slices in holders) else []
+    )  # who holds all of all, as `distinct` always lists
     return next(_missing([*held, *ways[1:]], numel), None)
 
 
@@ -292,7 +294,7 @@ def _area(tiles: Sequence[tuple[int, int, int, int]]) -> int:
         _, _, column, columns = tile
         begin.setdefault(column, []).append(tile)
         edges |= {column, column + columns}
-    area, active = 0, []
+    area, active = 0, list[tuple[int, int, int, int]]()
     for left, right in pairwise(sorted(edges)):
         # Of the columns between two edges only the tiles that reach over them, in order of rows.
         active = sorted([t for t in active if t[2] + t[3] > left] + begin.get(left, []))

@@ -4,9 +4,10 @@ No engine and no cluster: what ranks answer is made up, from a folder of small r
 norms. Everything behind that (comparing, grouping, writing, judging, reading, the report) is what a run does.
 """
 
+import gc
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from verl_aqn.mxfp4.disk_base import DiskBase, Part
 from verl_aqn.noise import NoiseInjector
 from verl_aqn.report.page import write_report
 from verl_aqn.rewards.gsm8k import compute_score
-from verl_aqn.runs.folder import EVIDENCE, RunFolder, open_run
+from verl_aqn.runs.folder import EVIDENCE, open_run
 from verl_aqn.runs.samples import FILE, sample_records, samples_of
 from verl_aqn.runs.scores import answers_in
 from verl_aqn.seeds import StepPrompts, digest_of, last_outputs, order_of_key
@@ -85,9 +86,7 @@ class Simulation:
         self.judge = Judge(lambda step: order_of(self.noise, self.schedule, step), stage_at=self.schedule.stage)
         self.run = open_run(folder / "runs", {"of": "simulation"})
         self.run.write_text("config.yaml", yaml.safe_dump(_plain(self.config)))
-        table = [
-            {"step": n, "stage": self.schedule.stage(n), "sigma": self.schedule.sigma(n)} for n in range(STEPS)
-        ]
+        table = [{"step": n, "stage": self.schedule.stage(n), "sigma": self.schedule.sigma(n)} for n in range(STEPS)]
         self.run.write_text("schedule.json", json.dumps(table))
         self.injector = NoiseInjector(_norms(sizes.layers))
 
@@ -96,9 +95,14 @@ class Simulation:
         """Measure what is done within; with `file` also what was written to it."""
         path = self.run.path / file
         before = path.stat().st_size if file and path.exists() else 0
+        gc.collect()
+        gc.disable()  # a pass over all of torch's objects would be some line's
         began = time.process_time()
-        yield
-        row = Row(name, time.process_time() - began)
+        try:
+            yield
+        finally:
+            row = Row(name, time.process_time() - began)
+            gc.enable()
         if file:
             with path.open("rb") as lines:
                 lines.seek(before)
@@ -169,12 +173,15 @@ class Simulation:
         ways = [f"{step * 1000 + way:064x}" for way in range(self.sizes.ways)]
         with self.measured(f"adapter after step {step}", EVIDENCE):
             held = [
-                {"wanted": ways[rank % len(ways)], "modules": 448, "adapter_digest": ways[rank % len(ways)], "b_max": 0.5}
+                {
+                    "wanted": ways[rank % len(ways)],
+                    "modules": 448,
+                    "adapter_digest": ways[rank % len(ways)],
+                    "b_max": 0.5,
+                }
                 for rank in range(self.sizes.ranks)
             ]
-            self.record(
-                "adapter", {"step": step, "whole": False, "sent": "a" * 64, "bytes": 1, "held": grouped(held)}
-            )
+            self.record("adapter", {"step": step, "whole": False, "sent": "a" * 64, "bytes": 1, "held": grouped(held)})
 
     def step(self, step: int) -> None:
         """Noise, samples, mismatch and sync of a step."""
@@ -361,10 +368,9 @@ def _actor(disk: DiskBase) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def simulate(folder: Path, sizes: Sizes, told: Callable[[str], None] = lambda _: None) -> list[Row]:
+def simulate(folder: Path, sizes: Sizes) -> list[Row]:
     """Simulate a run of these sizes in the empty `folder`.
 
     Raises EvidenceError where its own judge finds a fault.
     """
-    told(f"{sizes.ranks:,} ranks, {sizes.answers:,} answers")
     return Simulation(folder, sizes).simulate()
