@@ -270,10 +270,10 @@ def scaled(part: Slice, columns: int) -> list[int]:
 def not_covered(holders: Sequence[Slices], numel: Callable[[str], int]) -> str | None:
     """The first matrix that `holders` together do not hold the whole of, with the parts that they hold."""
     ways, _ = distinct(holders)
-    held: list[Slices] = (
+    whole: list[Slices] = [{}] if any(not slices for slices in holders) else []  # holds all of all
         [{}] if any(not slices for slices in holders) else []
     )  # who holds all of all, as `distinct` always lists
-    return next(_missing([*held, *ways[1:]], numel), None)
+    return next(_missing([*whole, *ways[1:]], numel), None)
 
 
 def _missing(holders: Sequence[Slices], numel: Callable[[str], int]) -> Iterator[str]:
