@@ -271,8 +271,6 @@ def not_covered(holders: Sequence[Slices], numel: Callable[[str], int]) -> str |
     """The first matrix that `holders` together do not hold the whole of, with the parts that they hold."""
     ways, _ = distinct(holders)
     whole: list[Slices] = [{}] if any(not slices for slices in holders) else []  # holds all of all
-        [{}] if any(not slices for slices in holders) else []
-    )  # who holds all of all, as `distinct` always lists
     return next(_missing([*whole, *ways[1:]], numel), None)
 
 
