@@ -2,15 +2,22 @@
 
 import hashlib
 import json
+import os
+import secrets
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+from verl_aqn.cache import cache_dir
 from verl_aqn.errors import ModelError
 
 FILE = "verl_aqn_checksums.json"
 """In every model folder that this project writes: {"sha256": {file name: hex digest}} of all its other files."""
+SETTLED_S = 5
+"""How long a file must have been left alone before its digest is kept: file systems' clocks tick every 2 s at most."""
 MODEL_FILES = {".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken"}
 """Endings of the files from which weights, config, tokenizer and chat template are read."""
 
@@ -33,6 +40,41 @@ def unchanged_digest(path: Path) -> str:
 @cache
 def _digest_of(path: Path, *as_it_is: int) -> str:
     return file_digest(path)
+
+
+def known_digest(path: Path) -> str:
+    """Return `file_digest`, which the cache keeps from run to run while nothing says that the file was changed.
+
+    The file is read anew where its place, device, inode, size, time of writing or of change differ from those before
+    and after it was read, and where it was changed within `SETTLED_S` of then: a second change within a tick of the
+    file system's clock would not show. What changes bytes and no time (a fault of the disk) is not seen: folders that
+    have digests of their own are held against these by `check_checksums`, which reads them.
+    """
+    path = path.resolve()
+    kept = cache_dir() / "digests" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
+    now = _identity(path)
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        record = json.loads(kept.read_text())
+        if [record["path"], record["file"]] == [str(path), now] and _is_sha256(record["sha256"]):
+            return record["sha256"]
+    digest, read = unchanged_digest(path), time.time()
+    if _identity(path) == now and max(now[-2:]) < (read - SETTLED_S) * 1e9:
+        record = {"path": str(path), "file": now, "sha256": digest}
+        with suppress(OSError):  # a cache that cannot be written is none
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            temporary = kept.with_name(f".{secrets.token_hex(8)}")
+            temporary.write_text(json.dumps(record) + "\n")
+            temporary.replace(kept)
+    return digest
+
+
+def _identity(path: Path) -> list[int]:
+    now = path.stat()
+    return [now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns]
+
+
+def _is_sha256(text: str) -> bool:
+    return len(text) == 64 and set(text) <= set("0123456789abcdef")
 
 
 def write_checksums(folder: Path) -> None:

@@ -432,9 +432,21 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
     if said not in ("auto", profile) and not any(o.startswith(("profile=", "aqn.profile=")) for o in overrides or []):
         return load_recipe(recipe, [f"profile={said}", *(overrides or [])])
     OmegaConf.update(config, "aqn.profile", profile)
+    for key, count in _workers(int(config.trainer.nnodes)).items():
+        if OmegaConf.select(config, key) is None:
+            OmegaConf.update(config, key, count)
     if config.trainer.experiment_name is None:
         config.trainer.experiment_name = path.stem
     return config
+
+
+def _workers(nodes: int) -> dict[str, int]:
+    """How many processes of each kind that verl spreads over the nodes, where neither recipe nor profile says so."""
+    return {
+        "actor_rollout_ref.rollout.agent.num_workers": 8 * nodes,
+        "reward.num_workers": 8 * nodes,
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units": max(8, 2 * nodes),
+    }
 
 
 def _groups(overrides: list[str]) -> tuple[str, list[str], list[str]]:

@@ -13,6 +13,7 @@ key       UID_SESSION_INDEX (verl's)     `12-3-417_5_0`: its sixth answer, first
 """
 
 import hashlib
+from collections import Counter
 
 
 def seed_of(*parts: int | str) -> int:
@@ -42,13 +43,15 @@ class StepPrompts:
         self.step = -1
         self.rows: list[int] = []
         """Rows of the data, in the order in which they were named in `step`."""
+        self._times: Counter[int] = Counter()
 
     def name(self, step: int, row: int) -> tuple[str, str]:
         """Return `(prompt, uid)` of the next prompt of `step`, which is `row` of the data."""
         if step != self.step:
-            self.step, self.rows = step, []
-        place, times = len(self.rows), self.rows.count(row)
+            self.step, self.rows, self._times = step, [], Counter()
+        place, times = len(self.rows), self._times[row]
         self.rows.append(row)
+        self._times[row] += 1
         prompt = f"{row}+{times}" if times else str(row)
         return prompt, f"{step}-{place}-{prompt}"
 

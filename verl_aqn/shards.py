@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -26,6 +27,8 @@ Four more numbers for each further block of rows, where a rank holds several: it
 
 Slices = dict[str, list[int]]
 """By name the `Slice` of every matrix that a rank does not hold the whole of; {}: it holds all of all."""
+
+SHOWN = 8  # parts that a message tells
 
 NOTHING = [0, 0, 0, 0]
 """The `Slice` of a matrix that a rank has no part in: another rank's expert."""
@@ -266,23 +269,36 @@ def scaled(part: Slice, columns: int) -> list[int]:
 
 def not_covered(holders: Sequence[Slices], numel: Callable[[str], int]) -> str | None:
     """The first matrix that `holders` together do not hold the whole of, with the parts that they hold."""
+    ways, _ = distinct(holders)
+    whole: list[Slices] = [{}] if any(not slices for slices in holders) else []  # holds all of all
+    return next(_missing([*whole, *ways[1:]], numel), None)
+
+
+def _missing(holders: Sequence[Slices], numel: Callable[[str], int]) -> Iterator[str]:
     for name in sorted(set().union(*holders)):
         if any(name not in slices for slices in holders):
             continue  # who has no slice of it holds the whole
         tiles = sorted({block for slices in holders for block in blocks_of(slices[name])})
         if _area(tiles) != numel(name):
-            return f"{name}: {tiles}"
-    return None
+            shown = [list(tile) for tile in tiles[:SHOWN]]
+            yield f"{name}: {shown}" + (f" and {len(tiles) - SHOWN} more" if len(tiles) > SHOWN else "")
 
 
-def _area(tiles: list[tuple[int, int, int, int]]) -> int:
-    """Elements that `tiles`, in order, cover; they may overlap."""
-    edges = sorted({edge for _, _, column, columns in tiles for edge in (column, column + columns)})
-    area = 0
-    for left, right in pairwise(edges):
+def _area(tiles: Sequence[tuple[int, int, int, int]]) -> int:
+    """Elements that `tiles`, in order of rows, cover; they may overlap."""
+    begin: dict[int, list[tuple[int, int, int, int]]] = {}
+    edges: set[int] = set()
+    for tile in tiles:
+        _, _, column, columns = tile
+        begin.setdefault(column, []).append(tile)
+        edges |= {column, column + columns}
+    area, active = 0, list[tuple[int, int, int, int]]()
+    for left, right in pairwise(sorted(edges)):
+        # Of the columns between two edges only the tiles that reach over them, in order of rows.
+        active = sorted([t for t in active if t[2] + t[3] > left] + begin.get(left, []))
         covered = end = 0
-        for row, rows, column, columns in tiles:
-            if column <= left and right <= column + columns and row + rows > end:
+        for row, rows, _, _ in active:
+            if row + rows > end:
                 covered += row + rows - max(row, end)
                 end = row + rows
         area += covered * (right - left)
@@ -300,5 +316,14 @@ def cut(matrix: Tensor, part: Slice | None) -> Tensor:
 def distinct(held: Sequence[Slices]) -> tuple[list[Slices], list[int]]:
     """Every way in which ranks hold a model, {} (the whole) first; and which of them each of `held` is."""
     ways: list[Slices] = [{}]
-    ways += [slices for number, slices in enumerate(held) if slices and slices not in held[:number]]
-    return ways, [ways.index(slices) for slices in held]
+    number: dict[str, int] = {_text({}): 0}
+    texts = [_text(slices) for slices in held]
+    for slices, text in zip(held, texts, strict=True):
+        if text not in number:
+            number[text] = len(ways)
+            ways.append(slices)
+    return ways, [number[text] for text in texts]
+
+
+def _text(slices: Slices) -> str:
+    return json.dumps({name: list(part) for name, part in sorted(slices.items())})

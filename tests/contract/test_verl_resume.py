@@ -1,5 +1,6 @@
 """Where verl's trainer begins and goes on: its own loading, over checkpoints that are there."""
 
+from collections import deque
 from types import SimpleNamespace
 
 import pytest
@@ -70,14 +71,14 @@ def test_prompts_that_were_put_back_are_saved_with_a_checkpoint_and_taken_up_aga
     trainer.checkpoint_callback = SimpleNamespace(on_save=lambda **_: None)
     trainer.actor_rollout_wg.save_checkpoint = lambda *_, **__: None
     trainer.train_dataloader.state_dict = lambda: {"step": 3}
-    trainer.global_steps, trainer.put_back = 3, [417, 5]
+    trainer.global_steps, trainer.put_back = 3, deque([417, 5])
     trainer.save()
-    trainer.put_back = ()
+    trainer.put_back = deque()
     trainer._load_checkpoint()
     assert (trainer.global_steps, trainer.loaded[-1]) == (3, 3)
-    assert trainer.put_back == [417, 5]
+    assert list(trainer.put_back) == [417, 5]
 
 
 def test_a_checkpoint_of_an_older_version_put_nothing_back(trainer):
     trainer._load_checkpoint()
-    assert trainer.put_back == ()
+    assert not trainer.put_back

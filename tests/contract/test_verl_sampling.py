@@ -1,6 +1,7 @@
 """verl's sampler with ours around it: what a step learns from depends on the data and not on when answers came."""
 
 import random
+from collections import deque
 from types import SimpleNamespace
 
 import pytest
@@ -95,7 +96,7 @@ def trainer(tmp_path, monkeypatch):
         )  # fmt: skip
         made.tokenizer = made.processor = made.train_dataloader_it = None
         made.trainer_mode, made.parameter_sync_step, made.curr_step_profile = "sync", 1, False
-        made.prompts, made.put_back, made.queue = StepPrompts(), (), queue
+        made.prompts, made.put_back, made.queue = StepPrompts(), deque(), queue
         made.folder = RunFolder(tmp_path)
         made.checkpoint_manager = SimpleNamespace(sleep_replicas=lambda: None)
         made.agent_loop_manager = SimpleNamespace(generate_sequences=lambda batch: None)
@@ -164,5 +165,5 @@ def test_a_resumed_run_takes_the_prompts_of_one_that_was_not_stopped(trainer):
         place, put_back = made.train_dataloader.state_dict(), list(made.put_back)
         resumed = trainer(chance + 100)
         resumed.train_dataloader.load_state_dict(place)
-        resumed.put_back = put_back
+        resumed.put_back = deque(put_back)
         assert steps_of(resumed, first=4) == undisturbed[3:]

@@ -1,5 +1,7 @@
 """How verl counts RL steps, on which `check_steps` rests."""
 
+from collections import deque
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -104,7 +106,7 @@ def test_what_is_put_back_comes_first_and_again_by_its_row(monkeypatch):
     monkeypatch.setattr(base, "create_rl_dataset", lambda *args, **kwargs: rows)
     made._init_dataloader()
     first = prompts_of(made._next_train_batch(6))
-    made.put_back = made.prompts.after(3)
+    made.put_back = deque(made.prompts.after(3))
     made.global_steps = 2
     then = prompts_of(made._next_train_batch(6))
     assert [text for _, _, text in then[:2]] == [text for _, _, text in first[4:]]

@@ -15,6 +15,7 @@ import pytest
 from verl_aqn.bench import letters
 from verl_aqn.cache import cache_dir
 from verl_aqn.judge.base import check_base, sentence
+from verl_aqn.judge.ranks import wide_base
 
 # Sizes of a run that takes a minute and a half. The reward has variance for a model that knows nothing.
 TINY = [
@@ -159,11 +160,11 @@ def newest(run_dir: Path) -> Path:
 
 
 def lines(path: Path, kind: str | None = None) -> list[dict]:
-    """Whole lines of a JSON-lines file."""
+    """Whole lines of a JSON-lines file; records of the base with an entry for every rank."""
     if not path.exists():
         return []
     records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    return [record for record in records if kind is None or record["kind"] == kind]
+    return [wide_base(record) for record in records if kind is None or record["kind"] == kind]
 
 
 def compared(run: Path) -> tuple[str, dict]:

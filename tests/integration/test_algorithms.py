@@ -49,15 +49,10 @@ def test_grpo_on_two_ranks_with_correction_and_a_warning_where_top_p_biases_it(r
     _, step = steps_of(outcome)
     evidence = outcome[2] / "evidence.jsonl"
     noise = [record for record in lines(evidence, "noise") + lines(evidence, "actor noise") if record["sigma_asked"]]
-    assert [(record["kind"], record["rank"]) for record in noise] == [
-        ("noise", 0),
-        ("noise", 1),
-        ("actor noise", 0),
-        ("actor noise", 1),
-    ]
+    assert [(record["kind"], record["ranks"]) for record in noise] == [("noise", [0, 1]), ("actor noise", [0, 1])]
     assert len({record["weights_digest"] for record in noise}) == 1
     (start, end), adapter = lines(evidence, "base"), lines(evidence, "adapter")[-1]
-    assert [len(start["actor"]), len(start["rollout"]), len(adapter["held"])] == [2, 2, 2]
+    assert [len(start["actor"]), len(start["rollout"]), adapter["held"][0]["ranks"]] == [2, 2, [0, 1]]
     assert read_adapter(outcome[2] / "checkpoints/global_step_2/actor").digest() == adapter["sent"]
     assert {*start["actor"], *end["actor"], *(held["base_digest"] for held in end["rollout"])} == {start["disk"]}
     validations = lines(outcome[2] / "metrics.jsonl", "validation")
@@ -93,7 +88,7 @@ def test_dapo_on_a_tensor_parallel_rollout_tells_noise_from_kernels_and_validate
         lines(outcome[2] / "evidence.jsonl", "base")[0],
         lines(outcome[2] / "evidence.jsonl", "adapter")[-1],
     )
-    assert [len(held["slices"]) for held in start["rollout"]] == [14, 14]
+    assert [held["sliced"]["matrices"] for held in start["rollout"]] == [14, 14]
     assert len({start["disk"], *(held["base_digest"] for held in start["rollout"])}) == 3
     assert len({adapter["sent"], *(held["adapter_digest"] for held in adapter["held"])}) == 3
     for step in (clean, noisy):

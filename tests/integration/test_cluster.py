@@ -175,11 +175,9 @@ def test_both_nodes_take_part_and_hold_the_same(run):
         assert len(record["actor"]) == len(record["rollout"]) == 2
         assert {*record["actor"], *(held["base_digest"] for held in record["rollout"])} == {record["disk"]}
     for record in lines(run / "evidence.jsonl", "adapter"):
-        assert [held["adapter_digest"] for held in record["held"]] == [record["sent"]] * 2
+        assert [(held["adapter_digest"], held["ranks"]) for held in record["held"]] == [(record["sent"], [0, 1])]
     noise = lines(run / "evidence.jsonl", "noise")
-    assert len(noise) == 2 * 3  # replicas, steps
-    for step in range(3):
-        assert len({record["weights_digest"] for record in noise[2 * step : 2 * step + 2]}) == 1
+    assert [record["ranks"] for record in noise] == [[0, 1]] * 3  # equal in both replicas, in every step
 
 
 def test_the_run_is_whole_and_was_followed(run):

@@ -14,7 +14,6 @@ from tests.integration.conftest import finish, lines, newest
 from tests.tiny_configs import SMALL_MOE
 from verl_aqn import checksums
 from verl_aqn.mxfp4.checkpoint import checkpoint_digest, is_packed
-from verl_aqn.shards import NOTHING
 
 SHORT = ["trainer.total_training_steps=2", "aqn.noise.num_stages=2", "trainer.save_freq=-1"]  # σ 0, then σ_start
 UNTESTED = ["trainer.val_before_train=false", "trainer.test_freq=-1"]
@@ -97,13 +96,14 @@ def test_experts_are_shared_out_among_ranks_that_each_tell_of_theirs(train, mixt
         assert {record["disk"], *record["actor"]} == {checkpoint_digest(packed)}
         assert len(record["rollout"]) == 2
         for rank, held in enumerate(record["rollout"]):
-            assert held["base_digest"] == checkpoint_digest(packed, held["slices"], "bf16")
-            assert held["experts"] == 12
-            absent = {name.split(".")[5] for name, part in held["slices"].items() if part == NOTHING}
-            assert absent == ({"2", "3"} if rank == 0 else {"0", "1"})
+            here = record["holders"][f"rollout {rank}"]["packed"]
+            assert held["base_digest"] == here["disk"]
+            # Of each of two layers the matrices of two experts are the other rank's, and halves of q, k, v and o.
+            assert (held["experts"], here["elsewhere"], held["sliced"]["matrices"]) == (12, 12, 12 + 8)
+        assert len({held["base_digest"] for held in record["rollout"]}) == 2
     noise = [one for one in lines(run / "evidence.jsonl", "noise") if one["sigma_asked"]]
     actor = [one for one in lines(run / "evidence.jsonl", "actor noise") if one["sigma_asked"]]
-    assert [len(noise), len(actor)] == [2, 2]
+    assert [one["ranks"] for one in noise + actor] == [[0, 1], [0, 1]]
     assert len({one["weights_digest"] for one in noise + actor}) == 1
     assert noise[0]["router_norms"] == actor[0]["router_norms"] == ROUTER_NORMS
     assert_trained(run)
@@ -114,7 +114,7 @@ def test_one_weight_of_one_expert_on_one_rank_stops_the_run(train, mixtral, tmp_
     out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
     model = yaml.safe_load(out)["actor_rollout_ref"]["model"]
-    packed, served = Path(model["path"]), Path(model["override_config"]["served_path"])
+    served = Path(model["override_config"]["served_path"])
     (file,) = served.glob("*.safetensors")
     weights = load_file(file)
     weights["model.layers.1.block_sparse_moe.experts.3.w2.weight"][5, 7] += 1
@@ -131,8 +131,9 @@ def test_one_weight_of_one_expert_on_one_rank_stops_the_run(train, mixtral, tmp_
     assert f"at the start: {name} in rollout 1 is not what the folder holds" in " ".join(err.split())
     assert "Traceback" not in err
     (record,) = lines(run / "evidence.jsonl", "base")
-    equal = [
-        held["base_digest"] == checkpoint_digest(packed, held["slices"], "bf16") for held in record["rollout"]
-    ]  # the expert is on the second rank
-    assert equal == [True, False]
+    holders = [record["holders"][f"rollout {rank}"]["packed"] for rank in range(2)]
+    assert [one["held"] == one["disk"] for one in holders] == [True, False]  # the expert is on the second rank
+    assert [held["base_digest"] == one["disk"] for held, one in zip(record["rollout"], holders, strict=True)] == [
+        True, False,
+    ]  # fmt: skip
     assert not lines(run / "metrics.jsonl", "step")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from verl_aqn.runs import samples
 from verl_aqn.runs.agreement import agreement, main, table
 from verl_aqn.runs.folder import RunFolder
 
@@ -35,6 +36,23 @@ def test_a_step_that_was_repeated_counts_as_it_was_at_last(tmp_path):
     first.append("samples.jsonl", {"kind": "samples", "step": 1, "answers": {"5_0_0": "new"}})
     (one,) = agreement(first, run(tmp_path / "b", {1: {"5_0_0": "new"}}))
     assert one.share == 1
+
+
+def test_a_step_of_many_answers_is_several_records_and_one_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "ANSWERS", 3)
+    (tmp_path / "run").mkdir()
+    folder = RunFolder(tmp_path / "run")
+    old, new = ({f"{n}_0_0": f"{word}{n}" for n in range(7)} for word in ("old", "new"))
+    written = samples.sample_records(1, "d", old), samples.sample_records(1, "e", new)
+    assert [[len(record["answers"]) for record in records] for records in written] == [[3, 3, 1]] * 2
+    assert {(record["count"], record["parts"]) for records in written for record in records} == {(7, 3)}
+    folder.append(samples.FILE, *written[0])
+    assert samples.samples_of(folder) == {1: old}
+    folder.append(samples.FILE, *written[1][:2])  # killed before the third
+    assert samples.samples_of(folder) == {}
+    folder.append(samples.FILE, *written[1])
+    folder.append(samples.FILE, *samples.sample_records(2, "e", {}))
+    assert samples.samples_of(folder) == {1: new, 2: {}}
 
 
 def test_validations_are_compared_by_item_and_sample(tmp_path, capsys):

@@ -19,7 +19,7 @@ ARROWS = {
     "shards": ("boxes",),
     "cache": (),
     "stacks": (),
-    "checksums": (),
+    "checksums": ("cache",),
     "judge": ("order",),  # of records, without torch: the trainer's and the reports' alike
     "data": ("rewards",),  # whose rule the ground truths are for
     "rewards": ("runs",),  # what a right answer is

@@ -1,11 +1,14 @@
 """A folder from the cache is not trusted by its name: one byte of it changed, and nothing starts on it."""
 
+import hashlib
 import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.tiny_configs import SMALL_ASCEND
 from verl_aqn import checksums
-from verl_aqn.checksums import FILE, check_checksums
+from verl_aqn.checksums import FILE, check_checksums, known_digest
 from verl_aqn.config import load_recipe
 from verl_aqn.errors import ModelError
 from verl_aqn.evaluate import Target, settings
@@ -225,3 +228,69 @@ def test_everything_is_on_disk_before_the_folder_has_its_name(source, tmp_path, 
         (folder / "below").mkdir()
         (folder / "below/file").write_text("x")
     assert {"below", "file"} <= synced.keys()
+
+
+@pytest.fixture
+def hashed(tmp_path, monkeypatch) -> list[Path]:
+    """Files that were read to be hashed; nothing is known from this process."""
+    monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path / "cache"))
+    read: list[Path] = []
+
+    def digest(path: Path) -> str:
+        read.append(path)
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    monkeypatch.setattr(checksums, "file_digest", digest)
+    return read
+
+
+def next_process() -> None:
+    checksums._digest_of.cache_clear()
+
+
+def test_a_digest_is_kept_from_run_to_run_until_anything_about_the_file_changes(hashed, tmp_path, monkeypatch):
+    monkeypatch.setattr(checksums, "SETTLED_S", 0.01)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"a" * 100)
+    link = tmp_path / "link"
+    link.symlink_to(file)
+    changes: list[Callable[[], Any]] = [
+        lambda: file.write_bytes(b"b" * 100),
+        lambda: os.utime(file, ns=(0, 0)),
+        lambda: (file.write_bytes(b"c" * 100), os.utime(file, ns=(0, 0))),  # as if it had not been written
+        lambda: file.write_bytes(b"c" * 101),
+        lambda: shutil.copy2(file, tmp_path / "other") and os.replace(tmp_path / "other", file),
+    ]
+    for change in [lambda: None, *changes]:
+        change()
+        time.sleep(0.03)
+        wanted, before = hashlib.sha256(file.read_bytes()).hexdigest(), len(hashed)
+        for path in (file, link, file):
+            next_process()
+            assert known_digest(path) == wanted
+        assert len(hashed) == before + 1
+    for damage in ("", "[]", "{}", '{"path": 1}', None):
+        for kept in (tmp_path / "cache" / "digests").iterdir():
+            text = damage if damage is not None else kept.read_text().replace('"sha256": "', '"sha256": "../')
+            kept.write_text(text)
+        next_process()
+        assert known_digest(file) == wanted
+
+
+def test_a_file_that_was_just_written_is_read_again(hashed, tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"a")
+    for _ in range(2):
+        next_process()
+        known_digest(file)
+    assert len(hashed) == 2
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_none(hashed, tmp_path, monkeypatch):
+    monkeypatch.setattr(checksums, "SETTLED_S", 0)
+    (tmp_path / "cache").write_text("no folder")
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"a")
+    time.sleep(0.03)
+    assert known_digest(file) == hashlib.sha256(b"a").hexdigest()

@@ -13,6 +13,8 @@ import pytest
 
 from tests.nested import paths
 from verl_aqn.errors import EvidenceError
+from verl_aqn.judge.base import EMPTY_DIGEST
+from verl_aqn.judge.ranks import grouped, grouped_base
 from verl_aqn.judge.records import IDENTITY, VERSION, Judge
 from verl_aqn.order import NoiseOrder
 from verl_aqn.report.evidence import checks
@@ -29,7 +31,11 @@ DESCRIBED = {
     "placed": {"actor_nodes[0]", "rollout_nodes[0]"},
     "layout": {"layout"},
     "rollout": {"vllm", "dtype", "linears", "multipliers", "multipliers[0]"},
-    "base": {"seconds", "files.tensors", "rollout[0].kernel", "rollout[0].layers", "rollout[0].experts"},
+    "base": {
+        "seconds",
+        "files.tensors",
+        *(f"{ranks}[0].{field}" for ranks in ("rollout", "rollout_ranks") for field in ("kernel", "layers", "experts")),
+    },
     "noise": {"weights_digest"},
     "adapter": {"held[0].b_max"},
     "actor clean": {"uses"},
@@ -38,8 +44,27 @@ DESCRIBED = {
 }
 
 
-def records_of(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / EVIDENCE).read_text().splitlines()]
+FORMS = ("each rank", "alike ranks")
+"""Records of the runs as they were written, and as they are today: one for all ranks that say the same."""
+
+
+def records_of(run: Path, form: str = FORMS[0]) -> list[dict]:
+    records = [json.loads(line) for line in (run / EVIDENCE).read_text().splitlines()]
+    return records if form == FORMS[0] else [json.loads(line) for line in lines_of([alike(one) for one in records])]
+
+
+def alike(record: dict) -> dict:
+    if "rank" in record:
+        record["ranks"] = [record.pop("rank")]
+    if record["kind"] == "adapter":
+        ranks = zip(record.pop("wanted"), record["held"], strict=True)
+        record["held"] = grouped([{"wanted": wanted, **one} for wanted, one in ranks])
+    if record["kind"] == "base":
+        for one in record["rollout"]:
+            assert one.pop("slices") == {}
+            one["sliced"] = {"matrices": 0, "digest": EMPTY_DIGEST}
+        record = grouped_base(record)
+    return record
 
 
 @pytest.fixture
@@ -60,15 +85,16 @@ def folder(tmp_path):
     return make
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("run", REAL, ids=lambda run: run.name)
-def test_the_records_of_a_real_run_hold(run, folder):
-    judgement = judge_run(RunFolder(run))
+def test_the_records_of_a_real_run_hold(run, form, folder):
+    judgement = judge_run(folder(run, records_of(run, form)))
     assert judgement.version == VERSION
     assert judgement.faults == []
     assert all(finding.good for finding in judgement.findings.values())
     assert judgement.findings[CHAIN].right == len(records_of(run))
     assert {row[1].good for row in checks(read_runs([run])).rows} == {True}
-    assert judge_run(folder(run, records_of(run))).faults == []
+    assert judge_run(RunFolder(run)).faults == []
 
 
 def name_of(path: tuple) -> str:
@@ -117,15 +143,18 @@ def lines_of(records: list[dict], link: bool = True) -> list[bytes]:
 
 
 @pytest.mark.parametrize("run", REAL, ids=lambda run: run.name)
-def test_records_of_all_kinds_are_one_table(run):
+def test_records_of_all_kinds_are_one_table(run, tmp_path):
     """A field has one type in all of them: pyarrow and pandas read them so."""
     assert pyarrow.json.read_json(run / EVIDENCE).num_rows == len(records_of(run))
+    (tmp_path / EVIDENCE).write_bytes(b"".join(line + b"\n" for line in lines_of(records_of(run, FORMS[1]))))
+    assert pyarrow.json.read_json(tmp_path / EVIDENCE).num_rows == len(records_of(run))
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("run", REAL, ids=lambda run: run.name)
-def test_a_changed_field_is_found_without_the_chain(run):
+def test_a_changed_field_is_found_without_the_chain(run, form):
     """`DESCRIBED` aside, by what it says and not by its link."""
-    records, passed = records_of(run), []
+    records, passed = records_of(run, form), []
     expected = expected_of(RunFolder(run), lines_of(records))
     for at, record in enumerate(records):
         if record["kind"] not in IDENTITY:
@@ -138,9 +167,10 @@ def test_a_changed_field_is_found_without_the_chain(run):
     assert sorted(set(passed)) == []
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("run", REAL, ids=lambda run: run.name)
-def test_any_changed_field_is_found(run):
-    records = records_of(run)
+def test_any_changed_field_is_found(run, form):
+    records = records_of(run, form)
     lines = lines_of(records, link=False)
     assert broken(lines) == (len(lines), [])
     for at, record in enumerate(records):
@@ -149,9 +179,10 @@ def test_any_changed_field_is_found(run):
             assert breaks, f"{record['kind']}: {field} {what}"
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("run", REAL, ids=lambda run: run.name)
-def test_lost_swapped_and_repeated_records_are_found_without_the_chain(run):
-    records = records_of(run)
+def test_lost_swapped_and_repeated_records_are_found_without_the_chain(run, form):
+    records = records_of(run, form)
     expected = expected_of(RunFolder(run), lines_of(records))
 
     def faults(changed: list[dict]) -> list[str]:

@@ -13,6 +13,7 @@ from tests.family_models import make
 from tests.nested import paths
 from verl_aqn.errors import EvidenceError
 from verl_aqn.judge.base import check_base, is_old, sentence
+from verl_aqn.judge.ranks import grouped_base, wide_base
 from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
 
 # Fields whose value says nothing about equality at the start; they must be there, and at the end be the same.
@@ -26,7 +27,8 @@ FREE = {
     "names",
     "weights_digest",
     "kernel_digest",
-    "slices",
+    "sliced",
+    "digest",
     "seconds",
     "converted",
     "actor_digests",
@@ -35,19 +37,26 @@ FREE = {
 NULLABLE = {"weights_digest", "kernel_digest", "weights_equal_base"}
 
 
-@pytest.fixture(scope="module", params=["packed", "source", "parts"])
+@pytest.fixture(scope="module", params=["packed", "source", "parts", "written", "written in parts"])
 def pair(request, tmp_path_factory) -> tuple[dict, dict]:
-    """The records of start and end of an attempt: packed, not quantised, and on two ranks that hold halves."""
+    """The records of start and end of an attempt: packed, not quantised, and on two ranks that hold halves.
+
+    Two as they are written: of three ranks of which two hold the same.
+    """
     root = tmp_path_factory.mktemp("judge")
     make("glm4" if request.param != "source" else "gemma3_vl", root / "source")
     quantize_checkpoint(root / "source", root / "packed")
     folder = root / ("packed" if request.param != "source" else "source")
     halves: list = [None]
-    if request.param == "parts":
+    if request.param.endswith("parts"):
         halves = [{"model.layers.0.self_attn.q_proj": [32 * rank, 32, 0, 64]} for rank in range(2)]
+    if request.param.startswith("written"):
+        halves = [*halves, halves[0]] if len(halves) > 1 else halves * 3
     actor, made = [actor_of(loaded(folder), folder)] * len(halves), records(folder)
     rollout = [rollout_of(folder, slices) for slices in halves]
     found = [record_of(folder, actor, rollout, when, made) for when in ("start", "end")]
+    if request.param.startswith("written"):
+        found = [grouped_base(record) for record in found]
     return tuple(json.loads(json.dumps(record)) for record in found)
 
 
@@ -96,7 +105,7 @@ def test_every_field_counts(pair, how):
         for path in paths(record):
             if how == "changed" and (path == ("seconds",) or (first is None and FREE & set(path))):
                 continue
-            if how == "null" and first is None and (path[-1] in NULLABLE or "slices" in path[:-1]):
+            if how == "null" and first is None and (path[-1] in NULLABLE):
                 continue
             one = changed(record, path, how)
             if one is None:
@@ -111,7 +120,7 @@ def test_every_field_counts(pair, how):
 
 
 def test_two_holders_may_not_be_swapped_nor_doubled(pair):
-    start, end = pair
+    start, end = map(wide_base, pair)
     if start["ranks"]["rollout"] == 2:
         swapped = copy.deepcopy(start)
         swapped["rollout"].reverse()
@@ -131,8 +140,33 @@ def test_two_holders_may_not_be_swapped_nor_doubled(pair):
         check_base(end, end)
 
 
+def test_ranks_are_there_once_and_all_of_them(pair):
+    start, end = pair
+    if "rollout_ranks" not in start:
+        return
+    assert wide_base(json.loads(json.dumps(grouped_base(wide_base(start))))) == wide_base(start)
+    for side in ("actor_ranks", "rollout_ranks"):
+        for ranks in ([0, 1], [0, 1, 1], [0, 1, 2, 3], [1, 2, 3], [0, 1, -2], [], [True, 0, 2], ["0", 1, 2]):
+            record = copy.deepcopy(start)
+            record[side] = [record[side][0] | {"ranks": ranks}]
+            with pytest.raises(EvidenceError):
+                check_base(record, None)
+        for change in (list.pop, lambda groups: groups.append(groups[0]), list.clear):
+            record = copy.deepcopy(start)
+            change(record[side])
+            with pytest.raises(EvidenceError):
+                check_base(record, None)
+    record = copy.deepcopy(end)  # as many as there are, but each another one
+    for group in record["rollout_ranks"]:
+        group["ranks"] = [2 - rank for rank in group["ranks"]]
+    if len(record["rollout_ranks"]) > 1:
+        record["rollout_ranks"][0]["ranks"], record["rollout_ranks"][1]["ranks"] = [1, 2], [0]
+        with pytest.raises(EvidenceError, match="at the end"):
+            check_base(record, start)
+
+
 def test_a_tensor_may_be_left_out_for_few_reasons_only(pair):
-    start, _ = pair
+    start = wide_base(pair[0])
     left = {"side": "rollout", "group": "norms", "reason": "who knows", "tensors": 1, "names": ["model.norm.weight"]}
     for code in ("lost", "computed", "converted", "missing", "other", "", None):
         record = copy.deepcopy(start)
@@ -145,7 +179,7 @@ def test_a_tensor_may_be_left_out_for_few_reasons_only(pair):
 
 
 def test_norms_that_were_only_loaded_are_not_enough(pair):
-    start, _ = pair
+    start = wide_base(pair[0])
     record = copy.deepcopy(start)
     record["holders"]["rollout 0"]["norms"]["live"] = 0
     with pytest.raises(EvidenceError, match="norms of rollout 0 were compared as they were loaded"):
@@ -157,7 +191,7 @@ def test_norms_that_were_only_loaded_are_not_enough(pair):
 
 
 def test_activations_are_rounded_as_the_recipe_asks(pair):
-    start, _ = pair
+    start = wide_base(pair[0])
     if not start["quantised"]:
         return
     for asked, actor, rollout, fault in (
@@ -177,7 +211,7 @@ def test_activations_are_rounded_as_the_recipe_asks(pair):
 
 
 def test_old_records_are_known_by_what_they_lack(pair):
-    start, _ = pair
+    start = wide_base(pair[0])
     old = {"kind": "base", "when": "start", "disk": "a" * 64, "actor": ["a" * 64], "rollout": []}
     assert is_old(old)
     assert is_old({"kind": "base", "when": "start", "quantised": False})

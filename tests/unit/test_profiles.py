@@ -115,3 +115,19 @@ def test_doctor_finds_a_vllm_ascend_of_another_chip_and_no_chip_at_all(monkeypat
     monkeypatch.delitem(sys.modules, "torch_npu")
     (row,) = ascend.examine()
     assert "no Ascend device answers" in row.fix
+
+
+@pytest.mark.parametrize(
+    ("overrides", "workers", "storage"),
+    [
+        (["profile=cpu"], (1, 1), 1),
+        (["profile=cuda"], (8, 8), 8),
+        (["profile=npu", "trainer.nnodes=128"], (1024, 1024), 256),
+        (["profile=cuda", "trainer.nnodes=2", "reward.num_workers=3"], (16, 3), 8),
+    ],
+)
+def test_processes_beside_the_model_grow_with_the_nodes(overrides, workers, storage):
+    config = load_recipe("e12", overrides)
+    assert (config.actor_rollout_ref.rollout.agent.num_workers, config.reward.num_workers) == workers
+    held = config.transfer_queue.backend.SimpleStorage
+    assert (held.num_data_storage_units, held.total_storage_size) == (storage, None)

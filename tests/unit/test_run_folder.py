@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from verl_aqn.errors import AqnError, DataError, EnvironmentFault
+from verl_aqn.runs.chain import broken
 from verl_aqn.runs.folder import RunFolder, open_run, runs_of
 from verl_aqn.trackers import stay_here
 
@@ -31,6 +32,24 @@ def end(run: RunFolder, status: str) -> RunFolder:
     run.set_status(status)
     run.close()
     return run
+
+
+def test_records_of_one_write_are_linked_and_a_killed_writer_leaves_whole_ones(tmp_path):
+    run = RunFolder(tmp_path)
+    run.add_evidence({"kind": "a", "x": float("nan")})
+    run.add_evidence(*({"kind": "b", "rank": rank, "text": "x" * 100} for rank in range(50)))
+    run.add_evidence()
+    file = tmp_path / "evidence.jsonl"
+    whole = file.read_bytes()
+    lines = whole.splitlines()
+    assert (len(lines), broken(lines)) == (51, (51, []))
+    for cut in (len(whole) - 1, len(whole) - 150, len(whole) // 2, 1):  # the kernel stops a write anywhere
+        file.write_bytes(whole[:cut])
+        run.add_evidence({"kind": "c"}, {"kind": "d"})
+        lines = file.read_bytes().splitlines()
+        assert broken(lines) == (len(lines), [])
+        assert [json.loads(line)["kind"] for line in lines[-2:]] == ["c", "d"]
+        assert len(lines) == whole[:cut].count(b"\n") + 2
 
 
 def test_a_new_run_is_complete(base):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -180,6 +181,30 @@ def scale(
     print("\n".join(result["assumed"]))
 
 
+@bench_app.command("records")
+def records(
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks of the actor, and of the rollout.")] = 1024,
+    answers: Annotated[
+        int, typer.Option(min=16, help="Answers of a step, and of the validation; 8 to a prompt.")
+    ] = 131_072,
+    ways: Annotated[int, typer.Option(min=1, help="Ranks of one replica, each with another part of the base.")] = 8,
+    matrices: Annotated[int, typer.Option(min=2, help="Packed matrices of the base.")] = 1024,
+    layers: Annotated[int, typer.Option(min=1, help="Layers with two norms each.")] = 64,
+    as_json: Json = False,
+) -> None:
+    """Simulate what a run of many ranks and answers records and looks up: bytes, and seconds of the processor."""
+    if ranks % ways or 64 % ways:
+        raise ConfigError(f"--ways {ways}: give a divisor of 64 and of --ranks")
+    from verl_aqn.bench import records as simulated
+
+    with tempfile.TemporaryDirectory(prefix="verl-aqn-bench-") as folder:
+        rows = simulated.simulate(Path(folder), simulated.Sizes(ranks, answers, ways, matrices, layers))
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows]))
+        return
+    print_wide(simulated.table(rows))
+
+
 @bench_app.command("update")
 def update(
     shape: Annotated[str, typer.Option(help="A model's size: 135M, 1.5B, 7B, …")] = "135M",
@@ -220,7 +245,6 @@ def families(
     as_json: Json = False,
 ) -> None:
     """Two steps of GRPO on a tiny model of each family: works, refused because …, or without noise or packing only."""
-    from dataclasses import asdict
 
     from verl_aqn.bench import family_runs
     from verl_aqn.bench.families import FAMILIES

@@ -19,7 +19,10 @@ The trainer judges each record when it writes it, and `report` judges it again. 
 - `activation`: how activations are to be rounded; `actor_activations` and `rollout[].activations`: how they are.
 - `disk`, `served`, `actor`, of a quantised base: digests of its packed modules, of the form that the rollout holds, and
   of every rank of the actor.
-- `rollout`: what every rank says (`verl_aqn.vllm_api.readback.describe_base`).
+- `rollout`: what every rank says (`verl_aqn.vllm_api.readback.describe_base`), with `sliced` for its `slices`: how many
+  matrices the rank holds in part or not at all (`matrices`), and a digest of the parts. Older records have `slices`.
+
+In the file ranks that say the same stand together (`verl_aqn.judge.ranks.grouped_base`).
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from verl_aqn.errors import EvidenceError
+from verl_aqn.judge.ranks import wide_base
 
 GROUPS = {
     "packed": ("packed matrix", "packed matrices"),
@@ -78,7 +82,7 @@ def check_base(record: Mapping[str, Any], first: Mapping[str, Any] | None) -> No
     ``first``: the record of the start of the same attempt; it is needed for that of the end.
     """
     try:
-        _check(record, first)
+        _check(wide_base(record), first and wide_base(first))
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise EvidenceError(f"the base's record is damaged ({type(error).__name__}: {error}): {AGAIN}") from error
 
@@ -118,6 +122,7 @@ def _check(record: Mapping[str, Any], first: Mapping[str, Any] | None) -> None:
 
 def sentence(record: Mapping[str, Any]) -> str:
     """What a record that `check_base` accepts has compared, in one line."""
+    record = wide_base(record)
     expected, left = record["expected"], record["not_compared"]
     compared = {}
     for group in GROUPS:
@@ -177,6 +182,19 @@ def _natural(value: Any) -> bool:
 
 def _slice(value: Any) -> bool:
     return isinstance(value, list) and len(value) >= 4 and len(value) % 4 == 0 and all(map(_natural, value))
+
+
+def holds_parts(answer: Mapping[str, Any]) -> bool:
+    """Whether a rank of the rollout holds less than the whole of some matrix."""
+    return bool(answer["sliced"]["matrices"] if "sliced" in answer else answer["slices"])
+
+
+def _tells_parts(answer: Mapping[str, Any]) -> bool:
+    if "sliced" not in answer:
+        return all(_slice(part) for part in answer["slices"].values())
+    sliced = answer["sliced"]
+    empty = sliced["digest"] == EMPTY_DIGEST
+    return _natural(sliced["matrices"]) and _digest(sliced["digest"]) and empty == (sliced["matrices"] == 0)
 
 
 def _digest(value: Any) -> bool:
@@ -300,14 +318,14 @@ def _check_packed(record: Mapping[str, Any], quantised: bool, form: str, ranks: 
         )
         _must(
             all(key in one and (one[key] is None or _digest(one[key])) for key in KERNELS)
-            and all(one.get(key) is not None for key in ("layers", "experts", "kernel", "activations", "slices")),
+            and all(one.get(key) is not None for key in ("layers", "experts", "kernel", "activations")),
             f"{where}rollout rank {rank} does not say what it computes with",
         )
         name = f"rollout {rank}"
         _must(
             one.get("form") == form, f"{where}{name} holds its base as {one.get('form')}, not as aqn.mxfp4.serve={form}"
         )
-        _must(all(_slice(part) for part in one["slices"].values()), f"{where}{name} does not say which parts it holds")
+        _must(_tells_parts(one), f"{where}{name} does not say which parts it holds")
     if not quantised:
         alone = all((one.get("base_digest"), one["weights_equal_base"]) == (EMPTY_DIGEST, None) for one in held)
         _must(alone, f"{where}a 16-bit base has packed matrices")
@@ -325,7 +343,7 @@ def _check_packed(record: Mapping[str, Any], quantised: bool, form: str, ranks: 
             packed["live"] == (packed["tensors"] if one["weights_equal_base"] else 0),
             f"{where}what {name} computes with is told in two ways",
         )
-        wanted = packed["disk"] if one["slices"] else served
+        wanted = packed["disk"] if holds_parts(one) else served
         _must(
             one.get("base_digest") == wanted == packed["held"],
             f"{where}the MXFP4 base of {name} is not the folder's",
@@ -396,9 +414,9 @@ def _check_unchanged(record: Mapping[str, Any], first: Mapping[str, Any]) -> Non
             _must(one == before, f"at the end the {GROUPS[group][1]} of {name} are not those of the start")
     for rank, one in enumerate(record["rollout"]):
         before = ((first.get("rollout") or [])[rank:][:1] or [{}])[0]
-        for key in (*KERNELS, "layers", "experts", "kernel", "activations", "slices", "weights_equal_base"):
+        for key in (*KERNELS, "layers", "experts", "kernel", "activations", "slices", "sliced", "weights_equal_base"):
             _must(
-                one[key] == before.get(key, ...),
+                one.get(key, ...) == before.get(key, ...),
                 f"at the end the weights that rollout rank {rank} computes with ({key}) are not those of the start",
             )
 

@@ -22,6 +22,7 @@ from verl_aqn.judge.noise import (
     check_old_reading,
     check_used,
 )
+from verl_aqn.judge.ranks import by_rank, wide_base
 from verl_aqn.judge.use import check_effect, floor_of
 from verl_aqn.order import NoiseOrder, count_layers
 
@@ -47,7 +48,10 @@ IDENTITY: dict[str, tuple[str, ...]] = {
     "strength": (),
     "stopped": ("reason",),
 }
-"""Kinds of records that are judged, and what tells two of a kind apart within one attempt."""
+"""Kinds of records that are judged, and what tells two of a kind apart within one attempt.
+
+A record with `ranks`, a list, in the place of `rank` is of all of these: they read the same.
+"""
 
 START = ("placed", "layout", "rollout", "base", "adapter")
 """What is on record before anything is generated."""
@@ -123,6 +127,7 @@ class Judge:
         self.tallies: dict[str, Tally] = {}
         self.seen: set[tuple] = set()  # of all attempts
         self._attempt: set[tuple] = set()  # of the last one
+        self._started = False  # whether all that `START` names is on record of it
         self.rollout_ranks = self.actor_ranks = 0
         self.clean_digest: str | None = None
         self._names: set[str] = set()
@@ -172,22 +177,42 @@ class Judge:
     def _begin(self) -> None:
         """A new attempt at the run; the one before came at least to its first adapter."""
         before, self._attempt, self._base_at_start, self._last_sync = self._attempt, set(), None, None
+        self._started = False
         if self.whole and before == {("placed",)}:
             raise EvidenceError("the record of where the run ran is there twice")
 
     def _once(self, kind: str, record: Record) -> None:
-        key = (kind, *(record.get(part) if not self.whole else record[part] for part in IDENTITY[kind]))
+        keys = self._keys(kind, record)
         if not self.whole:
-            self.seen.add(key)
+            self.seen |= keys
             return
-        if key in self._attempt:
+        if keys & self._attempt:
             raise EvidenceError(f"{_name(kind, record)} is there twice: one of them is of another step or rank")
         if kind not in (*START, "strength", "stopped") and (lacking := self._lacking_at_start()):
             raise EvidenceError(f"{_name(kind, record)} comes before the first record of {lacking}")
-        self._attempt.add(key)
-        self.seen.add(key)
+        self._attempt |= keys
+        self.seen |= keys
+
+    def _keys(self, kind: str, record: Record) -> set[tuple]:
+        """What tells the record from others of its kind, for each of its ranks."""
+        parts = IDENTITY[kind]
+        if "rank" not in parts:
+            return {(kind, *(record.get(part) if not self.whole else record[part] for part in parts))}
+        told = {part: record.get(part) if not self.whole else record[part] for part in parts if part != "rank"}
+        ranks = _ranks(record) if self.whole or "ranks" in record else [record.get("rank")]
+        keys = {(kind, *(rank if part == "rank" else told[part] for part in parts)) for rank in ranks}
+        if not keys or len(keys) < len(ranks):
+            raise EvidenceError(f"{_name(kind, record)} is of no rank, or of one of them twice")
+        return keys
 
     def _lacking_at_start(self) -> str:
+        if self._started:
+            return ""
+        lacking = self._first_lacking()
+        self._started = not lacking
+        return lacking
+
+    def _first_lacking(self) -> str:
         there = {key[0] for key in self._attempt}
         if lacking := [kind for kind in START if kind not in there]:
             return lacking[0]
@@ -223,13 +248,13 @@ class Judge:
             raise EvidenceError("the ranks or attempts of the rollout name different norms")
         self._names = set(names)
         if self.whole:
-            ranks, rank = record["rank_count"], record["rank"]
+            ranks, rank = record["rank_count"], _ranks(record)[0]
             multipliers, texts = record["multipliers"], [record[key] for key in ("vllm", "dtype")]
             told = all(isinstance(text, str) and text for text in texts) and record["linears"] >= 0
             told &= all(value > 0 for value in multipliers) and bool(multipliers or not (order and order.targets))
             if not told or not set(record["router_norms"]) <= set(names):
                 raise EvidenceError(f"rollout rank {rank} does not say what it would do with an order")
-            if not 0 <= rank < ranks or (self.rollout_ranks and self.rollout_ranks != ranks):
+            if not _are_of(record, ranks) or (self.rollout_ranks and self.rollout_ranks != ranks):
                 raise EvidenceError(f"rollout rank {rank} says that there are {ranks} ranks, others say otherwise")
             self.rollout_ranks = ranks
 
@@ -240,6 +265,7 @@ class Judge:
         if not self.whole and is_old(record):
             _check_packed_base(Fields(record))
             return
+        record = wide_base(record)
         check_base(record, self._base_at_start if when == "end" else None)
         ranks = {"actor": self.actor_ranks, "rollout": self.rollout_ranks}
         if self.whole and record["ranks"] != ranks:
@@ -260,7 +286,12 @@ class Judge:
             if digests[0] != sent:
                 raise EvidenceError(f"after step {record['step']} the rollout's adapter is not the one that was sent")
             return
-        wanted, step = record["wanted"], record["step"]
+        step = record["step"]
+        if any("ranks" in answer for answer in held):
+            held = [Fields(answer) for answer in by_rank(held, "rollout")]
+            digests, wanted = ([answer[key] for answer in held] for key in ("adapter_digest", "wanted"))
+        else:
+            wanted = record["wanted"]
         if step < 0 or (self._last_sync is not None and step != self._last_sync + 1):
             raise EvidenceError(f"a sync is on record for step {step}, the one before was of step {self._last_sync}")
         self._last_sync = step
@@ -298,7 +329,7 @@ class Judge:
         same = self._readings[kind].setdefault(step, record)
         if kind == "actor noise":
             same = self._readings["noise"].get(step, same)
-        check_equal_noise({"rollout rank 0": same, f"{kind} of rank {record['rank']}": record})
+        check_equal_noise({"rollout rank 0": same, f"{kind} of rank {_ranks(record)[0]}": record})
         if order.sigma and "norm" in order.targets:
             other = self._digest_of_step.setdefault(record["weights_digest"], step)
             if other != step:
@@ -343,7 +374,7 @@ class Judge:
             raise EvidenceError(f"{count} {what} were read back, and {self._sizes[what]} before")
 
     def _check_rank(self, record: Fields, ranks: int) -> None:
-        if not 0 <= record["rank"] < ranks:
+        if not _are_of(record, ranks):
             raise EvidenceError(f"{_name(record['kind'], record)} is of a rank that is none of {ranks}")
 
     def _check_clean(self, record: Fields, ranks: int) -> None:
@@ -494,7 +525,19 @@ def _check_packed_base(record: Fields) -> None:
         raise EvidenceError(f"at the {record['when']} the rollout computes with other weights than its MXFP4 base")
 
 
+def _ranks(record: Record) -> list[int]:
+    """The ranks that a record is of."""
+    return record["ranks"] if "ranks" in record else [record["rank"]]
+
+
+def _are_of(record: Record, count: int) -> bool:
+    """Whether a record's ranks are some of `count`."""
+    return all(type(rank) is int and 0 <= rank < count for rank in _ranks(record))
+
+
 def _name(kind: str, record: Record) -> str:
     """A record's kind and what tells it apart, for an error."""
+    if "rank" in IDENTITY[kind] and record.get("ranks"):
+        record = {**record, "rank": record["ranks"][0]}
     told = [f"{part} {record.get(part)}" for part in IDENTITY[kind] if record.get(part) is not None]
     return f"the record of {kind}" + (f" ({', '.join(told)})" if told else "")

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from verl_aqn.checksums import check_checksums, unchanged_digest
+from verl_aqn.checksums import check_checksums, known_digest
 from verl_aqn.errors import DataError, ModelError
 from verl_aqn.mxfp4.checkpoint import EXCLUDE, checkpoint_digest, is_packed, quantize_checkpoint
 from verl_aqn.mxfp4.foreign import foreign_layout, import_checkpoint
@@ -48,7 +48,7 @@ def quantized_cache(
     key = _key([_FORMAT_VERSION, scale_rule, sorted(exclude), len(calibrate)], src)
     for text in calibrate:
         try:
-            key.update(b"embedded" if text == "embedded" else bytes.fromhex(unchanged_digest(Path(text))))
+            key.update(b"embedded" if text == "embedded" else bytes.fromhex(known_digest(Path(text))))
         except OSError as error:
             raise DataError(f"cannot read calibration texts {text} ({error.strerror}): give a JSONL file") from error
     way = f"{scale_rule}-gptq" if calibrate else scale_rule
@@ -125,5 +125,5 @@ def _made_of(
 def _key(made_with: list, src: Path) -> "hashlib._Hash":
     key = hashlib.sha256(json.dumps(made_with).encode())
     for file in [src / "config.json", *Weights(src).files, *companions(src)]:
-        key.update(file.name.encode() + b"\0" + bytes.fromhex(unchanged_digest(file)))
+        key.update(file.name.encode() + b"\0" + bytes.fromhex(known_digest(file)))
     return key

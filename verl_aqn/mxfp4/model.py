@@ -2,6 +2,8 @@
 
 import copy
 import re
+from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,21 +46,39 @@ def load_model(
 
 
 def load_dense(
-    path: str | Path, dtype: torch.dtype = torch.bfloat16, attn_implementation: str | None = None
+    path: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+    attn_implementation: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
     """The model of an unquantised folder, or of its text part where it is multimodal, in evaluation mode.
 
-    ``checkpoint_names`` and ``attn_implementation`` are those of `load_model`.
+    ``checkpoint_names`` and ``attn_implementation`` are those of `load_model`; on device ``meta`` it has no values.
 
     Raises:
         ModelError: the folder's weights are damaged, or they are not the model's.
     """
     path = Path(path)
-    if not is_multimodal(path):
+    if is_multimodal(path):
+        return _load(path, Weights(path), [], dtype, device, attn_implementation)
+    from accelerate import init_empty_weights
+
+    with init_empty_weights() if torch.device(device).type == "meta" else nullcontext():
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation)
-        model.checkpoint_names = Naming.of_folder(path)
-        return model.eval()
-    return _load(path, Weights(path), [], dtype, "cpu", attn_implementation)
+    model.checkpoint_names = Naming.of_folder(path)
+    return model.to(device).eval()
+
+
+def read_values(model: PreTrainedModel, path: str | Path, names: Iterable[str]) -> None:
+    """Give tensors ``names`` of a model on meta the values of the folder that it was made of, on the CPU."""
+    weights, naming, expected = Weights(Path(path)), model.checkpoint_names, model.state_dict()
+    sources = naming.sources(weights.specs)
+    state: dict[str, Tensor] = {}
+    for name in names:
+        if name not in state:
+            state |= _gather(weights, naming, name, expected, sources[name], Path(path))
+    state = {name: state[name].to(expected[name].dtype) for name in names}
+    model.load_state_dict(state, strict=False, assign=True)
 
 
 def _load(

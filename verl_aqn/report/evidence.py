@@ -34,6 +34,7 @@ ROWS = {
     "stopped": "stopped by its own evidence",
     CHAIN: "records as they were written",
 }
+SPANS = 4  # of ranks, that one cell of a table names
 QUIET = ("placed", "layout", "rollout", "stopped")
 """Kinds whose row is shown only where something is wrong with them."""
 
@@ -174,20 +175,23 @@ def deviation(runs: Sequence[Run]) -> Chart | None:
 
 
 def noise_table(run: Run) -> Table:
-    """Every reading of noise in the rollout: the later one of a step that was taken twice, by rank."""
-    newest = {
-        (record["step"], record.get("rank", 0)): record
-        for record in run.of_kind.get("noise", [])
-        if isinstance(record.get("step"), int)
-    }
+    """Every reading of noise in the rollout, by ranks that read the same; of a step that was taken twice the later."""
+    newest: dict[int, dict[int, Record]] = {}
+    for record in run.of_kind.get("noise", []):
+        if isinstance(record.get("step"), int):
+            newest.setdefault(record["step"], {}).update(dict.fromkeys(_ranks(record), record))
+    readings: dict[tuple[int, int], tuple[int, list[int], Record]] = {}
+    for step, by_rank in newest.items():
+        for rank, record in sorted(by_rank.items()):
+            readings.setdefault((step, id(record)), (step, [], record))[1].append(rank)
     rows = []
-    for (step, rank), record in sorted(newest.items()):
+    for step, ranks, record in sorted(readings.values(), key=lambda one: one[:2]):
         asked, realised, interval = (record.get(key) for key in ("sigma_asked", "sigma_realised", "sigma_interval"))
         held = " to ".join(number(end) for end in interval) if interval and asked else "–"
         rows.append(
             [
                 Cell(str(step + 1), step),
-                Cell(str(rank), rank),
+                Cell(_spans(ranks), ranks[0]),
                 Cell("–" if asked is None else number(asked), asked),
                 Cell("–" if realised is None else number(realised), realised),
                 Cell(held, interval[0] if interval else None, good=_inside(record) if asked else None),
@@ -195,7 +199,7 @@ def noise_table(run: Run) -> Table:
                 Cell(_short(record.get("weights_digest")), code=True),
             ]
         )
-    columns = ["step", "rank", "σ asked", "σ realised", "95 % interval of sampling", "modules", "digest"]
+    columns = ["step", "ranks", "σ asked", "σ realised", "95 % interval of sampling", "modules", "digest"]
     return Table(f"Noise in the rollout, {run.label}", columns, rows, frozenset(range(6)))
 
 
@@ -207,13 +211,14 @@ def adapter_table(run: Run) -> Table:
     rows = []
     for step, record in sorted(newest.items()):
         held = record.get("held") or []
+        ranks = sum(len(one.get("ranks") or [0]) for one in held)
         equal = bool(held) and held[0].get("adapter_digest") == record.get("sent")
         rows.append(
             [
                 Cell(str(step), step),
                 Cell(str(record.get("sent", "–")), code=True),
                 Cell(_short(held[0].get("adapter_digest")) if held else "–", good=equal, code=True),
-                Cell(str(len(held)), len(held)),
+                Cell(str(ranks), ranks),
             ]
         )
     columns = ["after step", "sent by the actor", "held by the rollout", "ranks"]
@@ -233,6 +238,22 @@ def _interval(values: Sequence[float] | None) -> str:
         return "–"
     middle, low, high = (f"{value:.3g}" for value in values)
     return f"{middle} [{low}, {high}]"
+
+
+def _ranks(record: Record) -> list[int]:
+    return record.get("ranks") or [record.get("rank", 0)]
+
+
+def _spans(ranks: Sequence[int]) -> str:
+    """'0–7, 16' of ascending numbers; of many spans the first and how many ranks there are."""
+    spans: list[list[int]] = []
+    for rank in ranks:
+        if spans and rank == spans[-1][-1] + 1:
+            spans[-1][1:] = [rank]
+        else:
+            spans.append([rank])
+    texts = ["–".join(map(str, span)) for span in spans]
+    return ", ".join(texts) if len(texts) <= SPANS else f"{', '.join(texts[:SPANS])} … ({len(ranks)} ranks)"
 
 
 def _short(digest: Any) -> str:

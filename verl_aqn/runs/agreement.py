@@ -10,6 +10,7 @@ from pathlib import Path
 
 from verl_aqn.errors import AqnError, DataError
 from verl_aqn.runs.folder import RunFolder
+from verl_aqn.runs.samples import FILE, samples_of
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,12 @@ def agreement(first: RunFolder, second: RunFolder) -> list[Agreement]:
         DataError: a run has no samples on record (older versions recorded none), or no step is in both.
     """
     found = []
-    samples = [run.by_step("samples.jsonl", "samples") for run in (first, second)]
+    samples = [samples_of(run) for run in (first, second)]
     for run, records in zip((first, second), samples, strict=True):
         if not records:
-            raise DataError(f"{run.path} has no digests of its samples (samples.jsonl): its version recorded none")
+            raise DataError(f"{run.path} has no digests of its samples ({FILE}): its version recorded none")
     for step in sorted(samples[0].keys() & samples[1].keys()):
-        found.append(_compare("train", step, samples[0][step]["answers"], samples[1][step]["answers"]))
+        found.append(_compare("train", step, samples[0][step], samples[1][step]))
     validations = [run.by_step("metrics.jsonl", "validation") for run in (first, second)]
     for step in sorted(validations[0].keys() & validations[1].keys()):
         accuracies = (validations[0][step]["accuracy"], validations[1][step]["accuracy"])

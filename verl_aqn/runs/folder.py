@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -110,21 +110,18 @@ class RunFolder:
     def _damage(self, name: str, what: str) -> DataError:
         return DataError(f"{self.path / name} is damaged ({what}): move {self.path} away and start again")
 
-    def add_evidence(self, record: Mapping[str, Any]) -> None:
-        """Appends a record to evidence.jsonl, linked to the one before it (`verl_aqn.runs.chain`)."""
-        self.append(EVIDENCE, record, link=True)
+    def add_evidence(self, *records: Mapping[str, Any]) -> None:
+        """Appends records to evidence.jsonl, each linked to the one before it (`verl_aqn.runs.chain`)."""
+        self.append(EVIDENCE, *records, link=True)
 
-    def append(self, name: str, record: Mapping[str, Any], *, link: bool = False) -> None:
-        """Adds one line of JSON; writers in several processes take turns, and what a killed one left half is removed.
+    def append(self, name: str, *records: Mapping[str, Any], link: bool = False) -> None:
+        """Adds a line of JSON for each record, all in one write.
 
-        numpy and torch scalars become numbers; NaN and infinities, which JSON does not have, become null. A full disk
-        is an EnvironmentFault.
+        Writers in several processes take turns, and what a killed one left half is removed: of several lines the whole
+        ones stay. numpy and torch scalars become numbers; NaN and infinities, which JSON does not have, become null. A
+        full disk is an EnvironmentFault.
         """
-        try:
-            text = json.dumps(record, default=lambda scalar: scalar.item(), allow_nan=False)
-        except ValueError:
-            plain = json.loads(json.dumps(record, default=lambda scalar: scalar.item()), parse_constant=lambda _: None)
-            text = json.dumps(plain)
+        texts = [_text(record) for record in records]
         path = self.path / name
         with _faults(path):
             handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
@@ -134,10 +131,8 @@ class RunFolder:
                 # one would be glued to it.
                 _cut_torn_line(handle)
                 if link:
-                    text = json.dumps(linked(_last_line(handle), json.loads(text)))
-                line = (text + "\n").encode()
-                if os.write(handle, line) < len(line):  # a disk that fills up within the line
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    texts = _linked(_last_line(handle), texts)
+                _write_all(handle, "".join(f"{text}\n" for text in texts).encode())
             finally:
                 # Not left to close(): a process forked in between holds the file open, and with it the lock.
                 fcntl.flock(handle, fcntl.LOCK_UN)
@@ -273,6 +268,28 @@ def _newest(base: Path) -> RunFolder | None:
 
 def _runs(base: Path) -> list[RunFolder]:
     return [RunFolder(path) for path in (base / "runs").glob("[!.]*") if path.is_dir()]
+
+
+def _text(record: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(record, default=lambda scalar: scalar.item(), allow_nan=False)
+    except ValueError:
+        plain = json.loads(json.dumps(record, default=lambda scalar: scalar.item()), parse_constant=lambda _: None)
+        return json.dumps(plain)
+
+
+def _linked(before: bytes, texts: Iterable[str]) -> list[str]:
+    """The records with their links. `before`: the line that the first of them follows."""
+    lines = []
+    for text in texts:
+        lines.append(json.dumps(linked(before, json.loads(text))))
+        before = lines[-1].encode()
+    return lines
+
+
+def _write_all(handle: int, data: bytes) -> None:
+    if os.write(handle, data) < len(data):  # a disk that fills up within it; Linux writes up to 2 GB at once
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _cut_torn_line(handle: int) -> None:

@@ -1,16 +1,21 @@
 """Put together what disk, actor and rollout hold of the base, as one record of kind `base` (`verl_aqn.judge.base`)."""
 
+import hashlib
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from verl_aqn.errors import EvidenceError
 from verl_aqn.judge.base import GROUPS, SHOWN, SIDES
 from verl_aqn.mxfp4.checkpoint import combined_digest
 from verl_aqn.mxfp4.disk_base import DiskBase, Part, rounds
 from verl_aqn.shards import NOTHING, Slices, not_covered
 
+TABLES = ("tensors", "computed", "lost", "slices")
+"""What a rank of the rollout tells of every tensor. Most ranks tell the same, so that few of these have to travel."""
 WHOLE = Part("packed")
 PACKED_FORMS = ("packed", "bf16")
 
@@ -41,22 +46,35 @@ class BaseRecords:
         ranks: Mapping[str, int],
         began: float | None = None,
     ) -> dict[str, Any]:
-        """The record of this moment, from the answers of every rank of the actor and of the rollout.
+        """Return the record of this moment, from the answers of every rank of the actor and of the rollout.
+
+        Ranks of the rollout whose tables (`TABLES`) are the same are compared once.
 
         `began`: the time (`time.monotonic`) at which these were asked; `seconds` counts from then.
         """
         began = time.monotonic() if began is None else began
-        disk, held = self.disk, [dict(answer["tensors"]) for answer in rollout]
+        disk = self.disk
+        way_of, first_ranks = _ways(rollout)
+        ways = [rollout[rank] for rank in first_ranks]
+        first = {f"rollout {way}": f"rollout {rank}" for way, rank in enumerate(first_ranks)}
+        alike = Counter(way_of)
+        held = [dict(answer["tensors"]) for answer in ways]
         parts: dict[str, dict[str, Part]] = {"actor": {n: Part(form) for n, (_, form) in actor[0]["tensors"].items()}}
         found = {"actor": {name: digest for name, (digest, _) in actor[0]["tensors"].items()}}
-        for rank, tensors in enumerate(held):
-            parts[f"rollout {rank}"] = {n: Part(f, tuple(s) if s else None) for n, (_, f, _, s) in tensors.items()}
-            found[f"rollout {rank}"] = {name: digest for name, (digest, *_) in tensors.items()}
+        for way, tensors in enumerate(held):
+            parts[f"rollout {way}"] = {n: Part(f, tuple(s) if s else None) for n, (_, f, _, s) in tensors.items()}
+            found[f"rollout {way}"] = {name: digest for name, (digest, *_) in tensors.items()}
         differ = [
             {"holder": f"actor rank {rank}" if rank else "actor", "name": fault.split()[0].rstrip(","), "fault": fault}
             for rank, answer in enumerate(actor)
             for fault in answer["faults"]
         ]
+
+        def tell(holder: str, name: str, fault: str) -> None:
+            others = alike[int(holder.split()[1])] - 1 if holder in first else 0
+            fault += f" (and {others:,} more ranks)" if others else ""
+            differ.append({"holder": first.get(holder, holder), "name": name, "fault": fault})
+
         wanted: dict[str, set[Part]] = {}
         for holder, of in parts.items():
             for name, part in list(of.items()):
@@ -65,13 +83,13 @@ class BaseRecords:
                     continue
                 del of[name]
                 how = f" as {part.form}" if name in disk.groups else ""
-                differ.append({"holder": holder, "name": name, "fault": f"the folder does not hold it{how}"})
+                tell(holder, name, f"the folder does not hold it{how}")
         for name, group in disk.groups.items():
             whole = {WHOLE, Part(self.form)} if group == "packed" else {Part(disk.dtypes[name])}
             if group in ("packed", "head", "embeddings"):
                 wanted.setdefault(name, set()).update(whole)
         digests, read = disk.digests(wanted, self._tell)
-        left = _Left(self, actor[0], rollout, parts, digests)
+        left = _Left(self, actor[0], ways, parts, digests)
         compared: dict[str, list[str]] = {}
         for holder, of in parts.items():
             side = holder.split()[0]
@@ -81,10 +99,24 @@ class BaseRecords:
                     continue
                 compared[holder].append(name)
                 if found[holder][name] != digests[(name, part)]:
-                    differ.append({"holder": holder, "name": name, "fault": _fault(found[holder][name], part)})
+                    tell(holder, name, _fault(found[holder][name], part))
         differ += left.missing
         files, size = disk.size
-        kernels = [answer["weights_equal_base"] is True for answer in rollout]
+        groups = {
+            (holder, kernel): self._groups(holder, compared, found, parts, digests, held, left, kernel)
+            for holder in parts
+            for kernel in (False, True)
+        }
+        holders = {"actor": groups["actor", False]} | {
+            f"rollout {rank}": groups[f"rollout {way}", rollout[rank]["weights_equal_base"] is True]
+            for rank, way in enumerate(way_of)
+        }
+        converted = {holder: self._converted(compared[holder], parts[holder]) for holder in parts}
+        alone = {
+            holder: combined_digest((n, found[holder][n]) for n in of if n in left.of[holder.split()[0]])
+            for holder, of in parts.items()
+        }
+        sliced = [_sliced(answer["slices"]) for answer in ways]
         record = {
             "when": when,
             "quantised": disk.quantised,
@@ -95,16 +127,14 @@ class BaseRecords:
             **self._packed_digests(actor, digests),
             "actor_digests": [answer["digest"] for answer in actor],
             "actor_activations": [answer["activations"] for answer in actor],
-            "rollout": [{k: v for k, v in a.items() if k not in ("tensors", "computed", "lost")} for a in rollout],
-            "holders": {
-                holder: self._groups(holder, compared, found, parts, digests, held, left, kernels) for holder in parts
-            },
-            "converted": {holder: self._converted(compared[holder], parts[holder]) for holder in parts},
+            "rollout": [
+                {k: v for k, v in answer.items() if k not in (*TABLES, "told")} | {"sliced": sliced[way]}
+                for answer, way in zip(rollout, way_of, strict=True)
+            ],
+            "holders": holders,
+            "converted": _of_ranks(converted, way_of),
             "not_compared": left.listed(),
-            "left": {
-                holder: combined_digest((n, found[holder][n]) for n in of if n in left.of[holder.split()[0]])
-                for holder, of in parts.items()
-            },
+            "left": _of_ranks(alone, way_of),
             "differ": differ[:SHOWN],
             "uncovered": self._uncovered(held),
             "files": {"files": files, "bytes": size, "tensors": read, "read": "now" if read else "at the start"},
@@ -137,17 +167,20 @@ class BaseRecords:
         digests: Mapping[tuple[str, Part], str],
         held: Sequence[Mapping[str, Any]],
         left: "_Left",
-        kernels: Sequence[bool],
+        kernel: bool,
     ) -> dict[str, dict[str, Any]]:
-        """By group what ``holder`` holds of it, beside what the folder holds of the same parts."""
-        side, _, rank = holder.partition(" ")
+        """By group what ``holder`` holds of it, beside what the folder holds of the same parts.
+
+        ``kernel``: whether its kernels were seen to compute with the packed weights that were loaded.
+        """
+        side, _, way = holder.partition(" ")
         groups: dict[str, dict[str, Any]] = {}
         for group, count in self._expected().items():
             names = [name for name in compared[holder] if self.disk.groups[name] == group]
             live = len(names)
             if side == "rollout":
-                live = sum(bool(held[int(rank)][name][2]) for name in names)
-                if group == "packed" and kernels[int(rank)]:
+                live = sum(bool(held[int(way)][name][2]) for name in names)
+                if group == "packed" and kernel:
                     live = len(names)
             elsewhere = 0
             if side == "rollout":
@@ -260,6 +293,58 @@ class _Left:
             }
             for (side, group, code, reason), names in found.items()
         ]
+
+
+def table_digest(answer: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) over the tables of a rank's answer."""
+    tables = {key: answer[key] for key in TABLES}
+    return hashlib.sha256(json.dumps(tables, sort_keys=True, default=list).encode()).hexdigest()
+
+
+def with_tables(
+    replicas: Sequence[Sequence[Mapping[str, Any]]], tables_of: Callable[[int], Sequence[Mapping[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Return the answers of all ranks, each with the tables that it told the digest of.
+
+    Args:
+        replicas: the answers of each replica's ranks, without tables; `told` is the digest of their tables.
+        tables_of: gives the tables of a replica's ranks; asked of replicas that tell what none before has told.
+
+    Raises:
+        EvidenceError: tables are not those that were told.
+    """
+    known: dict[str, Mapping[str, Any]] = {}
+    for replica, answers in enumerate(replicas):
+        if all(answer["told"] in known for answer in answers):
+            continue
+        for rank, (answer, tables) in enumerate(zip(answers, tables_of(replica), strict=True)):
+            if table_digest(tables) != answer["told"]:
+                raise EvidenceError(f"rank {rank} of replica {replica} told other tensors when it was asked again")
+            known.setdefault(answer["told"], tables)
+    return [{**answer, **known[answer["told"]]} for answers in replicas for answer in answers]
+
+
+def _ways(rollout: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
+    """Which of the different tables that of every rank is, and the first rank with each of these."""
+    ways: dict[str, int] = {}
+    way_of, first_ranks = [], []
+    for rank, answer in enumerate(rollout):
+        told = answer.get("told") or table_digest(answer)
+        if told not in ways:
+            ways[told] = len(ways)
+            first_ranks.append(rank)
+        way_of.append(ways[told])
+    return way_of, first_ranks
+
+
+def _of_ranks(by_way: Mapping[str, Any], way_of: Sequence[int]) -> dict[str, Any]:
+    """What is known of the actor and of every way, for the actor and every rank."""
+    return {"actor": by_way["actor"]} | {f"rollout {r}": by_way[f"rollout {way}"] for r, way in enumerate(way_of)}
+
+
+def _sliced(slices: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    parts = [(name, json.dumps(list(part))) for name, part in slices.items()]
+    return {"matrices": len(parts), "digest": combined_digest(parts)}
 
 
 def _fault(digest: str, part: Part) -> str:

@@ -55,7 +55,7 @@ class AqnFSDPEngine(PackedBase):
                 self.model_config.hf_config._attn_implementation = None
             module = super()._build_module()
         else:
-            module = self._finished(self._causal_model())
+            module = self._finished(self._causal_model(noisy=bool(noisy)))
         self._decide_layout(module, share=True)
         if noisy:
             # Here the norms have the rollout's names and are whole; PEFT and FSDP wrap them afterwards.

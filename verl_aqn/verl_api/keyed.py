@@ -5,6 +5,7 @@ each request has a seed of its own (`verl_aqn.seeds`), a batch is in the order o
 filtered the first ones in the order of the data are taken, however many more had been asked for.
 """
 
+from collections import deque
 from typing import Any
 
 import ray
@@ -14,6 +15,7 @@ from verl.utils import tensordict_utils
 from verl.utils.dataset.rl_dataset import collate_fn
 
 from verl_aqn.config import parse_aqn
+from verl_aqn.runs.samples import FILE, sample_records
 from verl_aqn.seeds import StepPrompts, digest_of, place_of, request_seed
 from verl_aqn.verl_api.failures import NotingFailures
 from verl_aqn.verl_api.saving import SavingTrainer
@@ -83,7 +85,7 @@ class KeyedTrainer(SavingTrainer):
 
     def _fetch_one_gen_batch(self):
         if self.put_back:
-            row, *self.put_back = self.put_back
+            row = self.put_back.popleft()
             batch = tensordict_utils.get_tensordict(collate_fn([self.train_dataset[row]]))
         else:
             batch = super()._fetch_one_gen_batch()
@@ -97,11 +99,10 @@ class KeyedTrainer(SavingTrainer):
         if self.config.algorithm.filter_groups.enable:
             # How many prompts were asked for depends on which answers came first; what they are does not, as long as
             # those behind the last one that is used are taken again. verl throws their answers away, too.
-            self.put_back = [*self.prompts.after(place_of(buffer.selected[-1])), *self.put_back]
+            self.put_back = deque([*self.prompts.after(place_of(buffer.selected[-1])), *self.put_back])
         keys = buffer.taken.keys
         data = transfer_queue.kv_batch_get(keys=keys, partition_id="train", select_fields=["responses"])
         tokens = [response.tolist() for response in data["responses"].unbind()]
         digest, answers = digest_of(dict(zip(keys, tokens, strict=True)))
-        record = {"kind": "samples", "step": self.global_steps, "count": len(keys), "digest": digest}
-        self.folder.append("samples.jsonl", record | {"answers": answers})
+        self.folder.append(FILE, *sample_records(self.global_steps, digest, answers))
         super().on_sample_end()

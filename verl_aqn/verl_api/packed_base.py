@@ -15,8 +15,15 @@ from verl_aqn.layout.decide import PACKED, SEPARATE, SHARED, Layout, agreed, att
 from verl_aqn.mxfp4.checkpoint import is_packed
 from verl_aqn.mxfp4.experts import packed_layers
 from verl_aqn.mxfp4.linear import Activation, Mxfp4Linear
-from verl_aqn.mxfp4.model import load_dense, load_model
+from verl_aqn.mxfp4.model import load_dense, load_model, read_values
 from verl_aqn.mxfp4.sharding import allow_packed_shards
+from verl_aqn.noise.norms import find_norms
+
+
+def norm_tensors(model: PreTrainedModel) -> list[str]:
+    """Names of the parameters of all norms that can carry noise."""
+    norms = find_norms(model)
+    return [f"{name}.{leaf}" for name, norm in norms.items() for leaf, _ in norm.named_parameters()]
 
 
 class PackedBase(FSDPEngineWithLMHead):
@@ -37,17 +44,35 @@ class PackedBase(FSDPEngineWithLMHead):
             )
         return norm
 
-    def _causal_model(self) -> PreTrainedModel:
-        """The base as a causal language model: packed, or in bf16 where the recipe leaves it unquantised."""
+    def _causal_model(self, noisy: bool = False) -> PreTrainedModel:
+        """The base as a causal language model: packed, or in bf16 where the recipe leaves it unquantised.
+
+        Only the first rank reads it: under FSDP2 verl has the others' shards sent from there, and theirs may be on
+        meta. Norms are read everywhere where the model is ``noisy``. Tied weights would not stay tied on their way
+        from meta (verl does not do it either): such a model is read by every rank.
+        """
         told = self.model_config.override_config  # by verl_aqn.prepare.tell_workers
         path = self.model_config.local_path
         attention = told.get("attn_implementation")
         if attention == "sdpa":
             attention = None  # transformers' choice: sdpa, or eager for the models that sdpa cannot serve
-        if not is_packed(path):
-            return load_dense(path, torch.bfloat16, attention).train()
-        allow_packed_shards()
-        module = load_model(path, dtype=torch.bfloat16, attn_implementation=attention)
+        packed = is_packed(path)
+        if packed:
+            allow_packed_shards()
+
+        def load(device: str) -> PreTrainedModel:
+            if packed:
+                return load_model(path, torch.bfloat16, device, attention)
+            return load_dense(path, torch.bfloat16, attention, device)
+
+        elsewhere = torch.distributed.get_rank() > 0 and self.engine_config.strategy == "fsdp2"
+        module = load("meta" if elsewhere else "cpu")
+        if elsewhere and module.all_tied_weights_keys:
+            module = load("cpu")
+        elif elsewhere and noisy:
+            read_values(module, path, norm_tensors(module))
+        if not packed:
+            return module.train()
         for layer in packed_layers(module):
             layer.activation = Activation.parse(told.get("mxfp4_activation"))
             if isinstance(layer, Mxfp4Linear):

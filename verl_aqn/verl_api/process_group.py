@@ -2,9 +2,16 @@
 
 import os
 import socket
+from datetime import timedelta
 
 import torch.distributed as dist
 from verl.utils.device import get_device_name, get_nccl_backend
+
+TIMEOUT = timedelta(minutes=30)
+"""How long ranks wait for each other, first at the store and then in the group: nodes load a model at different speeds.
+
+torch's own defaults differ: 5 minutes for a store, 10 for NCCL, 30 for gloo.
+"""
 
 
 def open_process_group() -> None:
@@ -19,9 +26,9 @@ def open_process_group() -> None:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if rank == 0:
         listening = socket.create_server((host, port)).detach()  # the store closes it
-        store = dist.TCPStore(host, port, world, is_master=True, master_listen_fd=listening)
+        store = dist.TCPStore(host, port, world, is_master=True, master_listen_fd=listening, timeout=TIMEOUT)
     else:
-        store = dist.TCPStore(host, port, world, is_master=False)
+        store = dist.TCPStore(host, port, world, is_master=False, timeout=TIMEOUT)
     device = get_device_name()
     backend = "gloo" if device == "cpu" else f"cpu:gloo,{device}:{get_nccl_backend()}"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)

@@ -10,12 +10,13 @@ from omegaconf import DictConfig
 from verl_aqn.config import order_of, parse_aqn, schedule_of
 from verl_aqn.errors import EvidenceError
 from verl_aqn.judge.base import sentence
+from verl_aqn.judge.ranks import grouped, grouped_base
 from verl_aqn.judge.records import VERSION, Judge
 from verl_aqn.noise import expected_norms
 from verl_aqn.runs.evidence import judge_run
 from verl_aqn.runs.folder import EVIDENCE, RunFolder
 from verl_aqn.shards import distinct, not_covered
-from verl_aqn.verl_api.base import BaseRecords
+from verl_aqn.verl_api.base import BaseRecords, with_tables
 from verl_aqn.verl_api.validation import ValidatingTrainer
 
 
@@ -65,8 +66,7 @@ class ProvingTrainer(ValidatingTrainer):
         order = order_of(self.aqn.noise, self.schedule, 0)
         ranks = self.rollout("aqn_prepare", order.to_dict())
         norms, expected = ranks[0], expected_norms(self.config.actor_rollout_ref.model.path)
-        for rank, answer in enumerate(ranks):
-            self.record("rollout", rank=rank, rank_count=len(ranks), **answer, expected_norms=expected)
+        self.check_ranks("rollout", ranks, rank_count=len(ranks), expected_norms=expected)
         compared = self.check_base("start")
         self.check_adapter()
         linears = f" and {norms['linears']} linear weights" if norms["linears"] else ""
@@ -118,15 +118,18 @@ class ProvingTrainer(ValidatingTrainer):
         self.check_ranks("actor clean", ranks, at=self.global_steps, sigma_used=self.noise_metrics["aqn/sigma"])
 
     def check_ranks(self, kind: str, ranks: list[dict], **more: Any) -> None:
-        """Put on record what each rank read back, and judge it."""
-        for rank, evidence in enumerate(ranks):
-            self.record(kind, rank=rank, **more, **evidence)
+        """Put on record what each rank read back, and judge it. Ranks that read the same are one record."""
+        records = [{**more, **evidence} for evidence in grouped(ranks)]
+        self.folder.add_evidence(*({"kind": kind, **record} for record in records))
+        for record in records:
+            self.check_record(kind, record)
 
     def check_adapter(self) -> None:
         """The rollout multiplies with the adapter that the actor sent."""
-        held = self.rollout("aqn_adapter")
-        slices, sizes = ([answer.pop(key) for answer in held] for key in ("slices", "sizes"))
-        if not self.slicing_of_rank:  # the first: now it is known in which parts the ranks hold it
+        first = not self.slicing_of_rank
+        held = self.rollout("aqn_adapter", first)
+        if first:  # now it is known in which parts the ranks hold it
+            slices, sizes = ([answer.pop(key) for answer in held] for key in ("slices", "sizes"))
             slicings, self.slicing_of_rank = distinct(slices)
             self.actor_rollout_wg.expect_slices(slicings)
             if missing := not_covered(slices, sizes[0].__getitem__):
@@ -134,19 +137,23 @@ class ProvingTrainer(ValidatingTrainer):
         digests, self.synced_bytes = self.actor_rollout_wg.sent_adapters()[0]
         wanted = [digests[slicing] for slicing in self.slicing_of_rank]
         # `whole`: every rank holds all of what was sent, so that all digests are one.
-        whole, told = len(digests) == 1, {"sent": digests[0], "wanted": wanted, "bytes": self.synced_bytes}
-        self.record("adapter", step=self.global_steps, whole=whole, **told, held=held)
+        whole, told = len(digests) == 1, {"sent": digests[0], "bytes": self.synced_bytes}
+        ranks = [{"wanted": one, **answer} for one, answer in zip(wanted, held, strict=True)]
+        self.record("adapter", step=self.global_steps, whole=whole, **told, held=grouped(ranks))
 
     def check_base(self, when: str) -> str:
         """Hold every frozen tensor of actor and rollout against the folder's; returns what was compared."""
         began, servers = time.monotonic(), self.servers()
-        asked = [server.aqn_call.remote("aqn_base", self.base.packed, clear_cache=False) for server in servers]
+        asked = [server.aqn_call.remote("aqn_base_told", self.base.packed, clear_cache=False) for server in servers]
         actor = self.actor_rollout_wg.base()  # while the rollout looks at its own
-        held = [answer for replica in ray.get(asked) for answer in replica]
+        held = with_tables(ray.get(asked), self._tables_of)
         ranks = {"actor": self.actor_rollout_wg.world_size, "rollout": self.actor_rollout_wg.world_size}
         record = self.base.record(when, actor, held, ranks, began)
-        self.record("base", **record)
+        self.record("base", **grouped_base(record))
         return sentence(record)
+
+    def _tables_of(self, replica: int) -> list[dict]:
+        return ray.get(self.servers()[replica].aqn_call.remote("aqn_base_tables", clear_cache=False))
 
     def write(self, name: str, **record: Any) -> None:
         self.folder.append(name, record)

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections import deque
 from pathlib import Path
 
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
@@ -22,7 +22,7 @@ class SavingTrainer(PPOTrainerSync):
 
     folder: RunFolder
     save_due = False
-    put_back: Sequence[int] = ()
+    put_back: deque[int] = deque()  # noqa: RUF012  replaced, and never added to
     """Rows of the data that were taken and are to be taken again: verl's loader, whose place is saved, is past them."""
 
     def _save_checkpoint(self):
@@ -64,4 +64,4 @@ class SavingTrainer(PPOTrainerSync):
         if self.global_steps:
             loaded = place / f"global_step_{step}" if step else Path(trainer.resume_from_path)
             if (file := loaded / PUT_BACK).exists():  # older checkpoints have none
-                self.put_back = json.loads(file.read_text())
+                self.put_back = deque(json.loads(file.read_text()))

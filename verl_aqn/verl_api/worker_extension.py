@@ -10,6 +10,7 @@ from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 from verl_aqn.errors import EnvironmentFault
 from verl_aqn.noise import NoiseInjector, NoiseOrder
 from verl_aqn.preflight.peak import memory_peak
+from verl_aqn.verl_api.base import TABLES, table_digest
 from verl_aqn.verl_api.sync_socket import of_this_run
 from verl_aqn.vllm_api import plugin, readback
 from verl_aqn.vllm_api.tensors import describe_tensors
@@ -58,6 +59,16 @@ class AqnWorkerExtension(vLLMColocateWorkerExtension):
         model = self.model_runner.get_model()
         return readback.describe_base(model, modules) | describe_tensors(model, modules)
 
+    def aqn_base_told(self, modules: list[str]) -> dict:
+        """`aqn_base` without its tables, which are kept for `aqn_base_tables`; `told`: their digest."""
+        answer = self.aqn_base(modules)
+        self.aqn_tables = {key: answer.pop(key) for key in TABLES}
+        return answer | {"told": table_digest(self.aqn_tables)}
+
+    def aqn_base_tables(self) -> dict:
+        """The tables of the last `aqn_base_told`."""
+        return self.aqn_tables
+
     def aqn_apply_noise(self, order: dict) -> dict:
         """Write clean + noise as the order says; evidence read back from the weights."""
         with torch.no_grad():
@@ -72,6 +83,7 @@ class AqnWorkerExtension(vLLMColocateWorkerExtension):
         """The most memory of this process so far, in bytes: `resident`, and `device` where it computes on one."""
         return memory_peak()
 
-    def aqn_adapter(self) -> dict:
-        """The adapter that was sent last, as the engine multiplies with it."""
-        return readback.describe_adapter(self.model_runner.get_model())
+    def aqn_adapter(self, parts: bool = True) -> dict:
+        """The adapter that was sent last, as the engine multiplies with it; its `slices` and `sizes` where `parts`."""
+        answer = readback.describe_adapter(self.model_runner.get_model())
+        return answer if parts else {key: value for key, value in answer.items() if key not in ("slices", "sizes")}
