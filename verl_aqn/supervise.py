@@ -27,6 +27,7 @@ from verl_aqn.zygote.server import PYTHON, warm_python
 POLL_S = 0.5
 MEMORY_S = 5  # between looks at shared memory
 RAY = {"RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+QUEUE = "VERL_AQN_QUEUE"  # environment variable: TransferQueue's sockets are guarded (`verl_aqn.verl_api.queue`)
 CLEAN_S = 60  # less than what a cluster's job is given to stop (cluster/node.py)
 
 
@@ -77,6 +78,7 @@ def worker_environment(run: RunFolder, temporary: str) -> dict[str, str]:
     ranks = int(config.actor_rollout_ref.rollout.tensor_model_parallel_size)
     env = engine_environment(temporary, cpu=config.aqn.profile == "cpu", ranks=ranks)
     env["HYDRA_FULL_ERROR"] = "1"
+    env[QUEUE] = "guarded"
     env[stacks.FOLDER] = str(stacks.folder_in(temporary))
     stay_here(env, run.path, run.state["attempt"])
     return env
@@ -120,6 +122,7 @@ def engine_environment(temporary: str, *, cpu: bool, ranks: int) -> dict[str, st
         TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS="0",  # they would go to TMPDIR: 10 s in each run
         TOKENIZERS_PARALLELISM="false",
         VLLM_NO_USAGE_STATS="1",
+        VLLM_ALLOW_RUNTIME_LORA_UPDATING="false",  # by HTTP, which verl allows to anybody and needs itself for nothing
         DO_NOT_TRACK="1",
     )
     if cpu:
