@@ -27,7 +27,6 @@ from verl_aqn.zygote.server import PYTHON, warm_python
 POLL_S = 0.5
 MEMORY_S = 5  # between looks at shared memory
 RAY = {"RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-QUEUE = "VERL_AQN_QUEUE"  # environment variable: TransferQueue's sockets are guarded (`verl_aqn.verl_api.queue`)
 CLEAN_S = 60  # less than what a cluster's job is given to stop (cluster/node.py)
 
 
@@ -78,7 +77,6 @@ def worker_environment(run: RunFolder, temporary: str) -> dict[str, str]:
     ranks = int(config.actor_rollout_ref.rollout.tensor_model_parallel_size)
     env = engine_environment(temporary, cpu=config.aqn.profile == "cpu", ranks=ranks)
     env["HYDRA_FULL_ERROR"] = "1"
-    env[QUEUE] = "guarded"
     env[stacks.FOLDER] = str(stacks.folder_in(temporary))
     stay_here(env, run.path, run.state["attempt"])
     return env

@@ -322,3 +322,16 @@ def test_the_command_refuses_in_a_line_before_any_work(shared):
     assert f"belongs to user {NEIGHBOUR}" in result.stderr
     assert not list((shared / "mxfp4_e12").iterdir())
     assert stat.S_IMODE((shared / "mxfp4_e12").stat().st_mode) == 0o755
+
+
+@as_root
+def test_the_lines_in_the_docs_are_those_that_are_told(shared, place):
+    with user(NEIGHBOUR):
+        (shared / "theirs").mkdir()
+    (place / "link").symlink_to(shared)
+    (place / "open").mkdir()
+    (place / "open").chmod(0o777)
+    docs = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
+    for base in (shared / "theirs", place / "link", place / "open"):
+        told = refused(base, watched=place).removeprefix(f"{base} ").replace(f"user {NEIGHBOUR}", "mallory")
+        assert told in docs
