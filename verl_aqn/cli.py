@@ -17,6 +17,7 @@ from verl_aqn.bench.cli import bench_app
 from verl_aqn.cluster.cli import node_app, submit
 from verl_aqn.errors import AqnError, ConfigError
 from verl_aqn.export.cli import export
+from verl_aqn.owned import keep_to_oneself
 from verl_aqn.quantize import quantize
 from verl_aqn.terminal import print_wide, progress_bar
 
@@ -326,6 +327,7 @@ def data_gsm8k(
 
 def main() -> None:
     """Entry point: errors that a user can mend are one line; exit code 2 for wrong use, 1 for the rest."""
+    keep_to_oneself()
     try:
         sys.exit(app(standalone_mode=False))  # the code of a typer.Exit is returned, not raised
     except ConfigError as error:

@@ -175,8 +175,8 @@ def evaluate(
     todo = resolve(config, fit=False)
     named = any(override.startswith("aqn.run.dir=") for override in overrides) and parse_aqn(config).run.dir
     usual = target.run.path / "evaluations" if target.run else Path(f"/tmp/mxfp4_eval_{target.path.name}")
-    base = Path(named) if named else usual
-    run = open_run(base.expanduser(), identity(todo.config), fresh=True)
+    base = Path(named).expanduser() if named else usual
+    run = open_run(base, identity(todo.config), fresh=True)
     launch(run, todo)
     used = "mxfp4" if parse_aqn(config).mxfp4.enabled else "bf16"
     console.say(f"run      {run.path}")

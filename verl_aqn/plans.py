@@ -20,6 +20,7 @@ from rich.table import Table
 from verl_aqn.config import parse_aqn, read_yaml, typed
 from verl_aqn.console import Console
 from verl_aqn.errors import AqnError, ConfigError, DataError
+from verl_aqn.owned import own_folder
 from verl_aqn.runs.arms import FACTOR, arms, beyond, settings_of, versions_of
 from verl_aqn.runs.compare import Report, compare
 from verl_aqn.runs.folder import RunFolder, runs_of
@@ -167,6 +168,7 @@ class Series:
                 self.configs[arm] = resolve(config, fit=False).config  # σ_start is not searched for
         first = next(iter(self.configs.values()))
         self.base = Path(parse_aqn(first).run.dir or f"/tmp/mxfp4_plan_{file.stem}").expanduser()
+        own_folder(self.base, make=False)
         settings = {arm: settings_of(identity(config)) for arm, config in self.configs.items()}
         for one, other in combinations(settings, 2):
             if settings[one] == settings[other]:

@@ -5,11 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
+
+from verl_aqn.errors import EnvironmentFault
+from verl_aqn.owned import open_own
 
 GRACE_S = 20
 _PR_SET_PDEATHSIG = 1
@@ -18,7 +21,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 def start_module(module: str, arguments: Sequence[str | Path], env: Mapping[str, str], log: Path) -> subprocess.Popen:
     """`python -m MODULE ARGUMENTS…` in a session of its own, whose output is added to `log`."""
-    with log.open("ab") as output:
+    with open(open_own(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", module, *map(str, arguments)],
             stdin=subprocess.DEVNULL,
@@ -70,25 +73,69 @@ def end_descendants() -> None:
                 pass
 
 
-def remove_shared_memory(since: float) -> None:
-    """Unlink what killed processes left in /dev/shm: made after `since`, ours, and mapped by no living process.
+class SharedMemory:
+    """The files of /dev/shm that the processes of a run have been seen to have mapped.
 
-    By inode and not by name: whoever makes a semaphore has it mapped under a temporary name.
+    Only these are ever removed after it: containers may share /dev/shm, and then what looks like left behind is in use
+    by processes that cannot be seen from here. Files are known by device and inode and not by name: whoever makes a
+    semaphore has it mapped under a temporary name. What is seen is kept in the folder `temporary` too, for whoever
+    cleans after this process was killed itself.
     """
-    made = {}
-    for pattern in ("psm_*", "sem.mp-*", "verl_weights_*", "vllm_dist_*"):
-        for path in Path("/dev/shm").glob(pattern):
-            with suppress(FileNotFoundError):  # gone meanwhile: its owner lives
-                status = path.stat()
-                if status.st_ctime >= since and status.st_uid == os.getuid():
-                    made[status.st_ino] = path
-    for process in Path("/proc").glob("[0-9]*") if made else ():
+
+    def __init__(self, temporary: Path) -> None:
+        self._file = temporary / "shared-memory"
+        self.seen = self._kept()
+
+    def _kept(self) -> set[tuple[int, int]]:
         try:
-            maps = (process / "maps").read_text().splitlines()
-        except OSError:
-            continue
-        for line in maps:
-            if "/dev/shm/" in line:
-                made.pop(int(line.split()[4]), None)
-    for path in made.values():
-        path.unlink(missing_ok=True)
+            with open(open_own(self._file, os.O_RDONLY)) as file:
+                lines = file.read().split("\n")[:-1]  # without one that a killed process left half
+        except (EnvironmentFault, OSError):
+            return set()
+        return {(int(device), int(inode)) for device, inode in map(str.split, lines)}
+
+    def look(self, processes: Iterable[psutil.Process] | None = None) -> None:
+        """See what these processes, by default this one and its descendants, have mapped now, and what others saw."""
+        if processes is None:
+            this = psutil.Process()
+            processes = (this, *this.children(recursive=True))
+        self.seen |= self._kept()
+        new = set().union(*(_mapped(str(process.pid)) for process in processes)) - self.seen
+        self.seen |= new
+        if new:
+            text = "".join(f"{device} {inode}\n" for device, inode in sorted(new))
+            with suppress(OSError), open(open_own(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a") as file:
+                file.write(text)
+
+    def remove(self, since: float) -> None:
+        """Unlink what was seen, was made after the time `since`, is this user's, and no living process has mapped."""
+        left = {}
+        for pattern in ("psm_*", "sem.mp-*", "verl_weights_*", "vllm_dist_*"):
+            for path in Path("/dev/shm").glob(pattern):
+                with suppress(FileNotFoundError):  # gone meanwhile: its owner lives
+                    status = path.lstat()
+                    if status.st_ctime >= since and status.st_uid == os.getuid():
+                        left[status.st_dev, status.st_ino] = path
+        left = {file: path for file, path in left.items() if file in self.seen}
+        for process in Path("/proc").glob("[0-9]*") if left else ():
+            for file in _mapped(process.name):
+                left.pop(file, None)
+        for path in left.values():
+            path.unlink(missing_ok=True)
+
+
+def _mapped(process: str) -> set[tuple[int, int]]:
+    """Device and inode of each file of /dev/shm that a process has mapped."""
+    try:
+        maps = Path(f"/proc/{process}/maps").read_bytes()
+    except OSError:  # gone meanwhile, or another user's
+        return set()
+    if b" /dev/shm/" not in maps:
+        return set()
+    found = set()
+    for line in maps.splitlines():
+        if b" /dev/shm/" in line:
+            device, inode = line.split(maxsplit=5)[3:5]
+            major, minor = device.split(b":")
+            found.add((os.makedev(int(major, 16), int(minor, 16)), int(inode)))
+    return found

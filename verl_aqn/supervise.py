@@ -2,11 +2,9 @@
 
 import os
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,10 +13,11 @@ from typing import Protocol
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl_aqn import stacks
+from verl_aqn import stacks, temporary
 from verl_aqn.cache import cache_dir
 from verl_aqn.config import parse_aqn
-from verl_aqn.processes import adopt_orphans, end_descendants, remove_shared_memory, start_module
+from verl_aqn.owned import own_folder
+from verl_aqn.processes import SharedMemory, adopt_orphans, end_descendants, start_module
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.tail import Tail
 from verl_aqn.trackers import stay_here
@@ -26,6 +25,7 @@ from verl_aqn.watchdog import Watchdog
 from verl_aqn.zygote.server import PYTHON, warm_python
 
 POLL_S = 0.5
+MEMORY_S = 5  # between looks at shared memory
 RAY = {"RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 CLEAN_S = 60  # less than what a cluster's job is given to stop (cluster/node.py)
 
@@ -108,6 +108,7 @@ def engine_environment(temporary: str, *, cpu: bool, ranks: int) -> dict[str, st
 
     `cpu`: it runs on this machine's cores, which the `ranks` of an engine share out.
     """
+    own_folder(compiled := cache_dir() / "torchinductor", "VERL_AQN_CACHE=DIR")  # what is in there is loaded as code
     cores = sorted(os.sched_getaffinity(0))
     env = dict(os.environ)
     env.pop("PYTHONDONTWRITEBYTECODE", None)  # ten processes import verl; compiled files make that 6 s faster each
@@ -115,10 +116,11 @@ def engine_environment(temporary: str, *, cpu: bool, ranks: int) -> dict[str, st
     env.update(
         TMPDIR=temporary,
         VLLM_RPC_BASE_PATH=temporary,
-        TORCHINDUCTOR_CACHE_DIR=str(cache_dir() / "torchinductor"),
+        TORCHINDUCTOR_CACHE_DIR=str(compiled),
         TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS="0",  # they would go to TMPDIR: 10 s in each run
         TOKENIZERS_PARALLELISM="false",
         VLLM_NO_USAGE_STATS="1",
+        VLLM_ALLOW_RUNTIME_LORA_UPDATING="false",  # by HTTP, which verl allows to anybody and needs itself for nothing
         DO_NOT_TRACK="1",
     )
     if cpu:
@@ -148,19 +150,20 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
     adopt_orphans()
     clean_after_killed(run)
     started = time.time()
-    temporary = tempfile.mkdtemp(prefix="aqn-", dir="/tmp")  # short: socket paths end at 107 characters
-    run.append("events.jsonl", {"kind": "temporary", "path": temporary, "since": started})
+    folder, lock = temporary.make(run.path)
+    memory, looked = SharedMemory(Path(folder)), started
+    run.append("events.jsonl", {"kind": "temporary", "path": folder, "since": started})
     tails = {name: Tail(run.path / name) for name in ("events.jsonl", "metrics.jsonl")}
-    (promises := stacks.folder_in(temporary)).mkdir()
+    (promises := stacks.folder_in(folder)).mkdir()
     watchdog = Watchdog(parse_aqn(launched(run)).run.patience, promises)
     stop: list[int] = []
     previous = {
         sig: signal.signal(sig, lambda number, _frame: stop.append(number)) for sig in (signal.SIGINT, signal.SIGTERM)
     }
     try:
-        env = environment(run, temporary)
+        env = environment(run, folder)
         if "RAY_ADDRESS" not in env and starts_warm(launched(run)):
-            python, server = warm_python(temporary)
+            python, server = warm_python(folder)
             env[PYTHON] = str(python)
             # It runs nothing of this run itself, so it promises no stacks.
             start_module("verl_aqn.zygote.server", [server], {**env, stacks.FOLDER: ""}, run.log)
@@ -170,10 +173,13 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
             error = _drain(tails, listener, watchdog) or error
             if fault := watchdog.fault():
                 kept = run.path / f"stacks-{run.state['attempt']}.txt"
-                kept.write_text(on_nodes("stacks", [temporary]) or stacks.collect(promises, watchdog.vital))
+                kept.write_text(on_nodes("stacks", run, [folder]) or stacks.collect(promises, watchdog.vital))
                 if error:
                     break
                 return Outcome("failed", f"{fault} (every process's stack: {kept})", again=True)
+            if time.time() - looked > MEMORY_S:
+                memory.look()
+                looked = time.time()
             time.sleep(POLL_S)
         if stop:
             return Outcome("interrupted", "stopped by Ctrl-C" if stop[0] == signal.SIGINT else "stopped by SIGTERM")
@@ -184,12 +190,14 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
             return Outcome("failed", error["text"], again=error.get("again", False))
         return Outcome("failed", f"the training process ended with code {process.returncode}", again=True)
     finally:
+        memory.look()
         end_descendants()
-        remove_shared_memory(started)
-        on_nodes("clean", [temporary])
+        memory.remove(started)
+        os.close(lock)  # or this node would be left as it is
+        on_nodes("clean", run, [folder])
         for sig, handler in previous.items():
             signal.signal(sig, handler)
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.remove(Path(folder), run.path)
 
 
 def clean_after_killed(run: RunFolder) -> None:
@@ -197,15 +205,16 @@ def clean_after_killed(run: RunFolder) -> None:
     left = [record for record in run.read("events.jsonl") if record["kind"] == "temporary"]
     left = [record for record in left if Path(record["path"]).exists()]
     for record in left:
-        shutil.rmtree(record["path"], ignore_errors=True)
-        remove_shared_memory(record["since"] if "since" in record else record["started"])  # its name before
-    on_nodes("clean", [record["path"] for record in left])
+        memory = SharedMemory(Path(record["path"]))
+        if temporary.remove(Path(record["path"]), run.path):
+            memory.remove(record["since"] if "since" in record else record["started"])  # its name before
+    on_nodes("clean", run, [record["path"] for record in left])
 
 
-def on_nodes(task: str, temporaries: list[str]) -> str:
+def on_nodes(task: str, run: RunFolder, temporaries: list[str]) -> str:
     """What `verl_api.nodes` prints for a task on every node, if the run is on a cluster. That may be gone: nothing."""
     if temporaries and "RAY_ADDRESS" in os.environ:
-        command = [sys.executable, "-m", "verl_aqn.verl_api.nodes", task, *temporaries]
+        command = [sys.executable, "-m", "verl_aqn.verl_api.nodes", task, str(run.path), *temporaries]
         with suppress(subprocess.TimeoutExpired):
             return subprocess.run(
                 command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CLEAN_S, check=False

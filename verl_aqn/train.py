@@ -14,6 +14,7 @@ from verl_aqn.config import load_recipe, parse_aqn, schedule_of
 from verl_aqn.console import Console
 from verl_aqn.errors import StrengthError
 from verl_aqn.judge.records import VERSION
+from verl_aqn.owned import own_folder
 from verl_aqn.preflight.checks import check_machine
 from verl_aqn.prepare import check_steps, prepare_model, warnings_of
 from verl_aqn.run_data import data_files, prepare_data
@@ -80,14 +81,18 @@ def resolve(config: DictConfig, *, fit: bool = True) -> Prepared:
 def train(recipe: str, overrides: list[str], *, dry_run: bool = False) -> int:
     """Run a recipe to its end; resume it if it died before. Returns the exit code."""
     console = Console()
-    todo = prepare(recipe, overrides, elsewhere=dry_run)
+    config = compose(recipe, overrides)
+    base = Path(parse_aqn(config).run.dir or f"/tmp/mxfp4_{Path(recipe).stem}").expanduser()
+    if not dry_run:
+        own_folder(base, make=False)  # known before the first minute of work
+    check_machine(config, elsewhere=dry_run)
+    todo = resolve(config)
     if dry_run:
         for text in todo.warnings:
             console.warn(text)
         print(OmegaConf.to_yaml(todo.config, resolve=True))
         return 0
-    base = parse_aqn(todo.config).run.dir or f"/tmp/mxfp4_{Path(recipe).stem}"
-    run, outcome = execute(todo, Path(base).expanduser(), console)
+    run, outcome = execute(todo, base, console)
     return console.end(run, todo, outcome)
 
 
@@ -186,8 +191,7 @@ def launch(run: RunFolder, todo: Prepared) -> list[str]:
     for name, content in asked.items():
         if not (run.path / name).exists():  # a resumed run has them, unless it died before it was launched
             run.write_text(name, content)
-    launch_file = run.path / "launch.yaml"  # the config of the newest attempt
-    launch_file.write_text(text)
+    run.replace_text("launch.yaml", text)  # the config of the newest attempt
     run.append("events.jsonl", {"kind": "attempt", **run.state, "versions": versions, "evidence": VERSION})
     changed = differences(flatten(run.block("versions.json") or {}), flatten(versions))
     return [

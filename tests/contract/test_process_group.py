@@ -5,6 +5,10 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
+from verl_aqn.cluster.worker import TEMPORARY
+
 RANK = """
 import os, sys
 import psutil, torch
@@ -31,13 +35,16 @@ def free_port(address: str) -> int:
         return probe.getsockname()[1]
 
 
-def test_two_ranks_meet_at_one_address_and_listen_at_no_other():
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_two_ranks_meet_at_one_address_and_listen_at_no_other(nodes, tmp_path):
     place = {"MASTER_ADDR": "127.0.0.3", "MASTER_PORT": str(free_port("127.0.0.3")), "GLOO_SOCKET_IFNAME": "lo"}
     env = {**os.environ, **place, "WORLD_SIZE": "2", "VERL_PLATFORM": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    env |= {"TMPDIR": str(tmp_path)} if nodes == 1 else {TEMPORARY: str(tmp_path)}
     ranks = [
         subprocess.Popen([sys.executable, "-c", RANK], env=env | {"RANK": str(n)}, stdout=subprocess.PIPE, text=True)
         for n in range(2)
     ]
     out = [rank.communicate(timeout=300)[0].splitlines()[-1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
-    assert out == ["2 ['127.0.0.1', '127.0.0.3']", "2 ['127.0.0.1']"]  # gloo's own, and the store
+    stores = "" if nodes == 1 else ", '127.0.0.3'"
+    assert out == [f"2 ['127.0.0.1'{stores}]", "2 ['127.0.0.1']"]  # gloo's own, and the store

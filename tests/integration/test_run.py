@@ -2,10 +2,8 @@
 
 import json
 import signal
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -18,6 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.integration import sockets
 from tests.integration.conftest import (
     TINY,
     ask_vllm,
@@ -45,18 +44,6 @@ VERLS_SOCKET = Path("/tmp/rl-colocate-zmq-01000000-replica-0-rank-0.sock")
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "MY_SECRET", "DB_PASSWORD")
 
 
-def watch_sockets(process: subprocess.Popen) -> set[str]:
-    """Address and process of every TCP socket that listens in a run while it lasts."""
-    found: set[str] = set()
-    while process.poll() is None:
-        with suppress(psutil.Error):  # they come and go
-            for child in descendants(process.pid):
-                sockets = child.net_connections("tcp")
-                found |= {f"{s.laddr.ip} {child.name()}" for s in sockets if s.status == psutil.CONN_LISTEN}
-        time.sleep(1)
-    return found
-
-
 @pytest.fixture(scope="module")
 def finished(train, tmp_path_factory) -> Path:
     """Folder of a run of three steps that ended by itself."""
@@ -70,15 +57,16 @@ def finished(train, tmp_path_factory) -> Path:
         with VERLS_SOCKET.open("x") as socket:
             socket.write("another run's")
         process = train(base, "aqn.noise.probe=true")
-        listening = watcher.submit(watch_sockets, process)
+        listening = watcher.submit(sockets.watch, process, base / "listening.jsonl")
         out, err = process.communicate(timeout=800)
+        listening.result()
         kept = VERLS_SOCKET.read_text() if VERLS_SOCKET.exists() else "removed"
         VERLS_SOCKET.unlink(missing_ok=True)
     assert process.returncode == 0, err + (newest(base) / "training.log").read_text()[-3000:]
     (newest(base) / "socket.txt").write_text(kept)
     (newest(base) / "stdout.txt").write_text(out)
     (newest(base) / "stderr.txt").write_text(err)
-    (newest(base) / "listening.txt").write_text("\n".join(sorted(listening.result())))
+    (base / "listening.jsonl").rename(newest(base) / "listening.jsonl")
     (newest(base) / "leftovers.txt").write_text("\n".join(leftovers() - before))
     (newest(base) / "home.txt").write_text("\n".join(str(path) for path in home.rglob("*")))
     return newest(base)
@@ -220,11 +208,22 @@ def test_nothing_but_caches_is_written_into_the_home_folder(finished):
     assert all("/home/.cache" in path for path in written)
 
 
-def test_nothing_listens_on_an_outside_address(finished):
-    found = (finished / "listening.txt").read_text().splitlines()
-    assert any("ray::" in line for line in found)
-    addresses = {line.split()[0].removeprefix("::ffff:") for line in found}
-    assert addresses <= {"127.0.0.1", "::1"}, found
+def test_every_listening_socket_is_known_and_guarded(finished):
+    """The table is that of docs/security.md."""
+    found = lines(finished / "listening.jsonl")
+    of = {(one["kind"], one["process"], sockets.guard_of(one["kind"], one["process"])) for one in found}
+    assert not [one for one in of if one[2] is None]
+    told = {guard for *_, guard in of}
+    assert told == {guard for *_, guard in sockets.guards()}, "the table tells of a socket that is not there"
+    loopback = ("0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000")
+    (attempt,) = lines(finished / "events.jsonl", "temporary")
+    for one in found:
+        where = one["place"].startswith(f"{attempt['path']}/") if one["kind"] == "unix" else one["place"] in loopback
+        assert where, one
+        assert one["said"] in ("", "401", "403") or "TransferQueue" in one["process"], one
+    assert {one["said"] for one in found if "CURVE" in sockets.guard_of(one["kind"], one["process"])} == {"CURVE"}
+    assert "401" in {one["said"] for one in found}  # that listeners were asked
+    assert len([one for one in found if one["process"].startswith("ray::WorkerDict") and one["kind"] == "tcp"]) == 1
 
 
 def test_no_secret_of_the_environment_is_on_record(finished):

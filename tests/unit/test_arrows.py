@@ -10,7 +10,7 @@ FILES = {
     for path in PACKAGE.rglob("*.py")
 }
 # What of ours a room may import, within functions too: the table of the rooms, and small modules that several share
-# (adapter, boxes, cache, checksums, digest, order, shards, stacks, trackers). `errors` is everybody's.
+# (adapter, boxes, cache, checksums, digest, order, owned, shards, stacks, trackers). `errors` is everybody's.
 ARROWS = {
     "schedule": (),
     "order": (),
@@ -23,12 +23,13 @@ ARROWS = {
     "judge": ("order",),  # of records, without torch: the trainer's and the reports' alike
     "data": ("rewards",),  # whose rule the ground truths are for
     "rewards": ("runs",),  # what a right answer is
-    "runs": ("checksums", "config", "judge", "order", "schedule"),
+    "owned": (),
+    "runs": ("checksums", "config", "judge", "order", "owned", "schedule"),
     "trackers": ("cache",),
     "config": ("order", "schedule", "trackers"),  # the names of trackers, to refuse others
     "adapter": ("digest",),
     # ascend: whose operators to use; data: texts to calibrate on
-    "mxfp4": ("adapter", "ascend", "cache", "checksums", "data", "order", "shards"),
+    "mxfp4": ("adapter", "ascend", "cache", "checksums", "data", "order", "owned", "shards"),
     "noise": ("digest", "judge", "mxfp4", "order", "shards"),  # packed layers are noised on their codes
     "vllm_api": ("adapter", "boxes", "digest", "mxfp4", "noise", "shards", "stacks"),
     "report": ("judge", "order", "runs", "__version__"),

@@ -7,7 +7,9 @@ number.
 
 import json
 import math
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,9 @@ import pyarrow.json
 import pytest
 from rich.console import Console as RichConsole
 
-from verl_aqn import supervise
+from verl_aqn import supervise, temporary
 from verl_aqn.console import Console, result_table, sigma_table
+from verl_aqn.errors import EnvironmentFault
 from verl_aqn.runs.arms import read_run
 from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.runs.listing import describe, find_runs
@@ -74,14 +77,48 @@ def test_an_old_run_is_carried_on(old):
     assert shown(result_table(run))[-1][1:4] == ["100.0 [51.0, 100.0]", "–", "100.0 [51.0, 100.0]"]
 
 
-def test_the_folder_of_a_killed_attempt_is_removed(tmp_path):
+@pytest.mark.parametrize("key", ["since", "started"])  # the second: its name before
+def test_the_folder_of_a_killed_attempt_is_removed(tmp_path, key):
     run = open_run(tmp_path / "base", {})
-    for key in ("since", "started"):  # its name before
-        left = tmp_path / key
-        left.mkdir()
-        run.append("events.jsonl", {"kind": "temporary", "path": str(left), key: 0.0})
+    left, lock = temporary.make(run.path)
+    run.append("events.jsonl", {"kind": "temporary", "path": left, key: 0.0})
     supervise.clean_after_killed(run)
-    assert not any((tmp_path / key).exists() for key in ("since", "started"))
+    assert Path(left).exists(), "an attempt that lives holds it"
+    os.close(lock)
+    supervise.clean_after_killed(run)
+    assert not Path(left).exists()
+
+
+def test_nothing_else_that_a_record_names_is_deleted(tmp_path):
+    run, other = open_run(tmp_path / "base", {}), open_run(tmp_path / "other", {})
+    (home := tmp_path / "home").mkdir()
+    theirs, lock = temporary.make(other.path)
+    os.close(lock)
+    bare = Path(tempfile.mkdtemp(prefix=temporary.PREFIX, dir=temporary.ROOT))
+    (linked := temporary.ROOT / f"{temporary.PREFIX}{bare.name}-link").symlink_to(home)
+    temporary.claim(outside := tmp_path / "aqn-outside", run.path)
+    temporary.claim(opened := Path(f"{bare}-open"), run.path)
+    opened.chmod(0o755)
+    (bare / "run").symlink_to(opened / "run")
+    named = [home, Path(theirs), bare, linked, outside, opened]
+    try:
+        for path in (*named, f"{bare}/../../{home}", "/", "", "."):
+            run.append("events.jsonl", {"kind": "temporary", "path": str(path), "since": 0.0})
+        supervise.clean_after_killed(run)
+        assert all(os.path.lexists(path) for path in named)
+    finally:
+        linked.unlink()
+        for path in (theirs, bare, opened):
+            shutil.rmtree(path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's folder")
+def test_a_temporary_folder_that_another_user_made_first_is_refused(tmp_path):
+    (folder := tmp_path / "aqn-known").mkdir(mode=0o700)
+    os.chown(folder, 23456, 23456)
+    with pytest.raises(EnvironmentFault, match="was made by another user"):
+        temporary.claim(folder, tmp_path)
+    assert not list(folder.iterdir())
 
 
 @pytest.fixture

@@ -225,9 +225,13 @@ def test_unusable_base_is_named(tmp_path):
         open_run(tmp_path / "file" / "base", CONFIG)
 
 
-def test_full_disk_is_named(base):
+def test_full_disk_is_named(base, monkeypatch):
     run = open_run(base, CONFIG)
-    (run.path / "metrics.jsonl").symlink_to("/dev/full")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
     with pytest.raises(EnvironmentFault, match="disk is full"):
         run.append("metrics.jsonl", {"step": 0})
 

@@ -1,17 +1,17 @@
 """Nothing stays behind: no process, however deep and stubborn, and no shared memory of the dead."""
 
 import mmap
-import multiprocessing
 import os
 import subprocess
 import sys
 import time
-from multiprocessing import shared_memory
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
-from verl_aqn import processes
+from verl_aqn.processes import SharedMemory
 from verl_aqn.supervise import bind_cores
 
 
@@ -34,47 +34,87 @@ def test_orphans_that_ignore_sigterm_are_ended():
     assert "LEFT [] []" in result.stdout, result.stdout + result.stderr
 
 
-def test_shared_memory_of_the_dead_is_removed_and_that_of_the_living_is_not():
-    started = time.time()
-    living = shared_memory.SharedMemory(create=True, size=64)
-    code = (
-        "import os; from multiprocessing import resource_tracker, shared_memory as s;"
-        "m = s.SharedMemory(create=True, size=64); print(m.name, flush=True);"
-        "resource_tracker.unregister('/' + m.name, 'shared_memory'); os._exit(1)"
-    )
-    dead = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.strip()
+MAKE = (
+    "import sys; from multiprocessing import resource_tracker, shared_memory as s;"
+    "m = s.SharedMemory(create=True, size=64); print(m.name, flush=True);"
+    "resource_tracker.unregister('/' + m.name, 'shared_memory'); sys.stdin.read(1); import os; os._exit(1)"
+)
+
+
+@contextmanager
+def a_process_with_shared_memory():
+    """→ it, and what it has in /dev/shm; it is killed without cleaning up."""
+    process = subprocess.Popen([sys.executable, "-c", MAKE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    path = Path("/dev/shm") / process.stdout.readline().strip()
     try:
-        assert os.path.exists(f"/dev/shm/{dead}")
-        processes.remove_shared_memory(time.time() + 60)
-        assert os.path.exists(f"/dev/shm/{dead}"), "it is older than the run: not ours to remove"
-        processes.remove_shared_memory(started - 1)
-        assert not os.path.exists(f"/dev/shm/{dead}")
-        assert os.path.exists(f"/dev/shm/{living.name}")
+        yield process, path
     finally:
-        living.close()
-        living.unlink()
+        process.kill()
+        process.communicate()
+        path.unlink(missing_ok=True)
 
 
-def test_a_semaphore_that_another_run_is_about_to_hand_to_its_child_stays():
+def test_shared_memory_of_the_dead_is_removed_and_that_of_the_living_is_not(tmp_path):
+    started, memory = time.time(), SharedMemory(tmp_path)
+    with a_process_with_shared_memory() as (living, theirs), a_process_with_shared_memory() as (dead, left):
+        memory.look()
+        memory.remove(started - 1)
+        assert left.exists(), "its process lives"
+        dead.communicate("x")
+        memory.remove(time.time() + 60)
+        assert left.exists(), "it is older than the run: not ours to remove"
+        memory.remove(started - 1)
+        assert not left.exists()
+        assert theirs.exists()
+        living.communicate("x")
+        SharedMemory(tmp_path).remove(started - 1)  # by another process, of what this one has seen
+        assert not theirs.exists()
+
+
+def test_shared_memory_that_no_process_of_the_run_had_mapped_stays(tmp_path):
+    """As of a container that shares /dev/shm: its processes cannot be seen from here."""
+    started, memory = time.time(), SharedMemory(tmp_path)
+    with a_process_with_shared_memory() as (other, theirs):
+        memory.look([psutil.Process()])
+        other.communicate("x")
+        memory.remove(started - 1)
+        assert theirs.exists()
+
+
+def test_a_semaphore_is_known_by_what_its_maker_has_mapped(tmp_path):
     """Its maker has it mapped under a name that is gone: the C library links it to its own name afterwards."""
-    lock = multiprocessing.get_context("spawn").Lock()
-    name = f"/dev/shm/sem.{lock._semlock.name.removeprefix('/')}"
-    assert os.path.exists(name)
-    processes.remove_shared_memory(time.time() - 60)
-    assert os.path.exists(name)
+    started, memory = time.time(), SharedMemory(tmp_path)
+    code = (
+        "import multiprocessing as m, sys, os; lock = m.get_context('spawn').Lock();"
+        "print(lock._semlock.name, flush=True); sys.stdin.read(1); os._exit(1)"
+    )
+    maker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    path = Path(f"/dev/shm/sem.{maker.stdout.readline().strip().removeprefix('/')}")
+    try:
+        memory.look()
+        memory.remove(started - 1)
+        assert path.exists()
+    finally:
+        maker.kill()
+        maker.communicate()
+    memory.remove(started - 1)
+    assert not path.exists()
 
 
-def test_channels_between_the_ranks_of_a_dead_engine_are_removed():
+def test_channels_between_the_ranks_of_a_dead_engine_are_removed(tmp_path):
     """vLLM's tensor-parallel ranks on a CPU leave them behind however they end."""
-    started, name = time.time(), f"/dev/shm/vllm_dist_{os.getpid()}-tp:0-[0-1]-cpushm_"
+    started, memory = time.time(), SharedMemory(tmp_path)
+    name = f"/dev/shm/vllm_dist_{os.getpid()}-tp:0-[0-1]-cpushm_"
     for rank in (0, 1):
         with open(f"{name}{rank}", "wb") as file:
             file.write(bytes(64))
     try:
         with open(f"{name}1", "rb") as file, mmap.mmap(file.fileno(), 64, access=mmap.ACCESS_READ):
-            processes.remove_shared_memory(started - 1)
+            with open(f"{name}0", "rb") as file, mmap.mmap(file.fileno(), 64, access=mmap.ACCESS_READ):
+                memory.look()
+            memory.remove(started - 1)
             assert [os.path.exists(f"{name}{rank}") for rank in (0, 1)] == [False, True]
-        processes.remove_shared_memory(started - 1)
+        memory.remove(started - 1)
         assert not os.path.exists(f"{name}1")
     finally:
         for rank in (0, 1):

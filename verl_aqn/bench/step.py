@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from verl_aqn.errors import EnvironmentFault
-from verl_aqn.processes import adopt_orphans, end_descendants, remove_shared_memory, start_module
+from verl_aqn.processes import SharedMemory, adopt_orphans, end_descendants, start_module
 from verl_aqn.runs.tail import Tail
 from verl_aqn.supervise import engine_environment, local_ray
 from verl_aqn.watchdog import title
@@ -126,6 +126,7 @@ def run_arm(name: str, todo: list[str], folder: Path, on_step: Callable[[], None
         module, arguments, env = command(name, todo, folder, temporary)
         process = start_module(module, arguments, env | {"VERL_FILE_LOGGER_PATH": str(tracked.path)}, log)
         try:
+            memory = SharedMemory(Path(temporary))
             with watching(arm.peak):
                 while process.poll() is None:
                     time.sleep(0.2)
@@ -134,8 +135,9 @@ def run_arm(name: str, todo: list[str], folder: Path, on_step: Callable[[], None
                             add_step(arm, record["data"], time.time() - begun)
                             on_step()
         finally:
+            memory.look()
             end_descendants()
-            remove_shared_memory(begun)
+            memory.remove(begun)
     if process.returncode:
         raise EnvironmentFault(f"bench step: {name} ended with code {process.returncode}: see {log}")
     if name == "ours":

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from verl_aqn.errors import AqnError, BusyError, DataError, EnvironmentFault
+from verl_aqn.owned import open_own, own_entries, own_folder
 from verl_aqn.runs.chain import linked
 
 STATUSES = ("running", "finished", "failed", "interrupted")
@@ -91,6 +92,10 @@ class RunFolder:
                 return
             _write_whole(path, text)
 
+    def replace_text(self, name: str, text: str) -> None:
+        """Writes a file anew, whole or not at all."""
+        _write_whole(self.path / name, text)
+
     def block(self, name: str) -> dict[str, Any] | None:
         """The keys and values in a JSON or YAML file, None where there is no such file. DataError: it is damaged."""
         return self._parsed(name) if (self.path / name).exists() else None
@@ -124,7 +129,7 @@ class RunFolder:
         texts = [_text(record) for record in records]
         path = self.path / name
         with _faults(path):
-            handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            handle = open_own(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX)
                 # The kernel stops the write of a killed process between pages: a long line is then torn, and the next
@@ -184,12 +189,13 @@ def open_run(base: Path, config: dict[str, Any], *, fresh: bool = False) -> RunF
     which otherwise always gives a new run.
 
     Raises DataError where base/training.log or base/checkpoints is no link of ours, EnvironmentFault where `base`
-    cannot be written.
+    cannot be written, or `base` or what is in it may be another user's (`verl_aqn.owned`).
     """
     # Its processes, those of other nodes too, have working directories of their own.
     base, digest = Path(base).absolute(), _digest(config)
     with _faults(base):
-        (base / "runs").mkdir(parents=True, exist_ok=True)
+        own_folder(base)
+        own_folder(base / "runs")
         for name in LINKS:
             if os.path.lexists(base / name) and not (base / name).is_symlink():
                 raise DataError(f"{base / name} is not a link to a run, and is not overwritten: move it away")
@@ -197,6 +203,7 @@ def open_run(base: Path, config: dict[str, Any], *, fresh: bool = False) -> RunF
             note = ""
             newest = _newest(base)
             if newest is not None:
+                own_folder(newest.path)
                 lock = _try_lock(newest.path / "lock")
                 if lock is None:
                     raise BusyError(
@@ -209,6 +216,7 @@ def open_run(base: Path, config: dict[str, Any], *, fresh: bool = False) -> RunF
                     state = newest.state
                     died = state["status"] != "finished"
                     if died and not fresh and state["config_digest"] == digest:
+                        own_entries(newest.path)
                         run = _resume(newest, state, lock)
                         release.pop_all()
                         return run
@@ -233,8 +241,9 @@ def _create(base: Path, digest: str, note: str) -> RunFolder:
     name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
     # Filled under another name and then renamed: a run folder is complete from the moment it can be seen.
     path = base / "runs" / f".new-{name}"
-    (path / "checkpoints").mkdir(parents=True)
-    (path / "training.log").touch()
+    path.mkdir(0o755)
+    (path / "checkpoints").mkdir(0o755)
+    (path / "training.log").touch(0o644)
     lock = _try_lock(path / "lock")
     now = _now()
     state = {"status": "running", "attempt": 1, "pid": os.getpid(), "created": now, "started": now, "updated": now}
@@ -318,7 +327,7 @@ def _write_whole(path: Path, text: str) -> None:
     """After a crash or on a full disk the file is what it was before, or all of `text`."""
     temporary = path.parent / f".{path.stem}-{secrets.token_hex(6)}"
     with _faults(path):
-        with temporary.open("w") as file:
+        with open(open_own(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -355,7 +364,7 @@ def _try_lock(path: Path, *, exclusive: bool = True) -> int | None:
 
     Not exclusive: only to look; the file may then be read-only, and has to exist.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT if exclusive else os.O_RDONLY, 0o644)
+    handle = open_own(path, os.O_RDWR | os.O_CREAT) if exclusive else os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         fcntl.flock(handle, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from verl_aqn.errors import AqnError, DataError
+from verl_aqn.owned import is_own_folder
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.stats import pass_text, samples_of, share_text
 
@@ -24,12 +25,13 @@ _KEYS = (
 
 
 def find_runs(folder: Path | None = None) -> list[RunFolder]:
-    """Runs under `folder`: a base folder, one that holds base folders, or one run; by default recipes' and plans' own.
+    """Runs under `folder`: a base folder, one that holds base folders, or one run; by default recipes' and plans' own,
+    where those folders are this user's.
 
     Oldest first. Raises DataError where `folder` is not there or holds no run.
     """
     if folder is None:
-        bases = sorted(Path(DEFAULT_BASES).parent.glob(Path(DEFAULT_BASES).name))
+        bases = sorted(filter(is_own_folder, Path(DEFAULT_BASES).parent.glob(Path(DEFAULT_BASES).name)))
         paths = [path for base in bases for pattern in _BELOW for path in base.glob(pattern)]
     else:
         paths = [path for pattern in ("state.json", *_BELOW) for path in folder.glob(pattern)]

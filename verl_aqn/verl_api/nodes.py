@@ -2,15 +2,14 @@
 
 On one machine every process of a run inherits its environment from `verl_aqn.supervise`. Those of a cluster descend
 from `ray start`, so they get it from `verl_aqn.cluster.worker`.
-`python -m verl_aqn.verl_api.nodes clean TEMPORARY …` cleans all nodes after a run, and `stacks TEMPORARY` prints where
-its processes stand on each.
+`python -m verl_aqn.verl_api.nodes clean RUN TEMPORARY …` cleans all nodes after a run, and `stacks RUN TEMPORARY`
+prints where its processes stand on each.
 """
 
 import importlib.util
 import os
 import platform
 import secrets
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -24,10 +23,11 @@ from verl_aqn.cluster.places import on_every_node
 from verl_aqn.cluster.worker import RUN, TEMPORARY, set_up_worker
 from verl_aqn.config import parse_aqn
 from verl_aqn.errors import ConfigError, EnvironmentFault
-from verl_aqn.processes import GRACE_S, remove_shared_memory
+from verl_aqn.processes import GRACE_S, SharedMemory
 from verl_aqn.run_data import data_files
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.stacks import collect, folder_in, listening
+from verl_aqn.temporary import remove
 from verl_aqn.verl_api.plugin import check_versions
 from verl_aqn.watchdog import title
 
@@ -106,16 +106,21 @@ def _importable(module: str) -> bool:
 # ---------------------------------------------------------------- after a run
 
 
-def _clean_node(temporaries: list[str]) -> None:
+def _clean_node(run: str, temporaries: list[str]) -> None:
     processes = [process for process in psutil.process_iter() if _temporary_of(process) in temporaries]
+    memories = {temporary: SharedMemory(Path(temporary)) for temporary in temporaries}
+    for temporary, memory in memories.items():
+        memory.look(process for process in processes if _temporary_of(process) == temporary)
     for process in processes:
         process.terminate()
     for process in psutil.wait_procs(processes, timeout=GRACE_S)[1]:
         process.kill()
-    for temporary in map(Path, temporaries):
-        if (since := temporary / "since").exists():
-            remove_shared_memory(float(since.read_text()))
-        shutil.rmtree(temporary, ignore_errors=True)
+    for temporary, memory in memories.items():
+        since = Path(temporary) / "since"
+        began = float(since.read_text()) if since.exists() else None
+        memory.look([])
+        if remove(Path(temporary), Path(run)) and began is not None:
+            memory.remove(began)
 
 
 def _temporary_of(process: psutil.Process) -> str | None:
@@ -131,12 +136,12 @@ def _stacks_of_node(temporary: str) -> str:
     return f"==== node {ray.util.get_node_ip_address()}\n{collect(folder, living)}"
 
 
-def main(task: str, *temporaries: str) -> None:
+def main(task: str, run: str, *temporaries: str) -> None:
     """On every node of runs with these temporary folders: `clean` ends what they left running and removes their files,
     `stacks` prints the stacks of the first one's processes."""
     ray.init(log_to_driver=False)
     if task == "clean":
-        on_every_node(_clean_node, list(temporaries))
+        on_every_node(_clean_node, run, list(temporaries))
     else:
         print(*on_every_node(_stacks_of_node, temporaries[0]), sep="\n")
 

@@ -11,7 +11,7 @@ from verl.plugin.platform import get_platform
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
 from verl_aqn.errors import EnvironmentFault
-from verl_aqn.stacks import listen
+from verl_aqn.stacks import FOLDER, listen
 from verl_aqn.verl_api.cpu import PlatformCPU
 
 SUPPORTED = {"verl": ("0.9.1",), "torch": ("2.10.", "2.11.", "2.13."), "ray": ("2.60.",)}
@@ -19,6 +19,10 @@ SUPPORTED = {"verl": ("0.9.1",), "torch": ("2.10.", "2.11.", "2.13."), "ray": ("
 if PlatformRegistry.get("cpu") is None:
     PlatformRegistry.register(platform="cpu")(PlatformCPU)
 listen()
+if FOLDER in os.environ:  # in the processes of a run of ours; those of a stock one may lack this package elsewhere
+    from verl_aqn.verl_api.queue import guard
+
+    guard()
 
 
 def check_versions() -> dict[str, str]:

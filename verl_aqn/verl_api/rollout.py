@@ -2,10 +2,13 @@
 
 import asyncio
 import inspect
+import os
 from typing import Any
 
 import ray
+from verl.utils.tracking import RLInsightLogger
 from verl.workers.rollout.replica import RolloutReplicaRegistry
+from verl.workers.rollout.vllm_rollout import vllm_async_server
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
 from verl_aqn.errors import EvidenceError
@@ -18,6 +21,7 @@ class AqnHttpServer(vLLMHttpServer):
     """verl's `collective_rpc` drops the answers; this one returns them."""
 
     _server_address: str  # where verl's own servers listen: the node's address
+    asked_by_http = False
 
     def __init__(self, *args, **kwargs):
         assert_loaded("rollout server")
@@ -26,11 +30,19 @@ class AqnHttpServer(vLLMHttpServer):
         self.model_config.local_path = self.model_config.override_config.get(SERVED, self.model_config.local_path)
 
     async def run_server(self, args):
-        """Nobody here asks by HTTP, and what listens there has no authentication: not on the node's address."""
+        """Without verl's HTTP server, which answers anybody: a run asks the engine through Ray.
+
+        Only what collects metrics and a reward model are asked by HTTP; then it listens on loopback alone.
+        """
+        asked = self.asked_by_http or self.config.prometheus.enable or RLInsightLogger.enabled()
         address, self._server_address = self._server_address, "127.0.0.1"
+        verls = vllm_async_server.run_uvicorn
+        if not asked:
+            vllm_async_server.run_uvicorn = _serve_nobody
         try:
             await super().run_server(args)
         finally:
+            vllm_async_server.run_uvicorn = verls
             self._server_address = address  # which is also the replica's name, and that of its ranks' group
 
     async def generate(self, *args, **kwargs):
@@ -61,12 +73,23 @@ class AqnHttpServer(vLLMHttpServer):
         raise EvidenceError("vLLM keeps prefixes that were computed with other weights: requests are under way")
 
 
+async def _serve_nobody(app: Any, args: Any, address: str) -> tuple[int, None]:
+    """In the place of verl's `run_uvicorn`; the port, a part of the replica's name, is another number of its own."""
+    return os.getpid(), None
+
+
+class AqnRewardServer(AqnHttpServer):
+    """verl's router asks a reward model by HTTP."""
+
+    asked_by_http = True
+
+
 class AqnReplica(vLLMReplica):
     """One rollout replica."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.server_class = ray.remote(AqnHttpServer)
+        self.server_class = ray.remote(AqnRewardServer if self.is_reward_model else AqnHttpServer)
 
 
 RolloutReplicaRegistry.register("vllm", lambda: AqnReplica)

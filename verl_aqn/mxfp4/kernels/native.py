@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from verl_aqn.cache import cache_dir
+from verl_aqn.owned import own_folder
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-shared", "-fPIC", "-pthread"]
@@ -123,8 +124,8 @@ def _built(compiler: str) -> Path:
     # The CPU's features are part of the key: a cache may be shared by machines, and -march=native is this one's.
     key.update(repr((_FLAGS, version, platform.machine(), _cpu_features())).encode())
     file = cache_dir() / "kernels" / f"mxfp4-{key.hexdigest()[:16]}.so"
+    own_folder(file.parent, "VERL_AQN_CACHE=DIR", or_roots=True)  # what is in there is loaded as code
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
         # Processes may race: each compiles aside, and the last to rename wins with the same bytes.
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
             new = Path(folder) / file.name

@@ -1,0 +1,103 @@
+"""Every socket that listens in a run while it lasts, and what it says to a neighbour who has no token."""
+
+import json
+import re
+import socket
+import subprocess
+import time
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import psutil
+
+from verl_aqn.watchdog import title
+
+DOCS = Path(__file__).parents[2] / "docs" / "security.md"
+# ZeroMQ's greeting of a client without a key; a server's names in the same place what it asks for.
+ZMQ_GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + bytes(32)
+HTTP_REQUEST = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+
+
+def guards() -> list[tuple[str, str, str]]:
+    """(kind of socket, pattern of the process's title, guard) of the table in docs/security.md, in its order."""
+    found = []
+    for line in DOCS.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 3 and (kind := re.fullmatch(r"`(unix|tcp6?)`.*", cells[0])):
+            found += [(kind[1], pattern, cells[2]) for pattern in re.findall(r"`([^`]+)`", cells[1])]
+    return found
+
+
+def guard_of(kind: str, process: str) -> str | None:
+    """What the table says of such a socket; None where it does not know it."""
+    for known, pattern, guard in guards():
+        if known == kind and fnmatchcase(process, pattern):
+            return guard
+    return None
+
+
+def listening() -> dict[str, tuple[str, str, int]]:
+    """By inode, all listening sockets of this machine: kind, address or path, port."""
+    found = {}
+    for kind in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A":
+                address, port = words[1].split(":")
+                found[words[9]] = (kind, address, int(port, 16))
+    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+        words = line.split()
+        if int(words[3], 16) & 0x10000:  # __SO_ACCEPTCON
+            found[words[6]] = ("unix", words[7] if len(words) > 7 else "", 0)
+    return found
+
+
+def answer(process: str, port: int) -> str:
+    """What a listener on loopback says to who asks without a token: "CURVE", an HTTP status, or nothing.
+
+    Listeners of gloo are not asked: a stranger's bytes would end the run.
+    """
+    if process.startswith(("ray::WorkerDict", "VLLM::")):
+        return ""
+    greeting = ZMQ_GREETING if "TransferQueue" in process else HTTP_REQUEST
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=2) as client:
+        client.settimeout(2)
+        client.sendall(greeting)
+        said = b""
+        while len(said) < 32 and (more := client.recv(64)):
+            said += more
+        if said.startswith(b"HTTP/"):
+            return said.split()[1].decode()
+        if said.startswith(b"\xff"):
+            return said[12:32].rstrip(b"\0").decode()
+    return ""
+
+
+def watch(process: subprocess.Popen, file: Path) -> None:
+    """Look at a run until it ends, and write a line of JSON for each of its listening sockets."""
+    seen = set()
+    with file.open("w") as out:
+        while process.poll() is None:
+            with suppress(psutil.NoSuchProcess):
+                known = listening()
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    for inode in sorted(_inodes(child.pid) & known.keys() - seen):
+                        seen.add(inode)
+                        kind, place, port = known[inode]
+                        with suppress(psutil.NoSuchProcess):
+                            name = title(child)
+                            said = answer(name, port) if kind != "unix" else ""
+                            found = {"kind": kind, "place": place, "process": name, "said": said}
+                            out.write(json.dumps(found) + "\n")
+            time.sleep(0.5)
+
+
+def _inodes(pid: int) -> set[str]:
+    """Of a process's open sockets."""
+    found = set()
+    with suppress(OSError):
+        for file in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                found.add(str(file.readlink()).removeprefix("socket:[").removesuffix("]"))
+    return found
