@@ -12,12 +12,14 @@ from verl.plugin.platform.platform_manager import PlatformRegistry
 
 from verl_aqn.errors import EnvironmentFault
 from verl_aqn.stacks import listen
-from verl_aqn.verl_api.cpu import PlatformCPU
+from verl_aqn.verl_api.cpu import PlatformCPU, accept_one_backend
 
 SUPPORTED = {"verl": ("0.9.1",), "torch": ("2.10.", "2.11.", "2.13."), "ray": ("2.60.",)}
 
 if PlatformRegistry.get("cpu") is None:
     PlatformRegistry.register(platform="cpu")(PlatformCPU)
+if os.environ.get("VERL_PLATFORM", "").lower() == "cpu":
+    accept_one_backend()
 listen()
 
 

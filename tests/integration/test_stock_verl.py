@@ -1,0 +1,139 @@
+"""verl's own `main_ppo` with `external_lib=verl_aqn.stock`: evidence that holds, and an adapter that does not arrive."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import lines
+from verl_aqn.bench import letters
+from verl_aqn.data.word_problems import prepare_word_problems
+from verl_aqn.report.evidence import checks
+from verl_aqn.report.records import read_runs
+from verl_aqn.runs.evidence import judge_run
+from verl_aqn.runs.folder import RunFolder
+from verl_aqn.supervise import engine_environment, local_ray
+
+STEPS = 2
+# What stock verl needs on a CPU, and a task of a minute.
+CPU = [
+    "trainer.device=cpu",
+    "trainer.n_gpus_per_node=1",
+    "ray_kwargs.ray_init.num_cpus=32",
+    "+ray_kwargs.ray_init.num_gpus=1",  # pretended
+    "+ray_kwargs.ray_init.include_dashboard=false",
+    "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
+    "actor_rollout_ref.model.use_remove_padding=false",
+    "actor_rollout_ref.actor.use_torch_compile=false",
+    "actor_rollout_ref.actor.fsdp_config.use_torch_compile=false",
+    "actor_rollout_ref.rollout.free_cache_engine=false",
+    "actor_rollout_ref.rollout.enable_sleep_mode=false",
+    "actor_rollout_ref.rollout.enforce_eager=true",
+    "actor_rollout_ref.rollout.gpu_memory_utilization=0.1",
+    "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=64",
+    "actor_rollout_ref.rollout.agent.num_workers=1",
+    "reward.num_workers=1",
+    "+transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
+]
+TASK = [
+    "actor_rollout_ref.model.lora_rank=8",
+    "actor_rollout_ref.model.lora_alpha=32",  # a scaling of 4, which vLLM multiplies into B
+    "actor_rollout_ref.actor.strategy=fsdp2",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+    "actor_rollout_ref.actor.use_dynamic_bsz=true",
+    "actor_rollout_ref.actor.optim.lr=1e-2",
+    "actor_rollout_ref.rollout.name=vllm",
+    "actor_rollout_ref.rollout.n=4",
+    "actor_rollout_ref.rollout.max_model_len=256",
+    "actor_rollout_ref.rollout.max_num_seqs=32",
+    "algorithm.adv_estimator=grpo",
+    "data.train_batch_size=2",
+    "data.train_max_samples=16",
+    "data.max_prompt_length=200",
+    "data.max_response_length=8",
+    "data.dataloader_num_workers=0",
+    f"reward.custom_reward_function.path={letters.__file__}",
+    "trainer.logger=[console]",
+    "trainer.val_before_train=false",
+    "trainer.test_freq=-1",
+    "trainer.save_freq=-1",
+    f"trainer.total_training_steps={STEPS}",
+]
+OPTION = "actor_rollout_ref.model.external_lib=verl_aqn.stock"
+
+
+@pytest.fixture(scope="module")
+def main_ppo(tiny_model, tmp_path_factory):
+    """`main_ppo(folder, *overrides)` → what verl's own command returned, started as a user of verl starts it."""
+    data = tmp_path_factory.mktemp("data")
+    files = prepare_word_problems(data, 16, 4)
+
+    def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
+        places = [
+            f"actor_rollout_ref.model.path={tiny_model}",
+            f"data.train_files={files['train']}",
+            f"data.val_files={files['test']}",
+            f"trainer.default_local_dir={folder}/checkpoints",
+        ]
+        with tempfile.TemporaryDirectory(prefix="aqn-", dir="/tmp") as temporary:
+            env = engine_environment(temporary, cpu=True, ranks=1) | local_ray(temporary)
+            env["VERL_AQN_EVIDENCE"] = str(folder / "evidence")
+            command = [sys.executable, "-m", "verl.trainer.main_ppo", *CPU, *TASK, *places, *overrides]
+            return subprocess.run(
+                command, env=env, cwd=folder, capture_output=True, text=True, timeout=600, check=False
+            )
+
+    return run
+
+
+def newest(folder: Path) -> RunFolder:
+    return RunFolder((folder / "evidence" / "training.log").resolve().parent)
+
+
+def rows(run: RunFolder) -> dict[str, tuple[bool | None, str]]:
+    """The report's table of evidence: (verdict, text) by row."""
+    table = checks(read_runs([run.path]))
+    return {row[0].text: (row[1].good, row[1].text) for row in table.rows}
+
+
+def test_a_stock_run_is_proved(main_ppo, tmp_path):
+    result = main_ppo(tmp_path, OPTION)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
+    run = newest(tmp_path)
+    assert run.state["status"] == "finished"
+    assert judge_run(run).faults == []
+    told = rows(run)
+    assert {name for name, (good, _) in told.items() if good is True} == set(told)
+    evidence = lines(run.path / "evidence.jsonl")
+    adapters = [one for one in evidence if one["kind"] == "adapter"]
+    assert [one["step"] for one in adapters] == [0, 1, 2]
+    assert len({one["sent"] for one in adapters}) == 3  # it was trained, and each reached the rollout
+    assert adapters[0]["held"][0]["b_max"] == 0 < adapters[1]["held"][0]["b_max"]
+    assert [one["requests"] for one in adapters] == [{"with": n, "without": 0} for n in (0, 8, 8)]
+    mismatches = [one for one in evidence if one["kind"] == "mismatch"]
+    assert all(one["source"] == "sampled" and one["abs_dlogp_mean"] < 0.1 for one in mismatches)
+    (use,) = [one for one in evidence if one["kind"] == "adapter use"]
+    assert use["to_base"] > 2 * use["to_adapter"]  # the rollout answers with the adapter
+    assert {one["when"] for one in evidence if one["kind"] == "base"} == {"start", "end"}
+    # The norms are bf16, as stock vLLM has them: nothing was prepared for noise.
+    assert "calculate_log_probs=true" in result.stdout
+    assert "evidence holds" in result.stdout
+
+
+def test_an_adapter_that_does_not_arrive_stops_the_run(main_ppo, tmp_path):
+    swallowing = "tests.verl_aqn_stock_faults.Swallowing"
+    extension = f"+actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls={swallowing}"
+    result = main_ppo(tmp_path, OPTION, extension)
+    assert result.returncode != 0
+    run = newest(tmp_path)
+    fault = "after step 1 the rollout does not list the adapter: it would answer with the base model"
+    assert fault in result.stderr
+    assert run.state["status"] == "failed"
+    assert fault in run.state["message"]
+    good, text = rows(run)["adapter in the rollout"]
+    assert good is False
+    assert fault in text
+    assert json.dumps(run.state)  # whole
