@@ -1,4 +1,4 @@
-"""verl's own `main_ppo` with `external_lib=verl_aqn.stock`: evidence that holds, and an adapter that does not arrive."""
+"""verl's own `main_ppo` with `external_lib=verl_aqn.stock`: evidence that holds, and an adapter that is lost."""
 
 import json
 import subprocess
@@ -30,13 +30,13 @@ CPU = [
     "actor_rollout_ref.actor.use_torch_compile=false",
     "actor_rollout_ref.actor.fsdp_config.use_torch_compile=false",
     "actor_rollout_ref.rollout.free_cache_engine=false",
-    "actor_rollout_ref.rollout.enable_sleep_mode=false",
+    "+actor_rollout_ref.rollout.enable_sleep_mode=false",
     "actor_rollout_ref.rollout.enforce_eager=true",
     "actor_rollout_ref.rollout.gpu_memory_utilization=0.1",
     "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=64",
     "actor_rollout_ref.rollout.agent.num_workers=1",
     "reward.num_workers=1",
-    "+transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
+    "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
 ]
 TASK = [
     "actor_rollout_ref.model.lora_rank=8",

@@ -10,7 +10,8 @@ FILES = {
     for path in PACKAGE.rglob("*.py")
 }
 # What of ours a room may import, within functions too: the table of the rooms, and small modules that several share
-# (adapter, boxes, cache, checksums, digest, order, shards, stacks, trackers). `errors` is everybody's.
+# (adapter, boxes, cache, checksums, digest, order, shards, stacks, stock_settings,
+# trackers). `errors` is everybody's.
 ARROWS = {
     "schedule": (),
     "order": (),
@@ -23,7 +24,7 @@ ARROWS = {
     "judge": ("order",),  # of records, without torch: the trainer's and the reports' alike
     "data": ("rewards",),  # whose rule the ground truths are for
     "rewards": ("runs",),  # what a right answer is
-    "runs": ("checksums", "config", "judge", "order", "schedule"),
+    "runs": ("checksums", "config", "judge", "order", "schedule", "stock_settings"),
     "trackers": ("cache",),
     "config": ("order", "schedule", "trackers"),  # the names of trackers, to refuse others
     "adapter": ("digest",),
