@@ -1,7 +1,10 @@
 """Evidence of a stock run: what its judge finds, what its settings allow, and the adapter that an actor holds."""
 
 import copy
+import inspect
 import json
+import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from verl_aqn.judge.stock import StockJudge, is_visible
 from verl_aqn.mxfp4.held_adapter import held_adapter
 from verl_aqn.runs.evidence import judge_run
 from verl_aqn.runs.folder import open_run
-from verl_aqn.stock_settings import DIR_VARIABLE, StockSettings, is_stock
+from verl_aqn.stock_settings import DIR_VARIABLE, OPTION, StockSettings, check_supported, is_stock
 
 BASE = next(
     record
@@ -24,6 +27,8 @@ BASE = next(
 PLACED = {
     "kind": "placed", "evidence": 2, "stock": True, "actor_nodes": ["a"], "rollout_nodes": ["a"], "rollout_ranks": 1,
 }  # fmt: skip
+
+ENDED = {"kind": "requests", "when": "end", "listed": [True], "requests": {"with": 4, "without": 0}}
 
 
 def base(when: str) -> dict[str, Any]:
@@ -58,7 +63,7 @@ def use(step: int, effect: float = 0.4, to_adapter: float = 0.01, to_base: float
 
 def good() -> list[dict[str, Any]]:
     return [
-        PLACED, base("start"), adapter(0), mismatch(1), adapter(1), mismatch(2), use(2), adapter(2), base("end"),
+        PLACED, base("start"), adapter(0), mismatch(1), adapter(1), mismatch(2), use(2), adapter(2), ENDED, base("end"),
     ]  # fmt: skip
 
 
@@ -120,6 +125,12 @@ def test_a_rollout_that_answers_as_the_base_model_is_told():
     assert any("do not agree" in fault for fault in faults(records))
 
 
+def test_a_last_validation_without_the_adapter_is_told():
+    records = good()
+    records[8] = ENDED | {"requests": {"with": 0, "without": 4}}
+    assert any("at the end: 4 of 4 requests were answered without the adapter" in fault for fault in faults(records))
+
+
 def test_a_mismatch_above_its_bound_and_a_record_of_noise_are_faults():
     records = good()
     records[3] = mismatch(1, 1.5)
@@ -140,7 +151,8 @@ def test_a_folder_is_judged_by_what_its_config_says(tmp_path):
     judgement = judge_run(run, finished=True)
     assert judgement.faults == []
     assert {kind for kind, one in judgement.findings.items() if one.good} == {
-        "placed", "base", "adapter", "mismatch", "adapter use", "chain",
+        "placed", "base", "adapter", "mismatch", "adapter use", "requests",
+        "chain",
     }  # fmt: skip
 
 
@@ -166,6 +178,19 @@ def test_where_the_records_go(tmp_path, monkeypatch):
     monkeypatch.setenv(DIR_VARIABLE, "by/variable")
     assert StockSettings().base == tmp_path / "by" / "variable"
     assert StockSettings(dir="/by/key").base == Path("/by/key")
+
+
+def test_the_page_names_every_setting_and_every_refusal():
+    page = (Path(__file__).parents[2] / "docs" / "stock_verl.md").read_text()
+    assert f"actor_rollout_ref.model.external_lib={OPTION}" in page
+    for field in fields(StockSettings):
+        assert f"| `verl_aqn.{field.name}` |" in page
+    assert f"`{DIR_VARIABLE}`" in page
+    source = inspect.getsource(check_supported)
+    keys = re.findall(r'"((?:trainer|actor_rollout_ref)\.[a-z_0-9.]+)"', source)
+    assert len(keys) > 8
+    for key in keys:
+        assert f"`{key}" in page, key
 
 
 class TwoLayers(torch.nn.Module):

@@ -45,6 +45,7 @@ IDENTITY: dict[str, tuple[str, ...]] = {
     "mismatch": ("step",),
     "use": ("step",),
     "adapter use": ("step",),
+    "requests": ("when",),
     "strength": (),
     "stopped": ("reason",),
 }

@@ -4,7 +4,8 @@ Fields of the record `adapter` here: `step` after which the sync was; `sent`, th
 the dtype of the rollout; `wanted`, the same for the part that each rank of the rollout holds; `modules` that have an
 adapter in the actor; `faults` of the actor's; `held`, what each rank of the rollout multiplies with, or its `fault`;
 `listed`, for each replica whether it gives its requests the adapter; `requests` since the sync before, `with` and
-`without` an adapter; `uncovered`, what the ranks together do not hold.
+`without` an adapter; `uncovered`, what the ranks together do not hold. `requests` at the end has `listed` and
+`requests` alone.
 
 Fields of `adapter use`: `step`, `tokens`, and in nats a token the mean distances `effect` (actor with its adapter to
 actor without), `to_adapter` and `to_base` (rollout to either of them), `nearer` (to_adapter − to_base) and its standard
@@ -20,7 +21,7 @@ from typing import Any
 from verl_aqn.errors import EvidenceError
 from verl_aqn.judge.records import Done, Fields, Judge
 
-KINDS = ("placed", "base", "adapter", "mismatch", "adapter use", "stopped")
+KINDS = ("placed", "base", "adapter", "mismatch", "adapter use", "requests", "stopped")
 START = ("placed", "base", "adapter")
 VISIBLE = 2.0
 """An effect of the adapter can be told from the difference of kernels where it is so many times as large."""
@@ -70,8 +71,7 @@ class StockJudge(Judge):
                 raise EvidenceError(f"{where} the adapter is not in the rollout (rank {rank}): {fault}")
         if missing := record["uncovered"]:
             raise EvidenceError(f"{where} the rollout's ranks together do not hold the whole adapter of {missing[0]}")
-        if not record["listed"] or not all(record["listed"]):
-            raise EvidenceError(f"{where} the rollout does not list the adapter: it would answer with the base model")
+        self._check_requests(record, where)
         if {one["modules"] for one in held} != {record["modules"]} or record["modules"] < 1:
             counts = sorted({one["modules"] for one in held})
             raise EvidenceError(
@@ -83,13 +83,23 @@ class StockJudge(Judge):
             raise EvidenceError(f"{where} the only rank of the rollout holds a part of the adapter")
         if not all(0 <= one["b_max"] < math.inf for one in held):
             raise EvidenceError(f"{where} the adapter in the rollout is not finite")
+        if self._last_adapter and not record["requests"]["with"]:
+            raise EvidenceError(f"{where}: no request to the rollout was seen")
+        self._last_adapter = record
+
+    def _on_requests(self, record: Fields) -> None:
+        if record["when"] != "end":
+            raise EvidenceError(f"requests are on record at the {record['when']!r}: they are to be at the end")
+        self._check_requests(record, "at the end")
+
+    def _check_requests(self, record: Fields, where: str) -> None:
+        """Check that all requests since the sync before had the adapter, and that later ones will."""
+        if not record["listed"] or not all(record["listed"]):
+            raise EvidenceError(f"{where} the rollout does not list the adapter: it would answer with the base model")
         asked = record["requests"]
         if asked["without"]:
             count = asked["with"] + asked["without"]
             raise EvidenceError(f"{where}: {asked['without']} of {count} requests were answered without the adapter")
-        if step and self._last_adapter and not asked["with"]:
-            raise EvidenceError(f"{where}: no request to the rollout was seen")
-        self._last_adapter = record
 
     def _on_adapter_use(self, record: Fields) -> None:
         step = record["step"]
@@ -108,5 +118,5 @@ class StockJudge(Judge):
     def _missing_later(self, done: Done) -> Iterator[tuple[str, str]]:
         wanted: list[tuple] = [(kind, step) for step in done.steps for kind in ("adapter", "mismatch")]
         if done.finished:
-            wanted += [("base", "end")]
+            wanted += [("base", "end"), ("requests", "end")]
         yield from self._absent(wanted)

@@ -23,6 +23,7 @@ ROWS = {
     "base": "base on disk, in actor and rollout",
     "adapter": "adapter in the rollout",
     "adapter use": "adapter in the rollout's forward",
+    "requests": "adapter in the last requests",
     "mismatch": "trainer against the rollout without noise",
     "noise": "noise in the rollout's weights",
     "use": "noise in the rollout's forward",
@@ -36,7 +37,7 @@ ROWS = {
     "stopped": "stopped by its own evidence",
     CHAIN: "records as they were written",
 }
-QUIET = ("placed", "layout", "rollout", "stopped")
+QUIET = ("placed", "layout", "rollout", "requests", "stopped")
 """Kinds whose row is shown only where something is wrong with them."""
 
 

@@ -103,6 +103,7 @@ class StockTrainer(PPOTrainerSync):
     def fit(self, agent_loop_manager):
         with self.ending():
             super().fit(agent_loop_manager)
+            self.record("requests", when="end", **self.requests())  # of a validation after the last sync
             rollout = self.ask("aqn_base", self.base.packed)
             self.checkpoint_manager.sleep_replicas()  # room for the actor
             self.check_base("end", self.actor_rollout_wg.base(), rollout)
@@ -140,6 +141,12 @@ class StockTrainer(PPOTrainerSync):
         answers = ray.get([server.aqn_call.remote(method, *args) for server in self.servers()])
         return [answer for replica in answers for answer in replica]
 
+    def requests(self) -> dict[str, Any]:
+        """Return for each replica whether it lists the adapter, and how many requests came since the last call."""
+        told = ray.get([server.aqn_requests.remote() for server in self.servers()])
+        counts = {key: sum(one[key] for one in told) for key in ("with", "without")}
+        return {"listed": [one["listed"] for one in told], "requests": counts}
+
     def check_base(self, when: str, actor: list[dict], rollout: list[dict]) -> None:
         """Hold every frozen tensor of actor and rollout against the checkpoint on disk."""
         size = self.actor_rollout_wg.world_size
@@ -149,7 +156,7 @@ class StockTrainer(PPOTrainerSync):
 
     def check_adapter(self) -> None:
         """Hold what the rollout multiplies with against the adapter in the actor."""
-        held, requests = self.ask("aqn_adapter_or_fault"), ray.get([s.aqn_requests.remote() for s in self.servers()])
+        held = self.ask("aqn_adapter_or_fault")
         slices, sizes = ([answer.pop(key, {}) for answer in held] for key in ("slices", "sizes"))
         slicings, of_rank = distinct(slices)
         dtype = next((one["dtype"] for one in held if "dtype" in one), "bfloat16")
@@ -164,9 +171,8 @@ class StockTrainer(PPOTrainerSync):
             bytes=actor["bytes"],
             faults=actor["faults"],
             held=held,
-            listed=[one.pop("listed") for one in requests],
-            requests={key: sum(one[key] for one in requests) for key in ("with", "without")},
             uncovered=[uncovered] if uncovered else [],
+            **self.requests(),
         )
         if good and not self.global_steps:
             self.tell(f"adapter of {actor['modules']} modules equal in actor and rollout")
