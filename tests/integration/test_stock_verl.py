@@ -1,6 +1,5 @@
 """verl's own `main_ppo` with `external_lib=verl_aqn.stock`: evidence that holds, and an adapter that is lost."""
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -12,6 +11,7 @@ from tests.integration.conftest import lines
 from verl_aqn.bench import letters
 from verl_aqn.data.word_problems import prepare_word_problems
 from verl_aqn.report.evidence import checks
+from verl_aqn.report.page import write_report
 from verl_aqn.report.records import read_runs
 from verl_aqn.runs.evidence import judge_run
 from verl_aqn.runs.folder import RunFolder
@@ -46,6 +46,7 @@ TASK = [
     "actor_rollout_ref.actor.use_dynamic_bsz=true",
     "actor_rollout_ref.actor.optim.lr=1e-2",
     "actor_rollout_ref.rollout.name=vllm",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size=1",
     "actor_rollout_ref.rollout.n=4",
     "actor_rollout_ref.rollout.max_model_len=256",
     "actor_rollout_ref.rollout.max_num_seqs=32",
@@ -118,9 +119,9 @@ def test_a_stock_run_is_proved(main_ppo, tmp_path):
     (use,) = [one for one in evidence if one["kind"] == "adapter use"]
     assert use["to_base"] > 2 * use["to_adapter"]  # the rollout answers with the adapter
     assert {one["when"] for one in evidence if one["kind"] == "base"} == {"start", "end"}
-    # The norms are bf16, as stock vLLM has them: nothing was prepared for noise.
-    assert "calculate_log_probs=true" in result.stdout
+    assert "rollout.load_format=safetensors in place of dummy" in result.stdout
     assert "evidence holds" in result.stdout
+    assert write_report([run.path], tmp_path / "page.html")
 
 
 def test_an_adapter_that_does_not_arrive_stops_the_run(main_ppo, tmp_path):
@@ -136,4 +137,3 @@ def test_an_adapter_that_does_not_arrive_stops_the_run(main_ppo, tmp_path):
     good, text = rows(run)["adapter in the rollout"]
     assert good is False
     assert fault in text
-    assert json.dumps(run.state)  # whole

@@ -15,6 +15,7 @@ from verl_aqn.errors import ConfigError
 from verl_aqn.judge.records import Done
 from verl_aqn.judge.stock import StockJudge, is_visible
 from verl_aqn.mxfp4.held_adapter import held_adapter
+from verl_aqn.report.page import write_report
 from verl_aqn.runs.evidence import judge_run
 from verl_aqn.runs.folder import open_run
 from verl_aqn.stock_settings import DIR_VARIABLE, OPTION, StockSettings, check_supported, is_stock
@@ -150,6 +151,10 @@ def test_a_folder_is_judged_by_what_its_config_says(tmp_path):
         run.append("metrics.jsonl", {"kind": "step", "step": step, "metrics": {}})
     judgement = judge_run(run, finished=True)
     assert judgement.faults == []
+    assert write_report([run.path], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "with it in 16 requests, without it in none" in page
+    assert "the rollout is 0.01 from the actor with it and 0.4 from the actor without" in page
     assert {kind for kind, one in judgement.findings.items() if one.good} == {
         "placed", "base", "adapter", "mismatch", "adapter use", "requests",
         "chain",
