@@ -9,8 +9,15 @@ from typing import Any
 from verl_aqn.verl_api.worker_extension import StockWorkerExtension
 
 
-class Swallowing(StockWorkerExtension):
-    """The first adapter is loaded; later ones are received, and dropped without a word."""
+class SwallowsAll(StockWorkerExtension):
+    """Every adapter is received, and dropped without a word."""
+
+    def _update_weights(self, weights: Any, peft_config: Any, base_sync_done: bool) -> None:
+        pass
+
+
+class SwallowsUpdates(StockWorkerExtension):
+    """The first adapter is loaded; later ones are dropped."""
 
     def _update_weights(self, weights: Any, peft_config: Any, base_sync_done: bool) -> None:
         if not getattr(self, "has_one", False):

@@ -124,16 +124,40 @@ def test_a_stock_run_is_proved(main_ppo, tmp_path):
     assert write_report([run.path], tmp_path / "page.html")
 
 
+def losing(name: str) -> str:
+    """The override for a worker of vLLM that loses adapters."""
+    worker = f"tests.verl_aqn_stock_faults.{name}"
+    return f"+actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls={worker}"
+
+
 def test_an_adapter_that_does_not_arrive_stops_the_run(main_ppo, tmp_path):
-    swallowing = "tests.verl_aqn_stock_faults.Swallowing"
-    extension = f"+actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls={swallowing}"
-    result = main_ppo(tmp_path, OPTION, extension)
+    result = main_ppo(tmp_path, OPTION, losing("SwallowsAll"))
     assert result.returncode != 0
     run = newest(tmp_path)
-    fault = "after step 1 the rollout does not list the adapter: it would answer with the base model"
+    fault = "at the start the adapter is not in the rollout (rank 0): the rollout has not got an adapter"
     assert fault in result.stderr
     assert run.state["status"] == "failed"
     assert fault in run.state["message"]
+    assert lines(run.path / "metrics.jsonl") == []  # nothing was learnt
     good, text = rows(run)["adapter in the rollout"]
     assert good is False
     assert fault in text
+
+
+def test_a_run_told_to_warn_goes_on_and_every_check_sees_the_base_model_answer(main_ppo, tmp_path):
+    result = main_ppo(tmp_path, OPTION, losing("SwallowsUpdates"), "+verl_aqn.on_fault=warn")
+    assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
+    assert "evidence does NOT hold" in result.stdout
+    run = newest(tmp_path)
+    assert run.state["status"] == "finished"
+    told = rows(run)
+    assert {name for name, (good, _) in told.items() if good is False} == {
+        "adapter in the rollout", "adapter in the rollout's forward", "adapter in the last requests",
+        "trainer against the rollout without noise",
+    }  # fmt: skip
+    assert "after step 1 the rollout does not list the adapter" in told["adapter in the rollout"][1]
+    assert "step 2: the rollout answers as the base model" in told["adapter in the rollout's forward"][1]
+    adapters = [one for one in lines(run.path / "evidence.jsonl") if one["kind"] == "adapter"]
+    assert [one["requests"] for one in adapters] == [
+        {"with": 0, "without": 0}, {"with": 8, "without": 0}, {"with": 0, "without": 8},
+    ]  # fmt: skip
