@@ -81,7 +81,7 @@ def main_ppo(tiny_model, tmp_path_factory):
         ]
         with tempfile.TemporaryDirectory(prefix="aqn-", dir="/tmp") as temporary:
             env = engine_environment(temporary, cpu=True, ranks=1) | local_ray(temporary)
-            env["VERL_AQN_EVIDENCE"] = str(folder / "evidence")
+            env.pop("VERL_AQN_EVIDENCE", None)
             command = [sys.executable, "-m", "verl.trainer.main_ppo", *CPU, *TASK, *places, *overrides]
             return subprocess.run(
                 command, env=env, cwd=folder, capture_output=True, text=True, timeout=600, check=False
@@ -90,8 +90,9 @@ def main_ppo(tiny_model, tmp_path_factory):
     return run
 
 
-def newest(folder: Path) -> RunFolder:
-    return RunFolder((folder / "evidence" / "training.log").resolve().parent)
+def run_in(folder: Path) -> RunFolder:
+    (path,) = folder.glob("verl_aqn_evidence/*/runs/*")  # where the command was started
+    return RunFolder(path)
 
 
 def rows(run: RunFolder) -> dict[str, tuple[bool | None, str]]:
@@ -103,7 +104,7 @@ def rows(run: RunFolder) -> dict[str, tuple[bool | None, str]]:
 def test_a_stock_run_is_proved(main_ppo, tmp_path):
     result = main_ppo(tmp_path, OPTION)
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
-    run = newest(tmp_path)
+    run = run_in(tmp_path)
     assert run.state["status"] == "finished"
     assert judge_run(run).faults == []
     told = rows(run)
@@ -133,7 +134,7 @@ def losing(name: str) -> str:
 def test_an_adapter_that_does_not_arrive_stops_the_run(main_ppo, tmp_path):
     result = main_ppo(tmp_path, OPTION, losing("SwallowsAll"))
     assert result.returncode != 0
-    run = newest(tmp_path)
+    run = run_in(tmp_path)
     fault = "at the start the adapter is not in the rollout (rank 0): the rollout has not got an adapter"
     assert fault in result.stderr
     assert run.state["status"] == "failed"
@@ -148,7 +149,7 @@ def test_a_run_told_to_warn_goes_on_and_every_check_sees_the_base_model_answer(m
     result = main_ppo(tmp_path, OPTION, losing("SwallowsUpdates"), "+verl_aqn.on_fault=warn")
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
     assert "evidence does NOT hold" in result.stdout
-    run = newest(tmp_path)
+    run = run_in(tmp_path)
     assert run.state["status"] == "finished"
     told = rows(run)
     assert {name for name, (good, _) in told.items() if good is False} == {
