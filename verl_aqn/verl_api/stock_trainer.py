@@ -25,6 +25,7 @@ from verl_aqn.shards import distinct, not_covered
 from verl_aqn.stock_settings import NOT_CHECKED, OPTION, StockSettings, model_folder
 from verl_aqn.verl_api import tripwire
 from verl_aqn.verl_api.base import BaseRecords
+from verl_aqn.verl_api.cause import root_cause
 from verl_aqn.verl_api.parity import clip_range, step_metrics, truncates
 from verl_aqn.verl_api.stock_workers import StockActorWorker, register_replica
 
@@ -121,10 +122,11 @@ class StockTrainer(PPOTrainerSync):
         try:
             yield
         except Exception as error:
-            line = first_line(error)[:500]
-            if isinstance(error, EvidenceError):
+            cause = root_cause(error)
+            line = first_line(cause)[:500]
+            if isinstance(cause, EvidenceError):
                 self.folder.add_evidence({"kind": "stopped", "reason": line})
-            text = line if isinstance(error, AqnError) else f"{type(error).__name__}: {line}"
+            text = line if isinstance(cause, AqnError) else f"{type(cause).__name__}: {line}"
             self.folder.append("events.jsonl", {"kind": "error", "text": text, "trace": traceback.format_exc()[-4000:]})
             self.folder.set_status("failed", text)
             self.folder.close()

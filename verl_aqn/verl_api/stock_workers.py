@@ -1,5 +1,7 @@
 """Of a stock run: verl's actor worker and vLLM server, with what they must tell about themselves and nothing else."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -41,7 +43,7 @@ class StockActorWorker(ActorRolloutRefWorker):
     def base(self) -> dict[str, Any]:
         """What this rank holds of the base; the first rank tells every tensor."""
         engine = self.actor.engine
-        with engine.eval_mode():  # on the device, where a run keeps its weights off it
+        with on_device(engine):
             held = held_base(engine.module, model_folder(engine.model_config.local_path))._asdict()
         told = {key: value for key, value in held.items() if self.rank == 0 or "digest" in key or key == "faults"}
         return told | {"activations": []}
@@ -49,7 +51,7 @@ class StockActorWorker(ActorRolloutRefWorker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def remember_adapter(self) -> None:
         """Copy this actor's adapter to the CPU, to be held against the rollout's after the sync that comes now."""
-        with self.actor.engine.eval_mode():
+        with on_device(self.actor.engine):
             self.held = held_adapter(self.actor.engine.module)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -67,6 +69,19 @@ class StockActorWorker(ActorRolloutRefWorker):
             "bytes": sum(tensor.nbytes for _, tensor in held),
             "faults": self.held.faults[:8],
         }
+
+
+@contextmanager
+def on_device(engine: Any) -> Iterator[None]:
+    """Bring the weights of ``engine`` back to its device where it keeps them off it between steps."""
+    if not engine.is_param_offload_enabled:
+        yield
+        return
+    engine.to(device=get_device_name(), model=True, optimizer=False, grad=False)
+    try:
+        yield
+    finally:
+        engine.to(device="cpu", model=True, optimizer=False, grad=False)
 
 
 def _register_engine_for_cpu() -> None:
