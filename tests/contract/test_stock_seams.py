@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 INSTALL = """
 import sys
@@ -134,3 +135,37 @@ def test_what_cannot_be_checked_is_refused_by_its_key(override):
         check_supported(composed(override))
     assert REFUSED[override] in str(refused.value)
     assert "leave actor_rollout_ref.model.external_lib out" in str(refused.value)
+
+
+def test_the_steps_that_are_looked_at_without_the_adapter():
+    from verl_aqn.verl_api.stock_trainer import StockTrainer
+
+    def steps(*overrides: str) -> list[int]:
+        trainer = StockTrainer.__new__(StockTrainer)
+        trainer.config, trainer.total_training_steps, found = composed(*overrides), 11, []
+        for trainer.global_steps in range(1, 12):
+            found += [trainer.global_steps] if trainer.looks_at_use() else []
+        return found
+
+    assert steps() == [2, 4, 8, 11]
+    assert steps("actor_rollout_ref.rollout.top_p=0.9") == []
+
+
+def test_what_the_adapter_does_is_told_from_what_kernels_do():
+    from verl_aqn.judge.stock import StockJudge, is_visible
+    from verl_aqn.verl_api.stock_trainer import use_of_adapter
+
+    torch.manual_seed(0)
+    shape = (8, 16)
+    mask = torch.rand(shape) > 0.2
+    base = -3 * torch.rand(shape)
+    adapted = base + torch.randn(shape)
+    for rollout, good in ((adapted, True), (base, False)):
+        told = rollout + 0.01 * torch.randn(shape)
+        data = {"response_mask": mask, "old_log_probs": adapted, "rollout_log_probs": told}
+        record = {"kind": "adapter use", "step": 2, **use_of_adapter(data, base)}
+        assert record["tokens"] == int(mask.sum())
+        assert is_visible(record)
+        judge = StockJudge()
+        judge._attempt = {("placed",), ("base", "start"), ("adapter", 0)}
+        assert (judge.add(record) is None) == good
