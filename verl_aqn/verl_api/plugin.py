@@ -6,6 +6,7 @@ verl swallows an error in here (it logs it at DEBUG), so nothing relies on havin
 
 import importlib.metadata
 import os
+from collections.abc import Iterable
 
 from verl.plugin.platform import get_platform
 from verl.plugin.platform.platform_manager import PlatformRegistry
@@ -23,13 +24,13 @@ if os.environ.get("VERL_PLATFORM", "").lower() == "cpu":
 listen()
 
 
-def check_versions() -> dict[str, str]:
-    """Versions of what this project stands on.
+def check_versions(names: Iterable[str] = tuple(SUPPORTED)) -> dict[str, str]:
+    """Versions of what this project stands on, or of those of it that are named.
 
     Raises:
         EnvironmentFault: one of a version whose seams were not checked.
     """
-    versions = {name: importlib.metadata.version(name) for name in SUPPORTED}
+    versions = {name: importlib.metadata.version(name) for name in names}
     for name, version in versions.items():
         if not version.startswith(SUPPORTED[name]):
             wanted = ", ".join(SUPPORTED[name])

@@ -22,7 +22,7 @@ def install() -> None:
         ConfigError: it is verl's older trainer.
         EnvironmentFault: verl is of a version whose seams were not checked.
     """
-    check_versions()
+    check_versions(["verl"])  # of the others a stock run uses what verl uses
     if V0 in sys.modules:
         raise ConfigError(f"{OPTION} cannot check verl's older trainer: set trainer.use_v1=true")
     module = sys.modules.get(TRAINER)

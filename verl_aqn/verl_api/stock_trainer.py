@@ -81,8 +81,8 @@ class StockTrainer(PPOTrainerSync):
             actor = self.actor_rollout_wg.base()  # while the rollout sleeps
             self.actor_rollout_wg.remember_adapter()
             super().on_init_end()
-            self.check_base("start", actor, self.ask("aqn_base", self.base.packed))
             self.check_adapter()
+            self.check_base("start", actor, self.ask("aqn_base", self.base.packed))
 
     def on_step_end(self):
         self.actor_rollout_wg.remember_adapter()

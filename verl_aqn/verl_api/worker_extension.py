@@ -52,12 +52,13 @@ class StockWorkerExtension(vLLMColocateWorkerExtension):
 
     def aqn_adapter_or_fault(self) -> dict:
         """As `aqn_adapter` with the adapter's `dtype`; `{"fault"}` where there is none or it cannot be read."""
-        if not plugin.is_registered():
-            return {"fault": "vLLM has not loaded verl-aqn's plugin: is VLLM_PLUGINS set without verl_aqn?"}
         dtype = str(self.model_runner.vllm_config.lora_config.lora_dtype).removeprefix("torch.")
         try:
+            plugin.check_version()
+            if not plugin.is_registered():
+                raise EnvironmentFault("vLLM has not loaded verl-aqn's plugin: is VLLM_PLUGINS set without verl_aqn?")
             return self.aqn_adapter() | {"dtype": dtype}
-        except EvidenceError as error:
+        except (EnvironmentFault, EvidenceError) as error:
             return {"fault": str(error)}
 
 
