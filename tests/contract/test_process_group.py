@@ -48,3 +48,20 @@ def test_two_ranks_meet_at_one_address_and_listen_at_no_other(nodes, tmp_path):
     assert [rank.returncode for rank in ranks] == [0, 0]
     stores = "" if nodes == 1 else ", '127.0.0.3'"
     assert out == [f"2 ['127.0.0.1'{stores}]", "2 ['127.0.0.1']"]  # gloo's own, and the store
+
+
+def test_stock_verl_opens_its_own_group_on_a_cpu():
+    """verl asks for "cpu:gloo,cpu:gloo", which torch refuses; with the plugin installed it gets gloo."""
+    code = (
+        "import verl, torch.distributed as dist\n"
+        "from verl.workers.engine_workers import initialize_global_process_group_ray\n"
+        "initialize_global_process_group_ray(timeout_second=None)\n"
+        "from verl.workers.engine import EngineRegistry\n"
+        "engine = EngineRegistry.get_engine_cls('language_model', 'fsdp2')\n"
+        "print(dist.get_backend(), dist.get_world_size(), engine.__name__)"
+    )
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port("127.0.0.1")), "WORLD_SIZE": "1", "RANK": "0"}
+    env = {**os.environ, **place, "VERL_PLATFORM": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    env["VERL_ENGINE_DEVICE"] = "cuda"  # verl registers its engines for accelerators only
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert result.stdout.split() == ["gloo", "1", "FSDPEngineWithLMHead"], result.stderr[-2000:]

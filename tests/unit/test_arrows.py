@@ -10,7 +10,8 @@ FILES = {
     for path in PACKAGE.rglob("*.py")
 }
 # What of ours a room may import, within functions too: the table of the rooms, and small modules that several share
-# (adapter, boxes, cache, checksums, digest, order, owned, shards, stacks, trackers). `errors` is everybody's.
+# (adapter, boxes, cache, checksums, digest, order, owned, shards, stacks, stock_settings, trackers). `errors` is
+# everybody's.
 ARROWS = {
     "schedule": (),
     "order": (),
@@ -24,7 +25,7 @@ ARROWS = {
     "data": ("rewards",),  # whose rule the ground truths are for
     "rewards": ("runs",),  # what a right answer is
     "owned": (),
-    "runs": ("checksums", "config", "judge", "order", "owned", "schedule"),
+    "runs": ("checksums", "config", "judge", "order", "owned", "schedule", "stock_settings"),
     "trackers": ("cache",),
     "config": ("order", "schedule", "trackers"),  # the names of trackers, to refuse others
     "adapter": ("digest",),

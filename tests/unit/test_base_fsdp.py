@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 from tests.base_answers import loaded
 from tests.family_models import make
 from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
+from verl_aqn.mxfp4.held_adapter import HeldAdapter, held_adapter
 from verl_aqn.mxfp4.held_base import Held, held_base
 from verl_aqn.mxfp4.sharding import allow_packed_shards
 
@@ -17,6 +18,7 @@ from verl_aqn.mxfp4.sharding import allow_packed_shards
 def adapted(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
     from peft import LoraConfig, get_peft_model
 
+    torch.manual_seed(0)  # the same adapter on both ranks
     return get_peft_model(loaded(folder).to(dtype), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
 
 
@@ -24,12 +26,14 @@ def check_fsdp2(rank: int, folder: Path) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     whole, model = held_base(loaded(folder), folder), adapted(folder, torch.bfloat16)
+    adapter = held_adapter(model)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     layers = model.base_model.model.model.layers
     for layer in layers:
         fully_shard(layer, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
     assert_equal(held_base(model, folder), whole)
+    assert_same_adapter(held_adapter(model), adapter)
     if rank == 1:  # one value of its shard alone
         with torch.no_grad():
             layers[1].input_layernorm.weight.to_local()[0] += 1
@@ -42,9 +46,18 @@ def check_fsdp1(folder: Path) -> None:
     from verl.utils.fsdp_utils import get_fsdp_wrap_policy
 
     model = adapted(folder, torch.float32)  # FSDP1 wants one dtype
+    adapter = held_adapter(model)
     wrap = get_fsdp_wrap_policy(model, None, is_lora=True)
     model = FullyShardedDataParallel(model, auto_wrap_policy=wrap, device_id=torch.device("cpu"))
     assert_equal(held_base(model, folder), held_base(loaded(folder).float(), folder))
+    assert_same_adapter(held_adapter(model), adapter)
+
+
+def assert_same_adapter(sharded: HeldAdapter, whole: HeldAdapter) -> None:
+    assert (sharded.scalings, sharded.faults) == (whole.scalings, [])
+    assert sharded.tensors.keys() == whole.tensors.keys()
+    assert len(whole.tensors) >= 4
+    assert all(torch.equal(tensor, whole.tensors[name]) for name, tensor in sharded.tensors.items())
 
 
 def assert_equal(sharded: Held, whole: Held) -> None:

@@ -45,6 +45,8 @@ IDENTITY: dict[str, tuple[str, ...]] = {
     "actor clean": ("at", "rank"),
     "mismatch": ("step",),
     "use": ("step",),
+    "adapter use": ("step",),
+    "requests": ("when",),
     "strength": (),
     "stopped": ("reason",),
 }
@@ -122,6 +124,7 @@ class Judge:
         noisy_actor: bool = False,
         whole: bool = True,
     ) -> None:
+        self.start: tuple[str, ...] = START
         self.order_at, self.stage_at, self.sigmas = order_at, stage_at, sigmas
         self.noisy_actor, self.whole = noisy_actor, whole
         self.tallies: dict[str, Tally] = {}
@@ -188,7 +191,7 @@ class Judge:
             return
         if keys & self._attempt:
             raise EvidenceError(f"{_name(kind, record)} is there twice: one of them is of another step or rank")
-        if kind not in (*START, "strength", "stopped") and (lacking := self._lacking_at_start()):
+        if kind not in (*self.start, "strength", "stopped") and (lacking := self._lacking_at_start()):
             raise EvidenceError(f"{_name(kind, record)} comes before the first record of {lacking}")
         self._attempt |= keys
         self.seen |= keys
@@ -214,7 +217,7 @@ class Judge:
 
     def _first_lacking(self) -> str:
         there = {key[0] for key in self._attempt}
-        if lacking := [kind for kind in START if kind not in there]:
+        if lacking := [kind for kind in self.start if kind not in there]:
             return lacking[0]
         ranks = [rank for rank in range(self.rollout_ranks) if ("rollout", rank) not in self._attempt]
         return f"rollout rank {ranks[0]}" if ranks else ""
@@ -468,9 +471,13 @@ class Judge:
         if not self.whole:
             yield from self._old_missing(done)
             return
-        for kind in START:
+        for kind in self.start:
             if kind not in {key[0] for key in self.seen} and (done.steps or done.validations):
                 yield kind, f"no record of {kind}"
+        yield from self._missing_later(done)
+
+    def _missing_later(self, done: Done) -> Iterator[tuple[str, str]]:
+        """Yield what should be on record of steps, validations and the end."""
         rollout, actor = range(max(1, self.rollout_ranks)), range(max(1, self.actor_ranks))
         wanted: list[tuple] = []
         for step in done.steps:

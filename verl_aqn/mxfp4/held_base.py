@@ -88,18 +88,18 @@ def _frozen(model: nn.Module, faults: list[str]) -> Iterator[tuple[str, Tensor]]
     """
     units = {name: module for name, module in model.named_modules() if isinstance(module, FullyShardedDataParallel)}
     if not units:
-        yield from _own(_modules(model, ""), faults)
+        yield from _own(own_modules(model, ""), faults)
     for name, unit in units.items():
         with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
-            yield from _own(_modules(unit, name), faults)
+            yield from _own(own_modules(unit, name), faults)
 
 
-def _modules(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+def own_modules(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     """(name, module) of ``module`` and all within it, without FSDP1's units in it."""
     yield name, module
     for leaf, child in module.named_children():
         if not isinstance(child, FullyShardedDataParallel):
-            yield from _modules(child, f"{name}.{leaf}" if name else leaf)
+            yield from own_modules(child, f"{name}.{leaf}" if name else leaf)
 
 
 def _own(modules: Iterator[tuple[str, nn.Module]], faults: list[str]) -> Iterator[tuple[str, Tensor]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from verl_aqn.judge.base import is_old, sentence
 from verl_aqn.judge.mismatch import bound, least
+from verl_aqn.judge.stock import is_visible as shows_use
 from verl_aqn.judge.use import is_visible
 from verl_aqn.report.charts import Chart, Series, aside, number
 from verl_aqn.report.records import Run, finite
@@ -21,6 +22,8 @@ NONE = Cell("–")
 ROWS = {
     "base": "base on disk, in actor and rollout",
     "adapter": "adapter in the rollout",
+    "adapter use": "adapter in the rollout's forward",
+    "requests": "adapter in the last requests",
     "mismatch": "trainer against the rollout without noise",
     "noise": "noise in the rollout's weights",
     "use": "noise in the rollout's forward",
@@ -35,7 +38,7 @@ ROWS = {
     CHAIN: "records as they were written",
 }
 SPANS = 4  # of ranks, that one cell of a table names
-QUIET = ("placed", "layout", "rollout", "stopped")
+QUIET = ("placed", "layout", "rollout", "requests", "stopped")
 """Kinds whose row is shown only where something is wrong with them."""
 
 
@@ -83,7 +86,22 @@ def _base(run: Run, records: Sequence[Record]) -> str:
 
 
 def _adapter(run: Run, records: Sequence[Record]) -> str:
-    return f"equal in {len(records)} of {len(records)} syncs; last {_short(records[-1].get('sent'))}"
+    text = f"equal in {len(records)} of {len(records)} syncs; last {_short(records[-1].get('sent'))}"
+    if not all("requests" in record for record in records):
+        return text
+    return f"{text}; with it in {sum(record['requests']['with'] for record in records):,} requests, without it in none"
+
+
+def _adapter_use(run: Run, records: Sequence[Record]) -> str:
+    seen = [record for record in records if shows_use(record)]
+    if not seen:
+        return f"no step of {len(records)} had an adapter that moves log-probs far enough to be seen"
+    last = seen[-1]
+    return (
+        f"moves log-probs by {number(last['effect'])} nats a token in step {last['step']}, where the rollout is "
+        f"{number(last['to_adapter'])} from the actor with it and {number(last['to_base'])} from the actor without; "
+        f"seen in {len(seen)} of {len(records)} steps that were looked at"
+    )
 
 
 def _noise(run: Run, records: Sequence[Record]) -> str:
@@ -140,6 +158,7 @@ def _strength(run: Run, records: Sequence[Record]) -> str:
 DETAILS: dict[str, Callable[[Run, Sequence[Record]], str]] = {
     "base": _base,
     "adapter": _adapter,
+    "adapter use": _adapter_use,
     "mismatch": _mismatch,
     "noise": _noise,
     "actor noise": _noise,

@@ -12,9 +12,11 @@ from typing import Any
 from verl_aqn.config import NoiseConfig, order_of, parse_aqn, schedule_of
 from verl_aqn.errors import AqnError, EvidenceError
 from verl_aqn.judge.records import VERSION, Done, Judge, Tally
+from verl_aqn.judge.stock import StockJudge
 from verl_aqn.runs.chain import broken
 from verl_aqn.runs.folder import EVIDENCE, RunFolder
 from verl_aqn.schedule import SigmaSchedule
+from verl_aqn.stock_settings import is_stock
 
 RESCORED = "aqn/parity/rescored_tokens"
 _FIGURES = ("abs_dlogp_mean", "abs_dlogp_p99", "kl_k3", "clipped_share")
@@ -77,6 +79,8 @@ class Expected:
     done: Done
     metrics: dict[int, dict[str, Any]]
     """By step, from 1; empty where they are not comparable with the evidence."""
+    stock: bool = False
+    """Whether it is a run of stock verl (`verl_aqn.stock`), which has no noise."""
 
 
 def judge_run(run: RunFolder, *, finished: bool | None = None) -> Judgement:
@@ -96,12 +100,16 @@ def judge_lines(expected: Expected, lines: Sequence[bytes]) -> Judgement:
     """Judge the lines of evidence.jsonl against what the run's other records say."""
     whole = expected.version >= VERSION
     noise, schedule = expected.noise, expected.schedule
-    judge = Judge(
-        (lambda step: order_of(noise, schedule, step)) if noise and schedule else None,
-        stage_at=schedule.stage if schedule else None,
-        sigmas=expected.sigmas,
-        noisy_actor=bool(noise and noise.in_actor),
-        whole=whole,
+    judge: Judge = (
+        StockJudge()
+        if expected.stock
+        else Judge(
+            (lambda step: order_of(noise, schedule, step)) if noise and schedule else None,
+            stage_at=schedule.stage if schedule else None,
+            sigmas=expected.sigmas,
+            noisy_actor=bool(noise and noise.in_actor),
+            whole=whole,
+        )
     )
     faults: dict[str, list[str]] = {"noise": [expected.fault]} if expected.fault and whole else {}
     last: dict[tuple[str, int], dict[str, Any]] = {}
@@ -145,7 +153,8 @@ def expected_of(run: RunFolder, lines: Sequence[bytes], finished: bool | None = 
     steps = run.by_step("metrics.jsonl", "step")
     table = _table(run)
     config = run.block("config.yaml") or {}
-    noise, schedule, fault = _asked(config, table)
+    stock = is_stock(config)
+    noise, schedule, fault = (None, None, "") if stock else _asked(config, table)
     done = Done(
         steps=steps,
         validations=run.by_step("metrics.jsonl", "validation"),
@@ -158,7 +167,7 @@ def expected_of(run: RunFolder, lines: Sequence[bytes], finished: bool | None = 
     version = max((value for value in told if isinstance(value, int)), default=1)
     correction = (config.get("algorithm") or {}).get("rollout_correction") or {}
     metrics = {} if correction.get("bypass_mode") else {at: one.get("metrics") or {} for at, one in steps.items()}
-    return Expected(version, noise, schedule, tuple(row["sigma"] for row in table), fault, done, metrics)
+    return Expected(version, noise, schedule, tuple(row["sigma"] for row in table), fault, done, metrics, stock)
 
 
 def check_proved(run: RunFolder) -> None:

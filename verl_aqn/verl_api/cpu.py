@@ -50,6 +50,22 @@ _device.__dict__.update(
 )
 
 
+def accept_one_backend() -> None:
+    """Make verl open its process group with the one backend that a CPU has.
+
+    verl names a backend for "cpu" and one for its device; where both are the CPU torch refuses ("Duplicate device type
+    cpu in backend string"). To be called before verl's workers are imported, which take the function by its name.
+    """
+    from verl.utils import distributed
+
+    initialize = distributed.initialize_global_process_group_ray
+
+    def initialize_with_gloo(timeout_second: int | None = None, backend: str | None = None) -> None:
+        initialize(timeout_second, backend or "gloo")
+
+    distributed.initialize_global_process_group_ray = initialize_with_gloo
+
+
 class PlatformCPU(PlatformBase):
     """Chosen by `VERL_PLATFORM=cpu`; see `PlatformBase` for the meaning of each method."""
 

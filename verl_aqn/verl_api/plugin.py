@@ -6,18 +6,21 @@ verl swallows an error in here (it logs it at DEBUG), so nothing relies on havin
 
 import importlib.metadata
 import os
+from collections.abc import Iterable
 
 from verl.plugin.platform import get_platform
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
 from verl_aqn.errors import EnvironmentFault
 from verl_aqn.stacks import FOLDER, listen
-from verl_aqn.verl_api.cpu import PlatformCPU
+from verl_aqn.verl_api.cpu import PlatformCPU, accept_one_backend
 
 SUPPORTED = {"verl": ("0.9.1",), "torch": ("2.10.", "2.11.", "2.13."), "ray": ("2.60.",)}
 
 if PlatformRegistry.get("cpu") is None:
     PlatformRegistry.register(platform="cpu")(PlatformCPU)
+if os.environ.get("VERL_PLATFORM", "").lower() == "cpu":
+    accept_one_backend()
 listen()
 if FOLDER in os.environ:  # in the processes of a run of ours; those of a stock one may lack this package elsewhere
     from verl_aqn.verl_api.queue import guard
@@ -25,13 +28,13 @@ if FOLDER in os.environ:  # in the processes of a run of ours; those of a stock 
     guard()
 
 
-def check_versions() -> dict[str, str]:
-    """Versions of what this project stands on.
+def check_versions(names: Iterable[str] = tuple(SUPPORTED)) -> dict[str, str]:
+    """Versions of what this project stands on, or of those of it that are named.
 
     Raises:
         EnvironmentFault: one of a version whose seams were not checked.
     """
-    versions = {name: importlib.metadata.version(name) for name in SUPPORTED}
+    versions = {name: importlib.metadata.version(name) for name in names}
     for name, version in versions.items():
         if not version.startswith(SUPPORTED[name]):
             wanted = ", ".join(SUPPORTED[name])

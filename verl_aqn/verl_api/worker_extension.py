@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
-from verl_aqn.errors import EnvironmentFault
+from verl_aqn.errors import EnvironmentFault, EvidenceError
 from verl_aqn.noise import NoiseInjector, NoiseOrder
 from verl_aqn.preflight.peak import memory_peak
 from verl_aqn.verl_api.base import TABLES, table_digest
@@ -18,11 +18,11 @@ from verl_aqn.vllm_api.tensors import describe_tensors
 logger = logging.getLogger(__name__)
 
 
-class AqnWorkerExtension(vLLMColocateWorkerExtension):
-    """Methods that the server calls on every rank of the engine by `collective_rpc`."""
+class StockWorkerExtension(vLLMColocateWorkerExtension):
+    """Methods that the server calls on every rank of the engine by `collective_rpc`: reading back, and nothing else.
 
-    def _get_zmq_handle(self) -> str:
-        return of_this_run(super()._get_zmq_handle())
+    For runs of stock verl (`verl_aqn.stock`): by the name of this class the plugin leaves the model's norms alone.
+    """
 
     def update_weights_from_ipc(self, *args: Any, **kwargs: Any) -> None:
         """As verl's, but what goes wrong with the weights is raised after the sender has got its answers.
@@ -42,18 +42,6 @@ class AqnWorkerExtension(vLLMColocateWorkerExtension):
             # Without the traceback: its frames would hold on to verl's buffer, and the sender would get no answer.
             self._aqn_refused = self._aqn_refused or error.with_traceback(None)
 
-    def aqn_prepare(self, order: dict) -> dict:
-        """What the engine is made of: its norms, kept clean since the model was loaded, and what `order` would do."""
-        injector = getattr(self.model_runner.get_model(), "aqn_injector", None)
-        if injector is None:
-            raise EnvironmentFault("vLLM worker: the verl-aqn plugin is not loaded; is verl-aqn installed there?")
-        self.aqn_injector: NoiseInjector = injector
-        return {
-            **self.aqn_injector.describe(NoiseOrder.from_dict(order)),
-            "vllm": plugin.check_version(),
-            "dtype": str(self.model_runner.vllm_config.model_config.dtype),
-        }
-
     def aqn_base(self, modules: list[str]) -> dict:
         """The base as the engine holds it: the kernels of the packed `modules`, and every tensor."""
         model = self.model_runner.get_model()
@@ -69,6 +57,41 @@ class AqnWorkerExtension(vLLMColocateWorkerExtension):
         """The tables of the last `aqn_base_told`."""
         return self.aqn_tables
 
+    def aqn_adapter(self, parts: bool = True) -> dict:
+        """The adapter that was sent last, as the engine multiplies with it; its `slices` and `sizes` where `parts`."""
+        answer = readback.describe_adapter(self.model_runner.get_model())
+        return answer if parts else {key: value for key, value in answer.items() if key not in ("slices", "sizes")}
+
+    def aqn_adapter_or_fault(self) -> dict:
+        """As `aqn_adapter` with the adapter's `dtype`; `{"fault"}` where there is none or it cannot be read."""
+        dtype = str(self.model_runner.vllm_config.lora_config.lora_dtype).removeprefix("torch.")
+        try:
+            plugin.check_version()
+            if not plugin.is_registered():
+                raise EnvironmentFault("vLLM has not loaded verl-aqn's plugin: is VLLM_PLUGINS set without verl_aqn?")
+            return self.aqn_adapter() | {"dtype": dtype}
+        except (EnvironmentFault, EvidenceError) as error:
+            return {"fault": str(error)}
+
+
+class AqnWorkerExtension(StockWorkerExtension):
+    """Noise on the norms of every rank too."""
+
+    def _get_zmq_handle(self) -> str:
+        return of_this_run(super()._get_zmq_handle())
+
+    def aqn_prepare(self, order: dict) -> dict:
+        """What the engine is made of: its norms, kept clean since the model was loaded, and what `order` would do."""
+        injector = getattr(self.model_runner.get_model(), "aqn_injector", None)
+        if injector is None:
+            raise EnvironmentFault("vLLM worker: the verl-aqn plugin is not loaded; is verl-aqn installed there?")
+        self.aqn_injector: NoiseInjector = injector
+        return {
+            **self.aqn_injector.describe(NoiseOrder.from_dict(order)),
+            "vllm": plugin.check_version(),
+            "dtype": str(self.model_runner.vllm_config.model_config.dtype),
+        }
+
     def aqn_apply_noise(self, order: dict) -> dict:
         """Write clean + noise as the order says; evidence read back from the weights."""
         with torch.no_grad():
@@ -82,8 +105,3 @@ class AqnWorkerExtension(vLLMColocateWorkerExtension):
     def aqn_memory_peak(self) -> dict[str, int]:
         """The most memory of this process so far, in bytes: `resident`, and `device` where it computes on one."""
         return memory_peak()
-
-    def aqn_adapter(self, parts: bool = True) -> dict:
-        """The adapter that was sent last, as the engine multiplies with it; its `slices` and `sizes` where `parts`."""
-        answer = readback.describe_adapter(self.model_runner.get_model())
-        return answer if parts else {key: value for key, value in answer.items() if key not in ("slices", "sizes")}

@@ -77,7 +77,8 @@ def register() -> None:
 def _patch_loading() -> None:
     """What can only be done while a model is loaded, where vLLM has no hook; for engines with our worker extension.
 
-    Other engines in the environment, and a draft model, are left alone.
+    Other engines in the environment, and a draft model, are left alone. An engine of a stock run is only watched:
+    its norms stay what they are.
     """
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader as Loader
     from vllm.platforms import current_platform
@@ -88,11 +89,13 @@ def _patch_loading() -> None:
     load = Loader.load_model
 
     def load_model(self, vllm_config, model_config, *args, **kwargs):
-        ours = "verl_aqn" in (vllm_config.parallel_config.worker_extension_cls or "")
-        if not ours or model_config is not vllm_config.model_config:
+        extension = vllm_config.parallel_config.worker_extension_cls or ""
+        if "verl_aqn" not in extension or model_config is not vllm_config.model_config:
             return load(self, vllm_config, model_config, *args, **kwargs)
         observe_load(self)
         model = load(self, vllm_config, model_config, *args, **kwargs)
+        if "stock" in extension.lower():
+            return model
         # Before the model is compiled or captured in a graph: norms in fp32 have a storage of their own, which both
         # then hold on to.
         model.aqn_injector = injector = NoiseInjector(model)
