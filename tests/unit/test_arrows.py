@@ -25,7 +25,7 @@ ARROWS = {
     "rewards": ("runs",),  # what a right answer is
     "runs": ("checksums", "config", "judge", "order", "schedule"),
     "trackers": ("cache",),
-    "config": ("order", "schedule", "trackers"),  # the names of trackers, to refuse others
+    "config": ("order", "overrides", "schedule", "trackers"),  # the names of trackers, to refuse others
     "adapter": ("digest",),
     # ascend: whose operators to use; data: texts to calibrate on
     "mxfp4": ("adapter", "ascend", "cache", "checksums", "data", "order", "shards"),

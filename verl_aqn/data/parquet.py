@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from verl_aqn.errors import DataError, EnvironmentFault
+from verl_aqn.errors import DataError, EnvironmentFault, reason, remedy
 from verl_aqn.rewards.gsm8k import number
 
 TRUTH = "ground_truth"
@@ -64,7 +64,9 @@ def write_parquet(rows: list[dict], path: str | Path) -> Path:
         finally:
             working.unlink(missing_ok=True)
     except OSError as error:
-        raise EnvironmentFault(f"{path} cannot be written ({error.strerror}): choose another folder") from error
+        raise EnvironmentFault(
+            f"{path} cannot be written ({reason(error)}): {remedy(error) or 'choose another folder'}"
+        ) from error
     return path
 
 
