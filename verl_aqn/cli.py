@@ -340,10 +340,12 @@ def main() -> None:
     try:
         if any("\udc80" <= letter <= "\udcff" for argument in sys.argv for letter in argument):
             raise ConfigError("an argument is not UTF-8: rename the file or folder that it names")
+        if not os.path.exists("."):
+            raise EnvironmentFault("the working folder is gone: cd into another one")
         code = app(standalone_mode=False)  # that of a typer.Exit is returned, not raised
         if code == 130:  # what Typer makes of Ctrl-C
             raise KeyboardInterrupt
-        sys.stdout.flush()
+        _flush()
         sys.exit(code)
     except ConfigError as error:
         _fail(str(error), 2)
@@ -365,6 +367,15 @@ def main() -> None:
             print(error.format_message())
             sys.exit(2)
         _fail(_usage(error), 2)
+
+
+def _flush() -> None:
+    """Write what is left of the output while an error can still be told."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        error.filename = "standard output"
+        raise
 
 
 def _of_system(error: OSError) -> str:

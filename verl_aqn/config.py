@@ -371,7 +371,7 @@ def read_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 ({first_line(error)}): save it as UTF-8") from error
+        raise ConfigError(f"{path} is no YAML: it is not UTF-8 ({first_line(error)}): save it as UTF-8") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is no YAML: {first_line(error)}") from error
 

@@ -39,6 +39,13 @@ def settle() -> None:
     says something else. What a terminal cannot show is spelled out. Variables without a value are as good as none.
     SIGTERM ends the process in order.
     """
+    for number in (0, 1, 2):  # a closed one would be the number of the next file that is opened, and be written to
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     said = locale.getencoding().lower().replace("-", "")
     if said != "utf8" and not sys.flags.utf8_mode and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
@@ -46,7 +53,7 @@ def settle() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     codecs.register_error("verl_aqn_plain", _plain)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # None where it is closed
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="verl_aqn_plain")
     os.environ["PYTHONUTF8"] = "1"
     os.environ.pop("PYTHONIOENCODING", None)

@@ -21,6 +21,7 @@ from verl_aqn.mxfp4.storage import DTYPE_NAMES, INDEX, SINGLE, Spec, companions
 
 MAX_SHARD_BYTES = 5 * 10**9
 _LOCK = ".lock"
+_ROOM = 1 << 24  # bytes; a disk with less is full
 
 
 def write_model(
@@ -132,10 +133,17 @@ def _naming_the_target(target: Path) -> Iterator[None]:
         ours = file.startswith(beside) or (file and Path(file) in (target, *target.parents))
         if not ours and not (is_full(error) and not file):  # a write into an open file does not say which
             raise
-        where = f"{target}" if ours else f"{target}, or a temporary file in {tempfile.gettempdir()}"
+        where = target if ours else _without_room(target)
         raise EnvironmentFault(
             f"cannot write {where} ({reason(error)}): {remedy(error) or 'choose another place'}"
         ) from error
+
+
+def _without_room(target: Path) -> Path:
+    """Where there was none: at ``target``, unless that has room and the folder of temporary files has not."""
+    temporary = Path(tempfile.gettempdir())
+    free, other = (shutil.disk_usage(folder).free for folder in (target.parent, temporary))
+    return temporary if other < _ROOM <= free else target
 
 
 def _sync(path: Path) -> None:

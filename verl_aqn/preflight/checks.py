@@ -92,14 +92,16 @@ def check_ports(config: DictConfig) -> Iterator[Finding]:
             yield Finding(f"port {port}", "in use" if taken else "free", f"choose another {key}" if taken else "")
 
 
-def check_places(config: DictConfig) -> Iterator[Finding]:
-    """The folders that a run writes can be written here. Nothing is made."""
+def check_places(config: DictConfig, *, elsewhere: bool = False) -> Iterator[Finding]:
+    """The folders that a run writes can be written here. Nothing is made.
+
+    `elsewhere`: the run is not to be on this machine, where only its model and data are prepared.
+    """
     run = Path(parse_aqn(config).run.dir or "/tmp").expanduser()
-    places = {
-        "run's folder": (run, "set aqn.run.dir to a folder that you may write"),
-        "cache": (cache_dir(), "set VERL_AQN_CACHE to a folder that you may write"),
-        "temporary files": (Path("/tmp"), "let this user write /tmp"),
-    }
+    places = {"cache": (cache_dir(), "set VERL_AQN_CACHE to a folder that you may write")}
+    if not elsewhere:
+        places["run's folder"] = run, "set aqn.run.dir to a folder that you may write"
+        places["temporary files"] = Path("/tmp"), "let this user write /tmp"
     for what, (folder, fix) in places.items():
         there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
         fine = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
@@ -301,7 +303,6 @@ def refuse(config: DictConfig) -> None:
     _raise_first(
         [
             *check_ports(config),
-            *check_places(config),
             *([check_devices(config, len(devices))] if alone else []),
             *check_storage(config, shape, shared, free_disk(folder), ""),
             *(check_memory(config, shape, host.memory().available, devices) if alone else ()),
@@ -318,6 +319,7 @@ def check_machine(config: DictConfig, *, elsewhere: bool = False) -> None:
         EnvironmentFault: the first fault, with what to do.
     """
     check_installed()
+    _raise_first(check_places(config, elsewhere=elsewhere))
     (refuse_recipe if elsewhere else refuse)(config)
 
 
