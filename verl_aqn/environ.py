@@ -70,6 +70,15 @@ def drop_empty(env: MutableMapping[str, str]) -> None:
         del env[name]
 
 
+def keep_off_home(env: MutableMapping[str, str]) -> None:
+    """Where the home folder cannot be written, tell libraries to keep in the cache what they would keep there."""
+    home = os.path.expanduser("~")
+    there = home if os.path.isdir(home) else os.path.dirname(home)
+    if not os.access(there, os.W_OK | os.X_OK):
+        for name in ("HF_DATASETS_CACHE", "VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT", "TRITON_HOME", "MPLCONFIGDIR"):
+            env.setdefault(name, str(cache_dir() / "home" / name.lower()))
+
+
 def cluster_address(config: Any = None) -> str | None:
     """Where the Ray cluster is that a run would join; None where it starts one of its own."""
     from omegaconf import OmegaConf

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl_aqn import stacks
 from verl_aqn.cache import cache_dir
 from verl_aqn.config import parse_aqn
-from verl_aqn.environ import cluster_address, drop_empty
+from verl_aqn.environ import cluster_address, drop_empty, keep_off_home
 from verl_aqn.preflight.host import threads
 from verl_aqn.processes import adopt_orphans, end_descendants, remove_shared_memory, start_module
 from verl_aqn.runs.folder import RunFolder
@@ -116,6 +116,7 @@ def engine_environment(temporary: str, *, cpu: bool, ranks: int) -> dict[str, st
     cores = sorted(os.sched_getaffinity(0))
     env = dict(os.environ) | {"PYTHONUTF8": "1"}
     drop_empty(env)
+    keep_off_home(env)
     env.pop("PYTHONDONTWRITEBYTECODE", None)  # ten processes import verl; compiled files make that 6 s faster each
     count = threads()
     env.setdefault("OMP_NUM_THREADS", str(count))

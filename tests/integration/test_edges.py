@@ -23,7 +23,7 @@ HOSTILE = {
 
 @pytest.fixture
 def start(tiny_model, warm_cache, tmp_path):
-    """`start()` → the same run, started again; its folder has a name that only UTF-8 has."""
+    """`start(**variables)` → the same run, started again; its folder has a name that only UTF-8 has."""
     for name in ("nobody", "locked"):
         (tmp_path / name).mkdir()
     (tmp_path / "nobody" / "sitecustomize.py").write_text(NOBODY)
@@ -34,9 +34,9 @@ def start(tiny_model, warm_cache, tmp_path):
     overrides = [f"actor_rollout_ref.model.path={tiny_model}", f'aqn.run.dir="{folder}"']
     command = [sys.executable, "-m", "verl_aqn.cli", "train", "e12_aggressive_1ep", *TINY, *overrides]
 
-    def start() -> subprocess.Popen:
+    def start(**variables: str) -> subprocess.Popen:
         return subprocess.Popen(
-            command, cwd=tmp_path / "locked", env=env, text=True, encoding="ascii", stdout=subprocess.PIPE,
+            command, cwd=tmp_path / "locked", env=env | variables, text=True, encoding="ascii", stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, preexec_fn=as_a_user,
         )  # fmt: skip
 
@@ -63,7 +63,7 @@ def test_a_run_of_a_user_without_a_home(start, warm_cache, tmp_path):
     assert "error: stopped by SIGTERM (log: " in err
     assert leftovers() <= before
 
-    process = start()
+    process = start(HOME=str(tmp_path / "locked"))  # there is one, but it cannot be written
     err = stop(process, start.folder, signal.SIGINT, lambda events: any(e.get("phase") == "metrics" for e in events))
     assert process.returncode == 128 + signal.SIGINT, err
     assert err.splitlines()[-1].startswith("error: stopped by Ctrl-C (log: ")

@@ -3,9 +3,11 @@
 Each is told in one line with the right exit code, and nothing stays in the working folder or at home.
 """
 
+import ast
 import ctypes
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -218,6 +220,25 @@ def test_a_signal_ends_a_command_with_its_own_code(place, number, name):
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (128 + number, f"error: stopped by {name}\n")
     assert not list((place / "cwd").iterdir())
+
+
+def test_libraries_write_into_the_cache_where_they_cannot_into_the_home_folder(place):
+    code = "from verl_aqn.environ import keep_off_home; env = {'TRITON_HOME': 'x'}; keep_off_home(env); print(env)"
+    for home, moved in (("home", set()), ("locked", {"HF_DATASETS_CACHE", "VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT"})):
+        env = environment(place, HOME=f"{place}/{home}", VERL_AQN_CACHE="/cache")
+        told = subprocess.run([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, preexec_fn=as_a_user)
+        found = ast.literal_eval(told.stdout.decode())
+        assert found.pop("TRITON_HOME") == "x"
+        assert moved <= set(found)
+        assert bool(moved) == bool(found)
+
+
+def test_the_example_of_the_documentation(place):
+    """Of values with quotes: as it stands there, in a shell."""
+    (text,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/environment.md").read_text(encoding="utf-8"), re.S)
+    command = text.replace("verl-aqn", f"{sys.executable} -m verl_aqn.cli")
+    done = subprocess.run(["bash", "-c", command], env=environment(place), capture_output=True, text=True)
+    assert (done.returncode, len(json.loads(done.stdout))) == (0, 29), done.stderr
 
 
 def test_what_an_empty_variable_means():
