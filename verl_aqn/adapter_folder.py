@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from verl_aqn.adapter import ADAPTER_DTYPE, PEFT_PREFIX, Adapter
-from verl_aqn.errors import DataError, ModelError, first_line
+from verl_aqn.errors import DataError, ModelError, first_line, reason, remedy
 from verl_aqn.mxfp4.model import empty_model
 from verl_aqn.serving import ADAPTER_RANKS
 
@@ -193,7 +193,10 @@ def _check_tensors(folder: Path) -> None:
                     raise ModelError(f"{folder}: {name} is {dtype}, not of 16 or 32 bits: save the adapter in bfloat16")
                 if not torch.isfinite(file.get_tensor(name)).all():
                     raise DataError(f"{folder}: {name} holds NaN or infinity: give an adapter that trained well")
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        todo = remedy(error) or "copy it again"
+        raise DataError(f"cannot read {folder / WEIGHTS} ({reason(error)}): {todo}") from error
+    except SafetensorError as error:
         raise DataError(f"{folder / WEIGHTS} is damaged ({first_line(error)}): copy it again") from error
 
 

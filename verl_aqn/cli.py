@@ -1,8 +1,10 @@
 """The `verl-aqn` command. Results go to standard output, progress and errors to standard error."""
 
+import contextlib
 import difflib
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +16,10 @@ from rich.table import Table
 
 from verl_aqn import __version__
 from verl_aqn.bench.cli import bench_app
+from verl_aqn.cache import cache_dir
 from verl_aqn.cluster.cli import node_app, submit
-from verl_aqn.errors import AqnError, ConfigError
+from verl_aqn.environ import settle
+from verl_aqn.errors import AqnError, ConfigError, EnvironmentFault, Stopped, system_line
 from verl_aqn.export.cli import export
 from verl_aqn.owned import keep_to_oneself
 from verl_aqn.quantize import quantize
@@ -32,6 +36,8 @@ app.command()(export)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Recipe = Annotated[str, typer.Argument(help="A file, or the bare name of one in recipes/.")]
+CTRL_C = "stopped by Ctrl-C"
+NO_SUCH_HOME = "Could not determine home directory."
 RecipeOrPlan = Annotated[str, typer.Argument(help="A file, or the bare name of one in recipes/ or recipes/plans/.")]
 
 
@@ -326,17 +332,36 @@ def data_gsm8k(
 
 
 def main() -> None:
-    """Entry point: errors that a user can mend are one line; exit code 2 for wrong use, 1 for the rest."""
+    """Entry point: errors that a user can mend are one line.
+
+    Exit code 2 for wrong use, 128 + its number for a signal, 1 for the rest. What the system refuses (OSError) is told
+    here, so that no command has to; an exception that nobody expected keeps its traceback: it is our fault.
+    """
     keep_to_oneself()
+    settle()
     try:
-        sys.exit(app(standalone_mode=False))  # the code of a typer.Exit is returned, not raised
+        if any("\udc80" <= letter <= "\udcff" for argument in sys.argv for letter in argument):
+            raise ConfigError("an argument is not UTF-8: rename the file or folder that it names")
+        if not os.path.exists("."):
+            raise EnvironmentFault("the working folder is gone: cd into another one")
+        code = app(standalone_mode=False)  # that of a typer.Exit is returned, not raised
+        if code == 130:  # what Typer makes of Ctrl-C
+            raise KeyboardInterrupt
+        _flush()
+        sys.exit(code)
     except ConfigError as error:
         _fail(str(error), 2)
     except AqnError as error:
         _fail(str(error), 1)
+    except Stopped as error:
+        _fail(str(error), 128 + error.signal)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("stopped", 1)
+        _fail(CTRL_C, 130)
+    except OSError as error:
+        _fail(_of_system(error), 1)
     except Exception as error:
+        if str(error) == NO_SUCH_HOME:  # how pathlib says it
+            _fail("a path begins with ~ and a name that is no user's of this machine: write it out", 2)
         # Typer's own errors (a missing argument, an unknown option) know how to say what is wrong in a line.
         if not hasattr(error, "format_message"):
             raise
@@ -344,6 +369,25 @@ def main() -> None:
             print(error.format_message())
             sys.exit(2)
         _fail(_usage(error), 2)
+
+
+def _flush() -> None:
+    """Write what is left of the output while an error can still be told."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        error.filename = "standard output"
+        raise
+
+
+def _of_system(error: OSError) -> str:
+    """What to say of an error of the system's. Of output that nobody reads any more: nothing."""
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in the buffer
+        sys.exit(1)
+    with contextlib.suppress(EnvironmentFault):
+        return system_line(error, str(cache_dir()))
+    return system_line(error)
 
 
 def _usage(error: Any) -> str:

@@ -4,6 +4,7 @@ Imports neither torch, verl, vLLM nor Ray: reading and checking a recipe takes a
 """
 
 import difflib
+import json
 import math
 import os
 import re
@@ -25,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from verl_aqn.errors import ConfigError, EnvironmentFault, first_line
 from verl_aqn.order import LAYER_KINDS, TARGETS, UNITS, Layers, NoiseOrder
+from verl_aqn.overrides import check_overrides
 from verl_aqn.schedule import KINDS, SigmaSchedule
 from verl_aqn.trackers import LOGGERS
 
@@ -367,8 +369,10 @@ def find_recipe(recipe: str, *, plans: bool = True) -> Path:
 def read_yaml(path: Path) -> Any:
     """What a recipe's or plan's file holds. ConfigError where it is no YAML."""
     try:
-        return yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no YAML: it is not UTF-8 ({first_line(error)}): save it as UTF-8") from error
+    except yaml.YAMLError as error:
         raise ConfigError(f"{path} is no YAML: {first_line(error)}") from error
 
 
@@ -419,6 +423,7 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
     path = find_recipe(recipe, plans=False)
     _refuse_plan(recipe, read_yaml(path))
     profile, groups, rest = _groups(overrides or [])
+    check_overrides(rest)
     try:
         config = _compose(path, [*groups, *rest])
         _check_base(config, path)
@@ -529,7 +534,7 @@ def unknown_key(key: str, known: Any) -> str:
 
 def _compose(path: Path, overrides: list[str]) -> DictConfig:
     folders = [Path(__file__).resolve().parent / "conf", _verl_config_dir(), *recipe_dirs()]
-    searchpath = ",".join(f"file://{folder}" for folder in folders)
+    searchpath = ",".join(json.dumps(f"file://{folder}", ensure_ascii=False) for folder in folders)
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(path.parent), version_base=None):
         return compose(config_name=path.stem, overrides=[f"hydra.searchpath=[{searchpath}]", *overrides])

@@ -136,8 +136,6 @@ class Console:
         if outcome.status != "finished":
             log = run.path / "training.log"
             self.err.print(f"[red]error:[/red] {escape(outcome.message)} (log: {escape(str(log))})", soft_wrap=True)
-            if outcome.status == "interrupted":
-                self.err.print("the same command resumes this run from its last checkpoint")
             return 1
         self.out.print(sigma_table(run))
         self.out.print(result_table(run))

@@ -8,10 +8,11 @@ from omegaconf import DictConfig
 
 from verl_aqn import ascend
 from verl_aqn.config import detect_profile, load_recipe, parse_aqn
+from verl_aqn.environ import cluster_address
 from verl_aqn.errors import AqnError, ConfigError, first_line
 from verl_aqn.preflight import checks
 from verl_aqn.preflight.findings import Finding
-from verl_aqn.preflight.node import Node, cluster_address, cluster_nodes, local_node
+from verl_aqn.preflight.node import Node, cluster_nodes, local_node
 from verl_aqn.prepare import find_model
 
 
@@ -80,6 +81,7 @@ def _recipe(report: Report, config: DictConfig, nodes: list[Node]) -> None:
     findings += checks.check_recipe(config)
     findings += checks.check_adapter(config)
     findings += checks.check_ports(config)
+    findings += checks.check_places(config)
     findings.append(checks.check_schedule(config))
     shape = None
     try:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -281,7 +282,7 @@ def with_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
             _follow(config, key, before)
         except (ConfigAttributeError, ConfigKeyError) as error:
             raise ConfigError(unknown_key(key, OmegaConf.to_container(config))) from error
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(f"{override}: {first_line(error)}") from error
     parse_aqn(config)
     check_numbers(config)

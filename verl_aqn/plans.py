@@ -257,8 +257,6 @@ class Series:
         except AqnError as error:
             self.console.warn(str(error))
             return False
-        if outcome.status == "interrupted":
-            raise KeyboardInterrupt
         if outcome.status != "finished":
             self.console.warn(f"{outcome.message} (log: {run.log})")
             return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from verl_aqn.errors import ConfigError
+from verl_aqn.errors import ConfigError, EnvironmentFault, reason, remedy
 from verl_aqn.order import layer_and_kind
 
 if TYPE_CHECKING:
@@ -180,7 +180,10 @@ def _save(figure, path: Path) -> None:
 
     try:
         figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        todo = remedy(error) or "name another file"
+        raise EnvironmentFault(f"cannot write a picture to {path} ({reason(error)}): {todo}") from error
+    except ValueError as error:
         raise ConfigError(f"cannot write a picture to {path}: {error}") from error
     finally:
         pyplot.close(figure)

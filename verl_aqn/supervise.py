@@ -16,7 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from verl_aqn import stacks, temporary
 from verl_aqn.cache import cache_dir
 from verl_aqn.config import parse_aqn
+from verl_aqn.environ import cluster_address, drop_empty, keep_off_home
 from verl_aqn.owned import own_folder
+from verl_aqn.preflight.host import threads
 from verl_aqn.processes import SharedMemory, adopt_orphans, end_descendants, start_module
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.tail import Tail
@@ -35,11 +37,13 @@ class Outcome:
     """How the training process ended: `finished`, `failed` or `interrupted`.
 
     `again`: it failed by a fault that another attempt need not meet (a process died or hung), not by what was asked.
+    `signal`: what interrupted it.
     """
 
     status: str
     message: str = ""
     again: bool = False
+    signal: int = 0
 
 
 class Listener(Protocol):
@@ -51,10 +55,11 @@ class Listener(Protocol):
 def environment(run: RunFolder, temporary: str) -> dict[str, str]:
     """Environment of the training process and, through a Ray that it starts, of every process under it."""
     env = worker_environment(run, temporary)
-    if "RAY_ADDRESS" not in env:
+    env.pop("RAY_ADDRESS", None)
+    if (address := cluster_address(launched(run))) is None:
         return env | local_ray(temporary)
     # The run may set again what its job was submitted with.
-    return env | RAY | {"RAY_TMPDIR": temporary, "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1"}
+    return env | RAY | {"RAY_ADDRESS": address, "RAY_TMPDIR": temporary, "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1"}
 
 
 def local_ray(temporary: str) -> dict[str, str]:
@@ -110,9 +115,12 @@ def engine_environment(temporary: str, *, cpu: bool, ranks: int) -> dict[str, st
     """
     own_folder(compiled := cache_dir() / "torchinductor", "VERL_AQN_CACHE=DIR")  # what is in there is loaded as code
     cores = sorted(os.sched_getaffinity(0))
-    env = dict(os.environ)
+    env = dict(os.environ) | {"PYTHONUTF8": "1"}
+    drop_empty(env)
+    keep_off_home(env)
     env.pop("PYTHONDONTWRITEBYTECODE", None)  # ten processes import verl; compiled files make that 6 s faster each
-    env.setdefault("OMP_NUM_THREADS", str(len(cores)))
+    count = threads()
+    env.setdefault("OMP_NUM_THREADS", str(count))
     env.update(
         TMPDIR=temporary,
         VLLM_RPC_BASE_PATH=temporary,
@@ -127,7 +135,8 @@ def engine_environment(temporary: str, *, cpu: bool, ranks: int) -> dict[str, st
         env["VERL_PLATFORM"] = "cpu"
         env.pop("CUDA_VISIBLE_DEVICES", None)  # Ray refuses a pretended GPU beside an empty list
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-        env.setdefault("VLLM_CPU_OMP_THREADS_BIND", bind_cores(cores, ranks))
+        # With a share of the time of many cores, no core is better than another: others may be on it.
+        env.setdefault("VLLM_CPU_OMP_THREADS_BIND", bind_cores(cores, ranks) if count == len(cores) else "nobind")
     return env
 
 
@@ -155,14 +164,15 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
     run.append("events.jsonl", {"kind": "temporary", "path": folder, "since": started})
     tails = {name: Tail(run.path / name) for name in ("events.jsonl", "metrics.jsonl")}
     (promises := stacks.folder_in(folder)).mkdir()
-    watchdog = Watchdog(parse_aqn(launched(run)).run.patience, promises)
+    address = cluster_address(launched(run))
+    watchdog = Watchdog(parse_aqn(launched(run)).run.patience, promises, alone=address is None)
     stop: list[int] = []
     previous = {
         sig: signal.signal(sig, lambda number, _frame: stop.append(number)) for sig in (signal.SIGINT, signal.SIGTERM)
     }
     try:
         env = environment(run, folder)
-        if "RAY_ADDRESS" not in env and starts_warm(launched(run)):
+        if address is None and starts_warm(launched(run)):
             python, server = warm_python(folder)
             env[PYTHON] = str(python)
             # It runs nothing of this run itself, so it promises no stacks.
@@ -173,16 +183,19 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
             error = _drain(tails, listener, watchdog) or error
             if fault := watchdog.fault():
                 kept = run.path / f"stacks-{run.state['attempt']}.txt"
-                kept.write_text(on_nodes("stacks", run, [folder]) or stacks.collect(promises, watchdog.vital))
+                kept.write_text(on_nodes("stacks", run, [folder], address) or stacks.collect(promises, watchdog.vital))
                 if error:
                     break
                 return Outcome("failed", f"{fault} (every process's stack: {kept})", again=True)
+            if text := watchdog.warning():
+                run.append("events.jsonl", {"kind": "warning", "text": text})
             if time.time() - looked > MEMORY_S:
                 memory.look()
                 looked = time.time()
             time.sleep(POLL_S)
         if stop:
-            return Outcome("interrupted", "stopped by Ctrl-C" if stop[0] == signal.SIGINT else "stopped by SIGTERM")
+            by = "Ctrl-C" if stop[0] == signal.SIGINT else "SIGTERM"
+            return Outcome("interrupted", f"stopped by {by}", signal=stop[0])
         error = _drain(tails, listener, watchdog) or error
         if process.returncode == 0:
             return Outcome("finished")
@@ -194,7 +207,7 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
         end_descendants()
         memory.remove(started)
         os.close(lock)  # or this node would be left as it is
-        on_nodes("clean", run, [folder])
+        on_nodes("clean", run, [folder], address)
         for sig, handler in previous.items():
             signal.signal(sig, handler)
         temporary.remove(Path(folder), run.path)
@@ -208,16 +221,17 @@ def clean_after_killed(run: RunFolder) -> None:
         memory = SharedMemory(Path(record["path"]))
         if temporary.remove(Path(record["path"]), run.path):
             memory.remove(record["since"] if "since" in record else record["started"])  # its name before
-    on_nodes("clean", run, [record["path"] for record in left])
+    on_nodes("clean", run, [record["path"] for record in left], cluster_address(launched(run)))
 
 
-def on_nodes(task: str, run: RunFolder, temporaries: list[str]) -> str:
+def on_nodes(task: str, run: RunFolder, temporaries: list[str], address: str | None) -> str:
     """What `verl_api.nodes` prints for a task on every node, if the run is on a cluster. That may be gone: nothing."""
-    if temporaries and "RAY_ADDRESS" in os.environ:
+    if temporaries and address:
+        env = dict(os.environ) | {"RAY_ADDRESS": address}
         command = [sys.executable, "-m", "verl_aqn.verl_api.nodes", task, str(run.path), *temporaries]
         with suppress(subprocess.TimeoutExpired):
             return subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CLEAN_S, check=False
+                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CLEAN_S, check=False, env=env
             ).stdout
     return ""
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.config import load_recipe, parse_aqn, schedule_of
 from verl_aqn.console import Console
-from verl_aqn.errors import StrengthError
+from verl_aqn.errors import Stopped, StrengthError
 from verl_aqn.judge.records import VERSION
 from verl_aqn.owned import own_folder
 from verl_aqn.preflight.checks import check_machine
@@ -104,14 +104,17 @@ def execute(todo: Prepared, base: Path, console: Console) -> tuple[RunFolder, Ou
     console.start(run, todo)
     warn(run, [*warnings_of(todo.config), *todo.warnings, *changed], console)
     measure_noise(run, todo, console)
-    outcome = attempt(run, console)
-    for restart in range(settings.restarts if outcome.again else 0):
-        console.warn(f"{outcome.message}: restart {restart + 1} of {settings.restarts}, from the last checkpoint")
-        run = open_run(base, identity(todo.config))
-        warn(run, launch(run, todo), console)
+    try:
         outcome = attempt(run, console)
-        if not outcome.again:
-            break
+        for restart in range(settings.restarts if outcome.again else 0):
+            console.warn(f"{outcome.message}: restart {restart + 1} of {settings.restarts}, from the last checkpoint")
+            run = open_run(base, identity(todo.config))
+            warn(run, launch(run, todo), console)
+            outcome = attempt(run, console)
+            if not outcome.again:
+                break
+    except Stopped as stop:
+        raise Stopped(f"{stop}: the same command resumes this run from its last checkpoint", stop.signal) from None
     return run, outcome
 
 
@@ -123,10 +126,16 @@ def warn(run: RunFolder, texts: list[str], console: Console) -> None:
 
 
 def attempt(run: RunFolder, console: Console) -> Outcome:
-    """One attempt at a run, on record however it ends."""
+    """One attempt at a run, on record however it ends.
+
+    Raises:
+        Stopped: a signal ended it.
+    """
     outcome = supervise(run, console)
     run.set_status(outcome.status, outcome.message)
     run.close()
+    if outcome.status == "interrupted":
+        raise Stopped(f"{outcome.message} (log: {run.log})", outcome.signal)
     return outcome
 
 

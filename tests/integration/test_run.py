@@ -490,7 +490,7 @@ def test_ctrl_c_ends_everything_in_order(train, tmp_path):
     assert len(children) > 3
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 1
+    assert process.returncode == 130
     assert "stopped by Ctrl-C" in err
     assert "Traceback" not in err
     assert not [child for child in children if child.is_running()]

@@ -27,7 +27,7 @@ ARROWS = {
     "owned": (),
     "runs": ("checksums", "config", "judge", "order", "owned", "schedule", "stock_settings"),
     "trackers": ("cache",),
-    "config": ("order", "schedule", "trackers"),  # the names of trackers, to refuse others
+    "config": ("order", "overrides", "schedule", "trackers"),  # the names of trackers, to refuse others
     "adapter": ("digest",),
     # ascend: whose operators to use; data: texts to calibrate on
     "mxfp4": ("adapter", "ascend", "cache", "checksums", "data", "order", "owned", "shards"),

@@ -1,14 +1,17 @@
 """A run that is carried on: what it was asked is on record whenever it died, and a change of versions shows."""
 
 import json
+import signal
+import sys
 
 import pytest
 
-from verl_aqn import train
+from verl_aqn import cli, train
 from verl_aqn.config import load_recipe
 from verl_aqn.runs.arms import beyond, records_of, settings_of, versions_of
-from verl_aqn.runs.folder import open_run
+from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.runs.provenance import provenance
+from verl_aqn.supervise import Outcome
 from verl_aqn.train import Prepared, launch
 
 
@@ -59,3 +62,30 @@ def test_a_run_that_goes_on_with_other_versions_says_so_and_is_like_no_other(tmp
     both = [settings_of({"versions": one}) for one in (began, mixed)]
     assert beyond([], both) == "versions.data.rows.parquet, versions.torch"
     run.close()
+
+
+@pytest.mark.parametrize(("number", "by"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+def test_a_run_that_a_signal_ended_is_on_record_and_has_the_signal_s_exit_code(
+    tmp_path, todo, monkeypatch, capsys, number, by
+):
+    calls = []
+
+    def supervise(run, console):
+        calls.append(run.path)
+        return Outcome("interrupted", f"stopped by {by}", signal=number)
+
+    monkeypatch.setattr(train, "supervise", supervise)
+    monkeypatch.setattr(train, "prepare", lambda *_, **__: todo)
+    monkeypatch.setattr(train, "warnings_of", lambda config: [])
+    todo.config.aqn.noise.probe = False
+    todo.config.aqn.run.restarts = 3
+    monkeypatch.setattr(sys, "argv", ["verl-aqn", "train", "e12", f"aqn.run.dir={tmp_path / 'base'}"])
+    todo.config.aqn.run.dir = str(tmp_path / "base")
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 128 + number
+    assert len(calls) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    log = f"{calls[0]}/training.log"
+    assert line == f"error: stopped by {by} (log: {log}): the same command resumes this run from its last checkpoint"
+    assert RunFolder(calls[0]).state["status"] == "interrupted"

@@ -182,13 +182,11 @@ def test_port_in_use():
 
 
 def test_too_little_memory(monkeypatch):
-    from types import SimpleNamespace
-
     from verl_aqn.config import load_recipe
     from verl_aqn.errors import EnvironmentFault
-    from verl_aqn.preflight import checks
+    from verl_aqn.preflight import checks, host
 
-    monkeypatch.setattr(checks.psutil, "virtual_memory", lambda: SimpleNamespace(available=1e9))
+    monkeypatch.setattr(host, "memory", lambda: host.Memory(2 * 10**9, 10**9))
     with pytest.raises(EnvironmentFault, match=r"GB of memory are free, the run of embedded needs 1\d\.\d GB"):
         checks.check_machine(load_recipe("e12", ["profile=cpu"]))
 

@@ -113,6 +113,15 @@ def test_parts_of_a_rollout_rank_by_hand(tmp_path):
     assert memory.rollout_logits(shape, given) == 22 * given.sequences * 151936
 
 
+def test_heads_of_keys_are_not_halved_below_one(tmp_path):
+    """Two heads on four ranks: each rank has a whole one in its cache, and the weights of it."""
+    shape, given = qwen(tmp_path), recipe("actor_rollout_ref.rollout.tensor_model_parallel_size=4")
+    assert memory.cache_bytes(shape, given) == 2 * 2 * 28 * 128
+    twice = 2 * 28 * 1536 * (128 - 256 // 4)  # elements that another rank has too
+    even = (17 * shape.linears // 32 + 2 * shape.kept) // 4
+    assert memory.rollout(shape, given, DEVICE, 0).resident["base"] == pytest.approx(even + 17 * twice // 32, abs=2)
+
+
 @pytest.mark.parametrize(
     ("changes", "part", "factor"),
     [

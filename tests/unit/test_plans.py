@@ -9,7 +9,7 @@ import yaml
 
 from verl_aqn import plans, train
 from verl_aqn.config import find_recipe, load_recipe, plan_names
-from verl_aqn.errors import BusyError, ConfigError, EnvironmentFault
+from verl_aqn.errors import BusyError, ConfigError, EnvironmentFault, Stopped
 from verl_aqn.plans import Plan, Series, read_plan
 from verl_aqn.runs.folder import open_run
 from verl_aqn.runs.provenance import provenance
@@ -222,8 +222,8 @@ def test_a_run_that_fails_does_not_end_the_plan_and_is_tried_again(light, tmp_pa
 
 def test_ctrl_c_ends_the_plan(light, tmp_path):
     outcomes, taken = light
-    outcomes["noisy-0"] = "interrupted"
-    with pytest.raises(KeyboardInterrupt):
+    outcomes["noisy-0"] = Stopped("stopped by SIGTERM", 15)
+    with pytest.raises(Stopped):
         series(tmp_path).run()
     assert taken == ["control-0", "noisy-0"]
 

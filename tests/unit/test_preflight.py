@@ -2,15 +2,15 @@
 
 import json
 import socket
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import typer
 
 from verl_aqn.config import load_recipe
 from verl_aqn.errors import EnvironmentFault
-from verl_aqn.preflight import checks
+from verl_aqn.preflight import checks, host
 from verl_aqn.preflight.node import PACKAGES, Node, free_disk
 from verl_aqn.preflight.shape import Shape
 
@@ -29,7 +29,7 @@ def shape() -> Shape:
     """Of `tiny_model`: two layers of 64 features, two heads, embedding and head of SmolLM2's vocabulary."""
     layer, outside = 4 * 64 * 64 + 3 * 64 * 128, 2 * 49152 * 64
     return Shape(
-        layers=2, hidden=64, query=64, key_value=64, heads=2, inner=128, experts=0, vocabulary=49152,
+        layers=2, hidden=64, query=64, key_value=64, heads=2, key_value_heads=2, inner=128, experts=0, vocabulary=49152,
         head_norms=False, linears=2 * layer, kept=outside + 5 * 64, root=outside + 64, norms=5 * 64,
         layer_linears=layer, layer_kept=2 * 64, largest=64 * 128, adapted=2 * (4 * 128 + 3 * 192),
     )  # fmt: skip
@@ -128,7 +128,27 @@ def test_devices():
 def test_attention_heads_are_shared_out_evenly(shape):
     recipe = config("trainer.n_gpus_per_node=4", "actor_rollout_ref.rollout.tensor_model_parallel_size=4")
     assert shape.heads == 2
-    assert "divisor of 2, not 4" in faults(checks.check_heads(recipe, shape))["attention heads"]
+    assert "one of 1, 2, not 4" in faults(checks.check_heads(recipe, shape))["attention heads"]
+
+
+def test_heads_of_keys_and_values_are_shared_out_or_had_by_several_ranks(shape):
+    """As vLLM's attention layers assert it (`LlamaAttention`)."""
+    grouped = replace(shape, heads=32, key_value_heads=8, key_value=8 * 128)
+    assert [parts for parts in range(1, 33) if grouped.divides_heads(parts)] == [1, 2, 4, 8, 16, 32]
+    assert [grouped.key_value_of_rank(parts) for parts in (1, 4, 8, 16, 32)] == [1024, 256, 128, 128, 128]
+    odd = replace(shape, heads=24, key_value_heads=6, key_value=6 * 64)
+    assert [parts for parts in range(1, 25) if odd.divides_heads(parts)] == [1, 2, 3, 6, 12, 24]
+    recipe = config("trainer.n_gpus_per_node=8", "actor_rollout_ref.rollout.tensor_model_parallel_size=8")
+    assert "one of 1, 2, 3, 6, 12, 24, not 8" in faults(checks.check_heads(recipe, odd))["attention heads"]
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    assert not faults(checks.check_places(config(f"aqn.run.dir={tmp_path / 'new' / 'run'}")))
+    below = config(f"aqn.run.dir={tmp_path / 'file' / 'run'}")
+    assert "aqn.run.dir" in faults(checks.check_places(below))["run's folder"]
+    monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path / "file" / "cache"))
+    assert "VERL_AQN_CACHE" in faults(checks.check_places(config()))["cache"]
 
 
 def test_a_schedule_that_the_data_do_not_last_for():
@@ -149,11 +169,11 @@ def test_memory_is_judged_by_the_recipe_at_hand(shape):
 
 def test_refusal_names_the_first_fault(model, monkeypatch):
     there = f"actor_rollout_ref.model.path={model}"
-    monkeypatch.setattr(checks.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(20e9)))
+    monkeypatch.setattr(host, "memory", lambda: host.Memory(20 * 10**9, 20 * 10**9))
     checks.refuse(config(there))
     with pytest.raises(EnvironmentFault, match=r"LoRA rank: 600.*set actor_rollout_ref.model.lora_rank"):
         checks.refuse(config(there, "actor_rollout_ref.model.lora_rank=600"))
-    monkeypatch.setattr(checks.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(1e9)))
+    monkeypatch.setattr(host, "memory", lambda: host.Memory(20 * 10**9, 10**9))
     with pytest.raises(EnvironmentFault, match=r"1\.0 GB of memory are free"):
         checks.refuse(config(there))
 

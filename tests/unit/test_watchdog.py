@@ -9,7 +9,9 @@ import psutil
 import pytest
 
 from verl_aqn import stacks, watchdog
-from verl_aqn.watchdog import ENDING, FIRST_S, LEAST_S, Watchdog
+from verl_aqn.watchdog import ENDING, FIRST_S, GRACE_S, LEAST_S, LOOK_S, RAY_GRACE_S, TRACKERS, WEIGH_S, Watchdog
+
+PASSING = "vllm.model_executor.models.registry"  # looks at an architecture that vLLM meets first, and ends
 
 # Hangs in C with the interpreter's lock held, so that no Python code of the process can ever run again.
 HANGING = (
@@ -32,96 +34,196 @@ def hanging(tmp_path):
     process.communicate()
 
 
-def phases(dog: Watchdog, *durations: float, phase: str = "update") -> None:
-    """Steps of two phases; each `durations` seconds long, the other one second. The last of `phase` still runs."""
-    at = time.time() - sum(durations) - len(durations)
+class Clock:
+    """The watchdog's clock, moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def begin(dog: Watchdog, phase: str, step: int | None = None) -> None:
+    kind = {"kind": "phase", "text": phase} if step is None else {"kind": "doing", "phase": phase, "step": step}
+    dog.record("events.jsonl", {**kind, "time": -1.0})  # of another machine's clock
+
+
+def wait(dog: Watchdog, clock: Clock, seconds: float, work: bool = False) -> str:
+    """What the watchdog says first in so many seconds, asked every 10 s; `work`: a process of the run is busy."""
+    end = clock.now + seconds
+    while clock.now < end:
+        clock.now = min(end, clock.now + 10)
+        if work:
+            dog.worked = clock.now
+        if fault := dog.fault():
+            return fault
+    return ""
+
+
+def steps(dog: Watchdog, clock: Clock, *durations: float, phase: str = "update") -> None:
+    """Steps of two phases; each `durations` seconds long, the other one second. The last of `phase` begins."""
     for step, seconds in enumerate(durations):
-        dog.record("events.jsonl", {"kind": "doing", "phase": phase, "step": step, "time": at})
-        dog.record("events.jsonl", {"kind": "doing", "phase": "sync", "step": step, "time": at + seconds})
-        at += seconds + 1
-    dog.record("events.jsonl", {"kind": "doing", "phase": phase, "step": len(durations), "time": time.time()})
+        begin(dog, phase, step)
+        wait(dog, clock, seconds)
+        begin(dog, "sync", step)
+        wait(dog, clock, 1)
+    begin(dog, phase, len(durations))
 
 
-def test_ten_times_the_usual_is_late(tmp_path):
-    dog = Watchdog(10, tmp_path)
-    phases(dog, 20, 10, 30)
-    assert dog.limit() == pytest.approx(200)
-    assert dog.fault() == ""
-    dog.since -= 201
-    assert dog.fault() == "update of step 3 has taken 201 s (20 s are usual): the run hangs"
-    quick = Watchdog(10, tmp_path)
-    phases(quick, 1, 1, 1)
+def test_ten_times_the_usual_is_late(tmp_path, clock):
+    dog = Watchdog(10, tmp_path, clock=clock)
+    steps(dog, clock, 20, 10, 30)
+    assert dog.limit() == 200
+    assert wait(dog, clock, 200) == ""
+    assert wait(dog, clock, 10) == "update of step 3 has taken 210 s (20 s are usual): the run hangs"
+    quick = Watchdog(10, tmp_path, clock=clock)
+    steps(quick, clock, 1, 1, 1)
     assert quick.limit() == LEAST_S
 
 
-def test_what_refills_a_batch_is_no_generation_of_its_own(tmp_path):
+def test_what_refills_a_batch_is_no_generation_of_its_own(tmp_path, clock):
     """Groups without variance are drawn anew one by one; the last of them may take as long as generation ever takes."""
-    dog = Watchdog(10, tmp_path)
-    at = time.time() - 1000
+    dog = Watchdog(10, tmp_path, clock=clock)
     for step in (1, 2):
-        for refill in range(100):
-            dog.record("events.jsonl", {"kind": "doing", "phase": "generation", "step": step, "time": at + refill})
-            assert dog.limit() == (FIRST_S if step == 1 else 1200)
-        dog.record("events.jsonl", {"kind": "doing", "phase": "update", "step": step, "time": at + 120})
-        at += 130
+        for _ in range(100):
+            begin(dog, "generation", step)
+            assert dog.limit() == pytest.approx(float("inf") if step == 1 else 1200)
+            clock.now += 1.2
+        begin(dog, "update", step)
+        clock.now += 10
     assert dog.durations["generation"] == [pytest.approx(120)] * 2
 
 
-def test_a_first_time_has_no_usual_and_patience_0_waits_for_ever(tmp_path):
-    dog = Watchdog(10, tmp_path)
-    dog.record("events.jsonl", {"kind": "phase", "text": "loading the actor", "time": time.time() - 1})
-    assert dog.limit() == FIRST_S
-    dog.since -= FIRST_S
-    assert "loading the actor has taken" in dog.fault()
-    endless = Watchdog(0, tmp_path)
-    endless.since -= 1e9
-    assert endless.fault() == ""
+def test_a_first_phase_of_hours_is_left_alone_as_long_as_something_works(tmp_path, clock):
+    dog = Watchdog(10, tmp_path, clock=clock)
+    begin(dog, "loading the actor")
+    told = []
+    for _ in range(5):
+        assert wait(dog, clock, 3600, work=True) == ""
+        told += [dog.warning(), dog.warning()]
+    assert [text[:33] for text in told if text] == [f"loading the actor has taken {hour} h; " for hour in range(1, 6)]
+    begin(dog, "generation", 1)
+    assert dog.warning() == ""
 
 
-def test_a_process_that_dies_is_missed_unless_the_run_ends(tmp_path, hanging, monkeypatch):
-    monkeypatch.setattr(watchdog, "GRACE_S", 0.2)
-    monkeypatch.setattr(watchdog, "LOOK_S", 0)
-    dog = Watchdog(10, tmp_path)
-    dog.record("events.jsonl", {"kind": "doing", "phase": "generation", "step": 4, "time": time.time()})
+def test_a_first_phase_in_which_nothing_works_for_an_hour_hangs(tmp_path, clock):
+    dog = Watchdog(10, tmp_path, clock=clock)
+    begin(dog, "loading the actor")
+    assert wait(dog, clock, FIRST_S + 600, work=True) == ""
+    assert wait(dog, clock, FIRST_S) == ""
+    assert wait(dog, clock, 10) == "no process of the run has worked for 3610 s in loading the actor: the run hangs"
+    elsewhere = Watchdog(10, tmp_path, alone=False, clock=clock)  # its processes are on other machines
+    assert wait(elsewhere, clock, 10 * FIRST_S) == ""
+    endless = Watchdog(0, tmp_path, clock=clock)
+    assert wait(endless, clock, 10 * FIRST_S) == ""
+    assert endless.warning() == ""
+
+
+def test_a_busy_process_and_an_idle_one_are_told_apart(tmp_path, clock, hanging, monkeypatch):
+    dog = Watchdog(10, tmp_path, clock=clock)
+    clock.now += WEIGH_S
+    dog.fault()
+    began = dog.worked  # the import of `hanging` was work
+    clock.now += WEIGH_S
+    dog.fault()
+    assert dog.worked == began, "a process that sleeps does nothing"
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        while sum(psutil.Process(busy.pid).cpu_times()[:2]) < watchdog.BUSY * WEIGH_S + 0.2:
+            time.sleep(0.05)
+        clock.now += WEIGH_S
+        dog.fault()
+        assert dog.worked == clock.now
+    finally:
+        busy.kill()
+        busy.wait()
+
+
+def test_the_last_check_of_the_base_is_as_long_as_the_first_and_not_as_a_checkpoint(tmp_path, clock):
+    """As the trainer says it: the base at the start, steps whose last phase is short, the base at the end."""
+    dog = Watchdog(10, tmp_path, clock=clock)
+    begin(dog, "base", 0)
+    wait(dog, clock, 400)
+    begin(dog, "noise", 1)
+    begin(dog, "checkpoint", 1)
+    wait(dog, clock, 1)
+    begin(dog, TRACKERS, 1)
+    begin(dog, "base", 2)
+    assert wait(dog, clock, 4000) == ""
+    assert "base of step 2 has taken" in wait(dog, clock, 10)
+
+
+def test_trackers_and_checkpoints_wait_for_what_is_outside(tmp_path, clock):
+    dog = Watchdog(10, tmp_path, clock=clock)
+    for phase, least in ((TRACKERS, 3600), ("checkpoint", 600)):
+        for step in (1, 2):
+            begin(dog, phase, step)
+            wait(dog, clock, 1)
+        begin(dog, "sync", 2)
+        wait(dog, clock, 1)
+        begin(dog, phase, 3)
+        assert wait(dog, clock, least) == ""
+        assert "the run hangs" in wait(dog, clock, 10)
+
+
+def test_a_machine_that_was_asleep_has_lost_no_time(tmp_path, clock):
+    """Ctrl-Z, or a virtual machine that was paused: watchdog and run stood still together."""
+    dog = Watchdog(10, tmp_path, clock=clock)
+    steps(dog, clock, 1, 1, 1)
+    wait(dog, clock, 50)
+    clock.now += 36000
+    assert dog.fault() == ""
+    assert wait(dog, clock, 10) == ""
+    assert "the run hangs" in wait(dog, clock, 10)
+
+
+def test_a_process_that_dies_is_missed_unless_the_run_ends(tmp_path, hanging, clock, monkeypatch):
+    monkeypatch.setattr(watchdog, "title", lambda process: "ray::WorkerDict")
+    dog = Watchdog(10, tmp_path, clock=clock)
+    begin(dog, "generation", 4)
     assert dog.fault() == ""
     assert list(dog.vital) == [hanging.pid]
     hanging.kill()
     time.sleep(0.1)
-    assert dog.fault() == "", "the run has a moment to say itself what happened"
-    time.sleep(0.3)
-    assert f"(process {hanging.pid}) died during generation of step 4" in dog.fault()
-    dog.record("events.jsonl", {"kind": "doing", "phase": ENDING, "step": 4, "time": time.time()})
+    assert wait(dog, clock, GRACE_S) == "", "the run has a moment to say itself what happened"
+    assert f"ray::WorkerDict (process {hanging.pid}) died during generation of step 4" in wait(dog, clock, 20)
+    begin(dog, ENDING, 4)
     assert dog.fault() == ""
 
 
-def test_ray_s_own_servers_are_missed_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(watchdog, "LOOK_S", 0)
-    monkeypatch.setattr(watchdog, "RAY_GRACE_S", 0.2)
+@pytest.mark.parametrize("what", ["python3", "ray::grade", "ray::MyJudge", "ray::IDLE", "my_tool", PASSING])
+def test_what_a_user_s_code_starts_may_end_though_it_imports_verl(tmp_path, hanging, clock, monkeypatch, what):
+    monkeypatch.setattr(watchdog, "title", lambda process: what)
+    dog = Watchdog(10, tmp_path, clock=clock)
+    begin(dog, "generation", 4)
+    assert dog.fault() == ""
+    hanging.kill()
+    time.sleep(0.1)
+    assert wait(dog, clock, 100) == ""
+
+
+def test_ray_s_own_servers_are_missed_at_once(tmp_path, clock):
     server = subprocess.Popen(["bash", "-c", "exec -a gcs_server sleep 100"])
     try:
         while watchdog.title(psutil.Process(server.pid)) != "gcs_server":
             time.sleep(0.01)
-        dog = Watchdog(10, tmp_path)
+        dog = Watchdog(10, tmp_path, clock=clock)
         assert dog.fault() == ""
         server.kill()
         server.wait()
+        clock.now += LOOK_S
         assert dog.fault() == "", "it may have been ended because the run was"
-        time.sleep(0.3)
+        clock.now += RAY_GRACE_S + 1
         assert dog.fault() == f"gcs_server (process {server.pid}) died during starting"
     finally:
         server.kill()
         server.wait()
-
-
-def test_a_process_in_which_vllm_looks_at_an_architecture_may_end(tmp_path, hanging, monkeypatch):
-    monkeypatch.setattr(watchdog, "GRACE_S", 0)
-    monkeypatch.setattr(watchdog, "LOOK_S", 0)
-    monkeypatch.setattr(watchdog, "title", lambda process: "vllm.model_executor.models.registry")
-    dog = Watchdog(10, tmp_path)
-    assert dog.fault() == ""
-    hanging.kill()
-    time.sleep(0.1)
-    assert [dog.fault() for _ in range(2)] == ["", ""]
 
 
 def test_a_process_that_hangs_in_c_tells_where(tmp_path, hanging):

@@ -65,4 +65,4 @@ def submit(
 
     arguments = [recipe, *(overrides or []), *([] if restarts is None else [f"aqn.run.restarts={restarts}"])]
     arguments += [name for name, given in (("--fresh", fresh), ("--dry-run", dry_run)) if given]
-    raise typer.Exit(run_job(os.environ.get("RAY_API_SERVER_ADDRESS", address), arguments))
+    raise typer.Exit(run_job(os.environ.get("RAY_API_SERVER_ADDRESS") or address, arguments))

@@ -58,6 +58,7 @@ def node_environment(address: str, profile: str) -> dict[str, str]:
     """Of Ray's processes on a node, and through them of every worker: what the user has set stays."""
     env = dict(os.environ)
     env.pop("PYTHONDONTWRITEBYTECODE", None)
+    env["PYTHONUTF8"] = "1"
     env.update(RAY_USAGE_STATS_ENABLED="0", RAY_JOB_STOP_WAIT_TIME_S=str(STOP_S))
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"  # jobs call `verl-aqn`
     interface = _interface(address)
@@ -84,7 +85,7 @@ def token_environment(*, make: bool) -> dict[str, str]:
     Raises:
         EnvironmentFault: there is none, or others can read it.
     """
-    if "RAY_AUTH_TOKEN" in os.environ:  # as Kubernetes gives a secret
+    if os.environ.get("RAY_AUTH_TOKEN"):  # as Kubernetes gives a secret
         return {"RAY_AUTH_MODE": "token"}
     path = token_file()
     if make and not path.exists():

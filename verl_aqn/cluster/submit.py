@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from verl_aqn.cluster.node import token_environment
 from verl_aqn.config import find_recipe
-from verl_aqn.errors import EnvironmentFault
+from verl_aqn.errors import EnvironmentFault, Stopped
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -42,7 +43,7 @@ def run_job(address: str, arguments: list[str]) -> int:
     )
     ray = f"RAY_AUTH_MODE=token {Path(sys.executable).parent / 'ray'} job"
     _say(f"job {job}; follow it again: {ray} logs --address {address} --follow {job}")
-    shown = [0]
+    shown, stopping = [0], False
     while True:
         try:
             asyncio.run(_follow(client, job, shown))
@@ -51,9 +52,11 @@ def run_job(address: str, arguments: list[str]) -> int:
             if not _ask_to_stop(job):
                 _say(f"job {job} goes on; stop it: {ray} stop --address {address} {job}")
                 return 0
-            client.stop_job(job)
+            stopping = client.stop_job(job)
     while not (status := client.get_job_status(job)).is_terminal():
         time.sleep(0.5)
+    if stopping and status.value == "STOPPED":
+        raise Stopped(f"job {job}: stopped by Ctrl-C", signal.SIGINT)
     _say(f"job {job}: {status.value.lower()}")
     return 0 if status.value == "SUCCEEDED" else 1
 

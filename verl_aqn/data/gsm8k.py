@@ -56,6 +56,8 @@ def _load(split: str, source: str | Path | None) -> Iterable[dict]:
         try:
             return datasets.load_dataset(SOURCE, "main", split=split)
         except OSError as error:  # what it raises without a network, and for a data set that is not there
+            if error.filename:  # its cache
+                raise
             raise DataError(
                 f"{SOURCE} cannot be fetched from the hub ({type(error).__name__}): prepare it from a folder with "
                 "train.jsonl and test.jsonl, by `verl-aqn data gsm8k --source FOLDER`"

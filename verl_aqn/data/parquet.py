@@ -8,7 +8,7 @@ from typing import TypedDict
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from verl_aqn.errors import DataError, EnvironmentFault
+from verl_aqn.errors import DataError, EnvironmentFault, reason, remedy
 
 SCHEMA = pa.schema(
     {
@@ -60,5 +60,7 @@ def write_parquet(rows: list[dict], path: str | Path) -> Path:
         finally:
             working.unlink(missing_ok=True)
     except OSError as error:
-        raise EnvironmentFault(f"{path} cannot be written ({error.strerror}): choose another folder") from error
+        raise EnvironmentFault(
+            f"{path} cannot be written ({reason(error)}): {remedy(error) or 'choose another folder'}"
+        ) from error
     return path

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from verl_aqn.errors import EnvironmentFault, ModelError
 
@@ -179,7 +179,8 @@ def _publish(folder: Path, reader: Any, shape: dict[str, Any], weights: dict[str
     try:
         _write_tokenizer(working, reader)
         _write_config(working, reader, shape)
-        save_file(weights, working / "model.safetensors", metadata={"format": "pt"})
+        # By Python, for which a full disk is an OSError; the writers of both libraries raise others.
+        (working / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
         working.rename(folder)
     except OSError:
         if not folder.is_dir():  # a real fault; otherwise another process finished first with the same content
@@ -223,7 +224,7 @@ def _write_tokenizer(folder: Path, reader: Any) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL_TOKEN]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
     keys = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
     config = {name: tokens[_field(reader, f"tokenizer.ggml.{key}_token_id")] for name, key in keys.items()}

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from verl_aqn.adapter import Adapter
 from verl_aqn.mxfp4.model import PACKED
@@ -39,8 +39,8 @@ def write_peft_folder(folder: Path, adapter: Adapter, base: Path) -> None:
     written["target_modules"] = sorted(written["target_modules"])
     file.write_text(json.dumps(written, indent=2) + "\n")
     tensors = {name: tensor.contiguous() for name, tensor in adapter.tensors()}
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    (folder / "adapter_model.safetensors").chmod(0o644)  # safetensors leaves it to its owner alone
+    # Not save_file: a full disk is no OSError there, and it leaves the file to its owner alone.
+    (folder / "adapter_model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
     for source in companions(base):
         if source.name not in ("generation_config.json", FILE):  # about the base, not the adapter
             shutil.copyfile(source, folder / source.name)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard  # also lets torch.load take DTensors without pickle
 
 from verl_aqn.adapter import ADAPTER_DTYPE, Adapter, split_name, unwrapped
-from verl_aqn.errors import DataError, ModelError, first_line
+from verl_aqn.errors import DataError, ModelError, first_line, reason, remedy
 from verl_aqn.mxfp4.storage import read_json
 
 
@@ -75,7 +75,9 @@ def _load(file: Path) -> dict[str, Any]:
         raise DataError(f"{file} is not there: every rank's file is needed") from None
     except pickle.UnpicklingError as error:
         raise DataError(f"{file} holds more than tensors and is not opened ({first_line(error)})") from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except OSError as error:
+        raise DataError(f"cannot read {file} ({reason(error)}): {remedy(error) or 'copy it again'}") from error
+    except (RuntimeError, EOFError) as error:
         raise DataError(f"{file} is damaged ({first_line(error)}): copy it again") from error
 
 

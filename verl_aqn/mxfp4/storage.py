@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from verl_aqn.checksums import FILE as CHECKSUMS
-from verl_aqn.errors import ModelError
+from verl_aqn.errors import ModelError, reason, remedy
 
 # The names that safetensors gives to the dtypes that a model's weights come in.
 _DTYPES = {
@@ -100,15 +100,18 @@ class Weights:
                 stream.seek(offset)
                 _fill(stream, tensor.view(-1).view(torch.uint8).numpy().data)
         except OSError as error:
-            raise ModelError(f"cannot read tensor {name} of {file} ({error}): copy the file again") from error
+            todo = remedy(error) or "copy the file again"
+            raise ModelError(f"cannot read tensor {name} of {file} ({reason(error)}): {todo}") from error
         return tensor
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a model's or a checkpoint's folder; ModelError where the file does not hold one."""
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"cannot read {path} ({reason(error)}): {remedy(error) or 'copy the file again'}") from error
+    except ValueError as error:
         raise ModelError(f"cannot read {path} ({error}): copy the file again") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} is not a JSON object: copy the file again")
@@ -155,7 +158,7 @@ def _read_header(file: Path) -> dict[str, tuple[Spec, int]]:
             length = int.from_bytes(stream.read(8), "little")
             text = stream.read(length) if 8 + length <= size else b""
     except OSError as error:
-        raise ModelError(f"cannot read {file} ({error.strerror}): copy the file again") from error
+        raise ModelError(f"cannot read {file} ({reason(error)}): {remedy(error) or 'copy the file again'}") from error
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)

@@ -1,12 +1,12 @@
 """Write Hugging Face model folders: a stream of tensors into one file or shards, published whole or not at all."""
 
 import contextlib
-import errno
 import fcntl
 import glob
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from verl_aqn.checksums import write_checksums
-from verl_aqn.errors import EnvironmentFault, ModelError
+from verl_aqn.errors import EnvironmentFault, ModelError, is_full, reason, remedy
 from verl_aqn.mxfp4.storage import DTYPE_NAMES, INDEX, SINGLE, Spec, companions
 
 MAX_SHARD_BYTES = 5 * 10**9
 _LOCK = ".lock"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room for a file, which the error does not name
+_ROOM = 1 << 24  # bytes; a disk with less is full
 
 
 def write_model(
@@ -131,12 +131,19 @@ def _naming_the_target(target: Path) -> Iterator[None]:
         file = os.fsdecode(error.filename or "")
         beside = os.fspath(target.parent / f".{target.name}.")
         ours = file.startswith(beside) or (file and Path(file) in (target, *target.parents))
-        if ours or error.errno in _FULL:
-            raise EnvironmentFault(
-                f"cannot write {target} ({error.strerror}): make room and see that you may write there, or choose "
-                "another folder"
-            ) from error
-        raise
+        if not ours and not (is_full(error) and not file):  # a write into an open file does not say which
+            raise
+        where = target if ours else _without_room(target)
+        raise EnvironmentFault(
+            f"cannot write {where} ({reason(error)}): {remedy(error) or 'choose another place'}"
+        ) from error
+
+
+def _without_room(target: Path) -> Path:
+    """Where there was none: at ``target``, unless that has room and the folder of temporary files has not."""
+    temporary = Path(tempfile.gettempdir())
+    free, other = (shutil.disk_usage(folder).free for folder in (target.parent, temporary))
+    return temporary if other < _ROOM <= free else target
 
 
 def _sync(path: Path) -> None:

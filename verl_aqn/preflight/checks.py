@@ -10,14 +10,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 from omegaconf import DictConfig, OmegaConf
 
+from verl_aqn.cache import cache_dir
 from verl_aqn.config import parse_aqn, schedule_of
+from verl_aqn.environ import cluster_address
 from verl_aqn.errors import ConfigError, DataError, EnvironmentFault, ModelError
+from verl_aqn.preflight import host
 from verl_aqn.preflight.findings import Finding, gb
 from verl_aqn.preflight.memory import CPU, DEVICE, actor, machine, rollout, sizes, whole_cache
-from verl_aqn.preflight.node import PACKAGES, Node, cluster_address, devices_here, free_disk
+from verl_aqn.preflight.node import PACKAGES, Node, devices_here, free_disk
 from verl_aqn.preflight.plan import fit
 from verl_aqn.preflight.shape import Shape
 from verl_aqn.preflight.vllm import check_served
@@ -96,6 +98,22 @@ def check_ports(config: DictConfig) -> Iterator[Finding]:
             yield Finding(f"port {port}", "in use" if taken else "free", f"choose another {key}" if taken else "")
 
 
+def check_places(config: DictConfig, *, elsewhere: bool = False) -> Iterator[Finding]:
+    """The folders that a run writes can be written here. Nothing is made.
+
+    `elsewhere`: the run is not to be on this machine, where only its model and data are prepared.
+    """
+    run = Path(parse_aqn(config).run.dir or "/tmp").expanduser()
+    places = {"cache": (cache_dir(), "set VERL_AQN_CACHE to a folder that you may write")}
+    if not elsewhere:
+        places["run's folder"] = run, "set aqn.run.dir to a folder that you may write"
+        places["temporary files"] = Path("/tmp"), "let this user write /tmp"
+    for what, (folder, fix) in places.items():
+        there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        fine = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+        yield Finding(what, str(folder) if fine else f"{there} cannot be written", "" if fine else fix)
+
+
 def check_storage(config: DictConfig, shape: Shape | None, shared: int, disk: int, where: str) -> Iterator[Finding]:
     """/dev/shm for the adapter's way to the rollout, and the disk for checkpoints.
 
@@ -127,11 +145,12 @@ def check_storage(config: DictConfig, shape: Shape | None, shared: int, disk: in
 
 
 def check_heads(config: DictConfig, shape: Shape) -> Iterator[Finding]:
-    """vLLM shares attention heads out evenly."""
+    """vLLM shares attention heads out evenly, or gives every rank the same ones of keys and values."""
     parts = sizes(config).tensor_parallel
-    if shape.heads % parts:
-        fix = f"set rollout.tensor_model_parallel_size to a divisor of {shape.heads}, not {parts}"
-        yield Finding("attention heads", f"{shape.heads}", fix)
+    if not shape.divides_heads(parts):
+        fits = ", ".join(str(n) for n in range(1, shape.heads + 1) if shape.divides_heads(n))
+        fix = f"set rollout.tensor_model_parallel_size to one of {fits}, not {parts}"
+        yield Finding("attention heads", f"{shape.heads}, {shape.key_value_heads} of keys and values", fix)
 
 
 def check_experts(config: DictConfig, shape: Shape) -> Iterator[Finding]:
@@ -242,7 +261,10 @@ def recipe_shape(config: DictConfig) -> Shape:
 
 def cpu_cache() -> int:
     """Bytes of KV cache that an engine rank on the CPU takes (see `supervise.engine_environment`)."""
-    return int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) << 30
+    said = os.environ.get("VLLM_CPU_KVCACHE_SPACE") or "1"
+    if not said.isdecimal():
+        raise ConfigError(f"VLLM_CPU_KVCACHE_SPACE={said}: give whole GiB, or unset it")
+    return int(said) << 30
 
 
 def memory_of(config: DictConfig, shape: Shape) -> dict[str, Any]:
@@ -305,7 +327,7 @@ def refuse(config: DictConfig) -> None:
             *check_ports(config),
             *([check_devices(config, len(devices))] if alone else []),
             *check_storage(config, shape, shared, free_disk(folder), ""),
-            *(check_memory(config, shape, psutil.virtual_memory().available, devices) if alone else ()),
+            *(check_memory(config, shape, host.memory().available, devices) if alone else ()),
         ]
     )
 
@@ -319,6 +341,7 @@ def check_machine(config: DictConfig, *, elsewhere: bool = False) -> None:
         EnvironmentFault: the first fault, with what to do.
     """
     check_installed()
+    _raise_first(check_places(config, elsewhere=elsewhere))
     (refuse_recipe if elsewhere else refuse)(config)
 
 

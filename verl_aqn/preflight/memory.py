@@ -283,7 +283,7 @@ def update_logits(shape: Shape, sizes: Sizes, micro: MicroBatch) -> int:
 
 def cache_bytes(shape: Shape, sizes: Sizes) -> int:
     """Of one token in the rollout's KV cache, on each rank: keys and values of its heads in bf16."""
-    return 2 * BF16 * shape.layers * ceil(shape.key_value / sizes.tensor_parallel)
+    return 2 * BF16 * shape.layers * shape.key_value_of_rank(sizes.tensor_parallel)
 
 
 def rollout(shape: Shape, sizes: Sizes, costs: Costs, cache: int) -> Estimate:
@@ -298,7 +298,9 @@ def rollout(shape: Shape, sizes: Sizes, costs: Costs, cache: int) -> Estimate:
     parts, rank = sizes.tensor_parallel, served_rank(sizes.rank)
     packed = sizes.served_packed and not (sizes.cpu and shape.packed_experts)
     linear = (PACKED + BF16 * sizes.cpu) if packed else BF16
+    again = shape.key_value_of_rank(parts) - shape.key_value / parts  # features of keys that other ranks have too
     weights = int((linear * shape.linears + BF16 * shape.kept) / parts)
+    weights += int(linear * shape.layers * 2 * shape.hidden * again)
     width = BF16 * (4 * shape.hidden + shape.query + 2 * shape.key_value + 3 * shape.inner)
     resident = {
         "process": costs.rollout,

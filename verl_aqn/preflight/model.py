@@ -35,6 +35,7 @@ def shape_of(folder: Path, exclude: tuple[str, ...]) -> Shape:
     packed = dict(_packed(model, naming, exclude))
     config, names = model.config.get_text_config(), {module: name for name, module in model.named_modules()}
     heads = config.num_attention_heads
+    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()  # on meta each has its own
     parameters = [p for name, p in model.named_parameters() if name not in tied]
@@ -52,7 +53,7 @@ def shape_of(folder: Path, exclude: tuple[str, ...]) -> Shape:
         layers=len(layers),
         hidden=config.hidden_size,
         query=heads * head,
-        key_value=getattr(config, "num_key_value_heads", heads) * head,
+        key_value=key_value_heads * head,
         heads=heads,
         inner=_inner(config),
         experts=getattr(config, "num_experts_per_tok", None) or 0,
@@ -68,6 +69,7 @@ def shape_of(folder: Path, exclude: tuple[str, ...]) -> Shape:
         adapted=sum(m.in_features + m.out_features for m in adapted),
         routed=max((len(modules[name].get_parameter("down_proj")) for name in experts), default=0),
         packed_experts=any(name in packed for name in experts),
+        key_value_heads=key_value_heads,
     )
 
 

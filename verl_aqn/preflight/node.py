@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from verl_aqn.errors import EnvironmentFault
+from verl_aqn.preflight import host
 from verl_aqn.runs.provenance import installed
 
 PACKAGES = ("verl-aqn", "verl", "vllm", "torch", "ray", "transformers", "peft", "compressed-tensors")
@@ -63,7 +63,7 @@ def examine_node(folder: str, profile: str) -> dict[str, Any]:
         host=socket.gethostname(),
         python=sys.version.split()[0],
         versions=installed(PACKAGES),
-        memory=psutil.virtual_memory().available,
+        memory=host.memory().available,
         shared_memory=shutil.disk_usage("/dev/shm").free,
         disk=free_disk(Path(folder)),
         devices=devices_here(profile),
@@ -98,7 +98,10 @@ def local_node(folder: str, profile: str) -> Node:
     """This machine, from a process of its own."""
     code = "import json; from verl_aqn.preflight.node import examine_node; "
     code += f"print(json.dumps(examine_node({folder!r}, {profile!r})))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise EnvironmentFault(f"a new Python cannot look at this machine ({last}): mend what it says")
     return Node(**json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -133,11 +136,3 @@ def cluster_nodes(address: str, folder: str, profile: str) -> tuple[list[Node], 
 
 def _now() -> float:
     return time.time()
-
-
-def cluster_address(config: Any = None) -> str | None:
-    """Where the Ray cluster is that a run would join; None where it starts one of its own."""
-    from omegaconf import OmegaConf
-
-    said = OmegaConf.select(config, "ray_kwargs.ray_init.address") if config is not None else None
-    return said or os.environ.get("RAY_ADDRESS") or None

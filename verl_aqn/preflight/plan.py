@@ -78,7 +78,7 @@ def fewest(shape: Shape, sizes: Sizes, size: int) -> Fit:
             if sizes.mini_batch * sizes.samples % ranks:
                 continue
             for parts in TENSOR_PARALLEL:
-                if ranks % parts or shape.heads % parts:
+                if ranks % parts or not shape.divides_heads(parts):
                     continue
                 found = fit(shape, replace(limited, ranks=ranks, tensor_parallel=parts), size)
                 if not found.fault:

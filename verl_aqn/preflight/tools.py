@@ -28,7 +28,7 @@ def loops_of(config: DictConfig, *sets: Any) -> set[str]:
     """
     default, loops = config.actor_rollout_ref.rollout.agent.default_agent_loop, set()
     for items in sets:
-        rows = getattr(items, "rows", None)
+        rows: Any = getattr(items, "rows", None)
         if hasattr(rows, "column_names"):
             loops |= set(rows.unique("agent_name")) if "agent_name" in rows.column_names else {default}
         else:

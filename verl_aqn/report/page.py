@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from verl_aqn import __version__
-from verl_aqn.errors import AqnError, ConfigError
+from verl_aqn.errors import AqnError, ConfigError, EnvironmentFault, reason, remedy
 from verl_aqn.report import evidence, sections
 from verl_aqn.report.answers import read_answers
 from verl_aqn.report.records import Run, read_runs
@@ -41,7 +41,8 @@ def write_report(
     with the reason. `answers`: how many problems are shown with what was answered.
 
     Raises:
-        ConfigError: `dst` exists or cannot be written, or a run is named twice.
+        ConfigError: `dst` exists, or a run is named twice.
+        EnvironmentFault: `dst` cannot be written.
         DataError: a path holds no run, or one of its records is damaged.
     """
     check_free(dst)
@@ -54,7 +55,9 @@ def write_report(
         raise
     except OSError as error:
         dst.unlink(missing_ok=True)  # half a page
-        raise ConfigError(f"cannot write {dst} ({error.strerror}): give another file with -o") from error
+        raise EnvironmentFault(
+            f"cannot write {dst} ({reason(error)}): {remedy(error) or 'give another file with -o'}"
+        ) from error
     return len(page)
 
 

@@ -4,10 +4,10 @@ import types
 from contextlib import contextmanager
 from typing import Any
 
-import psutil
 import torch
 from verl.plugin.platform.platform_base import PlatformBase
 
+from verl_aqn.preflight import host
 from verl_aqn.preflight.peak import peak_bytes
 
 
@@ -18,7 +18,7 @@ def _peak_bytes(*_args: Any) -> int:
 
 def _free_and_total() -> tuple[int, int]:
     """Bytes of memory free and in all: the CPU's equal of `mem_get_info`."""
-    memory = psutil.virtual_memory()
+    memory = host.memory()
     return memory.available, memory.total
 
 

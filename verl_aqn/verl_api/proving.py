@@ -143,6 +143,7 @@ class ProvingTrainer(ValidatingTrainer):
 
     def check_base(self, when: str) -> str:
         """Hold every frozen tensor of actor and rollout against the folder's; returns what was compared."""
+        self.doing("base")  # what it takes at the start says what is usual at the end
         began, servers = time.monotonic(), self.servers()
         asked = [server.aqn_call.remote("aqn_base_told", self.base.packed, clear_cache=False) for server in servers]
         actor = self.actor_rollout_wg.base()  # while the rollout looks at its own

@@ -33,6 +33,7 @@ class AqnTaskRunner:
         from verl_aqn.verl_api.nodes import check_nodes
         from verl_aqn.verl_api.plugin import assert_loaded
         from verl_aqn.verl_api.trainer import AqnTrainer
+        from verl_aqn.watchdog import ENDING, TRACKERS
 
         assert_loaded("task runner")
         if TEMPORARY in os.environ:
@@ -52,7 +53,9 @@ class AqnTaskRunner:
                 reward_loop_worker_handles=trainer.get_reward_handles(),
             )
             trainer.fit(agents)
+            trainer.doing(TRACKERS)
             trainer.logger.finish()
+            trainer.doing(ENDING)
         finally:
             transfer_queue.close()
 
@@ -65,7 +68,7 @@ def start(config: DictConfig, records: RunFolder) -> None:
     # Only now: verl chooses its platform while these are imported.
     from verl.trainer.main_ppo import run_ppo
 
-    if "RAY_ADDRESS" in os.environ:
+    if os.environ.get("RAY_ADDRESS"):
         from verl_aqn.verl_api.nodes import join
 
         join(config, records)

@@ -24,7 +24,7 @@ from verl_aqn.verl_api.groups import AqnReplayBuffer, check_refill, count_groups
 from verl_aqn.verl_api.parity import can_rescore, clip_range, scored_again, step_metrics
 from verl_aqn.verl_api.rows import rows_of, told_rows
 from verl_aqn.verl_api.workers import AqnActorWorker, AqnTrainingWorker
-from verl_aqn.watchdog import ENDING
+from verl_aqn.watchdog import TRACKERS
 
 
 class AqnTrainer(ComparingTrainer):
@@ -114,17 +114,22 @@ class AqnTrainer(ComparingTrainer):
         self.restore_clean(VALIDATION)
         super().on_validate_begin()
 
+    def on_validate_end(self):
+        super().on_validate_end()
+        self.doing(TRACKERS)  # the validation before training goes to them next
+
     def fit(self, agent_loop_manager):
         super().fit(agent_loop_manager)
+        self.doing("base")
         self.restore_clean(END)
-        self.doing("base")  # with a time of its own for the watchdog
         self.check_base("end")
+        self.doing("evidence")
         peaks = {"actor": self.actor_rollout_wg.memory_peak(), "rollout": self.rollout("aqn_memory_peak")}
         self.write("events.jsonl", kind="memory", **peaks)
         self.check_all_evidence()
-        self.doing(ENDING)
 
     def _compute_metrics(self, batch, metrics, timing_raw, global_steps, epoch):
+        self.doing("metrics")
         timing_raw.pop("save_checkpoint", None)  # that is only due yet
         super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)
         metrics.update(self.noise_metrics)
@@ -136,6 +141,7 @@ class AqnTrainer(ComparingTrainer):
         if self.save_due:
             self.doing("checkpoint")
             self.save()
+        self.doing(TRACKERS)  # where verl sends the metrics next
 
     def group_and_parity_metrics(self, batch: Any, metrics: dict) -> dict[str, float]:
         """`aqn/groups…` and `aqn/parity/…` of a step; see verl_api/parity.py for what each figure is."""

@@ -97,7 +97,7 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
     """(the loaded library, its path), or (None, why there is none)."""
     if os.environ.get("VERL_AQN_NATIVE") == "0":
         return None, "switched off by VERL_AQN_NATIVE=0"
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
     if compiler is None:
         return None, "no C++ compiler (c++, g++, clang++): install one, for instance the package g++"
     try:
