@@ -25,7 +25,8 @@ ARROWS = {
     "rewards": ("runs",),  # what a right answer is
     "runs": ("checksums", "config", "judge", "order", "schedule"),
     "trackers": ("cache",),
-    "config": ("order", "schedule", "trackers"),  # the names of trackers, to refuse others
+    "config": ("order", "schedule", "trackers", "verl_keys"),  # names of trackers, and of keys, to refuse others
+    "verl_keys": (),
     "adapter": ("digest",),
     # ascend: whose operators to use; data: texts to calibrate on
     "mxfp4": ("adapter", "ascend", "cache", "checksums", "data", "order", "shards"),

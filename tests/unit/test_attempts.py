@@ -9,6 +9,7 @@ from verl_aqn.config import load_recipe
 from verl_aqn.runs.arms import beyond, records_of, settings_of, versions_of
 from verl_aqn.runs.folder import open_run
 from verl_aqn.runs.provenance import provenance
+from verl_aqn.supervise import launched
 from verl_aqn.train import Prepared, launch
 
 
@@ -58,4 +59,17 @@ def test_a_run_that_goes_on_with_other_versions_says_so_and_is_like_no_other(tmp
     assert mixed["commit"] == began["commit"]
     both = [settings_of({"versions": one}) for one in (began, mixed)]
     assert beyond([], both) == "versions.data.rows.parquet, versions.torch"
+    run.close()
+
+
+@pytest.mark.parametrize(("val_only", "validates"), [(False, False), (True, True)])
+def test_a_run_that_only_validates_does_so_however_often_it_is_carried_on(tmp_path, todo, val_only, validates):
+    """verl trains where val_only is not followed by a validation before training."""
+    todo.config.trainer.val_only = val_only
+    run = open_run(tmp_path / "base", {})
+    launch(run, todo)
+    assert launched(run).trainer.val_before_train is True
+    run.append("metrics.jsonl", {"kind": "validation", "step": 0})
+    launch(run, todo)
+    assert launched(run).trainer.val_before_train is validates
     run.close()
