@@ -433,6 +433,8 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
         parse_aqn(config)
         check_numbers(config)
     except (HydraException, OmegaConfBaseException) as error:
+        if "Could not override 'profile'" in str(error):  # which has its place in `base`
+            raise _without_base(path) from error
         raise ConfigError(f"{path.name}: {_hydra_message(error, path, groups)}") from error
     # By the recipe's file, or by one that it builds on.
     for key, used in (("profile", profile), ("experiment", experiment)):
@@ -481,7 +483,11 @@ def _groups(overrides: list[str]) -> tuple[str, str, list[str], list[str]]:
 def _check_base(config: DictConfig, path: Path) -> None:
     """A profile and an experiment bring blocks of these names too, but not all that is in them."""
     if "profile" not in (config.get("aqn") or {}) or "project_name" not in (config.get("trainer") or {}):
-        raise ConfigError(f"{path.name} does not build on `base`: start it with `defaults: [base, _self_]`")
+        raise _without_base(path)
+
+
+def _without_base(path: Path) -> ConfigError:
+    return ConfigError(f"{path.name} does not build on `base`: start it with `defaults: [base, _self_]`")
 
 
 def _check_keys(config: DictConfig, path: Path, groups: list[str], overrides: list[str]) -> None:
@@ -507,6 +513,11 @@ def _plain(path: Path, *groups: str) -> Any:
 def compose_verl() -> Any:
     """Return verl's own defaults as a plain dict, interpolations unresolved. Not to be changed."""
     return _plain(_verl_config_dir() / "ppo_trainer.yaml")
+
+
+def compose_base(profile: str | None) -> Any:
+    """Return `base` as a plain dict, with a profile over it or without one. Not to be changed."""
+    return _plain(find_recipe("base"), *([f"profile={profile}"] if profile else []))
 
 
 def _within(key: str, block: str) -> bool:

@@ -68,10 +68,15 @@ def _expand(kind: str, entry: dict[str, Any]) -> Iterator[Rule]:
 
 
 def rules_of(key: str) -> list[Rule]:
-    """Return the rules about `key`. verl builds a block by the class that `_target_` names: that is passed on."""
+    """Return the rules about `key`: those of the nearest block that has some.
+
+    verl builds a block by the class that `_target_` names, which is passed on.
+    """
     if key.endswith("._target_"):
         return [Rule("passed", key, whole=False)]
-    return [rule for rule in rules() if rule.covers(key)]
+    found = [rule for rule in rules() if rule.covers(key)]
+    nearest = max((len(rule.key) for rule in found), default=0)
+    return [rule for rule in found if len(rule.key) == nearest]
 
 
 def check_keys(config: DictConfig, usual: Any) -> None:
@@ -87,6 +92,8 @@ def check_keys(config: DictConfig, usual: Any) -> None:
     for key, value in leaves(OmegaConf.to_container(config)):
         if _get(usual, key) == value:
             continue
+        if value == "???":
+            raise ConfigError(f"{key} is left open (???) in the recipe: set it")
         for rule in rules_of(key):
             if rule.kind != "passed" and _select(config, key) not in rule.accept and rule.holds(config):
                 raise ConfigError(f"{key}={_shown(config, key)}: {rule.reason}")

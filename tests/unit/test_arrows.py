@@ -27,6 +27,7 @@ ARROWS = {
     "trackers": ("cache",),
     "config": ("order", "schedule", "trackers", "verl_keys"),  # names of trackers, and of keys, to refuse others
     "verl_keys": (),
+    "convert": ("config", "verl_keys"),
     "adapter": ("digest",),
     # ascend: whose operators to use; data: texts to calibrate on
     "mxfp4": ("adapter", "ascend", "cache", "checksums", "data", "order", "shards"),
