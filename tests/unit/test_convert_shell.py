@@ -68,9 +68,8 @@ def test_the_environment_counts_and_home_stays_home():
 
 
 def test_a_branch_that_was_left_is_left():
-    script = Script(
-        "if a; then\n  if b; then c; fi\nfi\ncase $x in\n a) A=1 ;;\n *) A=2 ;;\nesac\nsay 1\n(\n say 2\n)\nsay 3"
-    )
+    branches = "if a; then\n  if b; then c; fi\nfi\ncase $x in\n a) A=1 ;;\n *) A=2 ;;\nesac\n"
+    script = Script(f"{branches}say 1\n(\n say 2\n)\nsay 3")
     said = {one.words[1].text: one.within for one in script.commands if one.words[0].text == "say"}
     assert said == {"1": False, "2": True, "3": False}
 
