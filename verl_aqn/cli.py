@@ -18,6 +18,7 @@ from verl_aqn import __version__
 from verl_aqn.bench.cli import bench_app
 from verl_aqn.cache import cache_dir
 from verl_aqn.cluster.cli import node_app, submit
+from verl_aqn.convert.cli import convert
 from verl_aqn.environ import settle
 from verl_aqn.errors import AqnError, ConfigError, EnvironmentFault, Stopped, system_line
 from verl_aqn.export.cli import export
@@ -33,6 +34,7 @@ app.add_typer(node_app, name="node")
 app.command()(submit)
 app.command()(quantize)
 app.command()(export)
+app.command()(convert)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Recipe = Annotated[str, typer.Argument(help="A file, or the bare name of one in recipes/.")]

@@ -21,7 +21,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from verl_aqn.errors import ConfigError, EnvironmentFault, first_line
@@ -29,8 +29,10 @@ from verl_aqn.order import LAYER_KINDS, TARGETS, UNITS, Layers, NoiseOrder
 from verl_aqn.overrides import check_overrides
 from verl_aqn.schedule import KINDS, SigmaSchedule
 from verl_aqn.trackers import LOGGERS
+from verl_aqn.verl_keys import check_keys, reason_against
 
 PROFILES = ("cpu", "cuda", "npu")
+EXPERIMENTS = ("embedded", "gsm8k", "none")
 _REFERENCE = re.compile(r"\$\{(?:oc\.select:)?(\w[\w.]*)(?:,[^${}]*)?\}")  # a value that is another setting's
 
 
@@ -155,6 +157,7 @@ class AqnConfig:
     parity: ParityConfig = field(default_factory=ParityConfig)
     run: RunConfig = field(default_factory=RunConfig)
     profile: str = "auto"
+    experiment: str = "auto"
 
 
 _CHOICES = {
@@ -169,6 +172,7 @@ _CHOICES = {
     "aqn.mxfp4.activation_rounding": ("nearest", "half_away"),
     "aqn.mxfp4.serve": ("auto", "packed", "bf16"),
     "aqn.profile": ("auto", *PROFILES),
+    "aqn.experiment": ("auto", *EXPERIMENTS),
 }
 
 # verl's own settings that are whole numbers from 1 on: checks, schedule and trainer reckon with them.
@@ -413,33 +417,41 @@ def megatron_lora(config: DictConfig) -> dict[str, tuple[Any, Any]]:
 def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
     """Compose recipe + profile + experiment + overrides, and check the `aqn:` block.
 
-    `profile=`, `experiment=` and `correction=` among the overrides choose those files; otherwise the profile is
-    detected, the experiment is `embedded` on a CPU and `gsm8k` on accelerators, and the rollout correction is the
-    recipe's own. Everything else is a Hydra override.
+    `profile=`, `experiment=` and `correction=` among the overrides choose those files; otherwise the recipe's file may
+    name profile and experiment (`aqn.profile`, `aqn.experiment`), else the profile is detected, the experiment is
+    `embedded` on a CPU and `gsm8k` on accelerators, and the rollout correction is the recipe's own. Everything else is
+    a Hydra override. What the recipe's file says goes over profile and experiment.
 
     Raises:
         ConfigError: no such recipe, key, or value.
     """
     path = find_recipe(recipe, plans=False)
     _refuse_plan(recipe, read_yaml(path))
-    profile, groups, rest = _groups(overrides or [])
+    profile, experiment, groups, rest = _groups(overrides or [])
     check_overrides(rest)
     try:
         config = _compose(path, [*groups, *rest])
         _check_base(config, path)
+        check_names(config)  # first: another engine brings keys that are unknown here
+        check_keys(config, _plain(find_recipe("base"), *groups))
         _check_keys(config, path, groups, rest)
         parse_aqn(config)
         check_numbers(config)
-        check_names(config)
     except (HydraException, OmegaConfBaseException) as error:
+        if "Could not override 'profile'" in str(error):  # which has its place in `base`
+            raise _without_base(path) from error
         raise ConfigError(f"{path.name}: {_hydra_message(error, path, groups)}") from error
-    said = config.aqn.profile  # by the recipe's file, or by one that it builds on
-    if said not in ("auto", profile) and not any(o.startswith(("profile=", "aqn.profile=")) for o in overrides or []):
-        return load_recipe(recipe, [f"profile={said}", *(overrides or [])])
+    # By the recipe's file, or by one that it builds on.
+    for key, used in (("profile", profile), ("experiment", experiment)):
+        said, asked = config.aqn.get(key, "auto"), (f"{key}=", f"aqn.{key}=")
+        if said not in ("auto", used) and not any(o.startswith(asked) for o in overrides or []):
+            return load_recipe(recipe, [f"{key}={said}", *(overrides or [])])
     OmegaConf.update(config, "aqn.profile", profile)
     for key, count in _workers(int(config.trainer.nnodes)).items():
         if OmegaConf.select(config, key) is None:
             OmegaConf.update(config, key, count)
+    with open_dict(config):
+        del config.aqn.experiment  # all that it brought is in the config now
     if config.trainer.experiment_name is None:
         config.trainer.experiment_name = path.stem
     return config
@@ -454,8 +466,8 @@ def _workers(nodes: int) -> dict[str, int]:
     }
 
 
-def _groups(overrides: list[str]) -> tuple[str, list[str], list[str]]:
-    """The profile's name, what chooses profile, experiment and correction for Hydra, and the other overrides."""
+def _groups(overrides: list[str]) -> tuple[str, str, list[str], list[str]]:
+    """Names of profile and experiment, what chooses them and a correction for Hydra, and the other overrides."""
     chosen: dict[str, str | None] = {"profile": "auto", "experiment": None, "correction": None}
     rest = []
     for override in overrides:
@@ -464,13 +476,14 @@ def _groups(overrides: list[str]) -> tuple[str, list[str], list[str]]:
             raise ConfigError(f"override {override!r} is not of the form key=value")
         if key == "seeds":
             raise ConfigError("seeds= is for plans; a recipe takes aqn.seed=0")
-        key = "profile" if key == "aqn.profile" else key
+        key = key.removeprefix("aqn.") if key in ("aqn.profile", "aqn.experiment") else key
         if key in chosen:
             chosen[key] = value
         else:
             rest.append(override)
     profile = chosen["profile"] if chosen["profile"] not in (None, "auto") else detect_profile()
-    experiment = chosen["experiment"] or ("embedded" if profile == "cpu" else "gsm8k")
+    usual = "embedded" if profile == "cpu" else "gsm8k"
+    experiment = chosen["experiment"] if chosen["experiment"] not in (None, "auto") else usual
     conf = Path(__file__).resolve().parent / "conf"
     groups = []
     for group, name in (("profile", profile), ("experiment", experiment), ("correction", chosen["correction"])):
@@ -479,14 +492,19 @@ def _groups(overrides: list[str]) -> tuple[str, list[str], list[str]]:
         names = [p.stem for p in (conf / group).glob("*.yaml")]
         if name not in names:
             raise ConfigError(f"no {group} {name!r}: {nearest(name, names)}")
-        groups.append(f"+{group}={name}")
-    return profile, groups, rest
+        # `base` has places for the first two, below what a recipe's file says; a correction is over the recipe.
+        groups.append(f"+{group}={name}" if group == "correction" else f"{group}={name}")
+    return profile, experiment, groups, rest
 
 
 def _check_base(config: DictConfig, path: Path) -> None:
     """A profile and an experiment bring blocks of these names too, but not all that is in them."""
     if "profile" not in (config.get("aqn") or {}) or "project_name" not in (config.get("trainer") or {}):
-        raise ConfigError(f"{path.name} does not build on `base`: start it with `defaults: [base, _self_]`")
+        raise _without_base(path)
+
+
+def _without_base(path: Path) -> ConfigError:
+    return ConfigError(f"{path.name} does not build on `base`: start it with `defaults: [base, _self_]`")
 
 
 def _check_keys(config: DictConfig, path: Path, groups: list[str], overrides: list[str]) -> None:
@@ -495,7 +513,7 @@ def _check_keys(config: DictConfig, path: Path, groups: list[str], overrides: li
     A block that verl or `base` leave empty or null may hold anything, arguments to somebody's class (`…_kwargs`) too,
     and with + an override may add what it likes. `aqn` is checked by its types.
     """
-    known, verls = _plain(find_recipe("base"), *groups), _plain(_verl_config_dir() / "ppo_trainer.yaml")
+    known, verls = _plain(find_recipe("base"), *groups), compose_verl()
     added = [override.lstrip("+").partition("=")[0] for override in overrides if override.startswith("+")]
     for key in _dotted(OmegaConf.to_container(config)):
         if key.startswith("aqn.") or "_kwargs." in key or any(_within(key, one) or _within(one, key) for one in added):
@@ -507,6 +525,16 @@ def _check_keys(config: DictConfig, path: Path, groups: list[str], overrides: li
 @cache
 def _plain(path: Path, *groups: str) -> Any:
     return OmegaConf.to_container(_compose(path, list(groups)))
+
+
+def compose_verl() -> Any:
+    """Return verl's own defaults as a plain dict, interpolations unresolved. Not to be changed."""
+    return _plain(_verl_config_dir() / "ppo_trainer.yaml")
+
+
+def compose_base(profile: str | None) -> Any:
+    """Return `base` as a plain dict, with a profile over it or without one. Not to be changed."""
+    return _plain(find_recipe("base"), *([f"profile={profile}"] if profile else []))
 
 
 def _within(key: str, block: str) -> bool:
@@ -521,6 +549,8 @@ def _has(block: Any, key: list[str]) -> bool:
 
 def unknown_key(key: str, known: Any) -> str:
     """A key that `known` lacks, with the nearest that it has."""
+    if reason := reason_against(key):
+        return f"unknown key {key}: {reason}"
     *parents, name = key.split(".")
     block = known
     for parent in parents:

@@ -25,6 +25,7 @@ from verl_aqn.runs.passk import ks
 from verl_aqn.runs.scores import answers_in
 from verl_aqn.runs.stats import samples_of, score_interval, wilson
 from verl_aqn.train import attempt, identity, launch, resolve
+from verl_aqn.verl_keys import check_keys
 
 CONTROL = "e6a"  # the recipe that a model folder is validated by: its noise is off, its data and lengths are the plan's
 PRECISIONS = ("mxfp4", "bf16")
@@ -272,6 +273,7 @@ def with_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
         ConfigError: a key that `config` has not, with the nearest that it has; a value that cannot be.
     """
     OmegaConf.set_struct(config, True)
+    recorded: Any = OmegaConf.to_container(config)
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"override {override!r} is not of the form key=value")
@@ -287,6 +289,7 @@ def with_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
     parse_aqn(config)
     check_numbers(config)
     check_names(config)
+    check_keys(config, recorded)
     return config
 
 

@@ -91,14 +91,16 @@ def starts_warm(config: DictConfig) -> bool:
     """Whether the processes of a run that starts its own Ray are forked: on CPUs.
 
     Not where verl's `run_ppo` would do more than start Ray: determinism (which wants a hash seed of its own, while a
-    forked process has its parent's), the insight logger, a timeline at the end.
+    forked process has its parent's), the insight logger, a timeline at the end; nor with an interpreter of the user's.
     """
     reward = config.reward.reward_model
     deterministic = config.actor_rollout_ref.rollout.full_determinism or (
         reward.enable and reward.rollout.full_determinism
     )
     timeline = config.ray_kwargs.get("timeline_json_file")
-    return config.aqn.profile == "cpu" and not (deterministic or timeline or "rl_insight" in config.trainer.logger)
+    python = OmegaConf.select(config, "ray_kwargs.ray_init.runtime_env.py_executable")
+    other = deterministic or timeline or python or "rl_insight" in config.trainer.logger
+    return config.aqn.profile == "cpu" and not other
 
 
 def launched(run: RunFolder) -> DictConfig:

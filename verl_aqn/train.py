@@ -186,8 +186,8 @@ def launch(run: RunFolder, todo: Prepared) -> list[str]:
     OmegaConf.update(config, "aqn.run.dir", str(run.path))
     config.trainer.default_local_dir = str(run.path / "checkpoints")
     config.trainer.validation_data_dir = str(run.path / "validation")
-    if any(record["kind"] == "validation" for record in run.read("metrics.jsonl")):
-        config.trainer.val_before_train = False  # its validation before training is on record
+    if not config.trainer.val_only and any(r["kind"] == "validation" for r in run.read("metrics.jsonl")):
+        config.trainer.val_before_train = False  # it is on record; with val_only verl would train without it
     text, versions = OmegaConf.to_yaml(config, resolve=True), versions_now(config)
     asked = {
         "config.yaml": text,

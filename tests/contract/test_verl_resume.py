@@ -1,6 +1,7 @@
 """Where verl's trainer begins and goes on: its own loading, over checkpoints that are there."""
 
 from collections import deque
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from verl_aqn.errors import DataError
-from verl_aqn.runs.checkpoints import publish
+from verl_aqn.runs.checkpoints import damage_of, publish
 from verl_aqn.runs.folder import RunFolder
 
 
@@ -63,15 +64,36 @@ def test_a_run_that_is_not_to_resume_starts_from_scratch(trainer, tmp_path):
     assert (trainer.global_steps, trainer.loaded) == (0, [])
 
 
-def test_prompts_that_were_put_back_are_saved_with_a_checkpoint_and_taken_up_again(trainer, tmp_path):
-    """verl saves where its loader stands, which is behind them."""
+def saves(trainer):
+    """What a checkpoint of step 3 takes of the trainer."""
     trainer.config.trainer.merge_with({"max_actor_ckpt_to_keep": 2, "max_critic_ckpt_to_keep": 2})
     trainer.config.trainer.default_hdfs_dir = None
     trainer.config.actor_rollout_ref = {"actor": {"checkpoint": {}}}
     trainer.checkpoint_callback = SimpleNamespace(on_save=lambda **_: None)
     trainer.actor_rollout_wg.save_checkpoint = lambda *_, **__: None
     trainer.train_dataloader.state_dict = lambda: {"step": 3}
-    trainer.global_steps, trainer.put_back = 3, deque([417, 5])
+    trainer.global_steps = 3
+    return trainer
+
+
+def test_a_user_s_callback_is_told_of_a_checkpoint_that_is_whole_and_in_its_place(trainer, tmp_path):
+    told = []
+
+    def on_save(trainer, global_step, checkpoint_dir, async_save, **_):
+        assert damage_of(Path(checkpoint_dir)) == ""
+        told.append((global_step, checkpoint_dir, async_save))
+
+    saves(trainer).checkpoint_callback.on_save = on_save
+    trainer.save()
+    assert told == [(3, str(tmp_path / "own/global_step_3"), False)]
+    trainer.global_steps = 4
+    trainer.save()
+    assert [step for step, *_ in told] == [3, 4]
+
+
+def test_prompts_that_were_put_back_are_saved_with_a_checkpoint_and_taken_up_again(trainer, tmp_path):
+    """verl saves where its loader stands, which is behind them."""
+    saves(trainer).put_back = deque([417, 5])
     trainer.save()
     trainer.put_back = deque()
     trainer._load_checkpoint()

@@ -143,6 +143,7 @@ def test_a_forked_process_can_give_itself_a_title(run, by):
         ("actor_rollout_ref.rollout.full_determinism=true", False),
         ("trainer.logger=[console,rl_insight]", False),
         ("ray_kwargs.timeline_json_file=somewhere.json", False),
+        ("ray_kwargs.ray_init.runtime_env.py_executable=python3", False),
         ("profile=cuda", False),
     ],
 )

@@ -27,7 +27,10 @@ ARROWS = {
     "owned": (),
     "runs": ("checksums", "config", "judge", "order", "owned", "schedule", "stock_settings"),
     "trackers": ("cache",),
-    "config": ("order", "overrides", "schedule", "trackers"),  # the names of trackers, to refuse others
+    # names of trackers, and of keys, to refuse others
+    "config": ("order", "overrides", "schedule", "trackers", "verl_keys"),
+    "verl_keys": (),
+    "convert": ("config", "verl_keys"),
     "adapter": ("digest",),
     # ascend: whose operators to use; data: texts to calibrate on
     "mxfp4": ("adapter", "ascend", "cache", "checksums", "data", "order", "owned", "shards"),

@@ -11,7 +11,7 @@ from verl_aqn.config import load_recipe
 from verl_aqn.runs.arms import beyond, records_of, settings_of, versions_of
 from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.runs.provenance import provenance
-from verl_aqn.supervise import Outcome
+from verl_aqn.supervise import Outcome, launched
 from verl_aqn.train import Prepared, launch
 
 
@@ -89,3 +89,16 @@ def test_a_run_that_a_signal_ended_is_on_record_and_has_the_signal_s_exit_code(
     log = f"{calls[0]}/training.log"
     assert line == f"error: stopped by {by} (log: {log}): the same command resumes this run from its last checkpoint"
     assert RunFolder(calls[0]).state["status"] == "interrupted"
+
+
+@pytest.mark.parametrize(("val_only", "validates"), [(False, False), (True, True)])
+def test_a_run_that_only_validates_does_so_however_often_it_is_carried_on(tmp_path, todo, val_only, validates):
+    """verl trains where val_only is not followed by a validation before training."""
+    todo.config.trainer.val_only = val_only
+    run = open_run(tmp_path / "base", {})
+    launch(run, todo)
+    assert launched(run).trainer.val_before_train is True
+    run.append("metrics.jsonl", {"kind": "validation", "step": 0})
+    launch(run, todo)
+    assert launched(run).trainer.val_before_train is validates
+    run.close()

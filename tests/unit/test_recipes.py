@@ -418,7 +418,8 @@ def test_a_key_of_a_recipe_s_file_that_nothing_reads_is_told(tmp_path, block, wo
     "block",
     [
         "actor_rollout_ref: {rollout: {engine_kwargs: {vllm: {block_size: 32}}}}",  # free in verl, filled by a profile
-        "actor_rollout_ref: {model: {override_config: {rope_theta: 1.0}}}",
+        "actor_rollout_ref: {model: {override_config: {rope_theta: 1.0}}}\n"
+        "aqn: {mxfp4: {enabled: false}, noise: {enabled: false}}",
         "reward: {reward_kwargs: {mine: 1}}",
         "aqn: {noise: {layers: {kind: uniform}}}",
     ],

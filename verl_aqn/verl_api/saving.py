@@ -6,6 +6,7 @@ import time
 from collections import deque
 from pathlib import Path
 
+from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from verl_aqn.errors import DataError
@@ -37,7 +38,10 @@ class SavingTrainer(PPOTrainerSync):
         # verl forgets old checkpoints by the paths that it wrote to, and `publish` moves them: it does both.
         aside = {"default_local_dir": str(place / WRITING)}
         trainer.merge_with(aside | {"max_actor_ckpt_to_keep": None, "max_critic_ckpt_to_keep": None})
+        # The user's callback is told of the checkpoint once it has its place.
+        callback, self.checkpoint_callback = self.checkpoint_callback, CheckpointCallback()
         super()._save_checkpoint()
+        self.checkpoint_callback = callback
         trainer.merge_with(was)
         written = place / WRITING / f"global_step_{self.global_steps}"
         (written / PUT_BACK).write_text(json.dumps(list(self.put_back)))
@@ -46,6 +50,9 @@ class SavingTrainer(PPOTrainerSync):
         seconds = time.monotonic() - began
         self.folder.append(
             "events.jsonl", {"kind": "checkpoint", "step": self.global_steps, "bytes": size, "seconds": seconds}
+        )
+        callback.on_save(
+            trainer=self, global_step=self.global_steps, checkpoint_dir=str(place / written.name), async_save=False
         )
 
     def _load_checkpoint(self):
