@@ -12,7 +12,7 @@ from verl_aqn.errors import AqnError, ConfigError, first_line
 from verl_aqn.preflight import checks
 from verl_aqn.preflight.findings import Finding
 from verl_aqn.preflight.node import Node, cluster_address, cluster_nodes, local_node
-from verl_aqn.prepare import find_model
+from verl_aqn.prepare import find_model, positions_of
 
 
 @dataclass
@@ -78,6 +78,7 @@ def _nodes(report: Report, config: DictConfig | None, folder: str, profile: str)
 def _recipe(report: Report, config: DictConfig, nodes: list[Node]) -> None:
     findings = report.findings
     findings += checks.check_recipe(config)
+    findings += checks.check_verl(config)
     findings += checks.check_adapter(config)
     findings += checks.check_ports(config)
     findings.append(checks.check_schedule(config))
@@ -93,7 +94,9 @@ def _recipe(report: Report, config: DictConfig, nodes: list[Node]) -> None:
         if shape is not None:
             findings += checks.check_memory(config, shape, node.memory, node.devices, where)
     if shape is not None:
-        findings += checks.check_served(config, find_model(config, weights=False))
+        folder = find_model(config, weights=False)
+        findings += checks.check_settings(config, positions_of(folder))
+        findings += checks.check_served(config, folder)
         findings += checks.check_heads(config, shape)
         findings += checks.check_experts(config, shape)
         report.memory = checks.memory_of(config, shape)

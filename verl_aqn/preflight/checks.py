@@ -19,9 +19,11 @@ from verl_aqn.preflight.findings import Finding, gb
 from verl_aqn.preflight.memory import CPU, DEVICE, actor, machine, rollout, sizes, whole_cache
 from verl_aqn.preflight.node import PACKAGES, Node, cluster_address, devices_here, free_disk
 from verl_aqn.preflight.plan import fit
+from verl_aqn.preflight.settings import check_settings
 from verl_aqn.preflight.shape import Shape
+from verl_aqn.preflight.verl import check_verl
 from verl_aqn.preflight.vllm import check_served
-from verl_aqn.prepare import find_model, refuse_adapter_settings, steps_in_data
+from verl_aqn.prepare import find_model, positions_of, refuse_adapter_settings, steps_in_data
 from verl_aqn.rewards.math_verify import check_installed
 from verl_aqn.serving import ADAPTER_RANKS, served_rank
 
@@ -266,8 +268,11 @@ def refuse_recipe(config: DictConfig) -> Shape:
     """
     _raise_first(check_recipe(config))
     shape = recipe_shape(config)
-    _raise_first([*check_heads(config, shape), *check_experts(config, shape)])
-    _raise_first(check_served(config, find_model(config, weights=False)))
+    folder = find_model(config, weights=False)
+    _raise_first([*check_settings(config, positions_of(folder)), *check_heads(config, shape)])
+    _raise_first(check_experts(config, shape))
+    _raise_first(check_verl(config))
+    _raise_first(check_served(config, folder))
     return shape
 
 
