@@ -141,7 +141,7 @@ class RunConfig:
             raise ConfigError(f"aqn.run.patience is {self.patience}: give 0 or more, 0 for never")
         if not 0 <= self.allow_failed < 1:
             raise ConfigError(
-                f"aqn.run.allow_failed is {self.allow_failed}: give a share of the answers from 0 to below 1, 0 for none"
+                f"aqn.run.allow_failed is {self.allow_failed}: give a share of answers from 0 to below 1, 0 for none"
             )
 
 
@@ -309,9 +309,10 @@ def check_names(config: DictConfig) -> None:
                 raise ConfigError(f"{key} has {name!r}: {nearest(str(name), list(known))}")
     manager = OmegaConf.select(config, "reward.reward_manager")
     if manager and manager.source == "register" and manager.name not in REWARD_MANAGERS:
+        known = nearest(str(manager.name), list(REWARD_MANAGERS))
         raise ConfigError(
-            f"reward.reward_manager.name has {manager.name!r}: {nearest(str(manager.name), list(REWARD_MANAGERS))}; one "
-            "of your own needs reward.reward_manager.source=importlib and reward.reward_manager.module.path=FILE"
+            f"reward.reward_manager.name has {manager.name!r}: {known}; one of your own needs "
+            "reward.reward_manager.source=importlib and reward.reward_manager.module.path=FILE"
         )
 
 

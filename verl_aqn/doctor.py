@@ -78,6 +78,7 @@ def _nodes(report: Report, config: DictConfig | None, folder: str, profile: str)
 def _recipe(report: Report, config: DictConfig, nodes: list[Node]) -> None:
     findings = report.findings
     findings += checks.check_recipe(config)
+    findings.append(checks.check_reward_function(config))
     findings += checks.check_verl(config)
     findings += checks.check_adapter(config)
     findings += checks.check_ports(config)

@@ -238,8 +238,8 @@ def prepare_data(config: DictConfig) -> dict[str, int]:
     if is_ours(config):
         for file in data_files(config):
             check_truths(file)
-    file = data_files(config, "val_files")[0]
-    check_reward(config, first_row(file), f"row 0 of {file}")
+    for file in data_files(config, "val_files", "train_files"):
+        check_reward(config, first_row(file), f"row 0 of {file}")
     return rows
 
 

@@ -88,10 +88,7 @@ def starts_warm(config: DictConfig) -> bool:
     Not where verl's `run_ppo` would do more than start Ray: determinism (which wants a hash seed of its own, while a
     forked process has its parent's), the insight logger, a timeline at the end.
     """
-    reward = config.reward.reward_model
-    deterministic = config.actor_rollout_ref.rollout.full_determinism or (
-        reward.enable and reward.rollout.full_determinism
-    )
+    deterministic = config.actor_rollout_ref.rollout.full_determinism
     timeline = config.ray_kwargs.get("timeline_json_file")
     return config.aqn.profile == "cpu" and not (deterministic or timeline or "rl_insight" in config.trainer.logger)
 

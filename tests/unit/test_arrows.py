@@ -22,7 +22,7 @@ ARROWS = {
     "checksums": (),
     "judge": ("order",),  # of records, without torch: the trainer's and the reports' alike
     "data": ("rewards",),  # whose rule the ground truths are for
-    "rewards": ("runs",),  # what a right answer is
+    "rewards": ("config", "runs"),  # runs: what a right answer is
     "runs": ("checksums", "config", "judge", "order", "schedule"),
     "trackers": ("cache",),
     "config": ("order", "schedule", "trackers"),  # the names of trackers, to refuse others

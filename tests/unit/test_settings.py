@@ -54,7 +54,7 @@ def test_the_overlong_penalty_follows_the_response_and_is_as_it_was():
             [f"{ROLLOUT}.log_prob_max_token_len_per_gpu=151"],
             [f"{ROLLOUT}.log_prob_max_token_len_per_gpu", RESPONSE, "152"],
         ),
-        ([f"{ROLLOUT}.log_prob_use_dynamic_bsz=false"], [f"{ROLLOUT}.log_prob_use_dynamic_bsz", f"{ACTOR}.use_dynamic"]),
+        ([f"{ROLLOUT}.log_prob_use_dynamic_bsz=false"], [f"{ROLLOUT}.log_prob_use", f"{ACTOR}.use_dynamic"]),
         ([f"{ACTOR}.use_dynamic_bsz=false"], [f"{ACTOR}.ppo_micro_batch_size_per_gpu"]),
         (
             [f"{ACTOR}.use_dynamic_bsz=false", f"{ACTOR}.ppo_micro_batch_size_per_gpu=5"],

@@ -14,6 +14,7 @@ import psutil
 from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.config import parse_aqn, schedule_of
+from verl_aqn.data.parquet import first_row
 from verl_aqn.errors import ConfigError, DataError, EnvironmentFault, ModelError
 from verl_aqn.preflight.findings import Finding, gb
 from verl_aqn.preflight.memory import CPU, DEVICE, actor, machine, rollout, sizes, whole_cache
@@ -23,7 +24,8 @@ from verl_aqn.preflight.settings import check_settings
 from verl_aqn.preflight.shape import Shape
 from verl_aqn.preflight.verl import check_verl
 from verl_aqn.preflight.vllm import check_served
-from verl_aqn.prepare import find_model, positions_of, refuse_adapter_settings, steps_in_data
+from verl_aqn.prepare import data_files, find_model, positions_of, refuse_adapter_settings, steps_in_data
+from verl_aqn.rewards.custom import check_reward, settle_reward
 from verl_aqn.rewards.math_verify import check_installed
 from verl_aqn.serving import ADAPTER_RANKS, served_rank
 
@@ -80,6 +82,20 @@ def check_validation(config: DictConfig) -> Finding:
         fix = f"they would all be the same: set {block}.do_sample=true and a temperature above 0, or {block}.n=1"
     how = f"do_sample={str(samples).lower()}, temperature {val.temperature:g}"
     return Finding("validation's answers", f"{val.n} to each problem, {how}", fix)
+
+
+def check_reward_function(config: DictConfig) -> Finding:
+    """The reward, asked about the first rows of the data where those are on disk."""
+    path = config.reward.custom_reward_function.path
+    found = f"{path or 'the rules that verl has'}, by reward.reward_manager.name={config.reward.reward_manager.name}"
+    try:
+        settle_reward(config)
+        asked = [file for file in data_files(config, "val_files", "train_files") if file.is_file()]
+        for file in asked:
+            check_reward(config, first_row(file), f"row 0 of {file}")
+    except (ConfigError, DataError) as error:
+        return Finding("reward", found, str(error))
+    return Finding("reward", found if asked else f"{found} (not asked: the data are not on disk)")
 
 
 def check_ports(config: DictConfig) -> Iterator[Finding]:
@@ -271,6 +287,7 @@ def refuse_recipe(config: DictConfig) -> Shape:
     folder = find_model(config, weights=False)
     _raise_first([*check_settings(config, positions_of(folder)), *check_heads(config, shape)])
     _raise_first(check_experts(config, shape))
+    settle_reward(config)
     _raise_first(check_verl(config))
     _raise_first(check_served(config, folder))
     return shape

@@ -80,12 +80,9 @@ def _micro_batches(config: DictConfig) -> Finding:
         ),
     ]  # fmt: skip
     if uses_critic(config):
-        parts.append(
-            (
-                config.critic.use_dynamic_bsz, "critic.ppo_max_token_len_per_gpu", "critic.ppo_micro_batch_size_per_gpu",
-                int(config.critic.ppo_mini_batch_size) * int(rollout.n),
-            )
-        )  # fmt: skip
+        critic, answers = config.critic, int(config.critic.ppo_mini_batch_size) * int(rollout.n)
+        keys = "critic.ppo_max_token_len_per_gpu", "critic.ppo_micro_batch_size_per_gpu"
+        parts.append((critic.use_dynamic_bsz, *keys, answers))
     for dynamic, tokens_key, size_key, answers in parts:
         if fix := _micro_batch_fault(config, dynamic, tokens_key, size_key, answers):
             return Finding(what, found, fix)

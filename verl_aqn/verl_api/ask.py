@@ -52,7 +52,7 @@ def faults(config: DictConfig) -> list[Fault]:
         ("algorithm and trainer", partial(_trainer, config), _NAMED),
         ("reward.reward_manager and reward.reward_kwargs", partial(_manager, config), _NAMED),
         (
-            f"actor_rollout_ref.actor.policy_loss.loss_mode={actor.policy_loss.loss_mode}",
+            f"actor_rollout_ref.actor.policy_loss.loss_mode={loss}",
             partial(_loss, config),
             _NAMED,
         ),

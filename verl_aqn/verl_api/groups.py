@@ -1,6 +1,7 @@
 """Groups of answers to one prompt whose rewards are all equal: they teach nothing, and too many of them end a run."""
 
 from collections import Counter, defaultdict
+from collections.abc import Callable
 
 from omegaconf import DictConfig
 from transfer_queue import KVBatchMeta
@@ -22,6 +23,7 @@ class AqnReplayBuffer(ReplayBuffer):
     failed: int  # groups of this step without an answer, which a recipe may have replaced
     taken: KVBatchMeta
     selected: list[str]  # uids of the groups that were taken, in the order of the data
+    on_failure: Callable[[str], None]  # is told the partition where answers to a prompt failed; may stop the run
 
     def begin(self) -> None:
         """A new step."""
@@ -40,6 +42,13 @@ class AqnReplayBuffer(ReplayBuffer):
         self.begin()
         self.taken, metrics = super().sample(global_steps, partition_id, batch_size)
         return self.taken, metrics
+
+    def _sync_metadata_from_transfer_queue(self):
+        """As verl's, at each look at the queue. Failures are told at once: the other answers may take minutes."""
+        super()._sync_metadata_from_transfer_queue()
+        for partition_id, uids in self.failure_keys.items():
+            if uids:
+                self.on_failure(partition_id)
 
     def _select_prompt_uids(self, partition_id, sampleable_keys, batch_size):
         """verl takes any of them, as a set of strings yields them; the first ones of the data are always the same."""
