@@ -309,9 +309,9 @@ def check_names(config: DictConfig) -> None:
                 raise ConfigError(f"{key} has {name!r}: {nearest(str(name), list(known))}")
     manager = OmegaConf.select(config, "reward.reward_manager")
     if manager and manager.source == "register" and manager.name not in REWARD_MANAGERS:
-        known = nearest(str(manager.name), list(REWARD_MANAGERS))
+        hint = nearest(str(manager.name), list(REWARD_MANAGERS))
         raise ConfigError(
-            f"reward.reward_manager.name has {manager.name!r}: {known}; one of your own needs "
+            f"reward.reward_manager.name has {manager.name!r}: {hint}; one of your own needs "
             "reward.reward_manager.source=importlib and reward.reward_manager.module.path=FILE"
         )
 

@@ -94,9 +94,9 @@ def _recipe(report: Report, config: DictConfig, nodes: list[Node]) -> None:
         findings += checks.check_storage(config, shape, node.shared_memory, node.disk, where)
         if shape is not None:
             findings += checks.check_memory(config, shape, node.memory, node.devices, where)
-    if shape is not None:
-        folder = find_model(config, weights=False)
-        findings += checks.check_settings(config, positions_of(folder))
+    folder = find_model(config, weights=False) if shape is not None else None
+    findings += checks.check_settings(config, positions_of(folder) if folder else None)
+    if shape is not None and folder is not None:
         findings += checks.check_served(config, folder)
         findings += checks.check_heads(config, shape)
         findings += checks.check_experts(config, shape)

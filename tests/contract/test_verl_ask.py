@@ -7,8 +7,9 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
+from tests.composed import recipe_with
 from verl_aqn.cache import cache_dir
-from verl_aqn.config import REWARD_MANAGERS, load_recipe, recipe_names
+from verl_aqn.config import REWARD_MANAGERS, recipe_names
 from verl_aqn.preflight import verl as asked
 from verl_aqn.verl_api.ask import faults
 
@@ -17,7 +18,7 @@ GROUPS = ["algorithm.filter_groups.enable=true"]
 
 
 def say(*overrides: str, recipe: str = "e12") -> list[str]:
-    config = load_recipe(recipe, ["profile=cpu", *overrides])
+    config = recipe_with(recipe, *overrides)
     found = faults(OmegaConf.create(json.loads(json.dumps(asked.question(config)))))
     return [f"{one['what']}: {one['found']}: {one['fix']}" for one in found]
 
@@ -81,7 +82,7 @@ def test_the_reward_managers_are_those_of_verl_s_register():
 def test_verl_is_asked_in_a_process_of_its_own_and_its_yes_is_remembered(tmp_path, monkeypatch):
     monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path))
     assert cache_dir() == tmp_path
-    config = load_recipe("e12", ["profile=cpu", "algorithm.adv_estimator=remax"])
+    config = recipe_with("e12", "algorithm.adv_estimator=remax")
     (finding,) = asked.check_verl(config)
     assert "reward_baselines" in finding.found
     assert not list(tmp_path.rglob("verl/*"))

@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 from verl import DataProto
 from verl.trainer.ppo.reward import load_reward_manager
 
-from verl_aqn.config import REWARD_MANAGERS, load_recipe
+from tests.composed import recipe_with
+from verl_aqn.config import REWARD_MANAGERS
 from verl_aqn.errors import RewardError
 from verl_aqn.rewards.custom import GIVEN, added_by_manager
 from verl_aqn.verl_api.rewarding import use_telling_manager
@@ -35,7 +36,7 @@ def manager(tmp_path):
         file = tmp_path / "reward.py"
         file.write_text(FUNCTION.replace("{body}", body))
         keys = f"reward.custom_reward_function.path={file}", f"reward.custom_reward_function.name={function}"
-        config = load_recipe("e12", ["profile=cpu", f"reward.reward_manager.name={name}", *keys, *more])
+        config = recipe_with("e12", f"reward.reward_manager.name={name}", *keys, *more)
         config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
         use_telling_manager(config)
         tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "seventy-two")
@@ -49,8 +50,8 @@ def score(manager):
     data = DataProto.from_dict(
         tensors={"prompts": ids, "responses": ids, "attention_mask": torch.ones(1, 8, dtype=torch.int64)},
         non_tensors={
-            "data_source": np.array(["s"], dtype=object), "reward_model": np.array([{"ground_truth": "72"}], dtype=object),
-            "extra_info": np.array([{"index": 3}], dtype=object), "__num_turns__": np.array([2]),
+            "data_source": np.array(["s"], dtype=object), "extra_info": np.array([{"index": 3}], dtype=object),
+            "reward_model": np.array([{"ground_truth": "72"}], dtype=object), "__num_turns__": np.array([2]),
         },
     )  # fmt: skip
     return asyncio.run(_score(manager, data))
@@ -83,7 +84,7 @@ def test_an_async_function_is_awaited(manager, name):
 def test_a_function_that_raises_is_told_with_its_line(manager, name, function, tmp_path):
     with pytest.raises(RewardError) as caught:
         score(manager(name, "told['nothing']", function)[1])
-    line = 8 if function == "deep" else 4
+    line = 9 if function == "deep" else 5
     error = "ValueError: invalid literal for int()" if function == "deep" else "KeyError: 'nothing'"
     assert str(caught.value).startswith(f"{tmp_path}/reward.py:{line}: {error}")
 

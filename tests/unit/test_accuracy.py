@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from verl_aqn.config import load_recipe
+from tests.composed import recipe_with
 from verl_aqn.errors import ConfigError
 from verl_aqn.prepare import prepare_data
 from verl_aqn.rewards.custom import settle_reward
@@ -91,8 +91,7 @@ def ask(tmp_path, body, arguments="data_source, solution_str, ground_truth, extr
     """Prepare a run of the embedded task with a reward of the user's own."""
     file = tmp_path / "reward.py"
     file.write_text(REWARD.format(body=body, arguments=arguments))
-    overrides = ["profile=cpu", f"reward.custom_reward_function.path={file}", *more]
-    return prepare_data(load_recipe("e6a", overrides))
+    return prepare_data(recipe_with("e6a", f"reward.custom_reward_function.path={file}", *more))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +158,7 @@ def test_what_filters_groups_has_to_be_told(tmp_path):
 def settled(tmp_path, *overrides, body="return 1"):
     file = tmp_path / "reward.py"
     file.write_text(REWARD.format(body=body, arguments="data_source, solution_str, ground_truth, extra_info"))
-    config = load_recipe("e6a", ["profile=cpu", f"{KEY}.path={file}", *overrides])
+    config = recipe_with("e6a", f"{KEY}.path={file}", *overrides)
     settle_reward(config)
     return config.reward.custom_reward_function.path
 

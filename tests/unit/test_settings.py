@@ -2,7 +2,8 @@
 
 import pytest
 
-from verl_aqn.config import load_recipe, recipe_names
+from tests.composed import recipe_with
+from verl_aqn.config import check_names, parse_aqn, recipe_names
 from verl_aqn.errors import ConfigError
 from verl_aqn.preflight.settings import check_settings, uses_critic
 
@@ -13,7 +14,7 @@ PROMPT, RESPONSE = "data.max_prompt_length", "data.max_response_length"
 
 def fault(recipe: str, *overrides: str, positions: int | None = 8192) -> str:
     """The first fault, as `--dry-run` tells it."""
-    config = load_recipe(recipe, ["profile=cpu", *overrides])
+    config = recipe_with(recipe, *overrides)
     found = [f"{one.what}: {one.found}: {one.fix}" for one in check_settings(config, positions) if one.fix]
     return found[0] if found else ""
 
@@ -21,7 +22,7 @@ def fault(recipe: str, *overrides: str, positions: int | None = 8192) -> str:
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_shipped_recipes_take_any_length_of_response(recipe):
     for experiment in ("embedded", "gsm8k"):
-        config = load_recipe(recipe, ["profile=cpu", f"experiment={experiment}"])
+        config = recipe_with(recipe, f"experiment={experiment}")
         for response in (64, 192, 1024):
             config.data.max_response_length = response  # what follows it, follows
             assert [one for one in check_settings(config, 8192) if one.fix] == []
@@ -31,7 +32,7 @@ def test_the_overlong_penalty_follows_the_response_and_is_as_it_was():
     for recipe, experiment, response, length in (
         ("e12", "gsm8k", 1024, 256), ("e12", "gsm8k", 192, 48), ("e12", "embedded", 24, 8), ("dapo", "gsm8k", 3, 1),
     ):  # fmt: skip
-        config = load_recipe(recipe, ["profile=cpu", f"experiment={experiment}", f"{RESPONSE}={response}"])
+        config = recipe_with(recipe, f"experiment={experiment}", f"{RESPONSE}={response}")
         assert config.reward.reward_kwargs.overlong_buffer_cfg.len == length
         assert config.reward.reward_kwargs.max_resp_len == response
 
@@ -83,7 +84,7 @@ def test_a_critic_s_micro_batches_count_where_there_is_one():
     assert f"{CRITIC}.ppo_max_token_len_per_gpu=100" in fault("ppo", *overrides)
     assert fault("e12", *overrides) == ""
     assert fault("e12", *overrides, f"{CRITIC}.enable=true")
-    assert not uses_critic(load_recipe("ppo", ["profile=cpu", f"{CRITIC}.enable=false"]))
+    assert not uses_critic(recipe_with("ppo", f"{CRITIC}.enable=false"))
 
 
 def test_limits_that_just_hold_are_no_fault():
@@ -110,9 +111,11 @@ def test_limits_that_just_hold_are_no_fault():
     ],
 )
 def test_names_and_shares_that_are_none_are_refused(override, said):
+    config = recipe_with("e12", override)
+    check = parse_aqn if override.startswith("aqn.") else check_names
     with pytest.raises(ConfigError, match=said):
-        load_recipe("e12", ["profile=cpu", override])
-    load_recipe(
-        "e12", ["profile=cpu", "reward.reward_manager.name=Mine", "reward.reward_manager.source=importlib",
-                "reward.reward_manager.module.path=mine.py"],
-    )  # fmt: skip
+        check(config)
+
+
+def test_a_manager_of_one_s_own_may_have_any_name():
+    check_names(recipe_with("e12", "reward.reward_manager.name=Mine", "reward.reward_manager.source=importlib"))

@@ -14,7 +14,7 @@ import psutil
 from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.config import parse_aqn, schedule_of
-from verl_aqn.data.parquet import first_row
+from verl_aqn.data.parquet import check_parquet, first_row
 from verl_aqn.errors import ConfigError, DataError, EnvironmentFault, ModelError
 from verl_aqn.preflight.findings import Finding, gb
 from verl_aqn.preflight.memory import CPU, DEVICE, actor, machine, rollout, sizes, whole_cache
@@ -92,6 +92,7 @@ def check_reward_function(config: DictConfig) -> Finding:
         settle_reward(config)
         asked = [file for file in data_files(config, "val_files", "train_files") if file.is_file()]
         for file in asked:
+            check_parquet(file)
             check_reward(config, first_row(file), f"row 0 of {file}")
     except (ConfigError, DataError) as error:
         return Finding("reward", found, str(error))

@@ -164,7 +164,8 @@ def check_reward(config: DictConfig, row: dict[str, Any], where: str) -> None:
         return
     function = reward_of(config)
     truth = row["reward_model"]["ground_truth"]
-    metric = config.algorithm.filter_groups.metric if config.algorithm.filter_groups.enable else "acc"
+    groups = config.algorithm.filter_groups
+    metric = groups.metric if groups and groups.enable else "acc"
     for answer in ("", f"#### {truth}"):
         extra = {**(row.get("extra_info") or {}), **added_by_manager(config)}
         told = {"data_source": row["data_source"], "ground_truth": truth, "extra_info": extra}

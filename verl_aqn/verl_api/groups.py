@@ -1,7 +1,6 @@
 """Groups of answers to one prompt whose rewards are all equal: they teach nothing, and too many of them end a run."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
 
 from omegaconf import DictConfig
 from transfer_queue import KVBatchMeta
@@ -23,11 +22,13 @@ class AqnReplayBuffer(ReplayBuffer):
     failed: int  # groups of this step without an answer, which a recipe may have replaced
     taken: KVBatchMeta
     selected: list[str]  # uids of the groups that were taken, in the order of the data
-    on_failure: Callable[[str], None]  # is told the partition where answers to a prompt failed; may stop the run
 
     def begin(self) -> None:
         """A new step."""
         self.thrown_away, self.failed = Counter(), 0
+
+    def on_failure(self, partition_id: str) -> None:
+        """Called where answers to a prompt failed. The trainer puts in its own, which may stop the run."""
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict]:
         if partition_id == "val":
