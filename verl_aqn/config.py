@@ -34,6 +34,8 @@ from verl_aqn.verl_keys import check_keys, reason_against
 PROFILES = ("cpu", "cuda", "npu")
 EXPERIMENTS = ("embedded", "gsm8k", "none")
 _REFERENCE = re.compile(r"\$\{(?:oc\.select:)?(\w[\w.]*)(?:,[^${}]*)?\}")  # a value that is another setting's
+# `${divide:A,B}` in recipes: A / B, rounded down, at least 1. OmegaConf itself does not calculate.
+OmegaConf.register_new_resolver("divide", lambda a, b: max(1, int(a) // int(b)), replace=True)
 
 
 @dataclass(frozen=True)
@@ -126,19 +128,25 @@ class RunConfig:
     """Where a run lives, and what becomes of it in trouble (`aqn.run`).
 
     `restarts`: how often a run that lost a process, or hung, is resumed by itself. `patience`: a phase that takes so
-    many times its usual hangs; 0: none does.
+    many times its usual hangs; 0: none does. `allow_failed`: the share of the answers of one step, or of one
+    validation, whose generation or reward may fail before the run stops.
     """
 
     dir: str | None = None
     fresh: bool = False
     restarts: int = 0
     patience: float = 10.0
+    allow_failed: float = 0.0
 
     def __post_init__(self) -> None:
         if self.restarts < 0:
             raise ConfigError(f"aqn.run.restarts is {self.restarts}: give 0 or more")
         if not self.patience >= 0:
             raise ConfigError(f"aqn.run.patience is {self.patience}: give 0 or more, 0 for never")
+        if not 0 <= self.allow_failed < 1:
+            raise ConfigError(
+                f"aqn.run.allow_failed is {self.allow_failed}: give a share of answers from 0 to below 1, 0 for none"
+            )
 
 
 @dataclass(frozen=True)
@@ -202,8 +210,11 @@ _NAMES = {
     "actor_rollout_ref.actor.strategy": STRATEGIES,
     "critic.strategy": STRATEGIES,
     "trainer.v1.trainer_mode": ("sync",),  # the others generate while noise and adapter change
+    "trainer.resume_mode": ("auto", "disable", "resume_path"),
     f"{_ROLLOUT}.name": ("vllm",),
+    "reward.reward_manager.source": ("register", "importlib"),
 }
+REWARD_MANAGERS = ("dapo", "gdpo", "naive", "rate_limited", "remote")  # in verl's own register
 
 
 def nearest(name: str, valid: list[str]) -> str:
@@ -302,6 +313,13 @@ def check_names(config: DictConfig) -> None:
         for name in value if OmegaConf.is_list(value) else [value]:
             if name not in known:
                 raise ConfigError(f"{key} has {name!r}: {nearest(str(name), list(known))}")
+    manager = OmegaConf.select(config, "reward.reward_manager")
+    if manager and manager.source == "register" and manager.name not in REWARD_MANAGERS:
+        hint = nearest(str(manager.name), list(REWARD_MANAGERS))
+        raise ConfigError(
+            f"reward.reward_manager.name has {manager.name!r}: {hint}; one of your own needs "
+            "reward.reward_manager.source=importlib and reward.reward_manager.module.path=FILE"
+        )
 
 
 def schedule_of(config: DictConfig | dict, total_steps: int) -> SigmaSchedule:

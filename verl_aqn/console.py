@@ -140,6 +140,8 @@ class Console:
         self.out.print(sigma_table(run))
         self.out.print(result_table(run))
         self.out.print(verdict(run, todo), soft_wrap=True)
+        if failed := failed_text(run):
+            self.out.print(failed, soft_wrap=True, markup=False)
         self.out.print(f"[dim]record: {escape(str(run.path))}[/dim]", soft_wrap=True)
         sys.stdout.flush()
         return 0
@@ -192,6 +194,20 @@ def result_table(run: RunFolder) -> Table:
         passed = [str(samples_of(validation)), pass_text(validation) or "–"] if several else []
         table.add_row(str(validation["step"]), *shares, str(count), *passed)
     return table
+
+
+def failed_text(run: RunFolder) -> str:
+    """How many answers of the run failed; "" where none did. Only a run that allows it comes to its end with some."""
+    steps = run.by_step("metrics.jsonl", "step").values()
+    trained = sum(int(_number(step["metrics"], "aqn/answers_failed") or 0) for step in steps
+                  if "aqn/answers_failed" in step["metrics"])  # fmt: skip
+    validated = sum(record.get("failed") or 0 for record in run.by_step("metrics.jsonl", "validation").values())
+    if not trained and not validated:
+        return ""
+    return (
+        f"failed: {trained:,} training answers, which taught nothing, and {validated:,} validation answers, which "
+        "count as wrong (failures.jsonl has the reasons)"
+    )
 
 
 def is_plans_task(todo: "Prepared", problems: int) -> bool:

@@ -13,7 +13,7 @@ from verl_aqn.errors import AqnError, ConfigError, first_line
 from verl_aqn.preflight import checks
 from verl_aqn.preflight.findings import Finding
 from verl_aqn.preflight.node import Node, cluster_nodes, local_node
-from verl_aqn.prepare import find_model
+from verl_aqn.prepare import find_model, positions_of
 
 
 @dataclass
@@ -79,6 +79,8 @@ def _nodes(report: Report, config: DictConfig | None, folder: str, profile: str)
 def _recipe(report: Report, config: DictConfig, nodes: list[Node]) -> None:
     findings = report.findings
     findings += checks.check_recipe(config)
+    findings.append(checks.check_reward_function(config))
+    findings += checks.check_verl(config)
     findings += checks.check_adapter(config)
     findings += checks.check_ports(config)
     findings += checks.check_places(config)
@@ -94,8 +96,10 @@ def _recipe(report: Report, config: DictConfig, nodes: list[Node]) -> None:
         findings += checks.check_storage(config, shape, node.shared_memory, node.disk, where)
         if shape is not None:
             findings += checks.check_memory(config, shape, node.memory, node.devices, where)
-    if shape is not None:
-        findings += checks.check_served(config, find_model(config, weights=False))
+    folder = find_model(config, weights=False) if shape is not None else None
+    findings += checks.check_settings(config, positions_of(folder) if folder else None)
+    if shape is not None and folder is not None:
+        findings += checks.check_served(config, folder)
         findings.append(checks.check_rows(config))
         findings += checks.check_heads(config, shape)
         findings += checks.check_experts(config, shape)

@@ -40,6 +40,10 @@ class StrengthError(AqnError, RuntimeError):
     """The noise is so strong that no answer is left to learn from."""
 
 
+class RewardError(AqnError, RuntimeError):
+    """The reward of an answer failed: the function raised, or returned what is no reward."""
+
+
 class TrainingError(AqnError, RuntimeError):
     """Training cannot go on or would teach nothing, though every part of it works."""
 

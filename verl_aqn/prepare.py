@@ -108,10 +108,17 @@ def _bound_context(rollout: DictConfig, model: Path) -> None:
     One token more than answers are long leaves room for scoring them again.
     """
     if rollout.max_model_len is None:
-        shape = json.loads((model / "config.json").read_text())
-        known = [one["max_position_embeddings"] for one in (shape, shape.get("text_config") or {})
-                 if "max_position_embeddings" in one]  # fmt: skip
-        rollout.max_model_len = min([rollout.prompt_length + rollout.response_length + 1, *known])
+        longest = rollout.prompt_length + rollout.response_length + 1
+        rollout.max_model_len = min(longest, positions_of(model) or longest)
+
+
+def positions_of(model: Path) -> int | None:
+    """Return the most tokens that a model's positions are for, by its config.json; None where that does not say."""
+    shape = json.loads((model / "config.json").read_text())
+    for block in (shape, shape.get("text_config") or {}):
+        if (positions := block.get("max_position_embeddings")) is not None:
+            return int(positions)
+    return None
 
 
 def find_model(config: DictConfig, *, weights: bool = True) -> Path:

@@ -1,5 +1,7 @@
 """A run's data: made into files that are on disk, read by verl before anything is started, and given row by row."""
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,8 +70,8 @@ def prepare_data(config: DictConfig) -> Data:
         config.data[key] = files[0] if len(files) == 1 and isinstance(value, str) else files
     found = check_data(config)
     prepare_tools(config, *(items_of(config, split) for split in KEYS))
-    where = data_files(config, "val_files")[0]
-    check_reward(config, first_item(config), f"row 0 of {where}")
+    for item, where in first_items(config):
+        check_reward(config, item, where)
     return found
 
 
@@ -112,12 +114,20 @@ def check_truths_of(config: DictConfig) -> None:
             check_truths(file)
 
 
-def first_item(config: DictConfig) -> dict[str, Any]:
-    """Return the first item of validation; raises DataError where it lacks what verl tells the reward."""
-    item, file = items_of(config, "test")[0], data_files(config, "val_files")[0]
-    if needs_truth(config):
-        check_told(item, f"{file}: row 0")
-    return item
+def first_items(config: DictConfig) -> Iterator[tuple[dict[str, Any], str]]:
+    """Give the first item of every file, those of validation first, and where it is; of a user's own class of each set.
+
+    Raises:
+        DataError: one lacks what verl tells the reward.
+    """
+    for split in ("test", "train"):
+        items, files = items_of(config, split), data_files(config, KEYS[split])
+        places = [0, *itertools.accumulate(map(count_rows, files[:-1]))] if not has_own_class(config) else [0]
+        for place, file in zip(places, files, strict=False):
+            item = items[place]
+            if needs_truth(config):
+                check_told(item, f"{file}: row 0")
+            yield item, f"row 0 of {file}"
 
 
 def items_of(config: DictConfig, split: str) -> "Items":

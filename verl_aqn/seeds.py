@@ -15,6 +15,9 @@ key       UID_SESSION_INDEX (verl's)     `12-3-417_5_0`: its sixth answer, first
 import hashlib
 from collections import Counter
 
+PROMPT = "aqn_prompt"
+"""Column of a batch: the prompt's name within its step."""
+
 
 def seed_of(*parts: int | str) -> int:
     """Return a number from 0 to 2^63 - 1 that depends on `parts` alone: not on the process, the machine or the time.

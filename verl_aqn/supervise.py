@@ -93,10 +93,7 @@ def starts_warm(config: DictConfig) -> bool:
     Not where verl's `run_ppo` would do more than start Ray: determinism (which wants a hash seed of its own, while a
     forked process has its parent's), the insight logger, a timeline at the end; nor with an interpreter of the user's.
     """
-    reward = config.reward.reward_model
-    deterministic = config.actor_rollout_ref.rollout.full_determinism or (
-        reward.enable and reward.rollout.full_determinism
-    )
+    deterministic = config.actor_rollout_ref.rollout.full_determinism
     timeline = config.ray_kwargs.get("timeline_json_file")
     python = OmegaConf.select(config, "ray_kwargs.ray_init.runtime_env.py_executable")
     other = deterministic or timeline or python or "rl_insight" in config.trainer.logger

@@ -12,8 +12,9 @@ from verl_aqn.config import load_recipe
 from verl_aqn.data.parquet import write_parquet
 from verl_aqn.data.smollm2 import tiny_model
 from verl_aqn.data.word_problems import SOURCE, prompt, row
+from verl_aqn.errors import ProcessFault, RewardError
 from verl_aqn.runs.folder import RunFolder
-from verl_aqn.verl_api.failures import FILE, NotingFailures, answered, failure_text
+from verl_aqn.verl_api.failures import FILE, NotingFailures, answered, failure_text, refuse_failures
 from verl_aqn.verl_api.rows import Rows, ToldDataset, rows_of, told_rows
 
 N = 40
@@ -155,7 +156,13 @@ def test_the_reason_of_a_session_that_fails_is_on_record_and_told(tmp_path):
     def run(uid, session, validate, step=3):
         return asyncio.run(
             worker._run_agent_loop(
-                {}, {"step": step, "validate": validate}, agent_name="a", uid=uid, session_id=session
+                {},
+                {"step": step, "validate": validate},
+                agent_name="a",
+                uid=uid,
+                session_id=session,
+                aqn_prompt="17+1",
+                raw_prompt=[{"role": "user", "content": "How\n many?"}],
             )
         )
 
@@ -164,12 +171,47 @@ def test_the_reason_of_a_session_that_fails_is_on_record_and_told(tmp_path):
         with pytest.raises(ValueError, match="no float"):
             run(uid, session, validate)
     records = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
-    assert records[0] == {"set": "val", "step": 3, "uid": "a-1", "session": 0, "reason": "ValueError: no float: a"}
+    assert records[0] == {
+        "set": "val", "step": 3, "attempt": 1, "uid": "a-1", "session": 0, "item": 17, "stage": "generation",
+        "prompt": "How many?", "reason": "ValueError: no float: a",
+    }  # fmt: skip
     folder = RunFolder(tmp_path)
     text = failure_text(folder, "val", 3, 16, 3)
-    assert "3 of 16 answers failed and count as wrong: ValueError: no float: a (2 times, and 1 other reason(s))" in text
-    assert "training.log says why" in failure_text(folder, "val", 4, 16, 3)
-    assert "step 3: 1 of 64 answers failed" in failure_text(folder, "train", 3, 64, 1)
+    assert text == (
+        "validation after step 3: 3 of 16 answers failed: the generation of validation item 17 ('How many?'): "
+        "ValueError: no float: a (2 times, and 1 other reason(s))"
+    )
+    assert "training.log" in failure_text(folder, "val", 4, 16, 3)
+    assert "step 3: 1 of 64 answers failed: the generation of training item 17" in failure_text(
+        folder, "train", 3, 64, 1
+    )
+
+
+def record(folder, session, stage="reward", attempt=1):
+    folder.append(FILE, {"set": "val", "step": 3, "attempt": attempt, "uid": "u", "session": session, "item": 2,
+                         "prompt": "", "stage": stage, "reason": f"/r.py:3: KeyError: {session}"})  # fmt: skip
+
+
+def test_failures_stop_a_run_by_their_share_of_this_attempt_s_answers(tmp_path):
+    folder = RunFolder(tmp_path)
+    refuse_failures(folder, "val", 3, 16, 0.0)
+    record(folder, 0, "generation")
+    with pytest.raises(ProcessFault, match=r"1 of 16 answers failed: the generation of validation item 2: /r\.py:3"):
+        refuse_failures(folder, "val", 3, 16, 0.0)
+    record(folder, 1)
+    with pytest.raises(RewardError, match=r"2 of 16 .*mend the reward.*allow_failed=0\.1 allows 1"):
+        refuse_failures(folder, "val", 3, 16, 0.1)
+    refuse_failures(folder, "val", 3, 16, 0.125)
+    refuse_failures(folder, "train", 3, 16, 0.0)
+    refuse_failures(folder, "val", 4, 16, 0.0)
+    # Those of an attempt that stopped by them are not those of the next, whose reward may have been mended.
+    (tmp_path / "state.json").write_text(
+        json.dumps({"status": "running", "created": "", "config_digest": "", "attempt": 2})
+    )
+    refuse_failures(folder, "val", 3, 16, 0.0)
+    record(folder, 0, attempt=2)
+    with pytest.raises(RewardError):
+        refuse_failures(folder, "val", 3, 16, 0.0)
 
 
 def test_a_run_folder_that_cannot_be_written_does_not_hide_the_error(tmp_path):

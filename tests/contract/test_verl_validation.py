@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
-from verl_aqn.errors import ConfigError
+from verl_aqn.errors import ConfigError, ProcessFault
 from verl_aqn.runs.folder import RunFolder
 
 
@@ -22,6 +22,7 @@ def trainer(tmp_path, monkeypatch):
         {
             "trainer": {"validation_data_dir": str(tmp_path / "validation")},
             "actor_rollout_ref": {"rollout": {"val_kwargs": {"n": 1}}},
+            "aqn": {"run": {"allow_failed": 0.9}},
         }
     )
     made.folder, made.global_steps, made.keys = RunFolder(tmp_path), 29, None
@@ -114,8 +115,22 @@ def test_a_missing_answer_is_wrong_and_told(trainer):
     assert (len(lines), record["accuracy"], record["items"]) == (3, 0.75, 2)
     assert record["pass_at"] == {"1": 0.75, "2": 1.0}
     (warning,) = trainer.folder.read("events.jsonl")
-    assert "validation after step 29: 1 of 4 answers failed and count as wrong: training.log" in warning["text"]
+    assert warning["text"] == (
+        "validation after step 29: 1 of 4 answers failed, for a reason that training.log has; they count as wrong"
+    )
     assert (record["answered"], record["failed"]) == (3, 1)
+
+
+@pytest.mark.parametrize(("allowed", "stops"), [(0.0, True), (0.24, True), (0.25, False)])
+def test_a_missing_answer_stops_a_run_that_does_not_allow_for_it(trainer, allowed, stops):
+    trainer.config.aqn.run.allow_failed = allowed
+    arguments = trainer, 2, ["uid-1_1_0", "uid-0_0_0", "uid-0_1_0"], [1.0, 1.0, 1.0]
+    if stops:
+        with pytest.raises(ProcessFault, match=r"1 of 4 answers failed.*aqn\.run\.allow_failed"):
+            several(*arguments)
+        assert not list(trainer.folder.read("metrics.jsonl"))
+    else:
+        several(*arguments)
 
 
 def test_problems_of_which_no_answer_came_count(trainer):

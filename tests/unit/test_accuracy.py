@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from verl_aqn.config import load_recipe
+from tests.composed import recipe_with
 from verl_aqn.errors import ConfigError
+from verl_aqn.rewards.custom import settle_reward
 from verl_aqn.run_data import prepare_data
 from verl_aqn.runs.accuracy import acc_in, is_right, judged, recorded, reward_in
 from verl_aqn.runs.folder import RunFolder
@@ -57,17 +58,32 @@ def test_anything_else_is_refused_with_what_to_return(value):
 def test_the_reward_of_training_is_the_score():
     assert (reward_in({"score": -1.0, "acc": 1}), reward_in(0.25)) == (-1.0, 0.25)
     assert (acc_in({"score": -1.0, "acc": 1}), acc_in(0.0), acc_in(True)) == (True, False, True)
-    for result in ({"acc": 1}, {"score": None, "acc": 1}, None, "much"):
-        with pytest.raises(ConfigError, match="no number as reward"):
-            reward_in(result)
+    for one in (np.float32(0.5), torch.tensor(0.5), np.array(0.5), True, 2):
+        assert reward_in({"score": one, "acc": 1}) == float(one)
+    for one in (None, "much", "1.0", float("nan"), float("inf"), np.float32("nan"), [1.0], np.ones(1), 1 + 0j):
+        for result in (one, {"score": one, "acc": 1}):
+            with pytest.raises(ConfigError, match="no finite number is the reward"):
+                reward_in(result)
+    with pytest.raises(ConfigError, match="no finite number is the reward"):
+        reward_in({"acc": 1})
 
 
 REWARD = """
 import sys
 def compute_score({arguments}):
     {body}
-async def later(**told):
-    return -1.0
+async def later(ground_truth, **told):
+    return float(ground_truth in told["solution_str"])
+async def never(**told):
+    import asyncio
+    await asyncio.sleep(60)
+def promises(**told):
+    return later(**told)
+def takes_too_little(solution_str, ground_truth):
+    return 1.0
+def wants_more(data_source, solution_str, ground_truth, extra_info, tokenizer):
+    return 1.0
+number = 7
 """
 
 
@@ -75,14 +91,13 @@ def ask(tmp_path, body, arguments="data_source, solution_str, ground_truth, extr
     """Prepare a run of the embedded task with a reward of the user's own."""
     file = tmp_path / "reward.py"
     file.write_text(REWARD.format(body=body, arguments=arguments))
-    overrides = ["profile=cpu", f"reward.custom_reward_function.path={file}", *more]
-    return prepare_data(load_recipe("e6a", overrides)).rows
+    return prepare_data(recipe_with("e6a", f"reward.custom_reward_function.path={file}", *more)).rows
 
 
 @pytest.mark.parametrize(
     "body",
     ["return {'score': 0.3, 'acc': ground_truth in solution_str}", "return float(ground_truth in solution_str)",
-     "return {'score': -1, 'acc': 0, 'flexible': 1}", "extra_info['num_turns']; return 0",
+     "return {'score': -1, 'acc': 0, 'flexible': 1}",
      "extra_info['index'] = 'mine'; return 1"],
 )  # fmt: skip
 def test_a_reward_that_tells_right_from_wrong_is_taken(tmp_path, body):
@@ -96,8 +111,11 @@ def test_a_reward_that_tells_right_from_wrong_is_taken(tmp_path, body):
      ("return {'score': 1.0}", "without 'acc'"), ("return {'score': 1.0, 'acc': None}", "acc=None"),
      ("return {'score': 1.0, 'acc': 0.5}", r"acc=0\.5"),
      ("return {'score': 1.0, 'acc': 1, 'flexible': 0.5}", "flexible"),
-     ("return {'acc': 1}", "no number as reward"), ("return None", "returned None"),
-     ("return float(solution_str)", "raises ValueError .*row 0 of .*parquet"),
+     ("return {'acc': 1}", "no finite number is the reward"),
+     ("return {'score': float('nan'), 'acc': 1}", "no finite number"), ("return {'score': '1', 'acc': 1}", "no finite"),
+     ("extra_info['num_turns']; return 0", "raises KeyError"),  # verl's dapo does not tell it
+     ("return None", "returned None"),
+     ("return float(solution_str)", r"reward\.py:4 raises ValueError .*row 0 of .*parquet"),
      ("sys.nothing", "raises AttributeError")],
 )  # fmt: skip
 def test_a_reward_that_does_not_is_refused_before_anything_starts(tmp_path, body, said):
@@ -107,18 +125,84 @@ def test_a_reward_that_does_not_is_refused_before_anything_starts(tmp_path, body
     assert "\n" not in str(caught.value)
 
 
-def test_a_reward_is_asked_with_its_own_settings_and_not_where_it_cannot_answer(tmp_path):
-    key = "reward.custom_reward_function"
-    more = [f"+{key}.reward_kwargs.bonus=1"]
+KEY = "reward.custom_reward_function"
+
+
+def test_a_reward_is_asked_with_its_own_settings(tmp_path, monkeypatch):
+    more = [f"+{KEY}.reward_kwargs.bonus=1"]
     assert ask(tmp_path, "return bonus", "bonus, **told", more)
     with pytest.raises(ConfigError, match="returned 2"):
-        ask(tmp_path, "return bonus", "bonus, **told", [f"+{key}.reward_kwargs.bonus=2"])
-    assert ask(tmp_path, "return -1", more=[f"{key}.name=later"])
-    assert ask(tmp_path, "return -1", more=["reward.reward_model.enable=true"])
-    with pytest.raises(ConfigError, match="cannot be loaded"):
-        ask(tmp_path, "return 1", more=[f"{key}.name=nothing"])
-    with pytest.raises(ConfigError, match="cannot be loaded"):
-        ask(tmp_path, "return )")
+        ask(tmp_path, "return bonus", "bonus, **told", [f"+{KEY}.reward_kwargs.bonus=2"])
+    # In verl they win over what it tells itself.
+    with pytest.raises(ConfigError, match="returned 3"):
+        ask(tmp_path, "return data_source", more=[f"+{KEY}.reward_kwargs.data_source=3"])
+    for manager in ("naive", "remote"):
+        manager = f"reward.reward_manager.name={manager}"
+        assert ask(tmp_path, "extra_info['num_turns'] + 0; return 0", more=[manager])
+    assert ask(tmp_path, "return 1", more=[f"{KEY}.name=later"])
+    with pytest.raises(ConfigError, match=r"returned coroutine: let it be `async def`"):
+        ask(tmp_path, "return 1", more=[f"{KEY}.name=promises"])
+    monkeypatch.setattr("verl_aqn.rewards.custom.ASYNC_TIMEOUT_S", 0.1)
+    assert ask(tmp_path, "return 1", more=[f"{KEY}.name=never"])
+    own = ["reward.reward_manager.source=importlib", "reward.reward_manager.module.path=own.py"]
+    assert ask(tmp_path, "return -1", more=own), "who calls the function is not verl's manager"
+
+
+def test_what_filters_groups_has_to_be_told(tmp_path):
+    groups = ["algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=score"]
+    assert ask(tmp_path, "return {'score': 1, 'acc': 1}", more=groups)
+    with pytest.raises(ConfigError, match="returned no 'score', which algorithm"):
+        ask(tmp_path, "return 1.0", more=groups)
+
+
+def settled(tmp_path, *overrides, body="return 1"):
+    file = tmp_path / "reward.py"
+    file.write_text(REWARD.format(body=body, arguments="data_source, solution_str, ground_truth, extra_info"))
+    config = recipe_with("e6a", f"{KEY}.path={file}", *overrides)
+    settle_reward(config)
+    return config.reward.custom_reward_function.path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([f"{KEY}.path=/nowhere/reward.py"], r"path=/nowhere/reward\.py: no such file"),
+        ([f"{KEY}.path=pkg://no.such.module"], r"cannot be loaded: ModuleNotFoundError: No module named 'no'"),
+        ([f"{KEY}.name=compute_scores"], "name=compute_scores is not in it: did you mean 'compute_score'"),
+        ([f"{KEY}.name=number"], "name=number is not a function"),
+        ([f"{KEY}.name=takes_too_little"], r"cannot be called as.*unexpected keyword.*def takes_too_little\("),
+        ([f"{KEY}.name=wants_more"], "missing a required argument: 'tokenizer'"),
+        ([f"+{KEY}.reward_kwargs.bonus=1"], "unexpected keyword argument 'bonus'"),
+        ([f"{KEY}.name=later", "reward.reward_manager.name=remote"], "remote takes no async function"),
+        (["reward.reward_model.enable=true"], r"reward\.reward_model\.enable=true: .*no accuracy"),
+        (["reward_model.enable=true"], r"reward_model\.enable is an old name.*set reward\.reward_model\.enable"),
+        (["reward_model.reward_manager=naive"], r"set reward\.reward_manager\.name"),
+        (["reward_model.model.path=/a"], r"reward_model\.model\.path is an old name"),
+        (["custom_reward_function.path=/a.py"], r"set reward\.custom_reward_function\.path"),
+        (["sandbox_fusion.url=http://a"], r"set reward\.sandbox_fusion\.url"),
+    ],
+)  # fmt: skip
+def test_a_reward_that_cannot_be_is_refused_in_a_line(tmp_path, overrides, said):
+    with pytest.raises(ConfigError, match=said) as caught:
+        settled(tmp_path, *overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_module_that_raises_is_told_with_its_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"reward\.py.*SyntaxError"):
+        settled(tmp_path, body="return )")
+    own = tmp_path / "raising.py"
+    own.write_text("import math\n\nmath.nothing\n")
+    with pytest.raises(ConfigError, match=rf"cannot be loaded: {own}:3: AttributeError"):
+        settled(tmp_path, f"{KEY}.path={own}")
+
+
+def test_workers_get_the_file_s_whole_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for named in ("reward.py", "~/reward.py", "file://reward.py"):
+        assert settled(tmp_path, f"{KEY}.path={named}") == str(tmp_path / "reward.py")
+    assert settled(tmp_path, f"{KEY}.path=pkg://verl_aqn.bench.letters").startswith("pkg://")
 
 
 def test_before_and_after_are_compared_only_where_every_judgement_is_on_record(tmp_path):

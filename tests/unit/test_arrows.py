@@ -23,7 +23,7 @@ ARROWS = {
     "checksums": ("cache",),
     "judge": ("order",),  # of records, without torch: the trainer's and the reports' alike
     "data": ("rewards",),  # whose rule the ground truths are for
-    "rewards": ("runs",),  # what a right answer is
+    "rewards": ("config", "runs"),  # runs: what a right answer is
     "owned": (),
     "runs": ("checksums", "config", "judge", "order", "owned", "schedule", "stock_settings"),
     "trackers": ("cache",),

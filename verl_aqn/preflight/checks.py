@@ -21,11 +21,14 @@ from verl_aqn.preflight.findings import Finding, gb
 from verl_aqn.preflight.memory import CPU, DEVICE, actor, machine, rollout, sizes, whole_cache
 from verl_aqn.preflight.node import PACKAGES, Node, devices_here, free_disk
 from verl_aqn.preflight.plan import fit
+from verl_aqn.preflight.settings import check_settings
 from verl_aqn.preflight.shape import Shape
+from verl_aqn.preflight.verl import check_verl
 from verl_aqn.preflight.vllm import check_served
-from verl_aqn.prepare import find_model, refuse_adapter_settings
+from verl_aqn.prepare import find_model, positions_of, refuse_adapter_settings
+from verl_aqn.rewards.custom import check_reward, settle_reward
 from verl_aqn.rewards.math_verify import check_installed
-from verl_aqn.run_data import KEYS, check_data, files_on_disk, steps_in_data
+from verl_aqn.run_data import KEYS, check_data, files_on_disk, first_items, steps_in_data
 from verl_aqn.serving import ADAPTER_RANKS, served_rank
 
 SETUP = "bash scripts/setup.sh"
@@ -86,6 +89,25 @@ def check_validation(config: DictConfig) -> Finding:
         fix = f"they would all be the same: set {block}.do_sample=true and a temperature above 0, or {block}.n=1"
     how = f"do_sample={str(samples).lower()}, temperature {val.temperature:g}"
     return Finding("validation's answers", f"{val.n} to each problem, {how}", fix)
+
+
+def check_reward_function(config: DictConfig) -> Finding:
+    """The reward, asked about the first rows of the data where those are on disk."""
+    path = config.reward.custom_reward_function.path
+    found = f"{path or 'the rules that verl has'}, by reward.reward_manager.name={config.reward.reward_manager.name}"
+    try:
+        settle_reward(config)
+        files = {key: files_on_disk(config, key) for key in KEYS.values()}
+        asked = all(files.values())
+        if asked:
+            there = config.copy()
+            for key, names in files.items():
+                there.data[key] = [str(name) for name in names or ()]
+            for item, where in first_items(there):
+                check_reward(there, item, where)
+    except (ConfigError, DataError) as error:
+        return Finding("reward", found, str(error))
+    return Finding("reward", found if asked else f"{found} (not asked: the data are not on disk)")
 
 
 def check_ports(config: DictConfig) -> Iterator[Finding]:
@@ -310,8 +332,12 @@ def refuse_recipe(config: DictConfig) -> Shape:
     """
     _raise_first(check_recipe(config))
     shape = recipe_shape(config)
-    _raise_first([*check_heads(config, shape), *check_experts(config, shape)])
-    _raise_first(check_served(config, find_model(config, weights=False)))
+    folder = find_model(config, weights=False)
+    _raise_first([*check_settings(config, positions_of(folder)), *check_heads(config, shape)])
+    _raise_first(check_experts(config, shape))
+    settle_reward(config)
+    _raise_first(check_verl(config))
+    _raise_first(check_served(config, folder))
     return shape
 
 

@@ -6,6 +6,7 @@ null or NaN is no accuracy, and nothing makes one of it: not its sign, and not w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -17,9 +18,13 @@ REMEDY = "let it return {'score': REWARD, 'acc': 1 if the answer is right else 0
 
 def is_right(acc: object) -> bool | None:
     """True of 1 and False of 0, as bool, int, float or a scalar of numpy or torch; None of anything else."""
-    if getattr(acc, "shape", None) == () and hasattr(acc, "item"):
-        acc = acc.item()
+    acc = _plain(acc)
     return bool(acc) if isinstance(acc, Real) and acc in (0, 1) else None
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of numpy or torch as Python's own."""
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
 
 
 def judged(values: Sequence[object], key: str = "acc") -> list[bool]:
@@ -67,15 +72,14 @@ def reward_in(result: Any) -> float:
     """The reward that training uses, of what the reward function returned: `score` of a dict.
 
     Raises:
-        ConfigError: there is none, or it is no number.
+        ConfigError: there is none, or it is not a finite number.
     """
-    value = result.get("score") if isinstance(result, Mapping) else result
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"reward.custom_reward_function returned {_shown(result)}, in which there is no number as reward: {REMEDY}"
-        ) from error
+    value = _plain(result.get("score") if isinstance(result, Mapping) else result)
+    if isinstance(value, Real) and math.isfinite(value):
+        return float(value)
+    raise ConfigError(
+        f"reward.custom_reward_function returned {_shown(result)}, in which no finite number is the reward: {REMEDY}"
+    )
 
 
 def _shown(value: object) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -40,7 +40,10 @@ def plan_verdict(accuracy: float, n: int, comparable: bool) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The same `n` items before and after. Shares are fractions of 1; `interval` and `p_value` are of one test."""
+    """The same `n` items before and after. Shares are fractions of 1; `interval` and `p_value` are of one test.
+
+    `left_out`: items that have no answer on one of the two sides.
+    """
 
     n: int
     before: float
@@ -50,14 +53,16 @@ class Comparison:
     p_value: float  # two-sided
     interval: tuple[float, float]  # of after - before, 95 %
     test: str
+    left_out: int = 0
 
     @property
     def text(self) -> str:
         low, high = self.interval
         change = f"{100 * (self.after - self.before):+.1f} points"
         finding = "more than chance" if self.p_value < LEVEL else "chance alone may explain it"
+        left = f" ({self.left_out} more have no answer in one of the two)" if self.left_out else ""
         return (
-            f"{100 * self.before:.1f} % -> {100 * self.after:.1f} % on the same {self.n} items: {change} "
+            f"{100 * self.before:.1f} % -> {100 * self.after:.1f} % on the same {self.n} items{left}: {change} "
             f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}); {self.gained} gained, {self.lost} lost, "
             f"{self.test} p = {self.p_value:.2g}: {finding}."
         )
@@ -100,4 +105,8 @@ def compare_validations(run: RunFolder, first: int, last: int) -> Comparison | N
     except DataError:
         return None
     both = sorted(before.keys() & after.keys())
-    return compare_before_after([before[key] for key in both], [after[key] for key in both]) if both else None
+    if not both:
+        return None
+    items = max(int(records.get(step, {}).get("items", len(both))) for step in (first, last))
+    found = compare_before_after([before[key] for key in both], [after[key] for key in both])
+    return replace(found, left_out=max(0, items - len(both)))

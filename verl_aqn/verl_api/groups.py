@@ -27,6 +27,9 @@ class AqnReplayBuffer(ReplayBuffer):
         """A new step."""
         self.thrown_away, self.failed = Counter(), 0
 
+    def on_failure(self, partition_id: str) -> None:
+        """Called where answers to a prompt failed. The trainer puts in its own, which may stop the run."""
+
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict]:
         if partition_id == "val":
             found, metrics = super().sample(global_steps, partition_id, batch_size)
@@ -40,6 +43,13 @@ class AqnReplayBuffer(ReplayBuffer):
         self.begin()
         self.taken, metrics = super().sample(global_steps, partition_id, batch_size)
         return self.taken, metrics
+
+    def _sync_metadata_from_transfer_queue(self):
+        """As verl's, at each look at the queue. Failures are told at once: the other answers may take minutes."""
+        super()._sync_metadata_from_transfer_queue()
+        for partition_id, uids in self.failure_keys.items():
+            if uids:
+                self.on_failure(partition_id)
 
     def _select_prompt_uids(self, partition_id, sampleable_keys, batch_size):
         """verl takes any of them, as a set of strings yields them; the first ones of the data are always the same."""

@@ -16,18 +16,15 @@ from verl.utils.dataset.rl_dataset import collate_fn
 
 from verl_aqn.config import parse_aqn
 from verl_aqn.runs.samples import FILE, sample_records
-from verl_aqn.seeds import StepPrompts, digest_of, place_of, request_seed
+from verl_aqn.seeds import PROMPT, StepPrompts, digest_of, place_of, request_seed
 from verl_aqn.verl_api.failures import NotingFailures
 from verl_aqn.verl_api.saving import SavingTrainer
-
-PROMPT = "aqn_prompt"
-"""Column of a batch: the prompt's name within its step."""
 
 _Worker: Any = AgentLoopWorkerTQ.__ray_actor_class__  # without Ray around it
 
 
-class AqnAgentLoopWorker(NotingFailures, _Worker):
-    """Runs the sessions of a batch; each asks with the seed of its step, prompt and sample. A failure is on record."""
+class _SeededWorker(_Worker):
+    """Runs the sessions of a batch; each asks with the seed of its step, prompt and sample."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -40,6 +37,10 @@ class AqnAgentLoopWorker(NotingFailures, _Worker):
             seed = request_seed(self.aqn.seed, part, int(trajectory["step"]), prompt, kwargs["session_id"])
             sampling_params = sampling_params | {"seed": seed}
         return await super()._run_agent_loop(sampling_params, trajectory, *args, **kwargs)
+
+
+class AqnAgentLoopWorker(NotingFailures, _SeededWorker):
+    """A session that fails is on record."""
 
 
 class AqnAgentLoopManager(AgentLoopManagerTQ):

@@ -22,7 +22,7 @@ from verl_aqn import __version__
 from verl_aqn.cluster.places import on_every_node
 from verl_aqn.cluster.worker import RUN, TEMPORARY, set_up_worker
 from verl_aqn.config import parse_aqn
-from verl_aqn.errors import ConfigError, EnvironmentFault
+from verl_aqn.errors import EnvironmentFault
 from verl_aqn.processes import GRACE_S, SharedMemory
 from verl_aqn.run_data import data_files
 from verl_aqn.runs.folder import RunFolder
@@ -36,14 +36,7 @@ _OF_A_NEW_CLUSTER = ("num_cpus", "num_gpus", "resources", "object_store_memory",
 
 
 def join(config: DictConfig, folder: RunFolder) -> None:
-    """Make `config.ray_kwargs.ray_init` that of a job on the cluster at RAY_ADDRESS.
-
-    Raises:
-        ConfigError: a reward model, whose server would be open to the network.
-    """
-    if config.reward.reward_model.enable:
-        raise ConfigError("reward.reward_model.enable=true: verl would ask it by HTTP without authentication between "
-                          "nodes: use a reward function, or one machine")  # fmt: skip
+    """Make `config.ray_kwargs.ray_init` that of a job on the cluster at RAY_ADDRESS."""
     settings = config.ray_kwargs.ray_init
     for key in _OF_A_NEW_CLUSTER:
         settings.pop(key, None)

@@ -32,6 +32,7 @@ class AqnTaskRunner:
         from verl_aqn.verl_api.keyed import AqnAgentLoopManager
         from verl_aqn.verl_api.nodes import check_nodes
         from verl_aqn.verl_api.plugin import assert_loaded
+        from verl_aqn.verl_api.rewarding import use_telling_manager
         from verl_aqn.verl_api.trainer import AqnTrainer
         from verl_aqn.watchdog import ENDING, TRACKERS
 
@@ -40,6 +41,7 @@ class AqnTaskRunner:
             check_nodes(config)
         validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
         config.transfer_queue.enable = True
+        use_telling_manager(config)
         OmegaConf.resolve(config)
         transfer_queue.init(config.transfer_queue)
         try:

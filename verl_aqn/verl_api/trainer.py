@@ -46,6 +46,7 @@ class AqnTrainer(ComparingTrainer):
     def _build_replay_buffer(self):
         buffer = super()._build_replay_buffer()
         buffer.__class__ = AqnReplayBuffer
+        buffer.on_failure = self.refuse_failed
         buffer.begin()  # prompts are added before the first sample is taken
         buffer.poll_interval = 0.1  # verl looks every 2 s whether the answers are there
         return buffer
@@ -57,7 +58,9 @@ class AqnTrainer(ComparingTrainer):
 
     def _submit_batch_to_rollout(self, *args, **kwargs):
         self.doing("generation")  # anew for what refills thrown away groups: a sign of life
-        return super()._submit_batch_to_rollout(*args, **kwargs)
+        count = super()._submit_batch_to_rollout(*args, **kwargs)
+        self.asked += count * self.config.actor_rollout_ref.rollout.n
+        return count
 
     def on_init_end(self):
         self.event("rollout ready")
@@ -67,6 +70,7 @@ class AqnTrainer(ComparingTrainer):
 
     def on_step_begin(self):
         self.doing("noise")
+        self.asked = 0
         super().on_step_begin()
         self.apply_noise(self.global_steps - 1)
 

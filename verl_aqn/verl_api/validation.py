@@ -2,13 +2,14 @@
 
 from collections import Counter
 
+from verl_aqn.config import parse_aqn
 from verl_aqn.errors import ConfigError
 from verl_aqn.rewards import math_verify
 from verl_aqn.rewards.gsm8k import number
 from verl_aqn.runs.accuracy import REMEDY, judged
 from verl_aqn.runs.passk import mean_pass
 from verl_aqn.seeds import last_outputs
-from verl_aqn.verl_api.failures import failure_text
+from verl_aqn.verl_api.failures import failure_text, refuse_failures
 from verl_aqn.verl_api.keyed import KeyedTrainer
 
 RULES = {"accuracy": "acc", "flexible": "flexible", "math_verify": "math_verify"}
@@ -27,6 +28,7 @@ class ValidatingTrainer(KeyedTrainer):
     shares: dict[str, float]  # of the last validation: of right answers, by rule
     pass_at: dict[str, float]  # and that one of k answers is right, by k
     failed: int  # how many answers never came
+    asked: int = 0  # answers of this step that were asked for, refills too
 
     def _validate(self) -> dict[str, float]:
         metrics = super()._validate()
@@ -77,10 +79,31 @@ class ValidatingTrainer(KeyedTrainer):
         self.failed = wanted - len(columns["item"])
         self.tell_failed("val", wanted, self.failed)
 
+    def refuse_failed(self, part: str, missing: int = 0) -> None:
+        """Stop the run where more answers of this step or validation failed than it allows. `part`: train or val.
+
+        `missing`: how many never came, where that is known.
+
+        Raises:
+            RewardError, ProcessFault: as `refuse_failures`.
+        """
+        rollout, allowed = self.config.actor_rollout_ref.rollout, parse_aqn(self.config).run.allow_failed
+        if part == "val":
+            asked = len(self.val_dataset) * self.samples
+        else:
+            asked = max(self.asked, self.config.data.train_batch_size * rollout.n)
+        refuse_failures(self.folder, part, self.global_steps, asked, allowed, missing)
+
     def tell_failed(self, part: str, asked: int, failed: int) -> None:
-        """Warn of answers that never came, with the reason where one is known. `part`: train or val."""
+        """Stop for answers that never came, or warn of them where so many may. `part`: train or val.
+
+        Raises:
+            RewardError, ProcessFault: as `refuse_failures`.
+        """
+        self.refuse_failed(part, failed)
         if failed:
-            text = failure_text(self.folder, part, self.global_steps, asked, failed)
+            counted = "they count as wrong" if part == "val" else "their groups teach less"
+            text = f"{failure_text(self.folder, part, self.global_steps, asked, failed)}; {counted}"
             self.folder.append("events.jsonl", {"kind": "warning", "text": text})
 
 
