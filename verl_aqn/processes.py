@@ -70,6 +70,16 @@ def end_descendants() -> None:
                 pass
 
 
+def oom_kills() -> int:
+    """How many processes the kernel has ended for want of memory: in this container's group, else on the machine."""
+    for path in ("/sys/fs/cgroup/memory.events", "/proc/vmstat"):
+        with suppress(OSError, ValueError):
+            counts = dict(line.split() for line in Path(path).read_text().splitlines())
+            if "oom_kill" in counts:
+                return int(counts["oom_kill"])
+    return 0
+
+
 def remove_shared_memory(since: float) -> None:
     """Unlink what killed processes left in /dev/shm: made after `since`, ours, and mapped by no living process.
 

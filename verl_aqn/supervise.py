@@ -15,14 +15,16 @@ from typing import Protocol
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl_aqn import stacks
+from verl_aqn import faults, stacks
 from verl_aqn.cache import cache_dir
+from verl_aqn.cause import Fault, death
 from verl_aqn.config import parse_aqn
 from verl_aqn.processes import adopt_orphans, end_descendants, remove_shared_memory, start_module
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.tail import Tail
 from verl_aqn.trackers import stay_here
 from verl_aqn.watchdog import Watchdog
+from verl_aqn.witness import Witness
 from verl_aqn.zygote.server import PYTHON, warm_python
 
 POLL_S = 0.5
@@ -78,6 +80,7 @@ def worker_environment(run: RunFolder, temporary: str) -> dict[str, str]:
     env = engine_environment(temporary, cpu=config.aqn.profile == "cpu", ranks=ranks)
     env["HYDRA_FULL_ERROR"] = "1"
     env[stacks.FOLDER] = str(stacks.folder_in(temporary))
+    env[faults.PLACE] = str(run.path / faults.FILE)
     stay_here(env, run.path, run.state["attempt"])
     return env
 
@@ -150,9 +153,10 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
     started = time.time()
     temporary = tempfile.mkdtemp(prefix="aqn-", dir="/tmp")  # short: socket paths end at 107 characters
     run.append("events.jsonl", {"kind": "temporary", "path": temporary, "since": started})
-    tails = {name: Tail(run.path / name) for name in ("events.jsonl", "metrics.jsonl")}
+    tails = {name: Tail(run.path / name) for name in ("events.jsonl", "metrics.jsonl", faults.FILE)}
     (promises := stacks.folder_in(temporary)).mkdir()
     watchdog = Watchdog(parse_aqn(launched(run)).run.patience, promises)
+    witness = Witness(Path(temporary), watchdog)
     stop: list[int] = []
     previous = {
         sig: signal.signal(sig, lambda number, _frame: stop.append(number)) for sig in (signal.SIGINT, signal.SIGTERM)
@@ -163,26 +167,33 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
             python, server = warm_python(temporary)
             env[PYTHON] = str(python)
             # It runs nothing of this run itself, so it promises no stacks.
-            start_module("verl_aqn.zygote.server", [server], {**env, stacks.FOLDER: ""}, run.log)
+            start_module("verl_aqn.zygote.server", [server], {**env, stacks.FOLDER: "", faults.PLACE: ""}, run.log)
         process = start_module("verl_aqn.verl_api.run", [run.path], env, run.log)
         error: dict = {}
         while process.poll() is None and not stop:
-            error = _drain(tails, listener, watchdog) or error
+            said = _drain(tails, listener, watchdog, witness)
+            if said and not error:
+                watchdog.look(time.time())  # before the others go, because the run ends
+            error = said or error
+            if not error and (ended := witness.must_end()):
+                return _failed(witness, ended)
             if fault := watchdog.fault():
                 kept = run.path / f"stacks-{run.state['attempt']}.txt"
                 kept.write_text(on_nodes("stacks", [temporary]) or stacks.collect(promises, watchdog.vital))
                 if error:
                     break
-                return Outcome("failed", f"{fault} (every process's stack: {kept})", again=True)
+                return _failed(witness, _unsaid(fault), f"every process's stack: {kept}")
             time.sleep(POLL_S)
         if stop:
             return Outcome("interrupted", "stopped by Ctrl-C" if stop[0] == signal.SIGINT else "stopped by SIGTERM")
-        error = _drain(tails, listener, watchdog) or error
+        error = _drain(tails, listener, watchdog, witness) or error
         if process.returncode == 0:
             return Outcome("finished")
         if error:
-            return Outcome("failed", error["text"], again=error.get("again", False))
-        return Outcome("failed", f"the training process ended with code {process.returncode}", again=True)
+            return _failed(witness, Fault.of(error["fault"]))
+        if process.returncode is not None and process.returncode < 0:
+            return _failed(witness, death(time.time(), "verl_aqn.verl_api.run", process.pid, process.returncode))
+        return _failed(witness, _unsaid(f"the training process ended with code {process.returncode}"))
     finally:
         end_descendants()
         remove_shared_memory(started)
@@ -190,6 +201,18 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
         for sig, handler in previous.items():
             signal.signal(sig, handler)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _unsaid(text: str) -> Fault:
+    """What is wrong with a run that does not say it itself."""
+    return Fault(time.time(), "", 0, "ProcessFault", text, ours=True)
+
+
+def _failed(witness: Witness, last: Fault, more: str = "") -> Outcome:
+    """The outcome of a run that ended by `last`. `more`: where to look, where nothing else is known."""
+    cause = witness.cause(last)
+    text = witness.told(cause)
+    return Outcome("failed", f"{text} ({more})" if more and cause == last else text, again=cause.by_chance)
 
 
 def clean_after_killed(run: RunFolder) -> None:

@@ -12,7 +12,7 @@ from verl_aqn.stacks import listening
 LEAST_S = 60  # no phase is late before
 FIRST_S = 3600  # a phase that has not been seen in this attempt
 ENDING_S = 300  # from a run's last word to its end
-GRACE_S = 20  # for a run to say itself why a process of it died
+GRACE_S = 3  # for a run to say itself why a process of it died
 RAY_GRACE_S = 2  # for the run's own word that it ends: of its head's loss Ray says nothing for a minute
 LOOK_S = 2
 ENDING = "ending"  # the phase in which processes may go
@@ -35,6 +35,8 @@ class Watchdog:
         self.durations: dict[str, list[float]] = {}
         self.vital: dict[int, str] = {}
         self.dead: dict[int, float] = {}
+        self.seen: dict[int, float] = {}  # when each was last seen alive
+        self.passed: list[tuple[float, str]] = []  # beginnings of phases, in their order
         self.looked = 0.0
 
     def record(self, name: str, record: dict[str, Any]) -> None:
@@ -51,12 +53,17 @@ class Watchdog:
         if (phase, step) != (self.phase, self.step):
             self.durations.setdefault(self.phase, []).append(record["time"] - self.began)
             self.phase, self.step, self.began = phase, step, record["time"]
+            self.passed.append((record["time"], self.where))
         self.since = record["time"]
 
     @property
     def where(self) -> str:
         """The present phase, and of which step it is."""
         return f"{self.phase} of step {self.step}" if self.step else self.phase
+
+    def where_at(self, time: float) -> str:
+        """The phase of a moment."""
+        return next((where for began, where in reversed(self.passed) if began <= time), "starting")
 
     def limit(self) -> float:
         """Seconds that the present phase may take."""
@@ -97,6 +104,7 @@ class Watchdog:
         for pid, what in living.items():
             if (pid in promised and what != _PASSING) or what in _RAY:
                 self.vital[pid] = what
+                self.seen[pid] = now
         for pid, what in self.vital.items():
             if pid not in living and "IDLE" not in what:  # Ray ends workers that have nothing to do
                 self.dead.setdefault(pid, now)

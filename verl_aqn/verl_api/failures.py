@@ -56,13 +56,19 @@ def failure_text(folder: RunFolder, part: str, step: int, asked: int, count: int
     what = f"validation after step {step}" if part == "val" else f"step {step}"
     counted = " and count as wrong" if part == "val" else ", so that their groups teach less"
     told = f"{what}: {count:,} of {asked:,} answers failed{counted}"
+    reason = failure_reason(folder, part, step)
+    return f"{told}: {reason}; see training.log" if reason else f"{told}: training.log says why"
+
+
+def failure_reason(folder: RunFolder, part: str, step: int) -> str:
+    """The most frequent reason for which answers of a step failed, and how often; "" where none is known."""
     latest = {
         (record["uid"], record["session"]): record["reason"]
         for record in folder.read(FILE)
         if (record["set"], record["step"]) == (part, step)
     }
     if not latest:
-        return f"{told}: training.log says why"
+        return ""
     (reason, times), *others = Counter(latest.values()).most_common()
     more = f", and {len(others)} other reason(s)" if others else ""
-    return f"{told}: {reason} ({times:,} times{more}); see training.log"
+    return f"{reason} ({times:,} times{more})"

@@ -8,7 +8,9 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
 from verl_aqn.config import NoiseConfig, parse_aqn
 from verl_aqn.errors import ProcessFault, TrainingError
+from verl_aqn.runs.folder import RunFolder
 from verl_aqn.seeds import order_of_key, place_of
+from verl_aqn.verl_api.failures import failure_reason
 
 
 class AqnReplayBuffer(ReplayBuffer):
@@ -21,6 +23,7 @@ class AqnReplayBuffer(ReplayBuffer):
     thrown_away: Counter  # groups without variance of this step: {their metric's one value: how many}
     failed: int  # groups of this step without an answer, which a recipe may have replaced
     taken: KVBatchMeta
+    folder: RunFolder
     selected: list[str]  # uids of the groups that were taken, in the order of the data
 
     def begin(self) -> None:
@@ -28,18 +31,17 @@ class AqnReplayBuffer(ReplayBuffer):
         self.thrown_away, self.failed = Counter(), 0
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict]:
-        if partition_id == "val":
-            found, metrics = super().sample(global_steps, partition_id, batch_size)
-            if not found.keys:  # verl would go on, and stumble over nothing
-                # A process that died leaves no answer either: worth another start, where the recipe allows one.
-                raise ProcessFault(
-                    f"validation after step {global_steps}: every answer to {batch_size} problems failed: "
-                    "training.log says why"
-                )
-            return found, metrics
-        self.begin()
-        self.taken, metrics = super().sample(global_steps, partition_id, batch_size)
-        return self.taken, metrics
+        if partition_id != "val":
+            self.begin()
+        found, metrics = super().sample(global_steps, partition_id, batch_size)
+        if not found.keys:  # verl would go on, and stumble over nothing
+            what = f"validation after step {global_steps}" if partition_id == "val" else f"step {global_steps}"
+            reason = failure_reason(self.folder, partition_id, global_steps) or "training.log says why"
+            # A process that died leaves no answer either: worth another start, where the recipe allows one.
+            raise ProcessFault(f"{what}: every answer to {batch_size} problems failed: {reason}")
+        if partition_id != "val":
+            self.taken = found
+        return found, metrics
 
     def _select_prompt_uids(self, partition_id, sampleable_keys, batch_size):
         """verl takes any of them, as a set of strings yields them; the first ones of the data are always the same."""

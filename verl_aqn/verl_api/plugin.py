@@ -11,7 +11,9 @@ from verl.plugin.platform import get_platform
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
 from verl_aqn.errors import EnvironmentFault
+from verl_aqn.faults import watch
 from verl_aqn.stacks import listen
+from verl_aqn.verl_api.cause import note_task_errors
 from verl_aqn.verl_api.cpu import PlatformCPU
 
 SUPPORTED = {"verl": ("0.9.1",), "torch": ("2.10.", "2.11.", "2.13."), "ray": ("2.60.",)}
@@ -19,6 +21,8 @@ SUPPORTED = {"verl": ("0.9.1",), "torch": ("2.10.", "2.11.", "2.13."), "ray": ("
 if PlatformRegistry.get("cpu") is None:
     PlatformRegistry.register(platform="cpu")(PlatformCPU)
 listen()
+watch()
+note_task_errors()
 
 
 def check_versions() -> dict[str, str]:

@@ -45,6 +45,7 @@ class AqnTrainer(ComparingTrainer):
     def _build_replay_buffer(self):
         buffer = super()._build_replay_buffer()
         buffer.__class__ = AqnReplayBuffer
+        buffer.folder = self.folder
         buffer.begin()  # prompts are added before the first sample is taken
         buffer.poll_interval = 0.1  # verl looks every 2 s whether the answers are there
         return buffer

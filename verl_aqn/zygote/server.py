@@ -19,6 +19,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,11 +27,12 @@ from multiprocessing.spawn import spawn_main
 from pathlib import Path
 from typing import Any
 
-from verl_aqn import stacks
+from verl_aqn import faults, stacks
 from verl_aqn.processes import ended_children
 from verl_aqn.zygote.client import SPAWNED
 
 PYTHON = "VERL_AQN_PYTHON"  # environment variable: the warm Python of this run
+ENDS = "ends.jsonl"  # in the run's temporary folder: a line for each forked process that has ended
 FIRST = (  # does not import Ray
     "torch._dynamo",
     "tensordict",
@@ -110,7 +112,7 @@ def share_titles() -> None:
 
 def preload_in(environment: dict[str, str]) -> None:
     """Import the rest, with what a first worker of Ray's was given for its environment."""
-    os.environ.update({**environment, stacks.FOLDER: ""})
+    os.environ.update({**environment, stacks.FOLDER: "", faults.PLACE: ""})
     with unused_generator():
         preload(THEN)
     share_titles()
@@ -141,8 +143,9 @@ def receive(client: socket.socket) -> Request:
 class Zygote:
     """Forks for every client, and tells it how its process ended."""
 
-    def __init__(self, listener: socket.socket) -> None:
+    def __init__(self, listener: socket.socket, ends: Path) -> None:
         self.listener = listener
+        self.ends = ends  # a file, a line for each child
         self.clients: dict[socket.socket, int] = {}  # → process
         self.woken, self.wake = socket.socketpair()  # by SIGCHLD
         self.wake.setblocking(False)
@@ -188,6 +191,8 @@ class Zygote:
     def tell_ends(self) -> None:
         """Every child that has ended: tell its client the exit code, negative for a signal."""
         for process, status in ended_children():
+            with contextlib.suppress(OSError), self.ends.open("a") as file:
+                file.write(json.dumps({"pid": process, "status": status, "time": time.time()}) + "\n")
             for client in [client for client, its in self.clients.items() if its == process]:
                 del self.clients[client]
                 with client:
@@ -237,7 +242,7 @@ def main(path: str) -> None:
         listener.bind(path)
         listener.listen(64)
         preload(FIRST)
-        request = Zygote(listener).serve()
+        request = Zygote(listener, Path(path).with_name(ENDS)).serve()
     become(request)
 
 
