@@ -1,7 +1,8 @@
 """Errors and deaths in chosen functions of a run's processes. Each Python of it imports this, so it imports little.
 
-`sabotage(folder, *plan)` returns the environment of a run with faults. A fault: `at` (a key of PLACES), `how` ("raise"
-or the name of a signal), `text` of the error, and `calls`, after how many calls of that function in one process.
+`sabotage(folder, *plan)` returns the environment of a run with faults. A fault: `at` (a key of PLACES), `attempt` of
+the run, `how` ("raise" or the name of a signal), `text` of the error, `calls` of the function in one process that are
+to go well before, and how many `times` it fails then.
 """
 
 import functools
@@ -48,7 +49,7 @@ def install() -> None:
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    """Finds the modules of the plan, by the finders after it."""
+    """Finds the modules of the plan, by the finder for files, and changes them when they are run."""
 
     def __init__(self, plan: list[dict]) -> None:
         self.plan = plan
@@ -68,6 +69,12 @@ class Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
+def attempt() -> int:
+    """Of the run that this process is of; 0: of none."""
+    place = os.environ.get("VERL_AQN_ERRORS")
+    return json.loads((Path(place).parent / "state.json").read_text())["attempt"] if place else 0
+
+
 def change(module, name: str, fault: dict) -> None:
     """Let a function of `module` fail as the fault says."""
     *parts, last = name.split(".")
@@ -76,21 +83,24 @@ def change(module, name: str, fault: dict) -> None:
     real = getattr(owner, last)
     calls = {}
 
-    def due() -> None:
+    def fail_if_due() -> None:
+        if attempt() != fault["attempt"]:
+            return
         calls[os.getpid()] = calls.get(os.getpid(), 0) + 1  # a zygote's children count for themselves
-        if fault.get("calls", 0) < calls[os.getpid()] <= fault.get("calls", 0) + fault.get("times", 1 << 30):
+        first = fault.get("calls", 0)
+        if first < calls[os.getpid()] <= first + fault.get("times", 1 << 30):
             if fault["how"] != "raise":
                 os.kill(os.getpid(), signal.Signals[fault["how"]])
             raise ValueError(fault["text"])
 
     @functools.wraps(real)
     def faulty(*args, **named):
-        due()
+        fail_if_due()
         return real(*args, **named)
 
     @functools.wraps(real)
     async def faulty_later(*args, **named):
-        due()
+        fail_if_due()
         return await real(*args, **named)
 
     setattr(owner, last, faulty_later if inspect.iscoroutinefunction(real) else faulty)

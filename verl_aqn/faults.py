@@ -28,7 +28,7 @@ PLACE = "VERL_AQN_ERRORS"  # environment variable: that file, for the processes 
 BURST = 100  # errors that a process may note at once; later ones one a second: of a reward that always fails
 TEXT, FULL = 400, 8000  # characters
 # After these words a process, or what it does for the run, has come to its end.
-_LAST_WORDS = re.compile(r"^(EngineCore (failed|encountered)|WorkerProc )|ZMQ Proxy unexpected error")
+LAST_WORDS = re.compile(r"^(EngineCore (failed|encountered)|WorkerProc )|ZMQ Proxy unexpected error")
 _SERVING = ("/transfer_queue/", "/vllm/")  # a thread of theirs that ends leaves others waiting for it
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -50,7 +50,7 @@ def watch() -> None:
         if record.levelno >= logging.ERROR:
             error = record.exc_info[1] if record.exc_info else sys.exc_info()[1]
             if isinstance(error, Exception):
-                note(error, ends=_LAST_WORDS.search(str(record.msg)) is not None)
+                note(error, ends=LAST_WORDS.search(str(record.msg)) is not None)
         return record
 
     def ends_process(kind: Any, error: BaseException, frames: Any) -> None:
