@@ -150,7 +150,15 @@ def _step(error: Fault, known: list[Fault]) -> Fault | None:
             # An engine notes that its worker is gone before anybody notices the worker's death.
             if found := sorted(chosen, key=lambda fault: (fault.gone, fault.time)):
                 return found[0]
-    return _quoted(error, earlier)
+    return _quoted(error, earlier) or _named_by_ray(error)
+
+
+def _named_by_ray(error: Fault) -> Fault | None:
+    """The death of an actor of which nothing else is known: it was on another machine, or nobody looked in time."""
+    name, pid = (re.search(pattern, error.full) for pattern in (r"\bclass_name: (\S+)", _PID))
+    if error.type != "ActorDiedError" or name is None or pid is None:
+        return None
+    return death(error.time, f"ray::{name[1]}", int(pid[1]), None)
 
 
 def _explained(fault: Fault, known: list[Fault]) -> bool:

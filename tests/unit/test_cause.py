@@ -162,3 +162,11 @@ def test_whether_another_attempt_may_go_well():
     assert death(5, ACTOR, 1, -9).by_chance
     assert fault(5, WORKER, "RuntimeError", "CUDA error").by_chance
     assert not end(5, "EnvironmentFault", "install it", ours=True).by_chance
+
+
+def test_an_actor_of_whose_death_nobody_knows_is_named_by_what_ray_says():
+    full = "The actor died …\n\tclass_name: WorkerDict\n\tactor_id: 5f\n\tpid: 3204\n\tip: 10.0.0.7\n"
+    found = find_cause(end(6, "ActorDiedError", "The actor died unexpectedly before finishing this task.", full), [])
+    assert found.told() == (
+        "actor (ray::WorkerDict, process 3204) died without a word: killed, out of memory, or a crash in native code"
+    )
