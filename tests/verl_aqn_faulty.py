@@ -28,7 +28,7 @@ PLACES = {
     "rollout worker, start": (f"{VLLM}.worker.worker_base", "WorkerWrapperBase.init_device"),
     "rollout worker, generation": (f"{VLLM}.worker.cpu_worker", "CPUWorker.execute_model"),
     "rollout worker, sync": ("verl_aqn.verl_api.worker_extension", "AqnWorkerExtension.update_weights_from_ipc"),
-    "storage, generation": ("transfer_queue.storage.simple_storage", "SimpleStorageUnit._process_one_worker_request"),
+    "storage, generation": ("transfer_queue.storage.simple_storage", "StorageUnitData.put_data"),
     "actor, start": ("verl.workers.engine_workers", "ActorRolloutRefWorker.init_model"),
     "actor, sync": ("verl.workers.engine_workers", "ActorRolloutRefWorker.update_weights"),
 }

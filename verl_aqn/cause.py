@@ -53,7 +53,7 @@ _QUIET = 8  # characters of a text that is worth looking for in another
 class Fault:
     """An error of a process, as `faults.describe` tells it, or (`died`) its death without a word.
 
-    `ends`: the process, or what it does for the run, ended by it.
+    `ends`: the process, or what it does for the run, ended by it. `silent`: nobody knows how it died.
     """
 
     time: float
@@ -66,6 +66,7 @@ class Fault:
     ours: bool = False
     ends: bool = False
     died: bool = False
+    silent: bool = False
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Fault":
@@ -113,7 +114,8 @@ def death(time: float, process: str, pid: int, status: int | None) -> Fault:
         text = f"was killed by {_signal_name(-status)}"
     else:
         text = f"ended with exit code {status}"
-    return Fault(time, process, pid, "death", text, ends=status is None or status < 0, died=True)
+    ends, silent = status is None or status < 0, status is None
+    return Fault(time, process, pid, "death", text, ends=ends, died=True, silent=silent)
 
 
 def _signal_name(number: int) -> str:
@@ -129,7 +131,9 @@ def find_cause(last: Fault, faults: Iterable[Fault]) -> Fault:
     An error of ours that quotes another stays, as it says more, and tells where the other came from.
     """
     known = sorted(faults, key=lambda fault: fault.time)
-    seen = [last]
+    # What ends a process that the run cannot do without ends the run: whatever came later followed from it.
+    ended = [one for one in known if one.ends and not one.died and one.name and one.time <= last.time]
+    seen = [next((one for one in ended if not one.gone), last)]
     while (before := _step(seen[-1], known)) is not None and before not in seen:
         if seen[-1].ours and not before.ends:
             return replace(seen[-1], text=f"{seen[-1].text} [{before.source}]")
@@ -145,12 +149,17 @@ def _step(error: Fault, known: list[Fault]) -> Fault | None:
     if error.gone or (error.died and not error.ends):
         ended = [fault for fault in earlier if fault.ends and not _explained(fault, earlier)]
         named = {int(pid) for pid in _PID.findall(error.full)} | ({error.pid} if error.died else set())
-        weak = [fault for fault in earlier if fault.died and not fault.ends and fault.pid in named]
-        for chosen in ([fault for fault in ended if fault.pid in named], ended, weak):
-            # An engine notes that its worker is gone before anybody notices the worker's death.
-            if found := sorted(chosen, key=lambda fault: (fault.gone, fault.time)):
-                return found[0]
+        ended += [fault for fault in earlier if fault.died and not fault.ends and fault.pid in named]
+        if ended:
+            return min(ended, key=lambda fault: (_doubt(fault), fault.pid not in named, fault.time))
     return _quoted(error, earlier) or _named_by_ray(error)
+
+
+def _doubt(fault: Fault) -> int:
+    """How little is known by a fault: less by a death of which nobody knows how, or when exactly; least by a code."""
+    if fault.died and fault.silent:
+        return 1
+    return 2 if fault.gone else 0 if fault.ends else 3
 
 
 def _named_by_ray(error: Fault) -> Fault | None:

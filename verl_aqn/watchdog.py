@@ -16,7 +16,7 @@ GRACE_S = 3  # for a run to say itself why a process of it died
 RAY_GRACE_S = 2  # for the run's own word that it ends: of its head's loss Ray says nothing for a minute
 LOOK_S = 2
 ENDING = "ending"  # the phase in which processes may go
-_RAY = ("raylet", "gcs_server")  # no Python, so they promise nothing; without them nothing works
+RAY = ("raylet", "gcs_server")  # no Python, so they promise nothing; without them nothing works
 _PASSING = "vllm.model_executor.models.registry"  # looks at an architecture that vLLM meets first, and ends
 
 
@@ -87,7 +87,7 @@ class Watchdog:
             self.looked = now
             self.look(now)
         for pid, since in self.dead.items():
-            if now - since > (RAY_GRACE_S if self.vital[pid] in _RAY else GRACE_S):
+            if now - since > (RAY_GRACE_S if self.vital[pid] in RAY else GRACE_S):
                 return f"{self.vital[pid]} (process {pid}) died during {self.where}"
         return ""
 
@@ -102,7 +102,7 @@ class Watchdog:
             except psutil.NoSuchProcess:
                 continue
         for pid, what in living.items():
-            if (pid in promised and what != _PASSING) or what in _RAY:
+            if (pid in promised and what != _PASSING) or what in RAY:
                 self.vital[pid] = what
                 self.seen[pid] = now
         for pid, what in self.vital.items():

@@ -8,7 +8,7 @@ from typing import Any
 from verl_aqn import faults
 from verl_aqn.cause import Fault, death, find_cause
 from verl_aqn.processes import oom_kills
-from verl_aqn.watchdog import ENDING, Watchdog
+from verl_aqn.watchdog import ENDING, RAY, Watchdog
 from verl_aqn.zygote.server import ENDS
 
 WORD_S = 3  # for a run to say itself that it ends, after an error of a process that it cannot do without
@@ -44,19 +44,16 @@ class Witness:
 
     def deaths(self) -> list[Fault]:
         """The processes of the run that died, with the signal or exit code where it is known."""
-        status = {one["pid"]: one for one in self._ends() if one["status"]}
+        vital, seen = self.watchdog.vital, self.watchdog.seen
         found = [
-            death(one["time"], self.watchdog.vital[pid], pid, one["status"])
-            for pid, one in status.items()
-            if pid in self.watchdog.vital
+            death(one["time"], vital[one["pid"]], one["pid"], one["status"])
+            for one in self._ends()
+            if one["status"] and one["pid"] in vital
         ]
-        ended = {one["pid"] for one in self._ends()}
-        found += [
-            death(self.watchdog.seen[pid], self.watchdog.vital[pid], pid, None)
-            for pid in self.watchdog.dead
-            if pid not in ended
-        ]
-        return found
+        forked = (self.temporary / ENDS).exists()
+        # Of those that a zygote forked, it says how and when they ended; of others, when they were last seen.
+        silent = [pid for pid in self.watchdog.dead if not forked or vital[pid] in RAY]
+        return found + [death(seen[pid], vital[pid], pid, None) for pid in silent]
 
     def told(self, cause: Fault) -> str:
         """The one line of a run that ended by `cause`."""

@@ -27,7 +27,7 @@ LATER = [
     ("rollout engine, generation", "raise", {"calls": 5}, "rollout engine (VLLM::EngineCore"),
     ("rollout worker, generation", "raise", {"calls": 5}, "rollout worker (VLLM::Worker"),
     ("rollout worker, generation", "SIGSEGV", {"calls": 5}, "rollout worker (VLLM::Worker"),
-    ("storage, generation", "raise", {"calls": 5}, "storage (ray::SimpleStorageUnit"),
+    ("storage, generation", "raise", {}, "step 1: every answer to 2 problems failed: RuntimeError"),
     ("rollout worker, sync", "raise", {"calls": 1}, "rollout worker (VLLM::Worker"),
     # After one answer's reward failed, which is handled: it has nothing to do with the actor's death.
     ("actor, sync", "SIGKILL", {"calls": 1}, "actor (ray::WorkerDict"),

@@ -24,6 +24,7 @@ class AqnReplayBuffer(ReplayBuffer):
     failed: int  # groups of this step without an answer, which a recipe may have replaced
     taken: KVBatchMeta
     folder: RunFolder
+    step: int
     selected: list[str]  # uids of the groups that were taken, in the order of the data
 
     def begin(self) -> None:
@@ -31,17 +32,21 @@ class AqnReplayBuffer(ReplayBuffer):
         self.thrown_away, self.failed = Counter(), 0
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict]:
-        if partition_id != "val":
-            self.begin()
-        found, metrics = super().sample(global_steps, partition_id, batch_size)
-        if not found.keys:  # verl would go on, and stumble over nothing
-            what = f"validation after step {global_steps}" if partition_id == "val" else f"step {global_steps}"
-            reason = failure_reason(self.folder, partition_id, global_steps) or "training.log says why"
-            # A process that died leaves no answer either: worth another start, where the recipe allows one.
-            raise ProcessFault(f"{what}: every answer to {batch_size} problems failed: {reason}")
-        if partition_id != "val":
-            self.taken = found
-        return found, metrics
+        self.step = global_steps
+        if partition_id == "val":
+            found, metrics = super().sample(global_steps, partition_id, batch_size)
+            if not found.keys:  # verl would go on, and stumble over nothing
+                raise self.no_answers(partition_id, batch_size)
+            return found, metrics
+        self.begin()
+        self.taken, metrics = super().sample(global_steps, partition_id, batch_size)
+        return self.taken, metrics
+
+    def no_answers(self, partition_id: str, count: int) -> ProcessFault:
+        """Why there is no answer to `count` problems. Worth another start: a process that died leaves none either."""
+        what = f"validation after step {self.step}" if partition_id == "val" else f"step {self.step}"
+        reason = failure_reason(self.folder, partition_id, self.step) or "training.log says why"
+        return ProcessFault(f"{what}: every answer to {count} problems failed: {reason}")
 
     def _select_prompt_uids(self, partition_id, sampleable_keys, batch_size):
         """verl takes any of them, as a set of strings yields them; the first ones of the data are always the same."""
@@ -49,6 +54,9 @@ class AqnReplayBuffer(ReplayBuffer):
             return super()._select_prompt_uids(partition_id, sampleable_keys, batch_size)
         uids, *snapshots = super()._select_prompt_uids(partition_id, sampleable_keys, len(sampleable_keys))
         self.selected = sorted(uids, key=place_of)[:batch_size]
+        answered = {key.split("_")[0] for key in snapshots[0]}
+        if not answered.intersection(self.selected):  # verl would advise to draw other problems
+            raise self.no_answers(partition_id, batch_size)
         return self.selected, *snapshots
 
     def _materialize_batch(self, partition_id, selected_prompt_uids, partition_snapshot):

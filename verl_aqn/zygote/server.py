@@ -238,11 +238,13 @@ def become(request: Request) -> None:
 
 def main(path: str) -> None:
     """Listen at once, so that clients wait for what is being imported."""
+    ends = Path(path).with_name(ENDS)
+    ends.touch()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(64)
         preload(FIRST)
-        request = Zygote(listener, Path(path).with_name(ENDS)).serve()
+        request = Zygote(listener, ends).serve()
     become(request)
 
 
