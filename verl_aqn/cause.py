@@ -147,8 +147,9 @@ def _step(error: Fault, known: list[Fault]) -> Fault | None:
     if error.ours and not error.gone:
         return _quoted(error, earlier)
     if error.gone or (error.died and not error.ends):
-        ended = [fault for fault in earlier if fault.ends and not _explained(fault, earlier)]
         named = {int(pid) for pid in _PID.findall(error.full)} | ({error.pid} if error.died else set())
+        ended = [fault for fault in earlier if fault.ends and not _explained(fault, earlier)]
+        ended = [fault for fault in ended if fault.name or fault.pid in named]  # not any process of a user's own
         ended += [fault for fault in earlier if fault.died and not fault.ends and fault.pid in named]
         if ended:
             return min(ended, key=lambda fault: (_doubt(fault), fault.pid not in named, fault.time))

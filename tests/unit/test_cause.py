@@ -170,3 +170,11 @@ def test_an_actor_of_whose_death_nobody_knows_is_named_by_what_ray_says():
     assert found.told() == (
         "actor (ray::WorkerDict, process 3204) died without a word: killed, out of memory, or a crash in native code"
     )
+
+
+def test_a_users_own_actor_counts_where_it_is_named():
+    own = Fault(5, "ray::Helper", 9, "ValueError", "no table of units", ends=True)
+    last = end(6, "ActorDiedError", "The actor died unexpectedly …", "class_name: Helper\n\tpid: 9\n")
+    assert find_cause(last, [own]).told() == "ray::Helper (9): ValueError: no table of units"
+    other = end(6, "ActorDiedError", "The actor died unexpectedly …", f"class_name: WorkerDict\n\tpid: {PIDS[ACTOR]}\n")
+    assert find_cause(other, [own]).process == ACTOR
