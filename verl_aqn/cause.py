@@ -106,9 +106,14 @@ class Fault:
         return f"{self.source} {self.line}" if self.died else f"{self.source}: {self.line}"
 
 
-def death(time: float, process: str, pid: int, status: int | None) -> Fault:
-    """The end of a process; `status`: its exit code, negative for a signal, None where nobody knows."""
-    if status is None:
+def death(time: float, process: str, pid: int, status: int | None, crash: str = "") -> Fault:
+    """The end of a process; `status`: its exit code, negative for a signal, None where nobody knows.
+
+    `crash`: what it said itself of a crash in native code.
+    """
+    if crash:
+        text = f"crashed: {crash}"
+    elif status is None:
         text = "died without a word: killed, out of memory, or a crash in native code"
     elif status < 0:
         text = f"was killed by {_signal_name(-status)}"

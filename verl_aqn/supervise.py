@@ -196,6 +196,8 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
         return _failed(witness, _unsaid(f"the training process ended with code {process.returncode}"))
     finally:
         end_descendants()
+        with run.log.open("a") as log:
+            log.write(stacks.crashes(promises))
         remove_shared_memory(started)
         on_nodes("clean", [temporary])
         for sig, handler in previous.items():

@@ -8,6 +8,7 @@ from typing import Any
 from verl_aqn import faults
 from verl_aqn.cause import Fault, death, find_cause
 from verl_aqn.processes import oom_kills
+from verl_aqn.stacks import crash
 from verl_aqn.watchdog import ENDING, RAY, Watchdog
 from verl_aqn.zygote.server import ENDS
 
@@ -53,7 +54,7 @@ class Witness:
         forked = (self.temporary / ENDS).exists()
         # Of those that a zygote forked, it says how and when they ended; of others, when they were last seen.
         silent = [pid for pid in self.watchdog.dead if not forked or vital[pid] in RAY]
-        return found + [death(seen[pid], vital[pid], pid, None) for pid in silent]
+        return found + [death(seen[pid], vital[pid], pid, None, crash(self.watchdog.stacks, pid)) for pid in silent]
 
     def told(self, cause: Fault) -> str:
         """The one line of a run that ended by `cause`."""
