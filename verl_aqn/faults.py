@@ -26,7 +26,7 @@ from verl_aqn.watchdog import title
 FILE = "errors.jsonl"
 PLACE = "VERL_AQN_ERRORS"  # environment variable: that file, for the processes of a run
 BURST = 100  # errors that a process may note at once; later ones one a second: of a reward that always fails
-TEXT, FULL = 400, 8000  # characters
+TEXT, FULL = 1000, 8000  # characters
 # After these words a process, or what it does for the run, has come to its end.
 LAST_WORDS = re.compile(r"^(EngineCore (failed|encountered)|WorkerProc )|ZMQ Proxy unexpected error")
 _SERVING = ("/transfer_queue/", "/vllm/")  # a thread of theirs that ends leaves others waiting for it

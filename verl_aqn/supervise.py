@@ -196,7 +196,7 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
         return _failed(witness, _unsaid(f"the training process ended with code {process.returncode}"))
     finally:
         end_descendants()
-        with run.log.open("a") as log:
+        with suppress(OSError), run.log.open("a") as log:
             log.write(stacks.crashes(promises))
         remove_shared_memory(started)
         on_nodes("clean", [temporary])
