@@ -43,7 +43,8 @@ _GONE_TYPES = (
     "WorkerCrashedError",
 )
 _GONE = re.compile(
-    r"Worker failed with error|[Ss]ee (the )?(root cause|stack trace)|Executor failed|actor died unexpectedly"
+    r"^cancelled$|Worker failed with error|[Ss]ee (the )?(root cause|stack trace)|Executor failed|"
+    r"actor died unexpectedly"
 )
 _PID = re.compile(r"\bpid[:=] ?(\d+)")
 _QUIET = 8  # characters of a text that is worth looking for in another
@@ -137,7 +138,7 @@ def find_cause(last: Fault, faults: Iterable[Fault]) -> Fault:
     """
     known = sorted(faults, key=lambda fault: fault.time)
     # What ends a process that the run cannot do without ends the run: whatever came later followed from it.
-    ended = [one for one in known if one.ends and not one.died and one.name and one.time <= last.time]
+    ended = [one for one in known if one.ends and not one.silent and one.name and one.time <= last.time]
     seen = [next((one for one in ended if not one.gone), last)]
     while (before := _step(seen[-1], known)) is not None and before not in seen:
         if seen[-1].ours and not before.ends:
@@ -185,7 +186,9 @@ def _quoted(error: Fault, earlier: list[Fault]) -> Fault | None:
     """The latest error of another process whose text is in that of `error`."""
     named = {int(pid) for pid in _PID.findall(error.full)}
     for fault in reversed(earlier):
-        if fault.died or fault.pid == error.pid or (named and fault.pid not in named):
+        if fault.died or fault.pid == error.pid:
+            continue
+        if named and fault.pid not in named and not error.ours:  # ours may tell what another wrote down
             continue
         if fault.text == error.text and (error.ours or not named):  # it itself on its way, or only alike
             continue

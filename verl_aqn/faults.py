@@ -27,8 +27,11 @@ FILE = "errors.jsonl"
 PLACE = "VERL_AQN_ERRORS"  # environment variable: that file, for the processes of a run
 BURST = 100  # errors that a process may note at once; later ones one a second: of a reward that always fails
 TEXT, FULL = 1000, 8000  # characters
-# After these words a process, or what it does for the run, has come to its end.
-LAST_WORDS = re.compile(r"^(EngineCore (failed|encountered)|WorkerProc )|ZMQ Proxy unexpected error")
+# After these words a process, or what it does for the run, has come to its end. Data that could not be put are lost, but
+# whoever reads them is told that they are there.
+LAST_WORDS = re.compile(
+    r"^(EngineCore (failed|encountered)|WorkerProc )|: (ZMQ Proxy unexpected error|put_data failed)"
+)
 _SERVING = ("/transfer_queue/", "/vllm/")  # a thread of theirs that ends leaves others waiting for it
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -75,6 +78,8 @@ def note(error: Exception, *, ends: bool = False) -> None:
     """
     global _noted
     place = os.environ.get(PLACE)
+    if _is_ray_s(error):  # of another process, which has noted it
+        return
     if not place or getattr(error, "_aqn_noted", None) == (os.getpid(), ends):
         return
     if not ends and _noted > BURST + time.monotonic() - _since:
@@ -92,9 +97,7 @@ def describe(error: BaseException) -> dict[str, Any]:
     of the errors that it names as its causes; ours, whether it is one that says itself what to do.
     """
     root = error
-    while type(root).__name__.startswith("RayTaskError") and isinstance(
-        cause := getattr(root, "cause", None), BaseException
-    ):
+    while _is_ray_s(root) and isinstance(cause := getattr(root, "cause", None), BaseException):
         root = cause
     return {
         "time": time.time(),
@@ -106,6 +109,11 @@ def describe(error: BaseException) -> dict[str, Any]:
         "full": _full(error)[-FULL:],
         "ours": isinstance(root, AqnError),
     }
+
+
+def _is_ray_s(error: BaseException) -> bool:
+    """Whether Ray brought it from another process; its class is one of Ray's and the error's own."""
+    return type(error).__name__.startswith("RayTaskError")
 
 
 def own_name() -> str:

@@ -88,7 +88,8 @@ def test_last_words_of_vllm_and_transfer_queue():
     """By these it is known that a process, or a thread that others wait for, is at its end."""
     words = []
     engine = ("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor")
-    for module in (*engine, "transfer_queue.storage.simple_storage"):
+    queue = ("transfer_queue.storage.simple_storage", "transfer_queue.storage.managers.simple_storage_manager")
+    for module in (*engine, *queue):
         package = importlib.util.find_spec(module.partition(".")[0])
         source = Path(package.origin).parent.joinpath(*module.split(".")[1:]).with_suffix(".py").read_text()
         words += re.findall(r"logger\.(?:exception|error)\(\s*f?\"([^\"]+)\"", source)
@@ -96,6 +97,6 @@ def test_last_words_of_vllm_and_transfer_queue():
     last = [word for word in words if faults.LAST_WORDS.search(word)]
     assert {"EngineCore failed to start.", "EngineCore encountered a fatal error."} < set(last)
     assert {"WorkerProc failed to start.", "WorkerProc failed.", "WorkerProc hit an exception."} < set(last)
-    assert "[unit]: ZMQ Proxy unexpected error: {e}" in last
+    assert {"[unit]: ZMQ Proxy unexpected error: {e}", "[unit]: put_data failed. "} < set(last)
     assert "Invocation of %s method failed" in words  # is answered with, so it is none
     assert "Invocation of %s method failed" not in last

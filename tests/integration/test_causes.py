@@ -27,7 +27,7 @@ LATER = [
     ("rollout engine, generation", "raise", {"calls": 5}, "rollout engine (VLLM::EngineCore"),
     ("rollout worker, generation", "raise", {"calls": 5}, "rollout worker (VLLM::Worker"),
     ("rollout worker, generation", "SIGSEGV", {"calls": 5}, "rollout worker (VLLM::Worker"),
-    ("storage, generation", "raise", {}, "step 1: every answer to 2 problems failed: RuntimeError"),
+    ("storage, generation", "raise", {}, "agent loop (ray::AqnAgentLoopWorker"),  # says which storage
     ("rollout worker, sync", "raise", {"calls": 1}, "rollout worker (VLLM::Worker"),
     # After one answer's reward failed, which is handled: it has nothing to do with the actor's death.
     ("actor, sync", "SIGKILL", {"calls": 1}, "actor (ray::WorkerDict"),
@@ -52,6 +52,7 @@ def test_the_first_error_is_the_line(faults, train, tmp_path, monkeypatch):
         assert line.startswith(beginning), told
         assert re.search(KILLED if how != "raise" else f"planned fault {number}\\b", line), told
         assert "no opinion" not in line
+    assert "every answer" not in "".join(told) or re.search(r"\[reward worker \(ray::RewardLoopWorker, ", said)
     for seconds in times(run):
         assert seconds < SECONDS, (times(run), told)
     assert any(one["text"] == "no opinion" for one in lines(run / "errors.jsonl"))

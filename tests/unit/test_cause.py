@@ -117,7 +117,8 @@ def test_the_same_text_of_another_process_is_not_taken_for_the_error_that_came()
 
 def test_ours_says_more_than_what_it_quotes_and_tells_where_that_was():
     boom = fault(5, REWARD, "ValueError", "boom", where="mine/reward.py:3")
-    last = end(6, "ProcessFault", "step 1: every answer to 2 problems failed: ValueError: boom (8 times)", ours=True)
+    text = "step 1: every answer to 2 problems failed: ValueError: boom (8 times)"
+    last = end(6, "ProcessFault", text, remote(TRAINER, "ProcessFault", text), ours=True)
     assert find_cause(last, [boom]).told() == (
         "step 1: every answer to 2 problems failed: ValueError: boom (8 times) "
         "[reward worker (ray::RewardLoopWorker, process 100), mine/reward.py:3]"
@@ -178,3 +179,12 @@ def test_a_users_own_actor_counts_where_it_is_named():
     assert find_cause(last, [own]).told() == "ray::Helper (9): ValueError: no table of units"
     other = end(6, "ActorDiedError", "The actor died unexpectedly …", f"class_name: WorkerDict\n\tpid: {PIDS[ACTOR]}\n")
     assert find_cause(other, [own]).process == ACTOR
+
+
+def test_who_was_killed_comes_before_those_who_noticed_it_in_words_of_their_own():
+    killed, engine = death(5, WORKER, PIDS[WORKER], -11), fault(5.1, ENGINE, "RuntimeError", "no reply", ends=True)
+    assert find_cause(end(6, "EngineDeadError", DEAD_ENGINE), [killed, engine]) == killed
+    assert find_cause(end(6, "TypeError", "unsupported operand"), [killed, engine]) == killed
+    silent = death(5, WORKER, PIDS[WORKER], None)
+    cancelled = fault(5.1, ENGINE, "RuntimeError", "cancelled", ends=True)
+    assert find_cause(end(6, "EngineDeadError", DEAD_ENGINE), [silent, cancelled]) == silent
