@@ -27,8 +27,8 @@ FILE = "errors.jsonl"
 PLACE = "VERL_AQN_ERRORS"  # environment variable: that file, for the processes of a run
 BURST = 100  # errors that a process may note at once; later ones one a second: of a reward that always fails
 TEXT, FULL = 1000, 8000  # characters
-# After these words a process, or what it does for the run, has come to its end. Data that could not be put are lost, but
-# whoever reads them is told that they are there.
+# After these words a process, or what it does for the run, has come to its end. Data that could not be put are lost,
+# but who wants to read them is told that they are there.
 LAST_WORDS = re.compile(
     r"^(EngineCore (failed|encountered)|WorkerProc )|: (ZMQ Proxy unexpected error|put_data failed)"
 )
