@@ -46,6 +46,8 @@ _GONE = re.compile(
     r"^cancelled$|Worker failed with error|[Ss]ee (the )?(root cause|stack trace)|Executor failed|"
     r"actor died unexpectedly"
 )
+# verl's trainer aborts itself where a worker of it is gone (verl/single_controller/base/worker_group.py).
+_GAVE_UP = re.compile(r"^ray::AqnTaskRunner was killed by SIGABRT|\bbase/worker_group\.py:")
 _PID = re.compile(r"\bpid[:=] ?(\d+)")
 _QUIET = 8  # characters of a text that is worth looking for in another
 
@@ -82,7 +84,9 @@ class Fault:
     @property
     def gone(self) -> bool:
         """Whether it says no more than that another process is gone, or failed."""
-        return not self.died and (self.type in _GONE_TYPES or _GONE.search(self.text) is not None)
+        if self.died:
+            return _GAVE_UP.search(f"{self.process} {self.text}") is not None
+        return self.type in _GONE_TYPES or _GONE.search(self.text) is not None
 
     @property
     def by_chance(self) -> bool:
@@ -164,9 +168,9 @@ def _step(error: Fault, known: list[Fault]) -> Fault | None:
 
 def _doubt(fault: Fault) -> int:
     """How little is known by a fault: less by a death of which nobody knows how, or when exactly; least by a code."""
-    if fault.died and fault.silent:
-        return 1
-    return 2 if fault.gone else 0 if fault.ends else 3
+    if fault.gone:
+        return 2
+    return 1 if fault.silent else 0 if fault.ends else 3
 
 
 def _named_by_ray(error: Fault) -> Fault | None:

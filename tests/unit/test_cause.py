@@ -188,3 +188,14 @@ def test_who_was_killed_comes_before_those_who_noticed_it_in_words_of_their_own(
     silent = death(5, WORKER, PIDS[WORKER], None)
     cancelled = fault(5.1, ENGINE, "RuntimeError", "cancelled", ends=True)
     assert find_cause(end(6, "EngineDeadError", DEAD_ENGINE), [silent, cancelled]) == silent
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_trainer_that_aborts_itself_has_missed_an_actor(silent):
+    crash = "Aborted, base/worker_group.py:119" if silent else ""
+    killed = death(5, ACTOR, PIDS[ACTOR], None if silent else -9)
+    aborted = death(5 if silent else 6, TRAINER, PIDS[TRAINER], None if silent else -6, crash)
+    full = f"class_name: AqnTaskRunner\n\tpid: {PIDS[TRAINER]}\n"
+    last = end(7, "ActorDiedError", "The actor died unexpectedly before finishing this task.", full)
+    assert find_cause(last, [killed, aborted]) == killed
+    assert find_cause(last, [aborted]) == aborted
