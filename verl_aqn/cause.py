@@ -175,7 +175,7 @@ def _doubt(fault: Fault) -> int:
 
 def _named_by_ray(error: Fault) -> Fault | None:
     """The death of an actor of which nothing else is known: it was on another machine, or nobody looked in time."""
-    name, pid = (re.search(pattern, error.full) for pattern in (r"\bclass_name: (\S+)", _PID))
+    name, pid = (re.search(rf"^\s*{key}: (\S+)$", error.full, re.MULTILINE) for key in ("class_name", "pid"))
     if error.type != "ActorDiedError" or name is None or pid is None:
         return None
     return death(error.time, f"ray::{name[1]}", int(pid[1]), None)
