@@ -66,7 +66,7 @@ for call in (front.fail.remote, front.lose.remote, broken.fail.remote):
 
 
 def test_ray_s_answers_are_noted_where_they_come_from(tmp_path):
-    env = {**os.environ, faults.PLACE: str(tmp_path / faults.FILE)}
+    env = {**os.environ, faults.PLACE: str(tmp_path / faults.FILE), "PYTHONPATH": os.pathsep.join(sys.path)}
     (program := tmp_path / "program.py").write_text(PROGRAM)
     with tempfile.TemporaryDirectory(prefix="aqn-", dir="/tmp") as folder:  # short, for sockets
         command = [sys.executable, str(program), folder]

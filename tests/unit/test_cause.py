@@ -166,7 +166,7 @@ def test_whether_another_attempt_may_go_well():
 
 
 def test_an_actor_of_whose_death_nobody_knows_is_named_by_what_ray_says():
-    full = "ray::AqnTaskRunner.run() (pid=7, ip=10.0.0.1)\n…\n\tclass_name: WorkerDict\n\tactor_id: 5f\n\tpid: 3204\n\tip: 10.0.0.7\n"
+    full = "ray::AqnTaskRunner.run() (pid=7, ip=10.0.0.1)\n…\n\tclass_name: WorkerDict\n\tpid: 3204\n\tip: 10.0.0.7\n"
     found = find_cause(end(6, "ActorDiedError", "The actor died unexpectedly before finishing this task.", full), [])
     assert found.told() == (
         "actor (ray::WorkerDict, process 3204) died without a word: killed, out of memory, or a crash in native code"
