@@ -39,10 +39,15 @@ _watching = False
 _noted, _since = 0, time.monotonic()
 
 
+def in_run() -> bool:
+    """Whether this process is one of a run's."""
+    return bool(os.environ.get(PLACE))
+
+
 def watch() -> None:
-    """Note the errors of this process, and of those forked from it, from now on. Does nothing the second time."""
+    """Note the errors of this process from now on. Does nothing outside a run, and nothing the second time."""
     global _watching
-    if _watching:
+    if _watching or not in_run():
         return
     _watching = True
     make = logging.getLogRecordFactory()
@@ -77,16 +82,15 @@ def note(error: Exception, *, ends: bool = False) -> None:
     `ends`: the process, or what it does for the run, ends by it.
     """
     global _noted
-    place = os.environ.get(PLACE)
-    if _is_ray_s(error):  # of another process, which has noted it
+    if not in_run() or _is_ray_s(error):  # Ray's is of another process, which has noted it
         return
-    if not place or getattr(error, "_aqn_noted", None) == (os.getpid(), ends):
+    if getattr(error, "_aqn_noted", None) == (os.getpid(), ends):
         return
     if not ends and _noted > BURST + time.monotonic() - _since:
         return
     _noted += 1
     with suppress(Exception):  # whatever it is about, the error itself matters more
-        RunFolder(Path(place).parent).append(FILE, describe(error) | {"ends": ends})
+        RunFolder(Path(os.environ[PLACE]).parent).append(FILE, describe(error) | {"ends": ends})
         error._aqn_noted = (os.getpid(), ends)  # type: ignore[attr-defined]
 
 

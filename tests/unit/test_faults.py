@@ -100,9 +100,13 @@ def test_what_was_handled_when_an_error_was_raised_is_not_its_text():
     assert "said to be the cause" in faults.describe(caught.value)["full"]
 
 
-def test_the_hooks_of_others_still_run(monkeypatch):
+def test_the_hooks_of_others_still_run(monkeypatch, tmp_path):
     made = []
     monkeypatch.setattr(faults, "_watching", False)
+    before_a_run = sys.excepthook
+    faults.watch()
+    assert sys.excepthook is before_a_run, "outside a run nothing is changed"
+    monkeypatch.setenv(faults.PLACE, str(tmp_path / faults.FILE))
     before = logging.getLogRecordFactory(), sys.excepthook, faults.threading.excepthook
     try:
         logging.setLogRecordFactory(lambda *args, **named: made.append(1) or logging.LogRecord(*args, **named))

@@ -4,7 +4,7 @@ from typing import Any
 
 import ray
 
-from verl_aqn.faults import note
+from verl_aqn.faults import in_run, note
 
 
 def root_cause(error: BaseException) -> BaseException:
@@ -21,7 +21,7 @@ def note_task_errors() -> None:
     more than that the actor died. Every such answer is a RayTaskError, made where the error was raised.
     """
     make: Any = ray.exceptions.RayTaskError.__init__
-    if getattr(make, "notes", False):
+    if getattr(make, "notes", False) or not in_run():
         return
 
     def noting(self: Any, function_name: str, traceback_str: str, cause: Any, *args: Any, **named: Any) -> None:

@@ -209,6 +209,8 @@ def become(request: Request) -> None:
     import numpy as np
     from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
+    from verl_aqn.verl_api.cause import note_task_errors
+
     # The client's files take their own numbers; first out of the way of those, lest one covers another.
     high = max(request.files, default=0) + 1
     moved = {number: fcntl.fcntl(here, fcntl.F_DUPFD, high) for number, here in request.files.items()}
@@ -224,6 +226,8 @@ def become(request: Request) -> None:
     os.chdir(request.folder)
     np.random.seed()  # else the same in all of them; `random` sees to itself
     stacks.listen()
+    faults.watch()
+    note_task_errors()
     multiprocessing.set_executable(os.environ[PYTHON])
 
     arguments = request.arguments
