@@ -18,8 +18,8 @@ KILLED = r"was killed by SIG\w+ during \w+ of step \d"
 AT_START = [
     ("reward worker, start", "raise", {}, "reward worker (ray::RewardLoopWorker"),
     ("agent loop, start", "raise", {}, "agent loop (ray::AqnAgentLoopWorker"),
-    ("rollout engine, start", "raise", {}, "rollout engine (EngineCore"),
-    ("rollout worker, start", "raise", {}, "rollout worker (VllmWorker"),
+    ("rollout engine, start", "raise", {}, "rollout engine (VLLM::EngineCore"),
+    ("rollout worker, start", "raise", {}, "rollout worker ("),
     ("actor, start", "raise", {}, "actor (ray::WorkerDict"),
 ]
 LATER = [
@@ -40,7 +40,7 @@ HANDLED = {"at": "reward worker, reward", "how": "raise", "text": "no opinion", 
 def test_the_first_error_is_the_line(faults, train, tmp_path, monkeypatch):
     plan = [{"at": at, "attempt": number, "how": how, "text": f"planned fault {number}", **more}
             for number, (at, how, more, _) in enumerate(faults, 1)]  # fmt: skip
-    plan.append(HANDLED | {"attempt": len(faults)})
+    plan += [HANDLED | {"attempt": len(faults)}] if faults is LATER else []
     for name, value in sabotage(tmp_path, *plan).items():
         monkeypatch.setenv(name, value)
     short = ["trainer.val_before_train=false", "trainer.test_freq=-1", "trainer.total_training_steps=2"]
@@ -55,7 +55,7 @@ def test_the_first_error_is_the_line(faults, train, tmp_path, monkeypatch):
     assert "every answer" not in "".join(told) or re.search(r"\[reward worker \(ray::RewardLoopWorker, ", said)
     for seconds in times(run):
         assert seconds < SECONDS, (times(run), told)
-    assert any(one["text"] == "no opinion" for one in lines(run / "errors.jsonl"))
+    assert any(one["text"] == "no opinion" for one in lines(run / "errors.jsonl")) == (faults is LATER)
     assert json.loads((run / "state.json").read_text())["status"] == "finished"
 
 
