@@ -1,5 +1,6 @@
 """An adapter that vLLM refuses is told at once, over verl's own sender and receiver; so is a receiver that fails."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -20,6 +21,19 @@ def test_a_receiver_that_failed_ends_the_sync(moment):
     told = sync(1, moment)
     assert told["sent"] == ["the rollout failed"]
     assert told["seconds"] < 10  # verl alone would wait for ever
+
+
+def test_verl_s_adapter_sends_by_what_we_put_there():
+    """Its sender by the name in its module, after it has asked the server by a method that we see."""
+    from verl.workers.rollout.vllm_rollout import vllm_rollout
+    from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
+
+    update = inspect.getsource(vllm_rollout.ServerAdapter.update_weights)
+    assert "sender = BucketedWeightSender(" in update
+    assert '_execute_method(\n            "update_weights_from_ipc",\n            non_block=True' in update
+    send = inspect.getsource(BucketedWeightSender)
+    used = {"send_pyobj", "recv", "close", "bind"}
+    assert {call.split("(")[0] for call in send.split("self.socket.")[1:]} == used  # all that WatchedSocket can do
 
 
 def sync(*arguments) -> dict:
