@@ -1,4 +1,5 @@
-"""`python -m tests.refused_adapter BUCKETS`: a sync whose adapter vLLM refuses, over verl's own sender and receiver.
+"""`python -m tests.refused_adapter BUCKETS [before|within]`: a sync whose adapter vLLM refuses, over verl's own sender
+and receiver, or one whose receiver fails before it takes anything, or while it does.
 
 A process of its own: verl settles for good on which platform it runs. The answer is a line of JSON.
 """
@@ -18,10 +19,9 @@ import torch
 import zmq
 
 
-def main(buckets: int) -> dict:
-    from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
-
+def main(buckets: int, fails: str = "") -> dict:
     import verl_aqn.verl_api.plugin  # noqa: F401  (registers the CPU)
+    from verl_aqn.verl_api.sync import WatchedSender
     from verl_aqn.verl_api.worker_extension import AqnWorkerExtension
 
     folder = tempfile.mkdtemp(prefix="aqn-")
@@ -44,20 +44,35 @@ def main(buckets: int) -> dict:
             raise ValueError("target_modules: 'in_proj' is not supported")
 
     weights = [(f"w{number}", torch.ones(300 << 10)) for number in range(buckets)]  # 1.2 MB each
-    sender = BucketedWeightSender(handle, bucket_size_mb=2, use_shm=True)
-    context = zmq.Context.instance()
-    for timeout in (zmq.RCVTIMEO, zmq.SNDTIMEO):
-        context.setsockopt(timeout, 60_000)
-    sent, said = [], ""
+    sent, said, failed = [], "", []
+
+    def check():
+        if failed:
+            raise failed[0]
+
+    sender = WatchedSender(check, zmq_handle=handle, bucket_size_mb=2, use_shm=True)
 
     def send():
-        asyncio.run(sender.async_send_weights(iter(weights)))
-        sent.append(len(weights))
+        try:
+            asyncio.run(sender.async_send_weights(iter(weights)))
+            sent.append(len(weights))
+        except RuntimeError as error:
+            sent.append(str(error))
 
     thread = threading.Thread(target=send)
     thread.start()
     began = time.monotonic()
+    if fails == "before":  # nobody is there to take the first message
+        failed.append(RuntimeError("the rollout failed"))
+    elif fails == "within":  # somebody takes it and goes without an answer
+        taker = zmq.Context.instance().socket(zmq.REP)
+        taker.connect(handle)
+        taker.recv()
+        taker.close()
+        failed.append(RuntimeError("the rollout failed"))
     try:
+        if fails:
+            raise ValueError("no rollout")
         Worker().update_weights_from_ipc(peft_config={"r": 4}, base_sync_done=True, use_shm=True)
     except ValueError as error:
         said = str(error)
@@ -67,4 +82,4 @@ def main(buckets: int) -> dict:
 
 
 if __name__ == "__main__":
-    print("RESULT " + json.dumps(main(int(sys.argv[1]))), flush=True)
+    print("RESULT " + json.dumps(main(int(sys.argv[1]), *sys.argv[2:])), flush=True)

@@ -73,6 +73,16 @@ def end_descendants() -> None:
                 pass
 
 
+def oom_kills() -> int:
+    """How many processes the kernel has ended for want of memory: in this container's group, else on the machine."""
+    for path in ("/sys/fs/cgroup/memory.events", "/proc/vmstat"):
+        with suppress(OSError, ValueError):
+            counts = dict(line.split() for line in Path(path).read_text().splitlines())
+            if "oom_kill" in counts:
+                return int(counts["oom_kill"])
+    return 0
+
+
 class SharedMemory:
     """The files of /dev/shm that the processes of a run have been seen to have mapped.
 

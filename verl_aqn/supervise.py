@@ -13,8 +13,9 @@ from typing import Protocol
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl_aqn import stacks, temporary
+from verl_aqn import faults, stacks, temporary
 from verl_aqn.cache import cache_dir
+from verl_aqn.cause import Fault, death
 from verl_aqn.config import parse_aqn
 from verl_aqn.environ import cluster_address, drop_empty, keep_off_home
 from verl_aqn.owned import own_folder
@@ -24,6 +25,7 @@ from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.tail import Tail
 from verl_aqn.trackers import stay_here
 from verl_aqn.watchdog import Watchdog
+from verl_aqn.witness import Witness
 from verl_aqn.zygote.server import PYTHON, warm_python
 
 POLL_S = 0.5
@@ -83,6 +85,7 @@ def worker_environment(run: RunFolder, temporary: str) -> dict[str, str]:
     env = engine_environment(temporary, cpu=config.aqn.profile == "cpu", ranks=ranks)
     env["HYDRA_FULL_ERROR"] = "1"
     env[stacks.FOLDER] = str(stacks.folder_in(temporary))
+    env[faults.PLACE] = str(run.path / faults.FILE)
     stay_here(env, run.path, run.state["attempt"])
     return env
 
@@ -161,10 +164,11 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
     folder, lock = temporary.make(run.path)
     memory, looked = SharedMemory(Path(folder)), started
     run.append("events.jsonl", {"kind": "temporary", "path": folder, "since": started})
-    tails = {name: Tail(run.path / name) for name in ("events.jsonl", "metrics.jsonl")}
+    tails = {name: Tail(run.path / name) for name in ("events.jsonl", "metrics.jsonl", faults.FILE)}
     (promises := stacks.folder_in(folder)).mkdir()
     address = cluster_address(launched(run))
     watchdog = Watchdog(parse_aqn(launched(run)).run.patience, promises, alone=address is None)
+    witness = Witness(Path(folder), watchdog)
     stop: list[int] = []
     previous = {
         sig: signal.signal(sig, lambda number, _frame: stop.append(number)) for sig in (signal.SIGINT, signal.SIGTERM)
@@ -175,17 +179,22 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
             python, server = warm_python(folder)
             env[PYTHON] = str(python)
             # It runs nothing of this run itself, so it promises no stacks.
-            start_module("verl_aqn.zygote.server", [server], {**env, stacks.FOLDER: ""}, run.log)
+            start_module("verl_aqn.zygote.server", [server], {**env, stacks.FOLDER: "", faults.PLACE: ""}, run.log)
         process = start_module("verl_aqn.verl_api.run", [run.path], env, run.log)
         error: dict = {}
         while process.poll() is None and not stop:
-            error = _drain(tails, listener, watchdog) or error
+            said = _drain(tails, listener, watchdog, witness)
+            if said and not error:
+                watchdog.look()  # before the others go, because the run ends
+            error = said or error
+            if not error and (ended := witness.must_end()):
+                return _failed(witness, ended)
             if fault := watchdog.fault():
                 kept = run.path / f"stacks-{run.state['attempt']}.txt"
                 kept.write_text(on_nodes("stacks", run, [folder], address) or stacks.collect(promises, watchdog.vital))
                 if error:
                     break
-                return Outcome("failed", f"{fault} (every process's stack: {kept})", again=True)
+                return _failed(witness, _unsaid(fault), f"every process's stack: {kept}")
             if text := watchdog.warning():
                 run.append("events.jsonl", {"kind": "warning", "text": text})
             if time.time() - looked > MEMORY_S:
@@ -195,21 +204,37 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
         if stop:
             by = "Ctrl-C" if stop[0] == signal.SIGINT else "SIGTERM"
             return Outcome("interrupted", f"stopped by {by}", signal=stop[0])
-        error = _drain(tails, listener, watchdog) or error
+        error = _drain(tails, listener, watchdog, witness) or error
         if process.returncode == 0:
             return Outcome("finished")
         if error:
-            return Outcome("failed", error["text"], again=error.get("again", False))
-        return Outcome("failed", f"the training process ended with code {process.returncode}", again=True)
+            return _failed(witness, Fault.of(error["fault"]))
+        if process.returncode is not None and process.returncode < 0:
+            return _failed(witness, death(time.time(), "verl_aqn.verl_api.run", process.pid, process.returncode))
+        return _failed(witness, _unsaid(f"the training process ended with code {process.returncode}"))
     finally:
         memory.look()
         end_descendants()
+        with suppress(OSError), run.log.open("a") as log:
+            log.write(stacks.crashes(promises))
         memory.remove(started)
         os.close(lock)  # or this node would be left as it is
         on_nodes("clean", run, [folder], address)
         for sig, handler in previous.items():
             signal.signal(sig, handler)
         temporary.remove(Path(folder), run.path)
+
+
+def _unsaid(text: str) -> Fault:
+    """What is wrong with a run that does not say it itself."""
+    return Fault(time.time(), "", 0, "ProcessFault", text, ours=True)
+
+
+def _failed(witness: Witness, last: Fault, more: str = "") -> Outcome:
+    """The outcome of a run that ended by `last`. `more`: where to look, where nothing else is known."""
+    cause = witness.cause(last)
+    text = witness.told(cause)
+    return Outcome("failed", f"{text} ({more})" if more and cause == last else text, again=cause.by_chance)
 
 
 def clean_after_killed(run: RunFolder) -> None:

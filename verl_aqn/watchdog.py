@@ -13,7 +13,7 @@ from verl_aqn.stacks import listening
 LEAST_S = 60  # no phase is late before
 FIRST_S = 3600  # how long all processes may be idle in a phase of which nobody knows yet how long it takes
 ENDING_S = 300  # from a run's last word to its end
-GRACE_S = 20  # for a run to say itself why a process of it died
+GRACE_S = 3  # for a run to say itself why a process of it died
 RAY_GRACE_S = 2  # for the run's own word that it ends: of its head's loss Ray says nothing for a minute
 LOOK_S = 2
 ASLEEP_S = 30  # a watchdog that was not asked for so long was stopped itself, and the run with it
@@ -23,7 +23,7 @@ TRACKERS = "trackers"  # the phase in which metrics go to experiment trackers
 ENDING = "ending"  # the phase in which processes may go
 # Phases that wait for what is outside of the run: a server that tries again, a network's disk.
 _OUTSIDE = {TRACKERS: 3600, "checkpoint": 600}
-_RAY = ("raylet", "gcs_server")  # no Python, so they promise nothing; without them nothing works
+RAY = ("raylet", "gcs_server")  # no Python, so they promise nothing; without them nothing works
 # The actors without which a run cannot go on. What a user's own code starts may come and go.
 _ACTORS = (
     "AqnTaskRunner", "WorkerDict", "AqnHttpServer", "AqnAgentLoopWorker", "RewardLoopWorker",
@@ -58,6 +58,9 @@ class Watchdog:
         self.looked = now - LOOK_S
         self.seconds: dict[int, float] = {}  # of a core, that each process had used at `weighed`
         self.told = 0  # hours of the present phase
+        # Times of records and of errors, in seconds since the epoch: when each was last seen alive; when phases began.
+        self.seen: dict[int, float] = {}
+        self.passed: list[tuple[float, str]] = []
 
     def record(self, name: str, record: dict[str, Any]) -> None:
         """Phases begin with records of the kinds `doing` (every step) and `phase` (the start of a run).
@@ -75,12 +78,17 @@ class Watchdog:
         if (phase, step) != (self.phase, self.step):
             self.durations.setdefault(self.phase, []).append(now - self.began)
             self.phase, self.step, self.began, self.told = phase, step, now, 0
+            self.passed.append((record.get("time", time.time()), self.where))
         self.since = now
 
     @property
     def where(self) -> str:
         """The present phase, and of which step it is."""
         return f"{self.phase} of step {self.step}" if self.step else self.phase
+
+    def where_at(self, time: float) -> str:
+        """The phase of a moment."""
+        return next((where for began, where in reversed(self.passed) if began <= time), "starting")
 
     def limit(self) -> float:
         """Seconds that the present phase may take; infinite where it is the first of its kind."""
@@ -107,12 +115,12 @@ class Watchdog:
             return ""
         if now - self.looked >= LOOK_S:
             self.looked = now
-            self.look(now)
+            self.look()
         idle = now - max(self.since, self.worked)
         if self.patience and self.alone and not usual and idle > FIRST_S:
             return f"no process of the run has worked for {idle:.0f} s in {self.where}: the run hangs"
         for pid, since in self.dead.items():
-            if now - since > (RAY_GRACE_S if self.vital[pid] in _RAY else GRACE_S):
+            if now - since > (RAY_GRACE_S if self.vital[pid] in RAY else GRACE_S):
                 return f"{self.vital[pid]} (process {pid}) died during {self.where}"
         return ""
 
@@ -127,9 +135,9 @@ class Watchdog:
             "long it should take: stop the run by Ctrl-C if it hangs"
         )
 
-    def look(self, now: float) -> None:
+    def look(self) -> None:
         """Which processes of this run live, since when others do not, and whether any of them works."""
-        promised = listening(self.stacks)
+        now, promised = self.clock(), listening(self.stacks)
         living, seconds, waiting = {}, {}, False
         for process in psutil.Process().children(recursive=True):
             try:
@@ -143,8 +151,9 @@ class Watchdog:
             except psutil.Error:  # gone meanwhile, or another user's
                 continue
         for pid, what in living.items():
-            if (pid in promised and what.startswith(_VITAL)) or what in _RAY:
+            if (pid in promised and what.startswith(_VITAL)) or what in RAY:
                 self.vital[pid] = what
+                self.seen[pid] = time.time()
         for pid in self.vital:
             if pid not in living:
                 self.dead.setdefault(pid, now)

@@ -9,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from transfer_queue import KVBatchMeta
 
+from verl_aqn.errors import ProcessFault
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.seeds import StepPrompts, order_of_key, seed_of
 
@@ -108,6 +109,7 @@ def trainer(tmp_path, monkeypatch):
             max_inflight_gen_batches=2,
         )  # fmt: skip
         buffer.__class__ = groups.AqnReplayBuffer
+        buffer.folder = made.folder
         buffer.begin()
         buffer._wait_for_next_poll = lambda partition_id, since: queue.answer() or since
         made.replay_buffer = buffer
@@ -167,3 +169,18 @@ def test_a_resumed_run_takes_the_prompts_of_one_that_was_not_stopped(trainer):
         resumed.train_dataloader.load_state_dict(place)
         resumed.put_back = deque(put_back)
         assert steps_of(resumed, first=4) == undisturbed[3:]
+
+
+def test_a_step_without_any_answer_says_why(trainer):
+    """verl would say that its buffer has no trajectories, and advise to draw other problems."""
+    made = trainer(0, filtering=False)
+    queue, failure = made.queue, {"set": "train", "step": 1, "uid": "u", "reason": "ValueError: no such unit"}
+
+    def fail():
+        for uid, tag in queue.tags.items():
+            tag["status"] = "failure"
+            made.folder.append("failures.jsonl", failure | {"uid": uid, "session": 0})
+
+    queue.answer = fail
+    with pytest.raises(ProcessFault, match=r"^step 1: every answer to 4 problems failed: .* no such unit \(4 times\)$"):
+        steps_of(made, last=1)

@@ -15,7 +15,7 @@ from verl.trainer.main_ppo import run_ppo
 
 from verl_aqn.config import load_recipe
 from verl_aqn.supervise import starts_warm
-from verl_aqn.zygote.server import PYTHON, warm_python
+from verl_aqn.zygote.server import ENDS, PYTHON, warm_python
 
 TELL = """
 import json, os, random, sys, numpy
@@ -88,9 +88,11 @@ def test_random_numbers_and_ids_differ_between_forked_processes(run):
 
 
 @pytest.mark.parametrize(("end", "status"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), 15)", -15), ("1/0", 1)])
-def test_the_client_ends_as_the_process_does(run, end, status):
-    done = run(f"import os, sys; {end}")
+def test_the_client_ends_as_the_process_does(warm, run, end, status):
+    done = run(f"import os, sys; print(os.getpid(), flush=True); {end}")
     assert done.returncode == status
+    *_, last = (json.loads(line) for line in warm[0].with_name(ENDS).read_text().splitlines())
+    assert (last["pid"], last["status"]) == (int(done.stdout), status)
     assert ("ZeroDivisionError" in done.stderr) == (end == "1/0")
 
 

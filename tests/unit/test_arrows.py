@@ -20,6 +20,8 @@ ARROWS = {
     "shards": ("boxes",),
     "cache": (),
     "stacks": (),
+    "faults": ("runs", "watchdog"),
+    "cause": (),
     "checksums": ("cache",),
     "judge": ("order",),  # of records, without torch: the trainer's and the reports' alike
     "data": ("rewards",),  # whose rule the ground truths are for
@@ -35,7 +37,7 @@ ARROWS = {
     # ascend: whose operators to use; data: texts to calibrate on
     "mxfp4": ("adapter", "ascend", "cache", "checksums", "data", "order", "owned", "shards"),
     "noise": ("digest", "judge", "mxfp4", "order", "shards"),  # packed layers are noised on their codes
-    "vllm_api": ("adapter", "boxes", "digest", "mxfp4", "noise", "shards", "stacks"),
+    "vllm_api": ("adapter", "boxes", "digest", "faults", "mxfp4", "noise", "shards", "stacks"),
     "report": ("judge", "order", "runs", "__version__"),
 }
 # Who imports what is not installed with the core, within functions too.

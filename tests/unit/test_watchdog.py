@@ -1,6 +1,7 @@
 """A run that hangs or lost a process is noticed, and every process tells where it stands."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -239,3 +240,31 @@ def test_outside_a_run_nothing_is_promised(tmp_path):
     code = "from verl_aqn.stacks import SIGNAL, listen; listen(); import faulthandler as f; print(f.unregister(SIGNAL))"
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
     assert out == "False\n"
+
+
+@pytest.mark.parametrize(("how", "why"), [
+    ("import ctypes; ctypes.string_at(0)", "Segmentation fault"), ("import os; os.abort()", "Aborted"),
+])  # fmt: skip
+def test_a_process_that_crashes_in_c_tells_where(tmp_path, how, why):
+    program = tmp_path / "program.py"
+    program.write_text(f"from verl_aqn.stacks import listen; listen()\n{how}\n")
+    env = {**os.environ, stacks.FOLDER: str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, program], env=env) as process:
+        assert process.wait() < 0
+    told = stacks.crash(tmp_path, process.pid)
+    assert told.startswith(why)
+    assert re.search(r"(program|ctypes/__init__)\.py:\d+$", told)
+    assert stacks.crash(tmp_path, 999999) == ""
+    assert stacks.crashes(tmp_path).startswith(f"== {process.pid} crashed\nFatal Python error: {why}")
+
+
+def test_a_process_that_only_told_its_stacks_has_not_crashed(tmp_path, hanging):
+    stacks.collect(tmp_path, {hanging.pid: "any"})
+    assert stacks.crash(tmp_path, hanging.pid) == ""
+
+
+def test_the_phase_of_a_moment(tmp_path):
+    dog = Watchdog(10, tmp_path)
+    for time_, phase in ((10.0, "generation"), (20.0, "update")):
+        dog.record("events.jsonl", {"kind": "doing", "phase": phase, "step": 2, "time": time_})
+    assert [dog.where_at(at) for at in (5, 15, 25)] == ["starting", "generation of step 2", "update of step 2"]

@@ -116,14 +116,24 @@ def failure_text(folder: RunFolder, part: str, step: int, asked: int, count: int
     `part` is train or val.
     """
     what = f"validation after step {step}" if part == "val" else f"step {step}"
+    what = f"validation after step {step}" if part == "val" else f"step {step}"
     told = f"{what}: {count:,} of {asked:,} answers failed"
+    reason = failure_reason(folder, part, step, count)
+    return f"{told}: {reason}" if reason else f"{told}, for a reason that training.log has"
+
+
+def failure_reason(folder: RunFolder, part: str, step: int, count: int) -> str:
+    """Say what failed most often of a step's answers, of which item and how often; "" where nothing is known.
+
+    `count` answers failed in all.
+    """
     records = failures_of(folder, part, step)
     if not records:
-        return f"{told}, for a reason that training.log has"
+        return ""
     (reason, times), *others = Counter(record["reason"] for record in records).most_common()
     first = next(record for record in records if record["reason"] == reason)
     stage, item = first.get("stage", "generation"), first.get("item")
     named = "" if item is None else f" of {'validation' if part == 'val' else 'training'} item {item}"
     named += f" ({first['prompt']!r})" if first.get("prompt") else ""
     more = f" ({times:,} times{f', and {len(others)} other reason(s)' if others else ''})" if count > 1 else ""
-    return f"{told}: the {stage}{named}: {reason}{more}"
+    return f"the {stage}{named}: {reason}{more}"

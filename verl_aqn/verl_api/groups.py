@@ -8,7 +8,9 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
 from verl_aqn.config import NoiseConfig, parse_aqn
 from verl_aqn.errors import ProcessFault, TrainingError
+from verl_aqn.runs.folder import RunFolder
 from verl_aqn.seeds import order_of_key, place_of
+from verl_aqn.verl_api.failures import failure_reason
 
 
 class AqnReplayBuffer(ReplayBuffer):
@@ -21,6 +23,8 @@ class AqnReplayBuffer(ReplayBuffer):
     thrown_away: Counter  # groups without variance of this step: {their metric's one value: how many}
     failed: int  # groups of this step without an answer, which a recipe may have replaced
     taken: KVBatchMeta
+    folder: RunFolder
+    step: int
     selected: list[str]  # uids of the groups that were taken, in the order of the data
 
     def begin(self) -> None:
@@ -31,14 +35,11 @@ class AqnReplayBuffer(ReplayBuffer):
         """Called where answers to a prompt failed. The trainer puts in its own, which may stop the run."""
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict]:
+        self.step = global_steps
         if partition_id == "val":
             found, metrics = super().sample(global_steps, partition_id, batch_size)
             if not found.keys:  # verl would go on, and stumble over nothing
-                # A process that died leaves no answer either: worth another start, where the recipe allows one.
-                raise ProcessFault(
-                    f"validation after step {global_steps}: every answer to {batch_size} problems failed: "
-                    "training.log says why"
-                )
+                raise self.no_answers(partition_id, batch_size)
             return found, metrics
         self.begin()
         self.taken, metrics = super().sample(global_steps, partition_id, batch_size)
@@ -51,12 +52,21 @@ class AqnReplayBuffer(ReplayBuffer):
             if uids:
                 self.on_failure(partition_id)
 
+    def no_answers(self, partition_id: str, count: int) -> ProcessFault:
+        """Why there is no answer to `count` problems. Worth another start: a process that died leaves none either."""
+        what = f"validation after step {self.step}" if partition_id == "val" else f"step {self.step}"
+        reason = failure_reason(self.folder, partition_id, self.step, count) or "training.log says why"
+        return ProcessFault(f"{what}: every answer to {count} problems failed: {reason}")
+
     def _select_prompt_uids(self, partition_id, sampleable_keys, batch_size):
         """verl takes any of them, as a set of strings yields them; the first ones of the data are always the same."""
         if partition_id == "val":
             return super()._select_prompt_uids(partition_id, sampleable_keys, batch_size)
         uids, *snapshots = super()._select_prompt_uids(partition_id, sampleable_keys, len(sampleable_keys))
         self.selected = sorted(uids, key=place_of)[:batch_size]
+        answered = {key.split("_")[0] for key in snapshots[0]}
+        if not answered.intersection(self.selected):  # verl would advise to draw other problems
+            raise self.no_answers(partition_id, batch_size)
         return self.selected, *snapshots
 
     def _materialize_batch(self, partition_id, selected_prompt_uids, partition_snapshot):

@@ -12,7 +12,9 @@ from verl.plugin.platform import get_platform
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
 from verl_aqn.errors import EnvironmentFault
+from verl_aqn.faults import watch
 from verl_aqn.stacks import FOLDER, listen
+from verl_aqn.verl_api.cause import note_task_errors
 from verl_aqn.verl_api.cpu import PlatformCPU, accept_one_backend
 
 SUPPORTED = {"verl": ("0.9.1",), "torch": ("2.10.", "2.11.", "2.13."), "ray": ("2.60.",)}
@@ -22,6 +24,8 @@ if PlatformRegistry.get("cpu") is None:
 if os.environ.get("VERL_PLATFORM", "").lower() == "cpu":
     accept_one_backend()
 listen()
+watch()
+note_task_errors()
 if FOLDER in os.environ:  # in the processes of a run of ours; those of a stock one may lack this package elsewhere
     from verl_aqn.verl_api.queue import guard
 

@@ -11,6 +11,7 @@ import ray
 from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.errors import AqnError, EvidenceError, ProcessFault
+from verl_aqn.faults import describe, watch
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.stacks import listen
 from verl_aqn.supervise import launched
@@ -81,6 +82,7 @@ def main(folder: Path) -> int:
     """Run the resolved config of a run folder. Exit code 0 when it finished, 1 when it did not."""
     records = RunFolder(folder)
     listen()
+    watch()
     try:
         config = launched(records)
         cluster = os.environ.get("RAY_ADDRESS")
@@ -100,11 +102,13 @@ def main(folder: Path) -> int:
         cause = root_cause(error)
         text = str(cause) if isinstance(cause, AqnError) else f"{type(cause).__name__}: {cause}"
         line = (text.strip().splitlines() or ["no word"])[0][:500]
+        # `supervise` looks for what it came from among the errors of all processes.
+        fault = describe(error) | ({"text": line} if isinstance(cause, AqnError) else {})
         # What a user has to mend comes again at the next attempt; what happened to a process need not.
         if isinstance(cause, EvidenceError):
             records.add_evidence({"kind": "stopped", "reason": line})
         again = not isinstance(cause, AqnError) or isinstance(cause, ProcessFault)
-        records.append("events.jsonl", {"kind": "error", "text": line, "again": again})
+        records.append("events.jsonl", {"kind": "error", "text": line, "again": again, "fault": fault})
         return 1
     finally:
         ray.shutdown()

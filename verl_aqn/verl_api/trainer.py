@@ -4,6 +4,7 @@ One place decides σ: `on_step_begin` here. The rollout is told, and what it ans
 """
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -15,6 +16,7 @@ import verl_aqn.verl_api.rollout  # noqa: F401  registers the replica
 from verl_aqn.judge.records import END, VALIDATION
 from verl_aqn.prepare import check_steps
 from verl_aqn.run_data import data_files
+from verl_aqn.runs.folder import RunFolder
 from verl_aqn.verl_api import tripwire
 from verl_aqn.verl_api.comparing import ComparingTrainer, real_keys
 from verl_aqn.verl_api.divergence import saved_where_it_diverges
@@ -47,6 +49,7 @@ class AqnTrainer(ComparingTrainer):
         buffer = super()._build_replay_buffer()
         buffer.__class__ = AqnReplayBuffer
         buffer.on_failure = self.refuse_failed
+        buffer.folder = RunFolder(Path(str(self.config.aqn.run.dir)))
         buffer.begin()  # prompts are added before the first sample is taken
         buffer.poll_interval = 0.1  # verl looks every 2 s whether the answers are there
         return buffer

@@ -1,19 +1,17 @@
 """verl's workers with what a run must prove: the base that they hold, the adapter that they sent."""
 
 import ray
-import zmq
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
-from verl_aqn.errors import AqnError, ProcessFault
+from verl_aqn.errors import AqnError
 from verl_aqn.order import NoiseOrder
 from verl_aqn.preflight.peak import memory_peak
 from verl_aqn.runs.checkpoints import weights_only
 from verl_aqn.verl_api.plugin import assert_loaded
 from verl_aqn.verl_api.process_group import open_process_group
+from verl_aqn.verl_api.sync import watch_sync
 from verl_aqn.verl_api.sync_socket import of_this_run
-
-SYNC_TIMEOUT_S = 600
 
 
 class AqnTrainingWorker(TrainingWorker):
@@ -42,10 +40,11 @@ class AqnActorWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self):
-        """As verl's, with a socket to the rollout that no other run has."""
+        """As verl's, with a socket to the rollout that no other run has; a rollout that fails ends a sync at once."""
         super().init_model()
         if self.rollout is not None:  # an actor's or a rollout's, not a reference policy's
             self.rollout.zmq_handle = of_this_run(self.rollout.zmq_handle)
+            watch_sync(self.rollout)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def node(self) -> str:
@@ -98,19 +97,3 @@ class AqnActorWorker(ActorRolloutRefWorker):
         """No noise from now on; evidence, and how many forwards had it (`uses`)."""
         noise = self.actor.engine.noise
         return {"uses": noise.uses(), **noise.restore()}
-
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
-    async def update_weights(self, global_steps: int | None = None, mode: str = "auto"):
-        """As verl's, but a rollout worker that died does not make the run wait for ever."""
-        context: zmq.Context = zmq.Context.instance()
-        for timeout in (zmq.RCVTIMEO, zmq.SNDTIMEO):
-            context.setsockopt(timeout, SYNC_TIMEOUT_S * 1000)
-        try:
-            return await super().update_weights(global_steps=global_steps, mode=mode)
-        except zmq.Again:
-            raise ProcessFault(
-                f"the rollout did not take the adapter within {SYNC_TIMEOUT_S} s: its worker has failed (see the log)"
-            ) from None
-        finally:
-            for timeout in (zmq.RCVTIMEO, zmq.SNDTIMEO):
-                context.setsockopt(timeout, -1)

@@ -11,6 +11,7 @@ import importlib.metadata
 import time
 
 from verl_aqn.errors import EnvironmentFault
+from verl_aqn.faults import watch
 from verl_aqn.stacks import listen
 
 SUPPORTED_VLLM = ("0.23", "0.24", "0.28")
@@ -41,6 +42,7 @@ def register() -> None:
     if _registered:
         return
     listen()
+    watch()
     check_version()
     from vllm.platforms import PlatformEnum, current_platform
 

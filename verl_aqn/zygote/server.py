@@ -19,6 +19,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,11 +27,12 @@ from multiprocessing.spawn import spawn_main
 from pathlib import Path
 from typing import Any
 
-from verl_aqn import stacks
+from verl_aqn import faults, stacks
 from verl_aqn.processes import ended_children
 from verl_aqn.zygote.client import SPAWNED
 
 PYTHON = "VERL_AQN_PYTHON"  # environment variable: the warm Python of this run
+ENDS = "ends.jsonl"  # in the run's temporary folder: a line for each forked process that has ended
 FIRST = (  # does not import Ray
     "torch._dynamo",
     "tensordict",
@@ -110,7 +112,7 @@ def share_titles() -> None:
 
 def preload_in(environment: dict[str, str]) -> None:
     """Import the rest, with what a first worker of Ray's was given for its environment."""
-    os.environ.update({**environment, stacks.FOLDER: ""})
+    os.environ.update({**environment, stacks.FOLDER: "", faults.PLACE: ""})
     with unused_generator():
         preload(THEN)
     share_titles()
@@ -141,8 +143,9 @@ def receive(client: socket.socket) -> Request:
 class Zygote:
     """Forks for every client, and tells it how its process ended."""
 
-    def __init__(self, listener: socket.socket) -> None:
+    def __init__(self, listener: socket.socket, ends: Path) -> None:
         self.listener = listener
+        self.ends = ends  # a file, a line for each child
         self.clients: dict[socket.socket, int] = {}  # → process
         self.woken, self.wake = socket.socketpair()  # by SIGCHLD
         self.wake.setblocking(False)
@@ -188,6 +191,8 @@ class Zygote:
     def tell_ends(self) -> None:
         """Every child that has ended: tell its client the exit code, negative for a signal."""
         for process, status in ended_children():
+            with contextlib.suppress(OSError), self.ends.open("a") as file:
+                file.write(json.dumps({"pid": process, "status": status, "time": time.time()}) + "\n")
             for client in [client for client, its in self.clients.items() if its == process]:
                 del self.clients[client]
                 with client:
@@ -204,6 +209,8 @@ def become(request: Request) -> None:
     import numpy as np
     from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
+    from verl_aqn.verl_api.cause import note_task_errors
+
     # The client's files take their own numbers; first out of the way of those, lest one covers another.
     high = max(request.files, default=0) + 1
     moved = {number: fcntl.fcntl(here, fcntl.F_DUPFD, high) for number, here in request.files.items()}
@@ -219,6 +226,8 @@ def become(request: Request) -> None:
     os.chdir(request.folder)
     np.random.seed()  # else the same in all of them; `random` sees to itself
     stacks.listen()
+    faults.watch()
+    note_task_errors()
     multiprocessing.set_executable(os.environ[PYTHON])
 
     arguments = request.arguments
@@ -233,11 +242,13 @@ def become(request: Request) -> None:
 
 def main(path: str) -> None:
     """Listen at once, so that clients wait for what is being imported."""
+    ends = Path(path).with_name(ENDS)
+    ends.touch()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(64)
         preload(FIRST)
-        request = Zygote(listener).serve()
+        request = Zygote(listener, ends).serve()
     become(request)
 
 

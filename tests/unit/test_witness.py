@@ -1,0 +1,87 @@
+"""What is known of a run's end: when a noted error must end it, and which deaths are believed."""
+
+import json
+import time
+
+import pytest
+
+from verl_aqn import faults, witness
+from verl_aqn.cause import Fault
+from verl_aqn.watchdog import ENDING, Watchdog
+from verl_aqn.zygote.server import ENDS
+
+WORKER = {"process": "VLLM::Worker", "pid": 41, "type": "ValueError", "text": "boom", "where": "a/b.py:1", "full": "",
+          "ours": False, "ends": True}  # fmt: skip
+
+
+@pytest.fixture
+def dog(tmp_path):
+    dog = Watchdog(10, tmp_path)
+    dog.record("events.jsonl", {"kind": "doing", "phase": "generation", "step": 3, "time": 100.0})
+    dog.record("events.jsonl", {"kind": "doing", "phase": "update", "step": 3, "time": 200.0})
+    return dog
+
+
+@pytest.fixture
+def seen(dog, tmp_path):
+    return witness.Witness(tmp_path, dog)
+
+
+def last(text="the training process ended with code 1") -> Fault:
+    return Fault(time.time(), "", 0, "ProcessFault", text, ours=True)
+
+
+def test_a_run_that_does_not_say_that_it_ends_is_ended(seen, dog):
+    seen.record(faults.FILE, WORKER | {"time": time.time()})
+    assert seen.must_end() is None, "it has a moment to say so itself"
+    seen.faults.clear()
+    seen.record(faults.FILE, WORKER | {"time": time.time() - witness.WORD_S - 1})
+    assert seen.must_end().told() == "rollout worker (VLLM::Worker, process 41), a/b.py:1: ValueError: boom"
+    dog.phase = ENDING
+    assert seen.must_end() is None, "what processes say while a run ends is of no use"
+
+
+@pytest.mark.parametrize("change", [{"ends": False}, {"process": "ray::Helper"}])
+def test_an_error_that_is_handled_or_of_a_users_own_process_ends_nothing(seen, change):
+    seen.record(faults.FILE, WORKER | change | {"time": time.time() - 100})
+    assert seen.must_end() is None
+    assert seen.cause(last()).text == "the training process ended with code 1"
+
+
+def test_the_zygote_knows_how_a_process_died_and_when(seen, dog, tmp_path):
+    ends = [{"pid": 41, "status": -9, "time": 150.0}, {"pid": 42, "status": 0, "time": 140.0},
+            {"pid": 43, "status": -9, "time": 130.0}]  # fmt: skip
+    (tmp_path / ENDS).write_text("".join(json.dumps(one) + "\n" for one in ends) + '{"pid": 44, "sta')
+    dog.vital = {41: "VLLM::Worker", 42: "ray::WorkerDict", 45: "ray::RewardLoopWorker"}  # 43: nobody needs it
+    dog.dead, dog.seen = {45: 160.0}, {45: 155.0}  # 45: it is still being collected
+    cause = seen.cause(last())
+    assert (
+        seen.told(cause)
+        == "rollout worker (VLLM::Worker, process 41) was killed by SIGKILL during generation of step 3"
+    )
+
+
+def test_without_a_zygote_a_death_is_silent(seen, dog):
+    dog.vital, dog.dead, dog.seen = {45: "ray::RewardLoopWorker"}, {45: 260.0}, {45: 255.0}
+    assert seen.told(seen.cause(last())) == (
+        "reward worker (ray::RewardLoopWorker, process 45) died without a word: killed, out of memory, or a crash in "
+        "native code during update of step 3"
+    )
+
+
+def test_ray_s_servers_are_nobodys_children_of_a_zygote(seen, dog, tmp_path):
+    (tmp_path / ENDS).touch()
+    dog.vital, dog.dead, dog.seen = {46: "raylet"}, {46: 260.0}, {46: 255.0}
+    assert seen.told(seen.cause(last())).startswith("Ray's node (raylet, process 46) died")
+
+
+def test_the_kernels_killer_is_named_where_it_was_at_work(seen, dog, tmp_path, monkeypatch):
+    (tmp_path / ENDS).write_text(json.dumps({"pid": 41, "status": -9, "time": 150.0}) + "\n")
+    dog.vital = {41: "VLLM::Worker"}
+    monkeypatch.setattr(witness, "oom_kills", lambda: seen.oom_before + 1)
+    assert seen.told(seen.cause(last())).endswith("(the kernel ended a process for want of memory meanwhile)")
+
+
+def test_a_hang_is_told_as_such(seen):
+    text = "sync of step 3 has taken 600 s (2 s are usual): the run hangs"
+    assert seen.told(seen.cause(last(text))) == text
