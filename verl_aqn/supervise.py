@@ -245,7 +245,8 @@ def clean_after_killed(run: RunFolder) -> None:
         memory = SharedMemory(Path(record["path"]))
         if temporary.remove(Path(record["path"]), run.path):
             memory.remove(record["since"] if "since" in record else record["started"])  # its name before
-    on_nodes("clean", run, [record["path"] for record in left], cluster_address(launched(run)))
+    if left and (run.path / "launch.yaml").exists():  # nothing was on a cluster before
+        on_nodes("clean", run, [record["path"] for record in left], cluster_address(launched(run)))
 
 
 def on_nodes(task: str, run: RunFolder, temporaries: list[str], address: str | None) -> str:
