@@ -24,6 +24,7 @@ def check(rank: int, folder: Path) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy
     from verl.utils.fsdp_utils import apply_fsdp2, fsdp2_load_full_state_dict
 
+    from verl_aqn.layout.decide import attention_of, use_attention
     from verl_aqn.noise import NoiseInjector
     from verl_aqn.verl_api.packed_base import PackedBase, norm_tensors
 
@@ -31,6 +32,11 @@ def check(rank: int, folder: Path) -> None:
     engine.model_config = SimpleNamespace(local_path=str(folder), override_config={})
     engine.engine_config = SimpleNamespace(strategy="fsdp2")
     module = engine._causal_model(noisy=True)
+    engine.use_remove_padding, engine.ulysses_sequence_parallel_size = False, 1
+    engine._decide_layout(module, share=True)
+    told = [None] * 2
+    dist.all_gather_object(told, (engine.layout, attention_of(module)))
+    assert told[0] == told[1]
     whole = loaded(folder)
     norms = norm_tensors(module)
     real = {name for name, tensor in module.state_dict().items() if not tensor.is_meta}
@@ -49,6 +55,7 @@ def check(rank: int, folder: Path) -> None:
     assert held.tensors == wanted.tensors
     assert (held.digest, held.faults) == (wanted.digest, [])
     tokens = torch.arange(1, 9).unsqueeze(0)
+    use_attention(module.get_base_model(), "eager")  # shared prompts' own asks for a layout
     got, want = module(tokens).logits.float(), loaded(folder)(tokens).logits.float()
     assert torch.nn.functional.cosine_similarity(got.flatten(), want.flatten(), 0) > 0.999
 

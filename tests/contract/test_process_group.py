@@ -14,10 +14,15 @@ import os, sys
 import psutil, torch
 import torch.distributed as dist
 from verl_aqn.verl_api import plugin
-from verl_aqn.verl_api.process_group import open_process_group
+from verl_aqn.verl_api.process_group import TIMEOUT, open_process_group
 
 open_process_group()
 group = dist.group.WORLD
+# As long at the store where ranks meet as in the group: torch would wait 5 minutes there, and 30 here.
+meeting = dist.distributed_c10d._get_default_store()
+while hasattr(meeting, "underlying_store"):
+    meeting = meeting.underlying_store
+assert meeting.timeout == TIMEOUT == group._get_backend(torch.device("cpu")).options._timeout, meeting.timeout
 from verl.utils.distributed import initialize_global_process_group_ray
 initialize_global_process_group_ray()
 assert dist.group.WORLD is group

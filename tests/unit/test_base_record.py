@@ -14,6 +14,7 @@ from verl_aqn.judge.base import check_base, sentence
 from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
 from verl_aqn.mxfp4.disk_base import DiskBase, Part
 from verl_aqn.shards import NOTHING
+from verl_aqn.verl_api.base import TABLES, table_digest, with_tables
 
 
 @pytest.fixture(scope="module")
@@ -250,3 +251,35 @@ def test_the_parts_of_a_multimodal_folder_that_are_no_text_are_named(tmp_path):
     assert {one["code"] for one in left} == {"other part"}
     assert sum(one["tensors"] for one in left) == 34
     assert not [one for one in record["not_compared"] if one["side"] == "rollout"]
+
+
+def test_tables_are_asked_for_once_and_are_those_that_were_told(folders):
+    folder = folders / "packed"
+    halves = [{"model.layers.0.self_attn.q_proj": [32 * rank, 32, 0, 64]} for rank in range(2)]
+    whole = [rollout_of(folder, slices) for slices in halves]
+    tables = [{key: answer[key] for key in TABLES} for answer in whole]
+    told = [
+        {key: value for key, value in answer.items() if key not in TABLES} | {"told": table_digest(one)}
+        for answer, one in zip(whole, tables, strict=True)
+    ]
+    asked = []
+    held = with_tables([told] * 3, lambda replica: asked.append(replica) or tables)
+    assert asked == [0]
+    assert [answer["tensors"] for answer in held] == [one["tensors"] for one in tables] * 3
+    actor = [actor_of(loaded(folder), folder)]
+    record = record_of(folder, actor, held)
+    check_base(record, None)
+    assert {**record, "seconds": 0} == {**record_of(folder, actor, whole * 3), "seconds": 0}
+    with pytest.raises(EvidenceError, match="rank 0 of replica 0 told other tensors when it was asked again"):
+        with_tables([told] * 3, lambda replica: tables[::-1])
+    changed = copy.deepcopy(tables)
+    changed[1]["tensors"]["model.norm.weight"][0] = "0" * 64
+    with pytest.raises(EvidenceError, match="rank 1 of replica 0"):
+        with_tables([told], lambda replica: changed)
+    other = [told[0], told[1] | {"told": table_digest(changed[1])}]  # the second replica's second rank
+    held = with_tables([told, other], lambda replica: changed if replica else tables)
+    with pytest.raises(EvidenceError, match=r"model\.norm\.weight in rollout 3"):
+        check_base(record_of(folder, actor, held), None)
+    held = with_tables([told, other, other], lambda replica: changed if replica else tables)
+    with pytest.raises(EvidenceError, match=r"model\.norm\.weight in rollout 3 .* \(and 1 more ranks\)"):
+        check_base(record_of(folder, actor, held), None)

@@ -1,10 +1,13 @@
 """Many ranks and many answers: no record becomes large, and four times as much takes about four times as long."""
 
 import json
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from verl_aqn.bench.records import Sizes, simulate
+from verl_aqn.cli import app
 from verl_aqn.runs.folder import RunFolder
 
 pytest.importorskip("verl")  # whose processes put the base's record together
@@ -39,6 +42,8 @@ def test_ranks_of_one_replica_alone_send_their_tables(tmp_path, rows):
     assert "base at the start (1 of 1 replicas sent tables)" in names
     (run,) = rows[1]["folder"].glob("runs/runs/[!.]*")
     records = list(RunFolder(run).read("evidence.jsonl"))
+    base = next(record for record in records if record["kind"] == "base")
+    assert base["files"]["tensors"] == LARGE.matrices + 1  # each was read once, for all of the ranks' parts
     assert len(records) == 5 + 2 * 3 + 3  # one for all ranks, at the start, in each of two steps and at the end
     assert max(len(json.dumps(record)) for record in records) < LIMIT / 2
 
@@ -49,6 +54,17 @@ def test_four_times_as_much_does_not_take_sixteen_times_as_long(rows):
     for name in timed:
         if not name.startswith("scored"):  # of one size in both
             assert large[name].seconds < 10 * small[name].seconds + 3 * TIMED_S, name
+
+
+def test_the_command_of_the_page_is_there():
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
+    (line,) = [line for line in page.splitlines() if line.startswith("verl-aqn ")]
+    words = line.removeprefix("verl-aqn ").split()
+    small = [{"1024": "16", "131072": "64"}.get(word, word) for word in words]
+    result = CliRunner().invoke(app, [*small, "--matrices", "16", "--layers", "2", "--json"])
+    assert result.exit_code == 0, result.output
+    names = {row["name"].partition(" (")[0] for row in json.loads(result.stdout)}
+    assert {"base at the start", "noise of step 2", "samples of step 1", "report"} <= names
 
 
 def test_no_text_holds_the_scorer_up(rows):

@@ -8,7 +8,14 @@ import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from verl_aqn.layout.attention import NAME, laid_out
-from verl_aqn.layout.decide import agreed, decide, shared_inputs, use_attention
+from verl_aqn.layout.decide import (
+    agree_on_attention,
+    agreed,
+    attention_of,
+    decide,
+    shared_inputs,
+    use_attention,
+)
 from verl_aqn.layout.prompts import share_prompts
 
 CONFIG = {
@@ -35,7 +42,14 @@ def rank_main(rank: int, port: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     try:
-        found = agreed(decide(make().to("meta") if rank else make()))
+        first = make().to("meta") if rank else make()
+        found = decide(first)
+        assert (found is None) == bool(rank)
+        if rank == 0:  # as `decide` does where sdpa would leave out what a layer asks for
+            assert use_attention(first, "eager")
+        agree_on_attention(first, found is not None)
+        assert attention_of(first) == "eager"
+        found = agreed(found)
         assert found.together, found.reason
         model, whole = make().train(), make()
         for each in (model, whole):

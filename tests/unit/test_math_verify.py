@@ -1,5 +1,6 @@
 """What math-verify says of answers labelled by hand, and that no answer can hang, exhaust or use the machine."""
 
+import os
 import subprocess
 import sys
 import time
@@ -80,6 +81,18 @@ def found() -> dict[tuple[str, str], float]:
 @pytest.mark.parametrize(("text", "truth", "right"), LABELLED)
 def test_labelled_answers(found, text, truth, right):
     assert found[text, truth] == right
+
+
+def test_many_answers_are_shared_out_and_keep_their_order(monkeypatch):
+    texts, answers = [f"#### {n}" for n in range(7)], ["0", "1", "0", "3", "4", "0", "6"]
+    started, begin = [], subprocess.run
+    monkeypatch.setattr(math_verify, "SHARE", 2)
+    monkeypatch.setattr(math_verify, "PROCESSES", 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(4))
+    monkeypatch.setattr(subprocess, "run", lambda *args, **named: started.append(args) or begin(*args, **named))
+    assert math_verify.scores(texts, answers) == [1, 1, 0, 1, 1, 0, 1]
+    assert len(started) == 4
+    assert math_verify.scores([], []) == []
 
 
 def test_hostile_texts_are_wrong_within_a_bound_and_the_rest_is_judged(tmp_path):

@@ -75,7 +75,8 @@ class Simulation:
     """One run under `folder`, an empty one. `rows`: what was measured, in order."""
 
     def __init__(self, folder: Path, sizes: Sizes) -> None:
-        self.sizes, self.rows = sizes, []
+        self.sizes = sizes
+        self.rows: list[Row] = []
         self.model = folder / "model"
         _write_base(self.model, sizes.matrices)
         self.config = load_recipe(
@@ -341,7 +342,7 @@ def _answers(disk: DiskBase, ways: int) -> list[tuple[dict[str, Any], dict[str, 
     digests, _ = disk.digests(wanted)
     answers = []
     for mine in parts:
-        tensors = {
+        tensors: dict[str, list[Any]] = {
             name: [digests[name, part], part.form, part.form != "packed", list(part.slice) if part.slice else None]
             for name, part in mine.items()
         }

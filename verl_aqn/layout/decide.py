@@ -83,6 +83,20 @@ def agreed(found: Layout | None) -> Layout:
     return Layout(together, reason, found.rules if found else (), keeps)
 
 
+def agree_on_attention(model: PreTrainedModel, decided: bool) -> None:
+    """Give a model on meta the attention that `decide` left the others with; it is their own, or eager.
+
+    `decided`: whether this rank's own `decide` said something. All ranks must call it.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return
+    told: list[str | None] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(told, attention_of(model) if decided else None)
+    name = next(one for one in told if one)
+    if not decided and attention_of(model) != name:
+        use_attention(model, name)
+
+
 def use_attention(model: PreTrainedModel, name: str) -> bool:
     """Set the attention of the language model; False where it does not use transformers' attention interface."""
     parts = [key for key in model.config.sub_configs if getattr(model.config, key) is model.config.get_text_config()]

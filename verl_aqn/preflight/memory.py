@@ -109,8 +109,8 @@ def sizes(config: DictConfig) -> "Sizes":
         utilization=float(rollout.gpu_memory_utilization),
         eager=bool(rollout.enforce_eager),
         critic=config.algorithm.adv_estimator == "gae",
-        agents=int(rollout.agent.num_workers),
-        reward_workers=int(config.reward.num_workers),
+        agents=-(-int(rollout.agent.num_workers) // int(config.trainer.nnodes)),
+        reward_workers=-(-int(config.reward.num_workers) // int(config.trainer.nnodes)),
         cpu=aqn.profile == "cpu",
     )  # fmt: skip
 

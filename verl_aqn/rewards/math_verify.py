@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from verl_aqn.errors import DataError, EnvironmentFault
 from verl_aqn.rewards.gsm8k import number
@@ -27,6 +28,7 @@ from verl_aqn.rewards.gsm8k import number
 CPU_S, WALL_S = 1, 10
 MEMORY_BYTES = 1 << 30  # address space; the process has 80 MB before it reads anything
 START_S = 120
+SHARE, PROCESSES = 2048, 8  # answers that are worth a process, and how many there are at most
 READY = b"+"  # a fork's word that its limits stand and it can judge within them
 
 
@@ -42,7 +44,7 @@ def scores(texts: Sequence[str], answers: Sequence[str]) -> list[float]:
     """1.0 where math-verify finds the number `answers[i]` in `texts[i]`, else 0.0.
 
     A text that takes more than 2 s of computing or 1 GiB of memory is wrong. The start takes a second, an ordinary
-    answer 1 ms.
+    answer 1 ms; many answers are shared out among processes.
 
     Raises:
         DataError: an answer is not a number.
@@ -55,8 +57,14 @@ def scores(texts: Sequence[str], answers: Sequence[str]) -> list[float]:
         if value is None:
             raise DataError(f"math-verify is given numbers to compare with, but the ground truth is {answer!r}")
         lines.append(json.dumps([text, f"{value:f}"]) + "\n")
-    if not lines:
-        return []
+    size = max(SHARE, -(-len(lines) // min(PROCESSES, len(os.sched_getaffinity(0)))))
+    shares = [lines[at : at + size] for at in range(0, len(lines), size)]
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        return [mark for marks in pool.map(_judged, shares) for mark in marks]
+
+
+def _judged(lines: Sequence[str]) -> list[float]:
+    """Verdicts on lines of [text, number], from a process of their own."""
     # The limit here is only for a judge that hangs itself: each answer has its own.
     limit = START_S + len(lines) * (WALL_S + 1)
     try:

@@ -11,7 +11,17 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from verl_aqn.errors import ConfigError, TrainingError
 from verl_aqn.layout.attention import NAME
-from verl_aqn.layout.decide import PACKED, SEPARATE, SHARED, Layout, agreed, attention_of, decide, use_attention
+from verl_aqn.layout.decide import (
+    PACKED,
+    SEPARATE,
+    SHARED,
+    Layout,
+    agree_on_attention,
+    agreed,
+    attention_of,
+    decide,
+    use_attention,
+)
 from verl_aqn.mxfp4.checkpoint import is_packed
 from verl_aqn.mxfp4.experts import packed_layers
 from verl_aqn.mxfp4.linear import Activation, Mxfp4Linear
@@ -95,7 +105,9 @@ class PackedBase(FSDPEngineWithLMHead):
 
         Raises ConfigError where sequence parallelism is asked for a model whose sequences cannot stand in one row.
         """
-        self.taken = agreed(decide(module))
+        found = decide(module)
+        self.taken = agreed(found)
+        agree_on_attention(module, found is not None)
         ulysses = self.ulysses_sequence_parallel_size > 1
         flash = attention_of(module).startswith("flash")
         if not self.taken.together:
