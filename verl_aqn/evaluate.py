@@ -16,6 +16,7 @@ from verl_aqn.cache import cache_dir
 from verl_aqn.config import check_names, check_numbers, followers, load_recipe, parse_aqn, unknown_key
 from verl_aqn.console import RULES, Console
 from verl_aqn.errors import AqnError, ConfigError, DataError, EnvironmentFault, EvidenceError, first_line
+from verl_aqn.owned import own_folder
 from verl_aqn.preflight.checks import check_machine
 from verl_aqn.prepare import untell_workers
 from verl_aqn.runs.arms import run_in
@@ -173,11 +174,12 @@ def evaluate(
     """
     target, console = find_target(path), Console()
     config = settings(target, overrides, adapter, precision, samples)
-    check_machine(config)
-    todo = resolve(config, fit=False)
     named = any(override.startswith("aqn.run.dir=") for override in overrides) and parse_aqn(config).run.dir
     usual = target.run.path / "evaluations" if target.run else Path(f"/tmp/mxfp4_eval_{target.path.name}")
     base = Path(named).expanduser() if named else usual
+    own_folder(base, make=False)
+    check_machine(config)
+    todo = resolve(config, fit=False)
     run = open_run(base, identity(todo.config), fresh=True)
     launch(run, todo)
     used = "mxfp4" if parse_aqn(config).mxfp4.enabled else "bf16"

@@ -115,7 +115,8 @@ def engine_environment(temporary: str, *, cpu: bool, ranks: int) -> dict[str, st
 
     `cpu`: it runs on this machine's cores, which the `ranks` of an engine share out.
     """
-    own_folder(compiled := cache_dir() / "torchinductor", "VERL_AQN_CACHE=DIR")  # what is in there is loaded as code
+    compiled = cache_dir() / "torchinductor"
+    own_folder(compiled, "VERL_AQN_CACHE=DIR", make=False, or_roots=True)  # what is in there is loaded as code
     cores = sorted(os.sched_getaffinity(0))
     env = dict(os.environ) | {"PYTHONUTF8": "1"}
     drop_empty(env)

@@ -14,8 +14,8 @@ import psutil
 from verl_aqn.watchdog import title
 
 DOCS = Path(__file__).parents[2] / "docs" / "security.md"
-# ZeroMQ's greeting of a client without a key; a server's names in the same place what it asks for.
-ZMQ_GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + bytes(32)
+# The greeting with which ZeroMQ begins; a server's own names in the same place what it asks for.
+ZMQ_GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"CURVE".ljust(20, b"\0") + bytes(32)
 HTTP_REQUEST = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
 

@@ -6,6 +6,7 @@ import stat
 
 import pytest
 
+from verl_aqn.cluster import node
 from verl_aqn.cluster.node import declared, node_environment, ray_start, token_environment
 from verl_aqn.cluster.submit import run_job, variables
 from verl_aqn.errors import ConfigError, EnvironmentFault
@@ -13,6 +14,7 @@ from verl_aqn.errors import ConfigError, EnvironmentFault
 
 @pytest.fixture(autouse=True)
 def token(tmp_path, monkeypatch):
+    monkeypatch.setattr(node, "ROOT", tmp_path)
     path = tmp_path / "ray" / "auth_token"
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
     for name in ("RAY_AUTH_TOKEN", "GLOO_SOCKET_IFNAME", "VLLM_HOST_IP", "HCCL_IF_IP"):
@@ -29,6 +31,22 @@ def test_a_head_is_on_loopback_unless_an_address_is_asked_for():
     assert option(command, "--node-ip-address") == option(command, "--dashboard-host") == "127.0.0.1"
     with pytest.raises(ConfigError, match=r"--address 192\.0\.2\.1 is not an address of this machine"):
         ray_start(None, "192.0.2.1", 6379, "cpu", None, [])
+
+
+def test_rays_folder_on_a_node_is_the_users_alone(tmp_path):
+    """Ray lets everybody write to what it makes in it."""
+    command, _ = ray_start(None, None, 6379, "cpu", None, [])
+    folder = tmp_path / f"ray-{os.geteuid()}"
+    assert option(command, "--temp-dir") == str(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.chmod(0o755)
+    with pytest.raises(EnvironmentFault, match="is not yours alone: chmod 700"):
+        ray_start(None, None, 6379, "cpu", None, [])
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    with pytest.raises(EnvironmentFault, match="is not yours alone"):
+        ray_start(None, None, 6379, "cpu", None, [])
+    assert "--temp-dir" not in ray_start(None, None, 6379, "cpu", None, ["--temp-dir=/elsewhere"])[0]
 
 
 def test_a_worker_takes_the_address_that_leads_to_its_head(token):

@@ -13,9 +13,11 @@ from pathlib import Path
 import psutil
 
 from verl_aqn.errors import ConfigError, EnvironmentFault
+from verl_aqn.owned import is_own_folder
 
 PORT = 6379
 CPUS = 32  # logical, as in the cpu profile: the processes take turns
+ROOT = Path("/tmp")  # short: the paths of sockets end at 107 characters
 STOP_S = 120  # Ray's 3 s for a job that is told to stop are too few to clean its nodes
 
 
@@ -27,7 +29,8 @@ def ray_start(
     Nothing is open to other machines unless an address is given; a worker takes its own that leads to the head.
 
     Raises:
-        ConfigError: an address that is not this node's. EnvironmentFault: no token, or one that others can read.
+        ConfigError: an address that is not this node's. EnvironmentFault: no token, or one that others can read;
+            Ray's temporary folder is another user's.
     """
     from verl_aqn.config import detect_profile
 
@@ -42,7 +45,22 @@ def ray_start(
     else:
         command += ["--address", head]
     command += declared(profile, devices)
+    if not any(argument.partition("=")[0] == "--temp-dir" for argument in extra):
+        command += ["--temp-dir", str(own_temporary())]
     return [*command, *extra], {**node_environment(address, profile), **token_environment(make=head is None)}
+
+
+def own_temporary() -> Path:
+    """Make Ray's temporary folder on this node: Ray lets all write to what it makes there, so nobody else may enter.
+
+    Raises:
+        EnvironmentFault: another user made it first, or others may enter.
+    """
+    folder = ROOT / f"ray-{os.geteuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if not is_own_folder(folder, 0o700):
+        raise EnvironmentFault(f"{folder} is not yours alone: chmod 700 {folder}, or give --temp-dir a folder that is")
+    return folder
 
 
 def declared(profile: str, devices: int | None) -> list[str]:
