@@ -137,6 +137,8 @@ class Console:
             return 1
         self.out.print(sigma_table(run))
         self.out.print(result_table(run))
+        if by_source := source_table(run):
+            self.out.print(by_source)
         self.out.print(verdict(run, todo), soft_wrap=True)
         self.out.print(f"[dim]record: {escape(str(run.path))}[/dim]", soft_wrap=True)
         sys.stdout.flush()
@@ -189,6 +191,21 @@ def result_table(run: RunFolder) -> Table:
         shares = [escape(share_text(validation.get(key), count)) for key in RULES.values()]
         passed = [str(samples_of(validation)), pass_text(validation) or "–"] if several else []
         table.add_row(str(validation["step"]), *shares, str(count), *passed)
+    return table
+
+
+def source_table(run: RunFolder) -> Table | None:
+    """Accuracy of the last validation by data source; None where its data are of one."""
+    *_, last = run.by_step("metrics.jsonl", "validation").values()
+    if not last.get("by_source"):
+        return None
+    table = Table(title=f"Accuracy by data source after step {last['step']}, %", title_justify="left")
+    table.add_column("data source")
+    for column in (*RULES, "problems"):
+        table.add_column(column, justify="right")
+    for source, found in last["by_source"].items():
+        shares = [f"{100 * found[key]:.2f}" if key in found else "–" for key in RULES.values()]
+        table.add_row(escape(source), *shares, str(found["items"]))
     return table
 
 

@@ -1,5 +1,6 @@
 """A run's data: made into files that are on disk, read by verl before anything is started, and given row by row."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -190,7 +191,7 @@ def _names_of(config: DictConfig, key: str) -> list[str]:
     value = config.data[key]
     names = value
     if isinstance(value, str):
-        names = _listed(value) if value.lstrip().startswith("[") and not Path(value).exists() else [value]
+        names = _listed(value) if value.lstrip().startswith("[") and not os.path.exists(value) else [value]
     names = list(names or ())
     if not names or not all(isinstance(name, str) and name for name in names):
         raise ConfigError(f"data.{key}={value}: give a file, a list of files, embedded, or gsm8k")
