@@ -1,6 +1,8 @@
 """A run's data: made into files that are on disk, read by verl before anything is started, and given row by row."""
 
 import os
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -130,7 +132,8 @@ def items_of(config: DictConfig, split: str) -> "Items":
     if has_own_class(config):
         from verl_aqn.verl_api.first_rows import own_items  # seconds to import
 
-        return own_items(preflight_rows.with_model(config, find_model(config, weights=False)), split)
+        with redirect_stdout(sys.stderr):  # verl and the class may print, and standard output is for results
+            return own_items(preflight_rows.with_model(config, find_model(config, weights=False)), split)
     return _TextItems(config, split)
 
 

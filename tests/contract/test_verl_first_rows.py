@@ -302,6 +302,9 @@ def test_files_that_verl_cannot_join_or_fills_up(model, tmp_path):
     said = fault(recipe(model, [text, number]))
     assert "data.train_files: verl cannot join its files: the column 'reward_model' is" in said
     assert str(number) in said
+    arrow(tmp_path / "large", [row()] * 3, "prompt", pa.large_list)
+    said = fault(recipe(model, [text, tmp_path / "large.parquet"]))
+    assert "the column 'prompt' is LargeList(" in said, "neither does verl join those"
     assert "row 0 has no data_source" in fault(recipe(model, bare))
     assert "fault" not in answer(recipe(model, [text, bare])), "verl fills the column up"
 

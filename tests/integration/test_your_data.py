@@ -22,13 +22,12 @@ def rows(source, count):
 
 
 def test_json_lines_and_parquet_of_two_sources_with_accuracy_by_source(train, tmp_path):
-    sums, words = tmp_path / "sums.jsonl", tmp_path / "words.parquet"
-    val = tmp_path / "val.json"
+    sums, words, val = tmp_path / "sums.jsonl", tmp_path / "words.parquet", tmp_path / "val.parquet"
     sums.write_text("".join(json.dumps(row) + "\n" for row in rows("sums", 8)), encoding="utf-8-sig")
-    table = pa.Table.from_pylist(rows("words", 8))
+    pq.write_table(pa.Table.from_pylist(rows("words", 8)), words)
+    table = pa.Table.from_pylist(rows("sums", 3) + rows("words", 1))
     large = pa.large_list(table.schema.field("chat").type.value_type)  # as polars writes
-    pq.write_table(table.set_column(1, "chat", table["chat"].cast(large)), words)
-    val.write_text(json.dumps(rows("sums", 3) + rows("words", 1), indent=1))
+    pq.write_table(table.set_column(1, "chat", table["chat"].cast(large)), val)
     process = train(
         tmp_path / "runs", f"data.train_files=[{sums},{words}]", f"data.val_files={val}", "data.prompt_key=chat",
         "trainer.total_training_steps=2", "aqn.noise.num_stages=2", "trainer.save_freq=-1", "aqn.noise.probe=true",
@@ -41,4 +40,4 @@ def test_json_lines_and_parquet_of_two_sources_with_accuracy_by_source(train, tm
     assert right == 4 * last["accuracy"]
     told = {record["set"]: record for record in run.read("events.jsonl") if record["kind"] == "rows"}
     assert (told["train"]["files"], told["train"]["kept"], told["val"]["kept"]) == (16, 16, 4)
-    assert set(run.block("versions.json")["data"]) == {"sums.jsonl", "words.parquet", "val.json"}
+    assert set(run.block("versions.json")["data"]) == {"sums.jsonl", "words.parquet", "val.parquet"}

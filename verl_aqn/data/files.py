@@ -138,8 +138,10 @@ def check_truths(path: str | Path) -> None:
     rows = read_file(path)
     kind = rows.features.get("reward_model")
     inner = kind.get("ground_truth") if isinstance(kind, dict) else None
+    if kind is None:
+        check_told(dict.fromkeys(["data_source", *rows.column_names]), f"{path}: row 0")
     if not isinstance(inner, datasets.Value):  # of several types, or lists and structs: as verl decodes them
-        check_values((_truth_in(row) for row in rows.select_columns(["reward_model"])) if kind else (None,), path)
+        check_values((_truth_in(row) for row in rows.select_columns(["reward_model"])), path)
         return
     column = pc.struct_field(rows.data["reward_model"].combine_chunks(), "ground_truth")
     # A third in 32 bits is another number than in 64, and no answer equals it.
