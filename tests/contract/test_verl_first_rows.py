@@ -387,7 +387,7 @@ def test_verl_is_asked_in_its_own_process_once(model, tmp_path, monkeypatch):
 def test_the_doctor_tells_what_is_wrong_with_the_data(model, tmp_path, monkeypatch):
     monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(rows, "_ask", answer)
-    assert checks.check_rows(recipe(model, "gsm8k")).found == "not read: gsm8k is not on disk yet"
+    assert checks.check_rows(load_recipe("e6a", ["profile=cuda"])).found == "not read: gsm8k is not on disk yet"
     good = lines(tmp_path / "a.jsonl", [row()] * 5)
     assert checks.check_rows(recipe(model, good)).found == "5 rows for training, 5 for validation"
     for changes, words in (({"prompt": "text"}, "no row is left"), (
@@ -414,6 +414,7 @@ def test_the_examples_of_the_user_s_page(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(code, {})
-    files = [tmp_path / "sums.jsonl", tmp_path / "sums.parquet"]
-    assert answer(recipe(model, files, files[1])) == {"rows": None, "warnings": []}
-    assert check_data(recipe(model, files, files[1])).rows == {"train": 4, "test": 2}
+    config = recipe(model, tmp_path / "sums.jsonl", tmp_path / "sums.parquet")
+    assert answer(config) == {"rows": None, "warnings": []}
+    monkeypatch.setattr(rows, "_ask", answer)
+    assert check_data(config).rows == {"train": 2, "test": 2}
