@@ -139,6 +139,8 @@ class Console:
             return 1
         self.out.print(sigma_table(run))
         self.out.print(result_table(run))
+        if by_source := source_table(run):
+            self.out.print(by_source)
         self.out.print(verdict(run, todo), soft_wrap=True)
         if failed := failed_text(run):
             self.out.print(failed, soft_wrap=True, markup=False)
@@ -208,6 +210,21 @@ def failed_text(run: RunFolder) -> str:
         f"failed: {trained:,} training answers, which taught nothing, and {validated:,} validation answers, which "
         "count as wrong (failures.jsonl has the reasons)"
     )
+
+
+def source_table(run: RunFolder) -> Table | None:
+    """Accuracy of the last validation by data source; None where its data are of one."""
+    *_, last = run.by_step("metrics.jsonl", "validation").values()
+    if not last.get("by_source"):
+        return None
+    table = Table(title=f"Accuracy by data source after step {last['step']}, %", title_justify="left")
+    table.add_column("data source")
+    for column in (*RULES, "problems"):
+        table.add_column(column, justify="right")
+    for source, found in last["by_source"].items():
+        shares = [f"{100 * found[key]:.2f}" if key in found else "–" for key in RULES.values()]
+        table.add_row(escape(source), *shares, str(found["items"]))
+    return table
 
 
 def is_plans_task(todo: "Prepared", problems: int) -> bool:

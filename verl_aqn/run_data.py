@@ -1,7 +1,10 @@
 """A run's data: made into files that are on disk, read by verl before anything is started, and given row by row."""
 
 import itertools
+import os
+import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -140,7 +143,8 @@ def items_of(config: DictConfig, split: str) -> "Items":
     if has_own_class(config):
         from verl_aqn.verl_api.first_rows import own_items  # seconds to import
 
-        return own_items(preflight_rows.with_model(config, find_model(config, weights=False)), split)
+        with redirect_stdout(sys.stderr):  # verl and the class may print, and standard output is for results
+            return own_items(preflight_rows.with_model(config, find_model(config, weights=False)), split)
     return _TextItems(config, split)
 
 
@@ -210,7 +214,7 @@ def _names_of(config: DictConfig, key: str) -> list[str]:
     value = config.data[key]
     names = value
     if isinstance(value, str):
-        names = _listed(value) if value.lstrip().startswith("[") and not Path(value).exists() else [value]
+        names = _listed(value) if value.lstrip().startswith("[") and not os.path.exists(value) else [value]
     names = list(names or ())
     if not names or not all(isinstance(name, str) and name for name in names):
         raise ConfigError(f"data.{key}={value}: give a file, a list of files, embedded, or gsm8k")

@@ -76,6 +76,23 @@ def test_truths_that_are_no_numbers_and_a_reward_with_one_rule_have_no_other_col
     }
 
 
+def test_shares_by_data_source_where_there_are_several(trainer, capsys):
+    from verl_aqn.console import source_table
+
+    kinds = ["sums", "words", "sums"]
+    trainer.val_dataset = [{"data_source": kind} for kind in kinds]
+    trainer.keys = ["uid-0_0_0", "uid-2_0_0"]  # the answer to the words never came
+    trainer.answers = ["#### 1", "#### 2"], ["1", "3"], {"acc": [1.0, 0.0]}
+    trainer._validate()
+    (record,) = (one for one in trainer.folder.read("metrics.jsonl") if one["kind"] == "validation")
+    assert record["by_source"]["sums"] == {"items": 2, "accuracy": 0.5, "math_verify": 0.5}
+    assert record["by_source"]["words"] == {"items": 1, "accuracy": 0.0, "math_verify": 0.0}
+    assert record["accuracy"] == pytest.approx(1 / 3)
+    table = source_table(trainer.folder)
+    assert list(table.columns[0].cells) == ["sums", "words"]
+    assert list(table.columns[1].cells) == ["50.00", "0.00"]
+
+
 def several(trainer, problems, keys, acc):
     """Answers to `problems`, two to each, as they arrived."""
     trainer.config.actor_rollout_ref.rollout.val_kwargs.n = 2

@@ -1,7 +1,9 @@
 """The files of a run's data, read as verl's own data set class reads them: parquet, JSON, and JSON lines."""
 
+import codecs
 import json
-from contextlib import contextmanager
+import os
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +59,8 @@ def check_there(path: Path) -> None:
     """Check that a file is there; raises DataError."""
     if "://" in str(path) or str(path).startswith("hdfs:/"):
         raise DataError(f"{path}: only files on a disk are read: copy it there and name the copy")
-    if not path.is_file():
-        what = "a folder, not a file" if path.is_dir() else "no such file"
+    if not os.path.isfile(path):  # a name that is too long is none, too
+        what = "a folder, not a file" if os.path.isdir(path) else "no such file"
         raise DataError(f"{path}: {what}: prepare the data or correct the path")
 
 
@@ -86,7 +88,10 @@ def unreadable(path: Path, error: Exception) -> str:
     """Say in one line why a file cannot be read: by its first bad line where it is JSON, else by what `error` says."""
     if path.suffix in ENDINGS and not path.stat().st_size:
         return no_rows(path)
-    if path.suffix != ".parquet" and (fault := _json_fault(path)):
+    fault = ""
+    with suppress(OSError):  # which `error` tells
+        fault = _json_fault(path) if path.suffix != ".parquet" else ""
+    if fault:
         return f"{path}: not readable as JSON: {fault}"
     cause = error.__cause__ or error
     text = first_line(cause)
@@ -100,23 +105,23 @@ def unreadable(path: Path, error: Exception) -> str:
 
 def _json_fault(path: Path) -> str:
     """Name the first line that is not JSON; "" where each is, or where the whole file is one document."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        return f"it is not UTF-8 ({error.reason} at byte {error.start:,}): write it in that encoding"
-    if path.suffix == ".json" or text.lstrip().startswith("["):
-        fault = _fault_in(text, 0)
-        if not fault or text.lstrip().startswith("["):
-            return fault
-    return next(
-        (fault for n, line in enumerate(text.splitlines()) if line.strip() and (fault := _fault_in(line, n))), ""
-    )
+    with path.open("rb") as file:
+        array = file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+        if array or path.suffix == ".json":
+            file.seek(0)
+            if not (fault := _fault_in(file.read(), 0)) or array:
+                return fault
+        file.seek(0)
+        faults = (_fault_in(line, before) for before, line in enumerate(file) if line.strip())
+        return next(filter(None, faults), "")
 
 
-def _fault_in(text: str, before: int) -> str:
-    """Say where `text`, behind `before` lines, is no JSON; "" where it is."""
+def _fault_in(content: bytes, before: int) -> str:
+    """Say where a file's `content`, behind `before` lines, is no JSON; "" where it is."""
     try:
-        json.loads(text)
+        json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return f"line {before + 1}: it is not UTF-8, write it in that encoding"
     except json.JSONDecodeError as error:
         return f"line {before + error.lineno}, column {error.colno}: {error.msg}"
     return ""
@@ -133,8 +138,10 @@ def check_truths(path: str | Path) -> None:
     rows = read_file(path)
     kind = rows.features.get("reward_model")
     inner = kind.get("ground_truth") if isinstance(kind, dict) else None
+    if kind is None:
+        check_told(dict.fromkeys(["data_source", *rows.column_names]), f"{path}: row 0")
     if not isinstance(inner, datasets.Value):  # of several types, or lists and structs: as verl decodes them
-        check_values((_truth_in(row) for row in rows.select_columns(["reward_model"])) if kind else (None,), path)
+        check_values((_truth_in(row) for row in rows.select_columns(["reward_model"])), path)
         return
     column = pc.struct_field(rows.data["reward_model"].combine_chunks(), "ground_truth")
     # A third in 32 bits is another number than in 64, and no answer equals it.

@@ -246,12 +246,12 @@ def check_schedule(config: DictConfig) -> Finding:
 def check_rows(config: DictConfig) -> Finding:
     """verl reads and renders the first rows of the data, where those are on disk, and the reward can judge them all."""
     config = config.copy()
-    for key in KEYS.values():
-        files = files_on_disk(config, key)
-        if files is None:
-            return Finding("data", f"not read: {config.data[key]} is not on disk yet")
-        config.data[key] = [str(file.absolute()) for file in files]
     try:
+        for key in KEYS.values():
+            files = files_on_disk(config, key)
+            if files is None:
+                return Finding("data", f"not read: {config.data[key]} is not on disk yet")
+            config.data[key] = [str(file.absolute()) for file in files]
         found = check_data(config)
     except (ConfigError, DataError, ModelError, EnvironmentFault) as error:
         return Finding("data", "cannot be used", str(error))

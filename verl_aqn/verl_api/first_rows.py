@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from verl.utils.dataset.rl_dataset import get_dataset_class
 
@@ -111,8 +112,8 @@ class FirstRows:
             data.shuffle = False
             if not filtered:
                 data.filter_overlong_prompts = False
-            if rows == FIRST:
-                data.filter_overlong_prompts_workers = None  # no processes for a handful of rows
+            if rows == FIRST or data.get("filter_overlong_prompts_workers") == 1:
+                data.filter_overlong_prompts_workers = None  # a pool of one process takes seconds to start
         return (cls or self.cls)(
             data_files=ListConfig(list(files)),
             tokenizer=self.template.tokenizer,
@@ -189,7 +190,7 @@ class FirstRows:
             self.warnings.append(f"{where}: the beginning of long prompts is cut ({why}): {do}")
         elif kept:
             self.warnings.append(f"{where}: rows are left out ({why}): {do}")
-        elif self.own:
+        elif self.own or _is_text(dataset, self.key):
             return f"{where}: no row is left ({why}): {do}"
         else:
             with told_rows(self.config):
@@ -221,6 +222,11 @@ class FirstRows:
                 if told not in self.warnings:
                     self.warnings.append(told)
         return failed, long
+
+
+def _is_text(dataset: Any, key: str) -> bool:
+    """Whether every prompt of the file is text, by the type of the column."""
+    return dataset.dataframe.features[key] == datasets.Value("string")
 
 
 def _is_lost(message: dict, text: str) -> bool:

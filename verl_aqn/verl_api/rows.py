@@ -81,7 +81,8 @@ class _OnePass:
             limit.length, limit.error = -1, ""
             return {"keep": bool(keep(row)), "length": limit.length, "error": limit.error}
 
-        found = self.table.map(look, remove_columns=self.table.column_names, num_proc=num_proc, desc=desc)
+        several = num_proc if num_proc and num_proc > 1 else None  # a pool of one process takes seconds to start
+        found = self.table.map(look, remove_columns=self.table.column_names, num_proc=several, desc=desc)
         self.lengths, self.errors = list(found["length"]), list(found["error"])
         return self.table.select([place for place, kept in enumerate(found["keep"]) if kept])
 

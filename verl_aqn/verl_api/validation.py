@@ -1,6 +1,7 @@
 """Validation: each problem of the set is answered once or several times, and every answer is on record by its place."""
 
 from collections import Counter
+from functools import cached_property
 
 from verl_aqn.config import parse_aqn
 from verl_aqn.errors import ConfigError
@@ -29,6 +30,7 @@ class ValidatingTrainer(KeyedTrainer):
     pass_at: dict[str, float]  # and that one of k answers is right, by k
     failed: int  # how many answers never came
     asked: int = 0  # answers of this step that were asked for, refills too
+    by_source: dict[str, dict[str, float]]  # problems and shares of each data source; {} where there is one alone
 
     def _validate(self) -> dict[str, float]:
         metrics = super()._validate()
@@ -37,6 +39,8 @@ class ValidatingTrainer(KeyedTrainer):
         items, samples = len(self.val_dataset), self.samples
         sizes = {"items": items, "samples": samples, "pass_at": self.pass_at}
         sizes |= {"answered": items * samples - self.failed, "failed": self.failed}
+        if self.by_source:
+            sizes["by_source"] = self.by_source
         self.folder.append("metrics.jsonl", {"kind": "validation", "step": self.global_steps, **self.shares, **sizes})
         several = {f"pass_at_{k}": share for k, share in self.pass_at.items() if k != "1"}
         return metrics | {f"aqn/validation/{name}": share for name, share in (self.shares | several).items()}
@@ -45,6 +49,12 @@ class ValidatingTrainer(KeyedTrainer):
     def samples(self) -> int:
         """How many answers each problem of the validation set gets."""
         return self.config.actor_rollout_ref.rollout.val_kwargs.n
+
+    @cached_property
+    def sources(self) -> list[str]:
+        """The data source of each problem of the validation set."""
+        items = (self.val_dataset[place] for place in range(len(self.val_dataset)))
+        return [str(item.get("data_source")) if isinstance(item, dict) else "" for item in items]
 
     def _dump_generations(self, inputs, outputs, gts, scores, reward_extra_infos_dict, dump_path):
         if dump_path != self.config.trainer.validation_data_dir:
@@ -73,6 +83,7 @@ class ValidatingTrainer(KeyedTrainer):
         # Of all problems, whatever data they come from: one without an answer (a session that failed) is wrong.
         right_by = {name: judged(columns[rule], rule) for name, rule in RULES.items() if rule in columns}
         self.shares = {name: sum(right) / wanted for name, right in right_by.items()}
+        self.by_source = shares_by_source(self.sources, columns["item"], right_by, self.samples)
         solved = Counter(item for item, one in zip(columns["item"], right_by["accuracy"], strict=True) if one)
         passed = mean_pass([solved[item] for item in range(items)], self.samples)
         self.pass_at = {str(k): share for k, share in passed.items()}
@@ -105,6 +116,28 @@ class ValidatingTrainer(KeyedTrainer):
             counted = "they count as wrong" if part == "val" else "their groups teach less"
             text = f"{failure_text(self.folder, part, self.global_steps, asked, failed)}; {counted}"
             self.folder.append("events.jsonl", {"kind": "warning", "text": text})
+
+
+def shares_by_source(
+    sources: list[str], items: list[int], right_by: dict[str, list[bool]], samples: int
+) -> dict[str, dict[str, float]]:
+    """Return, for each data source, its number of problems (`items`) and the share of right answers by rule.
+
+    {} of one source alone. Answers that never came are wrong.
+
+    Args:
+        sources: of each problem. items: the problem of each answer. right_by: whether each answer is right, by rule.
+            samples: answers asked for to each problem.
+    """
+    counts = Counter(sources)
+    if len(counts) < 2:
+        return {}
+    found: dict[str, dict[str, float]] = {source: {"items": count} for source, count in sorted(counts.items())}
+    for rule, right in right_by.items():
+        solved = Counter(sources[item] for item, one in zip(items, right, strict=True) if one)
+        for source, count in counts.items():
+            found[source][rule] = solved[source] / (count * samples)
+    return found
 
 
 def places_of(keys: list[str], row_of: dict[str, int]) -> dict[tuple[int, int], int]:
