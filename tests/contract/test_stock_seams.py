@@ -169,3 +169,38 @@ def test_what_the_adapter_does_is_told_from_what_kernels_do():
         judge = StockJudge()
         judge._attempt = {("placed",), ("base", "start"), ("adapter", 0)}
         assert (judge.add(record) is None) == good
+
+
+NORMS = """
+import os, sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from vllm.config import set_current_vllm_config
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from tests.vllm_models import config_of, start
+from verl_aqn.data.smollm2 import tiny_model
+from verl_aqn.stock_settings import EXTENSION
+from verl_aqn.vllm_api import plugin
+
+plugin.register()
+with TemporaryDirectory() as folder:
+    model_folder = tiny_model(Path(folder) / "tiny")
+    for extension in (EXTENSION, "verl_aqn.verl_api.worker_extension.AqnWorkerExtension"):
+        config = config_of(model_folder)
+        config.parallel_config.worker_extension_cls = extension
+        with set_current_vllm_config(config):
+            start(Path(folder))
+            model = DefaultModelLoader(config.load_config).load_model(config, config.model_config)
+        dtypes = {str(parameter.dtype) for name, parameter in model.named_parameters() if "norm" in name}
+        print("RESULT", bool(model.aqn_loaded.sources), hasattr(model, "aqn_injector"), *dtypes, flush=True)
+os._exit(0)
+"""
+
+
+def test_the_model_of_a_stock_run_is_watched_and_its_norms_are_left_alone():
+    pytest.importorskip("vllm")
+    env = {**os.environ, "VERL_PLATFORM": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    env["VLLM_LOGGING_LEVEL"] = "ERROR"
+    result = subprocess.run([sys.executable, "-c", NORMS], env=env, capture_output=True, text=True, check=False)
+    told = [line for line in result.stdout.splitlines() if line.startswith("RESULT")]
+    assert told == ["RESULT True False torch.bfloat16", "RESULT True True torch.float32"], result.stderr[-2000:]

@@ -91,7 +91,7 @@ def main_ppo(tiny_model, tmp_path_factory):
 
 
 def run_in(folder: Path) -> RunFolder:
-    (path,) = folder.glob("verl_aqn_evidence/*/runs/*")  # where the command was started
+    (path,) = folder.glob("verl_aqn_evidence/*/runs/[!.]*")  # where the command was started
     return RunFolder(path)
 
 
