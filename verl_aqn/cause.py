@@ -48,6 +48,7 @@ _GONE = re.compile(
 )
 # verl's trainer aborts itself where a worker of it is gone (verl/single_controller/base/worker_group.py).
 _GAVE_UP = re.compile(r"^ray::AqnTaskRunner was killed by SIGABRT|\bbase/worker_group\.py:")
+_DEAD = re.compile(r"^\s*pid: (\d+)$", re.MULTILINE)  # of an ActorDiedError
 _PID = re.compile(r"\bpid[:=] ?(\d+)")
 _QUIET = 8  # characters of a text that is worth looking for in another
 
@@ -56,7 +57,8 @@ _QUIET = 8  # characters of a text that is worth looking for in another
 class Fault:
     """An error of a process, as `faults.describe` tells it, or (`died`) its death without a word.
 
-    `ends`: the process, or what it does for the run, ended by it. `silent`: nobody knows how it died.
+    `ends`: the process, or what it does for the run, ended by it. `silent`: nobody knows how it died. `late`: nor
+    whether it died before the run began to end.
     """
 
     time: float
@@ -70,6 +72,7 @@ class Fault:
     ends: bool = False
     died: bool = False
     silent: bool = False
+    late: bool = False
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Fault":
@@ -153,7 +156,9 @@ def find_cause(last: Fault, faults: Iterable[Fault]) -> Fault:
 
 def _step(error: Fault, known: list[Fault]) -> Fault | None:
     """The fault that `error` directly follows from."""
-    earlier = [fault for fault in known if fault.time <= error.time and fault != error]
+    # Ray says that a process is dead perhaps before anybody has collected it.
+    dead = {int(pid) for pid in _DEAD.findall(error.full)}
+    earlier = [one for one in known if one != error and (one.time <= error.time or (one.died and one.pid in dead))]
     if error.ours and not error.gone:
         return _quoted(error, earlier)
     if error.gone or (error.died and not error.ends):
@@ -167,7 +172,9 @@ def _step(error: Fault, known: list[Fault]) -> Fault | None:
 
 
 def _doubt(fault: Fault) -> int:
-    """How little is known by a fault: less by a death of which nobody knows how, or when exactly; least by a code."""
+    """How little is known by a fault: less by a death of which nobody knows how; least where nobody knows when."""
+    if fault.late:
+        return 4
     if fault.gone:
         return 2
     return 1 if fault.silent else 0 if fault.ends else 3

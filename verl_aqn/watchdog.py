@@ -173,4 +173,5 @@ def title(process: psutil.Process) -> str:
     first = line[0].split()[0] if line[0].startswith(("ray::", "VLLM::")) else Path(line[0]).name
     if first.startswith("python") and "-m" in line[:-1]:
         return line[line.index("-m") + 1]
-    return first.partition(".")[0] if first.startswith("ray::") else first
+    # A named actor has its name, too, while it is created: "ray::agent_loop_worker_0:AgentLoopWorker.__init__".
+    return f"ray::{first.rpartition(':')[2].partition('.')[0]}" if first.startswith("ray::") else first

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,14 @@ class Witness:
 
     def cause(self, last: Fault) -> Fault:
         """What `last`, by which the run ended, came from."""
-        return find_cause(last, [*self.faults, *self.deaths()])
+        return find_cause(last, [*self.faults, *self.deaths(last.time)])
 
-    def deaths(self) -> list[Fault]:
-        """The processes of the run that died, with the signal or exit code where it is known."""
+    def deaths(self, end: float) -> list[Fault]:
+        """The processes of the run that died, with the signal or exit code where it is known.
+
+        `end`: when the run began to end. Of those that were missed only then nobody knows why; Ray's servers are the
+        first that a run itself ends.
+        """
         vital, seen = self.watchdog.vital, self.watchdog.seen
         found = [
             death(one["time"], vital[one["pid"]], one["pid"], one["status"])
@@ -53,8 +58,12 @@ class Witness:
         ]
         forked = (self.temporary / ENDS).exists()
         # Of those that a zygote forked, it says how and when they ended; of others, when they were last seen.
-        silent = [pid for pid in self.watchdog.dead if not forked or vital[pid] in RAY]
-        return found + [death(seen[pid], vital[pid], pid, None, crash(self.watchdog.stacks, pid)) for pid in silent]
+        for pid, noticed in self.watchdog.dead.items():
+            late = noticed > end
+            if not (late if vital[pid] in RAY else forked):
+                silent = death(seen[pid], vital[pid], pid, None, crash(self.watchdog.stacks, pid))
+                found.append(replace(silent, late=late))
+        return found
 
     def told(self, cause: Fault) -> str:
         """The one line of a run that ended by `cause`."""

@@ -199,3 +199,18 @@ def test_a_trainer_that_aborts_itself_has_missed_an_actor(silent):
     last = end(7, "ActorDiedError", "The actor died unexpectedly before finishing this task.", full)
     assert find_cause(last, [killed, aborted]) == killed
     assert find_cause(last, [aborted]) == aborted
+
+
+def test_a_death_that_ray_tells_may_be_collected_later():
+    """Others that die after the end have been ended with the run."""
+    killed, ended = death(6.4, ACTOR, PIDS[ACTOR], -9), death(6.2, REWARD, PIDS[REWARD], -15)
+    full = f"RayTaskError: run() (pid={PIDS[REWARD]}, ip=10.0.0.1)\n\tclass_name: WorkerDict\n\tpid: {PIDS[ACTOR]}\n"
+    assert find_cause(end(6, "ActorDiedError", "The actor died unexpectedly …", full), [killed, ended]) == killed
+
+
+def test_a_death_that_may_be_of_the_end_counts_last():
+    late = Fault(**{**death(5, REWARD, PIDS[REWARD], None).__dict__, "late": True})
+    gone = fault(5.5, ENGINE, "RuntimeError", "Executor failed.", ends=True)
+    last = end(6, "EngineDeadError", DEAD_ENGINE)
+    assert find_cause(last, [late]) == late
+    assert find_cause(last, [late, death(5.2, WORKER, PIDS[WORKER], None), gone]).process == WORKER

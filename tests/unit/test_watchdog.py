@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -271,3 +272,15 @@ def test_the_phase_of_a_moment(tmp_path):
     for time_, phase in ((10.0, "generation"), (20.0, "update")):
         dog.record("events.jsonl", {"kind": "doing", "phase": phase, "step": 2, "time": time_})
     assert [dog.where_at(at) for at in (5, 15, 25)] == ["starting", "generation of step 2", "update of step 2"]
+
+
+@pytest.mark.parametrize(("line", "name"), [
+    (["ray::WorkerDict.actor_rollout_update_actor"], "ray::WorkerDict"),
+    (["ray::agent_loop_worker_0_f9.2:AgentLoopWorkerTQ.__init__"], "ray::AgentLoopWorkerTQ"),
+    (["ray::IDLE"], "ray::IDLE"),
+    (["VLLM::Worker_TP0"], "VLLM::Worker_TP0"),
+    (["/usr/bin/python3.11", "-m", "verl_aqn.verl_api.run", "folder"], "verl_aqn.verl_api.run"),
+    (["/opt/ray/raylet", "--node"], "raylet"),
+])  # fmt: skip
+def test_what_processes_call_themselves(line, name):
+    assert watchdog.title(SimpleNamespace(cmdline=lambda: line)) == name

@@ -85,3 +85,16 @@ def test_the_kernels_killer_is_named_where_it_was_at_work(seen, dog, tmp_path, m
 def test_a_hang_is_told_as_such(seen):
     text = "sync of step 3 has taken 600 s (2 s are usual): the run hangs"
     assert seen.told(seen.cause(last(text))) == text
+
+
+def test_ray_s_servers_that_are_missed_as_the_run_ends_are_not_blamed(seen, dog, tmp_path):
+    """The driver ends them at once, before anybody looks."""
+    (tmp_path / ENDS).write_text(json.dumps({"pid": 41, "status": -9, "time": 150.0}) + "\n")
+    dog.vital = {41: "ray::WorkerDict", 46: "raylet"}
+    dog.dead, dog.seen = {46: time.time() + 0.5}, {46: 145.0}
+    full = "The actor died unexpectedly …\n\tclass_name: WorkerDict\n\tpid: 41\n"
+    said = Fault(time.time(), "verl_aqn.verl_api.run", 1, "ActorDiedError", "The actor died unexpectedly …", full=full)
+    assert seen.told(seen.cause(said)).startswith("actor (ray::WorkerDict, process 41) was killed by SIGKILL")
+    bare = Fault(time.time(), "verl_aqn.verl_api.run", 1, "ActorDiedError", "The actor died unexpectedly …")
+    (tmp_path / ENDS).write_text("")
+    assert seen.cause(bare) == bare
