@@ -156,18 +156,17 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
     """
     adopt_orphans()
     clean_after_killed(run)
-    started = time.time()
-    temporary = tempfile.mkdtemp(prefix="aqn-", dir="/tmp")  # short: socket paths end at 107 characters
-    run.append("events.jsonl", {"kind": "temporary", "path": temporary, "since": started})
-    tails = {name: Tail(run.path / name) for name in ("events.jsonl", "metrics.jsonl")}
-    (promises := stacks.folder_in(temporary)).mkdir()
-    address = cluster_address(launched(run))
-    watchdog = Watchdog(parse_aqn(launched(run)).run.patience, promises, alone=address is None)
+    address, started = cluster_address(launched(run)), time.time()
     stop: list[int] = []
     previous = {
         sig: signal.signal(sig, lambda number, _frame: stop.append(number)) for sig in (signal.SIGINT, signal.SIGTERM)
     }
+    temporary = tempfile.mkdtemp(prefix="aqn-", dir="/tmp")  # short: socket paths end at 107 characters
     try:
+        run.append("events.jsonl", {"kind": "temporary", "path": temporary, "since": started})
+        tails = {name: Tail(run.path / name) for name in ("events.jsonl", "metrics.jsonl")}
+        (promises := stacks.folder_in(temporary)).mkdir()
+        watchdog = Watchdog(parse_aqn(launched(run)).run.patience, promises, alone=address is None)
         env = environment(run, temporary)
         if address is None and starts_warm(launched(run)):
             python, server = warm_python(temporary)
