@@ -340,8 +340,10 @@ def main() -> None:
     try:
         if any("\udc80" <= letter <= "\udcff" for argument in sys.argv for letter in argument):
             raise ConfigError("an argument is not UTF-8: rename the file or folder that it names")
-        if not os.path.exists("."):
-            raise EnvironmentFault("the working folder is gone: cd into another one")
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            raise EnvironmentFault("the working folder is gone: cd into another one") from None
         code = app(standalone_mode=False)  # that of a typer.Exit is returned, not raised
         if code == 130:  # what Typer makes of Ctrl-C
             raise KeyboardInterrupt
@@ -382,6 +384,11 @@ def _flush() -> None:
 
 def _of_system(error: OSError) -> str:
     """What to say of an error of the system's. Of output that nobody reads any more: nothing."""
+    if error.filename is None:  # as where an open file is written: was it this one?
+        try:
+            _flush()
+        except OSError as output:
+            error = output
     if isinstance(error, BrokenPipeError) and error.filename == OUTPUT:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in the buffer
         sys.exit(1)
