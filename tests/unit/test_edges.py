@@ -94,6 +94,7 @@ HOSTILE = {
     "a home that cannot be written": (
         {"HOME": "{place}/locked"},
         {CACHE: (1, "/locked/.cache/verl-aqn/data/gsm8k/train.parquet cannot be written (Permission denied)"),
+         "train e12 profile=cpu aqn.run.dir={place}/locked/r": (1, "cache: {place}/locked cannot be written"),
          "train e12 profile=cpu --dry-run": (1, "set VERL_AQN_CACHE to a folder")},
     ),
     "no home": (
