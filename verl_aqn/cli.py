@@ -384,11 +384,6 @@ def _flush() -> None:
 
 def _of_system(error: OSError) -> str:
     """What to say of an error of the system's. Of output that nobody reads any more: nothing."""
-    if error.filename is None:  # as where an open file is written: was it this one?
-        try:
-            _flush()
-        except OSError as output:
-            error = output
     if isinstance(error, BrokenPipeError) and error.filename == OUTPUT:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in the buffer
         sys.exit(1)

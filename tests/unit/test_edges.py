@@ -160,7 +160,7 @@ def test_a_user_s_own_folder_serves_where_there_is_no_home(place):
 
 @pytest.mark.parametrize(
     ("output", "code", "words"),
-    [("/dev/full", 1, "error: standard output: No space left on device"), ("closed", 0, ""), ("nobody reads", 1, "")],
+    [("/dev/full", 1, "No space left on device: free some space"), ("closed", 0, ""), ("nobody reads", 1, "")],
 )
 def test_output_that_cannot_be_written(place, output, code, words):
     reading, writing = os.pipe()
