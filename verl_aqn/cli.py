@@ -38,7 +38,7 @@ app.command()(convert)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Recipe = Annotated[str, typer.Argument(help="A file, or the bare name of one in recipes/.")]
-CTRL_C = "stopped by Ctrl-C"
+CTRL_C, OUTPUT = "stopped by Ctrl-C", "standard output"
 NO_SUCH_HOME = "Could not determine home directory."
 RecipeOrPlan = Annotated[str, typer.Argument(help="A file, or the bare name of one in recipes/ or recipes/plans/.")]
 
@@ -344,8 +344,10 @@ def main() -> None:
     try:
         if any("\udc80" <= letter <= "\udcff" for argument in sys.argv for letter in argument):
             raise ConfigError("an argument is not UTF-8: rename the file or folder that it names")
-        if not os.path.exists("."):
-            raise EnvironmentFault("the working folder is gone: cd into another one")
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            raise EnvironmentFault("the working folder is gone: cd into another one") from None
         code = app(standalone_mode=False)  # that of a typer.Exit is returned, not raised
         if code == 130:  # what Typer makes of Ctrl-C
             raise KeyboardInterrupt
@@ -357,7 +359,9 @@ def main() -> None:
         _fail(str(error), 1)
     except Stopped as error:
         _fail(str(error), 128 + error.signal)
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort) as stop:
+        if isinstance(stop.__cause__, EOFError):  # for Typer an answer that was not given; here nobody is asked
+            raise stop.__cause__ from None
         _fail(CTRL_C, 130)
     except OSError as error:
         _fail(_of_system(error), 1)
@@ -378,13 +382,13 @@ def _flush() -> None:
     try:
         sys.stdout.flush()
     except OSError as error:
-        error.filename = "standard output"
+        error.filename = OUTPUT
         raise
 
 
 def _of_system(error: OSError) -> str:
     """What to say of an error of the system's. Of output that nobody reads any more: nothing."""
-    if isinstance(error, BrokenPipeError):
+    if isinstance(error, BrokenPipeError) and error.filename == OUTPUT:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in the buffer
         sys.exit(1)
     with contextlib.suppress(EnvironmentFault):

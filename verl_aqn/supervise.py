@@ -161,20 +161,19 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
     """
     adopt_orphans()
     clean_after_killed(run)
-    started = time.time()
-    folder, lock = temporary.make(run.path)
-    memory, looked = SharedMemory(Path(folder)), started
-    run.append("events.jsonl", {"kind": "temporary", "path": folder, "since": started})
-    tails = {name: Tail(run.path / name) for name in ("events.jsonl", "metrics.jsonl", faults.FILE)}
-    (promises := stacks.folder_in(folder)).mkdir()
-    address = cluster_address(launched(run))
-    watchdog = Watchdog(parse_aqn(launched(run)).run.patience, promises, alone=address is None)
-    witness = Witness(Path(folder), watchdog)
+    address, started = cluster_address(launched(run)), time.time()
     stop: list[int] = []
     previous = {
         sig: signal.signal(sig, lambda number, _frame: stop.append(number)) for sig in (signal.SIGINT, signal.SIGTERM)
     }
+    folder, lock = temporary.make(run.path)
+    memory, looked, promises = SharedMemory(Path(folder)), started, stacks.folder_in(folder)
     try:
+        run.append("events.jsonl", {"kind": "temporary", "path": folder, "since": started})
+        tails = {name: Tail(run.path / name) for name in ("events.jsonl", "metrics.jsonl", faults.FILE)}
+        promises.mkdir()
+        watchdog = Watchdog(parse_aqn(launched(run)).run.patience, promises, alone=address is None)
+        witness = Witness(Path(folder), watchdog)
         env = environment(run, folder)
         if address is None and starts_warm(launched(run)):
             python, server = warm_python(folder)

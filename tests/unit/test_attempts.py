@@ -77,6 +77,7 @@ def test_a_run_that_a_signal_ended_is_on_record_and_has_the_signal_s_exit_code(
     monkeypatch.setattr(train, "supervise", supervise)
     monkeypatch.setattr(train, "prepare", lambda *_, **__: todo)
     monkeypatch.setattr(train, "warnings_of", lambda config: [])
+    todo.rows = {"train": 174, "test": 4}
     todo.config.aqn.noise.probe = False
     todo.config.aqn.run.restarts = 3
     monkeypatch.setattr(sys, "argv", ["verl-aqn", "train", "e12", f"aqn.run.dir={tmp_path / 'base'}"])

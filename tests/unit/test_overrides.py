@@ -12,7 +12,7 @@ from verl_aqn.overrides import check_overrides
 RECIPE = "defaults: [base, _self_]\naqn:\n  seed: 3\ntrainer:\n  project_name: grün σ\n"
 
 
-@pytest.mark.parametrize("value", ["/tmp/a=b", "/tmp/a b (c)", "é", "x{1}", "a#b", "~/runs", "it's", 'say "so"', "a,b"])
+@pytest.mark.parametrize("value", ["/tmp/a=b", "/tmp/a b (c)", "é", "x{1}", "a#b", "~/runs", "it's", 'say "so"'])
 def test_a_value_that_wants_quotes_is_shown_with_them(value):
     with pytest.raises(ConfigError) as error:
         check_overrides(["data.seed=1", f"aqn.run.dir={value}"])
@@ -22,6 +22,13 @@ def test_a_value_that_wants_quotes_is_shown_with_them(value):
     (written,) = shlex.split(text.rpartition("write ")[2])
     check_overrides([written])
     assert load_recipe("e12", ["profile=cpu", written]).aqn.run.dir == value
+
+
+def test_several_values_are_a_list_or_want_quotes():
+    with pytest.raises(ConfigError) as error:
+        check_overrides(["aqn.run.dir=a,b"])
+    text = "aqn.run.dir=a,b gives several values: write 'aqn.run.dir=[a,b]' for a list, or 'aqn.run.dir=\"a,b\"'"
+    assert str(error.value) == text
 
 
 @pytest.mark.parametrize("override", ["a=/tmp/x y", "a=b:c", "+a=[1,2]", "a=null", "~a", "a=10%", "a='b=c'", "a="])

@@ -51,6 +51,13 @@ def clock() -> Clock:
     return Clock()
 
 
+def blind(patience: float, tmp_path, clock: Clock, **more) -> Watchdog:
+    """A watchdog that does not look at processes: each look goes through all of the machine."""
+    dog = Watchdog(patience, tmp_path, clock=clock, **more)
+    dog.look = lambda now: None
+    return dog
+
+
 def begin(dog: Watchdog, phase: str, step: int | None = None) -> None:
     kind = {"kind": "phase", "text": phase} if step is None else {"kind": "doing", "phase": phase, "step": step}
     dog.record("events.jsonl", {**kind, "time": -1.0})  # of another machine's clock
@@ -79,19 +86,19 @@ def steps(dog: Watchdog, clock: Clock, *durations: float, phase: str = "update")
 
 
 def test_ten_times_the_usual_is_late(tmp_path, clock):
-    dog = Watchdog(10, tmp_path, clock=clock)
+    dog = blind(10, tmp_path, clock)
     steps(dog, clock, 20, 10, 30)
     assert dog.limit() == 200
     assert wait(dog, clock, 200) == ""
     assert wait(dog, clock, 10) == "update of step 3 has taken 210 s (20 s are usual): the run hangs"
-    quick = Watchdog(10, tmp_path, clock=clock)
+    quick = blind(10, tmp_path, clock)
     steps(quick, clock, 1, 1, 1)
     assert quick.limit() == LEAST_S
 
 
 def test_what_refills_a_batch_is_no_generation_of_its_own(tmp_path, clock):
     """Groups without variance are drawn anew one by one; the last of them may take as long as generation ever takes."""
-    dog = Watchdog(10, tmp_path, clock=clock)
+    dog = blind(10, tmp_path, clock)
     for step in (1, 2):
         for _ in range(100):
             begin(dog, "generation", step)
@@ -103,7 +110,7 @@ def test_what_refills_a_batch_is_no_generation_of_its_own(tmp_path, clock):
 
 
 def test_a_first_phase_of_hours_is_left_alone_as_long_as_something_works(tmp_path, clock):
-    dog = Watchdog(10, tmp_path, clock=clock)
+    dog = blind(10, tmp_path, clock)
     begin(dog, "loading the actor")
     told = []
     for _ in range(5):
@@ -115,26 +122,24 @@ def test_a_first_phase_of_hours_is_left_alone_as_long_as_something_works(tmp_pat
 
 
 def test_a_first_phase_in_which_nothing_works_for_an_hour_hangs(tmp_path, clock):
-    dog = Watchdog(10, tmp_path, clock=clock)
+    dog = blind(10, tmp_path, clock)
     begin(dog, "loading the actor")
     assert wait(dog, clock, FIRST_S + 600, work=True) == ""
     assert wait(dog, clock, FIRST_S) == ""
     assert wait(dog, clock, 10) == "no process of the run has worked for 3610 s in loading the actor: the run hangs"
-    elsewhere = Watchdog(10, tmp_path, alone=False, clock=clock)  # its processes are on other machines
+    elsewhere = blind(10, tmp_path, clock, alone=False)  # its processes are on other machines
     assert wait(elsewhere, clock, 10 * FIRST_S) == ""
-    endless = Watchdog(0, tmp_path, clock=clock)
+    endless = blind(0, tmp_path, clock)
     assert wait(endless, clock, 10 * FIRST_S) == ""
     assert endless.warning() == ""
 
 
-def test_a_busy_process_and_an_idle_one_are_told_apart(tmp_path, clock, hanging, monkeypatch):
+def test_a_busy_process_and_an_idle_one_are_told_apart(tmp_path, clock, hanging):
     dog = Watchdog(10, tmp_path, clock=clock)
-    clock.now += WEIGH_S
-    dog.fault()
+    wait(dog, clock, WEIGH_S)
     for _ in range(5):  # the import of `hanging` was work, and on a busy machine it may wait for a disk
         began = dog.worked
-        clock.now += WEIGH_S
-        dog.fault()
+        wait(dog, clock, WEIGH_S)
         if dog.worked == began:
             break
     assert dog.worked == began, "a process that sleeps does nothing"
@@ -142,8 +147,7 @@ def test_a_busy_process_and_an_idle_one_are_told_apart(tmp_path, clock, hanging,
     try:
         while sum(psutil.Process(busy.pid).cpu_times()[:2]) < watchdog.BUSY * WEIGH_S + 0.2:
             time.sleep(0.05)
-        clock.now += WEIGH_S
-        dog.fault()
+        wait(dog, clock, WEIGH_S)
         assert dog.worked == clock.now
     finally:
         busy.kill()
@@ -152,7 +156,7 @@ def test_a_busy_process_and_an_idle_one_are_told_apart(tmp_path, clock, hanging,
 
 def test_the_last_check_of_the_base_is_as_long_as_the_first_and_not_as_a_checkpoint(tmp_path, clock):
     """As the trainer says it: the base at the start, steps whose last phase is short, the base at the end."""
-    dog = Watchdog(10, tmp_path, clock=clock)
+    dog = blind(10, tmp_path, clock)
     begin(dog, "base", 0)
     wait(dog, clock, 400)
     begin(dog, "noise", 1)
@@ -165,7 +169,7 @@ def test_the_last_check_of_the_base_is_as_long_as_the_first_and_not_as_a_checkpo
 
 
 def test_trackers_and_checkpoints_wait_for_what_is_outside(tmp_path, clock):
-    dog = Watchdog(10, tmp_path, clock=clock)
+    dog = blind(10, tmp_path, clock)
     for phase, least in ((TRACKERS, 3600), ("checkpoint", 600)):
         for step in (1, 2):
             begin(dog, phase, step)
@@ -179,7 +183,7 @@ def test_trackers_and_checkpoints_wait_for_what_is_outside(tmp_path, clock):
 
 def test_a_machine_that_was_asleep_has_lost_no_time(tmp_path, clock):
     """Ctrl-Z, or a virtual machine that was paused: watchdog and run stood still together."""
-    dog = Watchdog(10, tmp_path, clock=clock)
+    dog = blind(10, tmp_path, clock)
     steps(dog, clock, 1, 1, 1)
     wait(dog, clock, 50)
     clock.now += 36000
