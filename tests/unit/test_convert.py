@@ -48,7 +48,7 @@ def said(made, key):
         ("trainer.default_local_dir", "renamed", "checkpoints/lora"),
         (f"{MODEL}.use_liger", "refused", True),
         (f"{ACTOR}.fsdp_config.model_dtype", "refused", "bfloat16"),
-        (f"{ACTOR}.strategy", "refused", "fsdp"),
+        (f"{ACTOR}.strategy", "ours", "fsdp"),
         ("trainer.no_such_key", "refused", 1),
         (f"{ROLLOUT}.load_format", "ours", "dummy_dtensor"),
         ("actor_rollout_ref.ref.fsdp_config.param_offload", "ours", True),
