@@ -287,7 +287,7 @@ def _sort(made: Conversion) -> None:
     for one in made.having("kept", "renamed"):
         _refuse(one, config, base)
     for one in made.having("kept", "renamed"):
-        if _select(base, one.name) == one.value and not any(other.name == one.name for other in made.having("default")):
+        if one.name != "trainer.n_gpus_per_node" and _select(base, one.name) == one.value:  # which a profile changes
             one.status, one.why = "ours", one.why or "base says the same"
 
 
