@@ -29,7 +29,7 @@ from verl_aqn.order import LAYER_KINDS, TARGETS, UNITS, Layers, NoiseOrder
 from verl_aqn.overrides import check_overrides
 from verl_aqn.schedule import KINDS, SigmaSchedule
 from verl_aqn.trackers import LOGGERS
-from verl_aqn.verl_keys import check_keys, reason_against
+from verl_aqn.verl_keys import check_keys, leaves, reason_against
 
 PROFILES = ("cpu", "cuda", "npu")
 EXPERIMENTS = ("embedded", "gsm8k", "none")
@@ -444,9 +444,11 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
         ConfigError: no such recipe, key, or value.
     """
     path = find_recipe(recipe, plans=False)
-    _refuse_plan(recipe, read_yaml(path))
+    raw = read_yaml(path)
+    _refuse_plan(recipe, raw)
     profile, experiment, groups, rest = _groups(overrides or [])
     check_overrides(rest)
+    _refuse_open(path, raw, rest)
     try:
         config = _compose(path, [*groups, *rest])
         _check_base(config, path)
@@ -482,6 +484,14 @@ def _workers(nodes: int) -> dict[str, int]:
         "reward.num_workers": 8 * nodes,
         "transfer_queue.backend.SimpleStorage.num_data_storage_units": max(8, 2 * nodes),
     }
+
+
+def _refuse_open(path: Path, raw: Any, overrides: list[str]) -> None:
+    """Refuse a recipe with `???` that no override fills in: OmegaConf would take what stood there before."""
+    given = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    for key, value in leaves(raw) if isinstance(raw, dict) else ():
+        if value == "???" and key not in given:
+            raise ConfigError(f"{path.name} leaves {key} open (???): set it")
 
 
 def _groups(overrides: list[str]) -> tuple[str, str, list[str], list[str]]:

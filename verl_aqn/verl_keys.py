@@ -92,8 +92,6 @@ def check_keys(config: DictConfig, usual: Any) -> None:
     for key, value in leaves(OmegaConf.to_container(config)):
         if _get(usual, key) == value:
             continue
-        if value == "???":
-            raise ConfigError(f"{key} is left open (???) in the recipe: set it")
         for rule in rules_of(key):
             if rule.kind != "passed" and _select(config, key) not in rule.accept and rule.holds(config):
                 raise ConfigError(f"{key}={_shown(config, key)}: {rule.reason}")

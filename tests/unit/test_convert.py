@@ -48,7 +48,7 @@ def said(made, key):
         ("trainer.default_local_dir", "renamed", "checkpoints/lora"),
         (f"{MODEL}.use_liger", "refused", True),
         (f"{ACTOR}.fsdp_config.model_dtype", "refused", "bfloat16"),
-        (f"{ACTOR}.strategy", "refused", "fsdp"),
+        (f"{ACTOR}.strategy", "ours", "fsdp"),
         ("trainer.no_such_key", "refused", 1),
         (f"{ROLLOUT}.load_format", "ours", "dummy_dtensor"),
         ("actor_rollout_ref.ref.fsdp_config.param_offload", "ours", True),
@@ -74,12 +74,14 @@ def test_every_setting_of_the_launch_is_told_once(lora):
     assert keys - set(told) == set()
     assert len(told) == len(set(told))
     assert said(lora, "trainer.no_such_key").why.startswith("unknown key trainer.no_such_key")
-    assert "line 48: max_num_seqs is set at line 12" in said(lora, f"{ROLLOUT}.max_num_seqs").why
+    assert "line 44: max_num_seqs is set at line 12" in said(lora, f"{ROLLOUT}.max_num_seqs").why
 
 
 def test_the_recipe_is_the_launch_and_verl_s_defaults(lora, tmp_path):
     (file := tmp_path / "lora.yaml").write_text(lora.recipe())
-    with pytest.raises(ConfigError, match=r"max_num_seqs=\?\?\?|max_num_seqs is left open"):
+    with pytest.raises(
+        ConfigError, match=r"lora\.yaml leaves actor_rollout_ref\.rollout\.max_num_seqs open \(\?\?\?\): set it"
+    ):
         load_recipe(str(file), ["profile=cuda"])
     config = load_recipe(str(file), ["profile=cuda", f"{ROLLOUT}.max_num_seqs=64"])
     assert config.data.train_files == ["~/data/my set/train.parquet"]

@@ -382,8 +382,10 @@ def test_noise_in_the_actor_is_told_and_refused_where_it_cannot_be():
         assert config.actor_rollout_ref.model.override_config.get("noise_in_actor") is told
     with pytest.raises(ConfigError, match="packed layers cannot carry"):
         load_recipe("e12", ["profile=cpu", in_actor, "aqn.noise.targets=[norm,linear]"])
+    overrides = [in_actor, "actor_rollout_ref.actor.strategy=fsdp", "aqn.mxfp4.enabled=false"]
+    config = load_recipe("e12", ["profile=cpu", *overrides])
     with pytest.raises(ConfigError, match=r"needs actor\.strategy=fsdp2"):
-        tell_workers(load_recipe("e12", ["profile=cpu", in_actor, "actor_rollout_ref.actor.strategy=fsdp"]))
+        tell_workers(config)
 
 
 def test_weight_only_is_the_default_and_forced_on_gpus():

@@ -1,5 +1,8 @@
 """Nothing that a user says is ignored in silence: what a recipe or an override sets is heeded, or refused by name."""
 
+import re
+from pathlib import Path
+
 import pytest
 import yaml
 from omegaconf import OmegaConf
@@ -39,7 +42,6 @@ def check(composed, overrides):
         (["trainer.use_v1=false"], "trainer.use_v1=false: noise and evidence hang on verl's V1 trainer"),
         (["+actor_rollout_ref.rollout.agent.agent_loop_manager_class=my.Manager"], "request seeds and the record"),
         (["actor_rollout_ref.model.external_lib=mine"], "registers the engine"),
-        ([f"{ROLLOUT}.engine_kwargs.vllm.worker_extension_cls=mine.X"], "weights are read back through it"),
         ([f"{MODEL}.use_liger=true"], "its kernels do not know packed layers"),
         ([f"{MODEL}.use_fused_kernels=true"], "its kernels do not know packed layers"),
         ([f"{MODEL}.use_liger=true", "aqn.mxfp4.enabled=false"], "set aqn.noise.enabled=false too"),
@@ -119,6 +121,16 @@ def test_an_override_of_a_recorded_run_is_refused_too(composed):
 )  # fmt: skip
 def test_what_works_is_taken(composed, overrides):
     check(composed, overrides)
+
+
+def test_the_examples_of_the_docs_are_true():
+    text = (Path(__file__).parents[2] / "docs/config_keys.md").read_text()
+    examples = re.findall(r"^\$ verl-aqn train (\w+) (\S+)\nerror: (.+)$", text, re.MULTILINE)
+    assert len(examples) == 2
+    for recipe, override, line in examples:
+        with pytest.raises(ConfigError) as error:
+            load_recipe(recipe, ["profile=cpu", override])
+        assert str(error.value) == line
 
 
 def test_no_shipped_setting_is_refused():

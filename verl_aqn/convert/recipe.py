@@ -14,6 +14,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from verl_aqn.config import check_names, compose_base, compose_verl, load_recipe, unknown_key
 from verl_aqn.convert.shell import Command, Script, Word
@@ -136,21 +137,27 @@ def _of_config(file: Path) -> list[Setting]:
         raise ConfigError(f"{file} is no config of verl's main_ppo: it has no actor_rollout_ref")
     if "aqn" in raw:
         raise ConfigError(f"{file} is a config of verl-aqn already")
-    plain: Any = OmegaConf.create(compose_verl())
+    verls, said = compose_verl(), dict(leaves(raw))
+    follows = {key for key in said if isinstance(usual := _select(verls, key), str) and "${" in usual}
+    config = OmegaConf.create(verls)
+    for key in said.keys() - follows:
+        OmegaConf.update(config, key, said[key], force_add=True)
     found = []
-    for key, value in leaves(raw):
-        if key.endswith("_target_"):
-            continue
-        try:
-            usual = OmegaConf.select(plain, key, throw_on_missing=False, default=...)
-        except Exception:  # an interpolation of a config that names another part
-            usual = ...
-        usual = OmegaConf.to_container(usual) if OmegaConf.is_config(usual) else usual
-        if usual is ... and value in (None, {}, [], False, 0):
-            continue  # an older version's key that says nothing
-        if usual != value:
+    for key, value in said.items():
+        # What follows another setting in verl follows it in the recipe too.
+        usual = _resolved(config, key) if key in follows else _select(verls, key)
+        nothing = usual is ... and value in (None, {}, [], False, 0)  # an older version's key that says nothing
+        if usual != value and not nothing and not key.endswith("_target_"):
             found.append(Setting(key, value))
     return found
+
+
+def _resolved(config: DictConfig, key: str) -> Any:
+    try:
+        value = OmegaConf.select(config, key, default=...)
+    except OmegaConfBaseException:  # it follows what another engine has
+        return ...
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def _of_script(
@@ -244,7 +251,7 @@ def _rename(one: Setting, devices: int | None) -> None:
         if _within(one.key, pattern):
             one.to, one.status = to + one.key[len(pattern.removesuffix(".*")) :], "renamed"
             break
-    if one.key in table["per_device"] and one.value is not None:
+    if one.key in table["per_device"] and one.value is not None and one.status != "unknown":
         if devices is None or type(one.value) is not int or one.value % devices:
             one.status, one.why = "refused", "it counts for all devices together and does not divide by their number"
             return
@@ -267,8 +274,9 @@ def _sort(made: Conversion) -> None:
     ]
     devices = ranks[0] * ranks[1] if all(type(rank) is int for rank in ranks) else None
     for one in made.settings:
-        if one.status == "kept":
-            _rename(one, devices)
+        unknown = one.status == "unknown"
+        _rename(one, devices)
+        one.status = "unknown" if unknown else one.status
     _decide_model(made, said)
     for one in [one for one in made.settings if one.status in ("kept", "renamed")]:
         _place(one, base)
@@ -279,7 +287,7 @@ def _sort(made: Conversion) -> None:
     for one in made.having("kept", "renamed"):
         _refuse(one, config, base)
     for one in made.having("kept", "renamed"):
-        if _select(base, one.name) == one.value and not any(other.name == one.name for other in made.having("default")):
+        if one.name != "trainer.n_gpus_per_node" and _select(base, one.name) == one.value:  # which a profile changes
             one.status, one.why = "ours", one.why or "base says the same"
 
 
@@ -295,6 +303,10 @@ def _decide_model(made: Conversion, said: dict[str, Setting]) -> None:
             "learning rate is usually ten times higher"
         )
     model = said.get("actor_rollout_ref.model.path")
+    if all(one.name != "actor_rollout_ref.model.path" for one in made.settings):
+        made.settings.append(
+            Setting("actor_rollout_ref.model.path", None, 0, "unknown", why="the launch names no model")
+        )
     for one in made.settings:
         if one.key == "critic.model.path" and one.status == "kept":
             same = model is not None and one.value == model.value
