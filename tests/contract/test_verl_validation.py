@@ -139,9 +139,7 @@ def test_answers_of_a_step_count_against_those_asked_for(trainer):
     record = {"set": "train", "step": 29, "attempt": 1, "uid": "29-0-3", "session": 1, "item": 3, "prompt": "How?"}
     trainer.refuse_failed("train")
     trainer.folder.append("failures.jsonl", record | {"stage": "reward", "reason": "/r.py:3: KeyError: 'a'"})
-    with pytest.raises(
-        RewardError, match=r"step 29: 1 of 8 .*: the reward of training item 3 \('How\?'\): /r"
-    ):
+    with pytest.raises(RewardError, match=r"step 29: 1 of 8 .*: the reward of training item 3 \('How\?'\): /r"):
         trainer.refuse_failed("train")
     trainer.asked = 16  # with those that replace thrown away groups
     trainer.refuse_failed("train")
