@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from transfer_queue import KVBatchMeta
 
-from verl_aqn.errors import ProcessFault
+from verl_aqn.errors import ProcessFault, RewardError
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.seeds import StepPrompts, order_of_key, seed_of
 
@@ -184,3 +184,20 @@ def test_a_step_without_any_answer_says_why(trainer):
     queue.answer = fail
     with pytest.raises(ProcessFault, match=r"^step 1: every answer to 4 problems failed: .* no such unit \(4 times\)$"):
         steps_of(made, last=1)
+
+
+@pytest.mark.parametrize("partition", ["train", "val"])
+def test_a_failed_answer_is_told_while_others_are_still_waited_for(trainer, partition):
+    made = trainer(0)
+
+    def stop(failed):
+        raise RewardError(failed)
+
+    made.replay_buffer.on_failure = stop
+    prompt = {"is_prompt": True, "global_steps": 1}
+    tags = {"1-0-3": prompt | {"status": "running"}, "1-1-4": prompt | {"status": "failure"}}
+    made.queue.kv_list = lambda: {partition: tags}
+    with pytest.raises(RewardError, match=partition):
+        made.replay_buffer.sample(1, partition, BATCH)
+    tags["1-1-4"]["status"] = "running"
+    made.replay_buffer._sync_metadata_from_transfer_queue()

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
-from verl_aqn.errors import ConfigError, ProcessFault
+from verl_aqn.errors import ConfigError, ProcessFault, RewardError
 from verl_aqn.runs.folder import RunFolder
 
 
@@ -148,6 +148,21 @@ def test_a_missing_answer_stops_a_run_that_does_not_allow_for_it(trainer, allowe
         assert not list(trainer.folder.read("metrics.jsonl"))
     else:
         several(*arguments)
+
+
+def test_answers_of_a_step_count_against_those_asked_for(trainer):
+    trainer.config.data, trainer.config.actor_rollout_ref.rollout.n = {"train_batch_size": 2}, 4
+    trainer.config.aqn.run.allow_failed = 0.1
+    record = {"set": "train", "step": 29, "attempt": 1, "uid": "29-0-3", "session": 1, "item": 3, "prompt": "How?"}
+    trainer.refuse_failed("train")
+    trainer.folder.append("failures.jsonl", record | {"stage": "reward", "reason": "/r.py:3: KeyError: 'a'"})
+    with pytest.raises(RewardError, match=r"step 29: 1 of 8 .*: the reward of training item 3 \('How\?'\): /r"):
+        trainer.refuse_failed("train")
+    trainer.asked = 16  # with those that replace thrown away groups
+    trainer.refuse_failed("train")
+    trainer.refuse_failed("train", missing=1)
+    with pytest.raises(RewardError, match="2 of 16"):
+        trainer.refuse_failed("train", missing=2)
 
 
 def test_problems_of_which_no_answer_came_count(trainer):

@@ -55,7 +55,7 @@ def test_a_failed_answer_stops_a_run_that_may_go_on_and_is_counted(train, files)
     result, said = process.communicate(timeout=800)
     run = newest(files / "run")
     assert process.returncode == 0, said + (run / "training.log").read_text()[-3000:]
-    assert len(list((files / "run" / "runs").iterdir())) == 1
+    assert len(list((files / "run" / "runs").glob("2*"))) == 1
     said, result = " ".join(said.split()), " ".join(result.split())
     held = {one["set"]: (one["files"], one["kept"], one["too_long"], one["failed"])
             for one in lines(run / "events.jsonl", "rows")}  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console as RichConsole
 
-from verl_aqn.console import Console, is_plans_task, result_table
+from verl_aqn.console import Console, failed_text, is_plans_task, result_table
 from verl_aqn.data.parquet import row, write_parquet
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.stats import share_text
@@ -76,3 +76,15 @@ def test_an_error_is_told_with_all_its_brackets(tmp_path, capsys):
     todo = Prepared(config=OmegaConf.create(), steps=29, rows={}, source=tmp_path)
     assert Console().end(RunFolder(tmp_path), todo, Outcome("failed", words)) == 1
     assert capsys.readouterr().err == f"error: {words} (log: {tmp_path / 'training.log'})\n"
+
+
+def test_failed_answers_are_in_the_result(tmp_path):
+    run = RunFolder(tmp_path)
+    for step, failed in ((0, None), (1, 0)):
+        run.append("metrics.jsonl", {"kind": "validation", "step": step, "failed": failed})
+        run.append("metrics.jsonl", {"kind": "step", "step": step, "metrics": {"aqn/answers_failed": 0.0}})
+    run.append("metrics.jsonl", {"kind": "step", "step": 2, "metrics": {}})  # of an older version
+    assert failed_text(run) == ""
+    run.append("metrics.jsonl", {"kind": "validation", "step": 3, "failed": 2})
+    run.append("metrics.jsonl", {"kind": "step", "step": 3, "metrics": {"aqn/answers_failed": 1.0}})
+    assert failed_text(run).startswith("failed: 1 training answers, which taught nothing, and 2 validation answers,")

@@ -4,8 +4,10 @@ import pytest
 
 from tests.composed import recipe_with
 from verl_aqn.config import check_names, parse_aqn, recipe_names
-from verl_aqn.errors import ConfigError
+from verl_aqn.doctor import examine
+from verl_aqn.errors import ConfigError, EnvironmentFault
 from verl_aqn.preflight.settings import check_settings, uses_critic
+from verl_aqn.train import train
 
 ACTOR, ROLLOUT, CRITIC = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "critic"
 OVERLONG = "reward.reward_kwargs.overlong_buffer_cfg"
@@ -119,3 +121,15 @@ def test_names_and_shares_that_are_none_are_refused(override, said):
 
 def test_a_manager_of_one_s_own_may_have_any_name():
     check_names(recipe_with("e12", "reward.reward_manager.name=Mine", "reward.reward_manager.source=importlib"))
+
+
+def test_dry_run_and_doctor_tell_what_contradicts():
+    overrides = ["profile=cpu", f"{OVERLONG}.len=256"]
+    with pytest.raises(EnvironmentFault, match=rf"{OVERLONG}\.len=256, {RESPONSE}=24: set"):
+        train("e12", overrides, dry_run=True)
+    with pytest.raises(ConfigError, match=r"nowhere\.py: no such file"):
+        train("e12", ["profile=cpu", "reward.custom_reward_function.path=nowhere.py"], dry_run=True)
+    both = [*overrides, "reward.custom_reward_function.path=nowhere.py"]
+    found = {one.what: one.fix for one in examine("e12", both).findings if one.fix}
+    assert f"{OVERLONG}.len" in found["overlong penalty"]
+    assert "no such file" in found["reward"]

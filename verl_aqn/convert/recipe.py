@@ -105,7 +105,7 @@ def convert(source: Sequence[str], environment: Mapping[str, str] = os.environ) 
     """
     file = Path(source[0]).expanduser()
     if file.suffix in (".yaml", ".yml"):
-        name, settings, notes = file.name, _of_config(file), []
+        name, settings, notes = file.name, _of_config(file), list[str]()
     elif file.is_file():
         name = file.name
         settings, notes = _of_script(_read(file), source[1:], environment, name)

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.config import nearest
-from verl_aqn.errors import ConfigError, first_line
+from verl_aqn.errors import ConfigError, RewardError, first_line
 from verl_aqn.rewards.places import user_line
 from verl_aqn.runs.accuracy import acc_in, judged, reward_in
 
@@ -25,17 +25,25 @@ ASYNC_TIMEOUT_S = 60
 def reward_of(config: DictConfig) -> Callable[..., Any]:
     """The recipe's reward function, called with names as verl does, its `reward_kwargs` filled in.
 
+    What is returned raises RewardError, with the line of the user's file, where the function raises; TimeoutError where
+    an async function does not answer within `ASYNC_TIMEOUT_S`.
+
     Raises:
         ConfigError: there is none, or it cannot be loaded.
     """
-    function = load_reward(config)
-    more: Any = OmegaConf.to_container(
-        config.reward.custom_reward_function.get("reward_kwargs") or OmegaConf.create({}), resolve=True
-    )
+    function, custom = load_reward(config), config.reward.custom_reward_function
+    more: Any = OmegaConf.to_container(custom.get("reward_kwargs") or OmegaConf.create({}), resolve=True)
+    waits = inspect.iscoroutinefunction(function)
 
     def called(**told: Any) -> Any:
-        result = function(**(told | more))  # as in verl, `reward_kwargs` win
-        return asyncio.run(_awaited(result)) if inspect.iscoroutinefunction(function) else result
+        try:
+            result = function(**(told | more))  # as in verl, `reward_kwargs` win
+            return asyncio.run(_awaited(result)) if waits else result
+        except Exception as error:  # whatever the user's function raises
+            if waits and isinstance(error, TimeoutError):
+                raise
+            place = user_line(error, str(custom.path)) or f"{KEY}.name={custom.name}"
+            raise RewardError(f"{place}: {type(error).__name__}: {first_line(error)}") from error
 
     return called
 
@@ -159,8 +167,7 @@ def check_reward(config: DictConfig, row: dict[str, Any], where: str) -> None:
         ConfigError: the function cannot be loaded, raises, or does not tell accuracy and reward.
     """
     reward = config.reward
-    path = reward.custom_reward_function.path
-    if not path or reward.reward_manager.source != "register":
+    if not reward.custom_reward_function.path or reward.reward_manager.source != "register":
         return
     function = reward_of(config)
     truth = row["reward_model"]["ground_truth"]
@@ -173,11 +180,10 @@ def check_reward(config: DictConfig, row: dict[str, Any], where: str) -> None:
             result = function(solution_str=answer, **told)
         except TimeoutError:
             return  # it waits for something; the run's own limits hold there
-        except Exception as error:
-            place = user_line(error, str(path)) or KEY
+        except RewardError as error:
             raise ConfigError(
-                f"{place} raises {type(error).__name__} ({first_line(error)}) for the answer {answer!r} to {where}: "
-                "let it return a reward for any text, as a run stops where it raises"
+                f"{error}: for the answer {answer!r} to {where}: let it return a reward for any text, as a run stops "
+                "where it raises"
             ) from error
         if inspect.isawaitable(result):
             raise ConfigError(f"{KEY} returned {type(result).__name__}: let it be `async def`, which verl awaits")

@@ -39,7 +39,8 @@ class SavingTrainer(PPOTrainerSync):
         aside = {"default_local_dir": str(place / WRITING)}
         trainer.merge_with(aside | {"max_actor_ckpt_to_keep": None, "max_critic_ckpt_to_keep": None})
         # The user's callback is told of the checkpoint once it has its place.
-        callback, self.checkpoint_callback = self.checkpoint_callback, CheckpointCallback()
+        callback: CheckpointCallback = self.checkpoint_callback
+        self.checkpoint_callback = CheckpointCallback()
         super()._save_checkpoint()
         self.checkpoint_callback = callback
         trainer.merge_with(was)
