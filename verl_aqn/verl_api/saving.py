@@ -21,6 +21,8 @@ class SavingTrainer(PPOTrainerSync):
     would resume after a step of which nothing is known, and never validate the last one. Here saving comes last.
     """
 
+    checkpoint_callback: CheckpointCallback
+
     folder: RunFolder
     save_due = False
     put_back: deque[int] = deque()  # noqa: RUF012  replaced, and never added to
@@ -39,7 +41,7 @@ class SavingTrainer(PPOTrainerSync):
         aside = {"default_local_dir": str(place / WRITING)}
         trainer.merge_with(aside | {"max_actor_ckpt_to_keep": None, "max_critic_ckpt_to_keep": None})
         # The user's callback is told of the checkpoint once it has its place.
-        callback: CheckpointCallback = self.checkpoint_callback
+        callback = self.checkpoint_callback
         self.checkpoint_callback = CheckpointCallback()
         super()._save_checkpoint()
         self.checkpoint_callback = callback
