@@ -22,7 +22,6 @@ class SavingTrainer(PPOTrainerSync):
     """
 
     checkpoint_callback: CheckpointCallback
-
     folder: RunFolder
     save_due = False
     put_back: deque[int] = deque()  # noqa: RUF012  replaced, and never added to
