@@ -89,7 +89,8 @@ class Script:
                 return
 
     def _command(self) -> None:
-        command, skip, heredocs = Command(within=bool(self.blocks)), False, []
+        command, skip = Command(within=bool(self.blocks)), False
+        heredocs: list[str] = []
         while True:
             self._blank()
             char = self._next()
