@@ -99,7 +99,7 @@ def test_what_cannot_be_had_is_refused_by_name_and_the_rest_is_a_recipe(tmp_path
     for key in ("algorithm.use_pf_ppo", f"{ACTOR}.megatron.tensor_model_parallel_size", f"{ROLLOUT}.name"):
         assert said(made, key).status == "refused", key
     assert "valid: vllm" in said(made, f"{ROLLOUT}.name").why
-    assert [note.split(":")[0] for note in made.notes] == ["line 2", "the launch trains all weights"]
+    assert [note.split(":")[0] for note in made.notes] == ["line 3", "the launch trains all weights"]
     assert said(made, "critic.model.path").status == "ours"
     assert said(made, "critic.model.fsdp_config.param_offload").to == "critic.fsdp.param_offload"
     recipe = yaml.safe_load(made.recipe())

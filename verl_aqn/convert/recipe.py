@@ -104,8 +104,9 @@ def convert(source: Sequence[str], environment: Mapping[str, str] = os.environ) 
         ConfigError: no launch of `main_ppo` in it, or more than one; a recipe that would not compose.
     """
     file = Path(source[0]).expanduser()
+    notes: list[str] = []
     if file.suffix in (".yaml", ".yml"):
-        name, settings, notes = file.name, _of_config(file), list[str]()
+        name, settings = file.name, _of_config(file)
     elif file.is_file():
         name = file.name
         settings, notes = _of_script(_read(file), source[1:], environment, name)
@@ -172,7 +173,8 @@ def _of_script(
     if len(launches) > 1:
         lines = ", ".join(str(command.words[0].line) for command in launches)
         raise ConfigError(f"{name} has {len(launches)} launches of {MAIN} (lines {lines}): give one as a command")
-    settings, notes = [], []
+    settings: list[Setting] = []
+    notes: list[str] = []
     words = iter(launches[0].words[_launch(launches[0]) :])
     for word in words:
         if word.text.startswith("-"):
