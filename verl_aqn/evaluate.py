@@ -275,7 +275,9 @@ def with_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
         ConfigError: a key that `config` has not, with the nearest that it has; a value that cannot be.
     """
     OmegaConf.set_struct(config, True)
-    recorded: Any = OmegaConf.to_container(config)
+    recorded = {
+        override.partition("=")[0]: OmegaConf.select(config, override.partition("=")[0]) for override in overrides
+    }
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"override {override!r} is not of the form key=value")
@@ -291,7 +293,10 @@ def with_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
     parse_aqn(config)
     check_numbers(config)
     check_names(config)
-    check_keys(config, recorded)
+    usual = config.copy()  # what was not asked for, and what follows what was
+    for key, value in recorded.items():
+        OmegaConf.update(usual, key, value, merge=False)
+    check_keys(config, OmegaConf.to_container(usual))
     return config
 
 

@@ -29,7 +29,7 @@ def load_base(config: DictConfig, dtype: torch.dtype) -> PreTrainedModel:
 def load_tokenizer(config: DictConfig, folder: Path) -> Any:
     """The tokenizer in `folder` with the chat template that the run's prompts are rendered with."""
     model = config.actor_rollout_ref.model
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=bool(model.get("trust_remote_code")))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     if model.get("custom_chat_template") is not None:
         tokenizer.chat_template = model.custom_chat_template
     return tokenizer

@@ -23,7 +23,7 @@ from verl_aqn.data.files import (
 )
 from verl_aqn.errors import ConfigError, DataError
 from verl_aqn.preflight import rows as preflight_rows
-from verl_aqn.preflight.tools import prepare_tools
+from verl_aqn.preflight.tools import find_tools, prepare_tools
 from verl_aqn.prepare import check_steps, find_model
 from verl_aqn.rewards.custom import check_reward, is_ours
 
@@ -84,6 +84,7 @@ def check_data(config: DictConfig) -> Data:
     Raises:
         DataError, ModelError, ConfigError: as `prepare_data`.
     """
+    find_tools(config)
     own = has_own_class(config)
     counts = dict.fromkeys(KEYS, 0)
     for split, key in KEYS.items():

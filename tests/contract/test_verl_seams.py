@@ -60,7 +60,7 @@ def from_verl(cls):
 def overrides():
     """`(class, method)` of each `super().method(…)` in a class that inherits from one of verl's."""
     for file in sorted(Path(verl_aqn.__file__).parent.glob("verl_api/*.py")):
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.ClassDef):
                 cls = getattr(importlib.import_module(f"verl_aqn.verl_api.{file.stem}"), node.name)
                 methods = re.findall(r"\bsuper\(\)\.(\w+)", ast.unparse(node)) if from_verl(cls) else []

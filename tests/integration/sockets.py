@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import time
+from collections import Counter
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,6 +17,8 @@ from verl_aqn.watchdog import title
 DOCS = Path(__file__).parents[2] / "docs" / "security.md"
 # The greeting with which ZeroMQ begins; a server's own names in the same place what it asks for.
 ZMQ_GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"CURVE".ljust(20, b"\0") + bytes(32)
+QUEUE = ("ray::TransferQueueController", "ray::SimpleStorageUnit")
+NAMELESS = 20  # looks for which a process may go without the title that it gives itself
 HTTP_REQUEST = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
 
@@ -60,7 +63,7 @@ def answer(process: str, port: int) -> str:
     """
     if process.startswith(("ray::WorkerDict", "VLLM::")):
         return ""
-    greeting = ZMQ_GREETING if "TransferQueue" in process else HTTP_REQUEST
+    greeting = ZMQ_GREETING if process in QUEUE else HTTP_REQUEST
     with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=2) as client:
         client.settimeout(2)
         client.sendall(greeting)
@@ -76,17 +79,20 @@ def answer(process: str, port: int) -> str:
 
 def watch(process: subprocess.Popen, file: Path) -> None:
     """Look at a run until it ends, and write a line of JSON for each of its listening sockets."""
-    seen = set()
+    seen, nameless = set(), Counter()
     with file.open("w") as out:
         while process.poll() is None:
             with suppress(psutil.NoSuchProcess):
                 known = listening()
                 for child in psutil.Process(process.pid).children(recursive=True):
                     for inode in sorted(_inodes(child.pid) & known.keys() - seen):
-                        seen.add(inode)
                         kind, place, port = known[inode]
                         with suppress(psutil.NoSuchProcess):
                             name = title(child)
+                            nameless[inode] += name.startswith("python")
+                            if 0 < nameless[inode] < NAMELESS and name.startswith("python"):
+                                continue
+                            seen.add(inode)
                             said = answer(name, port) if kind != "unix" else ""
                             found = {"kind": kind, "place": place, "process": name, "said": said}
                             out.write(json.dumps(found) + "\n")

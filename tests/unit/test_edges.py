@@ -65,6 +65,7 @@ def place(tmp_path) -> Path:
 def environment(place: Path, **variables: str | None) -> dict[str, str]:
     """This one's, with another home; None takes a variable away."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(place / "home"), **variables}
+    env.pop("LD_PRELOAD", None)  # vLLM's, where another test has imported it in this process
     for name in ("VERL_AQN_CACHE", "XDG_CACHE_HOME", "RAY_ADDRESS", "PYTHONUTF8", "PYTHONIOENCODING"):
         if name not in variables:
             env.pop(name, None)

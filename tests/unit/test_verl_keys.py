@@ -66,7 +66,7 @@ def check(composed, overrides):
         ([f"{ACTOR}.grad_clip=0.5"], "set optim.clip_grad"),
         ([f"{MODEL}.override_config.rope_theta=1.0"], "built by the config in its folder"),
         (["trainer.val_only=true", "trainer.val_before_train=false"], "would train"),
-        (["trainer.resume_mode=never"], "verl knows auto, disable and resume_path"),
+        (["trainer.resume_mode=never"], "valid: auto, disable, resume_path"),
         (["trainer.balance_batch=false"], "always balances"),
         (["trainer.v1.separate_async.parameter_sync_step=2"], "only trainer.v1.trainer_mode=sync"),
         (["reward_model.reward_manager=dapo"], "set reward.reward_manager.name"),

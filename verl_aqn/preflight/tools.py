@@ -36,8 +36,22 @@ def loops_of(config: DictConfig, *sets: Any) -> set[str]:
     return loops
 
 
+def find_tools(config: DictConfig) -> None:
+    """Make the paths of tools and agent loops absolute ones; verl's data set reads them too.
+
+    Raises:
+        ConfigError: a file or module that is not there.
+    """
+    rollout = config.actor_rollout_ref.rollout
+    for key in TOOLS:
+        if value := rollout.multi_turn.get(key):
+            rollout.multi_turn[key] = str(_file_of(str(value), f"{_ROLLOUT}.multi_turn.{key}"))
+    if own := rollout.agent.agent_loop_config_path:
+        rollout.agent.agent_loop_config_path = str(_file_of(str(own), f"{_ROLLOUT}.agent.agent_loop_config_path"))
+
+
 def prepare_tools(config: DictConfig, *sets: Any) -> None:
-    """Make the paths of tools absolute ones, and ask verl whether it can load loops and tools.
+    """Ask verl whether it can load agent loops and tools, whose paths are made absolute ones.
 
     Args:
         sets: the items of training and validation data.
@@ -49,11 +63,7 @@ def prepare_tools(config: DictConfig, *sets: Any) -> None:
     """
     rollout = config.actor_rollout_ref.rollout
     turns, loops = rollout.multi_turn, loops_of(config, *sets)
-    for key in TOOLS:
-        if value := turns.get(key):
-            turns[key] = str(_file_of(str(value), f"{_ROLLOUT}.multi_turn.{key}"))
-    if own := rollout.agent.agent_loop_config_path:
-        rollout.agent.agent_loop_config_path = str(_file_of(str(own), f"{_ROLLOUT}.agent.agent_loop_config_path"))
+    find_tools(config)
     given = next((key for key in TOOLS if turns.get(key)), None)
     if loops == {SINGLE}:
         asked = f"multi_turn.{given}={turns[given]}" if given else "multi_turn.enable=true"

@@ -75,7 +75,8 @@ class PackedBase(FSDPEngineWithLMHead):
                 return load_model(path, torch.bfloat16, device, attention)
             return load_dense(path, torch.bfloat16, attention, device)
 
-        elsewhere = torch.distributed.get_rank() > 0 and self.engine_config.strategy == "fsdp2"
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        elsewhere = rank > 0 and self.engine_config.strategy == "fsdp2"
         module = load("meta" if elsewhere else "cpu")
         if elsewhere and module.all_tied_weights_keys:
             module = load("cpu")

@@ -35,6 +35,7 @@ def open_process_group() -> None:
         store = dist.TCPStore(host, port, world, is_master=True, master_listen_fd=listening, timeout=TIMEOUT)
     else:
         store = dist.TCPStore(host, port, world, is_master=False, timeout=TIMEOUT)
+    store.set_timeout(TIMEOUT)
     device = get_device_name()
     backend = "gloo" if device == "cpu" else f"cpu:gloo,{device}:{get_nccl_backend()}"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)

@@ -28,10 +28,10 @@ class Template:
     def __init__(self, config: DictConfig) -> None:
         model = config.actor_rollout_ref.model
         self.data, self.name = config.data, str(model.path)
-        folder, trust = str(model.get("tokenizer_path") or model.path), bool(model.get("trust_remote_code"))
+        folder = str(model.get("tokenizer_path") or model.path)
         try:
-            self.tokenizer: Any = hf_tokenizer(folder, trust_remote_code=trust)
-            self.processor: Any = hf_processor(folder, trust_remote_code=trust)
+            self.tokenizer: Any = hf_tokenizer(folder, trust_remote_code=False)
+            self.processor: Any = hf_processor(folder, trust_remote_code=False)
         except Exception as error:  # whatever transformers raises of a folder's files
             raise ModelError(f"{folder}: its tokenizer cannot be loaded: {first_line(error)[:300]}") from error
         self.renderer = self.processor or self.tokenizer

@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, open_dict
 from verl.experimental.reward_loop.reward_manager import get_reward_manager_cls
+from verl.experimental.reward_loop.reward_manager.registry import REWARD_MANAGER
 
 from verl_aqn.errors import ConfigError, RewardError, first_line
 from verl_aqn.rewards.places import user_line
@@ -29,7 +30,7 @@ def use_telling_manager(config: DictConfig) -> None:
 
 def __getattr__(name: str) -> type:
     """Return the telling form of the manager that verl has under `name`."""
-    if name.startswith("__"):
+    if name not in REWARD_MANAGER:
         raise AttributeError(name)
     return _telling(name)
 
