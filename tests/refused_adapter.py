@@ -50,7 +50,7 @@ def main(buckets: int, fails: str = "") -> dict:
         if failed:
             raise failed[0]
 
-    sender = WatchedSender(check, zmq_handle=handle, bucket_size_mb=2, use_shm=True)
+    sender = WatchedSender(check=check, zmq_handle=handle, bucket_size_mb=2, use_shm=True)
 
     def send():
         try:

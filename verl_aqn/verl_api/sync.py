@@ -54,8 +54,8 @@ class WatchedSocket:
 class WatchedSender(BucketedWeightSender):
     """verl's sender over such a socket."""
 
-    def __init__(self, check: Callable[[], None], **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, *args: Any, check: Callable[[], None], **options: Any) -> None:
+        super().__init__(*args, **options)
         self.check = check
 
     def _init_socket(self) -> None:
@@ -84,4 +84,4 @@ def watch_sync(rollout: Any) -> None:
     """Let verl's rollout adapter, which verl made by itself, send like that."""
     assert type(rollout) is vllm_rollout.ServerAdapter, type(rollout)
     rollout.__class__ = WatchingAdapter
-    vllm_rollout.BucketedWeightSender = partial(WatchedSender, rollout.check)
+    vllm_rollout.BucketedWeightSender = partial(WatchedSender, check=rollout.check)
