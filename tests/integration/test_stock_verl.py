@@ -82,6 +82,7 @@ def main_ppo(tiny_model, tmp_path_factory):
         with tempfile.TemporaryDirectory(prefix="aqn-", dir="/tmp") as temporary:
             env = engine_environment(temporary, cpu=True, ranks=1) | local_ray(temporary)
             env.pop("VERL_AQN_EVIDENCE", None)
+            env["PYTHONPATH"] = str(Path(__file__).parents[2])  # for workers that lose adapters
             command = [sys.executable, "-m", "verl.trainer.main_ppo", *CPU, *TASK, *places, *overrides]
             return subprocess.run(
                 command, env=env, cwd=folder, capture_output=True, text=True, timeout=600, check=False
