@@ -164,7 +164,8 @@ def lines(path: Path, kind: str | None = None) -> list[dict]:
     if not path.exists():
         return []
     records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    return [wide_base(record) for record in records if kind is None or record["kind"] == kind]
+    found = [record for record in records if kind is None or record["kind"] == kind]
+    return [wide_base(record) if record.get("kind") == "base" else record for record in found]
 
 
 def compared(run: Path) -> tuple[str, dict]:
