@@ -15,12 +15,11 @@ from tests.verl_aqn_faulty import sabotage
 
 SECONDS = 20  # from a fault to the next attempt; most of it is for the others to end
 KILLED = r"was killed by SIG\w+ during \w+ of step \d"
-NO_ANSWER = "step 1: every answer to 2 problems failed: the "
+NO_ANSWER = "step 1: "
 # Where, how, and the beginning of the line. `calls` of the faulty function go well before.
 FEW = [
     ("reward worker, start", "raise", {}, "reward worker (ray::RewardLoopWorker, "),
     ("rollout worker, start", "raise", {}, "rollout worker (VLLM::Worker, "),
-    ("reward worker, reward", "raise", {}, NO_ANSWER),
     ("rollout worker, generation", "SIGSEGV", {"calls": 5}, "rollout worker (VLLM::Worker, "),
     ("rollout worker, sync", "raise", {"calls": 1}, "rollout worker (VLLM::Worker, "),
     # After one answer's reward failed, which is handled: it has nothing to do with the actor's death.
@@ -49,7 +48,7 @@ def test_the_first_error_is_the_line(train, tmp_path, monkeypatch, request):
         monkeypatch.setenv(name, value)
     # A share of failures is allowed: else the first would end the run, and a reward's is never tried again.
     short = [
-        "aqn.run.allow_failed=1",
+        "aqn.run.allow_failed=0.9",
         "trainer.val_before_train=false",
         "trainer.test_freq=-1",
         "trainer.total_training_steps=2",
