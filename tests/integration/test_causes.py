@@ -18,13 +18,13 @@ KILLED = r"was killed by SIG\w+ during \w+ of step \d"
 NO_ANSWER = "step 1: "
 # Where, how, and the beginning of the line. `calls` of the faulty function go well before.
 FEW = [
-    ("rollout worker, start", "raise", {}, "rollout worker (VLLM::Worker, "),
     ("rollout worker, generation", "SIGSEGV", {"calls": 5}, "rollout worker (VLLM::Worker, "),
+    ("rollout worker, sync", "raise", {"calls": 1}, "rollout worker (VLLM::Worker, "),
     # After one answer's reward failed, which is handled: it has nothing to do with the actor's death.
     ("actor, sync", "SIGKILL", {"calls": 1}, "actor (ray::WorkerDict, "),
 ]
 MORE = [
-    ("rollout worker, sync", "raise", {"calls": 1}, "rollout worker (VLLM::Worker, "),
+    ("rollout worker, start", "raise", {}, "rollout worker (VLLM::Worker, "),
     ("reward worker, start", "raise", {}, "reward worker (ray::RewardLoopWorker, "),
     ("rollout engine, start", "raise", {}, "rollout engine (VLLM::EngineCore, "),
     ("storage, generation", "raise", {}, "agent loop (ray::AqnAgentLoopWorker, "),  # says which storage
