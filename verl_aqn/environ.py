@@ -1,6 +1,7 @@
 """What a command finds around it: its environment, home folder and terminal, and signals. Light: all may import it."""
 
 import codecs
+import contextlib
 import io
 import locale
 import logging
@@ -59,6 +60,8 @@ def settle() -> None:
     os.environ.pop("PYTHONIOENCODING", None)
     drop_empty(os.environ)
     _find_home()
+    with contextlib.suppress(EnvironmentFault):  # told where the cache is needed
+        keep_off_home(os.environ)
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it cannot write into the home folder
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, partial(_end_in_order, os.getpid()))

@@ -4,17 +4,22 @@ verl's sender waits for each answer without end. Where the rollout fails before 
 answer comes, and its error, which is the answer to another call, is not looked at before the sender is done.
 """
 
+import os
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import zmq
 from verl.workers.rollout.vllm_rollout import vllm_rollout
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
 
 from verl_aqn.errors import ProcessFault
+from verl_aqn.faults import in_run
+from verl_aqn.processes import SharedMemory
 
 LOOK_MS = 500
 TIMEOUT_S = 600  # for one answer
@@ -57,6 +62,11 @@ class WatchedSender(BucketedWeightSender):
     def __init__(self, *args: Any, check: Callable[[], None], **options: Any) -> None:
         super().__init__(*args, **options)
         self.check = check
+
+    def _init_buffer(self) -> None:
+        super()._init_buffer()
+        if in_run():  # it may be gone before the next look, or be left behind by a kill
+            SharedMemory(Path(os.environ["TMPDIR"])).look([psutil.Process()])
 
     def _init_socket(self) -> None:
         super()._init_socket()
