@@ -77,6 +77,13 @@ def answer(process: str, port: int) -> str:
     return ""
 
 
+def script_of(process: psutil.Process) -> str:
+    """The name of the file that a Python runs; "" where it runs none: monitor.py and dashboard.py are Ray's."""
+    line = process.cmdline()
+    scripts = [Path(word).name for word in line[1:3] if word.endswith(".py")]
+    return scripts[0] if scripts and Path(line[0]).name.startswith("python") else ""
+
+
 def watch(process: subprocess.Popen, file: Path) -> None:
     """Look at a run until it ends, and write a line of JSON for each of its listening sockets."""
     seen, nameless = set(), Counter()
@@ -88,7 +95,7 @@ def watch(process: subprocess.Popen, file: Path) -> None:
                     for inode in sorted(_inodes(child.pid) & known.keys() - seen):
                         kind, place, port = known[inode]
                         with suppress(psutil.NoSuchProcess):
-                            name = title(child)
+                            name = script_of(child) or title(child)
                             nameless[inode] += name.startswith("python")
                             if 0 < nameless[inode] < NAMELESS and name.startswith("python"):
                                 continue
