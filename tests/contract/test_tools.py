@@ -154,7 +154,7 @@ def test_tools_that_would_fail_or_never_be_called_are_refused(items, overrides, 
 
 
 def test_a_recipe_without_tools_asks_nothing(items, monkeypatch):
-    monkeypatch.setattr("verl_aqn.preflight.tools.subprocess", None)
+    monkeypatch.setattr("verl_aqn.preflight.tools.ask_module", None)
     prepare_tools(load_recipe("e12", ["profile=cpu"]), items)
 
 

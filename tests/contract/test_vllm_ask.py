@@ -1,5 +1,6 @@
 """What vLLM says when it is asked whether it can serve a model, and what a recipe is refused for."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def test_windows_in_all_layers_are_served_in_blocks_of_16(tmp_path, monkeypatch)
     fit_engine(config, answer)
     assert config.actor_rollout_ref.rollout.engine_kwargs.vllm.block_size == 16
     vllm._asked.clear()
-    monkeypatch.setattr(vllm.sys, "executable", "/bin/false")  # the answer is remembered, also by other processes
+    monkeypatch.setattr(sys, "executable", "/bin/false")  # the answer is remembered, also by other processes
     assert vllm.ask(config, folder) == answer
     assert vllm.ask(recipe(folder, profile="cuda"), folder) is None  # this vLLM is not the one for that
 
@@ -73,7 +74,7 @@ def test_what_vllm_cannot_serve_is_refused_by_name(tmp_path, config, words):
 
 def test_a_question_that_crashes_is_no_yes(tmp_path, monkeypatch):
     folder = folder_of(tmp_path, MistralConfig(**SMALL))
-    monkeypatch.setattr(vllm.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(EnvironmentFault, match="could not be asked"):
         vllm.ask(recipe(folder), folder)
     assert fix(recipe(folder), folder)

@@ -8,8 +8,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 import verl_aqn
 from verl_aqn import errors
 from verl_aqn.cache import cache_dir
-from verl_aqn.errors import EnvironmentFault
+from verl_aqn.preflight.asking import ask_module, keep, kept, version_of
 
 TIMEOUT_S = 1800  # a class of the user's own may read what it likes
 # Of the data's settings, those that say nothing about the first rows; others may.
@@ -49,7 +47,8 @@ def ask(config: DictConfig, folder: Path, files: Iterable[Path], *, own: bool) -
         return {"rows": None, "warnings": []}
     config = with_model(config, folder)
     key = "" if own else _key(config, folder, files)
-    found = _asked.get(key) or _remembered(key)
+    file = cache_dir() / "rows" / f"{key}.json"
+    found = (_asked.get(key) or kept(file, _is_good)) if key else None
     if found is None:
         found = _ask(config)
         if fault := found.get("fault"):
@@ -57,17 +56,13 @@ def ask(config: DictConfig, folder: Path, files: Iterable[Path], *, own: bool) -
     if key:
         _asked[key] = found
         if not found["warnings"]:
-            _remember(key, found)
+            keep(file, found)
     return found
 
 
 def is_here() -> bool:
     """Whether verl is installed."""
-    try:
-        importlib.metadata.version("verl")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+    return version_of("verl") is not None
 
 
 def with_model(config: DictConfig, folder: Path) -> DictConfig:
@@ -101,45 +96,17 @@ def _key(config: DictConfig, folder: Path, files: Iterable[Path]) -> str:
     return digest.hexdigest()[:24]
 
 
-def _file(key: str) -> Path:
-    return cache_dir() / "rows" / f"{key}.json"
+def _is_good(answer: Any) -> bool:
+    return isinstance(answer, dict) and {"rows", "warnings"} <= set(answer)
 
 
-def _remembered(key: str) -> Answer | None:
-    try:
-        found = json.loads(_file(key).read_text()) if key else None
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and {"rows", "warnings"} <= set(found) else None
-
-
-def _remember(key: str, found: Answer) -> None:
-    try:
-        _file(key).parent.mkdir(parents=True, exist_ok=True)
-        _file(key).write_text(json.dumps(found))
-    except OSError:
-        pass  # then it is asked again
+def _fits(answer: Any) -> bool:
+    return _is_good(answer) or (isinstance(answer, dict) and "fault" in answer)
 
 
 def _ask(config: DictConfig) -> Answer:
-    command = [sys.executable, "-m", "verl_aqn.verl_api.first_rows"]
-    text = OmegaConf.to_yaml(config, resolve=True)
     env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     if config.aqn.profile == "cpu":
         env["VERL_PLATFORM"] = "cpu"
-    try:
-        done = subprocess.run(
-            command, input=text, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, env=env
-        )
-    except subprocess.TimeoutExpired:
-        raise EnvironmentFault(f"verl did not read the first rows of the data within {TIMEOUT_S} s") from None
-    try:
-        found = json.loads(done.stdout.strip().splitlines()[-1])
-        assert "fault" in found or {"rows", "warnings"} <= set(found)
-    except (IndexError, ValueError, TypeError, AssertionError):
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise EnvironmentFault(
-            f"verl could not be asked to read the data (exit code {done.returncode}: {last[:300]}): see "
-            f"`{' '.join(command[1:])}`"
-        ) from None
-    return found
+    text, about = OmegaConf.to_yaml(config, resolve=True), "verl what it reads of the data"
+    return ask_module("verl_aqn.verl_api.first_rows", about, text=text, env=env, timeout=TIMEOUT_S, fits=_fits)

@@ -6,14 +6,13 @@ that no loop calls without a word.
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from verl_aqn.errors import ConfigError, EnvironmentFault
+from verl_aqn.errors import ConfigError
+from verl_aqn.preflight.asking import ask_module
 
 SINGLE = "single_turn_agent"
 TOOLS = ("function_tool_path", "tool_config_path")
@@ -78,9 +77,16 @@ def prepare_tools(config: DictConfig, *sets: Any) -> None:
         raise ConfigError(
             f"{_ROLLOUT}.agent.default_agent_loop=tool_agent has no tool: set {_ROLLOUT}.multi_turn.function_tool_path"
         )
-    question = {"loops": sorted(map(str, loops)), "format": turns.format, "own": rollout.agent.agent_loop_config_path}
-    if fault := _ask(question | {key: turns.get(key) for key in TOOLS}):
+    told = {"loops": sorted(map(str, loops)), "format": turns.format, "own": rollout.agent.agent_loop_config_path}
+    arguments = [json.dumps(told | {key: turns.get(key) for key in TOOLS})]
+    about = "verl whether it can load the tools"
+    answer = ask_module("verl_aqn.verl_api.tools", about, arguments, timeout=TIMEOUT_S, fits=_fits)
+    if fault := answer["fault"]:
         raise ConfigError(f"{_ROLLOUT}.{fault}")
+
+
+def _fits(answer: Any) -> bool:
+    return isinstance(answer, dict) and "fault" in answer
 
 
 def _file_of(value: str, key: str) -> Path:
@@ -98,18 +104,3 @@ def _file_of(value: str, key: str) -> Path:
     if not file.is_file():
         raise ConfigError(f"{key}={value}: there is no such file")
     return file
-
-
-def _ask(question: dict[str, Any]) -> str:
-    """Return what verl finds wrong, "" where nothing is. In a process of its own: verl takes seconds to import."""
-    command = [sys.executable, "-m", "verl_aqn.verl_api.tools", json.dumps(question)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S)
-        return json.loads(done.stdout.strip().splitlines()[-1])["fault"]
-    except subprocess.TimeoutExpired:
-        raise EnvironmentFault(f"verl did not say within {TIMEOUT_S} s whether it can load the tools") from None
-    except (IndexError, ValueError, TypeError, KeyError):
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise EnvironmentFault(
-            f"verl could not be asked about the tools (exit code {done.returncode}: {last[:300]})"
-        ) from None

