@@ -1,0 +1,82 @@
+"""Questions to verl and vLLM, each asked in a process of its own, and answers that are kept for the next run.
+
+Both take seconds to import, choose a platform for their process, and run code that is not ours.
+"""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from verl_aqn.errors import EnvironmentFault
+
+
+def version_of(*names: str) -> str | None:
+    """Return the version of the first of these packages that is installed; None where none is."""
+    for name in names:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def ask_module(
+    module: str,
+    about: str,
+    arguments: Sequence[str] = (),
+    *,
+    timeout: float,
+    fits: Callable[[Any], bool],
+    text: str | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Any:
+    """Return the JSON in the last line that `python -m MODULE ARGUMENTS` prints.
+
+    Args:
+        about: who is asked and what, in words: "vLLM whether it can serve FOLDER".
+        timeout: seconds. text: what the module reads from standard input. env: in place of this process's.
+        fits: whether the answer is of the form that the module gives.
+
+    Raises:
+        EnvironmentFault: the process ended without such an answer, or did not end in time.
+    """
+    who, _, what = about.partition(" ")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", module, *arguments], input=text, capture_output=True, text=True, errors="replace",
+            env=env, timeout=timeout, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise EnvironmentFault(f"{who} did not say within {timeout} s {what}") from None
+    try:
+        answer = json.loads(done.stdout.strip().splitlines()[-1])
+        if fits(answer):
+            return answer
+    except (IndexError, ValueError):
+        pass
+    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    raise EnvironmentFault(
+        f"{who} could not be asked {what} (exit code {done.returncode}: {last[:300]}): see `python -m {module}`"
+    )
+
+
+def kept(file: Path, fits: Callable[[Any], bool]) -> Any:
+    """Return the answer that `keep` wrote to `file`; None where there is none, or none that `fits`."""
+    try:
+        answer = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return answer if fits(answer) else None
+
+
+def keep(file: Path, answer: Any) -> None:
+    """Write an answer to `file`; where that cannot be, the question is asked again."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(answer), encoding="utf-8")
+    except OSError:
+        pass
