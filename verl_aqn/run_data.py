@@ -3,7 +3,7 @@
 import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +72,9 @@ def prepare_data(config: DictConfig) -> Data:
         files = [str(file.absolute()) for file in data_files(config, key)]
         config.data[key] = files[0] if len(files) == 1 and isinstance(value, str) else files
     found = check_data(config)
-    prepare_tools(config, *(items_of(config, split) for split in KEYS))
-    for item, where in first_items(config):
+    sets = sets_of(config)
+    prepare_tools(config, *sets.values())
+    for item, where in first_items(config, sets):
         check_reward(config, item, where)
     return found
 
@@ -118,14 +119,22 @@ def check_truths_of(config: DictConfig) -> None:
             check_truths(file)
 
 
-def first_items(config: DictConfig) -> Iterator[tuple[dict[str, Any], str]]:
+def sets_of(config: DictConfig) -> dict[str, "Items"]:
+    """Return the items of both sets (`items_of`) by their names, train and test."""
+    return {split: items_of(config, split) for split in KEYS}
+
+
+def first_items(config: DictConfig, sets: Mapping[str, "Items"]) -> Iterator[tuple[dict[str, Any], str]]:
     """Give the first item of every file, those of validation first, and where it is; of a user's own class of each set.
+
+    Args:
+        sets: as `sets_of` returns them.
 
     Raises:
         DataError: one lacks what verl tells the reward.
     """
     for split in ("test", "train"):
-        items, files = items_of(config, split), data_files(config, KEYS[split])
+        items, files = sets[split], data_files(config, KEYS[split])
         places = [0, *itertools.accumulate(map(count_rows, files[:-1]))] if not has_own_class(config) else [0]
         for place, file in zip(places, files, strict=False):
             item = items[place]

@@ -28,7 +28,7 @@ from verl_aqn.preflight.vllm import check_served
 from verl_aqn.prepare import find_model, positions_of, refuse_adapter_settings
 from verl_aqn.rewards.custom import check_reward, settle_reward
 from verl_aqn.rewards.math_verify import check_installed
-from verl_aqn.run_data import KEYS, check_data, files_on_disk, first_items, steps_in_data
+from verl_aqn.run_data import KEYS, check_data, files_on_disk, first_items, sets_of, steps_in_data
 from verl_aqn.serving import ADAPTER_RANKS, served_rank
 
 SETUP = "bash scripts/setup.sh"
@@ -97,17 +97,13 @@ def check_reward_function(config: DictConfig) -> Finding:
     found = f"{path or 'the rules that verl has'}, by reward.reward_manager.name={config.reward.reward_manager.name}"
     try:
         settle_reward(config)
-        files = {key: files_on_disk(config, key) for key in KEYS.values()}
-        asked = all(files.values())
-        if asked:
-            there = config.copy()
-            for key, names in files.items():
-                there.data[key] = [str(name) for name in names or ()]
-            for item, where in first_items(there):
+        there = _with_data_on_disk(config)
+        if there is not None:
+            for item, where in first_items(there, sets_of(there)):
                 check_reward(there, item, where)
     except (ConfigError, DataError) as error:
         return Finding("reward", found, str(error))
-    return Finding("reward", found if asked else f"{found} (not asked: the data are not on disk)")
+    return Finding("reward", found if there is not None else f"{found} (not asked: the data are not on disk)")
 
 
 def check_ports(config: DictConfig) -> Iterator[Finding]:
@@ -241,6 +237,16 @@ def check_schedule(config: DictConfig) -> Finding:
     data = "" if steps else f" (stated: {config.data.train_files} is not on disk)"
     sigma = f"σ {noise.sigma_start:g} → {noise.sigma_end:g} in {noise.num_stages} stages"
     return Finding("schedule", f"{sigma if noise.enabled else 'no noise'}, {steps or stated} steps{data}")
+
+
+def _with_data_on_disk(config: DictConfig) -> DictConfig | None:
+    """Return a copy of the recipe that names the files of both sets; None where some are not on disk."""
+    there = config.copy()
+    for key in KEYS.values():
+        if (files := files_on_disk(config, key)) is None:
+            return None
+        there.data[key] = [str(file.absolute()) for file in files]
+    return there
 
 
 def check_rows(config: DictConfig) -> Finding:

@@ -10,7 +10,7 @@ from verl_aqn.config import order_of, parse_aqn, schedule_of
 from verl_aqn.errors import ConfigError, DataError
 from verl_aqn.order import NoiseOrder
 from verl_aqn.policy import prompt_tokens
-from verl_aqn.run_data import items_of
+from verl_aqn.run_data import Items, items_of
 
 
 class Prompt(NamedTuple):
@@ -21,13 +21,15 @@ class Prompt(NamedTuple):
     reward: dict[str, Any]
 
 
-def read_prompts(config: DictConfig, tokenizer: Any, count: int) -> list[Prompt]:
+def read_prompts(config: DictConfig, tokenizer: Any, count: int, items: Items | None = None) -> list[Prompt]:
     """`count` rows of the training data, chosen by a hash of their number: a larger count adds to a smaller one.
+
+    `items`: those of the training data (`items_of`), where they are at hand.
 
     Raises:
         DataError: fewer rows have a prompt within `data.max_prompt_length`.
     """
-    items = items_of(config, "train")
+    items = items_of(config, "train") if items is None else items
     total, limit = len(items), config.data.train_max_samples
     seed = parse_aqn(config).noise.seed
     rows = sorted(

@@ -86,8 +86,9 @@ class Probe:
         self.temperature = float(rollout.temperature)
         self.tokens = min(int(config.data.max_response_length), tokens or 10**9)
         self.tokenizer = load_tokenizer(config, Path(config.actor_rollout_ref.model.path))
-        self.prompts = read_prompts(config, self.tokenizer, prompts)
-        self.whole = loops_of(config, items_of(config, "train")) == {SINGLE}
+        items = items_of(config, "train")
+        self.prompts = read_prompts(config, self.tokenizer, prompts, items)
+        self.whole = loops_of(config, items) == {SINGLE}
         """Whether an answer is whole as the policy gives it: with tools it is a first turn, which no reward is for."""
         self.samples = samples if self.whole else 1
         self.reward = reward_of(config)

@@ -14,6 +14,7 @@ from verl_aqn.judge.records import RESCORING
 from verl_aqn.judge.use import falls_short
 from verl_aqn.runs.folder import EVIDENCE
 from verl_aqn.verl_api import tripwire
+from verl_aqn.verl_api.batches import fields_of, real_keys
 from verl_aqn.verl_api.parity import can_rescore, clip_range
 from verl_aqn.verl_api.proving import ProvingTrainer
 from verl_aqn.verl_api.use import TRAINER, UseOfNoise
@@ -80,11 +81,9 @@ class ComparingTrainer(ProvingTrainer):
                     f"{sigma:g}): a difference would not be noticed before a step that can be"
                 )
             return
-        keys = real_keys(batch)
         fields = ["response_mask", "old_log_probs", *(["rollout_log_probs"] if source == "sampled" else [])]
-        data = transfer_queue.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
-        clip = clip_range(actor_rollout.actor)
-        found = tripwire.measure(data.to_padded_tensor(), keys, self.clean_logp, source, clip)
+        data, clip = fields_of(batch, fields).to_padded_tensor(), clip_range(actor_rollout.actor)
+        found = tripwire.measure(data, real_keys(batch), self.clean_logp, source, clip)
         if found is None:
             self.uncompared("no sample was scored again without noise (aqn.parity.rescore)")
             return
@@ -132,7 +131,7 @@ class ComparingTrainer(ProvingTrainer):
             held = self.actor_rollout_wg.apply_noise(order.to_dict())
             if {one["weights_digest"] for one in held} == {self.rollout_noise["rollout rank 0"]["weights_digest"]}:
                 self.trainer_log_probs(batch)
-                noisy = self.log_probs_of(batch, ["old_log_probs"])["old_log_probs"]
+                noisy = fields_of(batch, ["old_log_probs"]).to_padded_tensor()["old_log_probs"]
                 if all(one["uses"] for one in self.actor_rollout_wg.restore_clean()):
                     return noisy
                 reason = "its forward did not use it"
@@ -155,7 +154,7 @@ class ComparingTrainer(ProvingTrainer):
         sigma, noisy = self.noise_metrics["aqn/sigma"], self.aqn.noise.in_actor
         # In bypass mode the trainer's are there only where something was to be compared with them.
         trainer = ["old_log_probs"] if noisy_trainer is not None or noisy else []
-        data = self.log_probs_of(batch, ["response_mask", "rollout_log_probs", *trainer])
+        data = fields_of(batch, ["response_mask", "rollout_log_probs", *trainer]).to_padded_tensor()
         if noisy and sigma:
             noisy_trainer = data["old_log_probs"]
         mismatch = self.mismatches[-1] if self.mismatches else 0.0
@@ -166,19 +165,7 @@ class ComparingTrainer(ProvingTrainer):
             noisy_trainer = self.log_probs_with_noise(batch, again=True)
             if noisy_trainer is not None:
                 self.trainer_log_probs(batch)  # without noise, as they were
-                data = self.log_probs_of(batch, ["response_mask", "rollout_log_probs", "old_log_probs"])
+                data = fields_of(batch, ["response_mask", "rollout_log_probs", "old_log_probs"]).to_padded_tensor()
                 found = self.use.measure(data, *told, noisy_trainer)
         if found:
             self.record("use", step=self.global_steps, **found)
-
-    def log_probs_of(self, batch: Any, fields: list[str]) -> Any:
-        """Fields [B, R] of a batch, padded."""
-        keys = real_keys(batch)
-        return transfer_queue.kv_batch_get(
-            keys=keys, partition_id=batch.partition_id, select_fields=fields
-        ).to_padded_tensor()
-
-
-def real_keys(batch: Any) -> list[str]:
-    """Return the keys of a batch's samples, without its padding."""
-    return [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]

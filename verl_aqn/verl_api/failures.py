@@ -110,14 +110,17 @@ def refuse_failures(folder: RunFolder, part: str, step: int, asked: int, allowed
     raise ProcessFault(f"{text}: see training.log, or let more of them fail ({share})")
 
 
+def moment(part: str, step: int) -> str:
+    """Name a step (`part` train), or the validation after it (val)."""
+    return f"validation after step {step}" if part == "val" else f"step {step}"
+
+
 def failure_text(folder: RunFolder, part: str, step: int, asked: int, count: int) -> str:
     """Say that `count` of `asked` answers of a step failed, with the most frequent reason where one is known.
 
     `part` is train or val.
     """
-    what = f"validation after step {step}" if part == "val" else f"step {step}"
-    what = f"validation after step {step}" if part == "val" else f"step {step}"
-    told = f"{what}: {count:,} of {asked:,} answers failed"
+    told = f"{moment(part, step)}: {count:,} of {asked:,} answers failed"
     reason = failure_reason(folder, part, step, count)
     return f"{told}: {reason}" if reason else f"{told}, for a reason that training.log has"
 

@@ -1,6 +1,7 @@
 """Which of verl's figures of a step are shown: those that say what their name says; see docs/metrics.md."""
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -34,3 +35,12 @@ def cut_share(lengths: Any, longest: int) -> float:
     verl's `response_length/clip_ratio` is the share of answers that are as long as the longest of their batch.
     """
     return (lengths >= longest).double().mean().item()
+
+
+def numbers_in(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return those of a step's metrics that are numbers."""
+    found = {}
+    for name, value in metrics.items():
+        with suppress(TypeError, ValueError):
+            found[name] = float(value)
+    return found

@@ -10,7 +10,7 @@ from verl_aqn.config import NoiseConfig, parse_aqn
 from verl_aqn.errors import ProcessFault, TrainingError
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.seeds import order_of_key, place_of
-from verl_aqn.verl_api.failures import failure_reason
+from verl_aqn.verl_api.failures import failure_reason, moment
 
 
 class AqnReplayBuffer(ReplayBuffer):
@@ -54,7 +54,7 @@ class AqnReplayBuffer(ReplayBuffer):
 
     def no_answers(self, partition_id: str, count: int) -> ProcessFault:
         """Why there is no answer to `count` problems. Worth another start: a process that died leaves none either."""
-        what = f"validation after step {self.step}" if partition_id == "val" else f"step {self.step}"
+        what = moment(partition_id, self.step)
         reason = failure_reason(self.folder, partition_id, self.step, count) or "training.log says why"
         return ProcessFault(f"{what}: every answer to {count} problems failed: {reason}")
 

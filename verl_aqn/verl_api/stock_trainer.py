@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-import transfer_queue
 from omegaconf import OmegaConf
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
@@ -26,7 +25,9 @@ from verl_aqn.shards import distinct, not_covered
 from verl_aqn.stock_settings import NOT_CHECKED, OPTION, StockSettings, model_folder
 from verl_aqn.verl_api import tripwire
 from verl_aqn.verl_api.base import BaseRecords
+from verl_aqn.verl_api.batches import fields_of, real_keys
 from verl_aqn.verl_api.cause import root_cause
+from verl_aqn.verl_api.figures import numbers_in
 from verl_aqn.verl_api.parity import clip_range, step_metrics, truncates
 from verl_aqn.verl_api.stock_workers import StockActorWorker, register_replica
 
@@ -98,8 +99,7 @@ class StockTrainer(PPOTrainerSync):
 
     def _compute_metrics(self, batch, metrics, timing_raw, global_steps, epoch):
         super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)
-        numbers = {key: float(value) for key, value in metrics.items() if _is_number(value)}
-        total = self.total_training_steps
+        numbers, total = numbers_in(metrics), self.total_training_steps
         self.folder.append("metrics.jsonl", {"kind": "step", "step": global_steps, "total": total, "metrics": numbers})
 
     def fit(self, agent_loop_manager):
@@ -207,7 +207,7 @@ class StockTrainer(PPOTrainerSync):
         batch.extra_info.update(told)
         self.actor_rollout_wg.compute_log_prob(batch)
         batch.extra_info.pop("no_lora_adapter")
-        data = _fields(batch, ["log_probs", "response_mask"])
+        data = fields_of(batch, ["log_probs", "response_mask"])
         data["log_probs"] = response_from_nested(data["log_probs"], data["response_mask"])
         return data.to_padded_tensor()["log_probs"]
 
@@ -218,7 +218,7 @@ class StockTrainer(PPOTrainerSync):
             self.record("mismatch", step=step, source=None, reason=reason)
             return
         names = ["response_mask", "old_log_probs", "rollout_log_probs", "entropy"]
-        data, keys = _fields(batch, names).to_padded_tensor(), _real_keys(batch)
+        data, keys = fields_of(batch, names).to_padded_tensor(), real_keys(batch)
         clip = clip_range(self.config.actor_rollout_ref.actor)
         found = tripwire.measure(data, keys, {}, "sampled", clip)
         if found is None:
@@ -279,20 +279,3 @@ def use_of_adapter(data: Any, unadapted: Any) -> dict[str, float]:
         "nearer": nearer.mean().item(),
         "error": nearer.std(correction=0).item() / math.sqrt(tokens),
     }
-
-
-def _real_keys(batch: Any) -> list[str]:
-    """Keys of a batch's samples, without its padding."""
-    return [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
-
-
-def _fields(batch: Any, names: list[str]) -> Any:
-    return transfer_queue.kv_batch_get(keys=_real_keys(batch), partition_id=batch.partition_id, select_fields=names)
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        return False
-    return True

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import transfer_queue
 from verl.trainer.ppo.utils import Role
 from verl.utils.debug import marked_timer
 
@@ -18,10 +17,11 @@ from verl_aqn.prepare import check_steps
 from verl_aqn.run_data import data_files
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.verl_api import tripwire
-from verl_aqn.verl_api.comparing import ComparingTrainer, real_keys
+from verl_aqn.verl_api.batches import fields_of, real_keys
+from verl_aqn.verl_api.comparing import ComparingTrainer
 from verl_aqn.verl_api.divergence import saved_where_it_diverges
 from verl_aqn.verl_api.failures import answered
-from verl_aqn.verl_api.figures import cut_share, drop_meaningless
+from verl_aqn.verl_api.figures import cut_share, drop_meaningless, numbers_in
 from verl_aqn.verl_api.groups import AqnReplayBuffer, check_refill, count_groups, remedy
 from verl_aqn.verl_api.parity import can_rescore, clip_range, scored_again, step_metrics
 from verl_aqn.verl_api.rows import rows_of, told_rows
@@ -143,8 +143,8 @@ class AqnTrainer(ComparingTrainer):
         metrics["aqn/synced_bytes"] = self.synced_bytes
         metrics.update(self.group_and_parity_metrics(batch, metrics))
         drop_meaningless(metrics, cpu=self.config.trainer.device == "cpu")
-        numbers = {key: float(value) for key, value in metrics.items() if _is_number(value)}
-        self.write("metrics.jsonl", kind="step", step=global_steps, total=self.total_training_steps, metrics=numbers)
+        numbers, total = numbers_in(metrics), self.total_training_steps
+        self.write("metrics.jsonl", kind="step", step=global_steps, total=total, metrics=numbers)
         if self.save_due:
             self.doing("checkpoint")
             self.save()
@@ -154,7 +154,7 @@ class AqnTrainer(ComparingTrainer):
         """`aqn/groups…` and `aqn/parity/…` of a step; see verl_api/parity.py for what each figure is."""
         keys = real_keys(batch)
         fields = ["responses", "rm_scores", "response_mask", "rollout_log_probs", "old_log_probs", "entropy"]
-        data = transfer_queue.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
+        data = fields_of(batch, fields)
         lengths = data["responses"].offsets().diff()
         data = data.to_padded_tensor()
         rewards = data["rm_scores"].sum(dim=1).tolist()
@@ -185,11 +185,3 @@ class AqnTrainer(ComparingTrainer):
             rows = rows_of(dataset, [str(file) for file in data_files(self.config, f"{part}_files")])
             self.write("events.jsonl", kind="rows", set=part, **asdict(rows))
             (self.warn if rows.failed else self.event)(f"{name}: {rows.text}")
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        return False
-    return True
