@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from pathlib import Path
 
 os.environ["VERL_PLATFORM"] = "cpu"
 
@@ -25,6 +26,7 @@ def main(buckets: int, fails: str = "") -> dict:
     from verl_aqn.verl_api.worker_extension import AqnWorkerExtension
 
     folder = tempfile.mkdtemp(prefix="aqn-")
+    os.environ |= {"TMPDIR": folder, "VERL_AQN_ERRORS": f"{folder}/errors.jsonl"}  # as in a process of a run
     handle = f"ipc://{folder}/sync"
 
     class Worker(AqnWorkerExtension):
@@ -77,8 +79,10 @@ def main(buckets: int, fails: str = "") -> dict:
     except ValueError as error:
         said = str(error)
     thread.join(timeout=60)
+    noted = Path(folder) / "shared-memory"
+    count = len(noted.read_text().splitlines()) if noted.exists() else 0
     shutil.rmtree(folder)
-    return {"said": said, "sent": sent, "seconds": time.monotonic() - began}
+    return {"said": said, "sent": sent, "seconds": time.monotonic() - began, "noted": count}
 
 
 if __name__ == "__main__":

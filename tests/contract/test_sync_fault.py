@@ -14,6 +14,7 @@ def test_a_refused_adapter_is_raised_with_its_text_and_the_sender_goes_on(bucket
     assert "'in_proj' is not supported" in told["said"]
     assert told["sent"] == [buckets]
     assert told["seconds"] < 30  # verl alone would wait for ever
+    assert told["noted"] == 1  # the memory that it was sent through, which a kill would leave behind
 
 
 @pytest.mark.parametrize("moment", ["before", "within"])
