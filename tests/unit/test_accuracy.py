@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.composed import recipe_with
+from verl_aqn.data.parquet import row, write_parquet
 from verl_aqn.errors import ConfigError
 from verl_aqn.rewards.custom import settle_reward
 from verl_aqn.run_data import prepare_data
@@ -123,6 +124,21 @@ def test_a_reward_that_does_not_is_refused_before_anything_starts(tmp_path, body
         ask(tmp_path, body)
     assert "let it return" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_reward_is_asked_about_the_first_row_of_every_file(tmp_path):
+    """Files of several sources are judged by one function, which may not know one of them."""
+    body = "assert data_source != 'new', 'what is new?'; return float(ground_truth in solution_str)"
+    files = [
+        write_parquet(
+            [row(source, [{"role": "user", "content": "1 + 1?"}], "2", split="train", index=0, question="", answer="")]
+            * 300,
+            tmp_path / f"{source}.parquet",
+        )
+        for source in ("known", "new")
+    ]
+    with pytest.raises(ConfigError, match=r"what is new\?.*row 0 of .*new\.parquet"):
+        ask(tmp_path, body, more=[f"data.train_files=[{files[0]},{files[1]}]"])
 
 
 KEY = "reward.custom_reward_function"
