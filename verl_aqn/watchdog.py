@@ -58,8 +58,10 @@ class Watchdog:
         self.looked = now - LOOK_S
         self.seconds: dict[int, float] = {}  # of a core, that each process had used at `weighed`
         self.told = 0  # hours of the present phase
-        # Times of records and of errors, in seconds since the epoch: when each was last seen alive; when phases began.
+        # As the times of records and errors, in seconds since the epoch: when each process was last seen alive, and first
+        # missed; when phases began.
         self.seen: dict[int, float] = {}
+        self.missed: dict[int, float] = {}
         self.passed: list[tuple[float, str]] = []
 
     def record(self, name: str, record: dict[str, Any]) -> None:
@@ -157,6 +159,7 @@ class Watchdog:
         for pid in self.vital:
             if pid not in living:
                 self.dead.setdefault(pid, now)
+                self.missed.setdefault(pid, time.time())
         if waiting:
             self.worked = now
         if (span := now - self.weighed) >= WEIGH_S:

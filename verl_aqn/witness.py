@@ -58,8 +58,8 @@ class Witness:
         ]
         forked = (self.temporary / ENDS).exists()
         # Of those that a zygote forked, it says how and when they ended; of others, when they were last seen.
-        for pid, noticed in self.watchdog.dead.items():
-            late = noticed > end
+        for pid, missed in self.watchdog.missed.items():
+            late = missed > end
             if not (late if vital[pid] in RAY else forked):
                 silent = death(seen[pid], vital[pid], pid, None, crash(self.watchdog.stacks, pid))
                 found.append(replace(silent, late=late))

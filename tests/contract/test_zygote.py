@@ -71,6 +71,14 @@ def test_a_forked_process_has_the_arguments_environment_folder_and_files_of_its_
     os.close(writer)
 
 
+def test_a_forked_process_has_a_group_of_its_own(warm, run):
+    """Where a worker of Ray's has died, the raylet ends the worker's process group: not the server, nor the others."""
+    done = run("import os; print(os.getpid(), os.getpgid(0), flush=True); os.killpg(0, 9)")
+    pid, group = done.stdout.split()
+    assert (pid, done.returncode) == (group, -signal.SIGKILL), done.stderr
+    assert run("print(1)").stdout.strip() == "1"
+
+
 def test_what_gains_nothing_is_an_ordinary_python(warm):
     python, _, env = warm
     code = "import os, sys; print(os.getppid(), 'torch' in sys.modules)"

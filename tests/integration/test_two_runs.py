@@ -1,24 +1,24 @@
-"""Two runs at once on one machine, in one folder: each has its own cluster, sockets and records."""
+"""Two runs at once on one machine: each has its own cluster, sockets and records."""
 
 from omegaconf import OmegaConf
 
-from tests.integration.conftest import leftovers, lines
+from tests.integration.conftest import leftovers, lines, newest
 
 SHORT = ["trainer.val_before_train=false", "trainer.save_freq=-1", "trainer.total_training_steps=2"]
 
 
 def test_two_runs_at_once_end_well_and_do_not_mix(train, tmp_path):
     before = leftovers()
-    started = [train(tmp_path, *SHORT, "aqn.noise.num_stages=2", f"aqn.seed={seed}") for seed in (1, 2)]
+    bases = {seed: tmp_path / f"seed{seed}" for seed in (1, 2)}
+    started = [train(base, *SHORT, "aqn.noise.num_stages=2", f"aqn.seed={seed}") for seed, base in bases.items()]
     for process in started:
         _, err = process.communicate(timeout=900)
         assert process.returncode == 0, err
     assert leftovers() == before
-    runs = sorted((tmp_path / "runs").iterdir())
-    assert len(runs) == 2
-    assert sorted(OmegaConf.load(run / "config.yaml").aqn.seed for run in runs) == [1, 2]
     noise = []
-    for run in runs:
+    for seed, base in bases.items():
+        run = newest(base)
+        assert OmegaConf.load(run / "config.yaml").aqn.seed == seed
         assert [record["step"] for record in lines(run / "metrics.jsonl", "step")] == [1, 2]
         (noisy,) = [record for record in lines(run / "evidence.jsonl", "noise") if record["sigma_asked"]]
         noise.append(noisy["weights_digest"])

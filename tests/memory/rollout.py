@@ -34,12 +34,12 @@ def main(path: Path, folder: str) -> None:
     config = OmegaConf.load(path)
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
     found = {"imports": peak_bytes()}
+    options = engine_options(config, merged=False)
     engine = LLM(
-        model.path, load_format="auto", enable_lora=True, max_loras=1, max_lora_rank=model.lora_rank,
-        **engine_options(config, merged=False),
+        model.path, load_format="auto", enable_lora=True, max_loras=1, max_lora_rank=model.lora_rank, **options
     )  # fmt: skip
     found["loaded"] = peak_bytes()
-    length, response = int(rollout.max_model_len), int(config.data.max_response_length)
+    length, response = options["max_model_len"], int(config.data.max_response_length)
     prompts = [
         {"prompt_token_ids": [3 + (7 * i + j) % 1000 for j in range(length - response)]}
         for i in range(2 * int(rollout.max_num_seqs))

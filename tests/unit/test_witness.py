@@ -1,6 +1,8 @@
 """What is known of a run's end: when a noted error must end it, and which deaths are believed."""
 
 import json
+import shutil
+import subprocess
 import time
 
 import pytest
@@ -53,7 +55,7 @@ def test_the_zygote_knows_how_a_process_died_and_when(seen, dog, tmp_path):
             {"pid": 43, "status": -9, "time": 130.0}]  # fmt: skip
     (tmp_path / ENDS).write_text("".join(json.dumps(one) + "\n" for one in ends) + '{"pid": 44, "sta')
     dog.vital = {41: "VLLM::Worker", 42: "ray::WorkerDict", 45: "ray::RewardLoopWorker"}  # 43: nobody needs it
-    dog.dead, dog.seen = {45: 160.0}, {45: 155.0}  # 45: it is still being collected
+    dog.missed, dog.seen = {45: 160.0}, {45: 155.0}  # 45: it is still being collected
     cause = seen.cause(last())
     assert (
         seen.told(cause)
@@ -62,7 +64,7 @@ def test_the_zygote_knows_how_a_process_died_and_when(seen, dog, tmp_path):
 
 
 def test_without_a_zygote_a_death_is_silent(seen, dog):
-    dog.vital, dog.dead, dog.seen = {45: "ray::RewardLoopWorker"}, {45: 260.0}, {45: 255.0}
+    dog.vital, dog.missed, dog.seen = {45: "ray::RewardLoopWorker"}, {45: 260.0}, {45: 255.0}
     assert seen.told(seen.cause(last())) == (
         "reward worker (ray::RewardLoopWorker, process 45) died without a word: killed, out of memory, or a crash in "
         "native code during update of step 3"
@@ -71,7 +73,7 @@ def test_without_a_zygote_a_death_is_silent(seen, dog):
 
 def test_ray_s_servers_are_nobodys_children_of_a_zygote(seen, dog, tmp_path):
     (tmp_path / ENDS).touch()
-    dog.vital, dog.dead, dog.seen = {46: "raylet"}, {46: 260.0}, {46: 255.0}
+    dog.vital, dog.missed, dog.seen = {46: "raylet"}, {46: 260.0}, {46: 255.0}
     assert seen.told(seen.cause(last())).startswith("Ray's node (raylet, process 46) died")
 
 
@@ -87,11 +89,22 @@ def test_a_hang_is_told_as_such(seen):
     assert seen.told(seen.cause(last(text))) == text
 
 
+def test_when_a_process_was_missed_is_told_by_the_clock_of_errors(seen, dog):
+    """The watchdog's own clock begins anywhere, and would make nothing late."""
+    with subprocess.Popen(["gcs_server", "60"], executable=shutil.which("sleep")) as process:
+        dog.look()
+        process.kill()
+    began_to_end = time.time()
+    dog.look()
+    assert seen.deaths(began_to_end) == [], "Ray's servers are the first that a run itself ends"
+    assert [death.pid for death in seen.deaths(time.time())] == [process.pid]
+
+
 def test_ray_s_servers_that_are_missed_as_the_run_ends_are_not_blamed(seen, dog, tmp_path):
     """The driver ends them at once, before anybody looks."""
     (tmp_path / ENDS).write_text(json.dumps({"pid": 41, "status": -9, "time": 150.0}) + "\n")
     dog.vital = {41: "ray::WorkerDict", 46: "raylet"}
-    dog.dead, dog.seen = {46: time.time() + 0.5}, {46: 145.0}
+    dog.missed, dog.seen = {46: time.time() + 0.5}, {46: 145.0}
     full = "The actor died unexpectedly …\n\tclass_name: WorkerDict\n\tpid: 41\n"
     said = Fault(time.time(), "verl_aqn.verl_api.run", 1, "ActorDiedError", "The actor died unexpectedly …", full=full)
     assert seen.told(seen.cause(said)).startswith("actor (ray::WorkerDict, process 41) was killed by SIGKILL")

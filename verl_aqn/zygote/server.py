@@ -177,6 +177,8 @@ class Zygote:
             preload_in(request.environment)
         process = os.fork()
         if process == 0:
+            # Where a worker of Ray's has died, the raylet ends its process group. That must not be everybody's.
+            os.setpgid(0, 0)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for one in (self.listener, self.woken, self.wake, client, *self.clients):
