@@ -58,8 +58,8 @@ class Watchdog:
         self.looked = now - LOOK_S
         self.seconds: dict[int, float] = {}  # of a core, that each process had used at `weighed`
         self.told = 0  # hours of the present phase
-        # As the times of records and errors, in seconds since the epoch: when each process was last seen alive, and first
-        # missed; when phases began.
+        # In seconds since the epoch, as the times of records and errors: when each process was last seen alive, when it
+        # was first missed, and when phases began.
         self.seen: dict[int, float] = {}
         self.missed: dict[int, float] = {}
         self.passed: list[tuple[float, str]] = []
