@@ -4,12 +4,12 @@ from typing import Any
 
 from torch import nn
 
-from verl_aqn.mxfp4.checkpoint import combined_digest
-from verl_aqn.mxfp4.disk_base import DiskBase, Part
-from verl_aqn.mxfp4.held_base import held_base
-from verl_aqn.mxfp4.model import load_dense, load_model
-from verl_aqn.shards import NOTHING, Slices
-from verl_aqn.verl_api.base import BaseRecords
+from verl_aqn.checkpoints.disk_base import DiskBase, Part
+from verl_aqn.checkpoints.held_base import held_base
+from verl_aqn.checkpoints.loading import load_dense, load_model
+from verl_aqn.checkpoints.packing import combined_digest
+from verl_aqn.checkpoints.slices import NOTHING, Slices
+from verl_aqn.integrations.verl.base_evidence import BaseRecords
 
 KERNEL = {"layers": 8, "experts": 0, "kernel": "Kernel", "weights_equal_base": None, "weights_digest": "a" * 64}
 

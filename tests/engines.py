@@ -4,7 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from verl_aqn.verl_api.packed_base import PackedBase
+from verl_aqn.integrations.verl.packed_base import PackedBase
 
 
 def bare_engine(cls: type[PackedBase], model: Path, told: dict[str, Any], seed: int = 0) -> PackedBase:

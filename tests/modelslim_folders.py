@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from tests.tiny_configs import SMALL_ASCEND
-from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
+from verl_aqn.checkpoints.packing import quantize_checkpoint
 
 CONFIGS = {
     "llama": LlamaConfig(**SMALL_ASCEND, attention_bias=True, tie_word_embeddings=True),

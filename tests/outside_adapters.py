@@ -53,7 +53,7 @@ def built(base: Path, folder: Path, rank: int) -> Any:
 def bare(base: Path, rank: int) -> Any:
     """verl's engine without a model, as much as it takes to send an adapter."""
     from tests.engines import bare_engine
-    from verl_aqn.verl_api.engine import AqnFSDPEngine
+    from verl_aqn.integrations.verl.engine import AqnFSDPEngine
 
     engine: Any = bare_engine(AqnFSDPEngine, base, {})
     engine.model_config.lora_rank = rank

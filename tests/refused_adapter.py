@@ -21,9 +21,9 @@ import zmq
 
 
 def main(buckets: int, fails: str = "") -> dict:
-    import verl_aqn.verl_api.plugin  # noqa: F401  (registers the CPU)
-    from verl_aqn.verl_api.sync import WatchedSender
-    from verl_aqn.verl_api.worker_extension import AqnWorkerExtension
+    import verl_aqn.integrations.verl.verl_plugin  # noqa: F401  (registers the CPU)
+    from verl_aqn.integrations.verl.sync import WatchedSender
+    from verl_aqn.integrations.verl.worker_extension import AqnWorkerExtension
 
     folder = tempfile.mkdtemp(prefix="aqn-")
     os.environ |= {"TMPDIR": folder, "VERL_AQN_ERRORS": f"{folder}/errors.jsonl"}  # as in a process of a run

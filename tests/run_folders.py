@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from verl_aqn.judge.noise import sigma_interval
+from verl_aqn.noise.checks import sigma_interval
 from verl_aqn.runs.folder import RunFolder, open_run
 
 BASE, CLEAN = "b" * 64, "c" * 64

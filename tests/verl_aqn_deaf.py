@@ -5,8 +5,8 @@ The plugin is for engines whose worker extension has verl_aqn in its name: hence
 
 from typing import Any
 
+from verl_aqn.integrations.verl.worker_extension import AqnWorkerExtension
 from verl_aqn.noise import find_norms
-from verl_aqn.verl_api.worker_extension import AqnWorkerExtension
 
 
 class DeafToNoise(AqnWorkerExtension):

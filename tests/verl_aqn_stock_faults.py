@@ -6,7 +6,7 @@ stock in it: hence the name of this file.
 
 from typing import Any
 
-from verl_aqn.verl_api.worker_extension import StockWorkerExtension
+from verl_aqn.integrations.verl.worker_extension import StockWorkerExtension
 
 
 class SwallowsAll(StockWorkerExtension):

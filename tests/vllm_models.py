@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from verl_aqn.mxfp4.disk_base import DiskBase
-from verl_aqn.vllm_api import readback
-from verl_aqn.vllm_api.tensors import describe_tensors
+from verl_aqn.checkpoints.disk_base import DiskBase
+from verl_aqn.integrations.vllm import readback
+from verl_aqn.integrations.vllm.tensor_digests import describe_tensors
 
 
 def start(meeting: Path) -> None:
@@ -42,7 +42,7 @@ def load(folder: Path, config: Any) -> torch.nn.Module:
     """The model that a worker of a run has after loading: weights for its kernels, norms in float32."""
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-    config.parallel_config.worker_extension_cls = "verl_aqn.verl_api.worker_extension.AqnWorkerExtension"
+    config.parallel_config.worker_extension_cls = "verl_aqn.integrations.verl.worker_extension.AqnWorkerExtension"
     loader = DefaultModelLoader(config.load_config)
     return loader.load_model(config, config.model_config).eval()
 
@@ -63,7 +63,7 @@ def change(model: torch.nn.Module, name: str) -> None:
 @contextmanager
 def loaded_wrong(names: list[str]) -> Iterator[None]:
     """Models whose loader has got one value of each of the checkpoint's tensors `names` wrong."""
-    from verl_aqn.vllm_api import observe
+    from verl_aqn.integrations.vllm import observe
 
     remember = observe.remember_base
 
@@ -82,7 +82,7 @@ def loaded_wrong(names: list[str]) -> Iterator[None]:
 def main(folders: list[Path]) -> None:
     from vllm.config import set_current_vllm_config
 
-    from verl_aqn.vllm_api import plugin
+    from verl_aqn.integrations.vllm import vllm_plugin as plugin
 
     plugin.register()
     with TemporaryDirectory() as meeting:

@@ -4,6 +4,6 @@ verl imports this module in each of its processes, after it has made the trainer
 docs/stock_verl.md.
 """
 
-from verl_aqn.verl_api.stock import install
+from verl_aqn.integrations.verl.stock_hook import install
 
 install()

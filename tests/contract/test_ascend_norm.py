@@ -40,7 +40,7 @@ def norms(monkeypatch):
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("name", ["rms", "gemma"])
 def test_the_values_are_those_of_vllm_s_forward(norms, name, residual):
-    from verl_aqn.vllm_api.ascend_norm import compute_in_float32
+    from verl_aqn.integrations.vllm.ascend_norm import compute_in_float32
 
     torch.manual_seed(0)
     inputs = [torch.randn(16, 256, dtype=torch.bfloat16) for _ in range(1 + residual)]
@@ -59,7 +59,7 @@ def test_the_values_are_those_of_vllm_s_forward(norms, name, residual):
 
 
 def test_a_bias_is_not_left_out_without_a_word(norms):
-    from verl_aqn.vllm_api.ascend_norm import compute_in_float32
+    from verl_aqn.integrations.vllm.ascend_norm import compute_in_float32
 
     norms["rms"].bias = nn.Parameter(torch.zeros(256))
     with pytest.raises(ModelError, match="rms has a bias"):

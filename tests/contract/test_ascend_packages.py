@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 from tests.ascend_packages import calls, node, pins, read
 from tests.contract.test_npu_operators import ANTI, DYNAMIC
-from verl_aqn.config import load_recipe, parse_aqn
-from verl_aqn.vllm_api.readback import METHOD_ACTIVATIONS
+from verl_aqn.config.loading import load_recipe, parse_aqn
+from verl_aqn.integrations.vllm.readback import METHOD_ACTIVATIONS
 
 SCHEMAS = "torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml"
 MXFP4 = "vllm_ascend/quantization/methods/w4a4_mxfp4.py"
@@ -104,7 +104,7 @@ def test_norms_keep_their_weight_and_hand_it_to_operators_as_it_is():
 
 
 def test_those_operators_want_weights_in_the_activations_dtype():
-    """Why the rollout's float32 norms need a forward of ours (verl_aqn/vllm_api/ascend_norm.py)."""
+    """Why the rollout's float32 norms need a forward of ours (verl_aqn/integrations/vllm/ascend_norm.py)."""
     folder = "vllm_ascend/_cann_ops_custom/vendors/custom_transformer/op_impl/ai_core/tbe/config/ascend910b"
     table = json.loads(read(f"{folder}/aic-ascend910b-ops-info.json"))["AddRmsNormBias"]
     x, residual, gamma = (table[f"input{number}"]["dtype"].split(",") for number in range(3))

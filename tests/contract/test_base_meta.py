@@ -11,8 +11,8 @@ import torch.multiprocessing as mp
 
 from tests.base_answers import loaded
 from tests.family_models import make
-from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
-from verl_aqn.mxfp4.held_base import held_base
+from verl_aqn.checkpoints.held_base import held_base
+from verl_aqn.checkpoints.packing import quantize_checkpoint
 
 pytest.importorskip("verl")
 FOLDERS = ("packed", "source", "moe", "tied")
@@ -24,9 +24,9 @@ def check(rank: int, folder: Path) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy
     from verl.utils.fsdp_utils import apply_fsdp2, fsdp2_load_full_state_dict
 
-    from verl_aqn.layout.decide import attention_of, use_attention
+    from verl_aqn.integrations.verl.packed_base import PackedBase, norm_tensors
+    from verl_aqn.models.layouts import attention_of, use_attention
     from verl_aqn.noise import NoiseInjector
-    from verl_aqn.verl_api.packed_base import PackedBase, norm_tensors
 
     engine = object.__new__(PackedBase)
     engine.model_config = SimpleNamespace(local_path=str(folder), override_config={})

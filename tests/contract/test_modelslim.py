@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.modelslim_folders import modelslim_folders  # noqa: F401
 from tests.tiny_configs import SMALL
+from verl_aqn.checkpoints.packing import quantize_checkpoint
 from verl_aqn.errors import ModelError
-from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
 
 
 def test_description_names_every_tensor(folders) -> None:

@@ -9,15 +9,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from verl_aqn import faults
-from verl_aqn.cause import Fault, find_cause
+from verl_aqn.launch.cause import Fault, find_cause
+from verl_aqn.runs import faults
 
 PROGRAM = """
 import os, ray, sys
-from verl_aqn.faults import describe
+from verl_aqn.runs.faults import describe
 
 def hook():
-    from verl_aqn.verl_api.cause import note_task_errors
+    from verl_aqn.integrations.verl.root_cause import note_task_errors
     note_task_errors(); note_task_errors()
 
 ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=sys.argv[1])

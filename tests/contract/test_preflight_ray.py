@@ -9,8 +9,8 @@ from typing import get_args
 
 import pytest
 
-from verl_aqn.serving import ADAPTER_RANKS, served_rank
-from verl_aqn.supervise import local_ray
+from verl_aqn.config.serving import ADAPTER_RANKS, served_rank
+from verl_aqn.launch.supervise import local_ray
 
 HEAD = """
 import ray
@@ -61,9 +61,9 @@ def test_every_node_of_a_cluster_answers_as_this_machine_does(tmp_path, ray_env)
 
 
 @pytest.mark.parametrize(
-    ("module", "there"), [("verl_aqn.rewards.gsm8k", True), ("verl_aqn.nothing", False), ("nowhere.at.all", False)]
+    ("module", "there"), [("verl_aqn.tasks.gsm8k", True), ("verl_aqn.nothing", False), ("nowhere.at.all", False)]
 )
 def test_a_node_tells_whether_it_has_a_reward_s_module(module, there):
-    from verl_aqn.verl_api.nodes import _importable
+    from verl_aqn.integrations.verl.cluster_nodes import _importable
 
     assert _importable(module) is there

@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from verl_aqn.cluster.worker import TEMPORARY
+from verl_aqn.integrations.ray.worker_setup import TEMPORARY
 
 RANK = """
 import os, sys
 import psutil, torch
 import torch.distributed as dist
-from verl_aqn.verl_api import plugin
-from verl_aqn.verl_api.process_group import TIMEOUT, open_process_group
+from verl_aqn.integrations.verl import verl_plugin as plugin
+from verl_aqn.integrations.verl.process_group import TIMEOUT, open_process_group
 
 open_process_group()
 group = dist.group.WORLD

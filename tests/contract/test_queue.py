@@ -12,8 +12,8 @@ import zmq
 from transfer_queue.utils import zmq_utils
 from zmq.utils import z85
 
-from verl_aqn.verl_api import queue
-from verl_aqn.verl_api.queue import USERS, create_guarded_socket
+from verl_aqn.integrations.verl import queue
+from verl_aqn.integrations.verl.queue import USERS, create_guarded_socket
 
 FOLDER = Path(transfer_queue.__file__).parent
 
@@ -48,7 +48,7 @@ def test_the_function_is_replaced_for_this_process_and_for_actors(monkeypatch):
         monkeypatch.setattr(module, "create_zmq_socket", module.create_zmq_socket)
     queue.guard()
     cls = TransferQueueController.__ray_metadata__.modified_class
-    assert b"verl_aqn.verl_api.queue" in cloudpickle.dumps(cls)
+    assert b"verl_aqn.integrations.verl.queue" in cloudpickle.dumps(cls)
 
 
 def exchange(context: zmq.Context, server: zmq.Socket, client: zmq.Socket, seconds: float = 0.5) -> bool:

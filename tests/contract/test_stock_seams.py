@@ -78,7 +78,7 @@ def test_requests_get_the_adapter_where_the_engine_lists_it():
 def test_a_trainer_of_verl_becomes_a_checked_one():
     after = """
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
-from verl_aqn.verl_api.stock import become_checked
+from verl_aqn.integrations.verl.stock_hook import become_checked
 trainer = PPOTrainerSync.__new__(PPOTrainerSync)
 trainer.config = composed("+verl_aqn.on_fault=warn")
 become_checked(trainer)
@@ -86,14 +86,14 @@ rollout = trainer.config.actor_rollout_ref.rollout
 print(type(trainer).__name__, trainer.settings.on_fault, rollout.load_format, rollout.calculate_log_probs,
       rollout.engine_kwargs.vllm.worker_extension_cls)
 """
-    wanted = "StockTrainer warn safetensors True verl_aqn.verl_api.worker_extension.StockWorkerExtension"
+    wanted = "StockTrainer warn safetensors True verl_aqn.integrations.verl.worker_extension.StockWorkerExtension"
     assert said("import verl.trainer.ppo.v1", after) == (0, wanted)
 
 
 def test_another_trainer_is_refused():
     after = """
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
-from verl_aqn.verl_api.stock import become_checked
+from verl_aqn.integrations.verl.stock_hook import become_checked
 class Mine(PPOTrainerSync):
     pass
 trainer = Mine.__new__(Mine)
@@ -127,8 +127,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("override", REFUSED)
 def test_what_cannot_be_checked_is_refused_by_its_key(override):
+    from verl_aqn.config.stock_settings import check_supported
     from verl_aqn.errors import ConfigError
-    from verl_aqn.stock_settings import check_supported
 
     check_supported(composed())
     with pytest.raises(ConfigError) as refused:
@@ -138,7 +138,7 @@ def test_what_cannot_be_checked_is_refused_by_its_key(override):
 
 
 def test_the_steps_that_are_looked_at_without_the_adapter():
-    from verl_aqn.verl_api.stock_trainer import StockTrainer
+    from verl_aqn.integrations.verl.stock_trainer import StockTrainer
 
     def steps(*overrides: str) -> list[int]:
         trainer = StockTrainer.__new__(StockTrainer)
@@ -152,8 +152,8 @@ def test_the_steps_that_are_looked_at_without_the_adapter():
 
 
 def test_what_the_adapter_does_is_told_from_what_kernels_do():
-    from verl_aqn.judge.stock import StockJudge, is_visible
-    from verl_aqn.verl_api.stock_trainer import use_of_adapter
+    from verl_aqn.integrations.verl.stock_trainer import use_of_adapter
+    from verl_aqn.runs.judge.stock_records import StockJudge, is_visible
 
     torch.manual_seed(0)
     shape = (8, 16)
@@ -178,14 +178,14 @@ from tempfile import TemporaryDirectory
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from tests.vllm_models import config_of, start
-from verl_aqn.data.smollm2 import tiny_model
-from verl_aqn.stock_settings import EXTENSION
-from verl_aqn.vllm_api import plugin
+from verl_aqn.tasks.smollm2 import tiny_model
+from verl_aqn.config.stock_settings import EXTENSION
+from verl_aqn.integrations.vllm import vllm_plugin as plugin
 
 plugin.register()
 with TemporaryDirectory() as folder:
     model_folder = tiny_model(Path(folder) / "tiny")
-    for extension in (EXTENSION, "verl_aqn.verl_api.worker_extension.AqnWorkerExtension"):
+    for extension in (EXTENSION, "verl_aqn.integrations.verl.worker_extension.AqnWorkerExtension"):
         config = config_of(model_folder)
         config.parallel_config.worker_extension_cls = extension
         with set_current_vllm_config(config):

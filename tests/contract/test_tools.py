@@ -11,13 +11,13 @@ from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
 from verl_aqn.cache import cache_dir
-from verl_aqn.config import load_recipe
-from verl_aqn.data.smollm2 import embedded_model
-from verl_aqn.data.word_problems import problems, prompt
+from verl_aqn.config.loading import load_recipe
 from verl_aqn.errors import ConfigError
-from verl_aqn.preflight.tools import SINGLE, loops_of, prepare_tools
-from verl_aqn.verl_api.calculator import calculator, text_of, value_of
-from verl_aqn.verl_api.tools import answer
+from verl_aqn.integrations.verl.ask_tools import answer
+from verl_aqn.integrations.verl.calculator import calculator, text_of, value_of
+from verl_aqn.preflight.agent_tools import SINGLE, loops_of, prepare_tools
+from verl_aqn.tasks.smollm2 import embedded_model
+from verl_aqn.tasks.word_problems import problems, prompt
 
 CALL = '<tool_call>{"name": "calculator", "arguments": {"expression": "%s"}}</tool_call>'
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -154,7 +154,7 @@ def test_tools_that_would_fail_or_never_be_called_are_refused(items, overrides, 
 
 
 def test_a_recipe_without_tools_asks_nothing(items, monkeypatch):
-    monkeypatch.setattr("verl_aqn.preflight.tools.ask_module", None)
+    monkeypatch.setattr("verl_aqn.preflight.agent_tools.ask_module", None)
     prepare_tools(load_recipe("e12", ["profile=cpu"]), items)
 
 

@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 
 from tests.composed import recipe_with
 from verl_aqn.cache import cache_dir
-from verl_aqn.config import REWARD_MANAGERS, recipe_names
-from verl_aqn.preflight import verl as asked
-from verl_aqn.verl_api.ask import faults
+from verl_aqn.config.loading import REWARD_MANAGERS, recipe_names
+from verl_aqn.integrations.verl.ask_verl import faults
+from verl_aqn.preflight import verl_says as asked
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 GROUPS = ["algorithm.filter_groups.enable=true"]

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from torch import nn
 
 from verl_aqn.errors import TrainingError
+from verl_aqn.integrations.verl import divergence
+from verl_aqn.integrations.verl.engine import AqnFSDPEngine
 from verl_aqn.runs.folder import open_run
-from verl_aqn.verl_api import divergence
-from verl_aqn.verl_api.engine import AqnFSDPEngine
 
 
 def engine(gradient: float) -> AqnFSDPEngine:

@@ -15,13 +15,14 @@ from omegaconf import OmegaConf
 from verl.utils import hf_tokenizer
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
-from verl_aqn.config import load_recipe
-from verl_aqn.data.smollm2 import tiny_model
+from verl_aqn.config.loading import load_recipe
 from verl_aqn.errors import ConfigError, DataError, ModelError
-from verl_aqn.preflight import checks, rows
-from verl_aqn.probe.inputs import read_prompts
-from verl_aqn.run_data import check_data, items_of, prepare_data
-from verl_aqn.verl_api.first_rows import answer
+from verl_aqn.integrations.verl.first_rows import answer
+from verl_aqn.preflight import checks
+from verl_aqn.preflight import data_rows as rows
+from verl_aqn.preflight.probe.probe_inputs import read_prompts
+from verl_aqn.preflight.run_data import check_data, items_of, prepare_data
+from verl_aqn.tasks.smollm2 import tiny_model
 
 LIMIT = 64
 REWARD = "def compute_score(**told):\n    return {'score': 0.5, 'acc': 0}\n"

@@ -32,7 +32,7 @@ def test_answers_are_asked_for_through_ray(file):
 @pytest.fixture
 def serve(monkeypatch):
     """`serve(…)`: the server after its start, with verl's own start of the engine left out, and where it listened."""
-    from verl_aqn.verl_api import rollout
+    from verl_aqn.integrations.verl import rollout
 
     real, listened = rollout.vLLMHttpServer.run_server, []
     assert "run_uvicorn" in real.__code__.co_names, "the name that is replaced in verl's module"
@@ -78,7 +78,7 @@ def test_who_asks_is_answered_on_loopback(serve, monkeypatch, who):
 
 
 def test_a_reward_models_replica_has_the_server_that_is_asked(monkeypatch):
-    from verl_aqn.verl_api import rollout
+    from verl_aqn.integrations.verl import rollout
 
     def init(self, reward):
         self.is_reward_model = reward

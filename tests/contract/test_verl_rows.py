@@ -8,14 +8,14 @@ from omegaconf import OmegaConf
 from verl.trainer.ppo.utils import create_rl_dataset
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
-from verl_aqn.config import load_recipe
-from verl_aqn.data.parquet import write_parquet
-from verl_aqn.data.smollm2 import tiny_model
-from verl_aqn.data.word_problems import SOURCE, prompt, row
+from verl_aqn.config.loading import load_recipe
 from verl_aqn.errors import ProcessFault, RewardError
+from verl_aqn.integrations.verl.failures import FILE, NotingFailures, answered, failure_text, refuse_failures
+from verl_aqn.integrations.verl.left_out_rows import Rows, ToldDataset, rows_of, told_rows
 from verl_aqn.runs.folder import RunFolder
-from verl_aqn.verl_api.failures import FILE, NotingFailures, answered, failure_text, refuse_failures
-from verl_aqn.verl_api.rows import Rows, ToldDataset, rows_of, told_rows
+from verl_aqn.tasks.parquet import write_parquet
+from verl_aqn.tasks.smollm2 import tiny_model
+from verl_aqn.tasks.word_problems import SOURCE, prompt, row
 
 N = 40
 LONG, BROKEN = (7, 11, 23), (5, 31)
@@ -120,7 +120,7 @@ def test_a_data_set_of_the_user_s_own_is_left_alone(tokenizer, tmp_path):
 
 
 def test_the_trainer_tells_of_both_sets_and_warns_of_rows_that_cannot_be_rendered(tokenizer, tmp_path):
-    from verl_aqn.verl_api.trainer import AqnTrainer
+    from verl_aqn.integrations.verl.trainer import AqnTrainer
 
     trainer = AqnTrainer.__new__(AqnTrainer)
     files = {"train_files": write(tmp_path / "a.parquet", LONG, ()), "val_files": write(tmp_path / "b.parquet")}

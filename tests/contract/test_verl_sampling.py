@@ -11,7 +11,7 @@ from transfer_queue import KVBatchMeta
 
 from verl_aqn.errors import ProcessFault, RewardError
 from verl_aqn.runs.folder import RunFolder
-from verl_aqn.seeds import StepPrompts, order_of_key, seed_of
+from verl_aqn.runs.request_seeds import StepPrompts, order_of_key, seed_of
 
 BATCH, ROWS, STEPS = 4, 23, 6
 
@@ -74,7 +74,7 @@ def trainer(tmp_path, monkeypatch):
     """`trainer(chance, filtering)`: our trainer in front of a `Queue`, with verl's loader, submission and sampler."""
     from verl.trainer.ppo.v1 import replay_buffer, trainer_base
 
-    from verl_aqn.verl_api import groups, keyed
+    from verl_aqn.integrations.verl import groups, keyed
 
     monkeypatch.setattr(trainer_base, "create_rl_dataset", lambda *args, **kwargs: Rows())
 

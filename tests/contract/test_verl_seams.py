@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import verl_aqn
-from verl_aqn.config import STRATEGIES
-from verl_aqn.trackers import LOGGERS
+from verl_aqn.config.loading import STRATEGIES
+from verl_aqn.config.trackers import LOGGERS
 
 # What is imported within functions, or called with parameters by name. Overrides are found in the code (below).
 SYMBOLS = {
@@ -62,7 +62,7 @@ def overrides():
     for file in sorted(Path(verl_aqn.__file__).parent.glob("verl_api/*.py")):
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.ClassDef):
-                cls = getattr(importlib.import_module(f"verl_aqn.verl_api.{file.stem}"), node.name)
+                cls = getattr(importlib.import_module(f"verl_aqn.integrations.verl.{file.stem}"), node.name)
                 methods = re.findall(r"\bsuper\(\)\.(\w+)", ast.unparse(node)) if from_verl(cls) else []
                 yield from ((cls, method) for method in methods)
 
@@ -84,13 +84,13 @@ def test_plugin_is_the_cpu_platform_after_importing_verl():
     import verl  # noqa: F401
     from verl.plugin.platform.platform_manager import PlatformRegistry
 
-    from verl_aqn.verl_api.cpu import PlatformCPU
+    from verl_aqn.integrations.verl.platform_cpu import PlatformCPU
 
     assert PlatformRegistry.get("cpu") is PlatformCPU
 
 
 def test_cpu_platform_answers_every_abstract_method():
-    from verl_aqn.verl_api.cpu import PlatformCPU
+    from verl_aqn.integrations.verl.platform_cpu import PlatformCPU
 
     assert not getattr(PlatformCPU, "__abstractmethods__", None)
     assert PlatformCPU().is_ipc_supported() is False
@@ -143,7 +143,7 @@ def test_names_of_loggers_and_strategies_are_verl_s():
     from verl.utils.tracking import Tracking
     from verl.workers.engine.base import EngineRegistry
 
-    import verl_aqn.verl_api.engine  # noqa: F401  registers ours
+    import verl_aqn.integrations.verl.engine  # noqa: F401  registers ours
 
     assert set(LOGGERS) == {*Tracking.supported_backend, "tracking"}
     assert set(STRATEGIES) <= set(EngineRegistry._engines["language_model"])

@@ -7,8 +7,8 @@ import torch
 from omegaconf import OmegaConf
 
 from verl_aqn.errors import ConfigError
-from verl_aqn.prepare import check_steps
-from verl_aqn.seeds import StepPrompts
+from verl_aqn.preflight.prepare import check_steps
+from verl_aqn.runs.request_seeds import StepPrompts
 
 
 class Rows(torch.utils.data.Dataset):
@@ -28,7 +28,7 @@ def trainer(steps, rows=20, epochs=2, batch=6, filtering=True):
     """verl's trainer with its own `_init_dataloader`, in front of data sets that are already there."""
     from verl.trainer.ppo.v1 import trainer_base
 
-    from verl_aqn.verl_api.trainer import AqnTrainer
+    from verl_aqn.integrations.verl.trainer import AqnTrainer
 
     made = AqnTrainer.__new__(AqnTrainer)
     made.config = OmegaConf.create(

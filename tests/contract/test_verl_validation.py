@@ -15,7 +15,7 @@ def trainer(tmp_path, monkeypatch):
     """verl's trainer with its own writer, in front of answers that are already there: `trainer.answers`."""
     from verl.trainer.ppo.v1 import trainer_sync
 
-    from verl_aqn.verl_api.trainer import AqnTrainer
+    from verl_aqn.integrations.verl.trainer import AqnTrainer
 
     made = AqnTrainer.__new__(AqnTrainer)
     made.config = OmegaConf.create(
@@ -77,7 +77,7 @@ def test_truths_that_are_no_numbers_and_a_reward_with_one_rule_have_no_other_col
 
 
 def test_shares_by_data_source_where_there_are_several(trainer, capsys):
-    from verl_aqn.console import source_table
+    from verl_aqn.launch.console import source_table
 
     kinds = ["sums", "words", "sums"]
     trainer.val_dataset = [{"data_source": kind} for kind in kinds]

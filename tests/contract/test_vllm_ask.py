@@ -8,10 +8,10 @@ from omegaconf import DictConfig
 from transformers import AutoModelForCausalLM, DeepseekV3Config, GPTNeoXConfig, MistralConfig, PretrainedConfig
 
 from tests.tiny_configs import SMALL, SMALL_MOE
-from verl_aqn.config import load_recipe
+from verl_aqn.config.loading import load_recipe
+from verl_aqn.config.serving import fit_engine
 from verl_aqn.errors import EnvironmentFault
-from verl_aqn.preflight import vllm
-from verl_aqn.serving import fit_engine
+from verl_aqn.preflight import vllm_says as vllm
 
 pytest.importorskip("vllm")
 LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}

@@ -11,11 +11,11 @@ import torch
 
 from tests.base_answers import actor_of, loaded
 from verl_aqn.bench.families import build
+from verl_aqn.checkpoints.loading import dequantize_checkpoint
+from verl_aqn.checkpoints.packing import quantize_checkpoint
 from verl_aqn.errors import EvidenceError
-from verl_aqn.judge.base import check_base, sentence
-from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
-from verl_aqn.mxfp4.model import dequantize_checkpoint
-from verl_aqn.verl_api.base import BaseRecords
+from verl_aqn.integrations.verl.base_evidence import BaseRecords
+from verl_aqn.runs.judge.base_record import check_base, sentence
 
 pytest.importorskip("vllm")
 # What of each is loaded: the packed folder, its equal in bf16, or a base that is not quantised.

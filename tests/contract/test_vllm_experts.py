@@ -12,13 +12,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from tests.tiny_configs import SMALL_MOE
-from verl_aqn.mxfp4.checkpoint import checkpoint_digest, quantize_checkpoint
-from verl_aqn.mxfp4.disk_base import DiskBase
-from verl_aqn.mxfp4.model import dequantize_checkpoint, open_packed, packed_modules
-from verl_aqn.shards import NOTHING, not_covered
-from verl_aqn.vllm_api.observe import keep
-from verl_aqn.vllm_api.readback import describe_base, remember_base
-from verl_aqn.vllm_api.trace import Trace
+from verl_aqn.checkpoints.disk_base import DiskBase
+from verl_aqn.checkpoints.loading import dequantize_checkpoint, open_packed, packed_modules
+from verl_aqn.checkpoints.packing import checkpoint_digest, quantize_checkpoint
+from verl_aqn.checkpoints.slices import NOTHING, not_covered
+from verl_aqn.integrations.vllm.observe import keep
+from verl_aqn.integrations.vllm.readback import describe_base, remember_base
+from verl_aqn.integrations.vllm.trace import Trace
 
 EXPERTS, INNER = 4, 128
 MODELS = {
@@ -46,7 +46,7 @@ def vllm_on_cpu():
     os.environ.setdefault("VERL_PLATFORM", "cpu")
     from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
 
-    from verl_aqn.vllm_api import plugin
+    from verl_aqn.integrations.vllm import vllm_plugin as plugin
 
     plugin.register()
     with set_current_vllm_config(VllmConfig(device_config=DeviceConfig("cpu"))):
@@ -61,7 +61,7 @@ def rank_of(block: str, folder: Path, sizes: tuple[int, int], rank: int, lora: b
     from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 
-    from verl_aqn.mxfp4.storage import read_config
+    from verl_aqn.checkpoints.storage import read_config
 
     tensor, expert = sizes
     parallel: Any = FusedMoEParallelConfig.make_no_parallel()

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from tests.tiny_configs import SMALL_MOE
+from verl_aqn.checkpoints.loading import dequantize_checkpoint
+from verl_aqn.checkpoints.packing import quantize_checkpoint
 from verl_aqn.mxfp4 import dequantize
-from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
-from verl_aqn.mxfp4.model import dequantize_checkpoint
 
 SIZES = SMALL_MOE | {"intermediate_size": 32, "num_hidden_layers": 1}  # as the layer of vLLM below has them
 CONFIGS = {

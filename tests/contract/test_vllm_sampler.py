@@ -11,7 +11,8 @@ os.environ.setdefault("VERL_PLATFORM", "cpu")
 
 @pytest.fixture(scope="module")
 def ours():
-    from verl_aqn.vllm_api import cpu_sampler, plugin
+    from verl_aqn.integrations.vllm import cpu_sampler
+    from verl_aqn.integrations.vllm import vllm_plugin as plugin
 
     plugin.register()
     return cpu_sampler

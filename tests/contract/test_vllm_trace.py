@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from verl_aqn.shards import not_covered
-from verl_aqn.vllm_api.trace import Trace
+from verl_aqn.checkpoints.slices import not_covered
+from verl_aqn.integrations.vllm.trace import Trace
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def held(rank: int, world: int, monkeypatch):
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_what_the_ranks_hold_is_what_was_loaded_and_together_it_is_all(world, monkeypatch):
-    from verl_aqn.shards import cut
+    from verl_aqn.checkpoints.slices import cut
 
     holders = []
     for rank in range(world):

@@ -13,9 +13,9 @@ import psutil
 import pytest
 from verl.trainer.main_ppo import run_ppo
 
-from verl_aqn.config import load_recipe
-from verl_aqn.supervise import starts_warm
-from verl_aqn.zygote.server import ENDS, PYTHON, warm_python
+from verl_aqn.config.loading import load_recipe
+from verl_aqn.launch.forkserver.server import ENDS, PYTHON, warm_python
+from verl_aqn.launch.supervise import starts_warm
 
 TELL = """
 import json, os, random, sys, numpy
@@ -31,7 +31,7 @@ def warm(tmp_path_factory):
     python, server = warm_python(str(folder))
     env = {**os.environ, "VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1", PYTHON: str(python), "GONE": "here"}
     env.pop("PYTHONDONTWRITEBYTECODE", None)  # as in supervise.environment: it would be an argument of spawned ones
-    with subprocess.Popen([sys.executable, "-m", "verl_aqn.zygote.server", str(server)], env=env) as process:
+    with subprocess.Popen([sys.executable, "-m", "verl_aqn.launch.forkserver.server", str(server)], env=env) as process:
         while not server.exists():
             assert process.poll() is None
             time.sleep(0.1)

@@ -14,8 +14,8 @@ import pytest
 
 from verl_aqn.bench import letters
 from verl_aqn.cache import cache_dir
-from verl_aqn.judge.base import check_base, sentence
-from verl_aqn.judge.ranks import wide_base
+from verl_aqn.runs.judge.base_record import check_base, sentence
+from verl_aqn.runs.judge.ranks import wide_base
 
 # Sizes of a run that takes a minute and a half. The reward has variance for a model that knows nothing.
 TINY = [
@@ -42,7 +42,7 @@ TINY = [
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
-    from verl_aqn.data.smollm2 import tiny_model
+    from verl_aqn.tasks.smollm2 import tiny_model
 
     return tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 

@@ -10,7 +10,7 @@ import torch
 
 from tests import constant_reward
 from tests.integration.conftest import leftovers, lines, newest
-from verl_aqn.export.shards import read_adapter
+from verl_aqn.evaluation.export.fsdp_adapter import read_adapter
 
 SHORT = ["trainer.val_before_train=false", "trainer.test_freq=-1", "trainer.save_freq=-1"]
 ONE_STEP = ["trainer.total_training_steps=1", "aqn.noise.num_stages=1", *SHORT]

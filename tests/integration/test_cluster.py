@@ -221,7 +221,9 @@ def test_stacks_come_from_all_nodes_and_ctrl_c_asks_and_then_stops_the_job_on_th
     (temporary,) = (one["path"] for one in lines(newest(tmp_path) / "events.jsonl", "temporary"))
     with_token = f"import os; os.environ.update(RAY_AUTH_MODE='token', RAY_ADDRESS='{HEAD}:6379')"
     code, out = ask(
-        cluster, HEAD, f"{with_token}; from verl_aqn.verl_api.nodes import main; main('stacks', '', {temporary!r})"
+        cluster,
+        HEAD,
+        f"{with_token}; from verl_aqn.integrations.verl.cluster_nodes import main; main('stacks', '', {temporary!r})",
     )
     assert code == 0, out
     told = {text.split()[0]: text for text in out.split("==== node ")[1:]}

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.integration.conftest import descendants, finish, leftovers, lines, lines_of, newest
-from verl_aqn.watchdog import title
+from verl_aqn.launch.watchdog import title
 
 # Kind of process → what it calls itself.
 KINDS = {
@@ -30,7 +30,7 @@ KINDS = {
     "trainer": "ray::AqnTaskRunner",
     "node": "raylet",
     "head": "gcs_server",
-    "driver": "verl_aqn.verl_api.run",
+    "driver": "verl_aqn.launch.driver",
 }
 PHASES = ("generation", "log-probs", "update", "sync", "checkpoint", "validation")
 # Steps enough for all kills of a run: a few seconds pass until one takes effect. From the second on there is a

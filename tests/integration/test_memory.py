@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from verl_aqn.config import load_recipe
-from verl_aqn.data.smollm2 import tiny_model
-from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
-from verl_aqn.preflight import memory
-from verl_aqn.preflight.model import shape_of
+from verl_aqn.checkpoints.packing import quantize_checkpoint
+from verl_aqn.config.loading import load_recipe
+from verl_aqn.preflight import memory_plan as memory
+from verl_aqn.preflight.prepare import tell_workers
 from verl_aqn.preflight.shape import Shape
-from verl_aqn.prepare import tell_workers
+from verl_aqn.preflight.sizing import shape_of
+from verl_aqn.tasks.smollm2 import tiny_model
 
 # Layers of 512 features: 71 and 92 M parameters, of which the embeddings and the head are 50.
 LAYERS = (8, 16)

@@ -5,8 +5,8 @@ import re
 import pytest
 
 from tests.integration.conftest import lines, newest
-from verl_aqn.data.parquet import write_parquet
-from verl_aqn.data.word_problems import SOURCE, problems, prompt, row
+from verl_aqn.tasks.parquet import write_parquet
+from verl_aqn.tasks.word_problems import SOURCE, problems, prompt, row
 
 REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info, **kwargs):

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig, PretrainedConfig, 
 
 from tests.integration.conftest import finish, lines, newest
 from tests.tiny_configs import SMALL_MOE
-from verl_aqn import checksums
-from verl_aqn.mxfp4.checkpoint import checkpoint_digest, is_packed
+from verl_aqn.checkpoints import checksums
+from verl_aqn.checkpoints.packing import checkpoint_digest, is_packed
 
 SHORT = ["trainer.total_training_steps=2", "aqn.noise.num_stages=2", "trainer.save_freq=-1"]  # σ 0, then σ_start
 UNTESTED = ["trainer.val_before_train=false", "trainer.test_freq=-1"]

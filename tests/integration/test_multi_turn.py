@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.integration.conftest import finish, leftovers, lines, verl_aqn
-from verl_aqn.report.page import write_report
+from verl_aqn.runs.report.page import write_report
 
 SMALL = [
     "profile=cpu",

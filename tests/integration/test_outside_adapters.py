@@ -8,9 +8,9 @@ from peft import PeftModel
 
 from tests.integration.conftest import ask_vllm
 from tests.outside_adapters import SERVED, built, sent, write_adapter
-from verl_aqn.adapter_folder import read_folder
-from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
-from verl_aqn.mxfp4.model import load_model
+from verl_aqn.checkpoints.loading import load_model
+from verl_aqn.checkpoints.packing import quantize_checkpoint
+from verl_aqn.preflight.adapter_folder import read_folder
 
 KINDS = ("rslora", "patterns", "some layers")  # in fp32, as PEFT saves them
 TOKENS = torch.arange(300, 348).view(4, 12).tolist()

@@ -30,13 +30,13 @@ from tests.integration.conftest import (
     newest,
     verl_aqn,
 )
-from verl_aqn.export.engine import ask_vllm as ask_engine
-from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model
-from verl_aqn.preflight import memory
-from verl_aqn.preflight.memory import sizes
-from verl_aqn.preflight.model import shape_of
-from verl_aqn.runs.agreement import agreement
+from verl_aqn.checkpoints.loading import dequantize_checkpoint, load_model
+from verl_aqn.evaluation.export.export_engine import ask_vllm as ask_engine
+from verl_aqn.preflight import memory_plan as memory
+from verl_aqn.preflight.memory_plan import sizes
+from verl_aqn.preflight.sizing import shape_of
 from verl_aqn.runs.folder import RunFolder
+from verl_aqn.runs.stats.agreement import agreement
 
 PLANTED = "planted-cc97d"
 # Where verl's actor and rollout would meet in any run that starts a Ray of its own.

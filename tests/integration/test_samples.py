@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from tests.integration.conftest import TINY, verl_aqn
-from verl_aqn.runs.scores import answers_in
+from verl_aqn.runs.stats.scores import answers_in
 
 VAL = "actor_rollout_ref.rollout.val_kwargs"
 

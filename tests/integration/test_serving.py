@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 
 from tests.integration.conftest import finish, lines
-from verl_aqn.mxfp4.checkpoint import checkpoint_digest, is_packed
+from verl_aqn.checkpoints.packing import checkpoint_digest, is_packed
 
 
 def test_a_packed_actor_and_a_bf16_rollout_hold_one_base(train, tmp_path):

@@ -5,8 +5,9 @@ import json
 import torch
 
 from tests.integration.conftest import verl_aqn
-from verl_aqn.bench import growth, shapes, step, update
-from verl_aqn.layout.attention import NAME, laid_out
+from verl_aqn.bench import growth, shapes, step
+from verl_aqn.bench import update_speed as update
+from verl_aqn.models.attention import NAME, laid_out
 
 
 def test_no_ratio_is_worse_than_the_recorded_one():

@@ -9,13 +9,13 @@ import pytest
 
 from tests.integration.conftest import lines
 from verl_aqn.bench import letters
-from verl_aqn.data.word_problems import prepare_word_problems
-from verl_aqn.report.evidence import checks
-from verl_aqn.report.page import write_report
-from verl_aqn.report.records import read_runs
+from verl_aqn.launch.supervise import engine_environment, local_ray
 from verl_aqn.runs.evidence import judge_run
 from verl_aqn.runs.folder import RunFolder
-from verl_aqn.supervise import engine_environment, local_ray
+from verl_aqn.runs.report.evidence_section import checks
+from verl_aqn.runs.report.page import write_report
+from verl_aqn.runs.report.page_data import read_runs
+from verl_aqn.tasks.word_problems import prepare_word_problems
 
 STEPS = 2
 # What stock verl needs on a CPU, and a task of a minute.

@@ -6,12 +6,12 @@ from transformers import AutoModelForCausalLM, FalconH1Config
 
 from tests.base_answers import actor_of, loaded
 from tests.integration.conftest import ask_vllm
-from verl_aqn.adapter import held_name, served_adapter
+from verl_aqn.checkpoints.adapter import held_name, served_adapter
+from verl_aqn.checkpoints.loading import load_model
+from verl_aqn.checkpoints.packing import checkpoint_digest, quantize_checkpoint
 from verl_aqn.digest import tensor_digest
-from verl_aqn.judge.base import check_base
-from verl_aqn.mxfp4.checkpoint import checkpoint_digest, quantize_checkpoint
-from verl_aqn.mxfp4.model import load_model
-from verl_aqn.verl_api.base import BaseRecords
+from verl_aqn.integrations.verl.base_evidence import BaseRecords
+from verl_aqn.runs.judge.base_record import check_base
 
 # Attention and Mamba side by side: `mamba.in_proj` is one tensor over five widths, vLLM calls `mamba` `mamba.mamba`.
 CONFIG = {

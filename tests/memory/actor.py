@@ -20,7 +20,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import HFModelConfig
 from verl.workers.engine.base import EngineRegistry
 
-import verl_aqn.verl_api.engine  # noqa: F401  registers the engine
+import verl_aqn.integrations.verl.engine  # noqa: F401  registers the engine
 from verl_aqn.preflight.peak import peak_bytes
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from verl_aqn.export.engine import engine_options
+from verl_aqn.evaluation.export.export_engine import engine_options
 from verl_aqn.preflight.peak import peak_bytes
 
 
@@ -19,7 +19,7 @@ def adapter(model: str, rank: int, alpha: int) -> str:
     """A fresh PEFT adapter of `model`, every linear layer, in a folder."""
     from peft import LoraConfig, get_peft_model
 
-    from verl_aqn.mxfp4.model import load_model
+    from verl_aqn.checkpoints.loading import load_model
 
     folder = tempfile.mkdtemp(prefix="aqn-adapter-")
     peft = get_peft_model(load_model(model), LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear"))

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from tests.composed import recipe_with
-from verl_aqn.data.parquet import row, write_parquet
 from verl_aqn.errors import ConfigError
-from verl_aqn.rewards.custom import settle_reward
-from verl_aqn.run_data import prepare_data
+from verl_aqn.preflight.reward_function import settle_reward
+from verl_aqn.preflight.run_data import prepare_data
 from verl_aqn.runs.accuracy import acc_in, is_right, judged, recorded, reward_in
 from verl_aqn.runs.folder import RunFolder
-from verl_aqn.runs.verdict import compare_validations
+from verl_aqn.runs.stats.verdict import compare_validations
+from verl_aqn.tasks.parquet import row, write_parquet
 
 RIGHT = [1, True, 1.0, np.float32(1), np.bool_(True), np.int64(1), torch.tensor(1.0), np.array(1)]
 WRONG = [0, False, 0.0, -0.0, np.float64(0), np.bool_(False), torch.tensor(False)]
@@ -158,7 +158,7 @@ def test_a_reward_is_asked_with_its_own_settings(tmp_path, monkeypatch):
     assert ask(tmp_path, "return 1", more=[f"{KEY}.name=later"])
     with pytest.raises(ConfigError, match=r"returned coroutine: let it be `async def`"):
         ask(tmp_path, "return 1", more=[f"{KEY}.name=promises"])
-    monkeypatch.setattr("verl_aqn.rewards.custom.ASYNC_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("verl_aqn.preflight.reward_function.ASYNC_TIMEOUT_S", 0.1)
     assert ask(tmp_path, "return 1", more=[f"{KEY}.name=never"])
     own = ["reward.reward_manager.source=importlib", "reward.reward_manager.module.path=own.py"]
     assert ask(tmp_path, "return -1", more=own), "who calls the function is not verl's manager"

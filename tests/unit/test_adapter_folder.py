@@ -16,15 +16,15 @@ from vllm.lora.peft_helper import PEFTHelper
 
 from tests.outside_adapters import PATTERNS, SERVED, built, sent, write_adapter
 from tests.tiny_configs import SMALL, SMALL_MOE
-from verl_aqn.adapter import Adapter
-from verl_aqn.adapter_folder import check_new_adapter, read_folder, take_adapter
-from verl_aqn.config import load_recipe
+from verl_aqn.checkpoints.adapter import Adapter
+from verl_aqn.checkpoints.loading import dequantize_checkpoint
+from verl_aqn.checkpoints.packing import quantize_checkpoint
+from verl_aqn.config.loading import load_recipe
 from verl_aqn.errors import AqnError, ConfigError, DataError, ModelError
-from verl_aqn.evaluate import find_target, settings
-from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
-from verl_aqn.mxfp4.model import dequantize_checkpoint
+from verl_aqn.evaluation.evaluate import find_target, settings
 from verl_aqn.preflight import checks
-from verl_aqn.prepare import prepare_model, refuse_adapter_settings, warnings_of
+from verl_aqn.preflight.adapter_folder import check_new_adapter, read_folder, take_adapter
+from verl_aqn.preflight.prepare import prepare_model, refuse_adapter_settings, warnings_of
 
 TOKENS = torch.arange(24).view(2, 12)
 

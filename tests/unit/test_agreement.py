@@ -5,8 +5,8 @@ import json
 import pytest
 
 from verl_aqn.runs import samples
-from verl_aqn.runs.agreement import agreement, main, table
 from verl_aqn.runs.folder import RunFolder
+from verl_aqn.runs.stats.agreement import agreement, main, table
 
 
 def run(path, steps, validations=None):

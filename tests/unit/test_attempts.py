@@ -6,13 +6,14 @@ import sys
 
 import pytest
 
-from verl_aqn import cli, train
-from verl_aqn.config import load_recipe
-from verl_aqn.runs.arms import beyond, records_of, settings_of, versions_of
+from verl_aqn.cli.main import main as cli
+from verl_aqn.config.loading import load_recipe
+from verl_aqn.launch import train
+from verl_aqn.launch.supervise import Outcome, launched
+from verl_aqn.launch.train import Prepared, launch
 from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.runs.provenance import provenance
-from verl_aqn.supervise import Outcome, launched
-from verl_aqn.train import Prepared, launch
+from verl_aqn.runs.stats.arms import beyond, records_of, settings_of, versions_of
 
 
 @pytest.fixture

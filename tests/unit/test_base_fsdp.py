@@ -9,9 +9,9 @@ import torch.multiprocessing as mp
 
 from tests.base_answers import loaded
 from tests.family_models import make
-from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
-from verl_aqn.mxfp4.held_adapter import HeldAdapter, held_adapter
-from verl_aqn.mxfp4.held_base import Held, held_base
+from verl_aqn.checkpoints.held_adapter import HeldAdapter, held_adapter
+from verl_aqn.checkpoints.held_base import Held, held_base
+from verl_aqn.checkpoints.packing import quantize_checkpoint
 from verl_aqn.mxfp4.sharding import allow_packed_shards
 
 

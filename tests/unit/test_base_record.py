@@ -9,12 +9,12 @@ from torch import nn
 
 from tests.base_answers import actor_of, loaded, record_of, records, rollout_of
 from tests.family_models import FAMILIES, make
+from verl_aqn.checkpoints.disk_base import DiskBase, Part
+from verl_aqn.checkpoints.packing import quantize_checkpoint
+from verl_aqn.checkpoints.slices import NOTHING
 from verl_aqn.errors import EvidenceError
-from verl_aqn.judge.base import check_base, sentence
-from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
-from verl_aqn.mxfp4.disk_base import DiskBase, Part
-from verl_aqn.shards import NOTHING
-from verl_aqn.verl_api.base import TABLES, table_digest, with_tables
+from verl_aqn.integrations.verl.base_evidence import TABLES, table_digest, with_tables
+from verl_aqn.runs.judge.base_record import check_base, sentence
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from verl_aqn.bench.codec import measure
-from verl_aqn.cli import main
+from verl_aqn.bench.codec_speed import measure
+from verl_aqn.cli.main import main
 from verl_aqn.errors import ConfigError
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from verl_aqn.bench import attention
+from verl_aqn.bench import attention_speed as attention
 
 
 @pytest.mark.parametrize("kv_heads", [2, 4])

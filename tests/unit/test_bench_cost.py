@@ -15,10 +15,10 @@ from verl_aqn.bench.growth import HELD_OUT, SERIES, Point, exponents, roofline, 
 from verl_aqn.bench.scale import COUNTS, GROWTH, fit_reached, of_growth, project, project_recipe, scale_table
 from verl_aqn.bench.shapes import SHAPES, write_config
 from verl_aqn.bench.step import PHASES
-from verl_aqn.config import load_recipe
-from verl_aqn.plots import plot_growth
-from verl_aqn.preflight.memory import sizes
-from verl_aqn.preflight.model import shape_of
+from verl_aqn.cli.plots import plot_growth
+from verl_aqn.config.loading import load_recipe
+from verl_aqn.preflight.memory_plan import sizes
+from verl_aqn.preflight.sizing import shape_of
 
 LOAD = Load(prompts=128, samples=8, prompt=100, response=250, longest=1024)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from verl_aqn.bench.records import Sizes, simulate
-from verl_aqn.cli import app
+from verl_aqn.bench.many_ranks import Sizes, simulate
+from verl_aqn.cli.main import app
 from verl_aqn.runs.folder import RunFolder
 
 pytest.importorskip("verl")  # whose processes put the base's record together

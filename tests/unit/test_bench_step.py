@@ -70,7 +70,7 @@ def test_the_table_has_ours_of_each_other_arm():
 
 
 def test_stock_s_config_has_the_task_and_nothing_of_ours(tmp_path, monkeypatch):
-    from verl_aqn.data.smollm2 import tiny_model
+    from verl_aqn.tasks.smollm2 import tiny_model
 
     monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path / "cache"))
     todo = overrides(str(tiny_model(tmp_path / "tiny")), 2, small=True)

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from verl_aqn.bench import verdicts
 from verl_aqn.bench.verdicts import answers, rates, summary, wrong
-from verl_aqn.cli import app
-from verl_aqn.runs.compare import HELPS, HURTS, SAME, UNKNOWN
+from verl_aqn.cli.main import app
+from verl_aqn.runs.stats.compare import HELPS, HURTS, SAME, UNKNOWN
 
 
 @pytest.mark.parametrize(("difference", "spread"), [(0.0, 0.0), (0.02, 0.03), (0.05, 0.01)])

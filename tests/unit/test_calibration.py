@@ -25,10 +25,10 @@ from transformers import (
 )
 
 from tests.tiny_configs import SMALL
+from verl_aqn.checkpoints.calibrate import Calibration
+from verl_aqn.checkpoints.gptq import gptq_quantizer
+from verl_aqn.checkpoints.layer_calls import check_decoder
 from verl_aqn.errors import ModelError
-from verl_aqn.mxfp4.calibrate import Calibration
-from verl_aqn.mxfp4.gptq import gptq_quantizer
-from verl_aqn.mxfp4.layer_calls import check_decoder
 
 TOKENS = torch.randint(3, 96, (9, 24), generator=torch.Generator().manual_seed(0))  # two batches
 WINDOW = {"sliding_window": 5, "max_position_embeddings": 64}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from verl_aqn.cause import Fault, death, find_cause
+from verl_aqn.launch.cause import Fault, death, find_cause
 
 REWARD, AGENT, SERVER = "ray::RewardLoopWorker", "ray::AqnAgentLoopWorker", "ray::AqnHttpServer"
 ENGINE, WORKER, ACTOR, TRAINER = "VLLM::EngineCore", "VLLM::Worker", "ray::WorkerDict", "ray::AqnTaskRunner"
@@ -16,7 +16,7 @@ def fault(time: float, process: str, type: str, text: str, **more) -> Fault:
 
 def end(time: float, type: str, text: str, full: str = "", **more) -> Fault:
     """What the driver says."""
-    return Fault(time, "verl_aqn.verl_api.run", 1, type, text, full=full or f"{type}: {text}", **more)
+    return Fault(time, "verl_aqn.launch.driver", 1, type, text, full=full or f"{type}: {text}", **more)
 
 
 def remote(process: str, type: str, text: str) -> str:
@@ -141,7 +141,7 @@ def test_what_ray_could_not_pickle_is_found_by_its_traceback():
 def test_an_error_of_nobody_else_stays():
     last = end(6, "TypeError", "unsupported operand")
     assert find_cause(last, []) == last
-    assert last.told() == "driver (verl_aqn.verl_api.run, process 1): TypeError: unsupported operand"
+    assert last.told() == "driver (verl_aqn.launch.driver, process 1): TypeError: unsupported operand"
 
 
 @pytest.mark.parametrize(("status", "text"), [

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.tiny_configs import SMALL
+from verl_aqn.checkpoints.loading import dequantize_checkpoint, load_model
+from verl_aqn.checkpoints.packing import checkpoint_digest, quantize_checkpoint
+from verl_aqn.checkpoints.storage import Spec, Weights
+from verl_aqn.checkpoints.writing import new_folder, write_model
 from verl_aqn.errors import ModelError
-from verl_aqn.mxfp4.checkpoint import checkpoint_digest, quantize_checkpoint
-from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model
-from verl_aqn.mxfp4.storage import Spec, Weights
-from verl_aqn.mxfp4.writing import new_folder, write_model
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_every_dtype_survives(tmp_path: Path) -> None:
 
 WRITER = """
 import sys, time
-from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
+from verl_aqn.checkpoints.packing import quantize_checkpoint
 
 def stop(done, total, module):
     if done == 5:
@@ -128,7 +128,7 @@ import sys
 from pathlib import Path
 import torch
 from safetensors.torch import load_file
-from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
+from verl_aqn.checkpoints.packing import quantize_checkpoint
 
 def peak(reset=False):
     if reset:

@@ -15,17 +15,17 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.tiny_configs import SMALL_ASCEND
-from verl_aqn import checksums
-from verl_aqn.checksums import FILE, check_checksums, known_digest
-from verl_aqn.config import load_recipe
+from verl_aqn.checkpoints import checksums
+from verl_aqn.checkpoints import packing as checkpoint
+from verl_aqn.checkpoints.cached import check_made, dequantized_cache, modelslim_cache, quantized_cache
+from verl_aqn.checkpoints.checksums import FILE, check_checksums, known_digest
+from verl_aqn.checkpoints.packing import quantize_checkpoint
+from verl_aqn.checkpoints.storage import Weights, companions
+from verl_aqn.checkpoints.writing import new_folder
+from verl_aqn.config.loading import load_recipe
 from verl_aqn.errors import ModelError
-from verl_aqn.evaluate import Target, settings
-from verl_aqn.mxfp4 import checkpoint
-from verl_aqn.mxfp4.cached import check_made, dequantized_cache, modelslim_cache, quantized_cache
-from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
-from verl_aqn.mxfp4.storage import Weights, companions
-from verl_aqn.mxfp4.writing import new_folder
-from verl_aqn.prepare import prepare_model
+from verl_aqn.evaluation.evaluate import Target, settings
+from verl_aqn.preflight.prepare import prepare_model
 from verl_aqn.runs.provenance import model_digest
 
 CODES, SCALES = "model.layers.1.mlp.up_proj.weight_packed", "model.layers.0.self_attn.q_proj.weight_scale"

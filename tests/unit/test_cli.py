@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from tests.run_folders import write_run
-from verl_aqn import cli
-from verl_aqn.data.parquet import row, write_parquet
-from verl_aqn.schedule import KINDS
+from verl_aqn.cli.main import main as cli
+from verl_aqn.noise.schedule import KINDS
+from verl_aqn.tasks.parquet import row, write_parquet
 
 
 def run(*arguments: str, **env: str) -> subprocess.CompletedProcess:
@@ -51,7 +51,7 @@ def test_schedule_as_table_and_picture(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_schedule_of_every_kind_as_json_table_and_picture(kind, tmp_path, capsys):
-    from verl_aqn.cli import schedule
+    from verl_aqn.cli.main import schedule
 
     schedule("e12_aggressive_1ep", ["profile=cpu", f"aqn.noise.kind={kind}"], None, True, tmp_path / f"{kind}.svg")
     table = json.loads(capsys.readouterr().out)
@@ -78,7 +78,7 @@ def test_schedule_takes_the_steps_from_the_data_where_the_recipe_does_not_say(tm
 
 
 def test_exit_code_of_a_command_that_failed_without_an_exception(monkeypatch):
-    from verl_aqn import doctor
+    from verl_aqn.preflight import doctor
     from verl_aqn.preflight.findings import Finding
 
     found = doctor.Report([Finding("vllm", "missing", "bash scripts/setup.sh")])
@@ -142,7 +142,9 @@ def test_a_misspelled_option_is_no_override(told, command):
 
 def test_submit_passes_options_on(monkeypatch):
     jobs = []
-    monkeypatch.setattr("verl_aqn.cluster.submit.run_job", lambda address, arguments: jobs.append(arguments) or 0)
+    monkeypatch.setattr(
+        "verl_aqn.launch.cluster.submit.run_job", lambda address, arguments: jobs.append(arguments) or 0
+    )
     monkeypatch.setattr(sys, "argv", ["verl-aqn", "submit", "e12", "data.seed=1", "--restarts", "3", "--dry-run"])
     with pytest.raises(SystemExit):
         cli.main()
@@ -182,7 +184,7 @@ def test_port_in_use():
 
 
 def test_too_little_memory(monkeypatch):
-    from verl_aqn.config import load_recipe
+    from verl_aqn.config.loading import load_recipe
     from verl_aqn.errors import EnvironmentFault
     from verl_aqn.preflight import checks, host
 
@@ -198,7 +200,7 @@ def test_folder_that_cannot_be_written(tmp_path):
 
 
 def test_quantize_prints_sqnr_and_size(tmp_path):
-    from verl_aqn.data.smollm2 import tiny_model
+    from verl_aqn.tasks.smollm2 import tiny_model
 
     source = tiny_model(tmp_path / "tiny")
     report = json.loads(run("quantize", str(source), str(tmp_path / "packed"), "--json").stdout)
@@ -222,7 +224,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("test_mxfp4_*.sh")))
 def test_every_script_names_a_recipe_and_a_folder_of_its_own(script):
-    from verl_aqn.config import recipe_names
+    from verl_aqn.config.loading import recipe_names
 
     text = (ROOT / "scripts" / script).read_text()
     assert re.search(r"^RECIPE=(\S+)$", text, re.M)[1] in recipe_names()
@@ -262,7 +264,7 @@ def test_wrong_arguments_do_not_wait_for_heavy_packages(tmp_path):
         "probe nope": "no recipe 'nope'",
     }
     code = (
-        "import sys, verl_aqn.cli\n"
+        "import sys, verl_aqn.cli.main\n"
         "class Heavy:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name.split('.')[0] in ('torch', 'transformers', 'scipy', 'pyarrow'): raise ImportError(name)\n"
@@ -292,6 +294,6 @@ def test_bench_step_refuses_before_the_first_arm(told, monkeypatch, arguments, w
 
 def test_help_does_not_wait_for_heavy_packages():
     heavy = {"torch", "numpy", "scipy", "hydra", "omegaconf", "transformers", "pyarrow", "ray", "vllm", "verl"}
-    code = "import sys, verl_aqn.cli; print(*{name.split('.')[0] for name in sys.modules})"
+    code = "import sys, verl_aqn.cli.main; print(*{name.split('.')[0] for name in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not heavy & set(loaded)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from verl_aqn import temporary
+from verl_aqn.runs import temporary
 from verl_aqn.runs.folder import open_run
 
 SET_UP = """
 import mmap, os, time
 from pathlib import Path
-from verl_aqn.cluster import worker
+from verl_aqn.integrations.ray import worker_setup as worker
 worker.MEMORY_S = 0.1
 worker.set_up_worker()
 with open(f"/dev/shm/psm_aqn-test-{os.getpid()}", "w+b") as file:

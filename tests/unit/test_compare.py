@@ -9,12 +9,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from verl_aqn.runs.arms import Arm, Run
-from verl_aqn.runs.compare import compare, decide, table
-from verl_aqn.runs.crossed import seeds_needed, spread
-from verl_aqn.runs.paired import of_items
-from verl_aqn.runs.scores import Answers
-from verl_aqn.runs.stats import wilson
+from verl_aqn.runs.stats.arms import Arm, Run
+from verl_aqn.runs.stats.compare import compare, decide, table
+from verl_aqn.runs.stats.crossed import seeds_needed, spread
+from verl_aqn.runs.stats.intervals import wilson
+from verl_aqn.runs.stats.paired import of_items
+from verl_aqn.runs.stats.scores import Answers
 
 SAME = "equivalent within ±5 points"
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import yaml
 
-from verl_aqn.cli import compare as command
+from verl_aqn.cli.main import compare as command
 from verl_aqn.errors import ConfigError, DataError
-from verl_aqn.runs.arms import arms, read_run
-from verl_aqn.runs.crossed import spread
+from verl_aqn.runs.stats.arms import arms, read_run
+from verl_aqn.runs.stats.crossed import spread
 
 
 def write_run(base, name, right, *, seed=0, status="finished", prompts=None, config=None, **noise):

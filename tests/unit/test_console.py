@@ -6,12 +6,12 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console as RichConsole
 
-from verl_aqn.console import Console, failed_text, is_plans_task, result_table
-from verl_aqn.data.parquet import row, write_parquet
+from verl_aqn.launch.console import Console, failed_text, is_plans_task, result_table
+from verl_aqn.launch.supervise import Outcome
+from verl_aqn.launch.train import Prepared
 from verl_aqn.runs.folder import RunFolder
-from verl_aqn.runs.stats import share_text
-from verl_aqn.supervise import Outcome
-from verl_aqn.train import Prepared
+from verl_aqn.runs.stats.intervals import share_text
+from verl_aqn.tasks.parquet import row, write_parquet
 
 OLD = {"kind": "validation", "step": 0, "accuracy": 80 / 192, "items": 192}
 NEW = {"kind": "validation", "step": 29, "accuracy": 162 / 192, "flexible": 0.875, "math_verify": 0.5, "items": 192}

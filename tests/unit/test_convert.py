@@ -7,11 +7,11 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from verl_aqn.config import compose_verl, load_recipe
-from verl_aqn.convert.cli import convert as command
-from verl_aqn.convert.recipe import STATUSES, convert
+from verl_aqn.cli.convert import convert as command
+from verl_aqn.config.convert.recipe import STATUSES, convert
+from verl_aqn.config.loading import compose_verl, load_recipe
+from verl_aqn.config.verl_keys import leaves
 from verl_aqn.errors import ConfigError
-from verl_aqn.verl_keys import leaves
 
 LAUNCHES = Path(__file__).parents[1] / "launches"
 ACTOR, ROLLOUT, MODEL = (f"actor_rollout_ref.{block}" for block in ("actor", "rollout", "model"))

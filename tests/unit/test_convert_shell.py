@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from verl_aqn.convert.shell import Script
+from verl_aqn.config.convert.launch_script import Script
 from verl_aqn.errors import ConfigError
 
 # Each sets something up and ends with a command `say`; bash itself is asked what its words are.

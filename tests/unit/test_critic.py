@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from tests.engines import bare_engine
-from verl_aqn.data.smollm2 import tiny_model
-from verl_aqn.mxfp4.cached import quantized_cache
+from verl_aqn.checkpoints.cached import quantized_cache
+from verl_aqn.integrations.verl.critic import AqnValueEngine
 from verl_aqn.mxfp4.experts import packed_layers
-from verl_aqn.verl_api.critic import AqnValueEngine
+from verl_aqn.tasks.smollm2 import tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -20,14 +20,14 @@ import pytest
 
 from tests.run_folders import write_run
 from verl_aqn.cache import NO_HOME, cache_dir
-from verl_aqn.environ import drop_empty
+from verl_aqn.environment import drop_empty
 from verl_aqn.errors import EnvironmentFault
 
 ROOT = Path(__file__).resolve().parents[2]
 # Several commands in one process, as a shell would start them. A record separator after the words of each.
 COMMANDS = """
 import json, os, sys
-from verl_aqn import cli
+from verl_aqn.cli.main import main as cli
 for line in json.loads(os.environ["COMMANDS"]):
     sys.argv = ["verl-aqn", *line]
     try:
@@ -146,7 +146,7 @@ def test_a_user_s_own_folder_serves_where_there_is_no_home(place):
     """And libraries that look for a home find one there, not in the working folder."""
     told = {"HOME": None, "PYTHONPATH": f"{place}/nobody:{ROOT}", "VERL_AQN_CACHE": f"{place}/cache"}
     code = (
-        "import getpass, os; from verl_aqn.environ import settle; settle(); print(getpass.getuser());"
+        "import getpass, os; from verl_aqn.environment import settle; settle(); print(getpass.getuser());"
         "print(os.path.expanduser('~')); from verl_aqn import cli; import sys; sys.argv = sys.argv[1:]; cli.main()"
     )
     arguments = ["verl-aqn", "data", "gsm8k", "--source", str(place / "source")]
@@ -227,7 +227,7 @@ def test_a_signal_ends_a_command_with_its_own_code(place, number, name):
 
 
 def test_libraries_write_into_the_cache_where_they_cannot_into_the_home_folder(place):
-    code = "from verl_aqn.environ import keep_off_home; env = {'TRITON_HOME': 'x'}; keep_off_home(env); print(env)"
+    code = "from verl_aqn.environment import keep_off_home; env = {'TRITON_HOME': 'x'}; keep_off_home(env); print(env)"
     for home, moved in (("home", set()), ("locked", {"HF_DATASETS_CACHE", "VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT"})):
         env = environment(place, HOME=f"{place}/{home}", VERL_AQN_CACHE="/cache")
         told = subprocess.run([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, preexec_fn=as_a_user)

@@ -8,15 +8,15 @@ from omegaconf import OmegaConf
 from peft import LoraConfig
 from typer.testing import CliRunner
 
-from verl_aqn import evaluate
-from verl_aqn.cli import app
-from verl_aqn.config import load_recipe, parse_aqn
+from verl_aqn.cli.main import app
+from verl_aqn.config.loading import load_recipe, parse_aqn
 from verl_aqn.errors import ConfigError, DataError, EvidenceError, ModelError
-from verl_aqn.evaluate import Evaluation, Score, check_adapter, find_target, read, settings
-from verl_aqn.prepare import tell_workers
+from verl_aqn.evaluation import evaluate
+from verl_aqn.evaluation.evaluate import Evaluation, Score, check_adapter, find_target, read, settings
+from verl_aqn.launch.train import Prepared
+from verl_aqn.preflight.prepare import tell_workers
 from verl_aqn.runs.folder import open_run
-from verl_aqn.runs.stats import wilson
-from verl_aqn.train import Prepared
+from verl_aqn.runs.stats.intervals import wilson
 
 
 @pytest.fixture

@@ -17,18 +17,18 @@ from vllm.lora.peft_helper import PEFTHelper
 
 from tests.export_runs import adapter_of, packed_base, state_of, trained, transformers_engine, write_actor, write_run
 from tests.sharded_lora import Lora, save_sharded
+from verl_aqn.checkpoints.loading import dequantize_checkpoint, load_model
+from verl_aqn.checkpoints.merging import MergeReport
+from verl_aqn.checkpoints.packing import quantize_checkpoint
+from verl_aqn.cli.export import lines_of
 from verl_aqn.errors import DataError, EvidenceError, ModelError
-from verl_aqn.export import exporting, trial
-from verl_aqn.export.cli import lines_of
-from verl_aqn.export.difference import Difference, first_difference
-from verl_aqn.export.exporting import RECORD, export
-from verl_aqn.export.folders import target_modules
-from verl_aqn.export.questions import read_questions, validation_prompts
-from verl_aqn.export.shards import read_adapter
-from verl_aqn.export.source import find_source
-from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
-from verl_aqn.mxfp4.merging import MergeReport
-from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model
+from verl_aqn.evaluation.export import exporting, trial
+from verl_aqn.evaluation.export.difference import Difference, first_difference
+from verl_aqn.evaluation.export.export_folders import target_modules
+from verl_aqn.evaluation.export.exporting import RECORD, export
+from verl_aqn.evaluation.export.fsdp_adapter import read_adapter
+from verl_aqn.evaluation.export.questions import read_questions, validation_prompts
+from verl_aqn.evaluation.export.source import find_source
 from verl_aqn.runs.provenance import model_digest
 
 TOKENS = torch.arange(300, 324).view(2, 12)

@@ -11,20 +11,20 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from tests.export_runs import adapter_of, packed_base, state_of, trained, transformers_engine, write_run
-from verl_aqn.adapter import Adapter
-from verl_aqn.cli import app
+from verl_aqn.checkpoints.adapter import Adapter
+from verl_aqn.checkpoints.merging import check_merged, write_merged
+from verl_aqn.checkpoints.storage import Weights
+from verl_aqn.cli.export import lines_of
+from verl_aqn.cli.main import app
 from verl_aqn.errors import EnvironmentFault, EvidenceError
-from verl_aqn.export import exporting, reference, trial
-from verl_aqn.export.cli import lines_of
-from verl_aqn.export.effect import ERROR, FLOOR, Effect, measure
-from verl_aqn.export.exporting import RECORD, export
-from verl_aqn.export.folders import write_peft_folder
-from verl_aqn.export.questions import read_questions
-from verl_aqn.export.reference import Reference, logprobs
-from verl_aqn.export.source import find_source
-from verl_aqn.export.trial import TELLING, Differing, Trial, judge, try_out
-from verl_aqn.mxfp4.merging import check_merged, write_merged
-from verl_aqn.mxfp4.storage import Weights
+from verl_aqn.evaluation.export import exporting, reference, trial
+from verl_aqn.evaluation.export.effect import ERROR, FLOOR, Effect, measure
+from verl_aqn.evaluation.export.export_folders import write_peft_folder
+from verl_aqn.evaluation.export.exporting import RECORD, export
+from verl_aqn.evaluation.export.questions import read_questions
+from verl_aqn.evaluation.export.reference import Reference, logprobs
+from verl_aqn.evaluation.export.source import find_source
+from verl_aqn.evaluation.export.trial import TELLING, Differing, Trial, judge, try_out
 
 PROBLEMS = 12
 

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from verl_aqn import faults
+from verl_aqn.runs import faults
 
 PROGRAM = """
 import logging, sys, threading
-from verl_aqn import faults
+from verl_aqn.runs import faults
 faults.watch(); faults.watch()
 log = logging.getLogger("other.library"); log.propagate = False
 def fail(): raise ValueError("first line:\\nsecond line")

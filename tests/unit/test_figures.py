@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from verl_aqn.integrations.verl.figures import DROPPED, cut_share, drop_meaningless
 from verl_aqn.runs.folder import RunFolder
-from verl_aqn.verl_api.figures import DROPPED, cut_share, drop_meaningless
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT / "tests/unit/real_runs/rollout"

@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Qwen3M
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from tests.tiny_configs import SMALL_ASCEND
+from verl_aqn.checkpoints.cached import quantized_cache
+from verl_aqn.checkpoints.foreign import import_checkpoint
+from verl_aqn.checkpoints.loading import dequantize_checkpoint, load_model
+from verl_aqn.checkpoints.packing import checkpoint_digest, quantize_checkpoint
+from verl_aqn.checkpoints.storage import Weights
 from verl_aqn.errors import ConfigError, ModelError
-from verl_aqn.mxfp4.cached import quantized_cache
-from verl_aqn.mxfp4.checkpoint import checkpoint_digest, quantize_checkpoint
-from verl_aqn.mxfp4.foreign import import_checkpoint
-from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model
-from verl_aqn.mxfp4.storage import Weights
 
 TOKENS = torch.arange(24).view(2, 12)
 QUARK = {

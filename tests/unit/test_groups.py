@@ -7,11 +7,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from verl_aqn.config import load_recipe, parse_aqn
+from verl_aqn.config.loading import load_recipe, parse_aqn
 from verl_aqn.errors import ConfigError, TrainingError
-from verl_aqn.prepare import check_steps
-from verl_aqn.verl_api import trainer as trainer_module
-from verl_aqn.verl_api.groups import check_refill, count_groups
+from verl_aqn.integrations.verl import trainer as trainer_module
+from verl_aqn.integrations.verl.groups import check_refill, count_groups
+from verl_aqn.preflight.prepare import check_steps
 
 
 def config(**noise) -> OmegaConf:
@@ -72,7 +72,7 @@ def step_figures(monkeypatch, rewards: list[float], *, critic: bool = False) -> 
     responses = torch.nested.nested_tensor([torch.ones(2)] * 4, layout=torch.jagged)
     scores = torch.tensor([[0.0, reward] for reward in rewards])
     data = Data(responses=responses, rm_scores=scores, response_mask=torch.ones(4, 2))
-    monkeypatch.setattr("verl_aqn.verl_api.batches.transfer_queue.kv_batch_get", lambda **_: data)
+    monkeypatch.setattr("verl_aqn.integrations.verl.batches.transfer_queue.kv_batch_get", lambda **_: data)
     trainer, warned = trainer_module.AqnTrainer.__new__(trainer_module.AqnTrainer), []
     trainer.use_critic, trainer.global_steps, trainer.noise_metrics = critic, 7, {"aqn/sigma": 0.05}
     trainer.replay_buffer = SimpleNamespace(thrown_away=Counter({0.0: 3}))

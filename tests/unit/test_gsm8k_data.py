@@ -7,14 +7,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from verl_aqn.cache import cache_dir
-from verl_aqn.config import load_recipe
-from verl_aqn.data.files import check_truths, count_rows
-from verl_aqn.data.gsm8k import INSTRUCTION, ground_truth, prepare_gsm8k
-from verl_aqn.data.parquet import write_parquet
+from verl_aqn.config.loading import load_recipe
 from verl_aqn.errors import ConfigError, DataError, EnvironmentFault
-from verl_aqn.prepare import find_model
-from verl_aqn.rewards import gsm8k
-from verl_aqn.run_data import prepare_data, steps_in_data
+from verl_aqn.preflight.prepare import find_model
+from verl_aqn.preflight.run_data import prepare_data, steps_in_data
+from verl_aqn.tasks import gsm8k
+from verl_aqn.tasks.data_files import check_truths, count_rows
+from verl_aqn.tasks.gsm8k_data import INSTRUCTION, ground_truth, prepare_gsm8k
+from verl_aqn.tasks.parquet import write_parquet
 
 ROWS = [
     {"question": "Ida has 3 hens and buys 4. How many?", "answer": "She has 3+4 = <<3+4=7>>7.\n#### 7"},

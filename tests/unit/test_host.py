@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from verl_aqn import supervise
+from verl_aqn.launch import supervise
 from verl_aqn.preflight import host
 
 GB = 10**9

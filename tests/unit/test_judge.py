@@ -13,16 +13,16 @@ import pytest
 
 from tests.nested import paths
 from verl_aqn.errors import EvidenceError
-from verl_aqn.judge.base import EMPTY_DIGEST
-from verl_aqn.judge.ranks import grouped, grouped_base
-from verl_aqn.judge.records import IDENTITY, VERSION, Judge
-from verl_aqn.order import NoiseOrder
-from verl_aqn.report.evidence import checks
-from verl_aqn.report.records import read_runs
-from verl_aqn.runs.arms import read_run
+from verl_aqn.noise.spec import NoiseOrder
 from verl_aqn.runs.chain import LINK, broken, linked
 from verl_aqn.runs.evidence import CHAIN, check_proved, expected_of, judge_lines, judge_run
 from verl_aqn.runs.folder import EVIDENCE, RunFolder
+from verl_aqn.runs.judge.base_record import EMPTY_DIGEST
+from verl_aqn.runs.judge.ranks import grouped, grouped_base
+from verl_aqn.runs.judge.records import IDENTITY, VERSION, Judge
+from verl_aqn.runs.report.evidence_section import checks
+from verl_aqn.runs.report.page_data import read_runs
+from verl_aqn.runs.stats.arms import read_run
 
 # Records of real runs on a tiny model (tests/integration/conftest.py's settings), one with noise in the actor too.
 REAL = sorted((Path(__file__).parent / "real_runs").iterdir())

@@ -11,10 +11,10 @@ import pytest
 from tests.base_answers import actor_of, loaded, record_of, records, rollout_of
 from tests.family_models import make
 from tests.nested import paths
+from verl_aqn.checkpoints.packing import quantize_checkpoint
 from verl_aqn.errors import EvidenceError
-from verl_aqn.judge.base import check_base, is_old, sentence
-from verl_aqn.judge.ranks import grouped_base, wide_base
-from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
+from verl_aqn.runs.judge.base_record import check_base, is_old, sentence
+from verl_aqn.runs.judge.ranks import grouped_base, wide_base
 
 # Fields whose value says nothing about equality at the start; they must be there, and at the end be the same.
 FREE = {
@@ -220,5 +220,5 @@ def test_old_records_are_known_by_what_they_lack(pair):
 
 
 def test_the_judge_needs_no_torch():
-    code = "import sys, verl_aqn.judge.base; assert not {'torch', 'numpy', 'omegaconf'} & set(sys.modules)"
+    code = "import sys, verl_aqn.runs.judge.base_record; assert not {'torch', 'numpy', 'omegaconf'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

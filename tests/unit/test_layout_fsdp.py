@@ -7,8 +7,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from verl_aqn.layout.attention import NAME, laid_out
-from verl_aqn.layout.decide import (
+from verl_aqn.models.attention import NAME, laid_out
+from verl_aqn.models.layouts import (
     agree_on_attention,
     agreed,
     attention_of,
@@ -16,7 +16,7 @@ from verl_aqn.layout.decide import (
     shared_inputs,
     use_attention,
 )
-from verl_aqn.layout.prompts import share_prompts
+from verl_aqn.models.shared_prompts import share_prompts
 
 CONFIG = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -8,9 +8,9 @@ import time
 import pytest
 
 from verl_aqn.errors import DataError, EnvironmentFault
-from verl_aqn.rewards import math_verify
-from verl_aqn.rewards.gsm8k import number
-from verl_aqn.rewards.math_verify import WALL_S, scores
+from verl_aqn.tasks import math_verify
+from verl_aqn.tasks.gsm8k import number
+from verl_aqn.tasks.math_verify import WALL_S, scores
 
 # text, ground truth, right by math-verify (0.9.0)
 LABELLED = [
@@ -173,7 +173,7 @@ def test_a_judge_that_dies_is_an_error_with_its_last_words(monkeypatch):
 def test_whatever_it_is_called_from_the_judge_judges(before):
     code = (
         f"{before}\n"
-        "from verl_aqn.rewards.math_verify import scores\n"
+        "from verl_aqn.tasks.math_verify import scores\n"
         "print(scores(['#### 7', '#### 9**9**9**9', '#### 7'], ['7'] * 3))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -181,6 +181,6 @@ def test_whatever_it_is_called_from_the_judge_judges(before):
 
 
 def test_this_process_never_imports_it():
-    code = "import sys, verl_aqn.rewards.math_verify as m; m.scores(['#### 7'], ['7']); print('sympy' in sys.modules)"
+    code = "import sys, verl_aqn.tasks.math_verify as m; m.scores(['#### 7'], ['7']); print('sympy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -8,19 +8,19 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from verl_aqn.config import load_recipe
-from verl_aqn.data.smollm2 import tiny_model
-from verl_aqn.layout import decide as layout
-from verl_aqn.layout.attention import NAME, laid_out
-from verl_aqn.layout.prompts import share_prompts
-from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
-from verl_aqn.mxfp4.model import load_model
-from verl_aqn.mxfp4.storage import Weights
-from verl_aqn.preflight import memory
-from verl_aqn.preflight.memory import CPU, DEVICE, MicroBatch, Sizes, micro_batch, sizes
-from verl_aqn.preflight.model import shape_of
-from verl_aqn.preflight.plan import fewest, fit, plan
+from verl_aqn.checkpoints.loading import load_model
+from verl_aqn.checkpoints.packing import quantize_checkpoint
+from verl_aqn.checkpoints.storage import Weights
+from verl_aqn.config.loading import load_recipe
+from verl_aqn.models import layouts as layout
+from verl_aqn.models.attention import NAME, laid_out
+from verl_aqn.models.shared_prompts import share_prompts
+from verl_aqn.preflight import memory_plan as memory
+from verl_aqn.preflight.device_plan import fewest, fit, plan
+from verl_aqn.preflight.memory_plan import CPU, DEVICE, MicroBatch, Sizes, micro_batch, sizes
 from verl_aqn.preflight.shape import Shape
+from verl_aqn.preflight.sizing import shape_of
+from verl_aqn.tasks.smollm2 import tiny_model
 
 EXCLUDE = ("lm_head", "embed_tokens")
 QWEN_1_5B = {

@@ -8,12 +8,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
 from tests.tiny_configs import SMALL, SMALL_MOE
-from verl_aqn.adapter import Adapter
+from verl_aqn.checkpoints.adapter import Adapter
+from verl_aqn.checkpoints.loading import DenseView, dequantize_checkpoint
+from verl_aqn.checkpoints.merging import write_merged
+from verl_aqn.checkpoints.packing import quantize_checkpoint
 from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4 import dequantize
-from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
-from verl_aqn.mxfp4.merging import write_merged
-from verl_aqn.mxfp4.model import DenseView, dequantize_checkpoint
 
 CONFIGS = {
     "llama": LlamaConfig(**SMALL, tie_word_embeddings=True),

@@ -8,13 +8,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 from tests.tiny_configs import SMALL, SMALL_MOE
-from verl_aqn.config import load_recipe, parse_aqn
+from verl_aqn.checkpoints.packing import is_packed, quantize_checkpoint
+from verl_aqn.config.loading import load_recipe, parse_aqn
+from verl_aqn.config.serving import prepare_serving
 from verl_aqn.errors import ConfigError
-from verl_aqn.moe import keep_adapter_off_experts
-from verl_aqn.mxfp4.checkpoint import is_packed, quantize_checkpoint
-from verl_aqn.preflight import checks, memory
-from verl_aqn.preflight.model import shape_of
-from verl_aqn.serving import prepare_serving
+from verl_aqn.preflight import checks
+from verl_aqn.preflight import memory_plan as memory
+from verl_aqn.preflight.expert_adapters import keep_adapter_off_experts
+from verl_aqn.preflight.sizing import shape_of
 
 CONFIGS = {
     "qwen3": Qwen3MoeConfig(**SMALL_MOE, moe_intermediate_size=32, num_experts=4, mlp_only_layers=[1]),

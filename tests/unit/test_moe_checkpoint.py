@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 from tests.tiny_configs import SMALL_MOE
+from verl_aqn.checkpoints.error_report import pool_experts
+from verl_aqn.checkpoints.loading import dequantize_checkpoint, load_model
+from verl_aqn.checkpoints.packing import checkpoint_digest, model_digest, quantize_checkpoint
 from verl_aqn.errors import ConfigError, ModelError
 from verl_aqn.mxfp4 import dequantize, quantize
-from verl_aqn.mxfp4.checkpoint import checkpoint_digest, model_digest, quantize_checkpoint
 from verl_aqn.mxfp4.experts import Mxfp4Experts
-from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model
-from verl_aqn.mxfp4.report import pool_experts
 
 CONFIGS = {
     "qwen3": Qwen3MoeConfig(**SMALL_MOE, moe_intermediate_size=32, num_experts=4, mlp_only_layers=[1]),

@@ -20,18 +20,18 @@ from transformers import (
 
 from tests.sqnr import sqnr_db
 from tests.tiny_configs import SMALL
-from verl_aqn.errors import ConfigError, ModelError
-from verl_aqn.mxfp4 import Mxfp4Linear, dequantize, quantize
-from verl_aqn.mxfp4.cached import dequantized_cache, quantized_cache
-from verl_aqn.mxfp4.checkpoint import (
+from verl_aqn.checkpoints.cached import dequantized_cache, quantized_cache
+from verl_aqn.checkpoints.loading import dequantize_checkpoint, load_model
+from verl_aqn.checkpoints.packing import (
     base_digest,
     checkpoint_digest,
     model_digest,
     quantize_checkpoint,
 )
+from verl_aqn.checkpoints.storage import read_config
+from verl_aqn.errors import ConfigError, ModelError
+from verl_aqn.mxfp4 import Mxfp4Linear, dequantize, quantize
 from verl_aqn.mxfp4.codec import Mxfp4Tensor
-from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model
-from verl_aqn.mxfp4.storage import read_config
 
 TOKENS = torch.arange(24).view(2, 12)
 LINEARS = 14  # seven in each of two layers

@@ -10,8 +10,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
 
 from tests.engines import bare_engine
 from tests.unit.test_noise import TINY
+from verl_aqn.integrations.verl.engine import AqnFSDPEngine
 from verl_aqn.noise import NoiseInjector, NoiseOrder, check_evidence
-from verl_aqn.verl_api.engine import AqnFSDPEngine
 
 ORDER = NoiseOrder(step=3, seed=1, sigma=0.05, unit="rms")
 TOKENS = torch.arange(1, 21).reshape(2, 10)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from verl_aqn.errors import EnvironmentFault
-from verl_aqn.noise import draw, gaussian
-from verl_aqn.noise.gaussian import Span, draw_spans, normal
+from verl_aqn.noise import draw
+from verl_aqn.noise import rng as gaussian
+from verl_aqn.noise.rng import Span, draw_spans, normal
 
 KEYS = (st.integers(0, 2**40), st.integers(0, 10**6), st.text(max_size=40))
 

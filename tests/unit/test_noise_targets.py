@@ -26,11 +26,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from verl_aqn.digest import tensor_digest
 from verl_aqn.errors import ConfigError, EvidenceError, ModelError
+from verl_aqn.integrations.vllm.trace import Trace
 from verl_aqn.mxfp4 import dequantize, quantize
 from verl_aqn.noise import NoiseInjector, NoiseOrder, check_evidence, draw, find_norms
 from verl_aqn.noise.routers import router_norms
-from verl_aqn.order import Layers, Zone
-from verl_aqn.vllm_api.trace import Trace
+from verl_aqn.noise.spec import Layers, Zone
 
 TINY = {
     "vocab_size": 32,

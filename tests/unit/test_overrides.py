@@ -4,10 +4,10 @@ import shlex
 
 import pytest
 
-from verl_aqn import config
-from verl_aqn.config import find_recipe, load_recipe, read_yaml
+from verl_aqn.config.loading import find_recipe, load_recipe, read_yaml
+from verl_aqn.config.loading import loading as config
+from verl_aqn.config.overrides import check_overrides
 from verl_aqn.errors import ConfigError
-from verl_aqn.overrides import check_overrides
 
 RECIPE = "defaults: [base, _self_]\naqn:\n  seed: 3\ntrainer:\n  project_name: grün σ\n"
 

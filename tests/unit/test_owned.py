@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from verl_aqn import owned
+from verl_aqn import safe_files as owned
 from verl_aqn.errors import EnvironmentFault
+from verl_aqn.launch.supervise import engine_environment
 from verl_aqn.mxfp4.kernels import native
-from verl_aqn.owned import open_own, own_folder
-from verl_aqn.processes import start_module
 from verl_aqn.runs.folder import open_run
-from verl_aqn.supervise import engine_environment
+from verl_aqn.runs.processes import start_module
+from verl_aqn.safe_files import open_own, own_folder
 
 CONFIG = {"seed": 1}
 NEIGHBOUR, OTHER = 23456, 34567
@@ -305,7 +305,7 @@ def test_a_folder_exchanged_while_it_is_looked_at(shared, monkeypatch):
 def test_the_command_refuses_in_a_line_before_any_work(shared):
     with user(NEIGHBOUR):
         (shared / "mxfp4_e12").mkdir()
-    code = "import sys; from verl_aqn.cli import main; sys.exit(main())"
+    code = "import sys; from verl_aqn.cli.main import main; sys.exit(main())"
     command = [
         sys.executable,
         "-c",

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 from statsmodels.stats import contingency_tables
 
-from verl_aqn.runs.paired import Changes, Strictest, of_items
+from verl_aqn.runs.stats.paired import Changes, Strictest, of_items
 
 BOUND = stats.norm.isf(0.025)
 

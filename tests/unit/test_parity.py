@@ -7,9 +7,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from verl_aqn.config import load_recipe
-from verl_aqn.prepare import warnings_of
-from verl_aqn.verl_api.parity import (
+from verl_aqn.config.loading import load_recipe
+from verl_aqn.integrations.verl.token_mismatch import (
     can_rescore,
     clip_range,
     gap,
@@ -18,6 +17,7 @@ from verl_aqn.verl_api.parity import (
     split_metrics,
     step_metrics,
 )
+from verl_aqn.preflight.prepare import warnings_of
 
 CLIP = (0.2, 0.25)
 

@@ -8,10 +8,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import FalconH1Config, LlamaConfig
 
 from tests.tiny_configs import SMALL
-from verl_aqn.config import load_recipe
+from verl_aqn.checkpoints.loading import empty_model
+from verl_aqn.config.loading import load_recipe
 from verl_aqn.errors import ConfigError
-from verl_aqn.mxfp4.model import empty_model
-from verl_aqn.placing import place_adapter
+from verl_aqn.preflight.placing import place_adapter
 
 MAMBA = {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1}
 HERE = {"without_slot": []}

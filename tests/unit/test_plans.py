@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from verl_aqn import plans, train
-from verl_aqn.config import find_recipe, load_recipe, plan_names
+from verl_aqn.config.loading import find_recipe, load_recipe, plan_names
 from verl_aqn.errors import BusyError, ConfigError, EnvironmentFault, Stopped
-from verl_aqn.plans import Plan, Series, read_plan
+from verl_aqn.launch import sweep as plans
+from verl_aqn.launch import train
+from verl_aqn.launch.supervise import Outcome
+from verl_aqn.launch.sweep import Plan, Series, read_plan
+from verl_aqn.launch.train import Prepared, identity
 from verl_aqn.runs.folder import open_run
 from verl_aqn.runs.provenance import provenance
-from verl_aqn.supervise import Outcome
-from verl_aqn.train import Prepared, identity
 
 ARMS = {"control": {"recipe": "e6a"}, "noisy": {"recipe": "e12"}}
 

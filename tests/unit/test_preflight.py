@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from verl_aqn.config import load_recipe
+from verl_aqn.config.loading import load_recipe
 from verl_aqn.errors import EnvironmentFault
 from verl_aqn.preflight import checks, host
 from verl_aqn.preflight.node import PACKAGES, Node, free_disk
@@ -19,7 +19,7 @@ VAL = "actor_rollout_ref.rollout.val_kwargs"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    from verl_aqn.data.smollm2 import tiny_model
+    from verl_aqn.tasks.smollm2 import tiny_model
 
     return tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
@@ -36,7 +36,7 @@ def shape() -> Shape:
 
 
 def test_the_shape_of_these_tests_is_the_tiny_model_s(model, shape):
-    from verl_aqn.preflight.model import shape_of
+    from verl_aqn.preflight.sizing import shape_of
 
     assert shape_of(model, ("lm_head", "embed_tokens")) == shape
 
@@ -211,7 +211,7 @@ def test_a_slow_answer_is_no_wrong_clock():
 
 
 def test_a_model_of_nothing_but_its_config_is_planned_for(model, tmp_path, capsys):
-    from verl_aqn.cli import doctor as command
+    from verl_aqn.cli.main import doctor as command
 
     (tmp_path / "config.json").write_text((model / "config.json").read_text())
     overrides = ["profile=cuda", f"actor_rollout_ref.model.path={tmp_path}"]

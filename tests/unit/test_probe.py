@@ -10,14 +10,16 @@ from peft import PeftModel
 from scipy.stats import binomtest
 
 from tests.outside_adapters import write_adapter
-from verl_aqn import cli, probe, train
-from verl_aqn.cli import app, main
-from verl_aqn.config import load_recipe
-from verl_aqn.console import Console
-from verl_aqn.data.smollm2 import tiny_model
+from verl_aqn.checkpoints.loading import load_model
+from verl_aqn.cli.main import app, main
+from verl_aqn.cli.main import main as cli
+from verl_aqn.config.loading import load_recipe
 from verl_aqn.errors import ConfigError, StrengthError
-from verl_aqn.mxfp4.model import load_model
-from verl_aqn.probe import (
+from verl_aqn.launch import train
+from verl_aqn.launch.console import Console
+from verl_aqn.launch.train import measure_noise, resolve
+from verl_aqn.preflight import probe
+from verl_aqn.preflight.probe import (
     CLEAR_GROUPS,
     SURE_GROUPS,
     Probe,
@@ -30,7 +32,7 @@ from verl_aqn.probe import (
     survey,
 )
 from verl_aqn.runs.folder import open_run
-from verl_aqn.train import measure_noise, resolve
+from verl_aqn.tasks.smollm2 import tiny_model
 
 LETTERS = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):

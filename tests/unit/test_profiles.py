@@ -6,10 +6,10 @@ import types
 
 import pytest
 
-from verl_aqn import ascend
-from verl_aqn.config import load_recipe
+from verl_aqn.config.loading import load_recipe
 from verl_aqn.errors import ConfigError
-from verl_aqn.prepare import _bound_context, prepare_model, tell_workers
+from verl_aqn.mxfp4 import chips as ascend
+from verl_aqn.preflight.prepare import _bound_context, prepare_model, tell_workers
 
 
 def test_gpus_serve_weight_only_with_graphs_and_sleep_between_phases():

@@ -6,8 +6,8 @@ import pytest
 
 from tests.unit.test_cli import one_line, run
 from verl_aqn.bench import quality
-from verl_aqn.data.smollm2 import tiny_model
 from verl_aqn.errors import ConfigError
+from verl_aqn.tasks.smollm2 import tiny_model
 
 
 def test_every_variant_of_a_tiny_model(tmp_path):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from verl_aqn import cli
-from verl_aqn.data.smollm2 import tiny_model
+from verl_aqn.cli.main import main as cli
+from verl_aqn.tasks.smollm2 import tiny_model
 
 
 @pytest.fixture(scope="module")

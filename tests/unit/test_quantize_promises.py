@@ -10,15 +10,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from tests.tiny_configs import SMALL, SMALL_ASCEND, SMALL_MOE
+from verl_aqn.checkpoints import packing as checkpoint
+from verl_aqn.checkpoints.foreign import import_checkpoint
+from verl_aqn.checkpoints.loading import load_model
+from verl_aqn.checkpoints.loftq import loftq_checkpoint
+from verl_aqn.checkpoints.packing import checkpoint_digest, quantize_checkpoint
+from verl_aqn.checkpoints.writing import new_folder
 from verl_aqn.errors import AqnError, ConfigError, EnvironmentFault, ModelError
-from verl_aqn.mxfp4 import checkpoint
-from verl_aqn.mxfp4.checkpoint import checkpoint_digest, quantize_checkpoint
 from verl_aqn.mxfp4.codec import fake_quantize, quantize
-from verl_aqn.mxfp4.foreign import import_checkpoint
 from verl_aqn.mxfp4.linear import Mxfp4Linear
-from verl_aqn.mxfp4.loftq import loftq_checkpoint
-from verl_aqn.mxfp4.model import load_model
-from verl_aqn.mxfp4.writing import new_folder
 
 LAYER = "model.layers.0."
 

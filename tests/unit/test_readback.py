@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
+from verl_aqn.checkpoints.packing import base_digest, combined_digest, values_digest
+from verl_aqn.checkpoints.slices import NOTHING
+from verl_aqn.checkpoints.values import plain_digest
 from verl_aqn.errors import EvidenceError
+from verl_aqn.integrations.vllm.observe import keep
+from verl_aqn.integrations.vllm.readback import describe_base, kernel_activation
+from verl_aqn.integrations.vllm.tensor_digests import describe_tensors
+from verl_aqn.integrations.vllm.trace import Trace
 from verl_aqn.mxfp4 import dequantize, quantize
-from verl_aqn.mxfp4.checkpoint import base_digest, combined_digest, values_digest
-from verl_aqn.mxfp4.values import plain_digest
-from verl_aqn.shards import NOTHING
-from verl_aqn.vllm_api.observe import keep
-from verl_aqn.vllm_api.readback import describe_base, kernel_activation
-from verl_aqn.vllm_api.tensors import describe_tensors
-from verl_aqn.vllm_api.trace import Trace
 
 
 def loaded_model(layers: dict[str, nn.Module], tensors: dict[str, torch.Tensor], load) -> nn.Module:
@@ -198,7 +198,7 @@ def named_kernel(name: str, **attributes):
 
 
 def test_every_kernel_is_known_by_how_it_rounds_activations():
-    """The trap of Blackwell: a weight-only checkpoint runs as W4A4 there (`verl_aqn.judge.base` compares)."""
+    """The trap of Blackwell: a weight-only checkpoint runs as W4A4 there (`verl_aqn.runs.judge.base_record` compares)."""
     names = ("FlashInferMxFp4LinearKernel", "MarlinMxFp4LinearKernel", "NewKernel")
     assert [kernel_activation(named_kernel(name)) for name in names] == ["rceil/nearest", "none", "unknown"]
     assert kernel_activation(named_kernel("CpuMxfp4LinearKernel", activation=None)) == "none"
@@ -207,12 +207,12 @@ def test_every_kernel_is_known_by_how_it_rounds_activations():
 def test_a_stack_of_experts_is_read_back_as_its_folder_holds_it(tmp_path):
     """gpt-oss: [E, K, N] in the bf16 folder, [E, N, K] in vLLM's layer."""
     from tests.family_models import make
-    from verl_aqn.mxfp4.checkpoint import checkpoint_digest, quantize_checkpoint
-    from verl_aqn.mxfp4.model import dequantize_checkpoint, open_packed, packed_modules
-    from verl_aqn.mxfp4.storage import Weights
-    from verl_aqn.shards import NOTHING
-    from verl_aqn.vllm_api.observe import keep
-    from verl_aqn.vllm_api.trace import Trace
+    from verl_aqn.checkpoints.loading import dequantize_checkpoint, open_packed, packed_modules
+    from verl_aqn.checkpoints.packing import checkpoint_digest, quantize_checkpoint
+    from verl_aqn.checkpoints.slices import NOTHING
+    from verl_aqn.checkpoints.storage import Weights
+    from verl_aqn.integrations.vllm.observe import keep
+    from verl_aqn.integrations.vllm.trace import Trace
 
     make("gpt_oss", tmp_path / "source")
     quantize_checkpoint(tmp_path / "source", tmp_path / "packed")

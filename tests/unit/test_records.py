@@ -18,13 +18,14 @@ import pyarrow.json
 import pytest
 from rich.console import Console as RichConsole
 
-from verl_aqn import supervise, temporary
-from verl_aqn.console import Console, result_table, sigma_table
 from verl_aqn.errors import EnvironmentFault
-from verl_aqn.runs.arms import read_run
+from verl_aqn.launch import supervise
+from verl_aqn.launch.console import Console, result_table, sigma_table
+from verl_aqn.runs import temporary
 from verl_aqn.runs.folder import RunFolder, open_run
-from verl_aqn.runs.listing import describe, find_runs
-from verl_aqn.runs.verdict import compare_validations
+from verl_aqn.runs.run_list import describe, find_runs
+from verl_aqn.runs.stats.arms import read_run
+from verl_aqn.runs.stats.verdict import compare_validations
 
 OLD = Path(__file__).parent / "old_run"
 FILES = ("metrics.jsonl", "evidence.jsonl", "events.jsonl")

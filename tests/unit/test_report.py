@@ -10,13 +10,13 @@ import pytest
 
 from tests.run_folders import BASE, metrics, write_run
 from verl_aqn.errors import ConfigError, DataError
-from verl_aqn.report.answers import read_answers
-from verl_aqn.report.charts import Chart, Series, number
-from verl_aqn.report.evidence import checks, noise_table
-from verl_aqn.report.page import render, write_report
-from verl_aqn.report.records import QUANTIZATION, read_runs
-from verl_aqn.report.sections import NESTED, OUTSIDE, PHASES, accuracy, bases, times
 from verl_aqn.runs.folder import RunFolder, open_run
+from verl_aqn.runs.report.answers import read_answers
+from verl_aqn.runs.report.charts import Chart, Series, number
+from verl_aqn.runs.report.evidence_section import checks, noise_table
+from verl_aqn.runs.report.page import render, write_report
+from verl_aqn.runs.report.page_data import QUANTIZATION, read_runs
+from verl_aqn.runs.report.sections import NESTED, OUTSIDE, PHASES, accuracy, bases, times
 
 
 class Text(HTMLParser):
@@ -269,7 +269,7 @@ def test_sqnr_belongs_to_the_base_by_digest(tmp_path):
 
 
 def test_the_file_name_is_that_of_the_quantiser():
-    from verl_aqn.mxfp4.report import FILE
+    from verl_aqn.checkpoints.error_report import FILE
 
     assert FILE == QUANTIZATION
 
@@ -374,7 +374,7 @@ def test_a_copy_of_a_running_run_without_its_lock_gives_a_page(tmp_path):
 def test_imports_neither_torch_nor_verl(tmp_path):
     run = write_run(tmp_path)
     code = (
-        "import sys, pathlib; from verl_aqn.report.page import write_report; "
+        "import sys, pathlib; from verl_aqn.runs.report.page import write_report; "
         f"write_report([pathlib.Path({str(run.path)!r})], pathlib.Path({str(tmp_path / 'page.html')!r})); "
         "print(sorted({'torch', 'verl', 'vllm', 'ray', 'transformers'} & sys.modules.keys()))"
     )
@@ -382,8 +382,8 @@ def test_imports_neither_torch_nor_verl(tmp_path):
 
 
 def test_a_run_keeps_what_rounding_did_to_its_base(tmp_path):
-    from verl_aqn.config import load_recipe
-    from verl_aqn.train import Prepared, launch
+    from verl_aqn.config.loading import load_recipe
+    from verl_aqn.launch.train import Prepared, launch
 
     data = tmp_path / "rows.parquet"
     data.write_bytes(b"rows")

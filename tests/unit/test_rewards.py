@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from verl_aqn.errors import ConfigError, DataError
-from verl_aqn.rewards.gsm8k import compute_score, number, score
+from verl_aqn.tasks.gsm8k import compute_score, number, score
 
 # text, ground truth, strict, flexible
 LABELLED = [

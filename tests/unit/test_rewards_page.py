@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from verl_aqn.config import REWARD_MANAGERS, load_recipe
-from verl_aqn.rewards.custom import reward_of, settle_reward
-from verl_aqn.run_data import prepare_data
+from verl_aqn.config.loading import REWARD_MANAGERS, load_recipe
+from verl_aqn.preflight.reward_function import reward_of, settle_reward
+from verl_aqn.preflight.run_data import prepare_data
 
 PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
 

@@ -11,22 +11,22 @@ import time
 import pytest
 from omegaconf import OmegaConf
 
-from verl_aqn import supervise
-from verl_aqn.config import load_recipe
+from verl_aqn.config.loading import load_recipe
+from verl_aqn.launch import supervise
 from verl_aqn.runs.folder import open_run
 
 START = """
 import json, os, signal, sys, time
 from pathlib import Path
-from verl_aqn.faults import describe, note, watch
+from verl_aqn.runs.faults import describe, note, watch
 from verl_aqn.runs.folder import RunFolder
-from verl_aqn.stacks import listen
+from verl_aqn.runs.stacks import listen
 run = RunFolder(Path(sys.argv[1]))
 def error(fault): run.append("events.jsonl", {"kind": "error", "text": "seen", "again": True, "fault": fault})
 def doing(phase): run.append("events.jsonl", {"kind": "doing", "phase": phase, "step": 2, "time": time.time()})
 def title(name):  # as Ray's and vLLM's processes have
-    import verl_aqn.faults
-    verl_aqn.faults.own_name = lambda: name
+    import verl_aqn.runs.faults
+    verl_aqn.runs.faults.own_name = lambda: name
 doing("sync")
 """
 NOTED = 'title("VLLM::Worker_TP1"); note(ValueError("boom of rank 1"), ends=True)\n'
@@ -83,7 +83,7 @@ def test_what_was_handled_before_is_not_what_the_driver_saw(end):
 
 def test_a_driver_that_is_killed_is_named(end):
     outcome, _, log = end(HANDLED + "time.sleep(2); os.kill(os.getpid(), signal.SIGKILL)")
-    assert outcome.message.startswith("driver (verl_aqn.verl_api.run, process "), log
+    assert outcome.message.startswith("driver (verl_aqn.launch.driver, process "), log
     assert outcome.message.endswith("was killed by SIGKILL during sync of step 2")
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from verl_aqn.config.trackers import stay_here
 from verl_aqn.errors import AqnError, DataError, EnvironmentFault
 from verl_aqn.runs.chain import broken
 from verl_aqn.runs.folder import RunFolder, open_run, runs_of
-from verl_aqn.trackers import stay_here
 
 CONFIG = {"aqn": {"noise": {"sigma_start": 0.05}}, "seed": 1}
 

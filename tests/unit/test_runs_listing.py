@@ -11,12 +11,12 @@ import yaml
 from rich.console import Console as RichConsole
 from typer.testing import CliRunner
 
-from verl_aqn.cli import app, main
+from verl_aqn.cli.main import app, main
 from verl_aqn.errors import DataError
-from verl_aqn.runs import listing
+from verl_aqn.runs import run_list as listing
 from verl_aqn.runs.folder import RunFolder, open_run
-from verl_aqn.runs.listing import describe, find_runs, sigmas, table
 from verl_aqn.runs.provenance import checkout, device, provenance
+from verl_aqn.runs.run_list import describe, find_runs, sigmas, table
 
 CONFIG = {
     "aqn": {"seed": 3, "noise": {"enabled": True, "sigma_start": 0.05, "sigma_end": 1e-5}},

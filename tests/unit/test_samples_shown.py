@@ -8,8 +8,8 @@ from rich.console import Console as RichConsole
 from tests.run_folders import write_run
 from tests.unit.test_report import page_of
 from tests.unit.test_scores import lines_of
-from verl_aqn.console import Console, result_table
-from verl_aqn.runs.listing import describe, table
+from verl_aqn.launch.console import Console, result_table
+from verl_aqn.runs.run_list import describe, table
 
 RECORD = {
     "kind": "validation",

@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from verl_aqn.errors import ConfigError
-from verl_aqn.schedule import KINDS, SigmaSchedule
+from verl_aqn.noise.schedule import KINDS, SigmaSchedule
 
 # Experiment plan, E12-aggressive-1ep: σ printed to three digits, by step.
 PLAN = [
@@ -255,7 +255,7 @@ def test_formula_of_qerl(stages, steps, step):
 
 def test_the_schedule_needs_nothing_but_the_standard_library():
     code = (
-        "import sys; before = set(sys.modules); import verl_aqn.schedule; "
+        "import sys; before = set(sys.modules); import verl_aqn.noise.schedule; "
         "extra = {m.split('.')[0] for m in set(sys.modules) - before} - sys.stdlib_module_names - {'verl_aqn'}; "
         "sys.exit(str(extra) if extra else 0)"
     )

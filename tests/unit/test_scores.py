@@ -6,13 +6,13 @@ import pytest
 
 from tests.unit.test_compare_runs import write_run
 from verl_aqn.errors import ConfigError, DataError
-from verl_aqn.runs.arms import arms, read_run
-from verl_aqn.runs.compare import compare
 from verl_aqn.runs.folder import RunFolder
-from verl_aqn.runs.passk import pass_at_k
-from verl_aqn.runs.scores import Item, answers_in
-from verl_aqn.runs.stats import score_interval, validation_text, wilson
-from verl_aqn.runs.verdict import compare_validations
+from verl_aqn.runs.stats.arms import arms, read_run
+from verl_aqn.runs.stats.compare import compare
+from verl_aqn.runs.stats.intervals import score_interval, validation_text, wilson
+from verl_aqn.runs.stats.passk import pass_at_k
+from verl_aqn.runs.stats.scores import Item, answers_in
+from verl_aqn.runs.stats.verdict import compare_validations
 
 
 def line(prompt, acc, item=None, sample=None, gts="1"):

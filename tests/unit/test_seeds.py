@@ -5,7 +5,7 @@ import random
 import subprocess
 import sys
 
-from verl_aqn.seeds import (
+from verl_aqn.runs.request_seeds import (
     StepPrompts,
     answer_name,
     digest_of,
@@ -35,7 +35,7 @@ def test_a_seed_is_the_same_in_every_process_and_version():
     """The number itself: who changes the derivation changes every run."""
     wanted = request_seed(3, "train", 12, "417+1", 5)
     assert wanted == 576803837238611455
-    code = "from verl_aqn.seeds import request_seed; print(request_seed(3, 'train', 12, '417+1', 5))"
+    code = "from verl_aqn.runs.request_seeds import request_seed; print(request_seed(3, 'train', 12, '417+1', 5))"
     for hash_seed in ("0", "1", "random"):
         env = {**os.environ, "PYTHONHASHSEED": hash_seed}
         out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
@@ -43,7 +43,7 @@ def test_a_seed_is_the_same_in_every_process_and_version():
 
 
 def test_seeds_need_no_torch():
-    code = "import sys, verl_aqn.seeds; assert not {'torch', 'numpy', 'verl', 'ray'} & set(sys.modules)"
+    code = "import sys, verl_aqn.runs.request_seeds; assert not {'torch', 'numpy', 'verl', 'ray'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.tiny_configs import SMALL_ASCEND
-from verl_aqn.ascend import chip_name, generation
-from verl_aqn.config import load_recipe, parse_aqn
+from verl_aqn.checkpoints.loading import open_packed, packed_modules
+from verl_aqn.checkpoints.packing import checkpoint_digest, combined_digest, quantize_checkpoint, values_digest
+from verl_aqn.config.loading import load_recipe, parse_aqn
+from verl_aqn.config.serving import form_of, prepare_serving
 from verl_aqn.errors import ConfigError, EnvironmentFault
-from verl_aqn.mxfp4.checkpoint import checkpoint_digest, combined_digest, quantize_checkpoint, values_digest
-from verl_aqn.mxfp4.model import open_packed, packed_modules
-from verl_aqn.prepare import tell_workers
-from verl_aqn.serving import form_of, prepare_serving
+from verl_aqn.mxfp4.chips import chip_name, generation
+from verl_aqn.preflight.prepare import tell_workers
 
 A3, ASCEND_950 = "Ascend910_9392", "Ascend950PR_9589"
 

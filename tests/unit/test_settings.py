@@ -3,11 +3,11 @@
 import pytest
 
 from tests.composed import recipe_with
-from verl_aqn.config import check_names, parse_aqn, recipe_names
-from verl_aqn.doctor import examine
+from verl_aqn.config.loading import check_names, parse_aqn, recipe_names
 from verl_aqn.errors import ConfigError, EnvironmentFault
+from verl_aqn.launch.train import train
+from verl_aqn.preflight.doctor import examine
 from verl_aqn.preflight.settings import check_settings, uses_critic
-from verl_aqn.train import train
 
 ACTOR, ROLLOUT, CRITIC = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "critic"
 OVERLONG = "reward.reward_kwargs.overlong_buffer_cfg"

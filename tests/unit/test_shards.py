@@ -6,20 +6,20 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.tiny_configs import SMALL
-from verl_aqn.adapter import held_name
-from verl_aqn.digest import tensor_digest
-from verl_aqn.errors import EvidenceError
-from verl_aqn.mxfp4.checkpoint import (
+from verl_aqn.checkpoints.adapter import held_name
+from verl_aqn.checkpoints.disk_base import DiskBase
+from verl_aqn.checkpoints.loading import PACKED, SCALE, open_packed, packed_modules
+from verl_aqn.checkpoints.packing import (
     checkpoint_digest,
     combined_digest,
     module_digest,
     quantize_checkpoint,
 )
-from verl_aqn.mxfp4.disk_base import DiskBase
-from verl_aqn.mxfp4.model import PACKED, SCALE, open_packed, packed_modules
-from verl_aqn.shards import cut, not_covered
-from verl_aqn.vllm_api.readback import describe_adapter, lora_buffers
-from verl_aqn.vllm_api.trace import Trace
+from verl_aqn.checkpoints.slices import cut, not_covered
+from verl_aqn.digest import tensor_digest
+from verl_aqn.errors import EvidenceError
+from verl_aqn.integrations.vllm.readback import describe_adapter, lora_buffers
+from verl_aqn.integrations.vllm.trace import Trace
 
 R = 4  # LoRA's rank
 

@@ -13,10 +13,10 @@ from verl.utils import tensordict_utils as tu
 
 from tests.engines import bare_engine
 from verl_aqn.errors import ConfigError, ModelError
-from verl_aqn.layout.attention import NAME, attention, lay_out
-from verl_aqn.layout.decide import PACKED, SEPARATE, SHARED, attention_of, decide, use_attention
-from verl_aqn.layout.prompts import share_prompts
-from verl_aqn.verl_api.engine import AqnFSDPEngine
+from verl_aqn.integrations.verl.engine import AqnFSDPEngine
+from verl_aqn.models.attention import NAME, attention, lay_out
+from verl_aqn.models.layouts import PACKED, SEPARATE, SHARED, attention_of, decide, use_attention
+from verl_aqn.models.shared_prompts import share_prompts
 
 V, WINDOW = 96, 6
 BASE = {

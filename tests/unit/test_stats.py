@@ -8,8 +8,8 @@ from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
 from verl_aqn.errors import DataError
-from verl_aqn.runs.stats import accuracy_text, ratio_interval, wilson
-from verl_aqn.runs.verdict import compare_before_after, plan_verdict
+from verl_aqn.runs.stats.intervals import accuracy_text, ratio_interval, wilson
+from verl_aqn.runs.stats.verdict import compare_before_after, plan_verdict
 
 counts = st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 

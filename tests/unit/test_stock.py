@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from verl_aqn.checkpoints.held_adapter import held_adapter
+from verl_aqn.config.stock_settings import DIR_VARIABLE, OPTION, StockSettings, check_supported, is_stock
 from verl_aqn.errors import ConfigError
-from verl_aqn.judge.records import Done
-from verl_aqn.judge.stock import StockJudge, is_visible
-from verl_aqn.mxfp4.held_adapter import held_adapter
-from verl_aqn.report.page import write_report
 from verl_aqn.runs.evidence import judge_run
 from verl_aqn.runs.folder import open_run
-from verl_aqn.stock_settings import DIR_VARIABLE, OPTION, StockSettings, check_supported, is_stock
+from verl_aqn.runs.judge.records import Done
+from verl_aqn.runs.judge.stock_records import StockJudge, is_visible
+from verl_aqn.runs.report.page import write_report
 
 BASE = next(
     record
@@ -163,7 +163,12 @@ def test_a_folder_is_judged_by_what_its_config_says(tmp_path):
 
 @pytest.mark.parametrize(
     ("external", "stock"),
-    [("verl_aqn.stock", True), (["a", "verl_aqn.stock"], True), ("verl_aqn.verl_api.engine", False), (None, False)],
+    [
+        ("verl_aqn.stock", True),
+        (["a", "verl_aqn.stock"], True),
+        ("verl_aqn.integrations.verl.engine", False),
+        (None, False),
+    ],
 )
 def test_which_config_is_that_of_a_stock_run(external, stock):
     assert is_stock({"actor_rollout_ref": {"model": {"external_lib": external}}}) is stock

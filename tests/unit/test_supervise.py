@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from verl_aqn.processes import SharedMemory
-from verl_aqn.supervise import bind_cores
+from verl_aqn.launch.supervise import bind_cores
+from verl_aqn.runs.processes import SharedMemory
 
 
 def test_orphans_that_ignore_sigterm_are_ended():

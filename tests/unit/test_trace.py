@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from verl_aqn.boxes import Box, compose
+from verl_aqn.checkpoints.boxes import Box, compose
+from verl_aqn.checkpoints.slices import NOTHING, Loaded
 from verl_aqn.errors import EvidenceError
-from verl_aqn.shards import NOTHING, Loaded
-from verl_aqn.vllm_api.trace import Trace
+from verl_aqn.integrations.vllm.trace import Trace
 
 
 def load(loader, tensors: dict, **shapes) -> tuple[Loaded, dict]:

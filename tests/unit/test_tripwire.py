@@ -6,9 +6,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from verl_aqn.config import ParityConfig, load_recipe, parse_aqn
+from verl_aqn.config.loading import ParityConfig, load_recipe, parse_aqn
 from verl_aqn.errors import ConfigError, EvidenceError
-from verl_aqn.verl_api import tripwire
+from verl_aqn.integrations.verl import tripwire
 
 CLIP = (0.2, 0.25)
 PLAIN = {"calculate_log_probs": True, "temperature": 1.0, "top_p": 1.0, "top_k": -1}

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from verl_aqn.errors import EvidenceError
-from verl_aqn.judge.use import check_effect, falls_short, predicted_effect
-from verl_aqn.verl_api.use import PROBE, TRAINER, UseOfNoise
+from verl_aqn.integrations.verl.noise_effect import PROBE, TRAINER, UseOfNoise
+from verl_aqn.runs.judge.noise_use import check_effect, falls_short, predicted_effect
 
 KEYS = ["a", "b"]
 STRENGTH = {"kind": "strength", "noisy": {"sigma": 0.05, "dlogp": 0.4}, "clean": {"entropy": [1.0, 0.9, 1.1]}}

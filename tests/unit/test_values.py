@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from verl_aqn.mxfp4.values import as_matrix, narrowest, plain_digest, values_digest
+from verl_aqn.checkpoints.values import as_matrix, narrowest, plain_digest, values_digest
 
 
 @pytest.mark.parametrize("wide", [torch.float16, torch.float32, torch.float64])

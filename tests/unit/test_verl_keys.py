@@ -7,10 +7,10 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from verl_aqn.config import check_names, load_recipe
+from verl_aqn.config.loading import check_names, load_recipe
+from verl_aqn.config.verl_keys import check_keys, rules
 from verl_aqn.errors import ConfigError
-from verl_aqn.evaluate import with_overrides
-from verl_aqn.verl_keys import check_keys, rules
+from verl_aqn.evaluation.evaluate import with_overrides
 
 ACTOR, ROLLOUT, MODEL = (f"actor_rollout_ref.{block}" for block in ("actor", "rollout", "model"))
 

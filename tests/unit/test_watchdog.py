@@ -10,14 +10,15 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from verl_aqn import stacks, watchdog
-from verl_aqn.watchdog import ENDING, FIRST_S, GRACE_S, LEAST_S, LOOK_S, RAY_GRACE_S, TRACKERS, WEIGH_S, Watchdog
+from verl_aqn.launch import watchdog
+from verl_aqn.launch.watchdog import ENDING, FIRST_S, GRACE_S, LEAST_S, LOOK_S, RAY_GRACE_S, TRACKERS, WEIGH_S, Watchdog
+from verl_aqn.runs import stacks
 
 PASSING = "vllm.model_executor.models.registry"  # looks at an architecture that vLLM meets first, and ends
 
 # Hangs in C with the interpreter's lock held, so that no Python code of the process can ever run again.
 HANGING = (
-    "from verl_aqn.stacks import listen; import ctypes, sys; listen()\n"
+    "from verl_aqn.runs.stacks import listen; import ctypes, sys; listen()\n"
     "def the_place_where_it_hangs():\n"
     "    print('up', flush=True)\n"
     "    while True: ctypes.PyDLL(None).sleep(100)\n"  # a signal cuts it short
@@ -245,7 +246,7 @@ def test_a_process_that_hangs_in_c_tells_where(tmp_path, hanging):
 
 def test_outside_a_run_nothing_is_promised(tmp_path):
     env = {name: value for name, value in os.environ.items() if name != stacks.FOLDER}
-    code = "from verl_aqn.stacks import SIGNAL, listen; listen(); import faulthandler as f; print(f.unregister(SIGNAL))"
+    code = "from verl_aqn.runs.stacks import SIGNAL, listen; listen(); import faulthandler as f; print(f.unregister(SIGNAL))"
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
     assert out == "False\n"
 
@@ -255,7 +256,7 @@ def test_outside_a_run_nothing_is_promised(tmp_path):
 ])  # fmt: skip
 def test_a_process_that_crashes_in_c_tells_where(tmp_path, how, why):
     program = tmp_path / "program.py"
-    program.write_text(f"from verl_aqn.stacks import listen; listen()\n{how}\n")
+    program.write_text(f"from verl_aqn.runs.stacks import listen; listen()\n{how}\n")
     env = {**os.environ, stacks.FOLDER: str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen([sys.executable, program], env=env) as process:
         assert process.wait() < 0
@@ -283,7 +284,7 @@ def test_the_phase_of_a_moment(tmp_path):
     (["ray::agent_loop_worker_0_f9.2:AgentLoopWorkerTQ.__init__"], "ray::AgentLoopWorkerTQ"),
     (["ray::IDLE"], "ray::IDLE"),
     (["VLLM::Worker_TP0"], "VLLM::Worker_TP0"),
-    (["/usr/bin/python3.11", "-m", "verl_aqn.verl_api.run", "folder"], "verl_aqn.verl_api.run"),
+    (["/usr/bin/python3.11", "-m", "verl_aqn.launch.driver", "folder"], "verl_aqn.launch.driver"),
     (["/opt/ray/raylet", "--node"], "raylet"),
 ])  # fmt: skip
 def test_what_processes_call_themselves(line, name):

@@ -7,10 +7,11 @@ import time
 
 import pytest
 
-from verl_aqn import faults, witness
-from verl_aqn.cause import Fault
-from verl_aqn.watchdog import ENDING, Watchdog
-from verl_aqn.zygote.server import ENDS
+from verl_aqn.launch import witness
+from verl_aqn.launch.cause import Fault
+from verl_aqn.launch.forkserver.server import ENDS
+from verl_aqn.launch.watchdog import ENDING, Watchdog
+from verl_aqn.runs import faults
 
 WORKER = {"process": "VLLM::Worker", "pid": 41, "type": "ValueError", "text": "boom", "where": "a/b.py:1", "full": "",
           "ours": False, "ends": True}  # fmt: skip
@@ -106,8 +107,8 @@ def test_ray_s_servers_that_are_missed_as_the_run_ends_are_not_blamed(seen, dog,
     dog.vital = {41: "ray::WorkerDict", 46: "raylet"}
     dog.missed, dog.seen = {46: time.time() + 0.5}, {46: 145.0}
     full = "The actor died unexpectedly …\n\tclass_name: WorkerDict\n\tpid: 41\n"
-    said = Fault(time.time(), "verl_aqn.verl_api.run", 1, "ActorDiedError", "The actor died unexpectedly …", full=full)
+    said = Fault(time.time(), "verl_aqn.launch.driver", 1, "ActorDiedError", "The actor died unexpectedly …", full=full)
     assert seen.told(seen.cause(said)).startswith("actor (ray::WorkerDict, process 41) was killed by SIGKILL")
-    bare = Fault(time.time(), "verl_aqn.verl_api.run", 1, "ActorDiedError", "The actor died unexpectedly …")
+    bare = Fault(time.time(), "verl_aqn.launch.driver", 1, "ActorDiedError", "The actor died unexpectedly …")
     (tmp_path / ENDS).write_text("")
     assert seen.cause(bare) == bare

@@ -6,10 +6,10 @@ from collections import Counter
 import pyarrow.parquet as pq
 import pytest
 
-from verl_aqn.data.files import count_rows
-from verl_aqn.data.word_problems import OPERATIONS, SOURCE, prepare_word_problems, problems, prompt
 from verl_aqn.errors import ConfigError
-from verl_aqn.rewards.gsm8k import score
+from verl_aqn.tasks.data_files import count_rows
+from verl_aqn.tasks.gsm8k import score
+from verl_aqn.tasks.word_problems import OPERATIONS, SOURCE, prepare_word_problems, problems, prompt
 
 _ANSWER = re.compile(r"([2-9]) ([-+*]) ([2-9]) = ([0-9]+)\n#### ([0-9]+)")
 

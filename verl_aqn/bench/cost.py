@@ -1,6 +1,6 @@
 """What each phase of an RL step asks of a device, and how long that takes at the device's limits.
 
-Letters as in `verl_aqn.preflight.memory`. Counted are matrix products of the model, its head, its adapters and
+Letters as in `verl_aqn.preflight.memory_plan`. Counted are matrix products of the model, its head, its adapters and
 attention; weights and KV cache read by the rollout, weights dequantised and read by the actor; bytes that ranks send
 each other. Operations are multiplications and additions, two for each weight and token (Kaplan et al., 2020, 2.1).
 """
@@ -8,7 +8,7 @@ each other. Operations are multiplications and additions, two for each weight an
 from dataclasses import dataclass
 from math import ceil
 
-from verl_aqn.preflight.memory import BF16, FP32, PACKED, Sizes, cache_bytes
+from verl_aqn.preflight.memory_plan import BF16, FP32, PACKED, Sizes, cache_bytes
 from verl_aqn.preflight.shape import Shape
 
 

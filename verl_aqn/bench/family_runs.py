@@ -106,7 +106,7 @@ def run_families(wanted: Sequence[str], folder: Path, jobs: int, on_result: Call
 def run_family(name: str, folder: Path) -> Result:
     """Make a family's model under `folder` and try the arms until one runs."""
     from verl_aqn.cache import cache_dir
-    from verl_aqn.data.smollm2 import embedded_model
+    from verl_aqn.tasks.smollm2 import embedded_model
 
     model = folder / "models" / name
     if not (model / "config.json").is_file():

@@ -14,14 +14,14 @@ from rich.table import Table
 from scipy import stats
 
 from verl_aqn.bench import letters
-from verl_aqn.bench.codec import device_name
+from verl_aqn.bench.codec_speed import device_name
 from verl_aqn.bench.cost import Device, Load, Work, bound, limit_s, phases
 from verl_aqn.bench.shapes import write_model
 from verl_aqn.bench.step import PHASES, RECIPE, Arm, overrides, run_arm
-from verl_aqn.config import load_recipe
-from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
+from verl_aqn.checkpoints.packing import quantize_checkpoint
+from verl_aqn.config.loading import load_recipe
 from verl_aqn.preflight.checks import cpu_cache, recipe_shape
-from verl_aqn.preflight.memory import Sizes, sizes
+from verl_aqn.preflight.memory_plan import Sizes, sizes
 from verl_aqn.preflight.shape import Shape
 
 TIMES = (*PHASES, "step")

@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from verl_aqn.bench import codec, update
+from verl_aqn.bench import codec_speed as codec
+from verl_aqn.bench import update_speed as update
 from verl_aqn.errors import ConfigError
 
 BASELINE = Path(__file__).with_name("baseline.json")

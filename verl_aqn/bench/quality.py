@@ -18,20 +18,20 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from verl_aqn.data.word_problems import Problem, problems, prompt
+from verl_aqn.checkpoints.calibrate import calibration_ids, conversations, read_texts
+from verl_aqn.checkpoints.gptq import gptq_quantizer
+from verl_aqn.checkpoints.loading import load_model
+from verl_aqn.checkpoints.loftq import loftq_checkpoint
+from verl_aqn.checkpoints.packing import quantize_checkpoint
+from verl_aqn.checkpoints.packing_plan import EXCLUDE
+from verl_aqn.checkpoints.remedies import fold_macro_scales, worst_layers
 from verl_aqn.errors import ConfigError, DataError
-from verl_aqn.generate import generate, greedy
-from verl_aqn.mxfp4.calibrate import calibration_ids, conversations, read_texts
-from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
+from verl_aqn.models.generate import generate, greedy
 from verl_aqn.mxfp4.dense import dequantize_linears
-from verl_aqn.mxfp4.gptq import gptq_quantizer
-from verl_aqn.mxfp4.loftq import loftq_checkpoint
-from verl_aqn.mxfp4.model import load_model
-from verl_aqn.mxfp4.plan import EXCLUDE
-from verl_aqn.mxfp4.remedies import fold_macro_scales, worst_layers
-from verl_aqn.rewards.gsm8k import score
-from verl_aqn.runs.paired import of_items
-from verl_aqn.runs.stats import ratio_interval, wilson
+from verl_aqn.runs.stats.intervals import ratio_interval, wilson
+from verl_aqn.runs.stats.paired import of_items
+from verl_aqn.tasks.gsm8k import score
+from verl_aqn.tasks.word_problems import Problem, problems, prompt
 from verl_aqn.terminal import print_wide
 
 LENGTH = 256  # tokens of a text

@@ -20,16 +20,16 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from verl_aqn.errors import EnvironmentFault
-from verl_aqn.processes import SharedMemory, adopt_orphans, end_descendants, start_module
+from verl_aqn.launch.supervise import engine_environment, local_ray
+from verl_aqn.launch.watchdog import title
+from verl_aqn.runs.processes import SharedMemory, adopt_orphans, end_descendants, start_module
 from verl_aqn.runs.tail import Tail
-from verl_aqn.supervise import engine_environment, local_ray
-from verl_aqn.watchdog import title
 
 ARMS = ("ours", "stock tuned", "stock")
 PHASES = {"generation": "gen", "log-probs": "old_log_prob", "update": "update_actor", "sync": "update_weights"}
 RECIPE = "e12_aggressive_1ep"
 SYNCED_LOG = "VERL_AQN_BENCH_SYNCED"
-"""The variable that tells stock's engine where to write what it sent (`verl_aqn/bench/stock.py`)."""
+"""The variable that tells stock's engine where to write what it sent (`verl_aqn/bench/stock_run.py`)."""
 ACTOR, ROLLOUT = "ray::WorkerDict", "VLLM::Worker"
 _SMALL = ("data.train_batch_size=2", "actor_rollout_ref.actor.ppo_mini_batch_size=2", "actor_rollout_ref.rollout.n=4")
 
@@ -65,8 +65,8 @@ def overrides(model: str, steps: int, small: bool) -> list[str]:
 
 def check(todo: list[str]) -> None:
     """Raise, before the first arm, what is wrong with the settings or the model of all arms."""
-    from verl_aqn.config import load_recipe
-    from verl_aqn.prepare import find_model
+    from verl_aqn.config.loading import load_recipe
+    from verl_aqn.preflight.prepare import find_model
 
     find_model(load_recipe(RECIPE, todo), weights=False)
 
@@ -76,15 +76,15 @@ def stock_config(todo: list[str], *, tuned: bool) -> DictConfig:
 
     `tuned`: with our profile's settings of threads, processes and cache too.
     """
-    from verl_aqn.config import load_recipe
-    from verl_aqn.train import resolve
+    from verl_aqn.config.loading import load_recipe
+    from verl_aqn.launch.train import resolve
 
     # Noise is the recipe's; a base that is not packed has no noise here, and stock verl none at all.
     config = load_recipe(RECIPE, [*todo, "aqn.mxfp4.enabled=false", "aqn.noise.enabled=false"])
     config = resolve(config).config
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
     OmegaConf.set_struct(config, False)
-    model.external_lib = "verl_aqn.bench.stock"
+    model.external_lib = "verl_aqn.bench.stock_run"
     model.override_config = {"attn_implementation": "sdpa"}
     config.actor_rollout_ref.actor.fsdp_config.model_dtype = "bf16"
     kwargs = dict(rollout.engine_kwargs.vllm)
@@ -110,7 +110,7 @@ def command(name: str, todo: list[str], folder: Path, temporary: str) -> tuple[s
     env |= {"VLLM_PLUGINS": "", SYNCED_LOG: str(folder / "synced.txt")}  # no plugin of ours
     if name == "stock":
         del env["OMP_NUM_THREADS"], env["VLLM_CPU_OMP_THREADS_BIND"]
-    return "verl_aqn.bench.stock", [str(path)], env
+    return "verl_aqn.bench.stock_run", [str(path)], env
 
 
 def run_arm(name: str, todo: list[str], folder: Path, on_step: Callable[[], None]) -> Arm:
@@ -219,8 +219,8 @@ def measure(
     `todo`: `overrides` of all arms. `base`: a folder for the runs. `on_step` is told how many steps are done. `names`:
     of the arms, ours first.
     """
-    from verl_aqn.bench.codec import device_name
-    from verl_aqn.config import load_recipe
+    from verl_aqn.bench.codec_speed import device_name
+    from verl_aqn.config.loading import load_recipe
     from verl_aqn.preflight.checks import recipe_shape
 
     done = 0

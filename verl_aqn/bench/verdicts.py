@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from verl_aqn.runs.arms import Arm, Run
-from verl_aqn.runs.compare import HELPS, HURTS, SAME, UNKNOWN, WANTED, compare
-from verl_aqn.runs.scores import Answers
+from verl_aqn.runs.stats.arms import Arm, Run
+from verl_aqn.runs.stats.compare import HELPS, HURTS, SAME, UNKNOWN, WANTED, compare
+from verl_aqn.runs.stats.scores import Answers
 
 SEEDS = (1, 2, 3, 5, 8, 12)
 ITEMS = (100, 384, 1319)

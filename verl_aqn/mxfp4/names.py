@@ -26,8 +26,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from verl_aqn.mxfp4.building import Built, build, text_prefixes
-from verl_aqn.mxfp4.storage import Weights, has_weights
+from verl_aqn.checkpoints.building import Built, build, text_prefixes
+from verl_aqn.checkpoints.storage import Weights, has_weights
 
 # Which fused stack an expert's matrix is part of, and which half of its rows.
 ROLES = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": ("down_proj", 0)}

@@ -4,12 +4,12 @@ Noise is a function, not a state: `draw(seed, step, name, numel)` gives the same
 weights are always written as clean + noise. What was written is then read back and measured.
 """
 
-from verl_aqn.judge.noise import check_equal_noise, check_evidence, check_norms, check_used, sigma_interval
+from verl_aqn.noise.checks import check_equal_noise, check_evidence, check_norms, check_used, sigma_interval
 from verl_aqn.noise.expected import expected_norms
-from verl_aqn.noise.gaussian import draw
 from verl_aqn.noise.injector import NoiseInjector
 from verl_aqn.noise.norms import find_norms
-from verl_aqn.order import UNITS, NoiseOrder
+from verl_aqn.noise.rng import draw
+from verl_aqn.noise.spec import UNITS, NoiseOrder
 
 __all__ = [
     "UNITS",

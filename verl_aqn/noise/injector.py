@@ -15,12 +15,12 @@ from torch import nn
 
 from verl_aqn.digest import tensor_digest
 from verl_aqn.errors import ConfigError, EvidenceError, ModelError
-from verl_aqn.judge.noise import sigma_interval
-from verl_aqn.noise.gaussian import draw_spans
+from verl_aqn.noise.checks import sigma_interval
 from verl_aqn.noise.norms import canonical_names, survey
+from verl_aqn.noise.rng import draw_spans
 from verl_aqn.noise.routers import router_norms
+from verl_aqn.noise.spec import NoiseOrder, count_layers
 from verl_aqn.noise.targets import Norm, NormBeside, PackedLinear, Target, find_linears
-from verl_aqn.order import NoiseOrder, count_layers
 
 Selection = list[tuple[Target, float]]  # with its multiplier of σ
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from verl_aqn.checkpoints.slices import Part, parts_of
 from verl_aqn.errors import EvidenceError, ModelError, first_line
 from verl_aqn.mxfp4 import dequantize
-from verl_aqn.noise.gaussian import Span
 from verl_aqn.noise.norms import Form
-from verl_aqn.shards import Part, parts_of
+from verl_aqn.noise.rng import Span
 
 
 class Target:

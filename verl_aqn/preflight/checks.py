@@ -13,23 +13,23 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.cache import cache_dir
-from verl_aqn.config import parse_aqn, schedule_of
-from verl_aqn.environ import cluster_address
+from verl_aqn.config.loading import parse_aqn, schedule_of
+from verl_aqn.config.serving import ADAPTER_RANKS, served_rank
+from verl_aqn.environment import cluster_address
 from verl_aqn.errors import ConfigError, DataError, EnvironmentFault, ModelError
 from verl_aqn.preflight import host
+from verl_aqn.preflight.device_plan import fit
 from verl_aqn.preflight.findings import Finding, gb
-from verl_aqn.preflight.memory import CPU, DEVICE, actor, machine, rollout, sizes, whole_cache
+from verl_aqn.preflight.memory_plan import CPU, DEVICE, actor, machine, rollout, sizes, whole_cache
 from verl_aqn.preflight.node import PACKAGES, Node, devices_here, free_disk
-from verl_aqn.preflight.plan import fit
+from verl_aqn.preflight.prepare import find_model, positions_of, refuse_adapter_settings
+from verl_aqn.preflight.reward_function import check_reward, settle_reward
+from verl_aqn.preflight.run_data import KEYS, check_data, files_on_disk, first_items, sets_of, steps_in_data
 from verl_aqn.preflight.settings import check_settings
 from verl_aqn.preflight.shape import Shape
-from verl_aqn.preflight.verl import check_verl
-from verl_aqn.preflight.vllm import check_served
-from verl_aqn.prepare import find_model, positions_of, refuse_adapter_settings
-from verl_aqn.rewards.custom import check_reward, settle_reward
-from verl_aqn.rewards.math_verify import check_installed
-from verl_aqn.run_data import KEYS, check_data, files_on_disk, first_items, sets_of, steps_in_data
-from verl_aqn.serving import ADAPTER_RANKS, served_rank
+from verl_aqn.preflight.verl_says import check_verl
+from verl_aqn.preflight.vllm_says import check_served
+from verl_aqn.tasks.math_verify import check_installed
 
 SETUP = "bash scripts/setup.sh"
 SKEW_S = 1.0  # records of several nodes are put in order by their times
@@ -200,7 +200,7 @@ def check_adapter(config: DictConfig) -> Iterator[Finding]:
         refuse_adapter_settings(config)
         if not what and config.actor_rollout_ref.model.target_modules == "all-linear":
             return
-        from verl_aqn.adapter_folder import check_new_adapter, read_folder
+        from verl_aqn.preflight.adapter_folder import check_new_adapter, read_folder
 
         base = find_model(config, weights=False)
         if not what:
@@ -282,7 +282,7 @@ def check_node(node: Node, here: Node, where: str) -> Iterator[Finding]:
 
 def recipe_shape(config: DictConfig) -> Shape:
     """Of the recipe's model, of which only config.json is read (and fetched, where the hub has it)."""
-    from verl_aqn.preflight.model import shape_of
+    from verl_aqn.preflight.sizing import shape_of
 
     return shape_of(find_model(config, weights=False), parse_aqn(config).mxfp4.exclude)
 

@@ -21,9 +21,9 @@ PACKAGES = ("verl-aqn", "verl", "vllm", "torch", "ray", "transformers", "peft", 
 _PROBES = {
     "verl plugin": "import verl; from verl.plugin.platform.platform_manager import PlatformRegistry as R; "
     "assert R.get('cpu') is not None, 'verl did not load the verl-aqn entry point'; "
-    "from verl_aqn.verl_api.plugin import check_versions as c; print(', '.join(f'{k} {v}' for k, v in c().items()))",
+    "from verl_aqn.integrations.verl.verl_plugin import check_versions as c; print(', '.join(f'{k} {v}' for k, v in c().items()))",
     "vLLM plugin": "from vllm.plugins import load_general_plugins as load; load(); "
-    "from verl_aqn.vllm_api import plugin as p; assert p.is_registered(), 'vLLM did not call the verl-aqn plugin'; "
+    "from verl_aqn.integrations.vllm import plugin as p; assert p.is_registered(), 'vLLM did not call the verl-aqn plugin'; "
     "print('vllm', p.check_version())",
 }
 # Bytes of every accelerator, one a line.
@@ -110,13 +110,13 @@ def cluster_nodes(address: str, folder: str, profile: str) -> tuple[list[Node], 
 
     A node's clock is compared with the middle of a round trip: half of that is how far it may be off.
     """
-    from verl_aqn.cluster.node import token_file
+    from verl_aqn.integrations.ray.start import token_file
 
     if token_file().is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it once, when it is imported
     import ray
 
-    from verl_aqn.cluster.places import alive_nodes, on
+    from verl_aqn.integrations.ray.nodes import alive_nodes, on
 
     ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     try:

@@ -1,6 +1,6 @@
 """Settings of a recipe that contradict each other, which verl or vLLM would find once processes run.
 
-What verl finds by being asked is asked by `verl_aqn.preflight.verl`; here is what it finds late, or never.
+What verl finds by being asked is asked by `verl_aqn.preflight.verl_says`; here is what it finds late, or never.
 """
 
 from collections.abc import Iterator

@@ -1,11 +1,11 @@
-"""The sizes of a model that memory depends on; `verl_aqn.preflight.model` reads them from a config.json."""
+"""The sizes of a model that memory depends on; `verl_aqn.preflight.sizing` reads them from a config.json."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Numbers of elements and features; bytes are made of them in `verl_aqn.preflight.memory`.
+    """Numbers of elements and features; bytes are made of them in `verl_aqn.preflight.memory_plan`.
 
     `linears`: elements of the weights [N, K] that MXFP4 packs (linear layers and MoE experts); `kept`: of all other
     parameters, of which `root` lie outside the decoder layers (embeddings, head, last norm), and `norms` in norms.

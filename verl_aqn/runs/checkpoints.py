@@ -11,9 +11,9 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.errors import DataError
-from verl_aqn.runs.arms import find_run
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.provenance import file_digest
+from verl_aqn.runs.stats.arms import find_run
 
 DIGESTS = "digests.json"
 WRITING = ".writing"

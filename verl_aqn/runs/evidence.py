@@ -1,4 +1,4 @@
-"""What a run's records prove: `verl_aqn.judge` over its folder, for report, compare, export and the run's own end."""
+"""What a run's records prove: `verl_aqn.runs.judge` over its folder, for report, compare, export and the run's own end."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from verl_aqn.config import NoiseConfig, order_of, parse_aqn, schedule_of
+from verl_aqn.config.loading import NoiseConfig, order_of, parse_aqn, schedule_of
+from verl_aqn.config.stock_settings import is_stock
 from verl_aqn.errors import AqnError, EvidenceError
-from verl_aqn.judge.records import VERSION, Done, Judge, Tally
-from verl_aqn.judge.stock import StockJudge
+from verl_aqn.noise.schedule import SigmaSchedule
 from verl_aqn.runs.chain import broken
 from verl_aqn.runs.folder import EVIDENCE, RunFolder
-from verl_aqn.schedule import SigmaSchedule
-from verl_aqn.stock_settings import is_stock
+from verl_aqn.runs.judge.records import VERSION, Done, Judge, Tally
+from verl_aqn.runs.judge.stock_records import StockJudge
 
 RESCORED = "aqn/parity/rescored_tokens"
 _FIGURES = ("abs_dlogp_mean", "abs_dlogp_p99", "kl_k3", "clipped_share")

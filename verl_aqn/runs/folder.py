@@ -22,8 +22,8 @@ from typing import Any
 import yaml
 
 from verl_aqn.errors import AqnError, BusyError, DataError, EnvironmentFault
-from verl_aqn.owned import open_own, own_entries, own_folder
 from verl_aqn.runs.chain import linked
+from verl_aqn.safe_files import open_own, own_entries, own_folder
 
 STATUSES = ("running", "finished", "failed", "interrupted")
 LINKS = ("training.log", "checkpoints")
@@ -189,7 +189,7 @@ def open_run(base: Path, config: dict[str, Any], *, fresh: bool = False) -> RunF
     which otherwise always gives a new run.
 
     Raises DataError where base/training.log or base/checkpoints is no link of ours, EnvironmentFault where `base`
-    cannot be written, or `base` or what is in it may be another user's (`verl_aqn.owned`).
+    cannot be written, or `base` or what is in it may be another user's (`verl_aqn.safe_files`).
     """
     # Its processes, those of other nodes too, have working directories of their own.
     base, digest = Path(base).absolute(), _digest(config)

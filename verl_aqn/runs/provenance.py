@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from verl_aqn.checksums import FILE as CHECKSUMS
-from verl_aqn.checksums import MODEL_FILES, file_digest, unchanged_digest
+from verl_aqn.checkpoints.checksums import FILE as CHECKSUMS
+from verl_aqn.checkpoints.checksums import MODEL_FILES, file_digest, unchanged_digest
 
 _PACKAGES = (
     "verl-aqn", "verl", "vllm", "ray", "torch", "transformers", "peft", "tensordict", "TransferQueue", "numpy",

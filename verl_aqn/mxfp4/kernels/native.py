@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from verl_aqn.cache import cache_dir
-from verl_aqn.owned import own_folder
+from verl_aqn.safe_files import own_folder
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-shared", "-fPIC", "-pthread"]

@@ -20,7 +20,7 @@ codes are left open, and whether subnormals are kept nobody says. Blocks there a
 import torch
 from torch import Tensor
 
-from verl_aqn.ascend import has_mx_units
+from verl_aqn.mxfp4.chips import has_mx_units
 from verl_aqn.mxfp4.kernels import reference
 
 _SCALE_ALG = {"floor": 0, "rceil": 2}

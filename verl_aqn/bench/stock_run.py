@@ -1,0 +1,51 @@
+"""verl 0.9.1 as it is, on a CPU: `python -m verl_aqn.bench.stock_run CONFIG.yaml`. What `bench step` compares with.
+
+Nothing of ours is in it but what verl lacks to run on a CPU at all: the platform (verl takes it from the plugin), its
+FSDP engine registered for one, and a process group that torch accepts. verl imports this as the model's external_lib.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from verl.workers.engine.base import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+from verl_aqn.bench.step import SYNCED_LOG
+from verl_aqn.integrations.verl.process_group import open_process_group
+
+
+@EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")
+class StockEngine(FSDPEngineWithLMHead):
+    """verl's own engine, which adds what each of its syncs sent to the file `$SYNCED_LOG`, in bytes."""
+
+    def get_per_tensor_param(self, *args, **kwargs):
+        params, peft_config = super().get_per_tensor_param(*args, **kwargs)
+        return counted(params), peft_config
+
+
+def counted(params: Iterator) -> Iterator:
+    """As they are; when the last one was taken, their bytes are written down."""
+    sent = 0
+    for name, tensor in params:
+        sent += tensor.nbytes
+        yield name, tensor
+    with Path(os.environ[SYNCED_LOG]).open("a") as log:
+        log.write(f"{sent}\n")
+
+
+if "MASTER_PORT" in os.environ and __name__ != "__main__":
+    open_process_group()
+
+
+def main(path: str) -> None:
+    """As verl's `main_ppo`, with a config that is composed already."""
+    from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
+
+    run_ppo(OmegaConf.load(path), task_runner_class=TaskRunnerV1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

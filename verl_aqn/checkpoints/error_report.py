@@ -1,0 +1,103 @@
+"""What quantising did to each module, as numbers that a table, JSON and a picture are made of."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from verl_aqn.mxfp4.error_split import ErrorSplit
+from verl_aqn.noise.spec import pooled_name
+
+# In the folder that `quantize_checkpoint` makes, and in that of each run of it: `QuantReport.to_dict()`.
+FILE = "quantization.json"
+
+PARTS = ("deadzone", "clipped", "scale_bias", "grid_noise")
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """What became of one linear layer, or of one matrix of one expert."""
+
+    name: str
+    shape: tuple[int, ...]
+    error: ErrorSplit
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def sqnr_db(self) -> float:
+        return self.error.sqnr_db
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "shape": list(self.shape),
+            **_numbers(self.error),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+        }
+
+
+@dataclass(frozen=True)
+class QuantReport:
+    """What `quantize_checkpoint` did. ``bytes_*`` count all weights, those left in 16 bits included.
+
+    ``base_digest`` is the packed base's (`verl_aqn.checkpoints.packing.base_digest`): it tells whose numbers these are.
+    """
+
+    scale_rule: str
+    modules: tuple[ModuleReport, ...]
+    bytes_before: int
+    bytes_after: int
+    base_digest: str
+    left: tuple[str, ...] = ()
+    """Linear layers, routers and experts that stay in 16 bits."""
+
+    @property
+    def error(self) -> ErrorSplit:
+        """That of all quantised weights taken together."""
+        return ErrorSplit.pooled(m.error for m in self.modules)
+
+    @property
+    def sqnr_db(self) -> float:
+        return self.error.sqnr_db
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: an SQNR without any noise, which is infinite, becomes None. Energies are sums of squares."""
+        return {
+            "scale_rule": self.scale_rule,
+            "base_digest": self.base_digest,
+            **_numbers(self.error),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "left_in_16_bits": list(self.left),
+            "modules": [m.to_dict() for m in self.modules],
+        }
+
+
+def pool_experts(modules: Iterable[ModuleReport]) -> list[ModuleReport]:
+    """``modules`` with the experts of a layer taken together, under the name ``...experts.*.gate_proj``."""
+    groups: dict[str, list[ModuleReport]] = {}
+    for module in modules:
+        groups.setdefault(pooled_name(module.name), []).append(module)
+    return [
+        ModuleReport(
+            name,
+            members[0].shape,
+            ErrorSplit.pooled(m.error for m in members),
+            sum(m.bytes_before for m in members),
+            sum(m.bytes_after for m in members),
+        )
+        for name, members in groups.items()
+    ]
+
+
+def _numbers(error: ErrorSplit) -> dict[str, Any]:
+    return {
+        "sqnr_db": error.sqnr_db if math.isfinite(error.sqnr_db) else None,
+        "signal": error.signal,
+        "noise": error.noise,
+        **{part: getattr(error, part) for part in PARTS},
+        "deadzone_share": error.deadzone_share,
+        "clipped_share": error.clipped_share,
+    }

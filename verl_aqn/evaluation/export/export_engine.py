@@ -1,0 +1,103 @@
+"""Ask vLLM for answers and log-probabilities, in a process that is started here and is gone when this returns."""
+
+import json
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from verl_aqn.config.serving import served_rank
+from verl_aqn.errors import EnvironmentFault
+from verl_aqn.launch.supervise import engine_environment
+from verl_aqn.runs.processes import start_module
+
+TIMEOUT_S = 3600
+
+
+def ask_vllm(
+    config: DictConfig,
+    model: Path,
+    adapters: Sequence[Path | None],
+    prompts: list[list[int]],
+    expected: list[str],
+    scored: list[list[int]],
+    *,
+    of_run: bool,
+) -> list[dict[str, Any]]:
+    """What an engine with the settings of the run ``config`` says on ``model`` with each of ``adapters``.
+
+    See `verl_aqn.integrations.vllm.greedy_answers` for the arguments and the result (its `said`). ``of_run``: ``model`` is the base in
+    the form that the run's rollout had, and not a merged model.
+
+    Raises:
+        EnvironmentFault: the engine did not start or did not answer; the message ends with its last word.
+    """
+    # A short path: sockets lie below it, and theirs end at 107 characters.
+    with tempfile.TemporaryDirectory(prefix="aqn-", dir="/tmp") as temporary:
+        request, result, log = (Path(temporary) / name for name in ("request.json", "result.json", "engine.log"))
+        question = {
+            "model": str(model),
+            "adapters": [str(adapter) if adapter else None for adapter in adapters],
+            "rank": served_rank(int(config.actor_rollout_ref.model.lora_rank)),
+            "engine": engine_options(config, merged=not of_run),
+            "max_tokens": int(config.actor_rollout_ref.rollout.response_length),
+            "prompts": prompts,
+            "expected": expected,
+            "scored": scored,
+        }
+        request.write_text(json.dumps(question))
+        process = start_module(
+            "verl_aqn.integrations.vllm.greedy_answers", [request, result], environment(config, temporary), log
+        )
+        try:
+            process.wait(TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise EnvironmentFault(f"vLLM did not answer {len(prompts)} prompts in {TIMEOUT_S} s") from None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # its group is its own, with the ranks of an engine
+                process.wait()
+        if process.returncode or not result.is_file():
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            raise EnvironmentFault(
+                f"vLLM ended with code {process.returncode} on {model}: {lines[-1][:400] if lines else 'no word'}"
+            )
+        return json.loads(result.read_text())["said"]
+
+
+def engine_options(config: DictConfig, *, merged: bool) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`: those of the run's rollout, so that what it answers can be what that answered.
+
+    They include this project's worker extension, under which norms are kept in fp32; with bf16 norms 6 of 192 answers
+    of SmolLM2-135M become others. A merged model has no packed layer: what the run says of those is left out.
+    """
+    rollout = config.actor_rollout_ref.rollout
+    special: Any = OmegaConf.to_container(rollout.engine_kwargs.get("vllm") or OmegaConf.create({}), resolve=True)
+    if merged:
+        for key in ("additional_config", "linear_backend", "quantization"):
+            special.pop(key, None)
+    cpu = config.aqn.profile == "cpu"
+    options = {
+        "dtype": rollout.dtype,
+        "max_model_len": rollout.max_model_len or rollout.prompt_length + rollout.response_length,
+        "max_num_seqs": rollout.max_num_seqs,
+        "max_num_batched_tokens": rollout.max_num_batched_tokens,
+        "enforce_eager": rollout.enforce_eager,
+        "gpu_memory_utilization": rollout.gpu_memory_utilization,
+        "tensor_parallel_size": 1 if cpu else rollout.tensor_model_parallel_size,
+        "enable_prefix_caching": rollout.enable_prefix_caching,
+        "trust_remote_code": config.actor_rollout_ref.model.trust_remote_code,
+    }
+    return {key: value for key, value in (options | special).items() if value is not None}
+
+
+def environment(config: DictConfig, temporary: str) -> dict[str, str]:
+    """Of the engine's process: everything in one process where one device does."""
+    env = engine_environment(temporary, cpu=config.aqn.profile == "cpu", ranks=1)
+    env.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING")
+    return env

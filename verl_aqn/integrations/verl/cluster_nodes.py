@@ -1,0 +1,143 @@
+"""A run on a Ray cluster that others started: what each of its nodes needs before, and gives back after.
+
+On one machine every process of a run inherits its environment from `verl_aqn.launch.supervise`. Those of a cluster descend
+from `ray start`, so they get it from `verl_aqn.integrations.ray.worker_setup`.
+`python -m verl_aqn.integrations.verl.cluster_nodes clean RUN TEMPORARY …` cleans all nodes after a run, and `stacks RUN TEMPORARY`
+prints where its processes stand on each.
+"""
+
+import importlib.util
+import os
+import platform
+import secrets
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import ray
+from omegaconf import DictConfig, OmegaConf
+
+from verl_aqn import __version__
+from verl_aqn.config.loading import parse_aqn
+from verl_aqn.errors import EnvironmentFault
+from verl_aqn.integrations.ray.nodes import on_every_node
+from verl_aqn.integrations.ray.worker_setup import RUN, TEMPORARY, set_up_worker
+from verl_aqn.integrations.verl.verl_plugin import check_versions
+from verl_aqn.launch.watchdog import title
+from verl_aqn.preflight.run_data import data_files
+from verl_aqn.runs.folder import RunFolder
+from verl_aqn.runs.processes import GRACE_S, SharedMemory
+from verl_aqn.runs.stacks import collect, folder_in, listening
+from verl_aqn.runs.temporary import remove
+
+# What describes a cluster that is to be started; Ray refuses some of it beside an address.
+_OF_A_NEW_CLUSTER = ("num_cpus", "num_gpus", "resources", "object_store_memory", "include_dashboard", "dashboard_port")
+
+
+def join(config: DictConfig, folder: RunFolder) -> None:
+    """Make `config.ray_kwargs.ray_init` that of a job on the cluster at RAY_ADDRESS."""
+    settings = config.ray_kwargs.ray_init
+    for key in _OF_A_NEW_CLUSTER:
+        settings.pop(key, None)
+    ours = {RUN: str(folder.path), TEMPORARY: os.environ["TMPDIR"]}
+    hook = f"{set_up_worker.__module__}.{set_up_worker.__name__}"
+    OmegaConf.update(settings, "runtime_env.env_vars", ours, force_add=True)
+    OmegaConf.update(settings, "runtime_env.worker_process_setup_hook", hook, force_add=True)
+
+
+def check_nodes(config: DictConfig) -> None:
+    """Every node sees the run's files and has the same code; each puts itself on record as evidence.
+
+    Raises:
+        EnvironmentFault: which node does not, and what to do.
+    """
+    aqn = parse_aqn(config)
+    assert aqn.run.dir is not None
+    folder, check = RunFolder(Path(aqn.run.dir)), secrets.token_hex(8)
+    needed = [folder.path / "launch.yaml", Path(config.actor_rollout_ref.model.path) / "config.json"]
+    needed += data_files(config)
+    reward = str(config.reward.custom_reward_function.path or "")
+    module = reward.removeprefix("pkg://") if reward.startswith("pkg://") else ""
+    if reward and not module:
+        needed.append(Path(reward).expanduser())
+    nodes = on_every_node(_describe_node, folder, needed, module, check)
+    if len({(node["verl_aqn"], *node["versions"].values()) for node in nodes}) > 1:
+        told = "; ".join(f"{n['address']}: verl-aqn {n['verl_aqn']}, {n['versions']}" for n in nodes)
+        raise EnvironmentFault(f"the nodes have other versions, run scripts/setup.sh on each: {told}")
+    # They wrote into the folder that they see: a copy of it, or a folder of the same name, shows here.
+    seen = {record["address"] for record in folder.read("evidence.jsonl") if record.get("check") == check}
+    if other := {node["address"] for node in nodes} - seen:
+        raise EnvironmentFault(
+            f"{folder.path} on node {', '.join(sorted(other))} is another folder: set aqn.run.dir to one on a disk "
+            "that all nodes share"
+        )
+
+
+def _describe_node(folder: RunFolder, needed: list[Path], module: str, check: str) -> dict:
+    address = ray.util.get_node_ip_address()
+    if missing := [str(path) for path in needed if not path.exists()]:
+        raise EnvironmentFault(
+            f"node {address} has no {missing[0]}: put aqn.run.dir, VERL_AQN_CACHE, model and data on a disk that all "
+            "nodes share"
+        )
+    if module and not _importable(module):
+        raise EnvironmentFault(f"node {address} has no module {module} (the reward function's): install it there")
+    (Path(os.environ[TEMPORARY]) / "since").write_text(str(time.time()))  # by this node's clock
+    node = {"address": address, "host": platform.node(), "verl_aqn": __version__, "versions": check_versions()}
+    folder.add_evidence({"kind": "node", "check": check, **node})
+    return node
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it is in
+        return False
+
+
+# ---------------------------------------------------------------- after a run
+
+
+def _clean_node(run: str, temporaries: list[str]) -> None:
+    processes = [process for process in psutil.process_iter() if _temporary_of(process) in temporaries]
+    memories = {temporary: SharedMemory(Path(temporary)) for temporary in temporaries}
+    for temporary, memory in memories.items():
+        memory.look(process for process in processes if _temporary_of(process) == temporary)
+    for process in processes:
+        process.terminate()
+    for process in psutil.wait_procs(processes, timeout=GRACE_S)[1]:
+        process.kill()
+    for temporary, memory in memories.items():
+        since = Path(temporary) / "since"
+        began = float(since.read_text()) if since.exists() else None
+        memory.look([])
+        if remove(Path(temporary), Path(run)) and began is not None:
+            memory.remove(began)
+
+
+def _temporary_of(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get(TEMPORARY)
+    except psutil.Error:  # gone meanwhile, or another user's
+        return None
+
+
+def _stacks_of_node(temporary: str) -> str:
+    folder = folder_in(temporary)
+    living = {pid: title(psutil.Process(pid)) for pid in listening(folder) if psutil.pid_exists(pid)}
+    return f"==== node {ray.util.get_node_ip_address()}\n{collect(folder, living)}"
+
+
+def main(task: str, run: str, *temporaries: str) -> None:
+    """On every node of runs with these temporary folders: `clean` ends what they left running and removes their files,
+    `stacks` prints the stacks of the first one's processes."""
+    ray.init(log_to_driver=False)
+    if task == "clean":
+        on_every_node(_clean_node, run, list(temporaries))
+    else:
+        print(*on_every_node(_stacks_of_node, temporaries[0]), sep="\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,48 @@
+"""Dense MXFP4 on vLLM's CPU platform, which has no kernel for it: W4A16 or W4A4, weights dequantised once at load."""
+
+from typing import Any
+
+import torch
+from torch.nn.parameter import Parameter
+
+from verl_aqn.mxfp4 import dequantize, fake_quantize
+from verl_aqn.mxfp4.linear import Activation
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.kernels.linear.mxfp4 import MxFp4LinearKernel, MxFp4LinearLayerConfig
+from vllm.platforms import current_platform
+
+
+class CpuMxfp4LinearKernel(MxFp4LinearKernel):
+    """Weights [N, K] from packed codes [N, K/2] and scales [N, K/32].
+
+    vLLM's compressed-tensors scheme asks for dynamic MXFP4 activations whatever the checkpoint says. Like its Marlin
+    kernel this one leaves them alone, unless the engine's ``additional_config`` holds ``mxfp4_activation``: then they
+    are rounded as it says and as the actor does. MXFP4 values are exact in bf16, so the products are those of 4 bits.
+    """
+
+    def __init__(self, config: MxFp4LinearLayerConfig) -> None:
+        super().__init__(config)
+        self.activation = Activation.parse(get_current_vllm_config().additional_config.get("mxfp4_activation"))
+
+    @classmethod
+    def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+        """On CPUs only."""
+        return current_platform.is_cpu(), "only for CPUs"
+
+    @classmethod
+    def can_implement(cls, config: MxFp4LinearLayerConfig) -> tuple[bool, str | None]:
+        """Any MXFP4 linear layer."""
+        return True, None
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Keep the packed bytes beside the dequantised weight: they are what a run reads back as its base."""
+        layer.mxfp4_packed = layer.weight.data
+        layer.weight_scale = Parameter(layer.weight_scale.data, requires_grad=False)
+        weight = dequantize(layer.mxfp4_packed, layer.weight_scale.data, layer.params_dtype)
+        layer.weight = Parameter(weight, requires_grad=False)
+
+    def apply_weights(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [T, K] → [T, N]."""
+        if self.activation is not None:
+            x = fake_quantize(x, *self.activation)
+        return torch.nn.functional.linear(x, layer.weight, bias)

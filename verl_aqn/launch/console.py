@@ -1,0 +1,248 @@
+"""What a person sees of a run: a line a step while it runs, a short table at its end."""
+
+import math
+import sys
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.table import Table
+
+from verl_aqn.config.loading import parse_aqn
+from verl_aqn.launch.supervise import Outcome
+from verl_aqn.preflight.run_data import data_files, has_own_class
+from verl_aqn.runs.folder import RunFolder
+from verl_aqn.runs.run_list import sigmas
+from verl_aqn.runs.stats.compare import Report
+from verl_aqn.runs.stats.compare import table as comparison_table
+from verl_aqn.runs.stats.intervals import pass_text, samples_of, share_text, validation_text
+from verl_aqn.runs.stats.verdict import PLAN_MODEL, compare_validations, plan_verdict
+from verl_aqn.terminal import print_wide
+
+if TYPE_CHECKING:
+    from verl_aqn.launch.train import Prepared
+    from verl_aqn.preflight.probe import Strength
+
+
+# What the table calls a rule, and what the record of a validation does.
+RULES = {"strict": "accuracy", "flexible": "flexible", "math-verify": "math_verify"}
+
+
+class Console:
+    """Progress on standard error, the result on standard output."""
+
+    def __init__(self) -> None:
+        self.out = RichConsole(highlight=False)
+        self.err = RichConsole(stderr=True, highlight=False)
+        self.began = time.monotonic()
+        self.width = 1
+        self.validation: dict | None = None
+
+    def say(self, text: str) -> None:
+        """One line of progress with the time since the start. What looks like markup in it is a path or a name."""
+        self._line(escape(text))
+
+    def warn(self, text: str) -> None:
+        """A line about something that runs, but perhaps not as meant."""
+        self._line(f"[yellow]warning:[/yellow] {escape(text)}")
+
+    def _line(self, markup: str) -> None:
+        passed = int(time.monotonic() - self.began)
+        self.err.print(f"[dim]{passed // 60:3d}:{passed % 60:02d}[/dim]  {markup}", soft_wrap=True)
+
+    def start(self, run: RunFolder, todo: "Prepared") -> None:
+        """What is about to run, and where it is kept."""
+        aqn = parse_aqn(todo.config)
+        self.width = len(str(todo.steps))
+        self.say(f"run      {run.path}")
+        if run.note:
+            self.say(f"resumed  {run.note}; --fresh starts anew" if run.resumed else run.note)
+        base = f"MXFP4 ({aqn.mxfp4.scale_rule})" if aqn.mxfp4.enabled else "unquantised"
+        served = " (in bf16 in the rollout)" if aqn.mxfp4.enabled and aqn.mxfp4.serve == "bf16" else ""
+        model = todo.config.actor_rollout_ref.model
+        first = f" from {model.lora_adapter_path}" if model.lora_adapter_path else ""
+        self.say(f"model    {todo.source.name}, {base} base{served}, LoRA r={model.lora_rank}{first}")
+        self.say(f"data     {todo.rows['train']:,} training and {todo.rows['test']:,} validation prompts")
+        noise = aqn.noise
+        if noise.enabled:
+            unit = {"rms": "of each module's rms", "multiplicative": "of each weight"}.get(noise.unit, noise.unit)
+            self.say(f"noise    σ {sigmas(asdict(noise))} ({unit}), {noise.num_stages} stages, {todo.steps} steps")
+            if todo.fitted:
+                self.say(f"         σ_start found for a KL of {noise.target_kl:g}: {_nats(todo.fitted.kl)}")
+        else:
+            self.say(f"noise    none, {todo.steps} steps")
+
+    def strength(self, clean: "Strength", noisy: "Strength") -> None:
+        """What σ_start does to the policy."""
+        text = (
+            f"strength σ {noisy.sigma:g}: KL {_nats(noisy.kl)}, entropy {clean.entropy[0]:.3g} → {noisy.entropy[0]:.3g}"
+        )
+        if clean.variance and noisy.variance:
+            text += (
+                f", groups with variance {100 * clean.variance[0]:.0f} % → {100 * noisy.variance[0]:.0f} % "
+                f"[{100 * noisy.variance[1]:.0f}, {100 * noisy.variance[2]:.0f}]"
+            )
+        else:
+            text += " of the first turn (what tools say is not in it, so that rewards are not measured)"
+        self.say(text)
+
+    def record(self, name: str, record: dict) -> None:
+        """A new record of the run."""
+        kind = record.get("kind")
+        if kind == "phase":
+            self.say(record["text"])
+        elif kind == "warning":
+            self.warn(record["text"])
+        elif kind == "step":
+            metrics = record["metrics"]
+            self.say(
+                f"step {record['step']:{self.width}d}/{record['total']}   "
+                f"σ {metrics.get('aqn/sigma', 0.0):<8.2e} "
+                f"reward {_number(metrics, 'critic/score/mean'):6.3f}   "
+                f"entropy {_number(metrics, 'actor/entropy'):5.2f}   "
+                f"{_number(metrics, 'timing_s/step'):5.1f} s"
+            )
+            self.say_accuracy()
+        elif kind == "validation":
+            self.validation = record
+            if record["step"] == 0:  # later ones wait for the line of their step, which is written after them
+                self.say_accuracy()
+
+    def report(self, report: Report) -> None:
+        """A comparison: its table, and a sentence for each pair of arms."""
+        print_wide(comparison_table(report))
+        for contrast in report.arms:
+            self.out.print(contrast.text, soft_wrap=True, markup=False)
+        sys.stdout.flush()
+
+    def say_accuracy(self) -> None:
+        """The validation that has not been told yet, if there is one."""
+        if self.validation:
+            problems = self.validation["items"]
+            self.say(f"accuracy {validation_text(self.validation)}")
+            others = [
+                f"{rule} {share_text(self.validation[key], problems)}"
+                for rule, key in RULES.items()
+                if rule != "strict" and key in self.validation
+            ]
+            if others:
+                self.say(f"         {', '.join(others)}")
+            self.validation = None
+
+    def end(self, run: RunFolder, todo: "Prepared", outcome: Outcome) -> int:
+        """Tables and verdict of a finished run, or one line about one that is not. Returns the exit code."""
+        if outcome.status != "finished":
+            log = run.path / "training.log"
+            self.err.print(f"[red]error:[/red] {escape(outcome.message)} (log: {escape(str(log))})", soft_wrap=True)
+            return 1
+        self.out.print(sigma_table(run))
+        self.out.print(result_table(run))
+        if by_source := source_table(run):
+            self.out.print(by_source)
+        self.out.print(verdict(run, todo), soft_wrap=True)
+        if failed := failed_text(run):
+            self.out.print(failed, soft_wrap=True, markup=False)
+        self.out.print(f"[dim]record: {escape(str(run.path))}[/dim]", soft_wrap=True)
+        sys.stdout.flush()
+        return 0
+
+
+def _number(metrics: dict, name: str) -> float:
+    """A figure of a step; NaN, which the record has as null, or where it was not measured."""
+    value = metrics.get(name)
+    return math.nan if value is None else value
+
+
+def _nats(values: tuple[float, float, float]) -> str:
+    middle, low, high = values
+    return f"{middle:.3g} nats a token (95 % interval {low:.2g}–{high:.2g})"
+
+
+def sigma_table(run: RunFolder) -> Table:
+    """σ by stage: asked, and as read back from the rollout's norms."""
+    table = Table(title="Noise by stage", title_justify="left")
+    for column in ("stage", "steps", "σ asked", "σ in the rollout", "norms"):
+        table.add_column(column, justify="right")
+    stages: dict[int, list[dict]] = {}
+    for record in run.by_step("evidence.jsonl", "noise").values():
+        stages.setdefault(record["stage"], []).append(record)
+    for stage, group in stages.items():
+        steps = [record["step"] for record in group]
+        asked = sorted({record["sigma_asked"] for record in group}, reverse=True)
+        realised = [record["sigma_realised"] for record in group]
+        span = f"{min(steps)}" if len(steps) == 1 else f"{min(steps)}–{max(steps)}"
+        table.add_row(
+            str(stage),
+            span,
+            ", ".join("0" if sigma == 0 else f"{sigma:.2e}" for sigma in asked),
+            "0" if max(realised) == 0 else f"{sum(realised) / len(realised):.3e}",
+            str(group[0]["modules"]),
+        )
+    return table
+
+
+def result_table(run: RunFolder) -> Table:
+    """Accuracy at every validation by each rule with its interval; "–" in records that are older than the rule."""
+    table = Table(title="Accuracy (noise off), % with 95 % interval", title_justify="left")
+    validations = list(run.by_step("metrics.jsonl", "validation").values())
+    several = any(map(pass_text, validations))
+    for column in ("step", *RULES, "problems", *(("answers each", "of them, %") if several else ())):
+        table.add_column(column, justify="right")
+    for validation in validations:
+        count = validation["items"]
+        shares = [escape(share_text(validation.get(key), count)) for key in RULES.values()]
+        passed = [str(samples_of(validation)), pass_text(validation) or "–"] if several else []
+        table.add_row(str(validation["step"]), *shares, str(count), *passed)
+    return table
+
+
+def failed_text(run: RunFolder) -> str:
+    """How many answers of the run failed; "" where none did. Only a run that allows it comes to its end with some."""
+    steps = run.by_step("metrics.jsonl", "step").values()
+    trained = sum(int(_number(step["metrics"], "aqn/answers_failed") or 0) for step in steps
+                  if "aqn/answers_failed" in step["metrics"])  # fmt: skip
+    validated = sum(record.get("failed") or 0 for record in run.by_step("metrics.jsonl", "validation").values())
+    if not trained and not validated:
+        return ""
+    return (
+        f"failed: {trained:,} training answers, which taught nothing, and {validated:,} validation answers, which "
+        "count as wrong (failures.jsonl has the reasons)"
+    )
+
+
+def source_table(run: RunFolder) -> Table | None:
+    """Accuracy of the last validation by data source; None where its data are of one."""
+    *_, last = run.by_step("metrics.jsonl", "validation").values()
+    if not last.get("by_source"):
+        return None
+    table = Table(title=f"Accuracy by data source after step {last['step']}, %", title_justify="left")
+    table.add_column("data source")
+    for column in (*RULES, "problems"):
+        table.add_column(column, justify="right")
+    for source, found in last["by_source"].items():
+        shares = [f"{100 * found[key]:.2f}" if key in found else "–" for key in RULES.values()]
+        table.add_row(escape(source), *shares, str(found["items"]))
+    return table
+
+
+def is_plans_task(todo: "Prepared", problems: int) -> bool:
+    """Whether a run is of the model and on the problems that the plan's criterion is of."""
+    from verl_aqn.tasks.data_files import sources_of
+    from verl_aqn.tasks.gsm8k_data import SOURCE, TEST_PROBLEMS
+
+    if PLAN_MODEL not in str(todo.source) or problems != TEST_PROBLEMS or has_own_class(todo.config):
+        return False
+    return {source for file in data_files(todo.config, "val_files") for source in sources_of(file)} == {SOURCE}
+
+
+def verdict(run: RunFolder, todo: "Prepared") -> str:
+    """The plan's criterion in words, and whether training changed the accuracy (paired test)."""
+    validations = list(run.by_step("metrics.jsonl", "validation").values())
+    first, last = validations[0], validations[-1]
+    text = plan_verdict(last["accuracy"], last["items"], comparable=is_plans_task(todo, last["items"]))
+    if first["step"] == last["step"]:
+        return text
+    change = compare_validations(run, first["step"], last["step"])
+    return f"{text}\n{change.text}" if change else text

@@ -1,0 +1,275 @@
+"""Start the training process, show its progress, and leave no process behind whatever happens."""
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from omegaconf import DictConfig, OmegaConf
+
+from verl_aqn.cache import cache_dir
+from verl_aqn.config.loading import parse_aqn
+from verl_aqn.config.trackers import stay_here
+from verl_aqn.environment import cluster_address, drop_empty, keep_off_home
+from verl_aqn.launch.cause import Fault, death
+from verl_aqn.launch.forkserver.server import PYTHON, warm_python
+from verl_aqn.launch.watchdog import Watchdog
+from verl_aqn.launch.witness import Witness
+from verl_aqn.preflight.host import threads
+from verl_aqn.runs import faults, stacks, temporary
+from verl_aqn.runs.folder import RunFolder
+from verl_aqn.runs.processes import SharedMemory, adopt_orphans, end_descendants, start_module
+from verl_aqn.runs.tail import Tail
+from verl_aqn.safe_files import own_folder
+
+POLL_S = 0.5
+MEMORY_S = 5  # between looks at shared memory
+RAY = {"RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+CLEAN_S = 60  # less than what a cluster's job is given to stop (cluster/node.py)
+
+
+@dataclass
+class Outcome:
+    """How the training process ended: `finished`, `failed` or `interrupted`.
+
+    `again`: it failed by a fault that another attempt need not meet (a process died or hung), not by what was asked.
+    `signal`: what interrupted it.
+    """
+
+    status: str
+    message: str = ""
+    again: bool = False
+    signal: int = 0
+
+
+class Listener(Protocol):
+    """What is told of new records while the process runs."""
+
+    def record(self, name: str, record: dict) -> None: ...
+
+
+def environment(run: RunFolder, temporary: str) -> dict[str, str]:
+    """Environment of the training process and, through a Ray that it starts, of every process under it."""
+    env = worker_environment(run, temporary)
+    env.pop("RAY_ADDRESS", None)
+    if (address := cluster_address(launched(run))) is None:
+        return env | local_ray(temporary)
+    # The run may set again what its job was submitted with.
+    return env | RAY | {"RAY_ADDRESS": address, "RAY_TMPDIR": temporary, "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1"}
+
+
+def local_ray(temporary: str) -> dict[str, str]:
+    """Of a process that starts a Ray of its own."""
+    return RAY | {
+        "RAY_TMPDIR": temporary,
+        # Ray's name for "this machine only": it then binds to loopback, and verl's servers take their address from it.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # With a token of this run's own; Ray would put one for all into the home folder, which others can read.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_prestart_worker_first_driver": "0",  # in an environment that no task of a run is in
+        "RAY_worker_register_timeout_seconds": "600",  # the first one waits until its parent has its imports
+    }
+
+
+def worker_environment(run: RunFolder, temporary: str) -> dict[str, str]:
+    """Of any process of the run, on whichever machine."""
+    config = launched(run)
+    ranks = int(config.actor_rollout_ref.rollout.tensor_model_parallel_size)
+    env = engine_environment(temporary, cpu=config.aqn.profile == "cpu", ranks=ranks)
+    env["HYDRA_FULL_ERROR"] = "1"
+    env[stacks.FOLDER] = str(stacks.folder_in(temporary))
+    env[faults.PLACE] = str(run.path / faults.FILE)
+    stay_here(env, run.path, run.state["attempt"])
+    return env
+
+
+def starts_warm(config: DictConfig) -> bool:
+    """Whether the processes of a run that starts its own Ray are forked: on CPUs.
+
+    Not where verl's `run_ppo` would do more than start Ray: determinism (which wants a hash seed of its own, while a
+    forked process has its parent's), the insight logger, a timeline at the end; nor with an interpreter of the user's.
+    """
+    deterministic = config.actor_rollout_ref.rollout.full_determinism
+    timeline = config.ray_kwargs.get("timeline_json_file")
+    python = OmegaConf.select(config, "ray_kwargs.ray_init.runtime_env.py_executable")
+    other = deterministic or timeline or python or "rl_insight" in config.trainer.logger
+    return config.aqn.profile == "cpu" and not other
+
+
+def launched(run: RunFolder) -> DictConfig:
+    """The config of the newest attempt."""
+    config = OmegaConf.load(run.path / "launch.yaml")
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def engine_environment(temporary: str, *, cpu: bool, ranks: int) -> dict[str, str]:
+    """Of a process with vLLM in it: sockets and temporary files lie in `temporary`, nobody is told of its use.
+
+    `cpu`: it runs on this machine's cores, which the `ranks` of an engine share out.
+    """
+    compiled = cache_dir() / "torchinductor"
+    own_folder(compiled, "VERL_AQN_CACHE=DIR", make=False, or_roots=True)  # what is in there is loaded as code
+    cores = sorted(os.sched_getaffinity(0))
+    env = dict(os.environ) | {"PYTHONUTF8": "1"}
+    drop_empty(env)
+    keep_off_home(env)
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # ten processes import verl; compiled files make that 6 s faster each
+    count = threads()
+    env.setdefault("OMP_NUM_THREADS", str(count))
+    env.update(
+        TMPDIR=temporary,
+        VLLM_RPC_BASE_PATH=temporary,
+        TORCHINDUCTOR_CACHE_DIR=str(compiled),
+        TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS="0",  # they would go to TMPDIR: 10 s in each run
+        TOKENIZERS_PARALLELISM="false",
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_ALLOW_RUNTIME_LORA_UPDATING="false",  # by HTTP, which verl allows to anybody and needs itself for nothing
+        DO_NOT_TRACK="1",
+    )
+    if cpu:
+        env["VERL_PLATFORM"] = "cpu"
+        env.pop("CUDA_VISIBLE_DEVICES", None)  # Ray refuses a pretended GPU beside an empty list
+        env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+        # With a share of the time of many cores, no core is better than another: others may be on it.
+        env.setdefault("VLLM_CPU_OMP_THREADS_BIND", bind_cores(cores, ranks) if count == len(cores) else "nobind")
+    return env
+
+
+def bind_cores(cores: list[int], ranks: int) -> str:
+    """Cores of each tensor-parallel rank of an engine, as vLLM reads them ("0,1|2,3").
+
+    Actor and rollout take turns, so an engine has every core in its phase, and its ranks share them out. Ranks beyond
+    the number of cores share cores.
+    """
+    shares = [cores[rank::ranks] or [cores[rank % len(cores)]] for rank in range(ranks)]
+    return "|".join(",".join(map(str, share)) for share in shares)
+
+
+def supervise(run: RunFolder, listener: Listener) -> Outcome:
+    """Run `verl_aqn.launch.driver` on the run folder until it ends.
+
+    Its output and that of Ray, verl and vLLM go to training.log. Ctrl-C and SIGTERM stop it in order; every process
+    that descends from it is ended, by its id, before this returns.
+    """
+    adopt_orphans()
+    clean_after_killed(run)
+    address, started = cluster_address(launched(run)), time.time()
+    stop: list[int] = []
+    previous = {
+        sig: signal.signal(sig, lambda number, _frame: stop.append(number)) for sig in (signal.SIGINT, signal.SIGTERM)
+    }
+    folder, lock = temporary.make(run.path)
+    memory, looked, promises = SharedMemory(Path(folder)), started, stacks.folder_in(folder)
+    try:
+        run.append("events.jsonl", {"kind": "temporary", "path": folder, "since": started})
+        tails = {name: Tail(run.path / name) for name in ("events.jsonl", "metrics.jsonl", faults.FILE)}
+        promises.mkdir()
+        watchdog = Watchdog(parse_aqn(launched(run)).run.patience, promises, alone=address is None)
+        witness = Witness(Path(folder), watchdog)
+        env = environment(run, folder)
+        if address is None and starts_warm(launched(run)):
+            python, server = warm_python(folder)
+            env[PYTHON] = str(python)
+            # It runs nothing of this run itself, so it promises no stacks.
+            start_module(
+                "verl_aqn.launch.forkserver.server", [server], {**env, stacks.FOLDER: "", faults.PLACE: ""}, run.log
+            )
+        process = start_module("verl_aqn.launch.driver", [run.path], env, run.log)
+        error: dict = {}
+        while process.poll() is None and not stop:
+            said = _drain(tails, listener, watchdog, witness)
+            if said and not error:
+                watchdog.look()  # before the others go, because the run ends
+            error = said or error
+            if not error and (ended := witness.must_end()):
+                return _failed(witness, ended)
+            if fault := watchdog.fault():
+                kept = run.path / f"stacks-{run.state['attempt']}.txt"
+                kept.write_text(on_nodes("stacks", run, [folder], address) or stacks.collect(promises, watchdog.vital))
+                if error:
+                    break
+                return _failed(witness, _unsaid(fault), f"every process's stack: {kept}")
+            if text := watchdog.warning():
+                run.append("events.jsonl", {"kind": "warning", "text": text})
+            if time.time() - looked > MEMORY_S:
+                memory.look()
+                looked = time.time()
+            time.sleep(POLL_S)
+        if stop:
+            by = "Ctrl-C" if stop[0] == signal.SIGINT else "SIGTERM"
+            return Outcome("interrupted", f"stopped by {by}", signal=stop[0])
+        error = _drain(tails, listener, watchdog, witness) or error
+        if process.returncode == 0:
+            return Outcome("finished")
+        if error:
+            return _failed(witness, Fault.of(error["fault"]))
+        if process.returncode is not None and process.returncode < 0:
+            return _failed(witness, death(time.time(), "verl_aqn.launch.driver", process.pid, process.returncode))
+        return _failed(witness, _unsaid(f"the training process ended with code {process.returncode}"))
+    finally:
+        memory.look()
+        end_descendants()
+        with suppress(OSError), run.log.open("a") as log:
+            log.write(stacks.crashes(promises))
+        memory.remove(started)
+        os.close(lock)  # or this node would be left as it is
+        on_nodes("clean", run, [folder], address)
+        for sig, handler in previous.items():
+            signal.signal(sig, handler)
+        temporary.remove(Path(folder), run.path)
+
+
+def _unsaid(text: str) -> Fault:
+    """What is wrong with a run that does not say it itself."""
+    return Fault(time.time(), "", 0, "ProcessFault", text, ours=True)
+
+
+def _failed(witness: Witness, last: Fault, more: str = "") -> Outcome:
+    """The outcome of a run that ended by `last`. `more`: where to look, where nothing else is known."""
+    cause = witness.cause(last)
+    text = witness.told(cause)
+    return Outcome("failed", f"{text} ({more})" if more and cause == last else text, again=cause.by_chance)
+
+
+def clean_after_killed(run: RunFolder) -> None:
+    """What earlier attempts of this run left behind because they were killed themselves (kill -9, a power cut)."""
+    left = [record for record in run.read("events.jsonl") if record["kind"] == "temporary"]
+    left = [record for record in left if Path(record["path"]).exists()]
+    for record in left:
+        memory = SharedMemory(Path(record["path"]))
+        if temporary.remove(Path(record["path"]), run.path):
+            memory.remove(record["since"] if "since" in record else record["started"])  # its name before
+    if left and (run.path / "launch.yaml").exists():  # nothing was on a cluster before
+        on_nodes("clean", run, [record["path"] for record in left], cluster_address(launched(run)))
+
+
+def on_nodes(task: str, run: RunFolder, temporaries: list[str], address: str | None) -> str:
+    """What `verl_api.nodes` prints for a task on every node, if the run is on a cluster. That may be gone: nothing."""
+    if temporaries and address:
+        env = dict(os.environ) | {"RAY_ADDRESS": address}
+        command = [sys.executable, "-m", "verl_aqn.integrations.verl.cluster_nodes", task, str(run.path), *temporaries]
+        with suppress(subprocess.TimeoutExpired):
+            return subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CLEAN_S, check=False, env=env
+            ).stdout
+    return ""
+
+
+def _drain(tails: dict[str, Tail], *listeners: Listener) -> dict:
+    """Hand new records to the listeners; the last error among them."""
+    error: dict = {}
+    for name, tail in tails.items():
+        for record in tail.new():
+            if record.get("kind") == "error":
+                error = record
+            for listener in listeners:
+                listener.record(name, record)
+    return error

@@ -1,0 +1,209 @@
+"""The main path: recipe → checks → run folder → verl in a process of its own → result.
+
+Read `train` first: it is the whole way in one breath.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from verl_aqn.config.loading import load_recipe, parse_aqn, schedule_of
+from verl_aqn.errors import Stopped, StrengthError
+from verl_aqn.launch.console import Console
+from verl_aqn.launch.supervise import Outcome, supervise
+from verl_aqn.preflight.checks import check_machine
+from verl_aqn.preflight.prepare import check_steps, prepare_model, warnings_of
+from verl_aqn.preflight.run_data import data_files, prepare_data
+from verl_aqn.runs.folder import RunFolder, open_run
+from verl_aqn.runs.judge.records import VERSION
+from verl_aqn.runs.provenance import model_digest, provenance
+from verl_aqn.runs.stats.arms import differences, flatten
+from verl_aqn.safe_files import own_folder
+
+if TYPE_CHECKING:
+    from verl_aqn.preflight.probe import Strength
+
+
+@dataclass
+class Prepared:
+    """A recipe resolved and checked: everything that a run needs to start."""
+
+    config: DictConfig
+    steps: int
+    rows: dict[str, int]
+    source: Path
+    fitted: "Strength | None" = None
+    """What `aqn.noise.target_kl` found for σ_start."""
+    warnings: list[str] = field(default_factory=list)
+    """What verl said of the data's first rows."""
+
+
+def compose(recipe: str, overrides: list[str]) -> DictConfig:
+    """The recipe as one config, with all that is wrong in itself refused before any file is touched: σ too."""
+    config = load_recipe(recipe, overrides)
+    if (stated := config.trainer.total_training_steps) is not None:
+        schedule_of(config, stated)
+    return config
+
+
+def prepare(recipe: str, overrides: list[str], *, elsewhere: bool = False) -> Prepared:
+    """Compose the recipe, prepare its model and data, and check all that can be checked without starting a process.
+
+    `elsewhere`: the run is not to be on this machine, so what this one lacks is no fault.
+    """
+    config = compose(recipe, overrides)
+    check_machine(config, elsewhere=elsewhere)
+    return resolve(config)
+
+
+def resolve(config: DictConfig, *, fit: bool = True) -> Prepared:
+    """Data and model as files, the steps, and σ_start where the recipe gives a KL for it; all put into `config`.
+
+    Without `fit` σ_start is left as it is: to look at a recipe without measuring.
+    """
+    data = prepare_data(config)
+    steps = check_steps(config, data.rows["train"])
+    config.trainer.total_training_steps = steps  # the schedule's, and the trainer's: it refuses if it finds fewer
+    if config.trainer.test_freq < 1:
+        config.trainer.test_freq = steps  # where it is 0 or -1 verl leaves out the last step's validation too
+    source = prepare_model(config)
+    fitted = None
+    if fit and (noise := parse_aqn(config).noise).enabled and noise.target_kl is not None:
+        from verl_aqn.preflight.probe import fit_sigma
+
+        fitted = fit_sigma(config, steps)
+    return Prepared(config, steps, data.rows, source, fitted, data.warnings)
+
+
+def train(recipe: str, overrides: list[str], *, dry_run: bool = False) -> int:
+    """Run a recipe to its end; resume it if it died before. Returns the exit code."""
+    console = Console()
+    config = compose(recipe, overrides)
+    base = Path(parse_aqn(config).run.dir or f"/tmp/mxfp4_{Path(recipe).stem}").expanduser()
+    if not dry_run:
+        own_folder(base, make=False)  # known before the first minute of work
+    check_machine(config, elsewhere=dry_run)
+    todo = resolve(config)
+    if dry_run:
+        for text in todo.warnings:
+            console.warn(text)
+        print(OmegaConf.to_yaml(todo.config, resolve=True))
+        return 0
+    run, outcome = execute(todo, base, console)
+    return console.end(run, todo, outcome)
+
+
+def execute(todo: Prepared, base: Path, console: Console) -> tuple[RunFolder, Outcome]:
+    """The run itself, in a folder of its own under `base`; where a process of it dies it is resumed, if so wished."""
+    settings = parse_aqn(todo.config).run
+    run = open_run(base, identity(todo.config), fresh=settings.fresh)
+    changed = launch(run, todo)
+    console.start(run, todo)
+    warn(run, [*warnings_of(todo.config), *todo.warnings, *changed], console)
+    measure_noise(run, todo, console)
+    try:
+        outcome = attempt(run, console)
+        for restart in range(settings.restarts if outcome.again else 0):
+            console.warn(f"{outcome.message}: restart {restart + 1} of {settings.restarts}, from the last checkpoint")
+            run = open_run(base, identity(todo.config))
+            warn(run, launch(run, todo), console)
+            outcome = attempt(run, console)
+            if not outcome.again:
+                break
+    except Stopped as stop:
+        raise Stopped(f"{stop}: the same command resumes this run from its last checkpoint", stop.signal) from None
+    return run, outcome
+
+
+def warn(run: RunFolder, texts: list[str], console: Console) -> None:
+    """On record, and told."""
+    for text in texts:
+        run.append("events.jsonl", {"kind": "warning", "text": text})
+        console.warn(text)
+
+
+def attempt(run: RunFolder, console: Console) -> Outcome:
+    """One attempt at a run, on record however it ends.
+
+    Raises:
+        Stopped: a signal ended it.
+    """
+    outcome = supervise(run, console)
+    run.set_status(outcome.status, outcome.message)
+    run.close()
+    if outcome.status == "interrupted":
+        raise Stopped(f"{outcome.message} (log: {run.log})", outcome.signal)
+    return outcome
+
+
+def measure_noise(run: RunFolder, todo: Prepared, console: Console) -> None:
+    """On record before anything is started, once a run: what σ_start does to the policy (`aqn.noise.probe`).
+
+    Raises:
+        StrengthError: it leaves nothing to learn from. The run is then on record as failed.
+    """
+    noise = parse_aqn(todo.config).noise
+    if not noise.enabled or not noise.probe or noise.sigma_start == 0:
+        return
+    if any(record["kind"] == "strength" for record in run.read("evidence.jsonl")):
+        return
+    from verl_aqn.preflight.probe import measure_start
+
+    console.say("measuring what σ_start does to the policy")
+    try:
+        clean, noisy = measure_start(todo.config, todo.steps)
+    except StrengthError as error:
+        run.set_status("failed", str(error))
+        raise
+    run.add_evidence({"kind": "strength", "clean": clean.to_dict(), "noisy": noisy.to_dict()})
+    console.strength(clean, noisy)
+
+
+def versions_now(config: DictConfig) -> dict[str, Any]:
+    """What a run of the resolved `config` would come from, were it started now."""
+    model = config.actor_rollout_ref.model
+    found = provenance(data_files(config), model.path)
+    return found | {"adapter": model_digest(Path(model.lora_adapter_path))} if model.lora_adapter_path else found
+
+
+def identity(config: DictConfig) -> dict:
+    """What makes a run this run and no other: its resolved config without the places it lives in."""
+    container = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(container, dict)
+    container["aqn"]["run"] = None
+    return container
+
+
+def launch(run: RunFolder, todo: Prepared) -> list[str]:
+    """Write the config that the training process reads, and the records of what was asked that are not there yet.
+
+    Returns warnings: what this attempt runs with in place of what the run began with.
+    """
+    config = todo.config.copy()
+    OmegaConf.update(config, "aqn.run.dir", str(run.path))
+    config.trainer.default_local_dir = str(run.path / "checkpoints")
+    config.trainer.validation_data_dir = str(run.path / "validation")
+    if not config.trainer.val_only and any(r["kind"] == "validation" for r in run.read("metrics.jsonl")):
+        config.trainer.val_before_train = False  # it is on record; with val_only verl would train without it
+    text, versions = OmegaConf.to_yaml(config, resolve=True), versions_now(config)
+    asked = {
+        "config.yaml": text,
+        "versions.json": json.dumps(versions, indent=2),
+        "schedule.json": json.dumps(schedule_of(config, todo.steps).table()),
+    }
+    quantization = Path(config.actor_rollout_ref.model.path) / "quantization.json"
+    if quantization.is_file():  # not beside a bf16 base, or one that another tool packed
+        asked[quantization.name] = quantization.read_text()
+    for name, content in asked.items():
+        if not (run.path / name).exists():  # a resumed run has them, unless it died before it was launched
+            run.write_text(name, content)
+    run.replace_text("launch.yaml", text)  # the config of the newest attempt
+    run.append("events.jsonl", {"kind": "attempt", **run.state, "versions": versions, "evidence": VERSION})
+    changed = differences(flatten(run.block("versions.json") or {}), flatten(versions))
+    return [
+        f"the run began with {key} {was} and goes on with {now}: compare will refuse it beside runs of one {key}"
+        for key, (was, now) in changed.items()
+    ]

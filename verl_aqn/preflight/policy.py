@@ -1,0 +1,56 @@
+"""A recipe's policy in plain transformers, where an engine would be too much to start; `generate` has it answer."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from verl_aqn.checkpoints.loading import load_model
+from verl_aqn.checkpoints.packing import is_packed
+from verl_aqn.config.loading import parse_aqn
+from verl_aqn.mxfp4.experts import packed_layers
+from verl_aqn.mxfp4.linear import Activation
+
+
+def load_base(config: DictConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The base, which computes in `dtype`, on the CPU or on the accelerator that the recipe's profile names."""
+    aqn, path = parse_aqn(config), Path(config.actor_rollout_ref.model.path)
+    device = "cpu" if aqn.profile in ("cpu", "auto") else aqn.profile
+    if not is_packed(path):
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    model = load_model(path, dtype, device)
+    for layer in packed_layers(model):
+        layer.activation = Activation.parse(aqn.mxfp4.activation_arithmetic)
+    return model.eval()
+
+
+def load_tokenizer(config: DictConfig, folder: Path) -> Any:
+    """The tokenizer in `folder` with the chat template that the run's prompts are rendered with."""
+    model = config.actor_rollout_ref.model
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if model.get("custom_chat_template") is not None:
+        tokenizer.chat_template = model.custom_chat_template
+    return tokenizer
+
+
+def prompt_tokens(config: DictConfig, tokenizer: Any, messages: list[dict[str, str]]) -> list[int] | None:
+    """A prompt as the rollout gets it; None where verl leaves it out, as it cannot be rendered or is longer than
+    `data.max_prompt_length`. Without `data.filter_overlong_prompts` verl cuts the beginning of a long one instead.
+    """
+    options: Any = OmegaConf.to_container(config.data.get("apply_chat_template_kwargs") or OmegaConf.create({}))
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+    except Exception:  # whatever the template does with what it does not take
+        return None
+    ids, limit = tokenizer(text, add_special_tokens=False)["input_ids"], int(config.data.max_prompt_length)
+    if len(ids) > limit:
+        return None if config.data.filter_overlong_prompts else ids[-limit:]
+    return ids
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
+    """Each of them ends an answer: the tokenizer's and those of the model's generation config."""
+    ends = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}

@@ -1,0 +1,112 @@
+"""What a result says about the plan, and what a run changed, in sentences that claim no more than the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from verl_aqn.errors import DataError
+from verl_aqn.runs.folder import RunFolder
+from verl_aqn.runs.stats.intervals import accuracy_text, wilson
+from verl_aqn.runs.stats.paired import LEVEL, of_items
+from verl_aqn.runs.stats.scores import answers_in
+
+PLAN_MODEL = "Qwen2.5-1.5B-Instruct"
+E12_ACCURACY = 0.7248  # E12 on GSM8K, Qwen2.5-1.5B-Instruct: the experiment plan's bar
+
+
+def plan_verdict(accuracy: float, n: int, comparable: bool) -> str:
+    """The plan's criterion (accuracy above `E12_ACCURACY`) for `accuracy`, a fraction of 1 over `n` items.
+
+    `comparable`: the items are GSM8K's test set and the model is the plan's. DataError for no items or an accuracy
+    outside [0, 1].
+    """
+    successes = round(accuracy * n)
+    text, (low, high) = accuracy_text(successes, n), wilson(successes, n)
+    bar = f"{100 * E12_ACCURACY:.2f} %"
+    if not comparable:
+        return (
+            f"{text}. The plan's {bar} is of {PLAN_MODEL} on GSM8K's test problems: it is not comparable with this "
+            "run, and the criterion is neither met nor missed."
+        )
+    met = accuracy > E12_ACCURACY
+    verdict = f"{text}: the plan's criterion (above {bar}) is {'met' if met else 'not met'}"
+    if low <= E12_ACCURACY <= high:
+        return f"{verdict}, but the interval contains {bar}: this run alone does not show a difference from it."
+    return f"{verdict}, and the interval excludes {bar}."
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same `n` items before and after. Shares are fractions of 1; `interval` and `p_value` are of one test.
+
+    `left_out`: items that have no answer on one of the two sides.
+    """
+
+    n: int
+    before: float
+    after: float
+    gained: int  # scores higher after; of one answer each: wrong before, right after
+    lost: int  # scores lower after
+    p_value: float  # two-sided
+    interval: tuple[float, float]  # of after - before, 95 %
+    test: str
+    left_out: int = 0
+
+    @property
+    def text(self) -> str:
+        low, high = self.interval
+        change = f"{100 * (self.after - self.before):+.1f} points"
+        finding = "more than chance" if self.p_value < LEVEL else "chance alone may explain it"
+        left = f" ({self.left_out} more have no answer in one of the two)" if self.left_out else ""
+        return (
+            f"{100 * self.before:.1f} % -> {100 * self.after:.1f} % on the same {self.n} items{left}: {change} "
+            f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}); {self.gained} gained, {self.lost} lost, "
+            f"{self.test} p = {self.p_value:.2g}: {finding}."
+        )
+
+
+def compare_before_after(before: Sequence[float], after: Sequence[float]) -> Comparison:
+    """Paired comparison of per-item scores in [0, 1], in the same order of items. Test and interval: `of_items`.
+
+    DataError where the two differ in length or are empty.
+    """
+    if len(before) != len(after) or len(before) == 0:
+        raise DataError(f"{len(before)} items before and {len(after)} after: the same items are needed on both sides")
+    was, now = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
+    found = of_items(now - was)
+    test = "McNemar" if np.isin([was, now], (0, 1)).all() else "score test over items,"
+    gained, lost = int((now > was).sum()), int((now < was).sum())
+    return Comparison(
+        len(was), float(was.mean()), float(now.mean()), gained, lost, found.p_value, found.interval(), test
+    )
+
+
+def compare_validations(run: RunFolder, first: int, last: int) -> Comparison | None:
+    """`compare_before_after` of the answers after two steps (avg@k of several answers to a problem), item by item.
+
+    None where no item was answered in both, or where a record cannot be told apart by item.
+    """
+    records = run.by_step("metrics.jsonl", "validation")
+    try:
+        before, after = (
+            answers_in(
+                [
+                    {"gts": ""} | line
+                    for line in run.read(f"validation/{step}.jsonl")
+                    if {"input", "acc"} <= line.keys()
+                ],
+                samples=records.get(step, {}).get("samples"),
+            ).scores()
+            for step in (first, last)
+        )
+    except DataError:
+        return None
+    both = sorted(before.keys() & after.keys())
+    if not both:
+        return None
+    items = max(int(records.get(step, {}).get("items", len(both))) for step in (first, last))
+    found = compare_before_after([before[key] for key in both], [after[key] for key in both])
+    return replace(found, left_out=max(0, items - len(both)))
