@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 
 from verl_aqn.config.serving import ADAPTER_RANKS, served_rank
-from verl_aqn.launch.supervise import local_ray
+from verl_aqn.integrations.ray.process_environment import local_ray
 
 HEAD = """
 import ray

@@ -14,8 +14,8 @@ import pytest
 from verl.trainer.main_ppo import run_ppo
 
 from verl_aqn.config.loading import load_recipe
+from verl_aqn.integrations.ray.process_environment import starts_warm
 from verl_aqn.launch.forkserver.server import ENDS, PYTHON, warm_python
-from verl_aqn.launch.supervise import starts_warm
 
 TELL = """
 import json, os, random, sys, numpy

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from verl_aqn.launch.watchdog import title
+from verl_aqn.runs.processes import title
 
 DOCS = Path(__file__).parents[2] / "docs" / "security.md"
 # The greeting with which ZeroMQ begins; a server's own names in the same place what it asks for.

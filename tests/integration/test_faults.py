@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.integration.conftest import descendants, finish, leftovers, lines, lines_of, newest
-from verl_aqn.launch.watchdog import title
+from verl_aqn.runs.processes import title
 
 # Kind of process → what it calls itself.
 KINDS = {

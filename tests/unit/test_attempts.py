@@ -8,8 +8,9 @@ import pytest
 
 from verl_aqn.cli.main import main as cli
 from verl_aqn.config.loading import load_recipe
+from verl_aqn.integrations.ray.process_environment import launched
 from verl_aqn.launch import train
-from verl_aqn.launch.supervise import Outcome, launched
+from verl_aqn.launch.supervise import Outcome
 from verl_aqn.launch.train import Prepared, launch
 from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.runs.provenance import provenance

@@ -186,7 +186,8 @@ def test_port_in_use():
 def test_too_little_memory(monkeypatch):
     from verl_aqn.config.loading import load_recipe
     from verl_aqn.errors import EnvironmentFault
-    from verl_aqn.preflight import checks, host
+    from verl_aqn.preflight import checks
+    from verl_aqn.runs import host
 
     monkeypatch.setattr(host, "memory", lambda: host.Memory(2 * 10**9, 10**9))
     with pytest.raises(EnvironmentFault, match=r"GB of memory are free, the run of embedded needs 1\d\.\d GB"):

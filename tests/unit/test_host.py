@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from verl_aqn.launch import supervise
-from verl_aqn.preflight import host
+from verl_aqn.integrations.ray import process_environment
+from verl_aqn.runs import host
 
 GB = 10**9
 
@@ -102,9 +102,9 @@ def test_engines_have_as_many_threads_as_the_group_has_cores(monkeypatch, tmp_pa
     for name in ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path))
-    monkeypatch.setattr(supervise, "threads", lambda: 4)
-    env = supervise.engine_environment(str(tmp_path), cpu=True, ranks=2)
+    monkeypatch.setattr(process_environment, "threads", lambda: 4)
+    env = process_environment.engine_environment(str(tmp_path), cpu=True, ranks=2)
     assert (env["OMP_NUM_THREADS"], env["VLLM_CPU_OMP_THREADS_BIND"]) == ("4", "0,2|1,3")
-    monkeypatch.setattr(supervise, "threads", lambda: 2)
-    env = supervise.engine_environment(str(tmp_path), cpu=True, ranks=2)
+    monkeypatch.setattr(process_environment, "threads", lambda: 2)
+    env = process_environment.engine_environment(str(tmp_path), cpu=True, ranks=2)
     assert (env["OMP_NUM_THREADS"], env["VLLM_CPU_OMP_THREADS_BIND"]) == ("2", "nobind")

@@ -10,9 +10,10 @@ import typer
 
 from verl_aqn.config.loading import load_recipe
 from verl_aqn.errors import EnvironmentFault
-from verl_aqn.preflight import checks, host
+from verl_aqn.preflight import checks
 from verl_aqn.preflight.node import PACKAGES, Node, free_disk
 from verl_aqn.preflight.shape import Shape
+from verl_aqn.runs import host
 
 VAL = "actor_rollout_ref.rollout.val_kwargs"
 

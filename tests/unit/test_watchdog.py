@@ -11,8 +11,10 @@ import psutil
 import pytest
 
 from verl_aqn.launch import watchdog
-from verl_aqn.launch.watchdog import ENDING, FIRST_S, GRACE_S, LEAST_S, LOOK_S, RAY_GRACE_S, TRACKERS, WEIGH_S, Watchdog
+from verl_aqn.launch.watchdog import FIRST_S, GRACE_S, LEAST_S, LOOK_S, RAY_GRACE_S, WEIGH_S, Watchdog
 from verl_aqn.runs import stacks
+from verl_aqn.runs.phases import ENDING, TRACKERS
+from verl_aqn.runs.processes import title
 
 PASSING = "vllm.model_executor.models.registry"  # looks at an architecture that vLLM meets first, and ends
 
@@ -221,7 +223,7 @@ def test_what_a_user_s_code_starts_may_end_though_it_imports_verl(tmp_path, hang
 def test_ray_s_own_servers_are_missed_at_once(tmp_path, clock):
     server = subprocess.Popen(["bash", "-c", "exec -a gcs_server sleep 100"])
     try:
-        while watchdog.title(psutil.Process(server.pid)) != "gcs_server":
+        while title(psutil.Process(server.pid)) != "gcs_server":
             time.sleep(0.01)
         dog = Watchdog(10, tmp_path, clock=clock)
         assert dog.fault() == ""
@@ -288,4 +290,4 @@ def test_the_phase_of_a_moment(tmp_path):
     (["/opt/ray/raylet", "--node"], "raylet"),
 ])  # fmt: skip
 def test_what_processes_call_themselves(line, name):
-    assert watchdog.title(SimpleNamespace(cmdline=lambda: line)) == name
+    assert title(SimpleNamespace(cmdline=lambda: line)) == name

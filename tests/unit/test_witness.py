@@ -10,8 +10,9 @@ import pytest
 from verl_aqn.launch import witness
 from verl_aqn.launch.cause import Fault
 from verl_aqn.launch.forkserver.server import ENDS
-from verl_aqn.launch.watchdog import ENDING, Watchdog
+from verl_aqn.launch.watchdog import Watchdog
 from verl_aqn.runs import faults
+from verl_aqn.runs.phases import ENDING
 
 WORKER = {"process": "VLLM::Worker", "pid": 41, "type": "ValueError", "text": "boom", "where": "a/b.py:1", "full": "",
           "ours": False, "ends": True}  # fmt: skip

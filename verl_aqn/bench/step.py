@@ -20,9 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from verl_aqn.errors import EnvironmentFault
-from verl_aqn.launch.supervise import engine_environment, local_ray
-from verl_aqn.launch.watchdog import title
-from verl_aqn.runs.processes import SharedMemory, adopt_orphans, end_descendants, start_module
+from verl_aqn.integrations.ray.process_environment import engine_environment, local_ray
+from verl_aqn.runs.processes import SharedMemory, adopt_orphans, end_descendants, start_module, title
 from verl_aqn.runs.tail import Tail
 
 ARMS = ("ours", "stock tuned", "stock")
@@ -102,7 +101,7 @@ def command(name: str, todo: list[str], folder: Path, temporary: str) -> tuple[s
     """What starts an arm's run: module, arguments, environment."""
     if name == "ours":
         arguments = ["train", RECIPE, *todo, "aqn.noise.probe=false", f"aqn.run.dir={folder}"]
-        return "verl_aqn.cli", arguments, dict(os.environ)
+        return "verl_aqn.cli.main", arguments, dict(os.environ)
     config = stock_config(todo, tuned=name == "stock tuned")
     config.trainer.default_local_dir = str(folder / "checkpoints")
     (path := folder / "config.yaml").write_text(OmegaConf.to_yaml(config))

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from verl_aqn.checkpoints.layer_calls import Call, check_decoder, record_calls
 from verl_aqn.checkpoints.loading import check_names, empty_model
+from verl_aqn.checkpoints.naming import Naming
 from verl_aqn.checkpoints.storage import Weights, read_config
 from verl_aqn.errors import DataError, ModelError, first_line
 from verl_aqn.mxfp4.experts import is_fused
-from verl_aqn.mxfp4.names import Naming
 from verl_aqn.tasks import word_problems
 
 _BATCH = 8  # sequences a forward pass

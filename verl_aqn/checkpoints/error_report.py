@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl_aqn.mxfp4.error_split import ErrorSplit
-from verl_aqn.noise.spec import pooled_name
+from verl_aqn.mxfp4.names import pooled_name
 
 # In the folder that `quantize_checkpoint` makes, and in that of each run of it: `QuantReport.to_dict()`.
 FILE = "quantization.json"

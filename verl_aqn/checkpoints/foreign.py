@@ -31,12 +31,12 @@ from verl_aqn.checkpoints.building import build
 from verl_aqn.checkpoints.formats import FORMATS, finish, packed_specs
 from verl_aqn.checkpoints.loading import PACKED, PACKED_FORMAT, SCALE, ignored_names
 from verl_aqn.checkpoints.modelslim import DESCRIPTION, SCHEME
+from verl_aqn.checkpoints.naming import Naming
 from verl_aqn.checkpoints.packing_plan import of_other_parts, routers
 from verl_aqn.checkpoints.promises import check_opens
 from verl_aqn.checkpoints.storage import Spec, Weights, read_config, read_json
 from verl_aqn.checkpoints.writing import MAX_SHARD_BYTES, new_folder, write_model
 from verl_aqn.errors import ConfigError, ModelError
-from verl_aqn.mxfp4.names import Naming
 
 # (codes, scales) as each names them after the module or stack.
 _SUFFIXES = {

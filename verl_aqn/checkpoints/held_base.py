@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from verl_aqn.checkpoints.naming import Naming
 from verl_aqn.checkpoints.packing import combined_digest, module_digest, packed_weights, plain_name, whole
 from verl_aqn.checkpoints.storage import Weights
 from verl_aqn.checkpoints.values import plain_digest
 from verl_aqn.mxfp4.experts import Mxfp4Experts
 from verl_aqn.mxfp4.linear import Mxfp4Linear
-from verl_aqn.mxfp4.names import ROLES, Naming, parts_in
+from verl_aqn.mxfp4.names import ROLES, parts_in
 
 _ADAPTER = (".lora_", ".modules_to_save.", ".ranknum.")
 _PACKED = ("weight_packed", "weight_scale")

@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from verl_aqn.checkpoints.building import build, is_multimodal
 from verl_aqn.checkpoints.building import empty_model as empty_model  # asked for here, too
+from verl_aqn.checkpoints.naming import Naming
 from verl_aqn.checkpoints.storage import Spec, Weights, read_config
 from verl_aqn.checkpoints.writing import MAX_SHARD_BYTES, new_folder, write_model
 from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4.codec import dequantize
 from verl_aqn.mxfp4.experts import Mxfp4Experts, is_fused
 from verl_aqn.mxfp4.linear import Mxfp4Linear
-from verl_aqn.mxfp4.names import ROLES, Naming, is_expert, parts_in, parts_of
+from verl_aqn.mxfp4.names import ROLES, is_expert, parts_in, parts_of
 
 PACKED_FORMAT = "mxfp4-pack-quantized"
 PACKED, SCALE = ".weight_packed", ".weight_scale"

@@ -15,10 +15,10 @@ from torch import Tensor
 from verl_aqn.checkpoints.adapter import Adapter
 from verl_aqn.checkpoints.error_report import FILE
 from verl_aqn.checkpoints.loading import DenseView, dense_config
+from verl_aqn.checkpoints.naming import Naming
 from verl_aqn.checkpoints.storage import Spec, Weights, read_config
 from verl_aqn.checkpoints.writing import MAX_SHARD_BYTES, write_model
 from verl_aqn.errors import EvidenceError, ModelError
-from verl_aqn.mxfp4.names import Naming
 
 
 @dataclass

@@ -42,7 +42,7 @@ def quantize_checkpoint(
     Every ``nn.Linear`` and every MoE expert of the model that transformers builds from ``config.json`` is packed,
     except its output head, MoE routers, and those that ``exclude`` names: a module's full name, the last parts of it,
     or a pattern with ``*``. All other float tensors become bfloat16. Experts get names of their own also where the
-    source has them fused (`verl_aqn.mxfp4.names`).
+    source has them fused (`verl_aqn.checkpoints.naming`).
 
     Tensors are read, quantised and written one by one, a fused stack expert by expert, so that memory is bounded by
     the largest tensor and not by the model. ``dst`` appears complete or not at all, in shards of at most

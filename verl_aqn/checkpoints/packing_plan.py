@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from verl_aqn.checkpoints.building import build
 from verl_aqn.checkpoints.loading import check_names
+from verl_aqn.checkpoints.naming import Naming, is_merged
 from verl_aqn.checkpoints.promises import check_ties
 from verl_aqn.checkpoints.storage import Weights
 from verl_aqn.errors import ConfigError, ModelError
 from verl_aqn.mxfp4.codec import BLOCK
 from verl_aqn.mxfp4.experts import STACKS, in_one_stack, is_fused, why_not_packable
 from verl_aqn.mxfp4.fused import fused_groups
-from verl_aqn.mxfp4.names import ROLES, Expert, Naming, is_merged, parts_in
+from verl_aqn.mxfp4.names import ROLES, Expert, parts_in
 
 EXCLUDE = ("lm_head", "embed_tokens")
 # Routers by name, beside those that `routers` finds. An error there is not noise in a sum but another expert, and vLLM

@@ -412,4 +412,3 @@ def _interval(values: Sequence[float], form: str) -> str:
 def _fail(text: str, code: int) -> None:
     print(f"error: {text}", file=sys.stderr)
     sys.exit(code)
-

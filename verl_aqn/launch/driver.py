@@ -11,9 +11,9 @@ import ray
 from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.errors import AqnError, EvidenceError, ProcessFault
+from verl_aqn.integrations.ray.process_environment import launched
 from verl_aqn.integrations.verl.root_cause import root_cause
 from verl_aqn.launch.forkserver.server import PYTHON
-from verl_aqn.launch.supervise import launched
 from verl_aqn.runs.faults import describe, watch
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.stacks import listen
@@ -35,7 +35,7 @@ class AqnTaskRunner:
         from verl_aqn.integrations.verl.rewarding import use_telling_manager
         from verl_aqn.integrations.verl.trainer import AqnTrainer
         from verl_aqn.integrations.verl.verl_plugin import assert_loaded
-        from verl_aqn.launch.watchdog import ENDING, TRACKERS
+        from verl_aqn.runs.phases import ENDING, TRACKERS
 
         assert_loaded("task runner")
         if TEMPORARY in os.environ:

@@ -1,7 +1,6 @@
 """Start the training process, show its progress, and leave no process behind whatever happens."""
 
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -11,26 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from omegaconf import DictConfig, OmegaConf
-
-from verl_aqn.cache import cache_dir
 from verl_aqn.config.loading import parse_aqn
-from verl_aqn.config.trackers import stay_here
-from verl_aqn.environment import cluster_address, drop_empty, keep_off_home
+from verl_aqn.environment import cluster_address
+from verl_aqn.integrations.ray.process_environment import MEMORY_S, environment, launched, starts_warm
 from verl_aqn.launch.cause import Fault, death
 from verl_aqn.launch.forkserver.server import PYTHON, warm_python
 from verl_aqn.launch.watchdog import Watchdog
 from verl_aqn.launch.witness import Witness
-from verl_aqn.preflight.host import threads
 from verl_aqn.runs import faults, stacks, temporary
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.processes import SharedMemory, adopt_orphans, end_descendants, start_module
 from verl_aqn.runs.tail import Tail
-from verl_aqn.safe_files import own_folder
 
 POLL_S = 0.5
-MEMORY_S = 5  # between looks at shared memory
-RAY = {"RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 CLEAN_S = 60  # less than what a cluster's job is given to stop (cluster/node.py)
 
 
@@ -52,105 +44,6 @@ class Listener(Protocol):
     """What is told of new records while the process runs."""
 
     def record(self, name: str, record: dict) -> None: ...
-
-
-def environment(run: RunFolder, temporary: str) -> dict[str, str]:
-    """Environment of the training process and, through a Ray that it starts, of every process under it."""
-    env = worker_environment(run, temporary)
-    env.pop("RAY_ADDRESS", None)
-    if (address := cluster_address(launched(run))) is None:
-        return env | local_ray(temporary)
-    # The run may set again what its job was submitted with.
-    return env | RAY | {"RAY_ADDRESS": address, "RAY_TMPDIR": temporary, "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1"}
-
-
-def local_ray(temporary: str) -> dict[str, str]:
-    """Of a process that starts a Ray of its own."""
-    return RAY | {
-        "RAY_TMPDIR": temporary,
-        # Ray's name for "this machine only": it then binds to loopback, and verl's servers take their address from it.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        # With a token of this run's own; Ray would put one for all into the home folder, which others can read.
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_prestart_worker_first_driver": "0",  # in an environment that no task of a run is in
-        "RAY_worker_register_timeout_seconds": "600",  # the first one waits until its parent has its imports
-    }
-
-
-def worker_environment(run: RunFolder, temporary: str) -> dict[str, str]:
-    """Of any process of the run, on whichever machine."""
-    config = launched(run)
-    ranks = int(config.actor_rollout_ref.rollout.tensor_model_parallel_size)
-    env = engine_environment(temporary, cpu=config.aqn.profile == "cpu", ranks=ranks)
-    env["HYDRA_FULL_ERROR"] = "1"
-    env[stacks.FOLDER] = str(stacks.folder_in(temporary))
-    env[faults.PLACE] = str(run.path / faults.FILE)
-    stay_here(env, run.path, run.state["attempt"])
-    return env
-
-
-def starts_warm(config: DictConfig) -> bool:
-    """Whether the processes of a run that starts its own Ray are forked: on CPUs.
-
-    Not where verl's `run_ppo` would do more than start Ray: determinism (which wants a hash seed of its own, while a
-    forked process has its parent's), the insight logger, a timeline at the end; nor with an interpreter of the user's.
-    """
-    deterministic = config.actor_rollout_ref.rollout.full_determinism
-    timeline = config.ray_kwargs.get("timeline_json_file")
-    python = OmegaConf.select(config, "ray_kwargs.ray_init.runtime_env.py_executable")
-    other = deterministic or timeline or python or "rl_insight" in config.trainer.logger
-    return config.aqn.profile == "cpu" and not other
-
-
-def launched(run: RunFolder) -> DictConfig:
-    """The config of the newest attempt."""
-    config = OmegaConf.load(run.path / "launch.yaml")
-    assert isinstance(config, DictConfig)
-    return config
-
-
-def engine_environment(temporary: str, *, cpu: bool, ranks: int) -> dict[str, str]:
-    """Of a process with vLLM in it: sockets and temporary files lie in `temporary`, nobody is told of its use.
-
-    `cpu`: it runs on this machine's cores, which the `ranks` of an engine share out.
-    """
-    compiled = cache_dir() / "torchinductor"
-    own_folder(compiled, "VERL_AQN_CACHE=DIR", make=False, or_roots=True)  # what is in there is loaded as code
-    cores = sorted(os.sched_getaffinity(0))
-    env = dict(os.environ) | {"PYTHONUTF8": "1"}
-    drop_empty(env)
-    keep_off_home(env)
-    env.pop("PYTHONDONTWRITEBYTECODE", None)  # ten processes import verl; compiled files make that 6 s faster each
-    count = threads()
-    env.setdefault("OMP_NUM_THREADS", str(count))
-    env.update(
-        TMPDIR=temporary,
-        VLLM_RPC_BASE_PATH=temporary,
-        TORCHINDUCTOR_CACHE_DIR=str(compiled),
-        TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS="0",  # they would go to TMPDIR: 10 s in each run
-        TOKENIZERS_PARALLELISM="false",
-        VLLM_NO_USAGE_STATS="1",
-        VLLM_ALLOW_RUNTIME_LORA_UPDATING="false",  # by HTTP, which verl allows to anybody and needs itself for nothing
-        DO_NOT_TRACK="1",
-    )
-    if cpu:
-        env["VERL_PLATFORM"] = "cpu"
-        env.pop("CUDA_VISIBLE_DEVICES", None)  # Ray refuses a pretended GPU beside an empty list
-        env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-        # With a share of the time of many cores, no core is better than another: others may be on it.
-        env.setdefault("VLLM_CPU_OMP_THREADS_BIND", bind_cores(cores, ranks) if count == len(cores) else "nobind")
-    return env
-
-
-def bind_cores(cores: list[int], ranks: int) -> str:
-    """Cores of each tensor-parallel rank of an engine, as vLLM reads them ("0,1|2,3").
-
-    Actor and rollout take turns, so an engine has every core in its phase, and its ranks share them out. Ranks beyond
-    the number of cores share cores.
-    """
-    shares = [cores[rank::ranks] or [cores[rank % len(cores)]] for rank in range(ranks)]
-    return "|".join(",".join(map(str, share)) for share in shares)
 
 
 def supervise(run: RunFolder, listener: Listener) -> Outcome:

@@ -8,6 +8,8 @@ from typing import Any
 
 import psutil
 
+from verl_aqn.runs.phases import ENDING, TRACKERS
+from verl_aqn.runs.processes import title
 from verl_aqn.runs.stacks import listening
 
 LEAST_S = 60  # no phase is late before
@@ -19,8 +21,6 @@ LOOK_S = 2
 ASLEEP_S = 30  # a watchdog that was not asked for so long was stopped itself, and the run with it
 WEIGH_S = 60  # the time over which a process is idle or not
 BUSY = 0.05  # the share of a core from which on it is not; idle processes of a run were measured at 0.005
-TRACKERS = "trackers"  # the phase in which metrics go to experiment trackers
-ENDING = "ending"  # the phase in which processes may go
 # Phases that wait for what is outside of the run: a server that tries again, a network's disk.
 _OUTSIDE = {TRACKERS: 3600, "checkpoint": 600}
 RAY = ("raylet", "gcs_server")  # no Python, so they promise nothing; without them nothing works
@@ -166,15 +166,3 @@ class Watchdog:
             if any(used - self.seconds.get(pid, 0) > BUSY * span for pid, used in seconds.items()):
                 self.worked = now
             self.seconds, self.weighed = seconds, now
-
-
-def title(process: psutil.Process) -> str:
-    """What a process calls itself: "ray::AqnActorWorker", "VLLM::Worker", "raylet"."""
-    line = process.cmdline()
-    if not line:
-        return process.name()
-    first = line[0].split()[0] if line[0].startswith(("ray::", "VLLM::")) else Path(line[0]).name
-    if first.startswith("python") and "-m" in line[:-1]:
-        return line[line.index("-m") + 1]
-    # A named actor has its name, too, while it is created: "ray::agent_loop_worker_0:AgentLoopWorker.__init__".
-    return f"ray::{first.rpartition(':')[2].partition('.')[0]}" if first.startswith("ray::") else first

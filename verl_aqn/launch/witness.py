@@ -8,8 +8,9 @@ from typing import Any
 
 from verl_aqn.launch.cause import Fault, death, find_cause
 from verl_aqn.launch.forkserver.server import ENDS
-from verl_aqn.launch.watchdog import ENDING, RAY, Watchdog
+from verl_aqn.launch.watchdog import RAY, Watchdog
 from verl_aqn.runs import faults
+from verl_aqn.runs.phases import ENDING
 from verl_aqn.runs.processes import oom_kills
 from verl_aqn.runs.stacks import crash
 

@@ -1,7 +1,6 @@
 """Which Ascend chip this is: only the Ascend 950 (vllm-ascend calls it A5) computes with MXFP4. Imports no torch."""
 
 from verl_aqn.errors import EnvironmentFault, first_line
-from verl_aqn.preflight.findings import Finding
 
 BYTES_PACKED, BYTES_BF16 = 17 / 32, 2  # of one weight: 4 bits and its part of a scale byte for 32
 
@@ -47,27 +46,3 @@ def chip_name() -> str:
             f"no Ascend device answers ({first_line(error)}): "
             "set aqn.mxfp4.serve to packed (Ascend 950) or bf16 (A2, A3)"
         ) from error
-
-
-def examine() -> list[Finding]:
-    """What `doctor` says of this machine's NPUs."""
-    try:
-        chip = chip_name()
-        kind = generation(chip)
-    except EnvironmentFault as fault:
-        return [Finding("NPU", "no answer", str(fault))]
-    import torch_npu
-    from vllm_ascend import _build_info
-
-    packed, bf16 = f"{BYTES_PACKED:.2f} GB", f"{BYTES_BF16} GB"
-    if has_mx_units(chip):
-        path = f"packed, as W4A4_MXFP4: {packed} for 1e9 weights instead of {bf16} in bf16; activations are rounded too"
-    else:
-        path = f"no MX units: as the exact bf16 equal, {bf16} for 1e9 weights instead of {packed}"
-    built, wanted = _build_info.__device_type__, {"950": "A5"}.get(kind, kind)
-    rebuild = f"PyPI's wheel is for A2: build vllm-ascend from source with SOC_VERSION={chip.lower()}, or take an image"
-    return [
-        Finding("NPU", f"{torch_npu.npu.device_count()} × {chip} ({kind})"),
-        Finding("MXFP4 in the rollout", path),
-        Finding("vllm-ascend is built for", built, "" if built == wanted else rebuild),
-    ]

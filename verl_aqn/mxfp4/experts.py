@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,10 @@ from torch import Tensor, nn
 from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4.codec import BLOCK
 from verl_aqn.mxfp4.linear import Activation, Mxfp4Linear, PackedProduct, prepare_input
-from verl_aqn.mxfp4.names import ROLES, Expert, Naming, parts_in
+from verl_aqn.mxfp4.names import ROLES, Expert, parts_in
+
+if TYPE_CHECKING:
+    from verl_aqn.checkpoints.naming import Naming
 
 STACKS = ("gate_up_proj", "down_proj")
 
@@ -58,7 +62,7 @@ class Mxfp4Experts(nn.Module):
     down_proj_scale: Tensor
     down_proj_bias: Tensor | None
 
-    def __init__(self, experts: nn.Module, naming: Naming):
+    def __init__(self, experts: nn.Module, naming: "Naming"):
         super().__init__()
         if fault := why_not_packable(experts):
             raise ModelError(f"{type(experts).__name__} cannot stay packed ({fault}): dequantise the checkpoint")

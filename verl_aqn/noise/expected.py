@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from verl_aqn.checkpoints.building import empty_model
-from verl_aqn.mxfp4.names import Naming
+from verl_aqn.checkpoints.naming import Naming
 from verl_aqn.noise.norms import survey
 
 

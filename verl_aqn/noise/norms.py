@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from verl_aqn.checkpoints.naming import Naming
 from verl_aqn.errors import first_line
-from verl_aqn.mxfp4.names import Naming
 
 GATES = {"gate", "z", "g"}  # what the second input of a gated norm is called
 

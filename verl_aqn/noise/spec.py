@@ -195,11 +195,6 @@ def layer_and_kind(name: str) -> tuple[int | None, str]:
     return int(found[1]) if found else None, (f"{group[1]} " if group else "") + name.rpartition(".")[2]
 
 
-def pooled_name(name: str) -> str:
-    """The name of the experts of a layer taken together; a module that is in no expert keeps its own."""
-    return re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
-
-
 def count_layers(names: Iterable[str]) -> int:
     """How many layers the names tell of; 1 at least."""
     return 1 + max((layer_of(name, 1) for name in names), default=0)

@@ -17,7 +17,6 @@ from verl_aqn.config.loading import parse_aqn, schedule_of
 from verl_aqn.config.serving import ADAPTER_RANKS, served_rank
 from verl_aqn.environment import cluster_address
 from verl_aqn.errors import ConfigError, DataError, EnvironmentFault, ModelError
-from verl_aqn.preflight import host
 from verl_aqn.preflight.device_plan import fit
 from verl_aqn.preflight.findings import Finding, gb
 from verl_aqn.preflight.memory_plan import CPU, DEVICE, actor, machine, rollout, sizes, whole_cache
@@ -29,6 +28,7 @@ from verl_aqn.preflight.settings import check_settings
 from verl_aqn.preflight.shape import Shape
 from verl_aqn.preflight.verl_says import check_verl
 from verl_aqn.preflight.vllm_says import check_served
+from verl_aqn.runs import host
 from verl_aqn.tasks.math_verify import check_installed
 
 SETUP = "bash scripts/setup.sh"

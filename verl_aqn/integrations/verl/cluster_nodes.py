@@ -24,10 +24,9 @@ from verl_aqn.errors import EnvironmentFault
 from verl_aqn.integrations.ray.nodes import on_every_node
 from verl_aqn.integrations.ray.worker_setup import RUN, TEMPORARY, set_up_worker
 from verl_aqn.integrations.verl.verl_plugin import check_versions
-from verl_aqn.launch.watchdog import title
 from verl_aqn.preflight.run_data import data_files
 from verl_aqn.runs.folder import RunFolder
-from verl_aqn.runs.processes import GRACE_S, SharedMemory
+from verl_aqn.runs.processes import GRACE_S, SharedMemory, title
 from verl_aqn.runs.stacks import collect, folder_in, listening
 from verl_aqn.runs.temporary import remove
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from verl.plugin.platform.platform_base import PlatformBase
-from verl_aqn.preflight import host
 from verl_aqn.preflight.peak import peak_bytes
+from verl_aqn.runs import host
 
 
 def _peak_bytes(*_args: Any) -> int:

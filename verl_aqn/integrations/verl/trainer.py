@@ -22,11 +22,11 @@ from verl_aqn.integrations.verl.left_out_rows import rows_of, told_rows
 from verl_aqn.integrations.verl.step_mismatch import ComparingTrainer
 from verl_aqn.integrations.verl.token_mismatch import can_rescore, clip_range, scored_again, step_metrics
 from verl_aqn.integrations.verl.workers import AqnActorWorker, AqnTrainingWorker
-from verl_aqn.launch.watchdog import TRACKERS
 from verl_aqn.preflight.prepare import check_steps
 from verl_aqn.preflight.run_data import data_files
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.judge.records import END, VALIDATION
+from verl_aqn.runs.phases import TRACKERS
 
 
 class AqnTrainer(ComparingTrainer):

@@ -13,6 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from verl_aqn.checkpoints.building import linear_layers
+
 COPIED = ("*.json", "*.jinja", "*.txt", "*.model")
 RANK = 8  # of the slots that are made to see whether they can be
 
@@ -120,17 +122,6 @@ def _build(folder: Path, options: dict[str, Any], weights: Path) -> dict[str, An
     return said
 
 
-def linear_layers(folder: Path) -> list[str]:
-    """Names of the linear layers to which PEFT's `all-linear` gives adapters; only config.json is read."""
-    from torch import nn
-
-    from verl_aqn.checkpoints.loading import empty_model
-
-    model = empty_model(folder)
-    head = model.get_output_embeddings()
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
-
-
 def _attention(config: Any) -> dict[str, Any]:
     """Windows of the attention layers, and head sizes that their backend does not take."""
     windows, unfit = set(), set()
@@ -185,7 +176,7 @@ def refused_tensor(model: Any, folder: Path) -> str | None:
 def sent_names(folder: Path, linears: list[str]) -> dict[str, str]:
     """Map transformers' names of linear layers to those under which the actor sends their adapters."""
     from verl_aqn.checkpoints.building import is_multimodal
-    from verl_aqn.mxfp4.names import Naming
+    from verl_aqn.checkpoints.naming import Naming
 
     if not is_multimodal(folder):
         return {name: name for name in linears}

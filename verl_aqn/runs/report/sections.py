@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from verl_aqn.noise.spec import layer_and_kind, pooled_name
+from verl_aqn.mxfp4.names import pooled_name
+from verl_aqn.noise.spec import layer_and_kind
 from verl_aqn.runs.report.charts import COLOURS, Chart, Series, aside
 from verl_aqn.runs.report.page_data import Run, finite
 from verl_aqn.runs.report.tables import Cell, Table
