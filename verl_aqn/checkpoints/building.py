@@ -126,7 +126,6 @@ def linear_layers(folder: Path) -> list[str]:
     """Names of the linear layers to which PEFT's `all-linear` gives adapters; only config.json is read."""
     from torch import nn
 
-    from verl_aqn.checkpoints.loading import empty_model
 
     model = empty_model(folder)
     head = model.get_output_embeddings()
