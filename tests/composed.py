@@ -5,7 +5,7 @@ from functools import cache
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl_aqn.config.loading import load_recipe
+from verl_aqn.config.compose import load_recipe
 
 
 @cache

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from verl_aqn.checkpoints.adapter import Adapter
 from verl_aqn.checkpoints.loading import dequantize_checkpoint, load_model
 from verl_aqn.checkpoints.packing import checkpoint_digest, is_packed, quantize_checkpoint
-from verl_aqn.config.loading import load_recipe
-from verl_aqn.evaluation.export.reference import logprobs
+from verl_aqn.config.compose import load_recipe
+from verl_aqn.evaluation.export.trained_model import logprobs
 from verl_aqn.tasks.parquet import row, write_parquet
 from verl_aqn.tasks.smollm2 import tiny_model
 

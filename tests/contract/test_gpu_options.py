@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
-from verl_aqn.config.loading import load_recipe
+from verl_aqn.config.compose import load_recipe
 
 
 def test_marlin_is_a_backend_and_serves_mxfp4_alone():

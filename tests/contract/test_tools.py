@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
 from verl_aqn.cache import cache_dir
-from verl_aqn.config.loading import load_recipe
+from verl_aqn.config.compose import load_recipe
 from verl_aqn.errors import ConfigError
 from verl_aqn.integrations.verl.ask_tools import answer
 from verl_aqn.integrations.verl.calculator import calculator, text_of, value_of

@@ -30,7 +30,7 @@ def heard(event, args):
 sys.addaudithook(heard)
 from omegaconf import OmegaConf
 from verl.utils.tracking import DapoFilteredRewardTableLogger, Tracking, ValidationGenerationsLogger
-from verl_aqn.config.loading import load_recipe
+from verl_aqn.config.compose import load_recipe
 backends, logged = json.loads(sys.argv[2]), json.loads(sys.argv[3])
 config = OmegaConf.to_container(load_recipe("e12", ["profile=cpu"]), resolve=True)
 tracking = Tracking("verl-aqn", "e12", backends, config=config)

@@ -3,7 +3,7 @@
 import pytest
 from omegaconf import OmegaConf
 
-from verl_aqn.config.loading import check_names, compose_verl, load_recipe
+from verl_aqn.config.compose import check_names, compose_verl, load_recipe
 from verl_aqn.config.verl_keys import leaves, rules, rules_of
 from verl_aqn.errors import ConfigError
 from verl_aqn.preflight.prepare import refuse_unread

@@ -15,11 +15,11 @@ from omegaconf import OmegaConf
 from verl.utils import hf_tokenizer
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
-from verl_aqn.config.loading import load_recipe
+from verl_aqn.config.compose import load_recipe
 from verl_aqn.errors import ConfigError, DataError, ModelError
 from verl_aqn.integrations.verl.first_rows import answer
-from verl_aqn.preflight import checks
 from verl_aqn.preflight import data_rows as rows
+from verl_aqn.preflight import recipe_checks as checks
 from verl_aqn.preflight.probe.probe_inputs import read_prompts
 from verl_aqn.preflight.run_data import check_data, items_of, prepare_data
 from verl_aqn.tasks.smollm2 import tiny_model

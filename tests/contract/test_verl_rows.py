@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from verl.trainer.ppo.utils import create_rl_dataset
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
-from verl_aqn.config.loading import load_recipe
+from verl_aqn.config.compose import load_recipe
 from verl_aqn.errors import ProcessFault, RewardError
 from verl_aqn.integrations.verl.failures import FILE, NotingFailures, answered, failure_text, refuse_failures
 from verl_aqn.integrations.verl.left_out_rows import Rows, ToldDataset, rows_of, told_rows

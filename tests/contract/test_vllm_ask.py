@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from transformers import AutoModelForCausalLM, DeepseekV3Config, GPTNeoXConfig, MistralConfig, PretrainedConfig
 
 from tests.tiny_configs import SMALL, SMALL_MOE
-from verl_aqn.config.loading import load_recipe
+from verl_aqn.config.compose import load_recipe
 from verl_aqn.config.serving import fit_engine
 from verl_aqn.errors import EnvironmentFault
 from verl_aqn.preflight import vllm_says as vllm

@@ -15,7 +15,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.checkpoints.packing import quantize_checkpoint
-from verl_aqn.config.loading import load_recipe
+from verl_aqn.config.compose import load_recipe
 from verl_aqn.preflight import memory_plan as memory
 from verl_aqn.preflight.prepare import tell_workers
 from verl_aqn.preflight.shape import Shape

@@ -19,10 +19,10 @@ from tests.tiny_configs import SMALL, SMALL_MOE
 from verl_aqn.checkpoints.adapter import Adapter
 from verl_aqn.checkpoints.loading import dequantize_checkpoint
 from verl_aqn.checkpoints.packing import quantize_checkpoint
-from verl_aqn.config.loading import load_recipe
+from verl_aqn.config.compose import load_recipe
 from verl_aqn.errors import AqnError, ConfigError, DataError, ModelError
 from verl_aqn.evaluation.evaluate import find_target, settings
-from verl_aqn.preflight import checks
+from verl_aqn.preflight import recipe_checks as checks
 from verl_aqn.preflight.adapter_folder import check_new_adapter, read_folder, take_adapter
 from verl_aqn.preflight.prepare import prepare_model, refuse_adapter_settings, warnings_of
 

@@ -34,11 +34,11 @@ def test_files_have_names_of_their_own():
     """Two files of one name with different jobs are hard to find. The hosts' plugins and packages are exempt."""
     names = [path.stem for path in (ROOT / "verl_aqn").rglob("*.py") if not path.stem.startswith("__")]
     twice = {name for name in names if names.count(name) > 1}
-    # The public names of `verl_aqn.schedule` and `verl_aqn.rewards.gsm8k` are those of the files behind them.
+    # The public names of `verl_aqn.noise.schedule` and `verl_aqn.tasks.gsm8k` are those of the files behind them.
     assert twice <= {"schedule", "gsm8k"}
 
 
-@pytest.mark.parametrize("module", ["schedule", "config.loading", "noise.spec", "runs.evidence", "runs.report.page",
+@pytest.mark.parametrize("module", ["schedule", "config.compose", "noise.spec", "runs.evidence", "runs.report.page",
                                     "cli.main", "launch.supervise"])  # fmt: skip
 def test_what_reads_settings_and_records_needs_no_torch(module):
     code = f"import sys, verl_aqn.{module}; print(*{{'torch', 'verl', 'vllm', 'ray'}} & set(sys.modules))"

@@ -16,7 +16,7 @@ from verl_aqn.bench.scale import COUNTS, GROWTH, fit_reached, of_growth, project
 from verl_aqn.bench.shapes import SHAPES, write_config
 from verl_aqn.bench.step import PHASES
 from verl_aqn.cli.plots import plot_growth
-from verl_aqn.config.loading import load_recipe
+from verl_aqn.config.compose import load_recipe
 from verl_aqn.preflight.memory_plan import sizes
 from verl_aqn.preflight.sizing import shape_of
 

@@ -22,7 +22,7 @@ from verl_aqn.checkpoints.checksums import FILE, check_checksums, known_digest
 from verl_aqn.checkpoints.packing import quantize_checkpoint
 from verl_aqn.checkpoints.storage import Weights, companions
 from verl_aqn.checkpoints.writing import new_folder
-from verl_aqn.config.loading import load_recipe
+from verl_aqn.config.compose import load_recipe
 from verl_aqn.errors import ModelError
 from verl_aqn.evaluation.evaluate import Target, settings
 from verl_aqn.preflight.prepare import prepare_model

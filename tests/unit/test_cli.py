@@ -184,9 +184,9 @@ def test_port_in_use():
 
 
 def test_too_little_memory(monkeypatch):
-    from verl_aqn.config.loading import load_recipe
+    from verl_aqn.config.compose import load_recipe
     from verl_aqn.errors import EnvironmentFault
-    from verl_aqn.preflight import checks
+    from verl_aqn.preflight import recipe_checks as checks
     from verl_aqn.runs import host
 
     monkeypatch.setattr(host, "memory", lambda: host.Memory(2 * 10**9, 10**9))
@@ -225,7 +225,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("test_mxfp4_*.sh")))
 def test_every_script_names_a_recipe_and_a_folder_of_its_own(script):
-    from verl_aqn.config.loading import recipe_names
+    from verl_aqn.config.compose import recipe_names
 
     text = (ROOT / "scripts" / script).read_text()
     assert re.search(r"^RECIPE=(\S+)$", text, re.M)[1] in recipe_names()

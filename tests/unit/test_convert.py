@@ -8,8 +8,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from verl_aqn.cli.convert import convert as command
+from verl_aqn.config.compose import compose_verl, load_recipe
 from verl_aqn.config.convert.recipe import STATUSES, convert
-from verl_aqn.config.loading import compose_verl, load_recipe
 from verl_aqn.config.verl_keys import leaves
 from verl_aqn.errors import ConfigError
 

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from verl_aqn.config.loading import load_recipe
+from verl_aqn.config.compose import load_recipe
 from verl_aqn.errors import ConfigError, DataError
-from verl_aqn.preflight.checks import check_rows
 from verl_aqn.preflight.policy import load_tokenizer, prompt_tokens
 from verl_aqn.preflight.probe.probe_inputs import read_prompts
+from verl_aqn.preflight.recipe_checks import check_rows
 from verl_aqn.preflight.run_data import data_files, items_of, steps_in_data
 from verl_aqn.tasks.data_files import check_truths, count_rows, read_file, sources_of
 from verl_aqn.tasks.smollm2 import tiny_model

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from typer.testing import CliRunner
 
 from verl_aqn.cli.main import app
-from verl_aqn.config.loading import load_recipe, parse_aqn
+from verl_aqn.config.compose import load_recipe, parse_aqn
 from verl_aqn.errors import ConfigError, DataError, EvidenceError, ModelError
 from verl_aqn.evaluation import evaluate
 from verl_aqn.evaluation.evaluate import Evaluation, Score, check_adapter, find_target, read, settings

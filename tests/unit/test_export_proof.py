@@ -17,13 +17,14 @@ from verl_aqn.checkpoints.storage import Weights
 from verl_aqn.cli.export import lines_of
 from verl_aqn.cli.main import app
 from verl_aqn.errors import EnvironmentFault, EvidenceError
-from verl_aqn.evaluation.export import exporting, reference, trial
+from verl_aqn.evaluation.export import exporting, trial
+from verl_aqn.evaluation.export import trained_model as reference
 from verl_aqn.evaluation.export.effect import ERROR, FLOOR, Effect, measure
 from verl_aqn.evaluation.export.export_folders import write_peft_folder
 from verl_aqn.evaluation.export.exporting import RECORD, export
 from verl_aqn.evaluation.export.questions import read_questions
-from verl_aqn.evaluation.export.reference import Reference, logprobs
 from verl_aqn.evaluation.export.source import find_source
+from verl_aqn.evaluation.export.trained_model import Reference, logprobs
 from verl_aqn.evaluation.export.trial import TELLING, Differing, Trial, judge, try_out
 
 PROBLEMS = 12

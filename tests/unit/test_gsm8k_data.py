@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from verl_aqn.cache import cache_dir
-from verl_aqn.config.loading import load_recipe
+from verl_aqn.config.compose import load_recipe
 from verl_aqn.errors import ConfigError, DataError, EnvironmentFault
 from verl_aqn.preflight.prepare import find_model
 from verl_aqn.preflight.run_data import prepare_data, steps_in_data

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from verl_aqn.checkpoints.loading import load_model
 from verl_aqn.checkpoints.packing import quantize_checkpoint
 from verl_aqn.checkpoints.storage import Weights
-from verl_aqn.config.loading import load_recipe
+from verl_aqn.config.compose import load_recipe
 from verl_aqn.models import layouts as layout
 from verl_aqn.models.attention import NAME, laid_out
 from verl_aqn.models.shared_prompts import share_prompts

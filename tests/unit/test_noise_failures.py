@@ -15,7 +15,7 @@ from transformers import MixtralConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralModel
 
-from verl_aqn.config.loading import load_recipe, order_of, parse_aqn, schedule_of
+from verl_aqn.config.compose import load_recipe, order_of, parse_aqn, schedule_of
 from verl_aqn.errors import ConfigError, EvidenceError
 from verl_aqn.noise import NoiseInjector, NoiseOrder, check_equal_noise, check_evidence, check_used, draw
 from verl_aqn.noise.norms import Form, Survey

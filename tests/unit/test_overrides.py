@@ -4,8 +4,8 @@ import shlex
 
 import pytest
 
-from verl_aqn.config.loading import find_recipe, load_recipe, read_yaml
-from verl_aqn.config import loading as config
+from verl_aqn.config import compose as config
+from verl_aqn.config.compose import find_recipe, load_recipe, read_yaml
 from verl_aqn.config.overrides import check_overrides
 from verl_aqn.errors import ConfigError
 

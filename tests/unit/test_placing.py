@@ -9,7 +9,7 @@ from transformers import FalconH1Config, LlamaConfig
 
 from tests.tiny_configs import SMALL
 from verl_aqn.checkpoints.loading import empty_model
-from verl_aqn.config.loading import load_recipe
+from verl_aqn.config.compose import load_recipe
 from verl_aqn.errors import ConfigError
 from verl_aqn.preflight.placing import place_adapter
 

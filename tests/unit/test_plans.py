@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from verl_aqn.config.loading import find_recipe, load_recipe, plan_names
+from verl_aqn.config.compose import find_recipe, load_recipe, plan_names
 from verl_aqn.errors import BusyError, ConfigError, EnvironmentFault, Stopped
 from verl_aqn.launch import sweep as plans
 from verl_aqn.launch import train

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from verl_aqn.config.loading import load_recipe
+from verl_aqn.config.compose import load_recipe
 from verl_aqn.errors import EnvironmentFault
-from verl_aqn.preflight import checks
+from verl_aqn.preflight import recipe_checks as checks
 from verl_aqn.preflight.node import PACKAGES, Node, free_disk
 from verl_aqn.preflight.shape import Shape
 from verl_aqn.runs import host

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from verl_aqn.config.loading import load_recipe
+from verl_aqn.config.compose import load_recipe
 from verl_aqn.errors import ConfigError
 from verl_aqn.mxfp4 import chips as ascend
 from verl_aqn.preflight.prepare import _bound_context, prepare_model, tell_workers

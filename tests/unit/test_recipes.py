@@ -6,7 +6,7 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from verl_aqn.config.loading import (
+from verl_aqn.config.compose import (
     AqnConfig,
     check_names,
     check_numbers,
@@ -342,7 +342,7 @@ def test_a_recipe_s_file_is_told_by_its_name(tmp_path, name):
 
 def test_reading_a_recipe_imports_no_framework():
     code = (
-        "import sys; from verl_aqn.config.loading import load_recipe; load_recipe('e12', ['profile=cpu']);"
+        "import sys; from verl_aqn.config.compose import load_recipe; load_recipe('e12', ['profile=cpu']);"
         "print([m for m in ('torch', 'verl', 'vllm', 'ray', 'transformers') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

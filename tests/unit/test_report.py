@@ -382,7 +382,7 @@ def test_imports_neither_torch_nor_verl(tmp_path):
 
 
 def test_a_run_keeps_what_rounding_did_to_its_base(tmp_path):
-    from verl_aqn.config.loading import load_recipe
+    from verl_aqn.config.compose import load_recipe
     from verl_aqn.launch.train import Prepared, launch
 
     data = tmp_path / "rows.parquet"

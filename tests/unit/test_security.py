@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 
-from verl_aqn.config.loading import load_recipe, recipe_names
+from verl_aqn.config.compose import load_recipe, recipe_names
 
 PACKAGE = Path(__file__).parents[2] / "verl_aqn"
 RUNS_CODE = {"eval", "exec", "compile", "__import__"}

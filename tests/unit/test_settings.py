@@ -3,7 +3,7 @@
 import pytest
 
 from tests.composed import recipe_with
-from verl_aqn.config.loading import check_names, parse_aqn, recipe_names
+from verl_aqn.config.compose import check_names, parse_aqn, recipe_names
 from verl_aqn.errors import ConfigError, EnvironmentFault
 from verl_aqn.launch.train import train
 from verl_aqn.preflight.doctor import examine

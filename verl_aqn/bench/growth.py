@@ -19,9 +19,9 @@ from verl_aqn.bench.cost import Device, Load, Work, bound, limit_s, phases
 from verl_aqn.bench.shapes import write_model
 from verl_aqn.bench.step import PHASES, RECIPE, Arm, overrides, run_arm
 from verl_aqn.checkpoints.packing import quantize_checkpoint
-from verl_aqn.config.loading import load_recipe
-from verl_aqn.preflight.checks import cpu_cache, recipe_shape
+from verl_aqn.config.compose import load_recipe
 from verl_aqn.preflight.memory_plan import Sizes, sizes
+from verl_aqn.preflight.recipe_checks import cpu_cache, recipe_shape
 from verl_aqn.preflight.shape import Shape
 
 TIMES = (*PHASES, "step")

@@ -64,7 +64,7 @@ def overrides(model: str, steps: int, small: bool) -> list[str]:
 
 def check(todo: list[str]) -> None:
     """Raise, before the first arm, what is wrong with the settings or the model of all arms."""
-    from verl_aqn.config.loading import load_recipe
+    from verl_aqn.config.compose import load_recipe
     from verl_aqn.preflight.prepare import find_model
 
     find_model(load_recipe(RECIPE, todo), weights=False)
@@ -75,7 +75,7 @@ def stock_config(todo: list[str], *, tuned: bool) -> DictConfig:
 
     `tuned`: with our profile's settings of threads, processes and cache too.
     """
-    from verl_aqn.config.loading import load_recipe
+    from verl_aqn.config.compose import load_recipe
     from verl_aqn.launch.train import resolve
 
     # Noise is the recipe's; a base that is not packed has no noise here, and stock verl none at all.
@@ -219,8 +219,8 @@ def measure(
     of the arms, ours first.
     """
     from verl_aqn.bench.codec_speed import device_name
-    from verl_aqn.config.loading import load_recipe
-    from verl_aqn.preflight.checks import recipe_shape
+    from verl_aqn.config.compose import load_recipe
+    from verl_aqn.preflight.recipe_checks import recipe_shape
 
     done = 0
 

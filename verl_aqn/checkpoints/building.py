@@ -126,7 +126,6 @@ def linear_layers(folder: Path) -> list[str]:
     """Names of the linear layers to which PEFT's `all-linear` gives adapters; only config.json is read."""
     from torch import nn
 
-
     model = empty_model(folder)
     head = model.get_output_embeddings()
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]

@@ -68,7 +68,7 @@ def train(
     ] = None,
 ) -> None:
     """Run a recipe, or a plan of several; resume what died."""
-    from verl_aqn.config.loading import find_recipe
+    from verl_aqn.config.compose import find_recipe
     from verl_aqn.launch.sweep import Series, read_plan
     from verl_aqn.launch.train import train as run
 
@@ -92,7 +92,7 @@ def schedule(
     plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG, SVG or PDF).")] = None,
 ) -> None:
     """σ at every step."""
-    from verl_aqn.config.loading import load_recipe, schedule_of
+    from verl_aqn.config.compose import load_recipe, schedule_of
 
     if plot:
         from verl_aqn.cli.plots import check_picture
@@ -146,7 +146,7 @@ def probe(
         from verl_aqn.cli.plots import check_picture
 
         check_picture(plot)
-    from verl_aqn.config.loading import load_recipe
+    from verl_aqn.config.compose import load_recipe
 
     config = load_recipe(recipe, overrides)
     from verl_aqn.launch.train import resolve

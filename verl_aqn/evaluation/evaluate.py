@@ -13,13 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from verl_aqn.cache import cache_dir
-from verl_aqn.config.loading import check_names, check_numbers, followers, load_recipe, parse_aqn, unknown_key
+from verl_aqn.config.compose import check_names, check_numbers, followers, load_recipe, parse_aqn, unknown_key
 from verl_aqn.config.verl_keys import check_keys
 from verl_aqn.errors import AqnError, ConfigError, DataError, EnvironmentFault, EvidenceError, first_line
 from verl_aqn.launch.console import RULES, Console
 from verl_aqn.launch.train import attempt, identity, launch, resolve
-from verl_aqn.preflight.checks import check_machine
 from verl_aqn.preflight.prepare import untell_workers
+from verl_aqn.preflight.recipe_checks import check_machine
 from verl_aqn.runs.checkpoints import config_of, find_checkpoint
 from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.runs.stats.arms import run_in

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from verl_aqn.config.loading import parse_aqn
+from verl_aqn.config.compose import parse_aqn
 from verl_aqn.environment import cluster_address
 from verl_aqn.integrations.ray.process_environment import MEMORY_S, environment, launched, starts_warm
 from verl_aqn.launch.cause import Fault, death

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl_aqn.config.loading import load_recipe, parse_aqn, schedule_of
+from verl_aqn.config.compose import load_recipe, parse_aqn, schedule_of
 from verl_aqn.errors import Stopped, StrengthError
 from verl_aqn.launch.console import Console
 from verl_aqn.launch.supervise import Outcome, supervise
-from verl_aqn.preflight.checks import check_machine
 from verl_aqn.preflight.prepare import check_steps, prepare_model, warnings_of
+from verl_aqn.preflight.recipe_checks import check_machine
 from verl_aqn.preflight.run_data import data_files, prepare_data
 from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.runs.judge.records import VERSION

@@ -6,10 +6,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from verl_aqn.config.loading import detect_profile, load_recipe, parse_aqn
+from verl_aqn.config.compose import detect_profile, load_recipe, parse_aqn
 from verl_aqn.environment import cluster_address
 from verl_aqn.errors import AqnError, ConfigError, first_line
-from verl_aqn.preflight import checks, npu
+from verl_aqn.preflight import npu_found as npu
+from verl_aqn.preflight import recipe_checks as checks
 from verl_aqn.preflight.findings import Finding
 from verl_aqn.preflight.node import Node, cluster_nodes, local_node
 from verl_aqn.preflight.prepare import find_model, positions_of

@@ -39,7 +39,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from verl_aqn.errors import EvidenceError
-from verl_aqn.evaluation.export.reference import Logprobs, Reference
+from verl_aqn.evaluation.export.trained_model import Logprobs, Reference
 
 ERROR = 0.1
 FLOOR = 0.15

@@ -14,8 +14,8 @@ from verl_aqn.evaluation.export.difference import first_difference
 from verl_aqn.evaluation.export.effect import Effect, measure
 from verl_aqn.evaluation.export.export_engine import ask_vllm
 from verl_aqn.evaluation.export.questions import Questions
-from verl_aqn.evaluation.export.reference import Reference, ask_trainer, free_memory
 from verl_aqn.evaluation.export.source import Source
+from verl_aqn.evaluation.export.trained_model import Reference, ask_trainer, free_memory
 
 # The bounds of answers, chosen between right and wrong exports (README, Export).
 EQUAL = 0.6  # share of the telling answers that must be the expected ones

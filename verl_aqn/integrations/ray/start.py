@@ -32,7 +32,7 @@ def ray_start(
         ConfigError: an address that is not this node's. EnvironmentFault: no token, or one that others can read;
             Ray's temporary folder is another user's.
     """
-    from verl_aqn.config.loading import detect_profile
+    from verl_aqn.config.compose import detect_profile
 
     profile = detect_profile() if profile == "auto" else profile
     address = address or ("127.0.0.1" if head is None else _address_towards(head))

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
-
 from verl import DataProto
 from verl.experimental.agent_loop import agent_loop
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
@@ -36,6 +35,7 @@ from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 from verl.utils.config import omega_conf_to_dataclass, validate_config
+
 from verl_aqn.errors import first_line
 
 Fault = dict[str, str]

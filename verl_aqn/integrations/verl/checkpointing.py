@@ -8,6 +8,7 @@ from pathlib import Path
 
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
 from verl_aqn.errors import DataError
 from verl_aqn.runs.checkpoints import WRITING, damage_of, newest_whole, point_to, publish, weights_only
 from verl_aqn.runs.folder import RunFolder

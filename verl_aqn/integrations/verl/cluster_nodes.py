@@ -19,7 +19,7 @@ import ray
 from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn import __version__
-from verl_aqn.config.loading import parse_aqn
+from verl_aqn.config.compose import parse_aqn
 from verl_aqn.errors import EnvironmentFault
 from verl_aqn.integrations.ray.nodes import on_every_node
 from verl_aqn.integrations.ray.worker_setup import RUN, TEMPORARY, set_up_worker

@@ -5,8 +5,8 @@ verl would load a token-classification model with FlashAttention, which neither 
 
 import torch
 from torch import Tensor, nn
-
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithValueHead
+
 from verl_aqn.integrations.verl.packed_base import PackedBase
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
-
 from verl.utils import tensordict_utils as tu
 from verl.utils.model import convert_weight_keys, extract_multi_modal_inputs
 from verl.workers.engine.base import EngineRegistry
+
 from verl_aqn.checkpoints.adapter import ADAPTER_DTYPE, held_name, served_adapter, unwrapped
 from verl_aqn.checkpoints.building import is_multimodal
 from verl_aqn.checkpoints.held_base import held_base

@@ -12,8 +12,8 @@ from typing import Any
 
 import datasets
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
-
 from verl.utils.dataset.rl_dataset import get_dataset_class
+
 from verl_aqn.errors import AqnError, ConfigError, DataError, first_line
 from verl_aqn.integrations.verl.left_out_rows import rows_of, told_rows
 from verl_aqn.integrations.verl.rendering import NotRendered, Template, fault_of, remedy

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig, open_dict
-
 from verl.utils.dataset.rl_dataset import RLHFDataset
+
 from verl_aqn.errors import DataError, first_line
 from verl_aqn.tasks.data_files import count_rows
 

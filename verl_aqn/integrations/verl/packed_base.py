@@ -5,10 +5,10 @@ import math
 import torch
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
-
 from verl.models.transformers.monkey_patch import apply_monkey_patch
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
 from verl_aqn.checkpoints.loading import load_dense, load_model, read_values
 from verl_aqn.checkpoints.packing import is_packed
 from verl_aqn.errors import ConfigError, TrainingError

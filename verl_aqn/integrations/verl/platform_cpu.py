@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-
 from verl.plugin.platform.platform_base import PlatformBase
+
 from verl_aqn.preflight.peak import peak_bytes
 from verl_aqn.runs import host
 

@@ -5,8 +5,8 @@ import socket
 from datetime import timedelta
 
 import torch.distributed as dist
-
 from verl.utils.device import get_device_name, get_nccl_backend
+
 from verl_aqn.integrations.ray.worker_setup import TEMPORARY
 
 TIMEOUT = timedelta(minutes=30)

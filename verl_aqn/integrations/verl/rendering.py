@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-
 from verl.utils import hf_processor, hf_tokenizer
+
 from verl_aqn.errors import ModelError, first_line
 from verl_aqn.tasks.data_files import HELP
 

@@ -11,9 +11,9 @@ from functools import cache, partial
 from typing import Any
 
 from omegaconf import DictConfig, open_dict
-
 from verl.experimental.reward_loop.reward_manager import get_reward_manager_cls
 from verl.experimental.reward_loop.reward_manager.registry import REWARD_MANAGER
+
 from verl_aqn.errors import ConfigError, RewardError, first_line
 from verl_aqn.runs.accuracy import reward_in
 from verl_aqn.tasks.user_lines import user_line

@@ -6,11 +6,11 @@ import os
 from typing import Any
 
 import ray
-
 from verl.utils.tracking import RLInsightLogger
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 from verl.workers.rollout.vllm_rollout import vllm_async_server
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+
 from verl_aqn.config.serving import SERVED
 from verl_aqn.errors import EvidenceError
 from verl_aqn.integrations.verl.verl_plugin import assert_loaded

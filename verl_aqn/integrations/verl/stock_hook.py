@@ -48,6 +48,7 @@ def become_checked(trainer: Any) -> None:
         ConfigError: a run that cannot be checked.
     """
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
     from verl_aqn.integrations.verl.stock_trainer import StockTrainer
 
     settings = parse_settings(trainer.config)

@@ -9,10 +9,10 @@ from typing import Any
 
 import ray
 from omegaconf import OmegaConf
-
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.workers.utils.padding import response_from_nested
+
 from verl_aqn.checkpoints.slices import distinct, not_covered
 from verl_aqn.config.stock_settings import NOT_CHECKED, OPTION, StockSettings, model_folder
 from verl_aqn.errors import AqnError, ConfigError, EvidenceError, first_line

@@ -6,7 +6,6 @@ from typing import Any
 
 import ray
 import torch
-
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils.device import get_device_name
 from verl.utils.model import convert_weight_keys
@@ -14,6 +13,7 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+
 from verl_aqn.checkpoints.adapter import held_name
 from verl_aqn.checkpoints.held_adapter import HeldAdapter, held_adapter
 from verl_aqn.checkpoints.held_base import held_base

@@ -14,9 +14,9 @@ from typing import Any
 import psutil
 import ray
 import zmq
-
 from verl.workers.rollout.vllm_rollout import vllm_rollout
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
+
 from verl_aqn.errors import ProcessFault
 from verl_aqn.runs.faults import in_run
 from verl_aqn.runs.processes import SharedMemory

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
-
-import verl_aqn.integrations.verl.rollout  # noqa: F401  registers the replica
 from verl.trainer.ppo.utils import Role
 from verl.utils.debug import marked_timer
+
+import verl_aqn.integrations.verl.rollout  # noqa: F401  registers the replica
 from verl_aqn.integrations.verl import tripwire
 from verl_aqn.integrations.verl.batches import fields_of, real_keys
 from verl_aqn.integrations.verl.divergence import saved_where_it_diverges

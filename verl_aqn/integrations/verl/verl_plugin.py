@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from verl.plugin.platform import get_platform
 from verl.plugin.platform.platform_manager import PlatformRegistry
+
 from verl_aqn.errors import EnvironmentFault
 from verl_aqn.integrations.verl.platform_cpu import PlatformCPU, accept_one_backend
 from verl_aqn.integrations.verl.root_cause import note_task_errors

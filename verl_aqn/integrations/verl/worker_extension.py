@@ -5,8 +5,8 @@ import traceback
 from typing import Any
 
 import torch
-
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
+
 from verl_aqn.errors import EnvironmentFault, EvidenceError
 from verl_aqn.integrations.verl.base_evidence import TABLES, table_digest
 from verl_aqn.integrations.verl.sync_socket import of_this_run

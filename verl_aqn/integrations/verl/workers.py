@@ -1,9 +1,9 @@
 """verl's workers with what a run must prove: the base that they hold, the adapter that they sent."""
 
 import ray
-
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+
 from verl_aqn.errors import AqnError
 from verl_aqn.integrations.verl.process_group import open_process_group
 from verl_aqn.integrations.verl.sync import watch_sync

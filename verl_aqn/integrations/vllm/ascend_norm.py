@@ -15,9 +15,9 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 
 from verl_aqn.errors import ModelError
-from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 
 
 def compute_in_float32(model: nn.Module, norms: Iterable[str]) -> None:

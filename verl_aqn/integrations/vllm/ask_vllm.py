@@ -76,7 +76,6 @@ def _class_of(folder: Path) -> dict[str, Any]:
 
 def _build(folder: Path, options: dict[str, Any], weights: Path) -> dict[str, Any]:
     import torch
-
     from vllm.config import set_current_vllm_config
     from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
     from vllm.engine.arg_utils import EngineArgs
@@ -187,7 +186,6 @@ def sent_names(folder: Path, linears: list[str]) -> dict[str, str]:
 def without_slot(model: Any, config: Any, linears: dict[str, str]) -> list[str]:
     """Those of transformers' linear layers for whose adapter, under the name that it is sent by, vLLM has no place."""
     import torch
-
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.utils import parse_fine_tuned_lora_name
 

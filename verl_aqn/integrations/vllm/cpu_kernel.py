@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 from torch.nn.parameter import Parameter
-
-from verl_aqn.mxfp4 import dequantize, fake_quantize
-from verl_aqn.mxfp4.linear import Activation
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.kernels.linear.mxfp4 import MxFp4LinearKernel, MxFp4LinearLayerConfig
 from vllm.platforms import current_platform
+
+from verl_aqn.mxfp4 import dequantize, fake_quantize
+from verl_aqn.mxfp4.linear import Activation
 
 
 class CpuMxfp4LinearKernel(MxFp4LinearKernel):

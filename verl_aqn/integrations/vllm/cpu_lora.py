@@ -5,7 +5,6 @@ the model itself. With `max_loras=1` every token of a batch has that adapter or 
 """
 
 import torch
-
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 

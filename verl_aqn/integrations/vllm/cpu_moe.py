@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
-
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 

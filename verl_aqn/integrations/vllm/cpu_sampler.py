@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
 from vllm.v1.sample.ops import topk_topp_sampler
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 

@@ -44,18 +44,20 @@ def register() -> None:
     listen()
     watch()
     check_version()
-    from verl_aqn.integrations.vllm.observe import observe_adapters
     from vllm.platforms import PlatformEnum, current_platform
+
+    from verl_aqn.integrations.vllm.observe import observe_adapters
 
     _patch_loading()
     observe_adapters()
     if current_platform.is_cpu():
-        from verl_aqn.integrations.vllm import cpu_sampler
-        from verl_aqn.integrations.vllm.cpu_kernel import CpuMxfp4LinearKernel
-        from verl_aqn.integrations.vllm.cpu_moe import CpuMoEMethod
         from vllm.distributed.device_communicators import shm_broadcast
         from vllm.model_executor.kernels.linear import register_linear_kernel
         from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+        from verl_aqn.integrations.vllm import cpu_sampler
+        from verl_aqn.integrations.vllm.cpu_kernel import CpuMxfp4LinearKernel
+        from verl_aqn.integrations.vllm.cpu_moe import CpuMoEMethod
 
         cpu_sampler.patch()
 
@@ -80,10 +82,11 @@ def _patch_loading() -> None:
     Other engines in the environment, and a draft model, are left alone. An engine of a stock run is only watched:
     its norms stay what they are.
     """
-    from verl_aqn.integrations.vllm.observe import observe_load
-    from verl_aqn.noise import NoiseInjector
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader as Loader
     from vllm.platforms import current_platform
+
+    from verl_aqn.integrations.vllm.observe import observe_load
+    from verl_aqn.noise import NoiseInjector
 
     load = Loader.load_model
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from verl_aqn.config.loading import find_recipe
+from verl_aqn.config.compose import find_recipe
 from verl_aqn.errors import EnvironmentFault, Stopped
 from verl_aqn.integrations.ray.start import token_environment
 
