@@ -9,8 +9,8 @@ from typing import get_args
 
 import pytest
 
+from verl_aqn.cluster.process_environment import local_ray
 from verl_aqn.config.serving import ADAPTER_RANKS, served_rank
-from verl_aqn.integrations.ray.process_environment import local_ray
 
 HEAD = """
 import ray

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from verl_aqn.integrations.ray.worker_setup import TEMPORARY
+from verl_aqn.cluster.worker_setup import TEMPORARY
 
 RANK = """
 import os, sys

@@ -13,8 +13,8 @@ import psutil
 import pytest
 from verl.trainer.main_ppo import run_ppo
 
+from verl_aqn.cluster.process_environment import starts_warm
 from verl_aqn.config.compose import load_recipe
-from verl_aqn.integrations.ray.process_environment import starts_warm
 from verl_aqn.launch.forkserver.server import ENDS, PYTHON, warm_python
 
 TELL = """

@@ -9,7 +9,7 @@ import pytest
 
 from tests.integration.conftest import lines
 from verl_aqn.bench import letters
-from verl_aqn.integrations.ray.process_environment import engine_environment, local_ray
+from verl_aqn.cluster.process_environment import engine_environment, local_ray
 from verl_aqn.runs.evidence import judge_run
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.report.evidence_section import checks

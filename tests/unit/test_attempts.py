@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from verl_aqn.cli.main import main as cli
+from verl_aqn.cluster.process_environment import launched
 from verl_aqn.config.compose import load_recipe
-from verl_aqn.integrations.ray.process_environment import launched
 from verl_aqn.launch import train
 from verl_aqn.launch.supervise import Outcome
 from verl_aqn.launch.train import Prepared, launch

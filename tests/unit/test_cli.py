@@ -142,9 +142,7 @@ def test_a_misspelled_option_is_no_override(told, command):
 
 def test_submit_passes_options_on(monkeypatch):
     jobs = []
-    monkeypatch.setattr(
-        "verl_aqn.launch.cluster.submit.run_job", lambda address, arguments: jobs.append(arguments) or 0
-    )
+    monkeypatch.setattr("verl_aqn.cluster.submit.run_job", lambda address, arguments: jobs.append(arguments) or 0)
     monkeypatch.setattr(sys, "argv", ["verl-aqn", "submit", "e12", "data.seed=1", "--restarts", "3", "--dry-run"])
     with pytest.raises(SystemExit):
         cli.main()

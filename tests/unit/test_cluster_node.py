@@ -6,10 +6,10 @@ import stat
 
 import pytest
 
+from verl_aqn.cluster import start as node
+from verl_aqn.cluster.start import declared, node_environment, ray_start, token_environment
+from verl_aqn.cluster.submit import run_job, variables
 from verl_aqn.errors import ConfigError, EnvironmentFault
-from verl_aqn.integrations.ray import start as node
-from verl_aqn.integrations.ray.start import declared, node_environment, ray_start, token_environment
-from verl_aqn.launch.cluster.submit import run_job, variables
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from verl_aqn.runs.folder import open_run
 SET_UP = """
 import mmap, os, time
 from pathlib import Path
-from verl_aqn.integrations.ray import worker_setup as worker
+from verl_aqn.cluster import worker_setup as worker
 worker.MEMORY_S = 0.1
 worker.set_up_worker()
 with open(f"/dev/shm/psm_aqn-test-{os.getpid()}", "w+b") as file:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from verl_aqn.integrations.ray import process_environment
+from verl_aqn.cluster import process_environment
 from verl_aqn.runs import host
 
 GB = 10**9

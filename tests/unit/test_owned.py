@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from verl_aqn import safe_files as owned
+from verl_aqn.cluster.process_environment import engine_environment
 from verl_aqn.errors import EnvironmentFault
-from verl_aqn.integrations.ray.process_environment import engine_environment
 from verl_aqn.mxfp4.kernels import native
 from verl_aqn.runs.folder import open_run
 from verl_aqn.runs.processes import start_module

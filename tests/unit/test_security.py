@@ -66,7 +66,7 @@ torch.load(sys.argv[2], weights_only=False)  # and its messages between processe
 
 
 def load_as_a_run_does(file: Path, message: Path) -> subprocess.CompletedProcess:
-    from verl_aqn.integrations.ray.process_environment import engine_environment
+    from verl_aqn.cluster.process_environment import engine_environment
 
     env = engine_environment(str(file.parent), cpu=True, ranks=1)
     env["PYTHONPATH"] = os.pathsep.join(sys.path)

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from verl_aqn.integrations.ray.process_environment import bind_cores
+from verl_aqn.cluster.process_environment import bind_cores
 from verl_aqn.runs.processes import SharedMemory
 
 

@@ -19,8 +19,8 @@ import psutil
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
+from verl_aqn.cluster.process_environment import engine_environment, local_ray
 from verl_aqn.errors import EnvironmentFault
-from verl_aqn.integrations.ray.process_environment import engine_environment, local_ray
 from verl_aqn.runs.processes import SharedMemory, adopt_orphans, end_descendants, start_module, title
 from verl_aqn.runs.tail import Tail
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from verl_aqn.integrations.ray.start import PORT, ray_start, token_file
+from verl_aqn.cluster.start import PORT, ray_start, token_file
 
 node_app = typer.Typer(no_args_is_help=True, help="Make this machine a node of a Ray cluster.")
 PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
@@ -61,7 +61,7 @@ def submit(
     restarts: Annotated[int | None, typer.Option(min=0, help="As of `verl-aqn train`.")] = None,
 ) -> None:
     """Run a recipe, or a plan, on the Ray cluster of this machine, and follow it."""
-    from verl_aqn.launch.cluster.submit import run_job
+    from verl_aqn.cluster.submit import run_job
 
     arguments = [recipe, *(overrides or []), *([] if restarts is None else [f"aqn.run.restarts={restarts}"])]
     arguments += [name for name, given in (("--fresh", fresh), ("--dry-run", dry_run)) if given]

@@ -10,8 +10,8 @@ from typing import Any
 import ray
 from omegaconf import DictConfig, OmegaConf
 
+from verl_aqn.cluster.process_environment import launched
 from verl_aqn.errors import AqnError, EvidenceError, ProcessFault
-from verl_aqn.integrations.ray.process_environment import launched
 from verl_aqn.integrations.verl.root_cause import root_cause
 from verl_aqn.launch.forkserver.server import PYTHON
 from verl_aqn.runs.faults import describe, watch
@@ -29,7 +29,7 @@ class AqnTaskRunner:
         from verl.trainer.ppo.utils import need_critic, need_reference_policy
         from verl.utils.config import validate_config
 
-        from verl_aqn.integrations.ray.worker_setup import TEMPORARY
+        from verl_aqn.cluster.worker_setup import TEMPORARY
         from verl_aqn.integrations.verl.cluster_nodes import check_nodes
         from verl_aqn.integrations.verl.keyed import AqnAgentLoopManager
         from verl_aqn.integrations.verl.rewarding import use_telling_manager

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from verl_aqn.cluster.process_environment import MEMORY_S, environment, launched, starts_warm
 from verl_aqn.config.compose import parse_aqn
 from verl_aqn.environment import cluster_address
-from verl_aqn.integrations.ray.process_environment import MEMORY_S, environment, launched, starts_warm
 from verl_aqn.launch.cause import Fault, death
 from verl_aqn.launch.forkserver.server import PYTHON, warm_python
 from verl_aqn.launch.watchdog import Watchdog

@@ -110,13 +110,13 @@ def cluster_nodes(address: str, folder: str, profile: str) -> tuple[list[Node], 
 
     A node's clock is compared with the middle of a round trip: half of that is how far it may be off.
     """
-    from verl_aqn.integrations.ray.start import token_file
+    from verl_aqn.cluster.start import token_file
 
     if token_file().is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it once, when it is imported
     import ray
 
-    from verl_aqn.integrations.ray.nodes import alive_nodes, on
+    from verl_aqn.cluster.nodes import alive_nodes, on
 
     ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     try:

@@ -11,9 +11,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from verl_aqn.cluster.process_environment import engine_environment
 from verl_aqn.config.serving import served_rank
 from verl_aqn.errors import EnvironmentFault
-from verl_aqn.integrations.ray.process_environment import engine_environment
 from verl_aqn.runs.processes import start_module
 
 TIMEOUT_S = 3600

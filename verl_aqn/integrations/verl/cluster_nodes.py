@@ -1,7 +1,7 @@
 """A run on a Ray cluster that others started: what each of its nodes needs before, and gives back after.
 
 On one machine every process of a run inherits its environment from `verl_aqn.launch.supervise`. Those of a cluster descend
-from `ray start`, so they get it from `verl_aqn.integrations.ray.worker_setup`.
+from `ray start`, so they get it from `verl_aqn.cluster.worker_setup`.
 `python -m verl_aqn.integrations.verl.cluster_nodes clean RUN TEMPORARY …` cleans all nodes after a run, and `stacks RUN TEMPORARY`
 prints where its processes stand on each.
 """
@@ -19,10 +19,10 @@ import ray
 from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn import __version__
+from verl_aqn.cluster.nodes import on_every_node
+from verl_aqn.cluster.worker_setup import RUN, TEMPORARY, set_up_worker
 from verl_aqn.config.compose import parse_aqn
 from verl_aqn.errors import EnvironmentFault
-from verl_aqn.integrations.ray.nodes import on_every_node
-from verl_aqn.integrations.ray.worker_setup import RUN, TEMPORARY, set_up_worker
 from verl_aqn.integrations.verl.verl_plugin import check_versions
 from verl_aqn.preflight.run_data import data_files
 from verl_aqn.runs.folder import RunFolder

@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from verl.utils.device import get_device_name, get_nccl_backend
 
-from verl_aqn.integrations.ray.worker_setup import TEMPORARY
+from verl_aqn.cluster.worker_setup import TEMPORARY
 
 TIMEOUT = timedelta(minutes=30)
 """How long ranks wait for each other, first at the store and then in the group: nodes load a model at different speeds.

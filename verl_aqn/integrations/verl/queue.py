@@ -17,8 +17,8 @@ from transfer_queue.storage.managers import base
 from transfer_queue.utils import zmq_utils
 from zmq.utils import z85
 
+from verl_aqn.cluster.start import token_file
 from verl_aqn.errors import EnvironmentFault
-from verl_aqn.integrations.ray.start import token_file
 
 USERS = (zmq_utils, controller, simple_storage, base)  # modules that make sockets by TransferQueue's function
 _create = zmq_utils.create_zmq_socket

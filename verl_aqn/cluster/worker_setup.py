@@ -6,7 +6,7 @@ import threading
 import time
 from pathlib import Path
 
-from verl_aqn.integrations.ray.process_environment import MEMORY_S, worker_environment
+from verl_aqn.cluster.process_environment import MEMORY_S, worker_environment
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.processes import SharedMemory
 from verl_aqn.runs.stacks import folder_in

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from verl_aqn.cluster.start import token_environment
 from verl_aqn.config.compose import find_recipe
 from verl_aqn.errors import EnvironmentFault, Stopped
-from verl_aqn.integrations.ray.start import token_environment
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
