@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 
 from tests.ascend_packages import calls, node, pins, read
 from tests.contract.test_npu_operators import ANTI, DYNAMIC
-from verl_aqn.config.compose import load_recipe, parse_aqn
+from verl_aqn.config.compose import load_recipe
+from verl_aqn.config.schema import parse_aqn
 from verl_aqn.integrations.vllm.readback import METHOD_ACTIVATIONS
 
 SCHEMAS = "torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml"

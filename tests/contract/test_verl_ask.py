@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 
 from tests.composed import recipe_with
 from verl_aqn.cache import cache_dir
-from verl_aqn.config.compose import REWARD_MANAGERS, recipe_names
+from verl_aqn.config.allowed import REWARD_MANAGERS
+from verl_aqn.config.compose import recipe_names
 from verl_aqn.integrations.verl.ask_verl import faults
 from verl_aqn.preflight import verl_says as asked
 

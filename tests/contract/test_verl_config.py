@@ -3,7 +3,8 @@
 import pytest
 from omegaconf import OmegaConf
 
-from verl_aqn.config.compose import check_names, compose_verl, load_recipe
+from verl_aqn.config.allowed import check_names
+from verl_aqn.config.compose import compose_verl, load_recipe
 from verl_aqn.config.verl_keys import leaves, rules, rules_of
 from verl_aqn.errors import ConfigError
 from verl_aqn.preflight.prepare import refuse_unread

@@ -21,7 +21,7 @@ EVERY_PART = [
 @pytest.fixture
 def asked(monkeypatch):
     """`asked(seed, …)`: the sampling parameters with which a session of our worker begins."""
-    from verl_aqn.config.compose import AqnConfig
+    from verl_aqn.config.schema import AqnConfig
     from verl_aqn.integrations.verl import keyed
 
     async def session(self, sampling_params, trajectory, **kwargs):

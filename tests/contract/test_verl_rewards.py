@@ -12,7 +12,7 @@ from verl import DataProto
 from verl.trainer.ppo.reward import load_reward_manager
 
 from tests.composed import recipe_with
-from verl_aqn.config.compose import REWARD_MANAGERS
+from verl_aqn.config.allowed import REWARD_MANAGERS
 from verl_aqn.errors import RewardError
 from verl_aqn.integrations.verl.rewarding import use_telling_manager
 from verl_aqn.preflight.reward_function import GIVEN, added_by_manager

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import verl_aqn
-from verl_aqn.config.compose import STRATEGIES
+from verl_aqn.config.allowed import STRATEGIES
 from verl_aqn.config.trackers import LOGGERS
 
 # What is imported within functions, or called with parameters by name. Overrides are found in the code (below).

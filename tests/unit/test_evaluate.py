@@ -9,7 +9,8 @@ from peft import LoraConfig
 from typer.testing import CliRunner
 
 from verl_aqn.cli.main import app
-from verl_aqn.config.compose import load_recipe, parse_aqn
+from verl_aqn.config.compose import load_recipe
+from verl_aqn.config.schema import parse_aqn
 from verl_aqn.errors import ConfigError, DataError, EvidenceError, ModelError
 from verl_aqn.evaluation import evaluate
 from verl_aqn.evaluation.evaluate import Evaluation, Score, check_adapter, find_target, read, settings

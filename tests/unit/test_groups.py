@@ -7,7 +7,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from verl_aqn.config.compose import load_recipe, parse_aqn
+from verl_aqn.config.compose import load_recipe
+from verl_aqn.config.schema import parse_aqn
 from verl_aqn.errors import ConfigError, TrainingError
 from verl_aqn.integrations.verl import trainer as trainer_module
 from verl_aqn.integrations.verl.groups import check_refill, count_groups

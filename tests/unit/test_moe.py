@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen2
 
 from tests.tiny_configs import SMALL, SMALL_MOE
 from verl_aqn.checkpoints.packing import is_packed, quantize_checkpoint
-from verl_aqn.config.compose import load_recipe, parse_aqn
+from verl_aqn.config.compose import load_recipe
+from verl_aqn.config.schema import parse_aqn
 from verl_aqn.config.serving import prepare_serving
 from verl_aqn.errors import ConfigError
 from verl_aqn.preflight import memory_plan as memory

@@ -15,7 +15,9 @@ from transformers import MixtralConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralModel
 
-from verl_aqn.config.compose import load_recipe, order_of, parse_aqn, schedule_of
+from verl_aqn.config.compose import load_recipe
+from verl_aqn.config.noise_settings import order_of, schedule_of
+from verl_aqn.config.schema import parse_aqn
 from verl_aqn.errors import ConfigError, EvidenceError
 from verl_aqn.noise import NoiseInjector, NoiseOrder, check_equal_noise, check_evidence, check_used, draw
 from verl_aqn.noise.norms import Form, Survey

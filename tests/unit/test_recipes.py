@@ -6,16 +6,10 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from verl_aqn.config.compose import (
-    AqnConfig,
-    check_names,
-    check_numbers,
-    find_recipe,
-    load_recipe,
-    parse_aqn,
-    recipe_names,
-    schedule_of,
-)
+from verl_aqn.config.allowed import check_names, check_numbers
+from verl_aqn.config.compose import find_recipe, load_recipe, recipe_names
+from verl_aqn.config.noise_settings import schedule_of
+from verl_aqn.config.schema import AqnConfig, parse_aqn
 from verl_aqn.errors import ConfigError
 from verl_aqn.preflight.prepare import tell_workers
 

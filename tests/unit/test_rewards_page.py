@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from verl_aqn.config.compose import REWARD_MANAGERS, load_recipe
+from verl_aqn.config.allowed import REWARD_MANAGERS
+from verl_aqn.config.compose import load_recipe
 from verl_aqn.preflight.reward_function import reward_of, settle_reward
 from verl_aqn.preflight.run_data import prepare_data
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from tests.tiny_configs import SMALL_ASCEND
 from verl_aqn.checkpoints.loading import open_packed, packed_modules
 from verl_aqn.checkpoints.packing import checkpoint_digest, combined_digest, quantize_checkpoint, values_digest
-from verl_aqn.config.compose import load_recipe, parse_aqn
+from verl_aqn.config.compose import load_recipe
+from verl_aqn.config.schema import parse_aqn
 from verl_aqn.config.serving import form_of, prepare_serving
 from verl_aqn.errors import ConfigError, EnvironmentFault
 from verl_aqn.mxfp4.chips import chip_name, generation

@@ -3,7 +3,9 @@
 import pytest
 
 from tests.composed import recipe_with
-from verl_aqn.config.compose import check_names, parse_aqn, recipe_names
+from verl_aqn.config.allowed import check_names
+from verl_aqn.config.compose import recipe_names
+from verl_aqn.config.schema import parse_aqn
 from verl_aqn.errors import ConfigError, EnvironmentFault
 from verl_aqn.launch.train import train
 from verl_aqn.preflight.doctor import examine

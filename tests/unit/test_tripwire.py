@@ -6,7 +6,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from verl_aqn.config.compose import ParityConfig, load_recipe, parse_aqn
+from verl_aqn.config.compose import load_recipe
+from verl_aqn.config.schema import ParityConfig, parse_aqn
 from verl_aqn.errors import ConfigError, EvidenceError
 from verl_aqn.integrations.verl import tripwire
 

@@ -7,7 +7,8 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from verl_aqn.config.compose import check_names, load_recipe
+from verl_aqn.config.allowed import check_names
+from verl_aqn.config.compose import load_recipe
 from verl_aqn.config.verl_keys import check_keys, rules
 from verl_aqn.errors import ConfigError
 from verl_aqn.evaluation.evaluate import with_overrides

@@ -21,7 +21,9 @@ from safetensors.torch import save_file
 from verl_aqn.checkpoints.disk_base import DiskBase, Part
 from verl_aqn.checkpoints.packing import combined_digest
 from verl_aqn.checkpoints.slices import NOTHING
-from verl_aqn.config.compose import load_recipe, order_of, parse_aqn, schedule_of
+from verl_aqn.config.compose import load_recipe
+from verl_aqn.config.noise_settings import order_of, schedule_of
+from verl_aqn.config.schema import parse_aqn
 from verl_aqn.errors import EvidenceError
 from verl_aqn.noise import NoiseInjector
 from verl_aqn.runs.folder import EVIDENCE, open_run

@@ -19,7 +19,8 @@ from verl_aqn.bench.cost import Device, Load, Work, bound, limit_s, phases
 from verl_aqn.bench.growth import machine, work_of
 from verl_aqn.bench.shapes import write_config
 from verl_aqn.bench.step import PHASES, RECIPE
-from verl_aqn.config.compose import load_recipe, parse_aqn
+from verl_aqn.config.compose import load_recipe
+from verl_aqn.config.schema import parse_aqn
 from verl_aqn.preflight.device_plan import fit as fits
 from verl_aqn.preflight.memory_plan import Sizes, sizes
 from verl_aqn.preflight.shape import Shape

@@ -92,7 +92,8 @@ def schedule(
     plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG, SVG or PDF).")] = None,
 ) -> None:
     """σ at every step."""
-    from verl_aqn.config.compose import load_recipe, schedule_of
+    from verl_aqn.config.compose import load_recipe
+    from verl_aqn.config.noise_settings import schedule_of
 
     if plot:
         from verl_aqn.cli.plots import check_picture

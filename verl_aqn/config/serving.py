@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from verl_aqn.cache import cache_dir
-from verl_aqn.config.compose import AqnConfig, parse_aqn
+from verl_aqn.config.schema import AqnConfig, parse_aqn
 from verl_aqn.errors import ConfigError
 from verl_aqn.mxfp4.chips import chip_name, has_mx_units
 from verl_aqn.terminal import progress_bar

@@ -13,7 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from verl_aqn.cache import cache_dir
-from verl_aqn.config.compose import check_names, check_numbers, followers, load_recipe, parse_aqn, unknown_key
+from verl_aqn.config.allowed import check_names, check_numbers
+from verl_aqn.config.compose import followers, load_recipe, unknown_key
+from verl_aqn.config.schema import parse_aqn
 from verl_aqn.config.verl_keys import check_keys
 from verl_aqn.errors import AqnError, ConfigError, DataError, EnvironmentFault, EvidenceError, first_line
 from verl_aqn.launch.console import RULES, Console

@@ -10,7 +10,7 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.table import Table
 
-from verl_aqn.config.compose import parse_aqn
+from verl_aqn.config.schema import parse_aqn
 from verl_aqn.launch.supervise import Outcome
 from verl_aqn.preflight.run_data import data_files, has_own_class
 from verl_aqn.runs.folder import RunFolder

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from verl_aqn.cluster.process_environment import MEMORY_S, environment, launched, starts_warm
-from verl_aqn.config.compose import parse_aqn
+from verl_aqn.config.schema import parse_aqn
 from verl_aqn.environment import cluster_address
 from verl_aqn.launch.cause import Fault, death
 from verl_aqn.launch.forkserver.server import PYTHON, warm_python

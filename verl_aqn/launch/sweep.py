@@ -17,7 +17,8 @@ import yaml
 from rich.markup import escape
 from rich.table import Table
 
-from verl_aqn.config.compose import parse_aqn, read_yaml, typed
+from verl_aqn.config.compose import read_yaml
+from verl_aqn.config.schema import parse_aqn, typed
 from verl_aqn.errors import AqnError, ConfigError, DataError
 from verl_aqn.launch.console import Console
 from verl_aqn.launch.train import compose, execute, identity, prepare, resolve, versions_now

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl_aqn.config.compose import load_recipe, parse_aqn, schedule_of
+from verl_aqn.config.compose import load_recipe
+from verl_aqn.config.noise_settings import schedule_of
+from verl_aqn.config.schema import parse_aqn
 from verl_aqn.errors import Stopped, StrengthError
 from verl_aqn.launch.console import Console
 from verl_aqn.launch.supervise import Outcome, supervise

@@ -6,7 +6,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from verl_aqn.config.compose import detect_profile, load_recipe, parse_aqn
+from verl_aqn.config.compose import detect_profile, load_recipe
+from verl_aqn.config.schema import parse_aqn
 from verl_aqn.environment import cluster_address
 from verl_aqn.errors import AqnError, ConfigError, first_line
 from verl_aqn.preflight import npu_found as npu

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from verl_aqn.config.compose import AqnConfig, parse_aqn
+from verl_aqn.config.schema import AqnConfig, parse_aqn
 from verl_aqn.config.serving import form_of, served_rank
 from verl_aqn.errors import EnvironmentFault
 from verl_aqn.preflight.shape import Shape

@@ -6,7 +6,9 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.cache import cache_dir
-from verl_aqn.config.compose import megatron_lora, order_of, parse_aqn, schedule_of
+from verl_aqn.config.compose import megatron_lora
+from verl_aqn.config.noise_settings import order_of, schedule_of
+from verl_aqn.config.schema import parse_aqn
 from verl_aqn.config.serving import fit_engine, prepare_serving
 from verl_aqn.errors import ConfigError, ModelError, first_line
 from verl_aqn.preflight.placing import place_adapter

@@ -13,7 +13,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.cache import cache_dir
-from verl_aqn.config.compose import parse_aqn, schedule_of
+from verl_aqn.config.noise_settings import schedule_of
+from verl_aqn.config.schema import parse_aqn
 from verl_aqn.config.serving import ADAPTER_RANKS, served_rank
 from verl_aqn.environment import cluster_address
 from verl_aqn.errors import ConfigError, DataError, EnvironmentFault, ModelError

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl_aqn.config.compose import nearest
+from verl_aqn.config.schema import nearest
 from verl_aqn.errors import ConfigError, RewardError, first_line
 from verl_aqn.runs.accuracy import acc_in, judged, reward_in
 from verl_aqn.tasks.user_lines import user_line

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import verl_aqn
 from verl_aqn.cache import cache_dir
-from verl_aqn.config.compose import parse_aqn
+from verl_aqn.config.schema import parse_aqn
 from verl_aqn.errors import EnvironmentFault
 from verl_aqn.preflight.asking import ask_module, keep, kept, version_of
 from verl_aqn.preflight.findings import Finding

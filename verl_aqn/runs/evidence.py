@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from verl_aqn.config.compose import NoiseConfig, order_of, parse_aqn, schedule_of
+from verl_aqn.config.noise_settings import order_of, schedule_of
+from verl_aqn.config.schema import NoiseConfig, parse_aqn
 from verl_aqn.config.stock_settings import is_stock
 from verl_aqn.errors import AqnError, EvidenceError
 from verl_aqn.noise.schedule import SigmaSchedule

@@ -23,6 +23,7 @@ import yaml
 
 from verl_aqn.errors import AqnError, BusyError, DataError, EnvironmentFault
 from verl_aqn.runs.chain import linked
+from verl_aqn.runs.old_names import current_names
 from verl_aqn.safe_files import open_own, own_entries, own_folder
 
 STATUSES = ("running", "finished", "failed", "interrupted")
@@ -105,7 +106,7 @@ class RunFolder:
         try:
             with _faults(path):
                 text = path.read_text()
-            found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+            found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(current_names(text))
         except (ValueError, yaml.YAMLError) as error:
             raise self._damage(name, " ".join(str(error).split())) from error
         if not isinstance(found, dict):

@@ -16,7 +16,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from verl_aqn.config.compose import check_names, compose_base, compose_verl, load_recipe, unknown_key
+from verl_aqn.config.allowed import check_names
+from verl_aqn.config.compose import compose_base, compose_verl, load_recipe, unknown_key
 from verl_aqn.config.convert.launch_script import Command, Script, Word
 from verl_aqn.config.verl_keys import leaves, rules_of
 from verl_aqn.errors import ConfigError, first_line

@@ -12,7 +12,7 @@ from typing import Any
 from verl_aqn.checkpoints.adapter import Adapter
 from verl_aqn.checkpoints.merging import check_merged, covered, open_base, write_merged
 from verl_aqn.checkpoints.writing import new_folder
-from verl_aqn.config.compose import parse_aqn
+from verl_aqn.config.schema import parse_aqn
 from verl_aqn.errors import DataError, EvidenceError
 from verl_aqn.evaluation.export.export_folders import write_card, write_peft_folder
 from verl_aqn.evaluation.export.fsdp_adapter import read_adapter

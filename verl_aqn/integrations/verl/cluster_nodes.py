@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl_aqn import __version__
 from verl_aqn.cluster.nodes import on_every_node
 from verl_aqn.cluster.worker_setup import RUN, TEMPORARY, set_up_worker
-from verl_aqn.config.compose import parse_aqn
+from verl_aqn.config.schema import parse_aqn
 from verl_aqn.errors import EnvironmentFault
 from verl_aqn.integrations.verl.verl_plugin import check_versions
 from verl_aqn.preflight.run_data import data_files

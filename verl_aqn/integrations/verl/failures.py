@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from verl_aqn.config.compose import parse_aqn
+from verl_aqn.config.schema import parse_aqn
 from verl_aqn.errors import AqnError, ProcessFault, RewardError, first_line
 from verl_aqn.integrations.verl.root_cause import root_cause
 from verl_aqn.runs.folder import RunFolder

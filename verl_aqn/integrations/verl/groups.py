@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
-from verl_aqn.config.compose import NoiseConfig, parse_aqn
+from verl_aqn.config.schema import NoiseConfig, parse_aqn
 from verl_aqn.errors import ProcessFault, TrainingError
 from verl_aqn.integrations.verl.failures import failure_reason, moment
 from verl_aqn.runs.folder import RunFolder

@@ -14,7 +14,7 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorke
 from verl.utils import tensordict_utils
 from verl.utils.dataset.rl_dataset import collate_fn
 
-from verl_aqn.config.compose import parse_aqn
+from verl_aqn.config.schema import parse_aqn
 from verl_aqn.integrations.verl.checkpointing import SavingTrainer
 from verl_aqn.integrations.verl.failures import NotingFailures
 from verl_aqn.runs.request_seeds import PROMPT, StepPrompts, digest_of, place_of, request_seed

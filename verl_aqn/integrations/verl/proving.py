@@ -8,7 +8,8 @@ import ray
 from omegaconf import DictConfig
 
 from verl_aqn.checkpoints.slices import distinct, not_covered
-from verl_aqn.config.compose import order_of, parse_aqn, schedule_of
+from verl_aqn.config.noise_settings import order_of, schedule_of
+from verl_aqn.config.schema import parse_aqn
 from verl_aqn.errors import EvidenceError
 from verl_aqn.integrations.verl.base_evidence import BaseRecords, with_tables
 from verl_aqn.integrations.verl.validation import ValidatingTrainer

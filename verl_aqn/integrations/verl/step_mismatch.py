@@ -9,7 +9,7 @@ import torch
 import transfer_queue
 from omegaconf import DictConfig
 
-from verl_aqn.config.compose import order_of
+from verl_aqn.config.noise_settings import order_of
 from verl_aqn.integrations.verl import tripwire
 from verl_aqn.integrations.verl.batches import fields_of, real_keys
 from verl_aqn.integrations.verl.noise_effect import TRAINER, UseOfNoise

@@ -20,7 +20,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import Tensor
 
-from verl_aqn.config.compose import ParityConfig
+from verl_aqn.config.schema import ParityConfig
 from verl_aqn.errors import EvidenceError
 from verl_aqn.integrations.verl.token_mismatch import align, gap, truncates
 from verl_aqn.runs.judge.mismatch import least

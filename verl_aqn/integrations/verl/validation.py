@@ -3,7 +3,7 @@
 from collections import Counter
 from functools import cached_property
 
-from verl_aqn.config.compose import parse_aqn
+from verl_aqn.config.schema import parse_aqn
 from verl_aqn.errors import ConfigError
 from verl_aqn.integrations.verl.failures import failure_text, refuse_failures
 from verl_aqn.integrations.verl.keyed import KeyedTrainer

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
-from verl_aqn.config.compose import order_of, parse_aqn, schedule_of
+from verl_aqn.config.noise_settings import order_of, schedule_of
+from verl_aqn.config.schema import parse_aqn
 from verl_aqn.errors import ConfigError, DataError
 from verl_aqn.noise.spec import NoiseOrder
 from verl_aqn.preflight.policy import prompt_tokens

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from omegaconf import DictConfig
 
-from verl_aqn.config.compose import parse_aqn
+from verl_aqn.config.schema import parse_aqn
 from verl_aqn.errors import StrengthError
 from verl_aqn.preflight.probe.measure import PROMPTS, Probe, Strength
 

@@ -1,0 +1,239 @@
+"""The `aqn:` block of a recipe as typed dataclasses, and the errors for wrong keys and values."""
+
+import difflib
+import math
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+
+from verl_aqn.errors import ConfigError
+from verl_aqn.noise.schedule import KINDS
+from verl_aqn.noise.spec import LAYER_KINDS, TARGETS, UNITS, Layers
+
+PROFILES = ("cpu", "cuda", "npu")
+
+
+EXPERIMENTS = ("embedded", "gsm8k", "none")
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """Noise on the weights of the rollout (`aqn.noise`): when (`SigmaSchedule`), where and how much (`NoiseOrder`)."""
+
+    enabled: bool = True
+    kind: str = "exponential"
+    sigma_start: float = 0.05
+    sigma_end: float = 1.0e-5
+    # KL(clean || noisy) in nats a token: σ_start becomes what has it, σ_end keeps its ratio (`verl_aqn.preflight.probe`).
+    target_kl: float | None = None
+    probe: bool = False  # measure σ_start before a run starts and refuse what teaches nothing; holds the model in fp32
+    num_stages: int = 10
+    epoch_aware: bool = False
+    warmup: float | None = None  # a share of the steps; null is one stage of the schedule, as QeRL has it
+    off_from_step: int | None = None  # no noise from this RL step (from 0) on
+    unit: str = "absolute"  # "rms" and "multiplicative" are in units of the module's own clean weight
+    targets: tuple[str, ...] = ("norm",)  # and "linear": σ of 0.005 and more collapsed training there, 0.001 was stable
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    router_norms: bool = False
+    layers: Layers = field(default_factory=Layers)
+    apply_to: str = "rollout"  # "rollout+actor": old log-probs and the update see the noise of the batch's rollout
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.target_kl is not None and not 0 < self.target_kl < math.inf:
+            raise ConfigError(f"aqn.noise.target_kl is {self.target_kl}: give a number above 0 (nats a token), or null")
+        if self.enabled and not self.targets:
+            raise ConfigError("aqn.noise.targets is empty: choose from norm, linear, or set aqn.noise.enabled=false")
+        if self.in_actor and "linear" in self.targets:
+            raise ConfigError(
+                "aqn.noise.targets has `linear`, which the actor's packed layers cannot carry: set "
+                "aqn.noise.apply_to=rollout, or targets=[norm]"
+            )
+
+    @property
+    def in_actor(self) -> bool:
+        """Whether the actor's forward has the rollout's noise."""
+        return self.enabled and self.apply_to == "rollout+actor"
+
+
+@dataclass(frozen=True)
+class Mxfp4Config:
+    """The quantised base (`aqn.mxfp4`)."""
+
+    enabled: bool = True
+    scale_rule: str = "mse"
+    activation: str = "none"  # or "mxfp4": W4A4, activations rounded in trainer and rollout alike
+    # How an engine with 4-bit activations rounds them; a profile says what its kernels do.
+    activation_scale_rule: str = "even"
+    activation_rounding: str = "nearest"
+    serve: str = "auto"  # the form in the rollout: packed, or bf16 with the same values (`verl_aqn.config.serving`)
+    keep_dense: bool = False  # the actor keeps 16-bit weights beside the packed ones: faster, five times the memory
+    exclude: tuple[str, ...] = ("lm_head", "embed_tokens")
+    # Texts on which rounding makes up for its errors (GPTQ): JSONL files or `embedded`; none: plain rounding.
+    calibrate: tuple[str, ...] = ()
+
+    @property
+    def activation_arithmetic(self) -> str:
+        """`none` for W4A16, `RULE/ROUNDING` for W4A4: what actor and rollout are told, and what they answer."""
+        return "none" if self.activation == "none" else f"{self.activation_scale_rule}/{self.activation_rounding}"
+
+
+@dataclass(frozen=True)
+class ParityConfig:
+    """How far trainer and rollout without noise may be apart (`aqn.parity`).
+
+    `warn`, `stop`: mean |Δ log-prob| in nats a token, on the same tokens, above which a step is warned of, and above
+    which the run stops before it updates (`verl_aqn.integrations.verl.tripwire`). Healthy models were measured at 0.002 to 0.1.
+    """
+
+    rescore: int = 16  # one in so many samples is scored again without noise, to tell noise from kernels; 0: none
+    warn: float = 0.2
+    stop: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.warn <= self.stop:
+            raise ConfigError(
+                f"aqn.parity.warn is {self.warn:g} and stop {self.stop:g}: give nats a token, 0 < warn <= stop "
+                "(inf: no limit)"
+            )
+        if self.rescore < 0:
+            raise ConfigError(f"aqn.parity.rescore is {self.rescore}: give 0 or more, 0 for none")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives, and what becomes of it in trouble (`aqn.run`).
+
+    `restarts`: how often a run that lost a process, or hung, is resumed by itself. `patience`: a phase that takes so
+    many times its usual hangs; 0: none does. `allow_failed`: the share of the answers of one step, or of one
+    validation, whose generation or reward may fail before the run stops.
+    """
+
+    dir: str | None = None
+    fresh: bool = False
+    restarts: int = 0
+    patience: float = 10.0
+    allow_failed: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.restarts < 0:
+            raise ConfigError(f"aqn.run.restarts is {self.restarts}: give 0 or more")
+        if not self.patience >= 0:
+            raise ConfigError(f"aqn.run.patience is {self.patience}: give 0 or more, 0 for never")
+        if not 0 <= self.allow_failed < 1:
+            raise ConfigError(
+                f"aqn.run.allow_failed is {self.allow_failed}: give a share of answers from 0 to below 1, 0 for none"
+            )
+
+
+@dataclass(frozen=True)
+class AqnConfig:
+    """The whole `aqn:` block. `seed`: of noise, adapters before training, order of the data, and the rollout's samples.
+
+    Two runs of one seed draw the same noise, begin with the same adapter and ask for each answer with the same seed, so
+    that they differ only where floating point does. Without `request_seeds` samples depend on the order in which
+    requests reach vLLM.
+    """
+
+    seed: int = 0
+    request_seeds: bool = True
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    mxfp4: Mxfp4Config = field(default_factory=Mxfp4Config)
+    parity: ParityConfig = field(default_factory=ParityConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    profile: str = "auto"
+    experiment: str = "auto"
+
+
+_CHOICES = {
+    "aqn.noise.kind": KINDS,
+    "aqn.noise.unit": UNITS,
+    "aqn.noise.targets": TARGETS,
+    "aqn.noise.layers.kind": LAYER_KINDS,
+    "aqn.noise.apply_to": ("rollout", "rollout+actor"),
+    "aqn.mxfp4.scale_rule": ("mse", "even", "floor", "rceil"),
+    "aqn.mxfp4.activation": ("none", "mxfp4"),
+    "aqn.mxfp4.activation_scale_rule": ("mse", "even", "floor", "rceil"),
+    "aqn.mxfp4.activation_rounding": ("nearest", "half_away"),
+    "aqn.mxfp4.serve": ("auto", "packed", "bf16"),
+    "aqn.profile": ("auto", *PROFILES),
+    "aqn.experiment": ("auto", *EXPERIMENTS),
+}
+
+
+def nearest(name: str, valid: list[str]) -> str:
+    """`did you mean 'x'?` for the nearest valid name, or the list of them."""
+    close = difflib.get_close_matches(name, valid, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(sorted(valid))}"
+
+
+def typed(cls: type, raw: Any, where: str) -> Any:
+    """A dataclass from plain values.
+
+    ConfigError: an unknown key (with the nearest), a wrong type, no such choice, a key that must be there and is not.
+    """
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where} must be a block of keys, got {raw!r}")
+    known, hints = {f.name for f in fields(cls)}, get_type_hints(cls)
+    values = {}
+    for key, value in raw.items():
+        path = f"{where}.{key}" if where else str(key)
+        if key not in known:
+            raise ConfigError(f"unknown key {path}: {nearest(str(key), list(known))}")
+        value = _convert(hints[key], value, path)
+        for item in value if isinstance(value, tuple) else (value,):
+            if path in _CHOICES and item not in _CHOICES[path]:
+                raise ConfigError(f"{path}={item!r} is not one of {', '.join(_CHOICES[path])}")
+        values[key] = value
+    for one in fields(cls):
+        if one.name not in values and one.default is MISSING and one.default_factory is MISSING:
+            raise ConfigError(f"{where}.{one.name} is missing".lstrip("."))
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """`value` as the annotation `hint` of a field says: a block, a list of names or blocks, a number, null."""
+    if is_dataclass(hint):
+        assert isinstance(hint, type)
+        return typed(hint, value, path)
+    options = get_args(hint)
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list) or (options[0] is str and not all(isinstance(item, str) for item in value)):
+            raise ConfigError(f"{path} must be a list of {_elements(options[0], path)}, got {value!r}")
+        return tuple(_convert(options[0], item, f"{path}[{number}]") for number, item in enumerate(value))
+    if get_origin(hint) is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{path} must be a block of keys, got {value!r}")
+        if numbers := [key for key in value if not isinstance(key, str)]:
+            raise ConfigError(f"{path}.{numbers[0]}: quote the name")
+        return {key: _convert(options[1], item, f"{path}.{key}") for key, item in value.items()}
+    if type(None) in options:
+        (kind,) = set(options) - {type(None)}
+        return None if value is None else _convert(kind, value, path)
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{path} must be a {hint.__name__}, got {value!r}")
+    return value
+
+
+def _elements(kind: Any, path: str) -> str:
+    """What a list at `path` holds, in words."""
+    if path.rpartition(".")[2] == "overrides":
+        return "key=value"
+    return "lists" if get_origin(kind) is tuple else {str: "names", int: "whole numbers"}.get(kind, "blocks")
+
+
+def parse_aqn(config: DictConfig | dict) -> AqnConfig:
+    """Read the `aqn:` block of a composed config.
+
+    Raises:
+        ConfigError: a key that does not exist (with the nearest that does), a value of the wrong type,
+            a choice that is not offered.
+    """
+    block = (config if OmegaConf.is_config(config) else OmegaConf.create(config)).get("aqn")
+    if block is None:
+        raise ConfigError("the config has no aqn: block; a recipe's defaults start with `base`")
+    return typed(AqnConfig, OmegaConf.to_container(block, resolve=True), "aqn")
