@@ -9,8 +9,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from tests.ascend_packages import calls, node, pins, read
 from tests.contract.test_npu_operators import ANTI, DYNAMIC
+from tests.helpers.ascend_packages import calls, node, pins, read
 from verl_aqn.config.compose import load_recipe
 from verl_aqn.config.schema import parse_aqn
 from verl_aqn.integrations.vllm.readback import METHOD_ACTIVATIONS

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.base_answers import loaded
-from tests.family_models import make
+from tests.helpers.base_answers import loaded
+from tests.helpers.family_models import make
 from verl_aqn.checkpoints.held_base import held_base
 from verl_aqn.checkpoints.packing import quantize_checkpoint
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tests.modelslim_folders import modelslim_folders  # noqa: F401
-from tests.tiny_configs import SMALL
+from tests.helpers.modelslim_folders import modelslim_folders  # noqa: F401
+from tests.helpers.tiny_configs import SMALL
 from verl_aqn.checkpoints.packing import quantize_checkpoint
 from verl_aqn.errors import ModelError
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tests.ascend_packages import read
-from tests.modelslim_folders import LAYER, modelslim_folders  # noqa: F401
+from tests.helpers.ascend_packages import read
+from tests.helpers.modelslim_folders import LAYER, modelslim_folders  # noqa: F401
 
 
 def definitions(file: str, *names: str, inside: str | None = None) -> dict[str, Any]:

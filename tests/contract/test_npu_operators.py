@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import mxfp4_definition as definition
+from tests.helpers import mxfp4_definition as definition
 from verl_aqn.mxfp4.kernels import npu, reference
 
 # torch_npu 2.10.0.post4, csrc/aten/npu_native_functions_by_codegen.yaml; test_ascend_packages.py compares.

@@ -177,7 +177,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-from tests.vllm_models import config_of, start
+from tests.helpers.vllm_models import config_of, start
 from verl_aqn.tasks.smollm2 import tiny_model
 from verl_aqn.config.stock_settings import EXTENSION
 from verl_aqn.integrations.vllm import vllm_plugin as plugin

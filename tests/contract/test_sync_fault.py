@@ -38,7 +38,7 @@ def test_verl_s_adapter_sends_by_what_we_put_there():
 
 
 def sync(*arguments) -> dict:
-    command = [sys.executable, "-m", "tests.refused_adapter", *map(str, arguments)]
+    command = [sys.executable, "-m", "tests.helpers.refused_adapter", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stderr[-2000:]

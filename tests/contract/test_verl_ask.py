@@ -7,7 +7,7 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from tests.composed import recipe_with
+from tests.helpers.composed import recipe_with
 from verl_aqn.cache import cache_dir
 from verl_aqn.config.allowed import REWARD_MANAGERS
 from verl_aqn.config.compose import recipe_names

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from verl import DataProto
 from verl.trainer.ppo.reward import load_reward_manager
 
-from tests.composed import recipe_with
+from tests.helpers.composed import recipe_with
 from verl_aqn.config.allowed import REWARD_MANAGERS
 from verl_aqn.errors import RewardError
 from verl_aqn.integrations.verl.rewarding import use_telling_manager

@@ -7,7 +7,7 @@ import pytest
 from omegaconf import DictConfig
 from transformers import AutoModelForCausalLM, DeepseekV3Config, GPTNeoXConfig, MistralConfig, PretrainedConfig
 
-from tests.tiny_configs import SMALL, SMALL_MOE
+from tests.helpers.tiny_configs import SMALL, SMALL_MOE
 from verl_aqn.config.compose import load_recipe
 from verl_aqn.config.serving import fit_engine
 from verl_aqn.errors import EnvironmentFault

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.base_answers import actor_of, loaded
+from tests.helpers.base_answers import actor_of, loaded
 from verl_aqn.bench.families import build
 from verl_aqn.checkpoints.loading import dequantize_checkpoint
 from verl_aqn.checkpoints.packing import quantize_checkpoint
@@ -49,7 +49,11 @@ def answers(tmp_path_factory) -> dict[tuple[str, str], tuple[Path, dict]]:
     folders = [str(root / family / kind) for family, kind in cases]
     env = os.environ | {"VERL_PLATFORM": "cpu", "VLLM_LOGGING_LEVEL": "ERROR"}
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.vllm_models", *folders], capture_output=True, text=True, env=env, check=False
+        [sys.executable, "-m", "tests.helpers.vllm_models", *folders],
+        capture_output=True,
+        text=True,
+        env=env,
+        check=False,
     )
     said = [json.loads(line.removeprefix("RESULT ")) for line in ran.stdout.splitlines() if line.startswith("RESULT ")]
     assert len(said) == len(cases), ran.stderr[-3000:]

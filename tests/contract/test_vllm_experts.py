@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
-from tests.tiny_configs import SMALL_MOE
+from tests.helpers.tiny_configs import SMALL_MOE
 from verl_aqn.checkpoints.disk_base import DiskBase
 from verl_aqn.checkpoints.loading import dequantize_checkpoint, open_packed, packed_modules
 from verl_aqn.checkpoints.packing import checkpoint_digest, quantize_checkpoint

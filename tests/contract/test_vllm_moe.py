@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
-from tests.tiny_configs import SMALL_MOE
+from tests.helpers.tiny_configs import SMALL_MOE
 from verl_aqn.checkpoints.loading import dequantize_checkpoint
 from verl_aqn.checkpoints.packing import quantize_checkpoint
 from verl_aqn.mxfp4 import dequantize

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import constant_reward
+from tests.helpers import constant_reward
 from tests.integration.conftest import leftovers, lines, newest
 from verl_aqn.evaluation.export.fsdp_adapter import read_adapter
 

@@ -10,8 +10,8 @@ import re
 
 import pytest
 
+from tests.helpers.verl_aqn_faulty import sabotage
 from tests.integration.conftest import finish, lines
-from tests.verl_aqn_faulty import sabotage
 
 SECONDS = 20  # from a fault to the next attempt; most of it is for the others to end
 KILLED = r"was killed by SIG\w+ during \w+ of step \d"

@@ -10,8 +10,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, PretrainedConfig, Qwen3MoeConfig
 
+from tests.helpers.tiny_configs import SMALL_MOE
 from tests.integration.conftest import finish, lines, newest
-from tests.tiny_configs import SMALL_MOE
 from verl_aqn.checkpoints import checksums
 from verl_aqn.checkpoints.packing import checkpoint_digest, is_packed
 

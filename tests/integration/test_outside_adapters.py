@@ -6,8 +6,8 @@ import pytest
 import torch
 from peft import PeftModel
 
+from tests.helpers.outside_adapters import SERVED, built, sent, write_adapter
 from tests.integration.conftest import ask_vllm
-from tests.outside_adapters import SERVED, built, sent, write_adapter
 from verl_aqn.checkpoints.loading import load_model
 from verl_aqn.checkpoints.packing import quantize_checkpoint
 from verl_aqn.preflight.adapter_folder import read_folder

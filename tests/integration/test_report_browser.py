@@ -6,7 +6,7 @@ import shutil
 import pytest
 from playwright.sync_api import sync_playwright
 
-from tests.run_folders import write_run
+from tests.helpers.run_folders import write_run
 from verl_aqn.runs.report.page import write_report
 
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}

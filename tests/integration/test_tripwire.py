@@ -21,7 +21,7 @@ def test_a_rollout_with_another_model_stops_the_run_before_the_first_update(trai
 
 
 def test_a_rollout_whose_forward_ignores_the_noise_in_its_weights_stops_the_run(train, tmp_path):
-    deaf = "actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=tests.verl_aqn_deaf.DeafToNoise"
+    deaf = "actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=tests.helpers.verl_aqn_deaf.DeafToNoise"
     process = train(tmp_path, deaf, "trainer.val_before_train=false", "aqn.noise.num_stages=2")
     _, err = process.communicate(timeout=600)
     run = newest(tmp_path)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, FalconH1Config
 
-from tests.base_answers import actor_of, loaded
+from tests.helpers.base_answers import actor_of, loaded
 from tests.integration.conftest import ask_vllm
 from verl_aqn.checkpoints.adapter import held_name, served_adapter
 from verl_aqn.checkpoints.loading import load_model

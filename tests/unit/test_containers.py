@@ -29,7 +29,7 @@ def job() -> dict:
 
 
 def check_job(manifest: dict) -> None:
-    jsonschema.validate(manifest, json.loads((ROOT / "tests" / "kuberay_rayjob.json").read_text()))
+    jsonschema.validate(manifest, json.loads((ROOT / "tests" / "helpers" / "kuberay_rayjob.json").read_text()))
     cluster = manifest["spec"]["rayClusterSpec"]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "node"}, **group["template"]}

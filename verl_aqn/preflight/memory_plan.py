@@ -198,7 +198,7 @@ def micro_batch(sizes: Sizes, prompts: int, tokens: int) -> MicroBatch:
 def saved_activations(shape: Shape, sizes: Sizes, micro: MicroBatch) -> int:
     """What one decoder layer keeps for backward, and at most has at once without it.
 
-    tests/unit/test_memory.py counts it with autograd's own hooks.
+    tests/unit/preflight/test_memory.py counts it with autograd's own hooks.
 
     A token, in bytes: 8H inputs of two norms in fp32 (and 4 (Q + C) of norms on heads); 2 (2H + Q) inputs of qkv,
     output and MLP projections; 8F gate, its activation, up, and their product; 14r or more outputs of the adapters' A.

@@ -52,7 +52,7 @@ class Changes(NamedTuple):
     distribution. Of d = 0 it is McNemar's test without correction (1947); the interval is all d that the test does not
     reject, so that it excludes 0 exactly where the test finds a difference. Counts may be fractions.
 
-    Chosen by exact rates over all tables (tests/unit/test_paired.py) of 50 to 1319 items, 2 to 50 % of them changed:
+    Chosen by exact rates over all tables (tests/unit/runs/test_paired.py) of 50 to 1319 items, 2 to 50 % of them changed:
     the test finds a difference that is not there in 0.2 to 5.4 % of cases (of 8 to 40 items in up to 6.6 %), the
     interval covers the truth in 93.4 % of cases and more. Fagerland, Lydersen and Laake recommend both (2013; 2014).
     McNemar's exact conditional test errs in 0 to 4.6 % of cases, and its inversion is an interval of an odds ratio.
