@@ -3,18 +3,17 @@
 import difflib
 import math
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.errors import ConfigError
-from verl_aqn.noise.schedule import KINDS
-from verl_aqn.noise.spec import LAYER_KINDS, TARGETS, UNITS, Layers
+from verl_aqn.noise.schedule import Kind
+from verl_aqn.noise.spec import Layers, TargetKind, Unit
 
 PROFILES = ("cpu", "cuda", "npu")
-
-
 EXPERIMENTS = ("embedded", "gsm8k", "none")
+ScaleRule = Literal["mse", "even", "floor", "rceil"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class NoiseConfig:
     """Noise on the weights of the rollout (`aqn.noise`): when (`SigmaSchedule`), where and how much (`NoiseOrder`)."""
 
     enabled: bool = True
-    kind: str = "exponential"
+    kind: Kind = "exponential"
     sigma_start: float = 0.05
     sigma_end: float = 1.0e-5
     # KL(clean || noisy) in nats a token: σ_start becomes what has it, σ_end keeps its ratio (`verl_aqn.preflight.probe`).
@@ -32,13 +31,17 @@ class NoiseConfig:
     epoch_aware: bool = False
     warmup: float | None = None  # a share of the steps; null is one stage of the schedule, as QeRL has it
     off_from_step: int | None = None  # no noise from this RL step (from 0) on
-    unit: str = "absolute"  # "rms" and "multiplicative" are in units of the module's own clean weight
-    targets: tuple[str, ...] = ("norm",)  # and "linear": σ of 0.005 and more collapsed training there, 0.001 was stable
+    unit: Unit = "absolute"  # "rms" and "multiplicative" are in units of the module's own clean weight
+    targets: tuple[TargetKind, ...] = (
+        "norm",
+    )  # and "linear": σ of 0.005 and more collapsed training there, 0.001 was stable
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     router_norms: bool = False
     layers: Layers = field(default_factory=Layers)
-    apply_to: str = "rollout"  # "rollout+actor": old log-probs and the update see the noise of the batch's rollout
+    apply_to: Literal["rollout", "rollout+actor"] = (
+        "rollout"  # "rollout+actor": old log-probs and the update see the noise of the batch's rollout
+    )
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -63,12 +66,14 @@ class Mxfp4Config:
     """The quantised base (`aqn.mxfp4`)."""
 
     enabled: bool = True
-    scale_rule: str = "mse"
-    activation: str = "none"  # or "mxfp4": W4A4, activations rounded in trainer and rollout alike
+    scale_rule: ScaleRule = "mse"
+    activation: Literal["none", "mxfp4"] = "none"  # or "mxfp4": W4A4, activations rounded in trainer and rollout alike
     # How an engine with 4-bit activations rounds them; a profile says what its kernels do.
-    activation_scale_rule: str = "even"
-    activation_rounding: str = "nearest"
-    serve: str = "auto"  # the form in the rollout: packed, or bf16 with the same values (`verl_aqn.config.serving`)
+    activation_scale_rule: ScaleRule = "even"
+    activation_rounding: Literal["nearest", "half_away"] = "nearest"
+    serve: Literal["auto", "packed", "bf16"] = (
+        "auto"  # the form in the rollout: packed, or bf16 with the same values (`verl_aqn.config.serving`)
+    )
     keep_dense: bool = False  # the actor keeps 16-bit weights beside the packed ones: faster, five times the memory
     exclude: tuple[str, ...] = ("lm_head", "embed_tokens")
     # Texts on which rounding makes up for its errors (GPTQ): JSONL files or `embedded`; none: plain rounding.
@@ -143,24 +148,8 @@ class AqnConfig:
     mxfp4: Mxfp4Config = field(default_factory=Mxfp4Config)
     parity: ParityConfig = field(default_factory=ParityConfig)
     run: RunConfig = field(default_factory=RunConfig)
-    profile: str = "auto"
-    experiment: str = "auto"
-
-
-_CHOICES = {
-    "aqn.noise.kind": KINDS,
-    "aqn.noise.unit": UNITS,
-    "aqn.noise.targets": TARGETS,
-    "aqn.noise.layers.kind": LAYER_KINDS,
-    "aqn.noise.apply_to": ("rollout", "rollout+actor"),
-    "aqn.mxfp4.scale_rule": ("mse", "even", "floor", "rceil"),
-    "aqn.mxfp4.activation": ("none", "mxfp4"),
-    "aqn.mxfp4.activation_scale_rule": ("mse", "even", "floor", "rceil"),
-    "aqn.mxfp4.activation_rounding": ("nearest", "half_away"),
-    "aqn.mxfp4.serve": ("auto", "packed", "bf16"),
-    "aqn.profile": ("auto", *PROFILES),
-    "aqn.experiment": ("auto", *EXPERIMENTS),
-}
+    profile: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+    experiment: Literal["auto", "embedded", "gsm8k", "none"] = "auto"
 
 
 def nearest(name: str, valid: list[str]) -> str:
@@ -183,9 +172,6 @@ def typed(cls: type, raw: Any, where: str) -> Any:
         if key not in known:
             raise ConfigError(f"unknown key {path}: {nearest(str(key), list(known))}")
         value = _convert(hints[key], value, path)
-        for item in value if isinstance(value, tuple) else (value,):
-            if path in _CHOICES and item not in _CHOICES[path]:
-                raise ConfigError(f"{path}={item!r} is not one of {', '.join(_CHOICES[path])}")
         values[key] = value
     for one in fields(cls):
         if one.name not in values and one.default is MISSING and one.default_factory is MISSING:
@@ -200,7 +186,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return typed(hint, value, path)
     options = get_args(hint)
     if get_origin(hint) is tuple:
-        if not isinstance(value, list) or (options[0] is str and not all(isinstance(item, str) for item in value)):
+        if not isinstance(value, list) or (_is_text(options[0]) and not all(isinstance(item, str) for item in value)):
             raise ConfigError(f"{path} must be a list of {_elements(options[0], path)}, got {value!r}")
         return tuple(_convert(options[0], item, f"{path}[{number}]") for number, item in enumerate(value))
     if get_origin(hint) is dict:
@@ -212,6 +198,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if type(None) in options:
         (kind,) = set(options) - {type(None)}
         return None if value is None else _convert(kind, value, path)
+    if get_origin(hint) is Literal:
+        if value not in options:
+            raise ConfigError(f"{path}={value!r} is not one of {', '.join(options)}")
+        return value
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if type(value) is not hint:
@@ -219,11 +209,17 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     return value
 
 
+def _is_text(hint: Any) -> bool:
+    return hint is str or get_origin(hint) is Literal
+
+
 def _elements(kind: Any, path: str) -> str:
     """What a list at `path` holds, in words."""
     if path.rpartition(".")[2] == "overrides":
         return "key=value"
-    return "lists" if get_origin(kind) is tuple else {str: "names", int: "whole numbers"}.get(kind, "blocks")
+    if get_origin(kind) is tuple:
+        return "lists"
+    return "names" if _is_text(kind) else "whole numbers" if kind is int else "blocks"
 
 
 def parse_aqn(config: DictConfig | dict) -> AqnConfig:

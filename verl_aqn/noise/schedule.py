@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Literal, get_args
 
 from verl_aqn.errors import ConfigError
 
-KINDS = ("exponential", "linear", "cosine", "logarithmic", "constant")
+Kind = Literal["exponential", "linear", "cosine", "logarithmic", "constant"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 # Where the geometric part ends, as a share of sigma_start, when sigma_end is 0: no ratio leads to 0.
 # Two decades is the fall of experiment E12 (0.05 -> 5e-4).
 FLOOR_RATIO = 0.01
@@ -54,7 +56,7 @@ class SigmaSchedule:
     sigma_end: float
     num_stages: int
     total_steps: int
-    kind: str = "exponential"
+    kind: Kind = "exponential"
     epoch_aware: bool = False
     epochs: int = 1
     warmup: float | None = None

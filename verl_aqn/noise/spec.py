@@ -11,13 +11,16 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal, get_args
 
 from verl_aqn.errors import ConfigError
 
-UNITS = ("absolute", "rms", "multiplicative")
-TARGETS = ("norm", "linear")
-LAYER_KINDS = ("uniform", "targeted", "variable", "inverse", "zones")
+Unit = Literal["absolute", "rms", "multiplicative"]
+TargetKind = Literal["norm", "linear"]
+LayerKind = Literal["uniform", "targeted", "variable", "inverse", "zones"]
+UNITS: tuple[Unit, ...] = get_args(Unit)
+TARGETS: tuple[TargetKind, ...] = get_args(TargetKind)
+LAYER_KINDS: tuple[LayerKind, ...] = get_args(LayerKind)
 
 _LAYERS = re.compile(r"\d+(-\d+)?")
 _LAYER_OF = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -52,7 +55,7 @@ class Layers:
     does not fall.
     """
 
-    kind: str = "uniform"
+    kind: LayerKind = "uniform"
     modules: tuple[str, ...] = ()
     multiplier: float = 1.0
     others: float = 1.0

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tests.unit.test_cli import one_line, run
+from tests.unit.cli.test_cli import one_line, run
 
 from verl_aqn.bench import quality
 from verl_aqn.errors import ConfigError

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.unit.test_noise import TINY
+from tests.unit.noise.test_noise import TINY
 from torch import nn
 from transformers import GemmaConfig, LlamaConfig, Qwen3Config
 from transformers.models.gemma.modeling_gemma import GemmaForCausalLM

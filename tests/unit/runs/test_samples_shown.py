@@ -4,8 +4,8 @@ import json
 
 import pytest
 from rich.console import Console as RichConsole
-from tests.unit.test_report import page_of
-from tests.unit.test_scores import lines_of
+from tests.unit.runs.test_report import page_of
+from tests.unit.runs.test_scores import lines_of
 
 from tests.helpers.run_folders import write_run
 from verl_aqn.launch.console import Console, result_table

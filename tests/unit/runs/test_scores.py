@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tests.unit.test_compare_runs import write_run
+from tests.unit.runs.test_compare_runs import write_run
 
 from verl_aqn.errors import ConfigError, DataError
 from verl_aqn.runs.folder import RunFolder
