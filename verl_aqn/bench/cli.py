@@ -81,7 +81,7 @@ def mxfp4_quality(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Rounding rules and remedies on SmolLM2-135M: next-token loss and answers, with intervals."""
+    """Scale rules and GPTQ on SmolLM2-135M: next-token loss and answers, with intervals."""
     from verl_aqn.bench import quality
     from verl_aqn.cache import cache_dir
     from verl_aqn.data.smollm2 import embedded_model
