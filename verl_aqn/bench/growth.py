@@ -2,27 +2,22 @@
 
 import shutil
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.table import Table
 from scipy import stats
 
 from verl_aqn.bench import letters
 from verl_aqn.bench.codec_speed import device_name
-from verl_aqn.bench.cost import Device, Load, Work, bound, limit_s, phases
 from verl_aqn.bench.shapes import write_model
 from verl_aqn.bench.step import PHASES, RECIPE, Arm, overrides, run_arm
 from verl_aqn.checkpoints.packing import quantize_checkpoint
 from verl_aqn.config.compose import load_recipe
-from verl_aqn.preflight.memory_plan import Sizes, sizes
-from verl_aqn.preflight.recipe_checks import cpu_cache, recipe_shape
-from verl_aqn.preflight.shape import Shape
+from verl_aqn.preflight.recipe_checks import recipe_shape
 
 TIMES = (*PHASES, "step")
 
@@ -44,7 +39,6 @@ SERIES = {
     "response": [Point(response=tokens) for tokens in (12, 24, 48, 96)],
 }
 SMALL = {"samples": [Point(samples=samples) for samples in (2, 4, 8)]}
-HELD_OUT = Point(prompts=6)  # the embedded experiment's sizes; no curve is fitted to it
 
 
 def settings(point: Point, model: Path, steps: int) -> list[str]:
@@ -61,27 +55,10 @@ def settings(point: Point, model: Path, steps: int) -> list[str]:
     ]
 
 
-def limits() -> dict[str, float]:
-    """What this machine can do, by the largest of five tries: bf16 operations and bytes read a second."""
-    a = torch.randn(2048, 2048).bfloat16()
-    data = torch.ones(1 << 28, dtype=torch.int8)
-    words = data.view(torch.int64)
-
-    def best(work: Callable[[], object]) -> float:
-        times = []
-        for _ in range(5):
-            begun = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - begun)
-        return min(times)
-
-    return {"operations": 2 * 2048**3 / best(lambda: a @ a), "memory": data.numel() / best(words.sum)}
-
-
 def measure(steps: int, small: bool, base: Path, on_run: Callable[[str], None]) -> dict[str, Any]:
     """Every run once, one after the other; → what `table` shows. `on_run` is told of each before it starts."""
     series = SMALL if small else SERIES
-    points = list(dict.fromkeys([*(point for points in series.values() for point in points), HELD_OUT]))
+    points = list(dict.fromkeys(point for points in series.values() for point in points))
     rows = []
     for number, point in enumerate(points):
         answers = f"{point.prompts} × {point.samples} answers of {point.response} tokens"
@@ -94,7 +71,7 @@ def measure(steps: int, small: bool, base: Path, on_run: Callable[[str], None]) 
         folder.mkdir()
         todo = settings(point, model, steps)
         rows.append(row(point, todo, run_arm("ours", todo, folder, lambda: None)))
-    result = {"device": device_name("cpu"), "limits": limits(), "steps": steps, "rows": rows}
+    result = {"device": device_name("cpu"), "steps": steps, "rows": rows}
     chosen = {what: [points.index(point) for point in of] for what, of in series.items()}
     return result | {"series": chosen, "exponents": exponents(rows, chosen)}
 
@@ -104,26 +81,7 @@ def row(point: Point, todo: list[str], arm: Arm) -> dict[str, Any]:
     config = load_recipe(RECIPE, todo)
     found: dict[str, Any] = {key: statistics.median(step[key] for step in arm.steps) for key in (*TIMES, "tokens")}
     found |= {f"memory: {kind}": arm.peak[kind] for kind in ("actor", "rollout", "all")}
-    shape = recipe_shape(config)
-    about = {
-        "parameters": shape.parameters,
-        "shape": asdict(shape),
-        "sizes": asdict(sizes(config)),
-        "cache": cpu_cache(),
-    }
-    return asdict(point) | about | found
-
-
-def machine(result: dict[str, Any]) -> Device:
-    """The machine of a result, one device with what `limits` found."""
-    return Device("cpu", result["limits"]["operations"], result["limits"]["memory"], 0.0, 1.0, 1.0, 1)
-
-
-def work_of(run: dict[str, Any]) -> dict[str, Work]:
-    """What a recorded run asked of its machine in each phase; every answer was of the same length."""
-    prompt = run["tokens"] / (run["prompts"] * run["samples"]) - run["response"]
-    load = Load(run["prompts"], run["samples"], prompt, run["response"], run["response"])
-    return phases(Shape(**run["shape"]), Sizes(**run["sizes"]), load, run["cache"])
+    return asdict(point) | {"parameters": recipe_shape(config).parameters} | found
 
 
 def exponents(rows: list[dict[str, Any]], series: dict[str, list[int]]) -> dict[str, dict[str, list[float]]]:
@@ -156,22 +114,4 @@ def table(result: dict[str, Any]) -> Table:
     for what, fits in result["exponents"].items():
         cells = (f"{b:.2f} [{low:.2f}, {high:.2f}]" for b, low, high in fits.values())
         view.add_row(f"~ {what}^", "", "", *cells)
-    return view
-
-
-def roofline(result: dict[str, Any]) -> Table:
-    """Of the last run: what each phase asks for, how long that takes at this machine's limits, and what bounds it."""
-    device, run = machine(result), result["rows"][-1]
-    view = Table(
-        title=f"{run['model']}, {run['prompts']} × {run['samples']} answers of {run['response']} tokens, at "
-        f"{device.operations / 1e9:,.0f} Gop/s and {device.memory / 1e9:.1f} GB/s",
-        title_justify="left",
-    )
-    for column in ("phase", "Gop", "GB read", "limit, s", "measured, s", "reached", "bound by"):
-        view.add_column(column, justify="left" if column in ("phase", "bound by") else "right")
-    for name, work in work_of(run).items():
-        limit = limit_s(work, device, 1)
-        figures = (work.operations / 1e9, work.read / 1e9, limit, run[name])
-        cells = (f"{figure:,.0f}" if figure >= 100 else f"{figure:.2f}" for figure in figures)
-        view.add_row(name, *cells, f"{limit / run[name]:.0%}", bound(work, device, 1))
     return view

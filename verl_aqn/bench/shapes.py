@@ -1,4 +1,4 @@
-"""Sizes of known models, for measurements on random weights and for projections."""
+"""Sizes of known models, for measurements on random weights."""
 
 import json
 from pathlib import Path

@@ -81,7 +81,7 @@ def mxfp4_quality(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Rounding rules and remedies on SmolLM2-135M: next-token loss and answers, with intervals."""
+    """Scale rules and GPTQ on SmolLM2-135M: next-token loss and answers, with intervals."""
     from verl_aqn.bench import quality
     from verl_aqn.cache import cache_dir
     from verl_aqn.tasks.smollm2 import embedded_model
@@ -128,7 +128,7 @@ def step(
 @bench_app.command("growth")
 def growth(
     steps: Annotated[int, typer.Option(min=1, help="Measured steps of every run, after one that warms up.")] = 2,
-    small: Annotated[bool, typer.Option("--small", help="4 runs in place of 11, without an exponent of size.")] = False,
+    small: Annotated[bool, typer.Option("--small", help="3 runs in place of 10, without an exponent of size.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG, SVG or PDF).")] = None,
     as_json: Json = False,
 ) -> None:
@@ -137,7 +137,7 @@ def growth(
 
     if plot:
         check_picture(plot)
-    from verl_aqn.bench.growth import measure, roofline, table
+    from verl_aqn.bench.growth import measure, table
 
     base = Path(tempfile.mkdtemp(prefix="verl-aqn-bench-"))  # stays where a run fails: its log is in there
     with Console(stderr=True).status("starting") as status:
@@ -149,36 +149,6 @@ def growth(
         print(json.dumps(result))
     else:
         print_wide(table(result))
-        print_wide(roofline(result))
-
-
-@bench_app.command("scale")
-def scale(
-    shape: Annotated[str, typer.Option(help="A model's size: 1.5B, 7B, 32B, …")] = "7B",
-    device: Annotated[str, typer.Option(help="h100, h200, b200, a2, a3 or 950dt.")] = "a3",
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt on average.")] = 100,
-    response: Annotated[int, typer.Option(min=1, help="Tokens of an answer on average.")] = 250,
-    weak: Annotated[
-        bool, typer.Option("--weak", help="The batch grows with the devices, from the recipe's on 8.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Project the step of e12_aggressive_1ep on GSM8K to 8 … 1,024 devices, none of which was measured."""
-    from verl_aqn.bench.cost import DEVICES
-    from verl_aqn.bench.shapes import SHAPES
-
-    for given, known, what in ((shape, SHAPES, "--shape"), (device, DEVICES, "--device")):
-        if given not in known:
-            raise ConfigError(f"{what} {given} is not known: use one of {', '.join(known)}")
-    from verl_aqn.bench import scale as model
-
-    result = model.project_recipe(shape, DEVICES[device], prompt, response, weak=weak)
-    if as_json:
-        print(json.dumps(result))
-        return
-    print_wide(model.check_table(result["check"]))
-    print_wide(model.scale_table(result["rows"], result["title"]))
-    print("\n".join(result["assumed"]))
 
 
 @bench_app.command("records")

@@ -134,6 +134,41 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class TargetConfig:
+    """The accuracy that a recipe's experiment wants to exceed, and the task that it is an accuracy of (`aqn.target`).
+
+    `accuracy`: a fraction of 1; null: no target, and a finished run prints no verdict about one. A run of another task
+    is not judged: `model` must be part of the name or path of the run's model, `source` the only data source of its
+    validation rows, and `problems` their number. null: any.
+    """
+
+    accuracy: float | None = None
+    model: str | None = None
+    source: str | None = None
+    problems: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.accuracy is not None and not 0 < self.accuracy < 1:
+            percent = f" ({self.accuracy / 100:g} for {self.accuracy:g} %)" if 1 < self.accuracy < 100 else ""
+            raise ConfigError(
+                f"aqn.target.accuracy is {self.accuracy:g}: give a fraction between 0 and 1{percent}, or "
+                "null for no target"
+            )
+        if self.problems is not None and self.problems < 1:
+            raise ConfigError(f"aqn.target.problems is {self.problems}: give 1 or more, or null for any number")
+        for key in ("model", "source"):
+            if getattr(self, key) == "":
+                raise ConfigError(f"aqn.target.{key} is empty: give a name, or null for any")
+
+    @property
+    def task(self) -> str:
+        """Return in words what the target is an accuracy of; "" where a run of any task is judged."""
+        problems = f"{self.problems:,} problems" if self.problems else ""
+        words = (f"model {self.model}" if self.model else "", f"data {self.source}" if self.source else "", problems)
+        return ", ".join(filter(None, words))
+
+
+@dataclass(frozen=True)
 class AqnConfig:
     """The whole `aqn:` block. `seed`: of noise, adapters before training, order of the data, and the rollout's samples.
 
@@ -147,6 +182,7 @@ class AqnConfig:
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     mxfp4: Mxfp4Config = field(default_factory=Mxfp4Config)
     parity: ParityConfig = field(default_factory=ParityConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
     run: RunConfig = field(default_factory=RunConfig)
     profile: Literal["auto", "cpu", "cuda", "npu"] = "auto"
     experiment: Literal["auto", "embedded", "gsm8k", "none"] = "auto"

@@ -30,7 +30,6 @@ from verl_aqn.runs.stats.passk import ks
 from verl_aqn.runs.stats.scores import answers_in
 from verl_aqn.safe_files import own_folder
 
-CONTROL = "e6a"  # the recipe that a model folder is validated by: its noise is off, its data and lengths are the plan's
 PRECISIONS = ("mxfp4", "bf16")
 _LENGTHS = ("data.max_prompt_length=", "data.max_response_length=")
 _ROLLOUT = "actor_rollout_ref.rollout"
@@ -107,9 +106,10 @@ def settings(
     """The config of a run that only validates.
 
     A run's own config with its noise block untouched, so that two evaluations differ in what their runs differ in; for
-    a model folder the control's recipe. `precision` None is that of the run, or of the folder; in bf16 nothing rounds
-    activations, whatever the run did. `samples` answers to each problem are drawn as in training (temperature, top-p
-    and top-k of the rollout) unless `overrides` say otherwise; None is what the run or the recipe has.
+    a model folder the recipe `base` without noise. `precision` None is that of the run, or of the folder; in bf16
+    nothing rounds activations, whatever the run did. `samples` answers to each problem are drawn as in training
+    (temperature, top-p and top-k of the rollout) unless `overrides` say otherwise; None is what the run or the recipe
+    has.
     """
     if precision not in (None, *PRECISIONS):
         raise ConfigError(f"--precision {precision} is not one of {', '.join(PRECISIONS)}")
@@ -127,7 +127,7 @@ def settings(
             config.actor_rollout_ref.rollout.max_model_len = None  # anew, to hold both
             config = with_overrides(config, [o for o in overrides if "max_model_len=" in o])
     else:
-        config = load_recipe(CONTROL, overrides)
+        config = load_recipe("base", ["aqn.noise.enabled=false", *overrides])
         if not any(override.startswith("actor_rollout_ref.model.path=") for override in overrides):
             config.actor_rollout_ref.model.path = str(target.path)  # as an override Hydra would parse it
     OmegaConf.set_struct(config, False)
@@ -304,7 +304,7 @@ def with_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
 
 def _follow(config: DictConfig, key: str, before: Any) -> None:
     """Set what takes its value from `key`, and so held `before` too, to what `key` holds now."""
-    for other, source in followers(CONTROL, config.aqn.profile).items():
+    for other, source in followers("base", config.aqn.profile).items():
         if source == key and (held := OmegaConf.select(config, other)) is not None and held == before:
             OmegaConf.update(config, other, OmegaConf.select(config, key))
             _follow(config, other, before)

@@ -10,7 +10,7 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.table import Table
 
-from verl_aqn.config.schema import parse_aqn
+from verl_aqn.config.schema import TargetConfig, parse_aqn
 from verl_aqn.launch.supervise import Outcome
 from verl_aqn.preflight.run_data import data_files, has_own_class
 from verl_aqn.runs.folder import RunFolder
@@ -18,7 +18,7 @@ from verl_aqn.runs.run_list import sigmas
 from verl_aqn.runs.stats.compare import Report
 from verl_aqn.runs.stats.compare import table as comparison_table
 from verl_aqn.runs.stats.intervals import pass_text, samples_of, share_text, validation_text
-from verl_aqn.runs.stats.verdict import PLAN_MODEL, compare_validations, plan_verdict
+from verl_aqn.runs.stats.verdict import compare_validations, target_verdict
 from verl_aqn.terminal import print_wide
 
 if TYPE_CHECKING:
@@ -227,21 +227,29 @@ def source_table(run: RunFolder) -> Table | None:
     return table
 
 
-def is_plans_task(todo: "Prepared", problems: int) -> bool:
-    """Whether a run is of the model and on the problems that the plan's criterion is of."""
+def is_targets_task(target: TargetConfig, todo: "Prepared", problems: int) -> bool:
+    """Return whether a run is of the model and on the `problems` that its recipe's target is for."""
     from verl_aqn.tasks.data_files import sources_of
-    from verl_aqn.tasks.gsm8k_data import SOURCE, TEST_PROBLEMS
 
-    if PLAN_MODEL not in str(todo.source) or problems != TEST_PROBLEMS or has_own_class(todo.config):
+    if target.model and target.model not in str(todo.source):
         return False
-    return {source for file in data_files(todo.config, "val_files") for source in sources_of(file)} == {SOURCE}
+    if target.problems and problems != target.problems:
+        return False
+    if not target.source:
+        return True
+    # A data set class of the user's own may show other rows than its files hold.
+    return not has_own_class(todo.config) and {
+        source for file in data_files(todo.config, "val_files") for source in sources_of(file)
+    } == {target.source}
 
 
 def verdict(run: RunFolder, todo: "Prepared") -> str:
-    """The plan's criterion in words, and whether training changed the accuracy (paired test)."""
+    """The recipe's target in words, and whether training changed the accuracy (paired test)."""
     validations = list(run.by_step("metrics.jsonl", "validation").values())
     first, last = validations[0], validations[-1]
-    text = plan_verdict(last["accuracy"], last["items"], comparable=is_plans_task(todo, last["items"]))
+    target = parse_aqn(todo.config).target
+    comparable = target.accuracy is not None and is_targets_task(target, todo, last["items"])
+    text = target_verdict(last["accuracy"], last["items"], target, comparable)
     if first["step"] == last["step"]:
         return text
     change = compare_validations(run, first["step"], last["step"])

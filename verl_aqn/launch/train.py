@@ -172,10 +172,11 @@ def versions_now(config: DictConfig) -> dict[str, Any]:
 
 
 def identity(config: DictConfig) -> dict:
-    """What makes a run this run and no other: its resolved config without the places it lives in."""
+    """Return the resolved config that identifies a run, without the folders that it is in and without its target."""
     container = OmegaConf.to_container(config, resolve=True)
     assert isinstance(container, dict)
     container["aqn"]["run"] = None
+    container["aqn"].pop("target", None)  # changes nothing that is computed
     return container
 
 

@@ -11,7 +11,6 @@ from verl_aqn.tasks.gsm8k import number
 from verl_aqn.tasks.parquet import Message, row, write_parquet
 
 SOURCE = "openai/gsm8k"
-TEST_PROBLEMS = 1319
 # verl's own wording (examples/data_preprocess/gsm8k.py), so that scores compare with other runs of verl.
 INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
 _LAYOUTS = ("{split}.jsonl", "{split}.parquet", "{split}-*.parquet", "main/{split}-*.parquet")

@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tests.helpers.tiny_configs import SMALL, SMALL_ASCEND, SMALL_MOE
+from tests.helpers.tiny_configs import SMALL, SMALL_ASCEND
 from verl_aqn.checkpoints import packing as checkpoint
 from verl_aqn.checkpoints.foreign import import_checkpoint
 from verl_aqn.checkpoints.loading import load_model
-from verl_aqn.checkpoints.loftq import loftq_checkpoint
 from verl_aqn.checkpoints.packing import checkpoint_digest, quantize_checkpoint
 from verl_aqn.checkpoints.writing import new_folder
 from verl_aqn.errors import AqnError, ConfigError, EnvironmentFault, ModelError
@@ -218,14 +217,6 @@ def test_a_name_with_glob_characters(tmp_path: Path) -> None:
         assert not leftover.exists()
     with new_folder(tmp_path / "a*"):
         assert other.is_dir()
-
-
-def test_loftq_refuses_experts_before_any_work(tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_config(MixtralConfig(**SMALL_MOE, num_local_experts=2), dtype=torch.bfloat16)
-    model.save_pretrained(tmp_path / "source")
-    arguments = (tmp_path / "source", tmp_path / "base", tmp_path / "adapter")
-    refused(ModelError, r"LoftQ: .*experts\.0\.\w+ of .* is no linear layer", loftq_checkpoint, *arguments, rank=4)
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_negative_views_and_rows() -> None:

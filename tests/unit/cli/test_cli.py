@@ -256,8 +256,6 @@ def test_wrong_arguments_do_not_wait_for_heavy_packages(tmp_path):
         f"export {taken} {taken}": "exists already",
         f"quantize {tmp_path}/nothere {tmp_path}/dst": "nothere is not a Hugging Face model folder",
         f"quantize {tmp_path}/model {tmp_path}/dst --plot x.doc": "cannot write a picture to x.doc",
-        "bench scale --shape 8B": "--shape 8B is not known",
-        "bench scale --device a4": "--device a4 is not known",
         "bench update --shape foo": "--shape foo is not known",
         "bench growth --plot x.doc": "cannot write a picture to x.doc",
         "probe nope": "no recipe 'nope'",

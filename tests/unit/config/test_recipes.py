@@ -11,7 +11,9 @@ from verl_aqn.config.compose import find_recipe, load_recipe, recipe_names
 from verl_aqn.config.noise_settings import schedule_of
 from verl_aqn.config.schema import AqnConfig, parse_aqn
 from verl_aqn.errors import ConfigError
+from verl_aqn.launch.train import identity
 from verl_aqn.preflight.prepare import tell_workers
+from verl_aqn.runs.stats.arms import settings_of
 
 PLAN = {  # recipe: (σ_end, epoch_aware, epochs, steps)
     "e12": (5e-4, True, 1, 29),
@@ -95,7 +97,18 @@ def test_control_has_no_noise_and_differs_in_nothing_else():
     for config in (control, treated):
         config["trainer"]["experiment_name"] = None
         config["aqn"]["noise"]["enabled"] = None
+    assert treated["aqn"].pop("target")["accuracy"] == 0.7248
+    assert control["aqn"].pop("target")["accuracy"] is None
     assert control == treated
+
+
+def test_a_target_makes_no_other_run():
+    one, other = (
+        load_recipe("e12_aggressive_1ep", ["profile=cpu", *more]) for more in ([], ["aqn.target.accuracy=0.5"])
+    )
+    assert identity(one) == identity(other)
+    one, other = map(OmegaConf.to_container, (one, other))
+    assert settings_of(one) == settings_of(other) != {}
 
 
 def test_grpo_has_nothing_of_dapo():
@@ -111,6 +124,7 @@ def test_dapo_is_e12_aggressive_and_keeps_its_dynamic_sampling_on_the_embedded_t
     dapo, e12 = (OmegaConf.to_container(load_recipe(r, ["profile=cuda"])) for r in ("dapo", "e12_aggressive_1ep"))
     assert (dapo["embedded"].pop("refill"), e12["embedded"].pop("refill")) == (True, False)
     dapo["trainer"]["experiment_name"] = e12["trainer"]["experiment_name"]
+    dapo["aqn"]["target"] = e12["aqn"]["target"]
     assert dapo == e12
     assert load_recipe("dapo", ["profile=cpu"]).algorithm.filter_groups.enable is True
     assert load_recipe("e12_aggressive_1ep", ["profile=cpu"]).algorithm.filter_groups.enable is False
@@ -143,7 +157,7 @@ def test_a_recipe_s_file_may_name_its_profile(tmp_path):
 
 
 def test_defaults_in_yaml_are_those_of_the_types():
-    config = load_recipe("e12_aggressive_1ep", ["profile=cpu", "experiment=gsm8k"])
+    config = load_recipe("base", ["profile=cpu", "experiment=gsm8k"])
     config.aqn.profile = "auto"
     assert parse_aqn(config) == AqnConfig()
 

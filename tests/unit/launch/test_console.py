@@ -6,7 +6,9 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console as RichConsole
 
-from verl_aqn.launch.console import Console, failed_text, is_plans_task, result_table
+from verl_aqn.config.compose import load_recipe
+from verl_aqn.config.schema import parse_aqn
+from verl_aqn.launch.console import Console, failed_text, is_targets_task, result_table, verdict
 from verl_aqn.launch.supervise import Outcome
 from verl_aqn.launch.train import Prepared
 from verl_aqn.runs.folder import RunFolder
@@ -37,23 +39,52 @@ def test_the_table_has_a_column_a_rule_and_fits_80_columns(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(
-    ("model", "sources", "problems", "same"),
-    [
-        ("hub/models--Qwen--Qwen2.5-1.5B-Instruct/snapshots/1", ["openai/gsm8k"], 1319, True),
-        ("hub/models--Qwen--Qwen2.5-1.5B-Instruct/snapshots/1", ["openai/gsm8k"], 200, False),
-        ("hub/models--Qwen--Qwen2.5-1.5B-Instruct/snapshots/1", ["openai/gsm8k", "math"], 1319, False),
-        ("models/Qwen2.5-7B-Instruct", ["openai/gsm8k"], 1319, False),
-    ],
-)
-def test_the_plans_criterion_is_for_its_model_on_its_problems(tmp_path, model, sources, problems, same):
+def todo_of(tmp_path, target: dict, model: str, sources: list[str]) -> Prepared:
     for source in sources:
         prompt = [{"role": "user", "content": "1 + 1"}]
         made = row(source, prompt, "2", split="test", index=0, question="1 + 1", answer="#### 2")
         write_parquet([made], tmp_path / f"{Path(source).name}.parquet")
-    config = OmegaConf.create({"data": {"val_files": [str(file) for file in tmp_path.glob("*.parquet")]}})
-    todo = Prepared(config=config, steps=29, rows={}, source=Path(model))
-    assert is_plans_task(todo, problems) is same
+    files = [str(file) for file in tmp_path.glob("*.parquet")]
+    config = OmegaConf.create({"data": {"val_files": files}, "aqn": {"target": target}})
+    return Prepared(config=config, steps=29, rows={}, source=Path(model))
+
+
+QWEN = "hub/models--Qwen--Qwen2.5-1.5B-Instruct/snapshots/1"
+
+
+@pytest.mark.parametrize(
+    ("model", "sources", "problems", "same"),
+    [
+        (QWEN, ["openai/gsm8k"], 1319, True),
+        (QWEN, ["openai/gsm8k"], 200, False),
+        (QWEN, ["openai/gsm8k", "math"], 1319, False),
+        ("models/Qwen2.5-7B-Instruct", ["openai/gsm8k"], 1319, False),
+    ],
+)
+def test_a_target_is_for_its_model_on_its_problems(tmp_path, model, sources, problems, same):
+    target = load_recipe("e12_aggressive_1ep", ["profile=cpu"]).aqn.target
+    todo = todo_of(tmp_path, target, model, sources)
+    assert is_targets_task(parse_aqn(todo.config).target, todo, problems) is same
+
+
+@pytest.mark.parametrize(
+    ("target", "model", "words"),
+    [
+        ({}, QWEN, "84.4 % (162 of 192; 95 % interval 78.6–88.8 %)."),
+        ({"accuracy": 0.7}, QWEN, "the recipe's target (above 70.00 %) is met, and the interval excludes 70.00 %."),
+        (
+            {"accuracy": 0.7, "model": "Qwen2.5-1.5B-Instruct", "problems": 1319},
+            "SmolLM2-135M-Instruct",
+            "The recipe's target of 70.00 % is for model Qwen2.5-1.5B-Instruct, 1,319 problems: it is not comparable",
+        ),
+    ],
+)
+def test_the_verdict_is_about_the_recipe_s_target(tmp_path, target, model, words):
+    run = RunFolder(tmp_path)
+    run.append("metrics.jsonl", NEW)
+    text = verdict(run, todo_of(tmp_path, target, model, ["openai/gsm8k"]))
+    assert words in text
+    assert ("target" in text) == bool(target)
 
 
 def test_a_validation_is_told_by_all_rules_that_it_was_scored_by(capsys):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tests.unit.models.test_shared_prompt import SHARING, V, make
 
+from tests.unit.models.test_shared_prompt import SHARING, V, make
 from verl_aqn.models.generate import generate, greedy, prefixes
 from verl_aqn.models.layouts import attention_of, use_attention
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.unit.noise.test_noise import TINY
 from torch import nn
 from transformers import GemmaConfig, LlamaConfig, Qwen3Config
 from transformers.models.gemma.modeling_gemma import GemmaForCausalLM
@@ -10,6 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
 
 from tests.helpers.engines import bare_engine
+from tests.unit.noise.test_noise import TINY
 from verl_aqn.integrations.verl.engine import AqnFSDPEngine
 from verl_aqn.noise import NoiseInjector, NoiseOrder, check_evidence
 

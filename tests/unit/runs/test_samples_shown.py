@@ -4,10 +4,10 @@ import json
 
 import pytest
 from rich.console import Console as RichConsole
-from tests.unit.runs.test_report import page_of
-from tests.unit.runs.test_scores import lines_of
 
 from tests.helpers.run_folders import write_run
+from tests.unit.runs.test_report import page_of
+from tests.unit.runs.test_scores import lines_of
 from verl_aqn.launch.console import Console, result_table
 from verl_aqn.runs.run_list import describe, table
 

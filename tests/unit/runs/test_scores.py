@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from tests.unit.runs.test_compare_runs import write_run
 
+from tests.unit.runs.test_compare_runs import write_run
 from verl_aqn.errors import ConfigError, DataError
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.stats.arms import arms, read_run

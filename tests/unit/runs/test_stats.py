@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
+from verl_aqn.config.schema import TargetConfig
 from verl_aqn.errors import DataError
 from verl_aqn.runs.stats.intervals import accuracy_text, ratio_interval, wilson
-from verl_aqn.runs.stats.verdict import compare_before_after, plan_verdict
+from verl_aqn.runs.stats.verdict import compare_before_after, target_verdict
 
 counts = st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 
@@ -135,11 +136,11 @@ def test_different_items_cannot_be_paired():
     ],
 )
 def test_verdict_on_gsm8k(successes, says):
-    text = plan_verdict(successes / 1319, 1319, comparable=True)
+    text = target_verdict(successes / 1319, 1319, TargetConfig(0.7248), comparable=True)
     assert all(part in text for part in says), text
 
 
 def test_verdict_on_another_task_judges_nothing():
-    text = plan_verdict(0.9, 200, comparable=False)
+    text = target_verdict(0.9, 200, TargetConfig(0.7248, "Qwen"), comparable=False)
     assert "not comparable" in text
     assert "is met" not in text

@@ -104,8 +104,15 @@ def read_run(path: Path) -> Run:
 
 
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:
-    """All of a resolved config that decides a result, seed and places aside, by dotted key. Lists are values."""
-    flat = {key: value for key, value in flatten(config).items() if not is_seed_or_place(key)}
+    """Return what of a resolved config decides a result, by dotted key: no seeds, no places, no `aqn.target`.
+
+    Lists are values.
+    """
+    flat = {
+        key: value
+        for key, value in flatten(config).items()
+        if not is_seed_or_place(key) and not key.startswith("aqn.target.")
+    }
     if flat.get("aqn.noise.target_kl") is not None:
         # σ_start was searched for, with the run's own seed: chosen were the KL and how far σ falls.
         start, end = flat.pop("aqn.noise.sigma_start"), flat.pop("aqn.noise.sigma_end")
@@ -156,7 +163,7 @@ def arms(
             )
         same.append(run)
     if len(groups) < 2:
-        raise ConfigError(f"{len(runs)} run(s) of one config: a comparison takes runs that differ, such as e12 and e6a")
+        raise ConfigError(f"{len(runs)} run(s) of one config: a comparison takes runs of different configs")
     if (others := beyond(factors, [group[0].settings for group in groups])) and not any_difference:
         raise ConfigError(
             f"these runs differ in more than {', '.join(factors)}: {others}. Name what may differ with --factor KEY, "

@@ -1,4 +1,4 @@
-"""What a result says about the plan, and what a run changed, in sentences that claim no more than the data."""
+"""What a result says about a recipe's target, and what a run changed, in sentences that claim no more than the data."""
 
 from __future__ import annotations
 
@@ -7,33 +7,29 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from verl_aqn.config.schema import TargetConfig
 from verl_aqn.errors import DataError
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.stats.intervals import accuracy_text, wilson
 from verl_aqn.runs.stats.paired import LEVEL, of_items
 from verl_aqn.runs.stats.scores import answers_in
 
-PLAN_MODEL = "Qwen2.5-1.5B-Instruct"
-E12_ACCURACY = 0.7248  # E12 on GSM8K, Qwen2.5-1.5B-Instruct: the experiment plan's bar
 
+def target_verdict(accuracy: float, n: int, target: TargetConfig, comparable: bool) -> str:
+    """Say whether `accuracy`, a fraction of 1 over `n` items, is above the target. Without a target, say the accuracy.
 
-def plan_verdict(accuracy: float, n: int, comparable: bool) -> str:
-    """The plan's criterion (accuracy above `E12_ACCURACY`) for `accuracy`, a fraction of 1 over `n` items.
-
-    `comparable`: the items are GSM8K's test set and the model is the plan's. DataError for no items or an accuracy
-    outside [0, 1].
+    `comparable`: the run is of the target's model and problems; otherwise it is not judged. DataError for no items or
+    an accuracy outside [0, 1].
     """
     successes = round(accuracy * n)
     text, (low, high) = accuracy_text(successes, n), wilson(successes, n)
-    bar = f"{100 * E12_ACCURACY:.2f} %"
+    if target.accuracy is None:
+        return f"{text}."
+    bar = f"{100 * target.accuracy:.2f} %"
     if not comparable:
-        return (
-            f"{text}. The plan's {bar} is of {PLAN_MODEL} on GSM8K's test problems: it is not comparable with this "
-            "run, and the criterion is neither met nor missed."
-        )
-    met = accuracy > E12_ACCURACY
-    verdict = f"{text}: the plan's criterion (above {bar}) is {'met' if met else 'not met'}"
-    if low <= E12_ACCURACY <= high:
+        return f"{text}. The recipe's target of {bar} is for {target.task}: it is not comparable with this run."
+    verdict = f"{text}: the recipe's target (above {bar}) is {'met' if accuracy > target.accuracy else 'not met'}"
+    if low <= target.accuracy <= high:
         return f"{verdict}, but the interval contains {bar}: this run alone does not show a difference from it."
     return f"{verdict}, and the interval excludes {bar}."
 
