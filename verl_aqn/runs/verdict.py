@@ -1,4 +1,4 @@
-"""What a result says about the plan, and what a run changed, in sentences that claim no more than the data."""
+"""What a result says about the plan, and what a run changed, in sentences that the data support."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from verl_aqn.runs.scores import answers_in
 from verl_aqn.runs.stats import accuracy_text, wilson
 
 PLAN_MODEL = "Qwen2.5-1.5B-Instruct"
-E12_ACCURACY = 0.7248  # E12 on GSM8K, Qwen2.5-1.5B-Instruct: the experiment plan's bar
+E12_ACCURACY = 0.7248  # E12 on GSM8K, Qwen2.5-1.5B-Instruct: the threshold of the experiment plan
 
 
 def plan_verdict(accuracy: float, n: int, comparable: bool) -> str:
-    """The plan's criterion (accuracy above `E12_ACCURACY`) for `accuracy`, a fraction of 1 over `n` items.
+    """Describe whether `accuracy`, a fraction of 1 over `n` items, meets the plan's criterion (above `E12_ACCURACY`).
 
-    `comparable`: the items are GSM8K's test set and the model is the plan's. DataError for no items or an accuracy
-    outside [0, 1].
+    `comparable`: the items are GSM8K's test set and the model is the plan's. Raises DataError if there are no items or
+    the accuracy is outside [0, 1].
     """
     successes = round(accuracy * n)
     text, (low, high) = accuracy_text(successes, n), wilson(successes, n)
     bar = f"{100 * E12_ACCURACY:.2f} %"
     if not comparable:
         return (
-            f"{text}. The plan's {bar} is of {PLAN_MODEL} on GSM8K's test problems: it is not comparable with this "
-            "run, and the criterion is neither met nor missed."
+            f"{text}. The plan's {bar} is for {PLAN_MODEL} on GSM8K's test problems: it is not comparable with "
+            "this run, and the criterion is neither met nor missed."
         )
     met = accuracy > E12_ACCURACY
     verdict = f"{text}: the plan's criterion (above {bar}) is {'met' if met else 'not met'}"
@@ -40,16 +40,17 @@ def plan_verdict(accuracy: float, n: int, comparable: bool) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The same `n` items before and after. Shares are fractions of 1; `interval` and `p_value` are of one test.
+    """The scores of the same `n` items before and after.
 
-    `left_out`: items that have no answer on one of the two sides.
+    Shares are fractions of 1; `interval` and `p_value` are from one test. `left_out`: items that have no response on
+    one of the two sides.
     """
 
     n: int
     before: float
     after: float
-    gained: int  # scores higher after; of one answer each: wrong before, right after
-    lost: int  # scores lower after
+    gained: int  # items with a higher score after; with one response each: wrong before, right after
+    lost: int  # items with a lower score after
     p_value: float  # two-sided
     interval: tuple[float, float]  # of after - before, 95 %
     test: str
@@ -60,7 +61,7 @@ class Comparison:
         low, high = self.interval
         change = f"{100 * (self.after - self.before):+.1f} points"
         finding = "more than chance" if self.p_value < LEVEL else "chance alone may explain it"
-        left = f" ({self.left_out} more have no answer in one of the two)" if self.left_out else ""
+        left = f" ({self.left_out} more have no response in one of the two)" if self.left_out else ""
         return (
             f"{100 * self.before:.1f} % -> {100 * self.after:.1f} % on the same {self.n} items{left}: {change} "
             f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}); {self.gained} gained, {self.lost} lost, "
@@ -69,9 +70,9 @@ class Comparison:
 
 
 def compare_before_after(before: Sequence[float], after: Sequence[float]) -> Comparison:
-    """Paired comparison of per-item scores in [0, 1], in the same order of items. Test and interval: `of_items`.
+    """Compare paired per-item scores in [0, 1], in the same order of items. Test and interval: `of_items`.
 
-    DataError where the two differ in length or are empty.
+    Raises DataError if the two differ in length or are empty.
     """
     if len(before) != len(after) or len(before) == 0:
         raise DataError(f"{len(before)} items before and {len(after)} after: the same items are needed on both sides")
@@ -85,9 +86,10 @@ def compare_before_after(before: Sequence[float], after: Sequence[float]) -> Com
 
 
 def compare_validations(run: RunFolder, first: int, last: int) -> Comparison | None:
-    """`compare_before_after` of the answers after two steps (avg@k of several answers to a problem), item by item.
+    """Compare the responses after two steps with `compare_before_after`, item by item.
 
-    None where no item was answered in both, or where a record cannot be told apart by item.
+    A score is avg@k if a problem has several responses. Returns None if no item was answered in both, or if the
+    responses of a record cannot be assigned to items.
     """
     records = run.by_step("metrics.jsonl", "validation")
     try:
