@@ -1,6 +1,6 @@
-"""The `aqn:` block of a recipe, typed; and how a recipe, a profile and overrides become one config.
+"""The typed `aqn:` block of a recipe, and the composition of recipe, profile and overrides into one config.
 
-Imports neither torch, verl, vLLM nor Ray: reading and checking a recipe takes a fraction of a second.
+This module imports neither torch, verl, vLLM nor Ray: reading and checking a recipe takes a fraction of a second.
 """
 
 import difflib
@@ -33,8 +33,8 @@ from verl_aqn.verl_keys import check_keys, leaves, reason_against
 
 PROFILES = ("cpu", "cuda", "npu")
 EXPERIMENTS = ("embedded", "gsm8k", "none")
-_REFERENCE = re.compile(r"\$\{(?:oc\.select:)?(\w[\w.]*)(?:,[^${}]*)?\}")  # a value that is another setting's
-# `${divide:A,B}` in recipes: A / B, rounded down, at least 1. OmegaConf itself does not calculate.
+_REFERENCE = re.compile(r"\$\{(?:oc\.select:)?(\w[\w.]*)(?:,[^${}]*)?\}")  # a value that is copied from another setting
+# `${divide:A,B}` in recipes: A / B, rounded down, at least 1. OmegaConf itself has no arithmetic.
 OmegaConf.register_new_resolver("divide", lambda a, b: max(1, int(a) // int(b)), replace=True)
 
 
@@ -46,36 +46,39 @@ class NoiseConfig:
     kind: str = "exponential"
     sigma_start: float = 0.05
     sigma_end: float = 1.0e-5
-    # KL(clean || noisy) in nats a token: σ_start becomes what has it, σ_end keeps its ratio (`verl_aqn.probe`).
+    # KL(clean || noisy) in nats a token. σ_start is set to the σ with this KL, and σ_end keeps its ratio to it
+    # (`verl_aqn.probe`).
     target_kl: float | None = None
-    probe: bool = False  # measure σ_start before a run starts and refuse what teaches nothing; holds the model in fp32
+    # measure σ_start before a run starts and reject a σ that gives no training signal; needs the model in fp32
+    probe: bool = False
     num_stages: int = 10
     epoch_aware: bool = False
-    warmup: float | None = None  # a share of the steps; null is one stage of the schedule, as QeRL has it
+    warmup: float | None = None  # a fraction of the steps; null is one stage of the schedule, as in QeRL
     off_from_step: int | None = None  # no noise from this RL step (from 0) on
-    unit: str = "absolute"  # "rms" and "multiplicative" are in units of the module's own clean weight
-    targets: tuple[str, ...] = ("norm",)  # and "linear": σ of 0.005 and more collapsed training there, 0.001 was stable
+    unit: str = "absolute"  # "rms" and "multiplicative" are relative to the module's own clean weight
+    # also "linear": there, σ of 0.005 and more collapsed training, 0.001 was stable
+    targets: tuple[str, ...] = ("norm",)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     router_norms: bool = False
     layers: Layers = field(default_factory=Layers)
-    apply_to: str = "rollout"  # "rollout+actor": old log-probs and the update see the noise of the batch's rollout
+    apply_to: str = "rollout"  # "rollout+actor": old log-probs and the update use the same noise as the batch's rollout
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.target_kl is not None and not 0 < self.target_kl < math.inf:
             raise ConfigError(f"aqn.noise.target_kl is {self.target_kl}: give a number above 0 (nats a token), or null")
         if self.enabled and not self.targets:
-            raise ConfigError("aqn.noise.targets is empty: choose from norm, linear, or set aqn.noise.enabled=false")
+            raise ConfigError("aqn.noise.targets is empty: choose from norm and linear, or set aqn.noise.enabled=false")
         if self.in_actor and "linear" in self.targets:
             raise ConfigError(
-                "aqn.noise.targets has `linear`, which the actor's packed layers cannot carry: set "
+                "aqn.noise.targets has `linear`, which the actor's packed layers do not support: set "
                 "aqn.noise.apply_to=rollout, or targets=[norm]"
             )
 
     @property
     def in_actor(self) -> bool:
-        """Whether the actor's forward has the rollout's noise."""
+        """Return whether the actor's forward uses the rollout's noise."""
         return self.enabled and self.apply_to == "rollout+actor"
 
 
@@ -85,51 +88,53 @@ class Mxfp4Config:
 
     enabled: bool = True
     scale_rule: str = "mse"
-    activation: str = "none"  # or "mxfp4": W4A4, activations rounded in trainer and rollout alike
-    # How an engine with 4-bit activations rounds them; a profile says what its kernels do.
+    activation: str = "none"  # or "mxfp4": W4A4, activations rounded in both trainer and rollout
+    # How an engine with 4-bit activations rounds them; a profile sets what its kernels do.
     activation_scale_rule: str = "even"
     activation_rounding: str = "nearest"
-    serve: str = "auto"  # the form in the rollout: packed, or bf16 with the same values (`verl_aqn.serving`)
-    keep_dense: bool = False  # the actor keeps 16-bit weights beside the packed ones: faster, five times the memory
+    serve: str = "auto"  # the weight format in the rollout: packed, or bf16 with the same values (`verl_aqn.serving`)
+    # the actor keeps 16-bit weights in addition to the packed ones: faster, five times the memory
+    keep_dense: bool = False
     exclude: tuple[str, ...] = ("lm_head", "embed_tokens")
-    # Texts on which rounding makes up for its errors (GPTQ): JSONL files or `embedded`; none: plain rounding.
+    # Calibration texts with which rounding compensates its errors (GPTQ): JSONL files or `embedded`; empty: plain
+    # rounding.
     calibrate: tuple[str, ...] = ()
 
     @property
     def activation_arithmetic(self) -> str:
-        """`none` for W4A16, `RULE/ROUNDING` for W4A4: what actor and rollout are told, and what they answer."""
+        """Return `none` for W4A16 or `RULE/ROUNDING` for W4A4, the value that actor and rollout receive and report."""
         return "none" if self.activation == "none" else f"{self.activation_scale_rule}/{self.activation_rounding}"
 
 
 @dataclass(frozen=True)
 class ParityConfig:
-    """How far trainer and rollout without noise may be apart (`aqn.parity`).
+    """Limits for the mismatch of trainer and rollout without noise (`aqn.parity`).
 
-    `warn`, `stop`: mean |Δ log-prob| in nats a token, on the same tokens, above which a step is warned of, and above
-    which the run stops before it updates (`verl_aqn.verl_api.tripwire`). Healthy models were measured at 0.002 to 0.1.
+    `warn`, `stop`: mean |Δ log-prob| in nats a token, on the same tokens. Above `warn` a step gets a warning; above
+    `stop` the run stops before its update (`verl_aqn.verl_api.tripwire`). Healthy models were measured at 0.002 to 0.1.
     """
 
-    rescore: int = 16  # one in so many samples is scored again without noise, to tell noise from kernels; 0: none
+    rescore: int = 16  # one in this many samples is rescored without noise, to separate noise from kernels; 0: none
     warn: float = 0.2
     stop: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.warn <= self.stop:
             raise ConfigError(
-                f"aqn.parity.warn is {self.warn:g} and stop {self.stop:g}: give nats a token, 0 < warn <= stop "
-                "(inf: no limit)"
+                f"aqn.parity.warn is {self.warn:g} and stop {self.stop:g}: give nats a token with 0 < warn <= "
+                "stop (inf: no limit)"
             )
         if self.rescore < 0:
-            raise ConfigError(f"aqn.parity.rescore is {self.rescore}: give 0 or more, 0 for none")
+            raise ConfigError(f"aqn.parity.rescore is {self.rescore}: give 0 or more; 0 disables it")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run lives, and what becomes of it in trouble (`aqn.run`).
+    """Where a run is stored, and how it handles faults (`aqn.run`).
 
-    `restarts`: how often a run that lost a process, or hung, is resumed by itself. `patience`: a phase that takes so
-    many times its usual hangs; 0: none does. `allow_failed`: the share of the answers of one step, or of one
-    validation, whose generation or reward may fail before the run stops.
+    `restarts`: maximum number of automatic restarts after a crash or a hang. `patience`: a phase that takes this many
+    times its usual duration counts as a hang; 0 disables this. `allow_failed`: the fraction of the responses of one
+    step, or of one validation, whose generation or reward may fail before the run stops.
     """
 
     dir: str | None = None
@@ -142,20 +147,22 @@ class RunConfig:
         if self.restarts < 0:
             raise ConfigError(f"aqn.run.restarts is {self.restarts}: give 0 or more")
         if not self.patience >= 0:
-            raise ConfigError(f"aqn.run.patience is {self.patience}: give 0 or more, 0 for never")
+            raise ConfigError(f"aqn.run.patience is {self.patience}: give 0 or more; 0 disables it")
         if not 0 <= self.allow_failed < 1:
             raise ConfigError(
-                f"aqn.run.allow_failed is {self.allow_failed}: give a share of answers from 0 to below 1, 0 for none"
+                f"aqn.run.allow_failed is {self.allow_failed}: give a fraction of responses from 0 to below 1; "
+                "0 allows none"
             )
 
 
 @dataclass(frozen=True)
 class AqnConfig:
-    """The whole `aqn:` block. `seed`: of noise, adapters before training, order of the data, and the rollout's samples.
+    """The whole `aqn:` block.
 
-    Two runs of one seed draw the same noise, begin with the same adapter and ask for each answer with the same seed, so
-    that they differ only where floating point does. Without `request_seeds` samples depend on the order in which
-    requests reach vLLM.
+    `seed`: for noise, initial adapters, order of the data, and the rollout's samples. Two runs with the same seed draw
+    the same noise, begin with the same adapter and request each response with the same seed, so they differ only
+    because of floating-point rounding. Without `request_seeds`, samples depend on the order in which requests reach
+    vLLM.
     """
 
     seed: int = 0
@@ -183,7 +190,7 @@ _CHOICES = {
     "aqn.experiment": ("auto", *EXPERIMENTS),
 }
 
-# verl's own settings that are whole numbers from 1 on: checks, schedule and trainer reckon with them.
+# verl's own settings that must be integers of at least 1: checks, schedule and trainer calculate with them.
 _ROLLOUT = "actor_rollout_ref.rollout"
 _COUNTS = (
     "trainer.n_gpus_per_node", "trainer.nnodes", "trainer.total_epochs", "trainer.total_training_steps",
@@ -193,40 +200,41 @@ _COUNTS = (
     f"{_ROLLOUT}.max_model_len", f"{_ROLLOUT}.max_num_seqs", f"{_ROLLOUT}.max_num_batched_tokens",
 )  # fmt: skip
 _OR_NULL = ("trainer.total_training_steps", "data.gen_batch_size", f"{_ROLLOUT}.max_model_len")
-# Those with a number below 1 that means something.
+# Settings for which a number below 1 has a meaning.
 _OR_LOWER = {
-    "trainer.test_freq": (-1, "the last step alone"),
+    "trainer.test_freq": (-1, "only at the last step"),
     "trainer.save_freq": (-1, "never"),
     "data.train_max_samples": (-1, "all"),
     "data.val_max_samples": (-1, "all"),
     "actor_rollout_ref.model.lora_rank": (0, "no adapter"),
 }
 
-# Names that verl looks up once a run is under way, and what of it this trainer holds. Only these two engines hold a
-# packed base (`verl_api.engine`).
+# Names that verl looks up only during a run, and the values that this trainer supports. Only these two engines support
+# a packed base (`verl_api.engine`).
 STRATEGIES = ("fsdp", "fsdp2")
 _NAMES = {
     "trainer.logger": LOGGERS,
     "actor_rollout_ref.actor.strategy": STRATEGIES,
     "critic.strategy": STRATEGIES,
-    "trainer.v1.trainer_mode": ("sync",),  # the others generate while noise and adapter change
+    "trainer.v1.trainer_mode": ("sync",),  # the other modes generate while noise and adapter change
     "trainer.resume_mode": ("auto", "disable", "resume_path"),
     f"{_ROLLOUT}.name": ("vllm",),
     "reward.reward_manager.source": ("register", "importlib"),
 }
-REWARD_MANAGERS = ("dapo", "gdpo", "naive", "rate_limited", "remote")  # in verl's own register
+REWARD_MANAGERS = ("dapo", "gdpo", "naive", "rate_limited", "remote")  # the managers in verl's own registry
 
 
 def nearest(name: str, valid: list[str]) -> str:
-    """`did you mean 'x'?` for the nearest valid name, or the list of them."""
+    """Return "did you mean 'x'?" with the nearest valid name, or the list of valid names."""
     close = difflib.get_close_matches(name, valid, n=1)
     return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(sorted(valid))}"
 
 
 def typed(cls: type, raw: Any, where: str) -> Any:
-    """A dataclass from plain values.
+    """Build a dataclass from plain values.
 
-    ConfigError: an unknown key (with the nearest), a wrong type, no such choice, a key that must be there and is not.
+    Raises ConfigError for an unknown key (with the nearest valid one), a wrong type, an invalid choice, or a missing
+    key.
     """
     if not isinstance(raw, dict):
         raise ConfigError(f"{where} must be a block of keys, got {raw!r}")
@@ -248,7 +256,7 @@ def typed(cls: type, raw: Any, where: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
-    """`value` as the annotation `hint` of a field says: a block, a list of names or blocks, a number, null."""
+    """Convert `value` to the annotation `hint` of a field: a block, a list of names or blocks, a number, null."""
     if is_dataclass(hint):
         assert isinstance(hint, type)
         return typed(hint, value, path)
@@ -274,7 +282,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 
 
 def _elements(kind: Any, path: str) -> str:
-    """What a list at `path` holds, in words."""
+    """Describe the elements of a list at `path` in words."""
     if path.rpartition(".")[2] == "overrides":
         return "key=value"
     return "lists" if get_origin(kind) is tuple else {str: "names", int: "whole numbers"}.get(kind, "blocks")
@@ -284,30 +292,33 @@ def parse_aqn(config: DictConfig | dict) -> AqnConfig:
     """Read the `aqn:` block of a composed config.
 
     Raises:
-        ConfigError: a key that does not exist (with the nearest that does), a value of the wrong type,
-            a choice that is not offered.
+        ConfigError: a key does not exist (the message has the nearest valid key), a value has the wrong type,
+            or a choice is not available.
     """
     block = (config if OmegaConf.is_config(config) else OmegaConf.create(config)).get("aqn")
     if block is None:
-        raise ConfigError("the config has no aqn: block; a recipe's defaults start with `base`")
+        raise ConfigError("the config has no aqn: block; the defaults of a recipe must start with `base`")
     return typed(AqnConfig, OmegaConf.to_container(block, resolve=True), "aqn")
 
 
 def check_numbers(config: DictConfig) -> None:
-    """The numbers of verl's blocks that verl or a check of ours would stumble over. ConfigError for the first."""
+    """Check the numbers in verl's blocks that verl or our checks calculate with.
+
+    Raises ConfigError for the first fault.
+    """
     for key in (*_COUNTS, *_OR_LOWER):
-        value = OmegaConf.select(config, key, default=1)  # records of older versions lack some
+        value = OmegaConf.select(config, key, default=1)  # records of older versions lack some of these keys
         if value is None and key in _OR_NULL:
             continue
         lowest, meaning = _OR_LOWER.get(key, (1, ""))
         if type(value) is not int or value < lowest:
             other = f", or {lowest} for {meaning}" if meaning else ""
             shown = "null" if value is None else value
-            raise ConfigError(f"{key}={shown}: give a whole number that is 1 or more{other}")
+            raise ConfigError(f"{key}={shown}: give an integer of 1 or more{other}")
 
 
 def check_names(config: DictConfig) -> None:
-    """The names in verl's blocks of which all are known here. ConfigError for the first that is none of them."""
+    """Check those names in verl's blocks whose valid values are all known. Raises ConfigError for the first fault."""
     for key, known in _NAMES.items():
         value = OmegaConf.select(config, key, default=known[0])
         for name in value if OmegaConf.is_list(value) else [value]:
@@ -317,13 +328,13 @@ def check_names(config: DictConfig) -> None:
     if manager and manager.source == "register" and manager.name not in REWARD_MANAGERS:
         hint = nearest(str(manager.name), list(REWARD_MANAGERS))
         raise ConfigError(
-            f"reward.reward_manager.name has {manager.name!r}: {hint}; one of your own needs "
+            f"reward.reward_manager.name has {manager.name!r}: {hint}; your own manager needs "
             "reward.reward_manager.source=importlib and reward.reward_manager.module.path=FILE"
         )
 
 
 def schedule_of(config: DictConfig | dict, total_steps: int) -> SigmaSchedule:
-    """σ over `total_steps` RL steps, as the recipe asks for it. With noise disabled σ is 0 throughout."""
+    """Return the schedule of σ over `total_steps` RL steps. If noise is disabled, σ is 0 at every step."""
     noise = parse_aqn(config).noise
     epochs = int(OmegaConf.select(OmegaConf.create(config), "trainer.total_epochs") or 1)
     return SigmaSchedule(
@@ -340,7 +351,7 @@ def schedule_of(config: DictConfig | dict, total_steps: int) -> SigmaSchedule:
 
 
 def order_of(noise: NoiseConfig, schedule: SigmaSchedule, step: int) -> NoiseOrder:
-    """The noise of RL step `step` (from 0): all of it, so that no process has to look into a config of its own."""
+    """Return the complete noise specification of RL step `step` (from 0), so that no process needs its own config."""
     if not noise.enabled:
         return NoiseOrder(step, noise.seed, 0.0, noise.unit, targets=())
     return NoiseOrder(
@@ -358,27 +369,30 @@ def order_of(noise: NoiseConfig, schedule: SigmaSchedule, step: int) -> NoiseOrd
 
 
 def recipe_dirs() -> list[Path]:
-    """Folders in which a bare recipe name is looked up: the installed ones, or the checkout's."""
+    """Return the folders in which a recipe name is looked up: of the installed package or of the checkout."""
     package = Path(__file__).resolve().parent
     return [path for path in (package / "recipes", package.parent / "recipes") if path.is_dir()]
 
 
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes."""
+    """Return the names of the recipes in the package."""
     return sorted(p.stem for folder in recipe_dirs() for p in folder.glob("*.yaml") if p.stem != "base")
 
 
 def plan_names() -> list[str]:
-    """Names of the shipped plans."""
+    """Return the names of the plans in the package."""
     return sorted(p.stem for folder in recipe_dirs() for p in folder.glob("plans/*.yaml"))
 
 
 def find_recipe(recipe: str, *, plans: bool = True) -> Path:
-    """The file of a recipe or plan given by path or by bare name. `plans`: whether a plan is among the suggestions."""
+    """Return the file of a recipe or plan, given by path or by name.
+
+    `plans`: whether the suggestions in an error message include plans.
+    """
     if recipe.endswith((".yaml", ".yml")) or os.sep in recipe:
         path = Path(recipe).expanduser()
-        if path.suffix != ".yaml":  # Hydra finds no other
-            raise ConfigError(f"no recipe file {recipe}: a recipe's name ends in .yaml")
+        if path.suffix != ".yaml":  # Hydra finds no other ending
+            raise ConfigError(f"no recipe file {recipe}: the name of a recipe must end in .yaml")
         if not path.is_file():
             raise ConfigError(f"no recipe file {recipe}")
         return path.resolve()
@@ -389,13 +403,13 @@ def find_recipe(recipe: str, *, plans: bool = True) -> Path:
 
 
 def read_yaml(path: Path) -> Any:
-    """What a recipe's or plan's file holds. ConfigError where it is no YAML."""
+    """Return the content of a recipe's or plan's file. Raises ConfigError if it is not YAML."""
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is no YAML: it is not UTF-8 ({first_line(error)}): save it as UTF-8") from error
+        raise ConfigError(f"{path} is not YAML: it is not UTF-8 ({first_line(error)}): save it as UTF-8") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no YAML: {first_line(error)}") from error
+        raise ConfigError(f"{path} is not YAML: {first_line(error)}") from error
 
 
 def _refuse_plan(recipe: str, raw: Any) -> None:
@@ -404,13 +418,13 @@ def _refuse_plan(recipe: str, raw: Any) -> None:
     arms = raw["arms"].values() if isinstance(raw["arms"], dict) else ()
     recipes = dict.fromkeys(str(arm["recipe"]) for arm in arms if isinstance(arm, dict) and "recipe" in arm)
     raise ConfigError(
-        f"{recipe} is a plan: `verl-aqn train {recipe}`; this command takes one recipe"
+        f"{recipe} is a plan: run `verl-aqn train {recipe}`; this command needs a single recipe"
         + (f" (its arms: {', '.join(recipes)})" if recipes else "")
     )
 
 
 def detect_profile() -> str:
-    """`npu` or `cuda` where such a device answers, else `cpu`."""
+    """Return `npu` or `cuda` if the tool of such a device runs successfully, else `cpu`."""
     for tool, profile in (("npu-smi", "npu"), ("nvidia-smi", "cuda")):
         if shutil.which(tool) and subprocess.run([tool], capture_output=True, check=False).returncode == 0:
             return profile
@@ -426,7 +440,10 @@ def _verl_config_dir() -> Path:
 
 
 def megatron_lora(config: DictConfig) -> dict[str, tuple[Any, Any]]:
-    """What a recipe sets in `actor_rollout_ref.model.lora`, verl's block for Megatron: {key: (value, verl's own)}."""
+    """Return the settings that a recipe changes in `actor_rollout_ref.model.lora`: {key: (value, verl's default)}.
+
+    verl uses this block for Megatron.
+    """
     block: Any = OmegaConf.load(_verl_config_dir() / "model" / "hf_model.yaml").lora
     lora = config.actor_rollout_ref.model.lora
     return {key: (value, block.get(key)) for key, value in lora.items() if value != block.get(key)}
@@ -435,13 +452,12 @@ def megatron_lora(config: DictConfig) -> dict[str, tuple[Any, Any]]:
 def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
     """Compose recipe + profile + experiment + overrides, and check the `aqn:` block.
 
-    `profile=`, `experiment=` and `correction=` among the overrides choose those files; otherwise the recipe's file may
-    name profile and experiment (`aqn.profile`, `aqn.experiment`), else the profile is detected, the experiment is
-    `embedded` on a CPU and `gsm8k` on accelerators, and the rollout correction is the recipe's own. Everything else is
-    a Hydra override. What the recipe's file says goes over profile and experiment.
+    `profile=`, `experiment=` and `correction=` among the overrides select those files. Otherwise the recipe's file may
+    name profile and experiment (`aqn.profile`, `aqn.experiment`). If it does not, the profile is detected, the
+    experiment is `embedded` on a CPU and `gsm8k` on accelerators, and the rollout correction is the recipe's own. All
+    other overrides are Hydra overrides. The recipe's file takes precedence over profile and experiment.
 
-    Raises:
-        ConfigError: no such recipe, key, or value.
+    Raises: ConfigError: the recipe, a key, or a value does not exist or is invalid.
     """
     path = find_recipe(recipe, plans=False)
     raw = read_yaml(path)
@@ -452,16 +468,16 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
     try:
         config = _compose(path, [*groups, *rest])
         _check_base(config, path)
-        check_names(config)  # first: another engine brings keys that are unknown here
+        check_names(config)  # first, because another engine adds keys that are unknown here
         check_keys(config, _plain(find_recipe("base"), *groups))
         _check_keys(config, path, groups, rest)
         parse_aqn(config)
         check_numbers(config)
     except (HydraException, OmegaConfBaseException) as error:
-        if "Could not override 'profile'" in str(error):  # which has its place in `base`
+        if "Could not override 'profile'" in str(error):  # the group is defined in `base`
             raise _without_base(path) from error
         raise ConfigError(f"{path.name}: {_hydra_message(error, path, groups)}") from error
-    # By the recipe's file, or by one that it builds on.
+    # The value comes from the recipe's file, or from a file that it builds on.
     for key, used in (("profile", profile), ("experiment", experiment)):
         said, asked = config.aqn.get(key, "auto"), (f"{key}=", f"aqn.{key}=")
         if said not in ("auto", used) and not any(o.startswith(asked) for o in overrides or []):
@@ -471,14 +487,14 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
         if OmegaConf.select(config, key) is None:
             OmegaConf.update(config, key, count)
     with open_dict(config):
-        del config.aqn.experiment  # all that it brought is in the config now
+        del config.aqn.experiment  # everything from the experiment is in the config now
     if config.trainer.experiment_name is None:
         config.trainer.experiment_name = path.stem
     return config
 
 
 def _workers(nodes: int) -> dict[str, int]:
-    """How many processes of each kind that verl spreads over the nodes, where neither recipe nor profile says so."""
+    """Return the number of processes of each kind that verl distributes over nodes, for keys that are not set."""
     return {
         "actor_rollout_ref.rollout.agent.num_workers": 8 * nodes,
         "reward.num_workers": 8 * nodes,
@@ -487,15 +503,18 @@ def _workers(nodes: int) -> dict[str, int]:
 
 
 def _refuse_open(path: Path, raw: Any, overrides: list[str]) -> None:
-    """Refuse a recipe with `???` that no override fills in: OmegaConf would take what stood there before."""
+    """Raise ConfigError if a recipe has `???` that no override sets; OmegaConf would keep the value from before."""
     given = {override.lstrip("+~").partition("=")[0] for override in overrides}
     for key, value in leaves(raw) if isinstance(raw, dict) else ():
         if value == "???" and key not in given:
-            raise ConfigError(f"{path.name} leaves {key} open (???): set it")
+            raise ConfigError(f"{path.name} has no value for {key} (???): set it")
 
 
 def _groups(overrides: list[str]) -> tuple[str, str, list[str], list[str]]:
-    """Names of profile and experiment, what chooses them and a correction for Hydra, and the other overrides."""
+    """Split overrides: names of profile and experiment, Hydra's overrides that select these files, and the rest.
+
+    A correction is selected in the same way.
+    """
     chosen: dict[str, str | None] = {"profile": "auto", "experiment": None, "correction": None}
     rest = []
     for override in overrides:
@@ -503,7 +522,7 @@ def _groups(overrides: list[str]) -> tuple[str, str, list[str], list[str]]:
         if not key or not sep:
             raise ConfigError(f"override {override!r} is not of the form key=value")
         if key == "seeds":
-            raise ConfigError("seeds= is for plans; a recipe takes aqn.seed=0")
+            raise ConfigError("seeds= is for plans; for a recipe, set for example aqn.seed=0")
         key = key.removeprefix("aqn.") if key in ("aqn.profile", "aqn.experiment") else key
         if key in chosen:
             chosen[key] = value
@@ -520,13 +539,13 @@ def _groups(overrides: list[str]) -> tuple[str, str, list[str], list[str]]:
         names = [p.stem for p in (conf / group).glob("*.yaml")]
         if name not in names:
             raise ConfigError(f"no {group} {name!r}: {nearest(name, names)}")
-        # `base` has places for the first two, below what a recipe's file says; a correction is over the recipe.
+        # `base` includes the first two below the recipe's file; a correction is applied on top of the recipe.
         groups.append(f"+{group}={name}" if group == "correction" else f"{group}={name}")
     return profile, experiment, groups, rest
 
 
 def _check_base(config: DictConfig, path: Path) -> None:
-    """A profile and an experiment bring blocks of these names too, but not all that is in them."""
+    """Check that a recipe builds on `base`; profile and experiment define only a part of these blocks."""
     if "profile" not in (config.get("aqn") or {}) or "project_name" not in (config.get("trainer") or {}):
         raise _without_base(path)
 
@@ -536,10 +555,10 @@ def _without_base(path: Path) -> ConfigError:
 
 
 def _check_keys(config: DictConfig, path: Path, groups: list[str], overrides: list[str]) -> None:
-    """Hydra holds overrides against the keys that there are, but takes whatever key a recipe's file has.
+    """Check that every key in a recipe's file exists: Hydra checks the keys of overrides, but not those of the file.
 
-    A block that verl or `base` leave empty or null may hold anything, arguments to somebody's class (`…_kwargs`) too,
-    and with + an override may add what it likes. `aqn` is checked by its types.
+    A block that is empty or null in verl or `base` may contain any key, as may arguments of a class (`…_kwargs`), and
+    an override with + may add any key. `aqn` is checked by its types.
     """
     known, verls = _plain(find_recipe("base"), *groups), compose_verl()
     added = [override.lstrip("+").partition("=")[0] for override in overrides if override.startswith("+")]
@@ -556,12 +575,12 @@ def _plain(path: Path, *groups: str) -> Any:
 
 
 def compose_verl() -> Any:
-    """Return verl's own defaults as a plain dict, interpolations unresolved. Not to be changed."""
+    """Return verl's own defaults as a plain dict, with unresolved interpolations. The result must not be modified."""
     return _plain(_verl_config_dir() / "ppo_trainer.yaml")
 
 
 def compose_base(profile: str | None) -> Any:
-    """Return `base` as a plain dict, with a profile over it or without one. Not to be changed."""
+    """Return `base` as a plain dict, with or without a profile. The result must not be modified."""
     return _plain(find_recipe("base"), *([f"profile={profile}"] if profile else []))
 
 
@@ -576,7 +595,7 @@ def _has(block: Any, key: list[str]) -> bool:
 
 
 def unknown_key(key: str, known: Any) -> str:
-    """A key that `known` lacks, with the nearest that it has."""
+    """Return the message for a key that `known` does not have, with the nearest valid key."""
     if reason := reason_against(key):
         return f"unknown key {key}: {reason}"
     *parents, name = key.split(".")
@@ -599,7 +618,7 @@ def _compose(path: Path, overrides: list[str]) -> DictConfig:
 
 
 def _hydra_message(error: Exception, path: Path, groups: list[str]) -> str:
-    """One line out of Hydra's many; for a key that does not exist, with the nearest that does."""
+    """Return one line of Hydra's message; for a key that does not exist, with the nearest valid key."""
     cause = error.__cause__ or error.__context__ or error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     key = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
@@ -612,9 +631,9 @@ def _hydra_message(error: Exception, path: Path, groups: list[str]) -> str:
 
 @cache
 def followers(recipe: str, profile: str) -> dict[str, str]:
-    """The settings that take their value from another one, with the key of that one, in `recipe` by either experiment.
+    """Return the settings of `recipe`, with either experiment, that copy another setting, with the key of that setting.
 
-    A run's config.yaml is resolved and no longer says so.
+    A run's config.yaml is resolved and no longer contains this.
     """
     found = {}
     for experiment in ("embedded", "gsm8k"):
@@ -627,7 +646,7 @@ def followers(recipe: str, profile: str) -> dict[str, str]:
 
 
 def _dotted(block: Any, prefix: str = "") -> Iterator[str]:
-    """All dotted keys, of blocks too."""
+    """Yield all dotted keys, including those of blocks."""
     for key, value in block.items() if isinstance(block, dict) else ():
         yield f"{prefix}{key}"
         yield from _dotted(value, f"{prefix}{key}.")

@@ -362,7 +362,7 @@ def _is_profile_s(key: str) -> bool:
 
 
 def _refuse(one: Setting, config: DictConfig, base: Any) -> None:
-    """Refuse what the table of keys refuses in the resulting recipe; settings with a fixed value keep the status `ours`."""
+    """Refuse what the table of keys refuses in the resulting recipe; settings with a fixed value stay `ours`."""
     if _select(base, one.name) == one.value:
         return
     for rule in rules_of(one.name):

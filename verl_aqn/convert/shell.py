@@ -354,7 +354,7 @@ class Script:
         return default
 
     def _text(self, text: str) -> Value:
-        """Return the word after `:-` and similar operators, expanded as in double quotes; its own quotes are removed."""
+        """Return the word after `:-` and similar operators, expanded as in double quotes; its quotes are removed."""
         inner = Script.__new__(Script)
         inner.__dict__ |= self.__dict__ | {"text": text + "\n", "at": 0}
         inner.commands = []

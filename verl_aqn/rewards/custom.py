@@ -127,7 +127,7 @@ def settle_reward(config: DictConfig) -> None:
 
 
 def _refuse_old_names(config: DictConfig) -> None:
-    """Reject old names of settings: verl's own script moves them to `reward`, but its trainer does not read them here."""
+    """Reject old names of settings: verl's own script moves them to `reward`, but its trainer does not read them."""
     moved = {"reward_manager": "reward_manager.name", "num_workers": "num_workers", "reward_kwargs": "reward_kwargs"}
     for block in ("custom_reward_function", "reward_model", "sandbox_fusion"):
         for key, value in _leaves(OmegaConf.to_container(config.get(block) or OmegaConf.create({}))):
