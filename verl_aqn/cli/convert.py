@@ -28,8 +28,7 @@ def convert(
     source: Annotated[
         list[str],
         typer.Argument(
-            help="A shell script with the arguments that it would be given, a resolved config (.yaml), or the words "
-            "of a command after --."
+            help="A shell script with its arguments, a resolved config (.yaml), or the words of a command after --."
         ),
     ],
     output: Annotated[
@@ -37,11 +36,11 @@ def convert(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
 ) -> None:
-    """A launch of verl's main_ppo → a recipe. The script is read, never run."""
+    """Convert a launch of verl's main_ppo to a recipe. The script is read, never run."""
     from verl_aqn.config.convert.recipe import convert as converted
 
     if output is not None and output.suffix != ".yaml":
-        raise ConfigError(f"-o {output}: a recipe's name ends in .yaml")
+        raise ConfigError(f"-o {output}: the name of a recipe must end in .yaml")
     made = converted(source)
     if output is not None:
         _write(output, made.recipe())
@@ -51,7 +50,7 @@ def convert(
     if output is None:
         print(made.recipe(), end="")
     view = Table(title=escape(f"{made.source}: {_counts(made)}"), title_justify="left")
-    for column in ("line", "setting", "value", "what became of it"):
+    for column in ("line", "setting", "value", "result"):
         view.add_column(column, justify="right" if column == "line" else "left", overflow="fold")
     for status, word in _WORDS.items():
         for one in made.having(status):
@@ -73,16 +72,16 @@ def _counts(made: "Conversion") -> str:
 
 
 def _write(output: Path, text: str) -> None:
-    """Write a new file, whole or not at all."""
+    """Write a new file, completely or not at all."""
     try:
         with tempfile.NamedTemporaryFile("w", dir=output.parent, encoding="utf-8", delete=False) as file:
             file.write(text)
         try:
             os.chmod(file.name, 0o644)
-            os.link(file.name, output)  # never over another file
+            os.link(file.name, output)  # fails if the file exists, so nothing is overwritten
         finally:
             os.unlink(file.name)
     except FileExistsError as error:
-        raise ConfigError(f"{output} is there already: choose another -o, or remove it") from error
+        raise ConfigError(f"{output} exists already: choose another -o, or remove it") from error
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {first_line(error)}") from error

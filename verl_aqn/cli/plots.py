@@ -1,4 +1,4 @@
-"""Pictures for the command line."""
+"""Plots for the command line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from verl_aqn.mxfp4.error_split import ErrorSplit
     from verl_aqn.preflight.probe import Strength
 
-# Blue, orange, grey and so on keep apart for most kinds of colour blindness (after Okabe and Ito).
+# Blue, orange, grey and so on can be distinguished with most kinds of colour blindness (after Okabe and Ito).
 _PARTS = {
     "grid_noise": ("grid noise", "#9aa5b1"),
     "scale_bias": ("scale bias", "#0072b2"),
@@ -25,7 +25,7 @@ _MARKERS = "os^Dv<>P"
 
 
 def check_picture(path: Path) -> None:
-    """Raise ConfigError, before any work is done, where no picture can be written to ``path``."""
+    """Raise ConfigError, before any work is done, if no picture can be written to ``path``."""
     if path.suffix.lower() not in (".png", ".svg", ".pdf") or not path.absolute().parent.is_dir():
         raise ConfigError(
             f"cannot write a picture to {path}: the name must end in .png, .svg or .pdf, in a folder that exists"
@@ -33,7 +33,7 @@ def check_picture(path: Path) -> None:
 
 
 def plot_schedule(table: list[dict], title: str, path: Path) -> None:
-    """σ against step on a logarithmic axis; steps with σ = 0 are marked on the lower edge."""
+    """Plot σ against step on a logarithmic axis; steps with σ = 0 are marked on the lower edge."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -56,7 +56,7 @@ def plot_schedule(table: list[dict], title: str, path: Path) -> None:
 
 
 def plot_quantization(modules: list[ModuleReport], title: str, path: Path) -> None:
-    """By layer: the parts of the error as shares of the signal, stacked, and the SQNR of each kind of projection."""
+    """Plot by layer the parts of the error as stacked shares of the signal, and the SQNR of each kind of projection."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -73,14 +73,14 @@ def plot_quantization(modules: list[ModuleReport], title: str, path: Path) -> No
             layers.setdefault(layer, []).append(module)
             kinds.setdefault(kind, {})[layer] = module.error
     if not layers:
-        raise ConfigError(f"cannot draw {path}: no module's name carries the number of a layer")
+        raise ConfigError(f"cannot draw {path}: no module name contains a layer number")
     errors = {layer: ErrorSplit.pooled(m.error for m in layers[layer]) for layer in sorted(layers)}
 
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 6.4), sharex=True, layout="constrained")
     above = dict.fromkeys(errors, 0.0)
     below = dict.fromkeys(errors, 0.0)
     for part, (label, color) in _PARTS.items():
-        # An ideal scale can be worse than the power of two: then that part counts downwards from zero.
+        # An ideal scale can be worse than the power of two: then that part is drawn downwards from zero.
         heights = [100 * getattr(error, part) / error.signal for error in errors.values()]
         starts = [above if height >= 0 else below for height in heights]
         bottoms = [side[layer] for side, layer in zip(starts, errors, strict=True)]
@@ -88,12 +88,13 @@ def plot_quantization(modules: list[ModuleReport], title: str, path: Path) -> No
         for side, layer, height in zip(starts, errors, heights, strict=True):
             side[layer] += height
     top.set(ylabel="squared error, % of Σw²", title=title)
-    # Beside the axes: inside, they would cover bars or lines of some model.
+    # The legend is outside the axes: inside, it would cover bars or lines of some models.
     handles, labels = top.get_legend_handles_labels()
     top.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
 
     for number, (kind, of_layer) in enumerate(kinds.items()):
-        # A MoE with shared experts has more kinds than colours: those that come round again are dashed and hollow.
+        # A MoE with shared experts has more kinds than colours: colours that are used again have dashed lines and
+        # hollow markers.
         again = number >= len(_KINDS)
         color = _KINDS[number % len(_KINDS)]
         at = sorted(of_layer)
@@ -118,7 +119,10 @@ def plot_quantization(modules: list[ModuleReport], title: str, path: Path) -> No
 
 
 def plot_strength(rows: list[Strength], sigma_start: float, title: str, label: str, path: Path) -> None:
-    """KL above, entropy below, against σ logarithmic, with 95 % intervals; the clean policy's entropy as a band."""
+    """Plot KL (above) and entropy (below) against σ on logarithmic axes, with 95 % intervals.
+
+    The clean policy's entropy is a band.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -130,7 +134,7 @@ def plot_strength(rows: list[Strength], sigma_start: float, title: str, label: s
     for axis, name, color in zip(axes, ("kl", "entropy"), ("#0072b2", "#d55e00"), strict=True):
         middle, low, high = zip(*(getattr(row, name) for row in noisy), strict=True)
         ends = [[m - a for m, a in zip(middle, low, strict=True)], [b - m for m, b in zip(middle, high, strict=True)]]
-        axis.errorbar(sigma, middle, ends, fmt="o-", color=color, capsize=3, linewidth=1.5, label="under noise, 95 %")
+        axis.errorbar(sigma, middle, ends, fmt="o-", color=color, capsize=3, linewidth=1.5, label="with noise, 95 %")
         axis.axvline(sigma_start, color="#666666", linestyle=":", label="σ_start")
         axis.set(xscale="log", yscale="log")
         axis.grid(alpha=0.3, which="both")
@@ -147,7 +151,7 @@ def plot_strength(rows: list[Strength], sigma_start: float, title: str, label: s
 
 
 def plot_growth(result: dict, path: Path) -> None:
-    """Seconds of each phase against what was varied, both logarithmic, with the exponent of the whole step."""
+    """Plot the seconds of each phase against what was varied, both logarithmic, with the exponent of the whole step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -181,7 +185,7 @@ def _save(figure, path: Path) -> None:
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:
-        todo = remedy(error) or "name another file"
+        todo = remedy(error) or "give another file"
         raise EnvironmentFault(f"cannot write a picture to {path} ({reason(error)}): {todo}") from error
     except ValueError as error:
         raise ConfigError(f"cannot write a picture to {path}: {error}") from error

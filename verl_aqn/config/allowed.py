@@ -6,7 +6,7 @@ from verl_aqn.config.schema import nearest
 from verl_aqn.config.trackers import LOGGERS
 from verl_aqn.errors import ConfigError
 
-# verl's own settings that are whole numbers from 1 on: checks, schedule and trainer reckon with them.
+# verl's own settings that must be integers of at least 1: checks, schedule and trainer calculate with them.
 _ROLLOUT = "actor_rollout_ref.rollout"
 
 
@@ -22,9 +22,9 @@ _COUNTS = (
 _OR_NULL = ("trainer.total_training_steps", "data.gen_batch_size", f"{_ROLLOUT}.max_model_len")
 
 
-# Those with a number below 1 that means something.
+# Settings for which a number below 1 has a meaning.
 _OR_LOWER = {
-    "trainer.test_freq": (-1, "the last step alone"),
+    "trainer.test_freq": (-1, "only at the last step"),
     "trainer.save_freq": (-1, "never"),
     "data.train_max_samples": (-1, "all"),
     "data.val_max_samples": (-1, "all"),
@@ -32,8 +32,8 @@ _OR_LOWER = {
 }
 
 
-# Names that verl looks up once a run is under way, and what of it this trainer holds. Only these two engines hold a
-# packed base (`verl_api.engine`).
+# Names that verl looks up only during a run, and the values that this trainer supports. Only these two engines support
+# a packed base (`verl_api.engine`).
 STRATEGIES = ("fsdp", "fsdp2")
 
 
@@ -41,31 +41,34 @@ _NAMES = {
     "trainer.logger": LOGGERS,
     "actor_rollout_ref.actor.strategy": STRATEGIES,
     "critic.strategy": STRATEGIES,
-    "trainer.v1.trainer_mode": ("sync",),  # the others generate while noise and adapter change
+    "trainer.v1.trainer_mode": ("sync",),  # the other modes generate while noise and adapter change
     "trainer.resume_mode": ("auto", "disable", "resume_path"),
     f"{_ROLLOUT}.name": ("vllm",),
     "reward.reward_manager.source": ("register", "importlib"),
 }
 
 
-REWARD_MANAGERS = ("dapo", "gdpo", "naive", "rate_limited", "remote")  # in verl's own register
+REWARD_MANAGERS = ("dapo", "gdpo", "naive", "rate_limited", "remote")  # the managers in verl's own registry
 
 
 def check_numbers(config: DictConfig) -> None:
-    """The numbers of verl's blocks that verl or a check of ours would stumble over. ConfigError for the first."""
+    """Check the numbers in verl's blocks that verl or our checks calculate with.
+
+    Raises ConfigError for the first fault.
+    """
     for key in (*_COUNTS, *_OR_LOWER):
-        value = OmegaConf.select(config, key, default=1)  # records of older versions lack some
+        value = OmegaConf.select(config, key, default=1)  # records of older versions lack some of these keys
         if value is None and key in _OR_NULL:
             continue
         lowest, meaning = _OR_LOWER.get(key, (1, ""))
         if type(value) is not int or value < lowest:
             other = f", or {lowest} for {meaning}" if meaning else ""
             shown = "null" if value is None else value
-            raise ConfigError(f"{key}={shown}: give a whole number that is 1 or more{other}")
+            raise ConfigError(f"{key}={shown}: give an integer of 1 or more{other}")
 
 
 def check_names(config: DictConfig) -> None:
-    """The names in verl's blocks of which all are known here. ConfigError for the first that is none of them."""
+    """Check those names in verl's blocks whose valid values are all known. Raises ConfigError for the first fault."""
     for key, known in _NAMES.items():
         value = OmegaConf.select(config, key, default=known[0])
         for name in value if OmegaConf.is_list(value) else [value]:
@@ -75,6 +78,6 @@ def check_names(config: DictConfig) -> None:
     if manager and manager.source == "register" and manager.name not in REWARD_MANAGERS:
         hint = nearest(str(manager.name), list(REWARD_MANAGERS))
         raise ConfigError(
-            f"reward.reward_manager.name has {manager.name!r}: {hint}; one of your own needs "
+            f"reward.reward_manager.name has {manager.name!r}: {hint}; your own manager needs "
             "reward.reward_manager.source=importlib and reward.reward_manager.module.path=FILE"
         )

@@ -28,33 +28,36 @@ from verl_aqn.config.schema import nearest, parse_aqn
 from verl_aqn.config.verl_keys import check_keys, leaves, reason_against
 from verl_aqn.errors import ConfigError, EnvironmentFault, first_line
 
-_REFERENCE = re.compile(r"\$\{(?:oc\.select:)?(\w[\w.]*)(?:,[^${}]*)?\}")  # a value that is another setting's
+_REFERENCE = re.compile(r"\$\{(?:oc\.select:)?(\w[\w.]*)(?:,[^${}]*)?\}")  # a value that is copied from another setting
 # `${divide:A,B}` in recipes: A / B, rounded down, at least 1. OmegaConf itself does not calculate.
 OmegaConf.register_new_resolver("divide", lambda a, b: max(1, int(a) // int(b)), replace=True)
 
 
 def recipe_dirs() -> list[Path]:
-    """Folders in which a bare recipe name is looked up: the installed ones, or the checkout's."""
-    package = Path(__file__).resolve().parents[1]
+    """Return the folders in which a recipe name is looked up: of the installed package or of the checkout."""
+    package = Path(__file__).resolve().parent
     return [path for path in (package / "recipes", package.parent / "recipes") if path.is_dir()]
 
 
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes."""
+    """Return the names of the recipes in the package."""
     return sorted(p.stem for folder in recipe_dirs() for p in folder.glob("*.yaml") if p.stem != "base")
 
 
 def plan_names() -> list[str]:
-    """Names of the shipped plans."""
+    """Return the names of the plans in the package."""
     return sorted(p.stem for folder in recipe_dirs() for p in folder.glob("plans/*.yaml"))
 
 
 def find_recipe(recipe: str, *, plans: bool = True) -> Path:
-    """The file of a recipe or plan given by path or by bare name. `plans`: whether a plan is among the suggestions."""
+    """Return the file of a recipe or plan, given by path or by name.
+
+    `plans`: whether the suggestions in an error message include plans.
+    """
     if recipe.endswith((".yaml", ".yml")) or os.sep in recipe:
         path = Path(recipe).expanduser()
-        if path.suffix != ".yaml":  # Hydra finds no other
-            raise ConfigError(f"no recipe file {recipe}: a recipe's name ends in .yaml")
+        if path.suffix != ".yaml":  # Hydra finds no other ending
+            raise ConfigError(f"no recipe file {recipe}: the name of a recipe must end in .yaml")
         if not path.is_file():
             raise ConfigError(f"no recipe file {recipe}")
         return path.resolve()
@@ -65,13 +68,13 @@ def find_recipe(recipe: str, *, plans: bool = True) -> Path:
 
 
 def read_yaml(path: Path) -> Any:
-    """What a recipe's or plan's file holds. ConfigError where it is no YAML."""
+    """Return the content of a recipe's or plan's file. Raises ConfigError if it is not YAML."""
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is no YAML: it is not UTF-8 ({first_line(error)}): save it as UTF-8") from error
+        raise ConfigError(f"{path} is not YAML: it is not UTF-8 ({first_line(error)}): save it as UTF-8") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no YAML: {first_line(error)}") from error
+        raise ConfigError(f"{path} is not YAML: {first_line(error)}") from error
 
 
 def _refuse_plan(recipe: str, raw: Any) -> None:
@@ -80,13 +83,13 @@ def _refuse_plan(recipe: str, raw: Any) -> None:
     arms = raw["arms"].values() if isinstance(raw["arms"], dict) else ()
     recipes = dict.fromkeys(str(arm["recipe"]) for arm in arms if isinstance(arm, dict) and "recipe" in arm)
     raise ConfigError(
-        f"{recipe} is a plan: `verl-aqn train {recipe}`; this command takes one recipe"
+        f"{recipe} is a plan: run `verl-aqn train {recipe}`; this command needs a single recipe"
         + (f" (its arms: {', '.join(recipes)})" if recipes else "")
     )
 
 
 def detect_profile() -> str:
-    """`npu` or `cuda` where such a device answers, else `cpu`."""
+    """Return `npu` or `cuda` if the tool of such a device runs successfully, else `cpu`."""
     for tool, profile in (("npu-smi", "npu"), ("nvidia-smi", "cuda")):
         if shutil.which(tool) and subprocess.run([tool], capture_output=True, check=False).returncode == 0:
             return profile
@@ -102,7 +105,10 @@ def _verl_config_dir() -> Path:
 
 
 def megatron_lora(config: DictConfig) -> dict[str, tuple[Any, Any]]:
-    """What a recipe sets in `actor_rollout_ref.model.lora`, verl's block for Megatron: {key: (value, verl's own)}."""
+    """Return the settings that a recipe changes in `actor_rollout_ref.model.lora`: {key: (value, verl's default)}.
+
+    verl uses this block for Megatron.
+    """
     block: Any = OmegaConf.load(_verl_config_dir() / "model" / "hf_model.yaml").lora
     lora = config.actor_rollout_ref.model.lora
     return {key: (value, block.get(key)) for key, value in lora.items() if value != block.get(key)}
@@ -111,13 +117,12 @@ def megatron_lora(config: DictConfig) -> dict[str, tuple[Any, Any]]:
 def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
     """Compose recipe + profile + experiment + overrides, and check the `aqn:` block.
 
-    `profile=`, `experiment=` and `correction=` among the overrides choose those files; otherwise the recipe's file may
-    name profile and experiment (`aqn.profile`, `aqn.experiment`), else the profile is detected, the experiment is
-    `embedded` on a CPU and `gsm8k` on accelerators, and the rollout correction is the recipe's own. Everything else is
-    a Hydra override. What the recipe's file says goes over profile and experiment.
+    `profile=`, `experiment=` and `correction=` among the overrides select those files. Otherwise the recipe's file may
+    name profile and experiment (`aqn.profile`, `aqn.experiment`). If it does not, the profile is detected, the
+    experiment is `embedded` on a CPU and `gsm8k` on accelerators, and the rollout correction is the recipe's own. All
+    other overrides are Hydra overrides. The recipe's file takes precedence over profile and experiment.
 
-    Raises:
-        ConfigError: no such recipe, key, or value.
+    Raises: ConfigError: the recipe, a key, or a value does not exist or is invalid.
     """
     path = find_recipe(recipe, plans=False)
     raw = read_yaml(path)
@@ -128,16 +133,16 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
     try:
         config = _compose(path, [*groups, *rest])
         _check_base(config, path)
-        check_names(config)  # first: another engine brings keys that are unknown here
+        check_names(config)  # first, because another engine adds keys that are unknown here
         check_keys(config, _plain(find_recipe("base"), *groups))
         _check_keys(config, path, groups, rest)
         parse_aqn(config)
         check_numbers(config)
     except (HydraException, OmegaConfBaseException) as error:
-        if "Could not override 'profile'" in str(error):  # which has its place in `base`
+        if "Could not override 'profile'" in str(error):  # the group is defined in `base`
             raise _without_base(path) from error
         raise ConfigError(f"{path.name}: {_hydra_message(error, path, groups)}") from error
-    # By the recipe's file, or by one that it builds on.
+    # The value comes from the recipe's file, or from a file that it builds on.
     for key, used in (("profile", profile), ("experiment", experiment)):
         said, asked = config.aqn.get(key, "auto"), (f"{key}=", f"aqn.{key}=")
         if said not in ("auto", used) and not any(o.startswith(asked) for o in overrides or []):
@@ -147,14 +152,14 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
         if OmegaConf.select(config, key) is None:
             OmegaConf.update(config, key, count)
     with open_dict(config):
-        del config.aqn.experiment  # all that it brought is in the config now
+        del config.aqn.experiment  # everything from the experiment is in the config now
     if config.trainer.experiment_name is None:
         config.trainer.experiment_name = path.stem
     return config
 
 
 def _workers(nodes: int) -> dict[str, int]:
-    """How many processes of each kind that verl spreads over the nodes, where neither recipe nor profile says so."""
+    """Return the number of processes of each kind that verl distributes over nodes, for keys that are not set."""
     return {
         "actor_rollout_ref.rollout.agent.num_workers": 8 * nodes,
         "reward.num_workers": 8 * nodes,
@@ -163,15 +168,18 @@ def _workers(nodes: int) -> dict[str, int]:
 
 
 def _refuse_open(path: Path, raw: Any, overrides: list[str]) -> None:
-    """Refuse a recipe with `???` that no override fills in: OmegaConf would take what stood there before."""
+    """Raise ConfigError if a recipe has `???` that no override sets; OmegaConf would keep the value from before."""
     given = {override.lstrip("+~").partition("=")[0] for override in overrides}
     for key, value in leaves(raw) if isinstance(raw, dict) else ():
         if value == "???" and key not in given:
-            raise ConfigError(f"{path.name} leaves {key} open (???): set it")
+            raise ConfigError(f"{path.name} has no value for {key} (???): set it")
 
 
 def _groups(overrides: list[str]) -> tuple[str, str, list[str], list[str]]:
-    """Names of profile and experiment, what chooses them and a correction for Hydra, and the other overrides."""
+    """Split overrides: names of profile and experiment, Hydra's overrides that select these files, and the rest.
+
+    A correction is selected in the same way.
+    """
     chosen: dict[str, str | None] = {"profile": "auto", "experiment": None, "correction": None}
     rest = []
     for override in overrides:
@@ -179,7 +187,7 @@ def _groups(overrides: list[str]) -> tuple[str, str, list[str], list[str]]:
         if not key or not sep:
             raise ConfigError(f"override {override!r} is not of the form key=value")
         if key == "seeds":
-            raise ConfigError("seeds= is for plans; a recipe takes aqn.seed=0")
+            raise ConfigError("seeds= is for plans; for a recipe, set for example aqn.seed=0")
         key = key.removeprefix("aqn.") if key in ("aqn.profile", "aqn.experiment") else key
         if key in chosen:
             chosen[key] = value
@@ -196,13 +204,13 @@ def _groups(overrides: list[str]) -> tuple[str, str, list[str], list[str]]:
         names = [p.stem for p in (conf / group).glob("*.yaml")]
         if name not in names:
             raise ConfigError(f"no {group} {name!r}: {nearest(name, names)}")
-        # `base` has places for the first two, below what a recipe's file says; a correction is over the recipe.
+        # `base` includes the first two below the recipe's file; a correction is applied on top of the recipe.
         groups.append(f"+{group}={name}" if group == "correction" else f"{group}={name}")
     return profile, experiment, groups, rest
 
 
 def _check_base(config: DictConfig, path: Path) -> None:
-    """A profile and an experiment bring blocks of these names too, but not all that is in them."""
+    """Check that a recipe builds on `base`; profile and experiment define only a part of these blocks."""
     if "profile" not in (config.get("aqn") or {}) or "project_name" not in (config.get("trainer") or {}):
         raise _without_base(path)
 
@@ -212,10 +220,10 @@ def _without_base(path: Path) -> ConfigError:
 
 
 def _check_keys(config: DictConfig, path: Path, groups: list[str], overrides: list[str]) -> None:
-    """Hydra holds overrides against the keys that there are, but takes whatever key a recipe's file has.
+    """Check that every key in a recipe's file exists: Hydra checks the keys of overrides, but not those of the file.
 
-    A block that verl or `base` leave empty or null may hold anything, arguments to somebody's class (`…_kwargs`) too,
-    and with + an override may add what it likes. `aqn` is checked by its types.
+    A block that is empty or null in verl or `base` may contain any key, as may arguments of a class (`…_kwargs`), and
+    an override with + may add any key. `aqn` is checked by its types.
     """
     known, verls = _plain(find_recipe("base"), *groups), compose_verl()
     added = [override.lstrip("+").partition("=")[0] for override in overrides if override.startswith("+")]
@@ -232,12 +240,12 @@ def _plain(path: Path, *groups: str) -> Any:
 
 
 def compose_verl() -> Any:
-    """Return verl's own defaults as a plain dict, interpolations unresolved. Not to be changed."""
+    """Return verl's own defaults as a plain dict, with unresolved interpolations. The result must not be modified."""
     return _plain(_verl_config_dir() / "ppo_trainer.yaml")
 
 
 def compose_base(profile: str | None) -> Any:
-    """Return `base` as a plain dict, with a profile over it or without one. Not to be changed."""
+    """Return `base` as a plain dict, with or without a profile. The result must not be modified."""
     return _plain(find_recipe("base"), *([f"profile={profile}"] if profile else []))
 
 
@@ -252,7 +260,7 @@ def _has(block: Any, key: list[str]) -> bool:
 
 
 def unknown_key(key: str, known: Any) -> str:
-    """A key that `known` lacks, with the nearest that it has."""
+    """Return the message for a key that `known` does not have, with the nearest valid key."""
     if reason := reason_against(key):
         return f"unknown key {key}: {reason}"
     *parents, name = key.split(".")
@@ -275,7 +283,7 @@ def _compose(path: Path, overrides: list[str]) -> DictConfig:
 
 
 def _hydra_message(error: Exception, path: Path, groups: list[str]) -> str:
-    """One line out of Hydra's many; for a key that does not exist, with the nearest that does."""
+    """Return one line of Hydra's message; for a key that does not exist, with the nearest valid key."""
     cause = error.__cause__ or error.__context__ or error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     key = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
@@ -288,9 +296,9 @@ def _hydra_message(error: Exception, path: Path, groups: list[str]) -> str:
 
 @cache
 def followers(recipe: str, profile: str) -> dict[str, str]:
-    """The settings that take their value from another one, with the key of that one, in `recipe` by either experiment.
+    """Return the settings of `recipe`, with either experiment, that copy another setting, with the key of that setting.
 
-    A run's config.yaml is resolved and no longer says so.
+    A run's config.yaml is resolved and no longer contains this.
     """
     found = {}
     for experiment in ("embedded", "gsm8k"):
@@ -303,7 +311,7 @@ def followers(recipe: str, profile: str) -> dict[str, str]:
 
 
 def _dotted(block: Any, prefix: str = "") -> Iterator[str]:
-    """All dotted keys, of blocks too."""
+    """Yield all dotted keys, including those of blocks."""
     for key, value in block.items() if isinstance(block, dict) else ():
         yield f"{prefix}{key}"
         yield from _dotted(value, f"{prefix}{key}.")

@@ -8,7 +8,7 @@ from verl_aqn.noise.spec import NoiseOrder
 
 
 def schedule_of(config: DictConfig | dict, total_steps: int) -> SigmaSchedule:
-    """σ over `total_steps` RL steps, as the recipe asks for it. With noise disabled σ is 0 throughout."""
+    """Return the schedule of σ over `total_steps` RL steps. If noise is disabled, σ is 0 at every step."""
     noise = parse_aqn(config).noise
     epochs = int(OmegaConf.select(OmegaConf.create(config), "trainer.total_epochs") or 1)
     return SigmaSchedule(
@@ -25,7 +25,7 @@ def schedule_of(config: DictConfig | dict, total_steps: int) -> SigmaSchedule:
 
 
 def order_of(noise: NoiseConfig, schedule: SigmaSchedule, step: int) -> NoiseOrder:
-    """The noise of RL step `step` (from 0): all of it, so that no process has to look into a config of its own."""
+    """Return the complete noise specification of RL step `step` (from 0), so that no process needs its own config."""
     if not noise.enabled:
         return NoiseOrder(step, noise.seed, 0.0, noise.unit, targets=())
     return NoiseOrder(

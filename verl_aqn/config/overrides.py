@@ -1,4 +1,4 @@
-"""Overrides of the command line, `key=value` in Hydra's grammar: read before anything is composed of them."""
+"""Check overrides of the command line, `key=value` in Hydra's grammar, before a config is composed from them."""
 
 import shlex
 from collections.abc import Iterable
@@ -10,9 +10,9 @@ from verl_aqn.errors import ConfigError, first_line
 
 
 def check_overrides(overrides: Iterable[str]) -> None:
-    """Raise ConfigError for the first override that Hydra cannot read, with how it is to be written.
+    """Raise ConfigError for the first override that Hydra cannot read; the message shows how to write it.
 
-    A value with = or ( in it, as a path may have, wants quotes of Hydra's own, which a shell must not take.
+    A value that contains = or (, such as a path, needs Hydra's own quotes, which must be protected from the shell.
     """
     for override in overrides:
         try:
@@ -23,13 +23,13 @@ def check_overrides(overrides: Iterable[str]) -> None:
         if several:
             key, _, value = override.partition("=")
             raise ConfigError(
-                f"{override} gives several values: write {shlex.quote(f'{key}=[{value}]')} for a list"
-                f"{_quoted(key, value).replace(': write', ', or')}"
+                f"{override} contains several values: write {shlex.quote(f'{key}=[{value}]')} for a "
+                f"list{_quoted(key, value).replace(': write', ', or')}"
             )
 
 
 def _quoted(key: str, value: str) -> str:
-    """How to write a value, where quotes help."""
+    """Return a text that shows how to quote a value, or "" if quotes do not help."""
     escaped = value.replace('"', '\\"')
     written = f'{key}="{escaped}"'
     try:

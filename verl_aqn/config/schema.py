@@ -24,40 +24,40 @@ class NoiseConfig:
     kind: Kind = "exponential"
     sigma_start: float = 0.05
     sigma_end: float = 1.0e-5
-    # KL(clean || noisy) in nats a token: σ_start becomes what has it, σ_end keeps its ratio (`verl_aqn.preflight.probe`).
+    # KL(clean || noisy) in nats a token. σ_start is set to the σ with this KL, and σ_end keeps its ratio to it
+    # (`verl_aqn.preflight.probe`).
     target_kl: float | None = None
-    probe: bool = False  # measure σ_start before a run starts and refuse what teaches nothing; holds the model in fp32
+    # measure σ_start before a run starts and reject a σ that gives no training signal; needs the model in fp32
+    probe: bool = False
     num_stages: int = 10
     epoch_aware: bool = False
-    warmup: float | None = None  # a share of the steps; null is one stage of the schedule, as QeRL has it
+    warmup: float | None = None  # a fraction of the steps; null is one stage of the schedule, as in QeRL
     off_from_step: int | None = None  # no noise from this RL step (from 0) on
-    unit: Unit = "absolute"  # "rms" and "multiplicative" are in units of the module's own clean weight
-    targets: tuple[TargetKind, ...] = (
-        "norm",
-    )  # and "linear": σ of 0.005 and more collapsed training there, 0.001 was stable
+    unit: Unit = "absolute"  # "rms" and "multiplicative" are relative to the module's own clean weight
+    # also "linear": there, σ of 0.005 and more collapsed training, 0.001 was stable
+    targets: tuple[TargetKind, ...] = ("norm",)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     router_norms: bool = False
     layers: Layers = field(default_factory=Layers)
-    apply_to: Literal["rollout", "rollout+actor"] = (
-        "rollout"  # "rollout+actor": old log-probs and the update see the noise of the batch's rollout
-    )
+    # "rollout+actor": old log-probs and the update use the same noise as the batch's rollout
+    apply_to: Literal["rollout", "rollout+actor"] = "rollout"
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.target_kl is not None and not 0 < self.target_kl < math.inf:
             raise ConfigError(f"aqn.noise.target_kl is {self.target_kl}: give a number above 0 (nats a token), or null")
         if self.enabled and not self.targets:
-            raise ConfigError("aqn.noise.targets is empty: choose from norm, linear, or set aqn.noise.enabled=false")
+            raise ConfigError("aqn.noise.targets is empty: choose from norm and linear, or set aqn.noise.enabled=false")
         if self.in_actor and "linear" in self.targets:
             raise ConfigError(
-                "aqn.noise.targets has `linear`, which the actor's packed layers cannot carry: set "
+                "aqn.noise.targets has `linear`, which the actor's packed layers do not support: set "
                 "aqn.noise.apply_to=rollout, or targets=[norm]"
             )
 
     @property
     def in_actor(self) -> bool:
-        """Whether the actor's forward has the rollout's noise."""
+        """Return whether the actor's forward uses the rollout's noise."""
         return self.enabled and self.apply_to == "rollout+actor"
 
 
@@ -67,53 +67,55 @@ class Mxfp4Config:
 
     enabled: bool = True
     scale_rule: ScaleRule = "mse"
-    activation: Literal["none", "mxfp4"] = "none"  # or "mxfp4": W4A4, activations rounded in trainer and rollout alike
-    # How an engine with 4-bit activations rounds them; a profile says what its kernels do.
+    activation: Literal["none", "mxfp4"] = "none"  # or "mxfp4": W4A4, activations rounded in both trainer and rollout
+    # How an engine with 4-bit activations rounds them; a profile sets what its kernels do.
     activation_scale_rule: ScaleRule = "even"
     activation_rounding: Literal["nearest", "half_away"] = "nearest"
     serve: Literal["auto", "packed", "bf16"] = (
-        "auto"  # the form in the rollout: packed, or bf16 with the same values (`verl_aqn.config.serving`)
+        "auto"  # the weight format in the rollout: packed, or bf16 with the same values (`verl_aqn.config.serving`)
     )
-    keep_dense: bool = False  # the actor keeps 16-bit weights beside the packed ones: faster, five times the memory
+    # the actor keeps 16-bit weights in addition to the packed ones: faster, five times the memory
+    keep_dense: bool = False
     exclude: tuple[str, ...] = ("lm_head", "embed_tokens")
-    # Texts on which rounding makes up for its errors (GPTQ): JSONL files or `embedded`; none: plain rounding.
+    # Calibration texts with which rounding compensates its errors (GPTQ): JSONL files or `embedded`; empty: plain
+    # rounding.
     calibrate: tuple[str, ...] = ()
 
     @property
     def activation_arithmetic(self) -> str:
-        """`none` for W4A16, `RULE/ROUNDING` for W4A4: what actor and rollout are told, and what they answer."""
+        """Return `none` for W4A16 or `RULE/ROUNDING` for W4A4, the value that actor and rollout receive and report."""
         return "none" if self.activation == "none" else f"{self.activation_scale_rule}/{self.activation_rounding}"
 
 
 @dataclass(frozen=True)
 class ParityConfig:
-    """How far trainer and rollout without noise may be apart (`aqn.parity`).
+    """Limits for the mismatch of trainer and rollout without noise (`aqn.parity`).
 
-    `warn`, `stop`: mean |Δ log-prob| in nats a token, on the same tokens, above which a step is warned of, and above
-    which the run stops before it updates (`verl_aqn.integrations.verl.tripwire`). Healthy models were measured at 0.002 to 0.1.
+    `warn`, `stop`: mean |Δ log-prob| in nats a token, on the same tokens. Above `warn` a step gets a warning; above
+    `stop` the run stops before its update (`verl_aqn.integrations.verl.tripwire`). Healthy models were measured at 0.002 to 0.1.
     """
 
-    rescore: int = 16  # one in so many samples is scored again without noise, to tell noise from kernels; 0: none
+    rescore: int = 16  # one in this many samples is rescored without noise, to separate noise from kernels; 0: none
     warn: float = 0.2
     stop: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.warn <= self.stop:
             raise ConfigError(
-                f"aqn.parity.warn is {self.warn:g} and stop {self.stop:g}: give nats a token, 0 < warn <= stop "
-                "(inf: no limit)"
+                f"aqn.parity.warn is {self.warn:g} and stop {self.stop:g}: give nats a token with 0 < warn <= "
+                "stop (inf: no limit)"
             )
         if self.rescore < 0:
-            raise ConfigError(f"aqn.parity.rescore is {self.rescore}: give 0 or more, 0 for none")
+            raise ConfigError(f"aqn.parity.rescore is {self.rescore}: give 0 or more; 0 disables it")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run lives, and what becomes of it in trouble (`aqn.run`).
+    """Where a run is stored, and how it handles faults (`aqn.run`).
 
-    `restarts`: how often a run that lost a process, or hung, is resumed by itself. `patience`: a phase that takes so
-    many times its usual hangs; 0: none does. `allow_failed`: the share of the answers of one step, or of one
-    validation, whose generation or reward may fail before the run stops.
+    `restarts`: maximum number of automatic restarts after a crash or a hang. `patience`: a phase that takes this many
+    times its usual duration counts as a hang; 0 disables this. `allow_failed`: the fraction of the responses of one
+    step, or of one validation, whose generation or reward may fail before the run stops.
     """
 
     dir: str | None = None
@@ -126,10 +128,11 @@ class RunConfig:
         if self.restarts < 0:
             raise ConfigError(f"aqn.run.restarts is {self.restarts}: give 0 or more")
         if not self.patience >= 0:
-            raise ConfigError(f"aqn.run.patience is {self.patience}: give 0 or more, 0 for never")
+            raise ConfigError(f"aqn.run.patience is {self.patience}: give 0 or more; 0 disables it")
         if not 0 <= self.allow_failed < 1:
             raise ConfigError(
-                f"aqn.run.allow_failed is {self.allow_failed}: give a share of answers from 0 to below 1, 0 for none"
+                f"aqn.run.allow_failed is {self.allow_failed}: give a fraction of responses from 0 to below 1; "
+                "0 allows none"
             )
 
 
@@ -170,11 +173,12 @@ class TargetConfig:
 
 @dataclass(frozen=True)
 class AqnConfig:
-    """The whole `aqn:` block. `seed`: of noise, adapters before training, order of the data, and the rollout's samples.
+    """The whole `aqn:` block.
 
-    Two runs of one seed draw the same noise, begin with the same adapter and ask for each answer with the same seed, so
-    that they differ only where floating point does. Without `request_seeds` samples depend on the order in which
-    requests reach vLLM.
+    `seed`: for noise, initial adapters, order of the data, and the rollout's samples. Two runs with the same seed draw
+    the same noise, begin with the same adapter and request each response with the same seed, so they differ only
+    because of floating-point rounding. Without `request_seeds`, samples depend on the order in which requests reach
+    vLLM.
     """
 
     seed: int = 0
@@ -189,15 +193,16 @@ class AqnConfig:
 
 
 def nearest(name: str, valid: list[str]) -> str:
-    """`did you mean 'x'?` for the nearest valid name, or the list of them."""
+    """Return "did you mean 'x'?" with the nearest valid name, or the list of valid names."""
     close = difflib.get_close_matches(name, valid, n=1)
     return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(sorted(valid))}"
 
 
 def typed(cls: type, raw: Any, where: str) -> Any:
-    """A dataclass from plain values.
+    """Build a dataclass from plain values.
 
-    ConfigError: an unknown key (with the nearest), a wrong type, no such choice, a key that must be there and is not.
+    Raises ConfigError for an unknown key (with the nearest valid one), a wrong type, an invalid choice, or a missing
+    key.
     """
     if not isinstance(raw, dict):
         raise ConfigError(f"{where} must be a block of keys, got {raw!r}")
@@ -216,7 +221,7 @@ def typed(cls: type, raw: Any, where: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
-    """`value` as the annotation `hint` of a field says: a block, a list of names or blocks, a number, null."""
+    """Convert `value` to the annotation `hint` of a field: a block, a list of names or blocks, a number, null."""
     if is_dataclass(hint):
         assert isinstance(hint, type)
         return typed(hint, value, path)
@@ -250,7 +255,7 @@ def _is_text(hint: Any) -> bool:
 
 
 def _elements(kind: Any, path: str) -> str:
-    """What a list at `path` holds, in words."""
+    """Describe the elements of a list at `path` in words."""
     if path.rpartition(".")[2] == "overrides":
         return "key=value"
     if get_origin(kind) is tuple:
@@ -262,10 +267,10 @@ def parse_aqn(config: DictConfig | dict) -> AqnConfig:
     """Read the `aqn:` block of a composed config.
 
     Raises:
-        ConfigError: a key that does not exist (with the nearest that does), a value of the wrong type,
-            a choice that is not offered.
+        ConfigError: a key does not exist (the message has the nearest valid key), a value has the wrong type,
+            or a choice is not available.
     """
     block = (config if OmegaConf.is_config(config) else OmegaConf.create(config)).get("aqn")
     if block is None:
-        raise ConfigError("the config has no aqn: block; a recipe's defaults start with `base`")
+        raise ConfigError("the config has no aqn: block; the defaults of a recipe must start with `base`")
     return typed(AqnConfig, OmegaConf.to_container(block, resolve=True), "aqn")

@@ -1,4 +1,4 @@
-"""What becomes of each key of verl's config: passed on, owned by us, or refused. The table is `verl_keys.yaml`."""
+"""Decide how each key of verl's config is handled: passed on, owned by us, or refused. See `verl_keys.yaml`."""
 
 import re
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ KINDS = ("passed", "owned", "refused")
 
 @dataclass(frozen=True)
 class Rule:
-    """What the table says of one key, or of one block with everything below it.
+    """A rule of the table for one key, or for one block with everything below it.
 
-    `accept`: what may be said beside the value that `base` and the profile give it. `conditions`: the rule holds where
-    each (key, values, wanted) has one of the values, or with `wanted` False none of them.
+    `accept`: values that are allowed in addition to the value from `base` and the profile. `conditions`: the rule
+    applies if each (key, values, wanted) has one of the values, or none of them if `wanted` is False.
     """
 
     kind: str
@@ -34,11 +34,11 @@ class Rule:
     conditions: tuple[tuple[str, tuple[Any, ...], bool], ...] = ()
 
     def covers(self, key: str) -> bool:
-        """Whether the rule is about `key`."""
+        """Return whether the rule applies to `key`."""
         return key == self.key or (self.whole and key.startswith(f"{self.key}."))
 
     def holds(self, config: DictConfig) -> bool:
-        """Whether the rule's conditions are met in a composed `config`."""
+        """Return whether the rule's conditions are met in a composed `config`."""
         return all((_select(config, key) in values) is wanted for key, values, wanted in self.conditions)
 
 
@@ -68,9 +68,9 @@ def _expand(kind: str, entry: dict[str, Any]) -> Iterator[Rule]:
 
 
 def rules_of(key: str) -> list[Rule]:
-    """Return the rules about `key`: those of the nearest block that has some.
+    """Return the rules about `key`: those of the nearest block that has any.
 
-    verl builds a block by the class that `_target_` names, which is passed on.
+    verl builds a block from the class in `_target_`, which is passed on.
     """
     if key.endswith("._target_"):
         return [Rule("passed", key, whole=False)]
@@ -80,14 +80,12 @@ def rules_of(key: str) -> list[Rule]:
 
 
 def check_keys(config: DictConfig, usual: Any) -> None:
-    """Refuse what a composed config says of a key that is ours, or that nothing here would heed.
+    """Reject settings of a composed config for keys that we own, or that have no effect here.
 
-    Args:
-        config: with interpolations unresolved, so that a setting that follows another one is seen as such.
-        usual: a plain config whose values are nobody's wish: `base` with profile and experiment.
+    Args: config: with unresolved interpolations, so that a setting that copies another one is recognised. usual: a
+    plain config whose values the user did not set: `base` with profile and experiment.
 
-    Raises:
-        ConfigError: the first such key, with the reason and what to set instead.
+    Raises: ConfigError: the first such key, with the reason and what to set instead.
     """
     for key, value in leaves(OmegaConf.to_container(config)):
         if _get(usual, key) == value:
@@ -98,12 +96,12 @@ def check_keys(config: DictConfig, usual: Any) -> None:
 
 
 def reason_against(key: str) -> str:
-    """Return why `key`, which the config has not, cannot be had; "" where the table does not say."""
+    """Return why `key`, which is not in the config, is not supported, or "" if the table does not say."""
     return next((rule.reason for rule in rules_of(key) if rule.kind != "passed"), "")
 
 
 def leaves(block: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of everything that is no block, and of empty blocks."""
+    """Yield (dotted key, value) of everything that is not a block, and of empty blocks."""
     for key, value in block.items():
         if isinstance(value, dict) and value:
             yield from leaves(value, f"{prefix}{key}.")

@@ -1,7 +1,8 @@
-"""Accuracy of a run, a checkpoint or a model folder: verl's own validation, in the rollout, without a step of training.
+"""Measure the accuracy of a run, a checkpoint or a model folder with verl's own validation, without training.
 
-The process is that of a run (the same trainer, engines, agent loop, reward and evidence), told to validate and stop:
-the base is packed as in the rollout, the adapter is unmerged, clean norms are read back before anything is answered.
+The process is the same as for a run (trainer, engines, agent loop, reward and evidence), but it validates and stops:
+the base is packed as in the rollout, the adapter is unmerged, and clean norms are read back before anything is
+generated.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -37,9 +38,9 @@ _ROLLOUT = "actor_rollout_ref.rollout"
 
 @dataclass(frozen=True)
 class Score:
-    """Right answers by one rule (avg@k), or pass@k, as a fraction of 1, with its 95 % interval.
+    """The share of right responses by one rule (avg@k), or pass@k, as a fraction of 1, with its 95 % interval.
 
-    Of one answer each: Wilson's. Of several: `score_interval`, clustered by problem.
+    The interval is Wilson's for one response each, and `score_interval`, clustered by problem, for several.
     """
 
     accuracy: float
@@ -48,14 +49,14 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was evaluated and how it went. `items` problems are in `file`, a JSON line for each of `samples` answers.
+    """What was evaluated, and the result.
 
-    `scores`, by rule, are means over all answers. `pass_at`, by k, is of the rule "strict"; {} of one answer each.
-
-    `failed` of their answers never came and count as wrong (None: an older record, which does not tell).
-    `step`: RL steps behind the adapter. `base` and `adapter`: digests of what the rollout held; None for an
-    unquantised base. `run`: the folder of the evaluation, a run folder like any other. `adapter_is`: what the digest of
-    the adapter was held against, in words; that it was held against nothing is said too.
+    `items` problems are in `file`, with a JSON line for each of their `samples` responses. `scores`, by rule, are means
+    over all responses. `pass_at`, by k, is for the rule "strict"; {} with one response each. `failed`: responses that
+    are missing and count as wrong (None: an older record without this number). `step`: RL steps of the adapter. `base`
+    and `adapter`: digests of what the rollout held; None for an unquantised base. `run`: the folder of the evaluation,
+    a run folder like any other. `adapter_is`: what the digest of the adapter was compared with, in words, or that it
+    was not compared.
     """
 
     target: str
@@ -86,16 +87,15 @@ class Target:
 
 
 def find_target(path: Path) -> Target:
-    """A checkpoint (global_step_N), a run or experiment folder (its last checkpoint), or a model folder.
+    """Find a checkpoint (global_step_N), a run or experiment folder (its last checkpoint), or a model folder.
 
-    Raises:
-        DataError: it is none of these, or a run without a checkpoint that was written to its end.
+    Raises: DataError: the path is none of these, or a run without a complete checkpoint.
     """
     path = path.expanduser()
     if (path / "config.json").is_file():
         return Target(path.resolve())
     if run_in(path) is None and not path.resolve().name.startswith("global_step_"):
-        raise DataError(f"{path} is no run, no checkpoint and no model folder (no config.json): give one of them")
+        raise DataError(f"{path} is not a run, a checkpoint or a model folder (no config.json): give one of them")
     run, step = find_checkpoint(path)
     return Target(path.resolve(), run, run.checkpoints / f"global_step_{step}")
 
@@ -103,7 +103,7 @@ def find_target(path: Path) -> Target:
 def settings(
     target: Target, overrides: list[str], adapter: Path | None, precision: str | None, samples: int | None = None
 ) -> DictConfig:
-    """The config of a run that only validates.
+    """Return the config of a run that only validates.
 
     A run's own config with its noise block untouched, so that two evaluations differ in what their runs differ in; for
     a model folder the recipe `base` without noise. `precision` None is that of the run, or of the folder; in bf16
@@ -120,32 +120,34 @@ def settings(
     if target.run:
         config = config_of(target.run)
         untell_workers(config)
-        if precision == "bf16":  # before the overrides: who asks for both is told that it cannot be
+        if precision == "bf16":  # before the overrides, so that a contradiction between them is an error
             config.aqn.mxfp4.activation, config.aqn.mxfp4.keep_dense = "none", False
         config = with_overrides(config, overrides)
         if any(override.startswith(_LENGTHS) for override in overrides):
-            config.actor_rollout_ref.rollout.max_model_len = None  # anew, to hold both
+            config.actor_rollout_ref.rollout.max_model_len = None  # computed again, so that it fits both lengths
             config = with_overrides(config, [o for o in overrides if "max_model_len=" in o])
     else:
         config = load_recipe("base", ["aqn.noise.enabled=false", *overrides])
         if not any(override.startswith("actor_rollout_ref.model.path=") for override in overrides):
-            config.actor_rollout_ref.model.path = str(target.path)  # as an override Hydra would parse it
+            config.actor_rollout_ref.model.path = str(target.path)  # not as an override, which Hydra would parse
     OmegaConf.set_struct(config, False)
     trainer = config.trainer
     trainer.val_only = trainer.val_before_train = True
     trainer.save_freq, trainer.logger = -1, ["console"]
     trainer.resume_mode = "resume_path" if target.checkpoint and not adapter else "disable"
     trainer.resume_from_path = str(target.checkpoint) if target.checkpoint and not adapter else None
-    # Of the checkpoint only the adapter: over a bf16 base the optimiser has other parameters than over a packed one.
+    # Load only the adapter of the checkpoint: with a bf16 base the optimizer has other parameters than with a packed
+    # one.
     config.actor_rollout_ref.actor.checkpoint.load_contents = ["model"]
     config.aqn.noise.probe = False
-    config.algorithm.adv_estimator = "grpo"  # a critic has nothing to say about answers
+    config.algorithm.adv_estimator = "grpo"  # validation needs no critic
     model = config.actor_rollout_ref.model
     if adapter:
         from verl_aqn.preflight.adapter_folder import read_config
 
         model.lora_adapter_path = str(adapter.expanduser().resolve())
-        # With these `prepare_model` does not refuse it for the recipe's; it takes the very ones from the tensors.
+        # With these values `prepare_model` does not reject the adapter because of the recipe's; it reads the exact ones
+        # from the tensors.
         told = read_config(Path(model.lora_adapter_path))
         model.lora_rank, model.lora_alpha = told["r"], told["lora_alpha"]
     base = Path(str(model.path))
@@ -166,13 +168,12 @@ def evaluate(
     precision: str | None = None,
     samples: int | None = None,
 ) -> Evaluation:
-    """Validate once, in a new run folder in aqn.run.dir of `overrides`; `samples` as in `settings`.
+    """Validate once, in a new run folder in the aqn.run.dir of `overrides`; `samples` is as in `settings`.
 
-    By default that is `evaluations/` in the run, or /tmp/mxfp4_eval_NAME for a model folder.
+    By default the folder is in `evaluations/` in the run, or in /tmp/mxfp4_eval_NAME for a model folder.
 
-    Raises:
-        EvidenceError: the rollout held another adapter than the run that it is of had recorded.
-        AqnError: the evaluation failed, or was stopped.
+    Raises: EvidenceError: the rollout had another adapter than its run recorded. AqnError: the evaluation failed, or
+    was stopped.
     """
     target, console = find_target(path), Console()
     config = settings(target, overrides, adapter, precision, samples)
@@ -202,13 +203,13 @@ def evaluate(
             result = replace(result, adapter_is=check_adapter(target.run, result))
         try:
             target.run.append("evaluations.jsonl", result.to_dict())
-        except EnvironmentFault as error:  # a folder that is kept read-only
-            console.warn(f"not on record in the run: {error}")
+        except EnvironmentFault as error:  # the run's folder is read-only
+            console.warn(f"the result was not recorded in the run: {error}")
     return result
 
 
 def read(run: RunFolder, target: str, precision: str) -> Evaluation:
-    """The result of a finished evaluation out of its folder."""
+    """Read the result of a finished evaluation from its folder."""
     (validation,) = run.by_step("metrics.jsonl", "validation").values()
     file = run.path / "validation" / f"{validation['step']}.jsonl"
     items, samples = validation["items"], samples_of(validation)
@@ -233,7 +234,7 @@ def read(run: RunFolder, target: str, precision: str) -> Evaluation:
 
 
 def _interval(lines: list[dict[str, Any]], key: str, validation: dict[str, Any]) -> tuple[float, float]:
-    """By problem where the lines tell them apart; else the widest that such a share of so many problems can have."""
+    """Return the interval by problem, or the widest possible interval if the lines do not identify the problems."""
     try:
         answers = answers_in(lines, "acc" if key == "accuracy" else key, validation.get("samples"))
     except DataError:
@@ -242,25 +243,24 @@ def _interval(lines: list[dict[str, Any]], key: str, validation: dict[str, Any])
 
 
 def check_adapter(run: RunFolder, result: Evaluation) -> str:
-    """Check that the adapter that was evaluated is the one that the run had after that step. Returns what was found.
+    """Check that the evaluated adapter is the one that the run had after that step, and return a description of it.
 
-    Raises:
-        EvidenceError: it is another one.
+    Raises: EvidenceError: it is another adapter.
     """
     after = run.by_step("evidence.jsonl", "adapter").get(result.step) or {}
     if not after.get("sent"):
-        return f"not on record: {run.path} did not record the adapter of step {result.step}, so it was not checked"
+        return f"unknown: {run.path} did not record the adapter of step {result.step}, so it was not checked"
     if after["sent"] != result.adapter:
         raise EvidenceError(
-            f"{result.run} evaluated another adapter than the one on record after step {result.step} of {run.path}"
+            f"{result.run} evaluated another adapter than the one recorded after step {result.step} of {run.path}"
         )
-    return f"the one on record after step {result.step} of {run.path}"
+    return f"the one recorded after step {result.step} of {run.path}"
 
 
 def check_folder(config: DictConfig, result: Evaluation) -> str:
-    """Check that the adapter that was evaluated is the one in the folder, with the scalings that PEFT gives it.
+    """Check that the evaluated adapter is the one in the folder, with PEFT's scalings, and return a description of it.
 
-    Returns what was found. Raises EvidenceError where it is another one.
+    Raises EvidenceError if it is another adapter.
     """
     from verl_aqn.preflight.adapter_folder import read_folder
 
@@ -271,10 +271,9 @@ def check_folder(config: DictConfig, result: Evaluation) -> str:
 
 
 def with_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
-    """A run's `config` with key=value on top; settings that followed such a key in the recipe follow it here.
+    """Return a run's `config` with key=value on top; settings that copy such a key in the recipe are changed too.
 
-    Raises:
-        ConfigError: a key that `config` has not, with the nearest that it has; a value that cannot be.
+    Raises: ConfigError: `config` does not have a key (the message has the nearest valid key), or a value is invalid.
     """
     OmegaConf.set_struct(config, True)
     recorded = {
@@ -295,7 +294,7 @@ def with_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
     parse_aqn(config)
     check_numbers(config)
     check_names(config)
-    usual = config.copy()  # what was not asked for, and what follows what was
+    usual = config.copy()  # the values that were not overridden, and those that follow an override
     for key, value in recorded.items():
         OmegaConf.update(usual, key, value, merge=False)
     check_keys(config, OmegaConf.to_container(usual))

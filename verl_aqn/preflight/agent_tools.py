@@ -1,7 +1,7 @@
-"""Agent loops and tools of a recipe: found, and asked of verl before a run.
+"""Find a recipe's agent loops and tools, and ask verl before a run whether it can load them.
 
-verl loads them in each agent loop's worker, where a fault of a user's file would be an actor that died, and takes tools
-that no loop calls without a word.
+verl loads them in each agent loop's worker, where a fault in a user's file only shows as a dead actor. verl also
+silently accepts tools that no loop calls.
 """
 
 import importlib.util
@@ -21,9 +21,9 @@ _ROLLOUT = "actor_rollout_ref.rollout"
 
 
 def loops_of(config: DictConfig, *sets: Any) -> set[str]:
-    """Return the agent loops that answer the items of `sets`: an item may name its own as `agent_name`.
+    """Return the agent loops that answer the items of `sets`; an item may name its own loop as `agent_name`.
 
-    Of a data set of the user's own class the first item speaks for all.
+    For a data set of a user's own class, only the first item is read.
     """
     default, loops = config.actor_rollout_ref.rollout.agent.default_agent_loop, set()
     for items in sets:
@@ -36,10 +36,9 @@ def loops_of(config: DictConfig, *sets: Any) -> set[str]:
 
 
 def find_tools(config: DictConfig) -> None:
-    """Make the paths of tools and agent loops absolute ones; verl's data set reads them too.
+    """Make the paths of tools and agent loops absolute; verl's data set reads them too.
 
-    Raises:
-        ConfigError: a file or module that is not there.
+    Raises: ConfigError: a file or module does not exist.
     """
     rollout = config.actor_rollout_ref.rollout
     for key in TOOLS:
@@ -50,14 +49,14 @@ def find_tools(config: DictConfig) -> None:
 
 
 def prepare_tools(config: DictConfig, *sets: Any) -> None:
-    """Ask verl whether it can load agent loops and tools, whose paths are made absolute ones.
+    """Ask verl whether it can load the agent loops and tools, and make their paths absolute.
 
     Args:
         sets: the items of training and validation data.
 
     Raises:
-        ConfigError: a file that is not there, a loop, tool or format of calls that verl does not know or cannot load,
-            tools that nothing calls, a loop with tools that has none.
+        ConfigError: a file does not exist, verl does not know or cannot load a loop, a tool or a format of calls,
+            no loop calls the tools, or a loop with tools has none.
         EnvironmentFault: verl could not be asked.
     """
     rollout = config.actor_rollout_ref.rollout
@@ -68,11 +67,11 @@ def prepare_tools(config: DictConfig, *sets: Any) -> None:
         asked = f"multi_turn.{given}={turns[given]}" if given else "multi_turn.enable=true"
         if given or turns.enable:
             raise ConfigError(
-                f"{_ROLLOUT}.{asked}, but {SINGLE} answers once and calls no tool: set "
+                f"{_ROLLOUT}.{asked}, but {SINGLE} generates one response and calls no tool: set "
                 f"{_ROLLOUT}.agent.default_agent_loop=tool_agent"
             )
         return
-    turns.enable = True  # verl asks nowhere; our figures of tools do
+    turns.enable = True  # verl does not read this flag; our metrics of tools do
     if "tool_agent" in loops and not given:
         raise ConfigError(
             f"{_ROLLOUT}.agent.default_agent_loop=tool_agent has no tool: set {_ROLLOUT}.multi_turn.function_tool_path"
@@ -90,7 +89,7 @@ def _fits(answer: Any) -> bool:
 
 
 def _file_of(value: str, key: str) -> Path:
-    """Return the file behind a path, or behind pkg://MODULE."""
+    """Return the file for a path or for pkg://MODULE."""
     if value.startswith("pkg://"):
         module = value.removeprefix("pkg://").replace("/", ".")
         try:
@@ -98,9 +97,9 @@ def _file_of(value: str, key: str) -> Path:
         except ModuleNotFoundError:
             spec = None
         if spec is None or not spec.origin:
-            raise ConfigError(f"{key}={value}: there is no module {module}")
+            raise ConfigError(f"{key}={value}: module {module} does not exist")
         return Path(spec.origin)
     file = Path(value).expanduser().absolute()
     if not file.is_file():
-        raise ConfigError(f"{key}={value}: there is no such file")
+        raise ConfigError(f"{key}={value}: this file does not exist")
     return file

@@ -1,7 +1,7 @@
-"""Whether verl can read and render a run's data, asked of verl itself in a process of its own, and remembered.
+"""Check whether verl can read and render a run's data, by asking verl in its own process; good answers are stored.
 
-verl takes seconds to import, and a data set class of the user's own may do anything: so it is asked by
-`verl_aqn.integrations.verl.first_rows`. Good answers are remembered until a file, a setting or a version is another.
+verl takes seconds to import, and a user's own data set class may run any code, so the question is asked by
+`verl_aqn.integrations.verl.first_rows`. A good answer is used until a file, a setting or a version changes.
 """
 
 import hashlib
@@ -19,34 +19,27 @@ from verl_aqn import errors
 from verl_aqn.cache import cache_dir
 from verl_aqn.preflight.asking import ask_module, keep, kept, version_of
 
-TIMEOUT_S = 1800  # a class of the user's own may read what it likes
-# Of the data's settings, those that say nothing about the first rows; others may.
+TIMEOUT_S = 1800  # a user's own class may read anything
+# Settings of the data that do not affect the first rows; all others may.
 _UNRELATED = (
     "train_batch_size", "gen_batch_size", "val_batch_size", "max_response_length", "dataloader_num_workers", "seed",
     "shuffle", "validation_shuffle", "filter_overlong_prompts_workers", "train_max_samples", "val_max_samples",
 )  # fmt: skip
-_FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # of a model's folder, those that a tokenizer is read from
-_CODE = (
-    "integrations/verl/first_rows.py",
-    "integrations/verl/rendering.py",
-    "integrations/verl/left_out_rows.py",
-    "tasks/data_files.py",
-)
+_FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # the files in a model's folder from which a tokenizer is read
+_CODE = ("verl_api/first_rows.py", "verl_api/rendering.py", "verl_api/rows.py", "data/files.py")
 
 Answer = dict[str, Any]
 _asked: dict[str, Answer] = {}
 
 
 def ask(config: DictConfig, folder: Path, files: Iterable[Path], *, own: bool) -> Answer:
-    """Return what verl's class says of the data (see `first_rows.answer`): `rows` and `warnings`.
+    """Return what verl's class reports about the data (see `first_rows.answer`): `rows` and `warnings`.
 
-    Args:
-        folder: of the model, whose tokenizer and chat template are read. files: of both sets. own: the class is the
-            user's, which is asked each time.
+    Args: | folder: of the model, whose tokenizer and chat template are read. files: of both sets. own: the class is the
+    | user's own, which is asked every time.
 
-    Raises:
-        DataError, ModelError, ConfigError: what is wrong with the data, the chat template, or the user's class.
-        EnvironmentFault: verl's process ended without an answer.
+    Raises: | DataError, ModelError, ConfigError: the data, the chat template, or the user's class has a fault. |
+    EnvironmentFault: verl's process ended without an answer.
     """
     if not is_here():
         return {"rows": None, "warnings": []}
@@ -66,12 +59,12 @@ def ask(config: DictConfig, folder: Path, files: Iterable[Path], *, own: bool) -
 
 
 def is_here() -> bool:
-    """Whether verl is installed."""
+    """Return whether verl is installed."""
     return version_of("verl") is not None
 
 
 def with_model(config: DictConfig, folder: Path) -> DictConfig:
-    """Return the config with the model as a folder, and of a multimodal one the tokenizer that the run will have."""
+    """Return the config with the model as a folder; for a multimodal model, with the tokenizer of the run."""
     from verl_aqn.preflight.text_part import use_text_alone
 
     config = config.copy()
@@ -113,5 +106,5 @@ def _ask(config: DictConfig) -> Answer:
     env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     if config.aqn.profile == "cpu":
         env["VERL_PLATFORM"] = "cpu"
-    text, about = OmegaConf.to_yaml(config, resolve=True), "verl what it reads of the data"
+    text, about = OmegaConf.to_yaml(config, resolve=True), "verl what it reads from the data"
     return ask_module("verl_aqn.integrations.verl.first_rows", about, text=text, env=env, timeout=TIMEOUT_S, fits=_fits)

@@ -1,4 +1,4 @@
-"""How many devices of which size a recipe's model needs."""
+"""Compute how many devices of which size a recipe's model needs."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,10 +13,11 @@ TENSOR_PARALLEL = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Fit:
-    """What one device of `size` bytes holds when `sizes` says how the work is shared out.
+    """What one device of `size` bytes holds if the work is divided according to `sizes`.
 
-    Actor and rollout take turns on a device: while the rollout generates, the actor's resident parts stay, and vLLM has
-    `gpu_memory_utilization` of the device; while the actor computes, vLLM sleeps and keeps its process's part.
+    Actor and rollout take turns on a device. While the rollout generates, the actor's resident parts stay, and vLLM has
+    `gpu_memory_utilization` of the device. While the actor computes, vLLM sleeps and keeps only the memory of its
+    process.
     """
 
     size: int
@@ -26,19 +27,19 @@ class Fit:
     cache: int
     """Bytes that are left for the KV cache."""
     sequences: int
-    """Of full length, that the cache holds at once; vLLM refuses to start below one."""
+    """The number of full-length sequences that fit into the cache at once; vLLM does not start if it is below one."""
 
     @property
     def fault(self) -> str:
-        """Why it does not fit; an empty string where it does."""
+        """Return why the recipe does not fit, or an empty string if it does."""
         asleep, stays = self.rollout.resident["process"], sum(self.actor.resident.values())
         share = int(self.sizes.utilization * self.size)
         if self.actor.total + asleep > self.size:
-            return f"the actor's {self.actor.phase} takes {(self.actor.total + asleep) / 1e9:.1f} GB"
+            return f'the actor needs {(self.actor.total + asleep) / 1e9:.1f} GB in its phase "{self.actor.phase}"'
         if stays + share > self.size:
-            return f"the actor keeps {stays / 1e9:.1f} GB beside the rollout's {self.sizes.utilization:.0%}"
+            return f"the actor keeps {stays / 1e9:.1f} GB, in addition to the rollout's {self.sizes.utilization:.0%}"
         if self.sequences < 1:
-            return "no room is left for the KV cache of one sequence"
+            return "there is no room for the KV cache of one sequence"
         return ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,7 +57,7 @@ class Fit:
 
 
 def fit(shape: Shape, sizes: Sizes, size: int) -> Fit:
-    """One device of `size` bytes with the recipe as `sizes` has it."""
+    """Estimate one device of `size` bytes for the recipe described by `sizes`."""
     sizes = replace(sizes, cpu=False)
     empty = rollout(shape, sizes, DEVICE, 0)
     cache = max(0, int(sizes.utilization * size) - empty.total)
@@ -65,10 +66,11 @@ def fit(shape: Shape, sizes: Sizes, size: int) -> Fit:
 
 
 def fewest(shape: Shape, sizes: Sizes, size: int) -> Fit:
-    """The fewest devices of `size` bytes that hold the recipe, with the smallest tensor-parallel size.
+    """Find the fewest devices of `size` bytes that hold the recipe, with the smallest tensor-parallel size.
 
-    Where not even the most do, micro-batches are halved until they do (`update_tokens`, and with it the log-probs'
-    limit, which follows it in recipes); where one sequence is too long too, the answer has a `fault`.
+    If the maximum number of devices is not enough, micro-batches are halved until the recipe fits (`update_tokens`, and
+    with it the limit for log-probs, which follows it in recipes). If one sequence is already too long, the result has a
+    `fault`.
     """
     length = sizes.prompt + sizes.response
     tokens = sizes.update_tokens
@@ -89,5 +91,8 @@ def fewest(shape: Shape, sizes: Sizes, size: int) -> Fit:
 
 
 def plan(shape: Shape, sizes: Sizes) -> list[Fit]:
-    """`fewest` for each of `DEVICE_GB`, in GB of 1e9 bytes (an 80 GB device has 80 GiB and a little less for use)."""
+    """Return `fewest` for each of `DEVICE_GB`, in GB of 1e9 bytes.
+
+    An 80 GB device has 80 GiB, of which slightly less can be used.
+    """
     return [fewest(shape, sizes, int(size * 1e9)) for size in DEVICE_GB]

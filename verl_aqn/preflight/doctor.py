@@ -1,4 +1,4 @@
-"""`verl-aqn doctor`: is everything in place that a run needs, and does it fit?"""
+"""`verl-aqn doctor`: check that this machine has everything that a run needs, and that the run fits."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from verl_aqn.preflight.prepare import find_model, positions_of
 
 @dataclass
 class Report:
-    """What was found; `memory` and `plan` in bytes, where a recipe was given."""
+    """The results; `memory` and `plan` are in bytes, and are set only if a recipe was given."""
 
     findings: list[Finding] = field(default_factory=list)
     memory: dict[str, Any] | None = None
@@ -34,13 +34,13 @@ class Report:
 
 
 def examine(recipe: str | None = None, overrides: list[str] | None = None, *, plan: bool = False) -> Report:
-    """This machine, or every node of the cluster that a run would join; with a recipe also what that asks of them."""
+    """Examine this machine, or every node of the cluster that a run would join; with a recipe also its requirements."""
     if recipe is None and plan:
-        raise ConfigError("doctor --plan needs a recipe: whose model?")
+        raise ConfigError("doctor --plan needs a recipe")
     config = load_recipe(recipe, overrides) if recipe else None
     profile = parse_aqn(config).profile if config is not None else detect_profile()
     report = Report()
-    if plan:  # a question about devices that are not here
+    if plan:  # needs no device of this machine
         assert config is not None
         report.plan = _plan(config)
         return report

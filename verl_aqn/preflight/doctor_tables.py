@@ -1,4 +1,4 @@
-"""What `verl-aqn doctor` prints."""
+"""The tables that `verl-aqn doctor` prints."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from verl_aqn.preflight.findings import Finding, gb
 
 
 def findings_table(findings: list[Finding], recipe: str | None) -> Table:
-    """Every check, with the fix of each fault."""
+    """Tabulate every check, with the fix of each fault."""
     view = Table(title=f"verl-aqn doctor{f' {recipe}' if recipe else ''}", title_justify="left")
     for column in ("what", "found", "fix"):
         view.add_column(column, overflow="fold")
@@ -18,10 +18,10 @@ def findings_table(findings: list[Finding], recipe: str | None) -> Table:
 
 
 def memory_table(memory: dict[str, Any]) -> Table:
-    """The estimate by part, largest first."""
+    """Tabulate the estimate by part, largest first."""
     size = memory["parameters"]
     view = Table(title=f"Memory, estimated from config.json ({size / 1e6:,.0f} M parameters)", title_justify="left")
-    for column in ("of", "GB", "at its peak in", "parts, GB"):
+    for column in ("of", "GB", "process", "phase of the peak"):
         view.add_column(column, justify="right" if column == "GB" else "left")
     for name in ("actor", "rollout", "machine"):
         if name in memory:
@@ -32,9 +32,9 @@ def memory_table(memory: dict[str, Any]) -> Table:
 
 
 def plan_table(rows: list[dict[str, Any]], recipe: str) -> Table:
-    """The fewest devices of each size."""
+    """Tabulate the fewest devices of each size."""
     view = Table(
-        title=f"Devices that {recipe} needs, by formulas that no device has been measured against",
+        title=f"Devices that {recipe} needs, by formulas that have not yet been tested on accelerators",
         title_justify="left",
     )
     for column in ("GB", "devices", "tensor-parallel", "update tokens", "actor", "rollout", "KV cache", "sequences"):

@@ -1,6 +1,6 @@
-"""What a recipe asks of the machines that it runs on, checked one by one.
+"""Check one by one what a recipe requires of the machines that it runs on.
 
-`check_machine` raises the first fault that would end a run; `verl-aqn doctor` shows them all.
+`check_machine` raises the first fault that would stop a run; `verl-aqn doctor` shows all of them.
 """
 
 import os
@@ -33,34 +33,34 @@ from verl_aqn.runs import host
 from verl_aqn.tasks.math_verify import check_installed
 
 SETUP = "bash scripts/setup.sh"
-SKEW_S = 1.0  # records of several nodes are put in order by their times
+SKEW_S = 1.0  # records of several nodes are sorted by their times
 
 
 def check_recipe(config: DictConfig) -> Iterator[Finding]:
-    """What can be seen from the recipe alone."""
+    """Check what the recipe alone shows."""
     given, actor = sizes(config), config.actor_rollout_ref.actor
     ranks, highest = given.ranks, ADAPTER_RANKS[-1]
-    from_folder = config.actor_rollout_ref.model.lora_adapter_path  # which has a rank of its own
+    from_folder = config.actor_rollout_ref.model.lora_adapter_path  # an adapter folder has its own rank
     remedy = f"set actor_rollout_ref.model.lora_rank to 1 to {highest}"
     if given.rank <= 0 and not from_folder:
-        # Full training: verl then sends all weights in each sync, clean norms would not be those that we keep, and what
-        # arrived in the rollout could not be told from what should have.
+        # Full training is not supported: verl then sends all weights in each sync, the clean norms would differ from
+        # those we keep, and there is no reference to compare the rollout's weights with.
         yield Finding(
-            "LoRA rank", f"{given.rank} is full training, which noise and its evidence are not made for", remedy
+            "LoRA rank", f"{given.rank} means full training, which noise and its evidence do not support", remedy
         )
     else:
-        slots = f"{given.rank}, in vLLM's slots of {served_rank(given.rank)}"
+        slots = f"{given.rank}, in vLLM slots of rank {served_rank(given.rank)}"
         yield Finding("LoRA rank", slots, "" if given.rank <= highest or from_folder else remedy)
     for what, mini in (("actor", actor.ppo_mini_batch_size), ("critic", config.critic.ppo_mini_batch_size)):
         if what == "critic" and not given.critic:
             continue
-        # verl's workers assert this, once everything is loaded; batches themselves it fills up with padding.
+        # verl's workers assert this only after everything is loaded; incomplete batches are padded by verl.
         key = "actor_rollout_ref.actor" if what == "actor" else "critic"
         answers = int(mini) * given.samples
         yield Finding(
             f"{what}'s batches",
-            f"{given.batch} prompts × {given.samples} answers, mini-batches of {answers} answers on {ranks} ranks",
-            f"{answers} answers do not divide by {ranks} ranks: change {key}.ppo_mini_batch_size or rollout.n"
+            f"{given.batch} prompts × {given.samples} responses, mini-batches of {answers} responses on {ranks} ranks",
+            f"{answers} responses are not divisible by {ranks} ranks: change {key}.ppo_mini_batch_size or rollout.n"
             if answers % ranks
             else f"set {key}.ppo_mini_batch_size to at most {given.batch} (data.train_batch_size)"
             if mini > given.batch
@@ -77,25 +77,25 @@ def check_recipe(config: DictConfig) -> Iterator[Finding]:
 
 
 def check_validation(config: DictConfig) -> Finding:
-    """How many answers validation asks for, and whether they can differ.
+    """Check how many responses validation generates, and whether they can differ.
 
-    verl's V1 trainer reads the temperature alone: with do_sample=false it would sample all the same.
+    verl's V1 trainer uses only the temperature: with do_sample=false and a temperature above 0 it would still sample.
     """
     block, val = "actor_rollout_ref.rollout.val_kwargs", config.actor_rollout_ref.rollout.val_kwargs
     samples, warm = bool(val.do_sample), val.temperature > 0
     fix = ""
     if samples != warm:
-        fix = f"set {block}.do_sample=true to sample, or temperature=0 and do_sample=false for the likeliest tokens"
+        fix = f"set {block}.do_sample=true to sample, or temperature=0 and do_sample=false for greedy decoding"
     elif val.n > 1 and not samples:
-        fix = f"they would all be the same: set {block}.do_sample=true and a temperature above 0, or {block}.n=1"
+        fix = f"all responses would be the same: set {block}.do_sample=true and a temperature above 0, or {block}.n=1"
     how = f"do_sample={str(samples).lower()}, temperature {val.temperature:g}"
-    return Finding("validation's answers", f"{val.n} to each problem, {how}", fix)
+    return Finding("validation's responses", f"{val.n} to each problem, {how}", fix)
 
 
 def check_reward_function(config: DictConfig) -> Finding:
-    """The reward, asked about the first rows of the data where those are on disk."""
+    """Check the reward function on the first rows of the data, if the data are on disk."""
     path = config.reward.custom_reward_function.path
-    found = f"{path or 'the rules that verl has'}, by reward.reward_manager.name={config.reward.reward_manager.name}"
+    found = f"{path or 'the rules of verl'}, by reward.reward_manager.name={config.reward.reward_manager.name}"
     try:
         settle_reward(config)
         there = _with_data_on_disk(config)
@@ -104,11 +104,11 @@ def check_reward_function(config: DictConfig) -> Finding:
                 check_reward(there, item, where)
     except (ConfigError, DataError) as error:
         return Finding("reward", found, str(error))
-    return Finding("reward", found if there is not None else f"{found} (not asked: the data are not on disk)")
+    return Finding("reward", found if there is not None else f"{found} (not checked: the data are not on disk)")
 
 
 def check_ports(config: DictConfig) -> Iterator[Finding]:
-    """Ports that the recipe names are free here."""
+    """Check that the ports in the recipe are free on this machine."""
     for key in ("ray_kwargs.ray_init.dashboard_port", "transfer_queue.metrics.port"):
         port = OmegaConf.select(config, key)
         if port:
@@ -118,15 +118,15 @@ def check_ports(config: DictConfig) -> Iterator[Finding]:
 
 
 def check_places(config: DictConfig, *, elsewhere: bool = False) -> Iterator[Finding]:
-    """The folders that a run writes can be written here. Nothing is made.
+    """Check that the folders of a run can be written on this machine. No folder is created.
 
-    `elsewhere`: the run is not to be on this machine, where only its model and data are prepared.
+    `elsewhere`: the run will not be on this machine, which only prepares its model and data.
     """
     run = Path(parse_aqn(config).run.dir or "/tmp").expanduser()
-    places = {"cache": (cache_dir(), "set VERL_AQN_CACHE to a folder that you may write")}
+    places = {"cache": (cache_dir(), "set VERL_AQN_CACHE to a folder that you can write")}
     if not elsewhere:
-        places["run's folder"] = run, "set aqn.run.dir to a folder that you may write"
-        places["temporary files"] = Path("/tmp"), "let this user write /tmp"
+        places["run's folder"] = run, "set aqn.run.dir to a folder that you can write"
+        places["temporary files"] = Path("/tmp"), "give this user write access to /tmp"
     for what, (folder, fix) in places.items():
         there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
         fine = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
@@ -134,10 +134,11 @@ def check_places(config: DictConfig, *, elsewhere: bool = False) -> Iterator[Fin
 
 
 def check_storage(config: DictConfig, shape: Shape | None, shared: int, disk: int, where: str) -> Iterator[Finding]:
-    """/dev/shm for the adapter's way to the rollout, and the disk for checkpoints.
+    """Check the space in /dev/shm for adapter syncs to the rollout, and the disk space for checkpoints.
 
-    Each rank on a machine has a buffer in shared memory where memory of devices cannot be shared: on CPUs and NPUs. A
-    checkpoint is the adapter and Adam's two moments in fp32; one more than is kept is there while it is written.
+    Each rank on a machine has a buffer in shared memory if device memory cannot be shared, that is on CPUs and NPUs. A
+    checkpoint is the adapter and Adam's two moments in fp32. While a checkpoint is written, there is one more than the
+    number that is kept.
     """
     given = sizes(config)
     if parse_aqn(config).profile != "cuda":
@@ -159,21 +160,26 @@ def check_storage(config: DictConfig, shape: Shape | None, shared: int, disk: in
     yield Finding(
         f"disk{where}",
         f"{gb(disk)} free, {gb(need)} needed for checkpoints",
-        "free some, set aqn.run.dir elsewhere, or keep fewer (trainer.max_actor_ckpt_to_keep)" if disk < need else "",
+        ("free some space, set aqn.run.dir to another disk, or keep fewer checkpoints (trainer.max_actor_ckpt_to_keep)")
+        if disk < need
+        else "",
     )
 
 
 def check_heads(config: DictConfig, shape: Shape) -> Iterator[Finding]:
-    """vLLM shares attention heads out evenly, or gives every rank the same ones of keys and values."""
+    """Check that vLLM can divide the attention heads among the ranks.
+
+    vLLM divides heads evenly; if there are fewer key and value heads than ranks, it copies them.
+    """
     parts = sizes(config).tensor_parallel
     if not shape.divides_heads(parts):
         fits = ", ".join(str(n) for n in range(1, shape.heads + 1) if shape.divides_heads(n))
         fix = f"set rollout.tensor_model_parallel_size to one of {fits}, not {parts}"
-        yield Finding("attention heads", f"{shape.heads}, {shape.key_value_heads} of keys and values", fix)
+        yield Finding("attention heads", f"{shape.heads}, {shape.key_value_heads} key and value heads", fix)
 
 
 def check_experts(config: DictConfig, shape: Shape) -> Iterator[Finding]:
-    """How a MoE model's experts are shared out, and in which form the rollout has them."""
+    """Check how the experts of a MoE model are divided among ranks, and report their format in the rollout."""
     aqn, rollout = parse_aqn(config), config.actor_rollout_ref.rollout
     tensor, expert = (int(rollout[f"{kind}_parallel_size"]) for kind in ("tensor_model", "expert"))
     fix = ""
@@ -185,17 +191,18 @@ def check_experts(config: DictConfig, shape: Shape) -> Iterator[Finding]:
         fix = f"set rollout.tensor_model_parallel_size to at most {shape.routed}"
     elif shape.routed and OmegaConf.select(rollout, "engine_kwargs.vllm.enable_eplb"):
         fix = (
-            "leave rollout.engine_kwargs.vllm.enable_eplb out: it moves experts, which are then not those of the start"
+            "remove rollout.engine_kwargs.vllm.enable_eplb: it moves experts, so that they differ from those "
+            "at the start"
         )
     bf16 = aqn.profile == "cpu" and aqn.mxfp4.enabled and shape.packed_experts
-    form = ", in bf16 in the rollout (on a CPU vLLM has no kernel for packed ones)" if bf16 else ""
-    shared = f", shared out among {expert} ranks" if expert > 1 else ""
+    form = ", in bf16 in the rollout (on a CPU vLLM has no kernel for packed experts)" if bf16 else ""
+    shared = f", divided among {expert} ranks" if expert > 1 else ""
     if shape.routed or fix:
-        yield Finding("experts", f"{shape.routed} in a layer{shared}{form}", fix)
+        yield Finding("experts", f"{shape.routed} per layer{shared}{form}", fix)
 
 
 def check_adapter(config: DictConfig) -> Iterator[Finding]:
-    """The recipe's settings for adapters, and the adapter that it begins with, held against the base."""
+    """Check the recipe's settings for adapters, and that the initial adapter fits the base."""
     what = config.actor_rollout_ref.model.lora_adapter_path
     try:
         refuse_adapter_settings(config)
@@ -214,18 +221,22 @@ def check_adapter(config: DictConfig) -> Iterator[Finding]:
 
 
 def check_devices(config: DictConfig, count: int, where: str = "") -> Finding:
-    """As many accelerators on a machine as the recipe wants there; a CPU only pretends to have them."""
+    """Check that a machine has as many accelerators as the recipe needs there; a CPU only simulates them."""
     profile, wanted = parse_aqn(config).profile, int(config.trainer.n_gpus_per_node)
     if profile == "cpu":
         pretended = int(OmegaConf.select(config, "ray_kwargs.ray_init.num_gpus") or 0)
         fix = f"set ray_kwargs.ray_init.num_gpus={wanted}" if pretended < wanted else ""
         return Finding(f"devices{where}", f"{wanted} rank(s) on the CPU", fix)
-    fix = f"set trainer.n_gpus_per_node to at most {count}" if count else f"no {profile} device answers: see its driver"
-    return Finding(f"devices{where}", f"{count} {profile}, {wanted} wanted", fix if count < wanted else "")
+    fix = (
+        f"set trainer.n_gpus_per_node to at most {count}"
+        if count
+        else f"no {profile} device was found: check its driver"
+    )
+    return Finding(f"devices{where}", f"{count} {profile}, {wanted} needed", fix if count < wanted else "")
 
 
 def check_schedule(config: DictConfig) -> Finding:
-    """σ over the steps that the run will take, by the data where those are on disk."""
+    """Check σ over the steps of the run, which are counted from the data if they are on disk."""
     noise = parse_aqn(config).noise
     try:
         steps = steps_in_data(config)
@@ -235,13 +246,13 @@ def check_schedule(config: DictConfig) -> Finding:
         schedule_of(config, int(steps or stated))
     except (ConfigError, DataError) as error:
         return Finding("schedule", "does not fit", str(error))
-    data = "" if steps else f" (stated: {config.data.train_files} is not on disk)"
+    data = "" if steps else f" (from the recipe: {config.data.train_files} is not on disk)"
     sigma = f"σ {noise.sigma_start:g} → {noise.sigma_end:g} in {noise.num_stages} stages"
     return Finding("schedule", f"{sigma if noise.enabled else 'no noise'}, {steps or stated} steps{data}")
 
 
 def _with_data_on_disk(config: DictConfig) -> DictConfig | None:
-    """Return a copy of the recipe that names the files of both sets; None where some are not on disk."""
+    """Return a copy of the recipe with the files of both data sets, or None if some are not on disk."""
     there = config.copy()
     for key in KEYS.values():
         if (files := files_on_disk(config, key)) is None:
@@ -251,13 +262,16 @@ def _with_data_on_disk(config: DictConfig) -> DictConfig | None:
 
 
 def check_rows(config: DictConfig) -> Finding:
-    """verl reads and renders the first rows of the data, where those are on disk, and the reward can judge them all."""
+    """Check that verl can read and render the first rows of the data, and that the reward can judge all rows.
+
+    The data are only checked if they are on disk.
+    """
     config = config.copy()
     try:
         for key in KEYS.values():
             files = files_on_disk(config, key)
             if files is None:
-                return Finding("data", f"not read: {config.data[key]} is not on disk yet")
+                return Finding("data", f"not checked: {config.data[key]} is not on disk yet")
             config.data[key] = [str(file.absolute()) for file in files]
         found = check_data(config)
     except (ConfigError, DataError, ModelError, EnvironmentFault) as error:
@@ -267,7 +281,7 @@ def check_rows(config: DictConfig) -> Finding:
 
 
 def check_node(node: Node, here: Node, where: str) -> Iterator[Finding]:
-    """Versions, plugins and clock of one node, compared with the first one's."""
+    """Check versions, plugins and clock of one node against those of the first node."""
     yield Finding(f"Python{where}", node.python, "" if node.python == here.python else f"{here.host} has {here.python}")
     yield Finding(f"memory{where}", f"{gb(node.memory)} free")
     for package in PACKAGES:
@@ -282,22 +296,25 @@ def check_node(node: Node, here: Node, where: str) -> Iterator[Finding]:
 
 
 def recipe_shape(config: DictConfig) -> Shape:
-    """Of the recipe's model, of which only config.json is read (and fetched, where the hub has it)."""
+    """Return the shape of the recipe's model.
+
+    Only config.json is read (and downloaded, if the model is on the hub).
+    """
     from verl_aqn.preflight.sizing import shape_of
 
     return shape_of(find_model(config, weights=False), parse_aqn(config).mxfp4.exclude)
 
 
 def cpu_cache() -> int:
-    """Bytes of KV cache that an engine rank on the CPU takes (see `supervise.engine_environment`)."""
+    """Return the bytes of KV cache that an engine rank on the CPU uses (see `supervise.engine_environment`)."""
     said = os.environ.get("VLLM_CPU_KVCACHE_SPACE") or "1"
     if not said.isdecimal():
-        raise ConfigError(f"VLLM_CPU_KVCACHE_SPACE={said}: give whole GiB, or unset it")
+        raise ConfigError(f"VLLM_CPU_KVCACHE_SPACE={said}: give a whole number of GiB, or unset it")
     return int(said) << 30
 
 
 def memory_of(config: DictConfig, shape: Shape) -> dict[str, Any]:
-    """The estimate of actor and rollout, and on a CPU of the whole machine, in bytes."""
+    """Estimate the memory of actor and rollout, and on a CPU of the whole machine, in bytes."""
     given = sizes(config)
     if given.cpu:
         parts = machine(config, shape, cpu_cache())
@@ -310,7 +327,7 @@ def memory_of(config: DictConfig, shape: Shape) -> dict[str, Any]:
 
 
 def check_memory(config: DictConfig, shape: Shape, free: int, devices: list[int], where: str = "") -> Iterator[Finding]:
-    """The estimate against what is free on a CPU (`free`, bytes), or against the smallest of `devices`."""
+    """Check the estimate against the free memory on a CPU (`free`, bytes), or against the smallest of `devices`."""
     given = sizes(config)
     if given.cpu:
         parts = machine(config, shape, cpu_cache())
@@ -318,8 +335,8 @@ def check_memory(config: DictConfig, shape: Shape, free: int, devices: list[int]
         largest = ", ".join(f"{name} {gb(parts[name])}" for name in sorted(parts, key=lambda p: -parts[p])[:3])
         yield Finding(
             f"memory{where} for this run",
-            f"{gb(free)} of memory are free, the run of {model} needs {gb(need)} ({largest})",
-            "end other work, or lower data.train_batch_size, rollout.n or rollout.max_num_seqs" if free < need else "",
+            f"{gb(free)} of memory are free, but the run of {model} needs {gb(need)} ({largest})",
+            "stop other work, or lower data.train_batch_size, rollout.n or rollout.max_num_seqs" if free < need else "",
         )
     elif devices:
         found = fit(shape, given, min(devices))
@@ -332,10 +349,9 @@ def check_memory(config: DictConfig, shape: Shape, free: int, devices: list[int]
 
 
 def refuse_recipe(config: DictConfig) -> Shape:
-    """Raise the first fault of the recipe itself, wherever it is to run. Returns the shape of its model.
+    """Raise the first fault of the recipe that does not depend on the machine, and return the shape of its model.
 
-    Raises:
-        EnvironmentFault: with what was found and what to do.
+    Raises: EnvironmentFault: a fault was found; the message says what was found and what to do.
     """
     _raise_first(check_recipe(config))
     shape = recipe_shape(config)
@@ -349,7 +365,10 @@ def refuse_recipe(config: DictConfig) -> Shape:
 
 
 def refuse(config: DictConfig) -> None:
-    """As `refuse_recipe`, and what this machine lacks; on a cluster only what is seen from here. Takes seconds."""
+    """Raise the first fault of the recipe (`refuse_recipe`) or of this machine. Takes seconds.
+
+    On a cluster, only what can be checked from this machine is checked.
+    """
     profile, alone = parse_aqn(config).profile, cluster_address(config) is None
     shape = refuse_recipe(config)
     devices = devices_here(profile) if alone else []
@@ -366,12 +385,11 @@ def refuse(config: DictConfig) -> None:
 
 
 def check_machine(config: DictConfig, *, elsewhere: bool = False) -> None:
-    """What the recipe asks of this machine, and what validation scores with.
+    """Check what the recipe requires of this machine, and the packages that validation scores with.
 
-    `elsewhere`: only what the recipe asks of any machine.
+    `elsewhere`: check only what the recipe requires of any machine.
 
-    Raises:
-        EnvironmentFault: the first fault, with what to do.
+    Raises: EnvironmentFault: the first fault, with what to do.
     """
     check_installed()
     _raise_first(check_places(config, elsewhere=elsewhere))

@@ -1,4 +1,4 @@
-"""A recipe's reward function (`reward.custom_reward_function`): loaded as verl loads it, and asked before a run."""
+"""Load a recipe's reward function (`reward.custom_reward_function`) as verl does, and check it before a run."""
 
 import asyncio
 import importlib
@@ -18,18 +18,17 @@ from verl_aqn.tasks.user_lines import user_line
 OURS = "verl_aqn.tasks.gsm8k"
 KEY = "reward.custom_reward_function"
 GIVEN = ("data_source", "solution_str", "ground_truth", "extra_info")
-"""What verl's reward managers call the function with, by name."""
+"""The names of the arguments with which verl's reward managers call the function."""
 ASYNC_TIMEOUT_S = 60
 
 
 def reward_of(config: DictConfig) -> Callable[..., Any]:
-    """The recipe's reward function, called with names as verl does, its `reward_kwargs` filled in.
+    """Return the recipe's reward function, which is called with keyword arguments as in verl, plus its `reward_kwargs`.
 
-    What is returned raises RewardError, with the line of the user's file, where the function raises; TimeoutError where
-    an async function does not answer within `ASYNC_TIMEOUT_S`.
+    The returned function raises RewardError, with the line of the user's file, if the user's function raises. It raises
+    TimeoutError if an async function does not return within `ASYNC_TIMEOUT_S`.
 
-    Raises:
-        ConfigError: there is none, or it cannot be loaded.
+    Raises: ConfigError: there is no such function, or it cannot be loaded.
     """
     function, custom = load_reward(config), config.reward.custom_reward_function
     more: Any = OmegaConf.to_container(custom.get("reward_kwargs") or OmegaConf.create({}), resolve=True)
@@ -37,7 +36,7 @@ def reward_of(config: DictConfig) -> Callable[..., Any]:
 
     def called(**told: Any) -> Any:
         try:
-            result = function(**(told | more))  # as in verl, `reward_kwargs` win
+            result = function(**(told | more))  # as in verl, `reward_kwargs` take precedence
             return asyncio.run(_awaited(result)) if waits else result
         except Exception as error:  # whatever the user's function raises
             if waits and isinstance(error, TimeoutError):
@@ -55,8 +54,7 @@ async def _awaited(result: Any) -> Any:
 def load_reward(config: DictConfig) -> Callable[..., Any]:
     """Return the function that the recipe names, without `reward_kwargs`.
 
-    Raises:
-        ConfigError: no such file, module or function, or its module raises as it is imported.
+    Raises: ConfigError: the file, module or function does not exist, or its module raises on import.
     """
     custom = config.reward.custom_reward_function
     path, name = str(custom.path or ""), str(custom.name)
@@ -71,7 +69,7 @@ def load_reward(config: DictConfig) -> Callable[..., Any]:
                 raise ImportError("its name does not end in .py")
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's module does as it is imported
+    except Exception as error:  # whatever the user's module raises on import
         place = user_line(error, path)
         raise ConfigError(
             f"{KEY}.path={path} cannot be loaded: {f'{place}: ' if place else ''}{type(error).__name__}: "
@@ -79,18 +77,18 @@ def load_reward(config: DictConfig) -> Callable[..., Any]:
         ) from error
     if not callable(function := getattr(module, name, None)):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        what = "is not a function" if function is not None else "is not in it"
+        what = "is not a function" if function is not None else "does not exist in it"
         raise ConfigError(f"{KEY}.path={path}: {KEY}.name={name} {what}: {nearest(name, names) if names else 'add it'}")
     return function
 
 
 def file_of(path: str) -> Path:
-    """Return the file that a `path` without `pkg://` names."""
+    """Return the file for a `path` without `pkg://`."""
     return Path(path.removeprefix("file://")).expanduser()
 
 
 def is_ours(config: DictConfig) -> bool:
-    """Whether the reward is the rule for GSM8K's form, named as a module or as a file."""
+    """Return whether the reward is the rule for GSM8K's format, given as a module or as a file."""
     path = str(config.reward.custom_reward_function.path or "")
     if path.startswith("pkg://"):
         return path.removeprefix("pkg://").replace("/", ".") == OURS
@@ -99,17 +97,18 @@ def is_ours(config: DictConfig) -> bool:
 
 
 def settle_reward(config: DictConfig) -> None:
-    """Refuse what a reward cannot be, and name the function's file in full: a worker's working folder is another.
+    """Reject settings that a reward cannot have, and make the path of the function's file absolute.
 
-    Raises:
-        ConfigError: the first such setting, or a function that cannot be loaded or called as verl calls it.
+    The path must be absolute because workers have another working directory.
+
+    Raises: ConfigError: the first such setting, or a function that cannot be loaded or called as verl calls it.
     """
     reward = config.reward
     if reward.reward_model.enable:
         raise ConfigError(
-            "reward.reward_model.enable=true: a reward model says how good an answer is and not whether it is right, "
-            "so validation would have no accuracy, and verl asks it by HTTP without a password: use a function "
-            f"({KEY}), which may ask a model of yours"
+            "reward.reward_model.enable=true: a reward model says how good a response is and not whether it is "
+            "right, so validation would have no accuracy, and verl calls it by HTTP without a password: use a "
+            f"function ({KEY}), which may call your own model"
         )
     _refuse_old_names(config)
     custom = reward.custom_reward_function
@@ -119,16 +118,16 @@ def settle_reward(config: DictConfig) -> None:
     if not str(custom.path).startswith("pkg://"):
         custom.path = str(file_of(str(custom.path)).absolute())
     if reward.reward_manager.source != "register":
-        return  # what calls the function is not verl's
+        return  # a user's own reward manager calls the function, not verl's
     if reward.reward_manager.name == "remote" and inspect.iscoroutinefunction(function):
         raise ConfigError(
-            "reward.reward_manager.name=remote takes no async function: set reward.reward_manager.name=naive"
+            "reward.reward_manager.name=remote does not support async functions: set reward.reward_manager.name=naive"
         )
     _check_signature(function, sorted({*GIVEN, *(custom.get("reward_kwargs") or {})}), str(custom.name))
 
 
 def _refuse_old_names(config: DictConfig) -> None:
-    """verl's own script moves settings of these blocks to `reward`; its trainer does not read them here."""
+    """Reject old names of settings: verl's own script moves them to `reward`, but its trainer does not read them."""
     moved = {"reward_manager": "reward_manager.name", "num_workers": "num_workers", "reward_kwargs": "reward_kwargs"}
     for block in ("custom_reward_function", "reward_model", "sandbox_fusion"):
         for key, value in _leaves(OmegaConf.to_container(config.get(block) or OmegaConf.create({}))):
@@ -145,26 +144,24 @@ def _leaves(block: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _check_signature(function: Callable[..., Any], names: list[str], name: str) -> None:
     try:
         inspect.signature(function).bind(**dict.fromkeys(names))
-    except ValueError:  # a builtin that has no signature
+    except ValueError:  # a builtin without a signature
         return
     except TypeError as error:
         raise ConfigError(
-            f"{KEY}.name={name} cannot be called as verl does, with {', '.join(names)} by name: {first_line(error)}: "
-            f"let it be `def {name}({', '.join(GIVEN)}, **kwargs)`"
+            f"{KEY}.name={name} cannot be called as verl does, with the keyword arguments {', '.join(names)}: "
+            f"{first_line(error)}: define it as `def {name}({', '.join(GIVEN)}, **kwargs)`"
         ) from error
 
 
 def check_reward(config: DictConfig, row: dict[str, Any], where: str) -> None:
-    """Ask the reward function about two answers to a row of the data: an empty one, and one that gives the truth.
+    """Call the reward function with two responses to a row of the data: an empty one, and one that contains the truth.
 
-    It is not asked where a reward manager of the user's own stands before it, nor where the recipe names none and
-    verl's own is used. The trainer judges every answer of a validation in any case.
+    The function is not called if a user's own reward manager is used, or if the recipe names no function and verl's own
+    is used. The trainer checks every response of a validation in any case.
 
-    Args:
-        row: of a file of the data. where: the file and the number of the row, for errors.
+    Args: row: a row of a data file. where: the file and the number of the row, for error messages.
 
-    Raises:
-        ConfigError: the function cannot be loaded, raises, or does not tell accuracy and reward.
+    Raises: ConfigError: the function cannot be loaded, raises, or does not return accuracy and reward.
     """
     reward = config.reward
     if not reward.custom_reward_function.path or reward.reward_manager.source != "register":
@@ -179,22 +176,22 @@ def check_reward(config: DictConfig, row: dict[str, Any], where: str) -> None:
         try:
             result = function(solution_str=answer, **told)
         except TimeoutError:
-            return  # it waits for something; the run's own limits hold there
+            return  # the function waits for something; during the run, the run's own limits apply
         except RewardError as error:
             raise ConfigError(
-                f"{error}: for the answer {answer!r} to {where}: let it return a reward for any text, as a run stops "
-                "where it raises"
+                f"{error}: for the response {answer!r} to {where}: return a reward for any text, because a run "
+                "stops if the function raises"
             ) from error
         if inspect.isawaitable(result):
-            raise ConfigError(f"{KEY} returned {type(result).__name__}: let it be `async def`, which verl awaits")
+            raise ConfigError(f"{KEY} returned {type(result).__name__}: define it with `async def`, which verl awaits")
         acc_in(result)
         reward_in(result)
         if isinstance(result, dict) and "flexible" in result:
             judged([result["flexible"]], "flexible")
         if metric not in ("reward", "overlong_reward", *(result if isinstance(result, dict) else ("acc",))):
             raise ConfigError(
-                f"{KEY} returned no {metric!r}, which algorithm.filter_groups.metric asks for: let it return that, or "
-                "set the metric to acc, score or reward"
+                f"{KEY} returned no {metric!r}, which is algorithm.filter_groups.metric: return it too, or set "
+                "the metric to acc, score or reward"
             )
 
 

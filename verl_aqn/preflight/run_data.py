@@ -1,6 +1,5 @@
-"""A run's data: made into files that are on disk, read by verl before anything is started, and given row by row."""
+"""Prepare a run's data: put files on disk, let verl read them before anything is started, and give their rows."""
 
-import importlib
 import itertools
 import os
 import sys
@@ -28,14 +27,14 @@ from verl_aqn.tasks.data_files import (
     read_file,
 )
 
-# Rows of the embedded task; a recipe takes as many of them as it has steps for.
+# Rows of the embedded task; a recipe uses as many as its steps need.
 N_TRAIN, N_TEST = 2048, 384
 KEYS = {"train": "train_files", "test": "val_files"}
 LIMITS = {"train": "train_max_samples", "test": "val_max_samples"}
 
 
 class Items(Protocol):
-    """A set of a run's data, an item for each row."""
+    """A data set of a run, with an item for each row."""
 
     def __len__(self) -> int: ...
 
@@ -44,7 +43,7 @@ class Items(Protocol):
 
 @dataclass(frozen=True)
 class Data:
-    """`rows`: how many the run's data have, by set (train, test), at most max_samples. `warnings`: a line each."""
+    """Facts about the data. `rows`: number by set (train, test), at most max_samples. `warnings`: one line each."""
 
     rows: dict[str, int]
     warnings: list[str]
@@ -54,10 +53,10 @@ def prepare_data(config: DictConfig) -> Data:
     """Make `data.train_files` and `data.val_files` files on disk, and let verl read and render their first rows.
 
     Raises:
-        DataError: a file that is missing, or that verl cannot read; a row that it cannot render and does not leave out;
-            a ground truth that the rule for GSM8K's form cannot judge, where that is the reward.
+        DataError: a file is missing, or verl cannot read it; verl cannot render a row and does not skip it; the rule
+            for GSM8K's format is the reward and cannot judge a ground truth.
         ModelError: the tokenizer has no chat template.
-        ConfigError: a reward function of the user's own that raises, or does not tell the accuracy (`check_reward`).
+        ConfigError: a user's own reward function raises, or does not return the accuracy (`check_reward`).
     """
     from verl_aqn.tasks.word_problems import prepare_word_problems
 
@@ -81,10 +80,9 @@ def prepare_data(config: DictConfig) -> Data:
 
 
 def check_data(config: DictConfig) -> Data:
-    """Let verl read and render the first rows of the files that `config` names, and check every ground truth.
+    """Let verl read and render the first rows of the files in `config`, and check every ground truth.
 
-    Raises:
-        DataError, ModelError, ConfigError: as `prepare_data`.
+    Raises: DataError, ModelError, ConfigError: as in `prepare_data`.
     """
     find_tools(config)
     own = has_own_class(config)
@@ -107,7 +105,7 @@ def check_data(config: DictConfig) -> Data:
 
 
 def check_truths_of(config: DictConfig) -> None:
-    """Check every ground truth of both sets where the reward is the rule for GSM8K's form; raises DataError."""
+    """Check every ground truth of both sets if the reward is the rule for GSM8K's format. Raises DataError."""
     if not is_ours(config):
         return
     for split, key in KEYS.items():
@@ -126,13 +124,11 @@ def sets_of(config: DictConfig) -> dict[str, "Items"]:
 
 
 def first_items(config: DictConfig, sets: Mapping[str, "Items"]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Give the first item of every file, those of validation first, and where it is; of a user's own class of each set.
+    """Yield the first item of every file and its place, validation first; for a user's own class, one item per set.
 
-    Args:
-        sets: as `sets_of` returns them.
+    Args: sets: as `sets_of` returns them.
 
-    Raises:
-        DataError: one lacks what verl tells the reward.
+    Raises: DataError: an item lacks what verl passes to the reward.
     """
     for split in ("test", "train"):
         items, files = sets[split], data_files(config, KEYS[split])
@@ -145,23 +141,22 @@ def first_items(config: DictConfig, sets: Mapping[str, "Items"]) -> Iterator[tup
 
 
 def items_of(config: DictConfig, split: str) -> "Items":
-    """Return the items of a set (train or test) as verl's data set gives them, none of them left out, in the order of
-    the files. Beside the file's columns an item has `raw_prompt`, its messages, and `extra_info`.
+    """Return all items of a set (train or test) as verl's data set gives them, in the order of the files.
 
-    Raises:
-        DataError, ConfigError: a file, or the user's own class, that gives none.
+    In addition to the file's columns, an item has `raw_prompt`, its messages, and `extra_info`.
+
+    Raises: DataError, ConfigError: a file, or the user's own class, gives no items.
     """
     if has_own_class(config):
-        # By name: what imports verl stands above this room, and takes seconds to import.
-        own_items = importlib.import_module("verl_aqn.integrations.verl.first_rows").own_items
+        from verl_aqn.integrations.verl.first_rows import own_items  # takes seconds to import
 
-        with redirect_stdout(sys.stderr):  # verl and the class may print, and standard output is for results
+        with redirect_stdout(sys.stderr):  # verl and the class may print, but standard output is for results
             return own_items(preflight_rows.with_model(config, find_model(config, weights=False)), split)
     return _TextItems(config, split)
 
 
 class _TextItems:
-    """What `RLHFDataset` gives of text, without importing verl."""
+    """The items of `RLHFDataset` for text, without importing verl."""
 
     def __init__(self, config: DictConfig, split: str) -> None:
         import datasets
@@ -180,14 +175,14 @@ class _TextItems:
 
 
 def has_own_class(config: DictConfig) -> bool:
-    """Whether the recipe names a data set class of the user's own, which makes of the files what it likes."""
+    """Return whether the recipe names a user's own data set class, which may change the rows of the files freely."""
     return OmegaConf.select(config, "data.custom_cls.path") is not None
 
 
 def needs_truth(config: DictConfig) -> bool:
-    """Whether verl's reward managers judge the answers, all of which take a ground truth out of the data.
+    """Return whether verl's reward managers judge the responses; all of them read a ground truth from the data.
 
-    A manager of the user's own may not, and a reward model without a reward function does not.
+    A user's own manager may not, and a reward model without a reward function does not.
     """
     reward = config.reward
     manager, model = (OmegaConf.select(reward, key) for key in ("reward_manager.source", "reward_model.enable"))
@@ -195,7 +190,7 @@ def needs_truth(config: DictConfig) -> bool:
 
 
 def made_folder(name: str) -> Path:
-    """Return the folder of the cache for the data that a recipe calls `name`: embedded, embedded_tool or gsm8k."""
+    """Return the cache folder for the data that a recipe calls `name`: embedded, embedded_tool or gsm8k."""
     folders = {
         "embedded": f"word_problems-{N_TRAIN}-{N_TEST}",
         "embedded_tool": f"word_problems_tool-{N_TRAIN}-{N_TEST}",
@@ -204,7 +199,7 @@ def made_folder(name: str) -> Path:
 
 
 def _gsm8k() -> dict[str, Path]:
-    """GSM8K as it was prepared in the cache (`verl-aqn data gsm8k`, which takes a folder too), else from the hub."""
+    """Return GSM8K from the cache, where `verl-aqn data gsm8k` also puts it, or download it from the hub."""
     from verl_aqn.tasks.gsm8k_data import prepare_gsm8k
 
     folder = made_folder("gsm8k")
@@ -213,11 +208,12 @@ def _gsm8k() -> dict[str, Path]:
 
 
 def data_files(config: DictConfig, *keys: str) -> list[Path]:
-    """The files of `data.train_files` and `data.val_files`, or of `keys`: each is a path, a list of paths, or the text
-    of such a list, as verl's example scripts write it ("['a.parquet', 'b.jsonl']").
+    """Return the files of `data.train_files` and `data.val_files`, or of `keys`.
 
-    Raises:
-        ConfigError: none of these.
+    Each value is a path, a list of paths, or the text of such a list, as in verl's example scripts ("['a.parquet',
+    'b.jsonl']").
+
+    Raises: ConfigError: the value is none of these.
     """
     return [Path(f).expanduser() for key in keys or ("train_files", "val_files") for f in _names_of(config, key)]
 
@@ -236,13 +232,15 @@ def _names_of(config: DictConfig, key: str) -> list[str]:
 def _listed(text: str) -> list[Any]:
     try:
         return list(OmegaConf.to_container(OmegaConf.create(text)))  # type: ignore[arg-type]
-    except Exception:  # of YAML's parser
+    except Exception:  # raised by YAML's parser
         return []
 
 
 def steps_in_data(config: DictConfig) -> int | None:
-    """The RL steps of a recipe by the data it names; None where those are not on disk (nothing is made or fetched), or
-    are counted by a data set class of the user's own.
+    """Return the RL steps of a recipe according to its data, or None if they are unknown.
+
+    They are unknown if the data are not on disk (nothing is created or downloaded), or if a user's own data set class
+    decides the number of rows.
     """
     value = config.data.train_files
     if value in ("embedded", "embedded_tool"):
@@ -257,7 +255,10 @@ def steps_in_data(config: DictConfig) -> int | None:
 
 
 def files_on_disk(config: DictConfig, key: str) -> list[Path] | None:
-    """Return the files of a set as a run would have them; None where not all are there. Nothing is made or fetched."""
+    """Return the files of a set as a run would use them, or None if some are missing.
+
+    Nothing is created or downloaded.
+    """
     names = {"train_files": "train.parquet", "val_files": "test.parquet"}
     short = {name: made_folder(name) / names[key] for name in ("gsm8k", "embedded", "embedded_tool")}
     files = [short.get(name, Path(name).expanduser()) for name in _names_of(config, key)]

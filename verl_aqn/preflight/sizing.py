@@ -1,4 +1,4 @@
-"""A model's `Shape` from its config.json alone: transformers builds it without weights."""
+"""Derive a model's `Shape` from its config.json alone: transformers builds the model without weights."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +16,12 @@ from verl_aqn.preflight.shape import Shape
 
 
 def shape_of(folder: Path, exclude: tuple[str, ...]) -> Shape:
-    """The model that transformers builds from `folder`/config.json, no weights needed.
+    """Return the shape of the model that transformers builds from `folder`/config.json; weights are not needed.
 
-    `exclude`: as `quantize_checkpoint`'s; of a folder that is packed already, what its own config leaves out.
+    `exclude`: as in `quantize_checkpoint`; for a folder that is already packed, the exclusions in its own config are
+    added.
 
-    Raises:
-        ModelError: no config.json, no model that transformers knows, or one without decoder layers.
+    Raises: ModelError: there is no config.json, transformers does not know the model, or it has no decoder layers.
     """
     quantization = read_config(folder).get("quantization_config") or {}
     exclude = (*exclude, *quantization.get("ignore", ()))
@@ -37,7 +37,8 @@ def shape_of(folder: Path, exclude: tuple[str, ...]) -> Shape:
     heads = config.num_attention_heads
     key_value_heads = getattr(config, "num_key_value_heads", None) or heads
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
-    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()  # on meta each has its own
+    # on the meta device each has its own tensor
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     parameters = [p for name, p in model.named_parameters() if name not in tied]
     linears, total = sum(packed.values()), sum(p.numel() for p in parameters)
 
@@ -74,11 +75,11 @@ def shape_of(folder: Path, exclude: tuple[str, ...]) -> Shape:
 
 
 def _packed(model: PreTrainedModel, naming: Naming, exclude: tuple[str, ...]) -> Iterator[tuple[str, int]]:
-    """Name and elements of every module that `make_plan` packs."""
+    """Yield the name and the number of elements of every module that `make_plan` packs."""
     gates = routers(model)
     for name, module in model.named_modules():
         names = [naming.in_checkpoint(name)]
-        if is_fused(module):  # experts are left out together, each by its own name
+        if is_fused(module):  # all experts are excluded together, by the name of each
             names.append(f"{names[0]}.0.down_proj")
         kept = any(matches(each, pattern) for each in names for pattern in exclude)
         if kept or name in gates or module is model.get_output_embeddings():
@@ -90,12 +91,12 @@ def _packed(model: PreTrainedModel, naming: Naming, exclude: tuple[str, ...]) ->
 
 
 def _matrix(module: nn.Module) -> int:
-    """Elements of what is dequantised at once: a linear layer's weight, or one expert's larger stack."""
+    """Return the elements that are dequantised at once: a linear layer's weight, or the larger stack of one expert."""
     return module.weight.numel() if isinstance(module, nn.Linear) else module.get_parameter("gate_up_proj")[0].numel()
 
 
 def _inner(config: PretrainedConfig) -> int:
-    """Features inside the MLP of one token: its experts and the shared one, or the dense MLP."""
+    """Return the features inside the MLP for one token: its experts and the shared expert, or the dense MLP."""
     experts = getattr(config, "num_experts_per_tok", None)
     if not experts:
         return config.intermediate_size

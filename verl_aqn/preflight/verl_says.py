@@ -1,6 +1,7 @@
-"""What the installed verl itself refuses of a recipe, asked in a process of its own, and remembered.
+"""Find the settings of a recipe that the installed verl rejects, by asking verl in its own process.
 
-verl takes seconds to import, and chooses a platform for its process: so it is asked by `verl_aqn.integrations.verl.ask_verl`.
+verl takes seconds to import and chooses a platform for its process, so the question is asked by
+`verl_aqn.integrations.verl.ask_verl`. Good answers are stored.
 """
 
 import hashlib
@@ -20,39 +21,38 @@ from verl_aqn.preflight.findings import Finding
 
 ASK = Path(__file__).parents[1] / "integrations" / "verl" / "ask_verl.py"
 TIMEOUT_S = 600
-# What verl's checks look at; of the rest a run differs from the next one without verl minding.
+# The blocks that verl's checks read; other settings may differ between runs without effect on verl.
 BLOCKS = ("actor_rollout_ref", "algorithm", "critic", "data", "distillation", "global_profiler", "reward", "trainer")
 NOT_ASKED = (
     "actor_rollout_ref.model.path", "actor_rollout_ref.rollout.seed", "critic.model", "data.seed",
     "data.train_files", "data.val_files", "trainer.experiment_name", "trainer.project_name", "trainer.save_freq",
     "trainer.test_freq", "trainer.total_training_steps", "trainer.default_local_dir", "trainer.logger",
-    "reward.custom_reward_function.path",  # asked in this process (`verl_aqn.preflight.reward_function`)
+    "reward.custom_reward_function.path",  # checked in this process (`verl_aqn.preflight.reward_function`)
 )  # fmt: skip
 
 
 def check_verl(config: DictConfig) -> Iterator[Finding]:
-    """What verl says of the recipe's settings. Asks only where verl is installed."""
+    """Check the recipe's settings with verl's own checks, if verl is installed."""
     if (version := verl_version()) is None:
-        yield Finding("verl's checks", "not asked: verl is not installed here")
+        yield Finding("verl's checks", "not checked: verl is not installed here")
         return
     try:
         found = ask(config, version)
     except EnvironmentFault as error:
-        yield Finding("verl's checks", str(error), "mend the installation (bash scripts/setup.sh)")
+        yield Finding("verl's checks", str(error), "repair the installation (bash scripts/setup.sh)")
         return
-    yield from found or [Finding("verl's checks", f"verl {version} refuses nothing")]
+    yield from found or [Finding("verl's checks", f"verl {version} accepts all settings")]
 
 
 def verl_version() -> str | None:
-    """The installed verl's version, if there is one."""
+    """Return the version of the installed verl, or None."""
     return version_of("verl")
 
 
 def ask(config: DictConfig, version: str) -> list[Finding]:
-    """Return the faults that verl finds; an answer without any is remembered.
+    """Return the faults that verl finds; an answer without faults is stored.
 
-    Raises:
-        EnvironmentFault: verl's process ended without an answer.
+    Raises: EnvironmentFault: verl's process ended without an answer.
     """
     asked = question(config)
     text = json.dumps([asked, version, verl_aqn.__version__], sort_keys=True, default=str)
@@ -62,7 +62,7 @@ def ask(config: DictConfig, version: str) -> list[Finding]:
     if not own and kept(file, _fits):
         return []
     env = {**os.environ, "VERL_PLATFORM": "cpu"}  # nothing is computed that needs a device
-    about = "verl what it thinks of the settings"
+    about = "verl whether it accepts the settings"
     answer = ask_module(
         "verl_aqn.integrations.verl.ask_verl", about, text=json.dumps(asked), env=env, timeout=TIMEOUT_S, fits=_fits
     )
@@ -76,7 +76,7 @@ def _fits(answer: Any) -> bool:
 
 
 def question(config: DictConfig) -> dict[str, Any]:
-    """Return the resolved blocks that verl is asked about, without what makes no difference to it."""
+    """Return the resolved blocks that verl is asked about, without settings that do not affect its checks."""
     asked = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
     for key in NOT_ASKED:
         if OmegaConf.select(asked, key) is not None:

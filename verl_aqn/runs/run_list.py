@@ -1,4 +1,4 @@
-"""What runs there are, and how far they came: for `verl-aqn runs`."""
+"""List the runs and their progress, for `verl-aqn runs`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.stats.intervals import pass_text, samples_of, share_text
 from verl_aqn.safe_files import is_own_folder
 
-DEFAULT_BASES = "/tmp/mxfp4_*"  # where recipes and plans put their runs when aqn.run.dir is not set
-_BELOW = ("runs/[!.]*/state.json", "*/runs/[!.]*/state.json")  # a base folder, or one that holds some, as a plan's does
+DEFAULT_BASES = "/tmp/mxfp4_*"  # where recipes and plans put their runs if aqn.run.dir is not set
+# a base folder, or a folder with several, such as a plan's
+_BELOW = ("runs/[!.]*/state.json", "*/runs/[!.]*/state.json")
 
 _KEYS = (
     "run", "recipe", "status", "attempt", "created", "minutes", "step", "steps", "accuracy", "flexible", "math_verify",
@@ -25,10 +26,10 @@ _KEYS = (
 
 
 def find_runs(folder: Path | None = None) -> list[RunFolder]:
-    """Runs under `folder`: a base folder, one that holds base folders, or one run; by default recipes' and plans' own,
-    where those folders are this user's.
+    """Return the runs under `folder`: a base folder, a folder with base folders, or one run; oldest first.
 
-    Oldest first. Raises DataError where `folder` is not there or holds no run.
+    By default, search the folders of recipes and plans that belong to this user. Raises DataError if `folder` does not
+    exist or contains no run.
     """
     if folder is None:
         bases = sorted(filter(is_own_folder, Path(DEFAULT_BASES).parent.glob(Path(DEFAULT_BASES).name)))
@@ -36,20 +37,23 @@ def find_runs(folder: Path | None = None) -> list[RunFolder]:
     else:
         paths = [path for pattern in ("state.json", *_BELOW) for path in folder.glob(pattern)]
         if not paths:
-            what = "holds no runs" if folder.is_dir() else "is no folder" if folder.exists() else "is not there"
-            raise DataError(f"{folder} {what}: give a folder that `verl-aqn train` was told as aqn.run.dir")
+            what = "contains no runs" if folder.is_dir() else "is not a folder" if folder.exists() else "does not exist"
+            raise DataError(f"{folder} {what}: give a folder that was used as aqn.run.dir in `verl-aqn train`")
     return sorted((RunFolder(path.parent) for path in paths), key=_created)
 
 
 def _created(run: RunFolder) -> str:
     try:
         return run.state["created"]
-    except AqnError:  # damaged: above all others
+    except AqnError:  # a damaged run: sorted before all others
         return ""
 
 
 def listed(run: RunFolder) -> dict[str, Any]:
-    """`describe`; of a run whose records are damaged all is None but its place, `status` (`damaged`) and `message`."""
+    """Return `describe`; for a run with damaged records, only its name, path, `status` and `message` are set.
+
+    `status` is then `damaged`.
+    """
     try:
         return describe(run)
     except AqnError as error:
@@ -58,19 +62,19 @@ def listed(run: RunFolder) -> dict[str, Any]:
 
 
 def describe(run: RunFolder) -> dict[str, Any]:
-    """One run in plain values. What a record of an older version does not have is None.
+    """Describe one run in plain values. Values that an older version did not record are None.
 
-    `status` is that of state.json, or `dead` where it says running and no process holds the run. `step` and `steps`:
-    done and wanted. Of the last validation, fractions of 1 over `items`: `accuracy` (strict), `flexible` and
-    `math_verify`; with several answers (`samples`) to each item these are averages, and `pass_at` has pass@k by k.
-    `minutes`: from the first attempt to the end, or to the last sign of life. `base` and `adapter`:
+    `status` is that of state.json, or `dead` if the state is running but no process holds the run's lock. `step` and
+    `steps`: finished and planned steps. From the last validation, as fractions of 1 over `items`: `accuracy` (strict),
+    `flexible` and `math_verify`; with several responses (`samples`) per item these are averages, and `pass_at` has
+    pass@k by k. `minutes`: from the start of the first attempt to the end or to the last record. `base` and `adapter`:
     digests of the MXFP4 base and of the last adapter in the rollout.
     """
     state = run.state
     status = state["status"]
     if status == "running" and not run.locked:
         status = "dead"
-    config = run.block("config.yaml")  # None: killed before it was written
+    config = run.block("config.yaml")  # None if the run was killed before the file was written
     metrics = list(run.read("metrics.jsonl"))
     steps = [record for record in metrics if record.get("kind") == "step"]
     validations = [record for record in metrics if record.get("kind") == "validation"]
@@ -79,7 +83,7 @@ def describe(run: RunFolder) -> dict[str, Any]:
     adapter = next((record.get("sent") for record in reversed(evidence) if record.get("kind") == "adapter"), None)
     last = validations[-1] if validations else {}
     began, ended = (datetime.fromisoformat(state[key]).timestamp() for key in ("created", "updated"))
-    if status in ("running", "dead"):  # the state is that of the start
+    if status in ("running", "dead"):  # state.json was written at the start
         files = (run.path / "metrics.jsonl", run.path / "state.json")
         ended = max(path.stat().st_mtime for path in files if path.exists())
     return {
@@ -107,7 +111,7 @@ def describe(run: RunFolder) -> dict[str, Any]:
 
 
 def table(rows: Iterable[dict[str, Any]]) -> Table:
-    """What `listed` says of runs, a run a row."""
+    """Return a table of the results of `listed`, one run per row."""
     view = Table(title="Runs (accuracy without noise, 95 % interval)", title_justify="left")
     rows = list(rows)
     several = any(map(pass_text, rows))
@@ -130,7 +134,10 @@ def table(rows: Iterable[dict[str, Any]]) -> Table:
 
 
 def sigmas(noise: dict[str, Any] | None) -> str:
-    """'0.05 → 1e-05' of a config's `aqn.noise`, '0.005' of a constant σ, whose end is not used; 'off', '–' without."""
+    """Return '0.05 → 1e-05' for a config's `aqn.noise`, or '0.005', 'off' or '–'.
+
+    '0.005' is a constant σ, whose end is not used; '–' means that there is no noise block.
+    """
     if not noise or not noise.get("enabled", True):
         return "off" if noise else "–"
     keys = ("sigma_start",) if noise.get("kind") == "constant" else ("sigma_start", "sigma_end")

@@ -1,4 +1,4 @@
-"""GSM8K (Cobbe et al. 2021, arXiv 2110.14168) as verl's parquet files."""
+"""Convert GSM8K (Cobbe et al. 2021, arXiv 2110.14168) to verl's parquet files."""
 
 import json
 from collections.abc import Iterable
@@ -17,12 +17,12 @@ _LAYOUTS = ("{split}.jsonl", "{split}.parquet", "{split}-*.parquet", "main/{spli
 
 
 def prepare_gsm8k(dst: str | Path, source: str | Path | None = None) -> dict[str, Path]:
-    """Write `train.parquet` and `test.parquet` to `dst`; {"train": path, "test": path}.
+    """Write `train.parquet` and `test.parquet` to `dst`, and return {"train": path, "test": path}.
 
-    `source` is a folder with train.jsonl and test.jsonl (or the parquet files of a hub snapshot); None asks the hub.
+    `source` is a folder with train.jsonl and test.jsonl (or the parquet files of a hub snapshot); None downloads from
+    the hub.
 
-    Raises:
-        DataError: the source cannot be had, or a row lacks its question or its "#### N".
+    Raises: DataError: the source cannot be read, or a row has no question or no "#### N".
     """
     paths = {}
     for split in ("train", "test"):
@@ -31,7 +31,7 @@ def prepare_gsm8k(dst: str | Path, source: str | Path | None = None) -> dict[str
             where = f"GSM8K {split} row {index}"
             question, answer = item.get("question"), item.get("answer")
             if not isinstance(question, str) or not isinstance(answer, str):
-                raise DataError(f"{where}: 'question' or 'answer' is missing: get the data set again")
+                raise DataError(f"{where}: 'question' or 'answer' is missing: download the data set again")
             prompt: list[Message] = [{"role": "user", "content": f"{question} {INSTRUCTION}"}]
             truth = ground_truth(answer, where)
             rows.append(row(SOURCE, prompt, truth, split=split, index=index, question=question, answer=answer))
@@ -40,39 +40,42 @@ def prepare_gsm8k(dst: str | Path, source: str | Path | None = None) -> dict[str
 
 
 def ground_truth(answer: str, where: str) -> str:
-    """The N of a solution's last "#### N", without commas: "1,234" gives "1234". `where` names the row in the error."""
+    """Return the N of a solution's last "#### N", without commas: "1,234" gives "1234".
+
+    `where` names the row in the error message.
+    """
     _, mark, truth = answer.rpartition("#### ")
     truth = truth.strip()
     if not mark or number(truth) is None:
-        raise DataError(f"{where}: the answer does not end in '#### N': get the data set again")
+        raise DataError(f"{where}: the answer does not end in '#### N': download the data set again")
     return truth.replace(",", "")
 
 
 def _load(split: str, source: str | Path | None) -> Iterable[dict]:
     if source is None:
-        import datasets  # takes seconds, and only this branch needs it
+        import datasets  # takes seconds to import, and only this branch needs it
 
         try:
             return datasets.load_dataset(SOURCE, "main", split=split)
-        except OSError as error:  # what it raises without a network, and for a data set that is not there
-            if error.filename:  # its cache
+        except OSError as error:  # raised without a network, and for a data set that does not exist
+            if error.filename:  # a fault of the local cache
                 raise
             raise DataError(
-                f"{SOURCE} cannot be fetched from the hub ({type(error).__name__}): prepare it from a folder with "
-                "train.jsonl and test.jsonl, by `verl-aqn data gsm8k --source FOLDER`"
+                f"{SOURCE} cannot be downloaded from the hub ({type(error).__name__}): prepare it from a folder "
+                "with train.jsonl and test.jsonl, by `verl-aqn data gsm8k --source FOLDER`"
             ) from error
     for layout in _LAYOUTS:
         files = sorted(Path(source).glob(layout.format(split=split)))
         if files:
             return [item for file in files for item in _read(file)]
-    raise DataError(f"{source}: no {split}.jsonl and no {split} parquet file: give a folder that holds GSM8K")
+    raise DataError(f"{source}: no {split}.jsonl and no {split} parquet file: give a folder that contains GSM8K")
 
 
 def _read(file: Path) -> list[dict]:
     try:
         if file.suffix == ".parquet":
             return pq.read_table(file).to_pylist()
-        with file.open(encoding="utf-8") as lines:  # not splitlines: a question may hold U+2028
+        with file.open(encoding="utf-8") as lines:  # not splitlines: a question may contain U+2028
             return [json.loads(line) for line in lines]
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError and ArrowInvalid
-        raise DataError(f"{file}: not readable ({type(error).__name__}): get the data set again") from error
+        raise DataError(f"{file}: not readable ({type(error).__name__}): download the data set again") from error

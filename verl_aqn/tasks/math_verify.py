@@ -1,10 +1,10 @@
-"""A third opinion on answers: math-verify, which reads LaTeX and expressions. Only for validation, never the reward.
+"""Judge responses with math-verify, which reads LaTeX and expressions. Used only in validation, never as the reward.
 
-What a model writes is hostile to a computer algebra system: `9^{9^{9^9}}` takes all time and memory there is, and
-math-verify's own time limit is a signal that big-number arithmetic does not look at. So answers are judged in another
-process (`python -m verl_aqn.tasks.math_verify`), which imports math-verify and forks. The fork has limits that the
-kernel keeps; an answer that goes beyond them ends it, is wrong, and the next fork goes on with the rest. This module is
-imported everywhere; math-verify only in that process.
+A model's text can overload a computer algebra system: `9^{9^{9^9}}` uses all time and memory, and math-verify's own
+time limit is a signal that big-number arithmetic ignores. So responses are judged in another process (`python -m
+verl_aqn.tasks.math_verify`), which imports math-verify and forks. The kernel enforces limits on the fork. A response
+that exceeds them ends the fork and is wrong; the next fork continues with the rest. This module is imported everywhere,
+but math-verify only in that process.
 """
 
 import importlib.util
@@ -23,17 +23,17 @@ from concurrent.futures import ThreadPoolExecutor
 from verl_aqn.errors import DataError, EnvironmentFault
 from verl_aqn.tasks.gsm8k import number
 
-# Of one answer, which takes 1 ms as a rule. Computing time (the kernel rounds it: 1 to 2 s), so that a busy machine
-# judges alike; the clock only ends what waits for ever.
+# For one response, which usually takes 1 ms. The limit is on CPU time (the kernel rounds it: 1 to 2 s), so that the
+# result does not depend on other load; the wall-clock limit only ends a process that waits forever.
 CPU_S, WALL_S = 1, 10
-MEMORY_BYTES = 1 << 30  # address space; the process has 80 MB before it reads anything
+MEMORY_BYTES = 1 << 30  # address space; the process uses 80 MB before it reads anything
 START_S = 120
-SHARE, PROCESSES = 2048, 8  # answers that are worth a process, and how many there are at most
-READY = b"+"  # a fork's word that its limits stand and it can judge within them
+SHARE, PROCESSES = 2048, 8  # the number of responses that justify another process, and the maximum number of processes
+READY = b"+"  # the fork sends this when its limits are set and it can judge within them
 
 
 def check_installed() -> None:
-    """EnvironmentFault where math-verify is missing."""
+    """Raise EnvironmentFault if math-verify is not installed."""
     if importlib.util.find_spec("math_verify") is None:
         raise EnvironmentFault(
             "math-verify is not installed, and validation scores with it: pip install 'math-verify[antlr4_9_3]'"
@@ -41,21 +41,19 @@ def check_installed() -> None:
 
 
 def scores(texts: Sequence[str], answers: Sequence[str]) -> list[float]:
-    """1.0 where math-verify finds the number `answers[i]` in `texts[i]`, else 0.0.
+    """Return 1.0 for each i where math-verify finds the number `answers[i]` in `texts[i]`, else 0.0.
 
-    A text that takes more than 2 s of computing or 1 GiB of memory is wrong. The start takes a second, an ordinary
-    answer 1 ms; many answers are shared out among processes.
+    A text that needs more than 2 s of CPU time or 1 GiB of memory is wrong. The start takes a second, a typical
+    response 1 ms; many responses are divided among processes.
 
-    Raises:
-        DataError: an answer is not a number.
-        EnvironmentFault: math-verify is not installed or does not run.
+    Raises: DataError: an answer is not a number. EnvironmentFault: math-verify is not installed or does not run.
     """
     check_installed()
     lines = []
     for text, answer in zip(texts, answers, strict=True):
         value = number(answer)
         if value is None:
-            raise DataError(f"math-verify is given numbers to compare with, but the ground truth is {answer!r}")
+            raise DataError(f"math-verify compares with numbers only, but the ground truth is {answer!r}")
         lines.append(json.dumps([text, f"{value:f}"]) + "\n")
     size = max(SHARE, -(-len(lines) // min(PROCESSES, len(os.sched_getaffinity(0)))))
     shares = [lines[at : at + size] for at in range(0, len(lines), size)]
@@ -64,8 +62,8 @@ def scores(texts: Sequence[str], answers: Sequence[str]) -> list[float]:
 
 
 def _judged(lines: Sequence[str]) -> list[float]:
-    """Verdicts on lines of [text, number], from a process of their own."""
-    # The limit here is only for a judge that hangs itself: each answer has its own.
+    """Judge lines of [text, number] in a new process."""
+    # This limit is only for a judge that hangs itself: each response has its own limit.
     limit = START_S + len(lines) * (WALL_S + 1)
     try:
         done = subprocess.run(
@@ -73,22 +71,22 @@ def _judged(lines: Sequence[str]) -> list[float]:
             input="".join(lines), capture_output=True, text=True, timeout=limit, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
-        raise EnvironmentFault(f"math-verify has not judged {len(lines)} answers in {limit} s") from error
+        raise EnvironmentFault(f"math-verify did not judge {len(lines)} responses within {limit} s") from error
     if done.returncode or len(done.stdout) != len(lines):
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise EnvironmentFault(f"math-verify does not run here: {reason}")
+        raise EnvironmentFault(f"math-verify does not run on this machine: {reason}")
     return [float(mark) for mark in done.stdout]
 
 
 def main() -> None:
-    """Judge lines of [text, number] from standard input: a "1" or a "0" each to standard output."""
+    """Judge lines of [text, number] from standard input, and write "1" or "0" for each to standard output."""
     import gc
     import logging
 
-    # A process that ignores it, as a Ray worker may, hands that on: forks would be gone before they are waited for.
+    # A process that ignores this signal, as a Ray worker may, passes that on: forks would be gone before waitpid.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    logging.disable()  # its warning that time limits are now somebody else's business
-    # Fill the caches of patterns and grammar before the first fork, so that no fork has to.
+    logging.disable()  # math-verify warns that the caller is now responsible for time limits
+    # Fill the caches of patterns and grammar before the first fork, so that no fork has to do it.
     for warming in ("#### 72", r"\boxed{72}", r"so $\frac{144}{2}$", "72%", "1 + 71", "72.0"):
         verified(warming, "72")
     gc.freeze()
@@ -100,7 +98,7 @@ def main() -> None:
 
 
 def verified(text: str, answer: str) -> bool:
-    """math-verify's verdict, without any limit. `answer` is a decimal number."""
+    """Return math-verify's verdict, without any limit. `answer` is a decimal number."""
     import sympy
     from math_verify import parse, verify
 
@@ -108,16 +106,16 @@ def verified(text: str, answer: str) -> bool:
 
 
 def _in_fork(cases: list[tuple[str, str]]) -> str:
-    """Verdicts on the first of `cases`: all, or up to the one at which a limit ended the fork, which is wrong.
+    """Judge the first of `cases` in a fork: all of them, or up to the one that exceeds a limit, which is wrong.
 
-    A fork that cannot judge at all would find every answer wrong: SystemExit, with the reason.
+    Raises SystemExit, with the reason, if a fork cannot judge at all; otherwise every response would count as wrong.
     """
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             _limit(resource.RLIMIT_AS, MEMORY_BYTES)
-            _limit(resource.RLIMIT_FSIZE, 0)  # it has nothing to write to a disk
+            _limit(resource.RLIMIT_FSIZE, 0)  # it writes nothing to a disk
             _limit(resource.RLIMIT_CORE, 0)
             if verified("#### 72", "72"):
                 os.write(writing, READY)
@@ -126,33 +124,33 @@ def _in_fork(cases: list[tuple[str, str]]) -> str:
             os._exit(0)
     os.close(writing)
     if not select.select([reading], [], [], START_S)[0] or os.read(reading, 1) != READY:
-        sys.exit("a process with limits of its own cannot judge; see `ulimit -a`")
+        sys.exit("a process with its own limits cannot judge; see `ulimit -a`")
     marks = b""
     while len(marks) < len(cases):
         ready, _, _ = select.select([reading], [], [], WALL_S)
-        mark = os.read(reading, 1) if ready else b""  # the fork's death closes the pipe: nothing is read
+        mark = os.read(reading, 1) if ready else b""  # if the fork dies, the pipe closes and nothing is read
         marks += mark or b"0"
         if not mark:
             break
     os.close(reading)
-    os.kill(child, signal.SIGKILL)  # ours until it is waited for, so the number is no other process's
+    os.kill(child, signal.SIGKILL)  # until waitpid, this process number belongs to our fork and to no other process
     os.waitpid(child, 0)
     return marks.decode()
 
 
 def _judge(cases: list[tuple[str, str]], writing: int) -> None:
     for text, answer in cases:
-        # Counted from the fork's start, in whole seconds.
+        # The limit counts from the start of the fork, in whole seconds.
         _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + CPU_S)
         try:
             right = verified(text, answer)
-        except Exception:  # out of memory, too deep, or what sympy makes of nonsense: it has found no number
+        except Exception:  # out of memory, too deep, or whatever sympy raises for nonsense: no number was found
             right = False
         os.write(writing, b"1" if right else b"0")
 
 
 def _limit(which: int, most: int) -> None:
-    """At most so much, or what this process was given if that is less: a hard limit can only be lowered."""
+    """Set a limit, or keep a smaller one that this process already has: a hard limit can only be lowered."""
     _, hard = resource.getrlimit(which)
     resource.setrlimit(which, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 

@@ -1,4 +1,4 @@
-"""The parquet files that this project writes for verl's data set; `verl_aqn.tasks.data_files` reads them."""
+"""Write parquet files for verl's data set; `verl_aqn.tasks.data_files` reads them."""
 
 import os
 import uuid
@@ -24,14 +24,14 @@ SCHEMA = pa.schema(
 
 
 class Message(TypedDict):
-    """One turn of a prompt."""
+    """One message of a prompt."""
 
     role: str
     content: str
 
 
 def row(source: str, prompt: list[Message], truth: str, *, split: str, index: int, question: str, answer: str) -> dict:
-    """One row of `SCHEMA`: a problem whose answer is checked by a rule against `truth`."""
+    """Return one row of `SCHEMA`: a problem whose answer is checked by a rule against `truth`."""
     return {
         "data_source": source,
         "prompt": prompt,
@@ -42,15 +42,13 @@ def row(source: str, prompt: list[Message], truth: str, *, split: str, index: in
 
 
 def write_parquet(rows: list[dict], path: str | Path) -> Path:
-    """Write `rows` to `path`, whole or not at all: beside it first, then one rename.
+    """Write `rows` to `path`, completely or not at all: to a temporary file first, which is then renamed.
 
-    Raises:
-        DataError: there are no rows.
-        EnvironmentFault: the folder cannot be made or written.
+    Raises: DataError: there are no rows. EnvironmentFault: the folder cannot be created or written.
     """
     path = Path(path)
     if not rows:
-        raise DataError(f"{path}: no rows to write: ask for at least one problem")
+        raise DataError(f"{path}: there are no rows to write: ask for at least one problem")
     working = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

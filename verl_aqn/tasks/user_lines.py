@@ -1,4 +1,7 @@
-"""Which line of a user's file an error came from. Standard library only: reward workers and the driver import it."""
+"""Find the line of a user's file that an error came from.
+
+Standard library only, because reward workers and the driver import this module.
+"""
 
 import re
 import traceback
@@ -10,12 +13,10 @@ _FRAME = re.compile(r'^\s*File "([^"\n]+)", line (\d+), in ', re.MULTILINE)
 def user_line(error: BaseException, path: str) -> str:
     """Return `FILE:LINE` of the deepest call in the user's file, or in any file outside the installed packages.
 
-    Args:
-        error: as it was raised here, or as a process of Ray's sent it, with its traceback as text.
-        path: `reward.custom_reward_function.path`, or "".
+    Args: error: as raised in this process, or as sent by a Ray process, with its traceback as text. path:
+    `reward.custom_reward_function.path`, or "".
 
-    Returns:
-        "" where no call is the user's.
+    Returns: "" if no call is in a user's file.
     """
     seen = [
         (frame.filename, frame.lineno)
@@ -30,7 +31,7 @@ def user_line(error: BaseException, path: str) -> str:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """The error and what it was raised from, the first one last."""
+    """Return the error and the errors that it was raised from, the first cause last."""
     found = [error]
     while found[-1].__cause__ is not None and found[-1].__cause__ not in found:
         found.append(found[-1].__cause__)

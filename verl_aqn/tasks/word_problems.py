@@ -1,13 +1,13 @@
-"""The embedded task: generated one-step word problems in GSM8K's form, easy enough for a 135M model to get better at.
+"""The embedded task: generated one-step word problems in GSM8K's format, easy enough for a 135M model to improve on.
 
-Add, subtract and multiply with single-digit operands, a third each. Everything about the prompt is chosen to be short,
-because a training step pays for each prompt token several times over, and to share its first part between problems,
-which a prefix cache then computes once: with SmolLM2's tokenizer 99 to 102 tokens, 79 of them shared, and
-answers of 12 to 14.
+A third each of the problems is addition, subtraction and multiplication, with single-digit operands. The prompt is
+short, because a training step processes each prompt token several times. Problems share the first part of the prompt,
+which a prefix cache then computes once: with SmolLM2's tokenizer, prompts have 99 to 102 tokens, 79 of them shared, and
+responses have 12 to 14.
 
-SmolLM2-135M-Instruct in bf16, before training, first 96 test problems an operation of seed 0, strict accuracy for add,
-subtract, multiply: .49 .49 .62 at temperature 1, 1.0 .71 .84 greedy. With its linears rounded to MXFP4 by the smallest
-squared error (first 48 each): .31 .19 .27 at temperature 1.
+SmolLM2-135M-Instruct in bf16, before training, on the first 96 test problems per operation of seed 0, has the strict
+accuracy for add, subtract, multiply: .49 .49 .62 at temperature 1, 1.0 .71 .84 with greedy decoding. With its linears
+rounded to MXFP4 by the smallest squared error (first 48 each): .31 .19 .27 at temperature 1.
 """
 
 import hashlib
@@ -32,8 +32,8 @@ _OBJECTS = (  # noqa: SIM905
     "apples books cards coins eggs stamps balls cakes pens shells toys cups keys hats nuts roses cookies boxes plates "
     "flowers stones rings shirts letters"
 ).split()
-# The sum itself ends every question: asked in words alone, SmolLM2 scores .11 .08 .20 (bf16, temperature 1, 64 each),
-# too rarely right to learn from in the few steps that a CPU can take.
+# Every question ends with the expression itself: without it, SmolLM2 scores .11 .08 .20 (bf16, temperature 1, 64 each),
+# which is too rarely right to learn from in the few steps that a CPU can run.
 _TEMPLATES = {
     "add": (
         "{name} has {a} {things} and gets {b}. {a} + {b}?",
@@ -58,16 +58,16 @@ _SIGN = {"add": "+", "subtract": "-", "multiply": "*"}
 
 _CALL = '<tool_call>{{"name": "calculator", "arguments": {{"expression": "{}"}}}}</tool_call>'
 
-# The same for every problem and first in the prompt. The first question sits in the system turn: that saves the turn of
-# a system message of its own and keeps the chat template from adding its default one.
+# The examples are the same for every problem and come first in the prompt. The first question is in the system message:
+# that saves a separate system message and keeps the chat template from adding its default one.
 _EXAMPLES: tuple[Message, ...] = (
     {"role": "system", "content": "Ann has 9 cups and loses 4. 9 - 4?"},
     {"role": "assistant", "content": "9 - 4 = 5\n#### 5"},
     {"role": "user", "content": "Tim has 3 bags of 2 pens. 3 * 2?"},
     {"role": "assistant", "content": "3 * 2 = 6\n#### 6"},
 )
-# The same two questions, answered by calls of a calculator (verl's tool agent loop, `hermes` format). SmolLM2's chat
-# template does not tell a model which tools there are, so that the examples have to.
+# The same two questions, answered by calling a calculator (verl's tool agent loop, `hermes` format). SmolLM2's chat
+# template does not tell a model which tools exist, so the examples have to.
 _TOOL_EXAMPLES: tuple[Message, ...] = (
     {"role": "system", "content": "Ann has 9 cups and loses 4. 9 - 4?"},
     {"role": "assistant", "content": _CALL.format("9 - 4")},
@@ -78,7 +78,7 @@ _TOOL_EXAMPLES: tuple[Message, ...] = (
     {"role": "tool", "content": "6"},
     {"role": "assistant", "content": "#### 6"},
 )
-_TEST_SHARE = 8  # one question in eight belongs to the test side
+_TEST_SHARE = 8  # one question in eight belongs to the test split
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,12 @@ class Problem:
 
 
 def problems(n: int, split: str, seed: int) -> list[Problem]:
-    """`n` different problems, the operations in turn.
+    """Return `n` different problems, cycling through the operations.
 
-    The text of a question decides whether it belongs to "train" or "test", so that the two stay disjoint whatever the
-    seeds and sizes.
+    The text of a question decides whether it belongs to "train" or "test", so the two splits are disjoint for all seeds
+    and sizes.
 
-    Raises:
-        ConfigError: `split` is neither, or `n` is below 1 or beyond what the templates can give.
+    Raises: ConfigError: `split` is neither of the two, or `n` is below 1 or more than the templates can produce.
     """
     if split not in ("train", "test"):
         raise ConfigError(f"word problems: split={split!r} is not known: use 'train' or 'test'")
@@ -120,14 +119,17 @@ def problems(n: int, split: str, seed: int) -> list[Problem]:
 
 
 def prompt(question: str, *, tool: bool = False) -> list[Message]:
-    """Chat messages: the two worked examples (with `tool` they call a calculator), then `question`."""
+    """Return the chat messages: the two worked examples (with `tool`, they call a calculator), then `question`."""
     return [*(_TOOL_EXAMPLES if tool else _EXAMPLES), {"role": "user", "content": question}]
 
 
 def prepare_word_problems(
     dst: str | Path, n_train: int, n_test: int, seed: int = 0, *, tool: bool = False
 ) -> dict[str, Path]:
-    """Write `train.parquet` and `test.parquet` to `dst`; {"train": path, "test": path}. Raises as `problems` does."""
+    """Write `train.parquet` and `test.parquet` to `dst`, and return {"train": path, "test": path}.
+
+    Raises the same errors as `problems`.
+    """
     paths = {}
     for split, n in (("train", n_train), ("test", n_test)):
         rows = [

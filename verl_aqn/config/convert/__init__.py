@@ -1,1 +1,1 @@
-"""From a launch of verl's `main_ppo` to a recipe: `verl-aqn convert`."""
+"""`verl-aqn convert`: convert a launch of verl's `main_ppo` to a recipe."""

@@ -1,8 +1,8 @@
-"""Read the launch of verl out of a shell script without running anything.
+"""Read verl's launch from a shell script without running anything.
 
-What the script sets before the launch is expanded: variables, defaults, arrays, arithmetic. Whatever only a running
-shell could tell (the output of a command, a branch, a variable that nobody sets) stays as it is written, and the word
-says why.
+Variables, defaults, arrays and arithmetic that the script sets before the launch are expanded. What only a running
+shell knows (the output of a command, a branch, a variable that is not set) stays as written, and the word records the
+reason.
 """
 
 import ast
@@ -22,7 +22,7 @@ _DECLARES = {"export", "declare", "local", "readonly", "typeset"}
 
 @dataclass
 class Word:
-    """One word of a command after expansion. `problem`: why the shell alone could tell it; "" where it is known."""
+    """One word of a command after expansion. `problem`: why its value is unknown without a shell, or ""."""
 
     text: str
     line: int
@@ -31,16 +31,16 @@ class Word:
 
 @dataclass
 class Command:
-    """The words of one simple command. `arrays`: the elements behind a word such as `NAME=(…)`."""
+    """The words of one simple command. `arrays`: the elements of a word such as `NAME=(…)`."""
 
     words: list[Word] = field(default_factory=list)
     arrays: dict[int, list[Word]] = field(default_factory=dict)
-    within: bool = False  # a branch, a loop, a function or a subshell
+    within: bool = False  # inside a branch, a loop, a function or a subshell
 
 
 @dataclass(frozen=True)
 class Unknown:
-    """The value of a variable that cannot be told."""
+    """The value of a variable that is not known."""
 
     reason: str
 
@@ -49,10 +49,10 @@ Value = str | list[Word] | Unknown
 
 
 class Script:
-    """Reads a script once from its beginning to its end; `commands` are its simple commands, expanded.
+    """Read a script once from beginning to end; `commands` are its simple commands, expanded.
 
-    `arguments` stand for `$1`, `"$@"` and so on; `environment` for what the script itself does not set. HOME becomes
-    `~`, which recipes know, so that a recipe can go elsewhere.
+    `arguments` are the values of `$1`, `"$@"` and so on; `environment` has variables that the script itself does not
+    set. HOME becomes `~`, which recipes understand, so that a recipe can be used on another machine.
     """
 
     def __init__(self, text: str, arguments: Sequence[str] = (), environment: Mapping[str, str] = os.environ):
@@ -142,7 +142,7 @@ class Script:
             self.blocks.pop()
         else:
             return word in _BETWEEN
-        return word not in ("for", "case", "select")  # their words are no command
+        return word not in ("for", "case", "select")  # the words after these are not a command
 
     def _heredoc(self, mark: str) -> None:
         while self.at < len(self.text):
@@ -152,7 +152,7 @@ class Script:
                 return
 
     def _word(self, command: Command) -> list[Word]:
-        """The fields that one word of the script becomes: one, unless an array or an unquoted variable splits it."""
+        """Return the fields of one word of the script: one, unless an array or an unquoted variable splits it."""
         fields, line, began = [Word("", self.line)], self.line, False
         before = command.words
         settable = all(_ASSIGNMENT.fullmatch(one.text) for one in before) or before[0].text in _DECLARES
@@ -223,8 +223,11 @@ class Script:
 
     @staticmethod
     def _put(value: Value | tuple[str, str], fields: list[Word], add, *, split: bool) -> None:
-        """Add what a $ became. A list is one field each, also within quotes; unquoted text splits at blanks."""
-        if isinstance(value, tuple):  # as it is written, and why
+        """Add the value of a $ expression.
+
+        A list is one field per element, also in quotes; unquoted text splits at blanks.
+        """
+        if isinstance(value, tuple):  # the text as written, and the reason
             add(value[0], value[1])
             return
         assert not isinstance(value, Unknown)
@@ -242,7 +245,7 @@ class Script:
     # Expanding
 
     def _dollar(self) -> Value | tuple[str, str]:
-        """What stands at a $ or a backtick; where that cannot be told: how it is written, and why."""
+        """Return the value at a $ or a backtick; if it is unknown, return the text as written and the reason."""
         start, line = self.at, self.line
         found = self._expansion()
         if isinstance(found, Unknown):
@@ -256,7 +259,7 @@ class Script:
         char = self._next()
         if self.text.startswith("((", self.at):
             inner = self._inner("(", ")")
-            return self._arithmetic(inner[1:-1]) if inner.endswith(")") else Unknown("no arithmetic")
+            return self._arithmetic(inner[1:-1]) if inner.endswith(")") else Unknown("not arithmetic")
         if char == "(":
             inner = self._inner("(", ")")
             if inner.strip() == "pwd" and "PWD" in self.environment:
@@ -277,7 +280,7 @@ class Script:
             pass
 
     def _inner(self, opening: str, closing: str) -> str:
-        """What is between a bracket here and the one that closes it, quotes and nested ones counted."""
+        """Return the text between a bracket at this position and its closing bracket, respecting quotes and nesting."""
         start, depth, quote = self.at, 0, ""
         while char := self._take():
             if char == "\\":
@@ -295,7 +298,7 @@ class Script:
         raise ConfigError(f"{opening} is not closed")
 
     def _value(self, name: str) -> Value:
-        """Of a variable. ConfigError never: what is not known says so."""
+        """Return the value of a variable. Never raises ConfigError: an unknown value is returned as `Unknown`."""
         if name in ("@", "*"):
             return list(self.arguments)
         if name == "#":
@@ -318,14 +321,14 @@ class Script:
         if match := re.fullmatch(r"[@*]:(\d+)", inner):
             return self.arguments[int(match[1]) - 1 :]
         if match := re.fullmatch(rf"({NAME})\[([@*]|\d+)\]", inner):
-            found = self.variables.get(match[1], Unknown(f"the array {match[1]} is set nowhere in the script"))
+            found = self.variables.get(match[1], Unknown(f"the array {match[1]} is not set in the script"))
             if match[2].isdigit() and isinstance(found, list):
                 number = int(match[2])
                 return found[number : number + 1] or ""
             return [Word(found, 0)] if isinstance(found, str) else found
         match = re.fullmatch(rf"({NAME}|[0-9@*])(\[[@*]\])?(?:(:?[-=+?])(.*)|(//?)(.*))?", inner, re.DOTALL)
         if match is None:
-            return Unknown(f"${{{inner}}} is a form that is not known here")
+            return Unknown(f"{{{inner}}} is a form that is not supported")
         name, whole, operator, other, replaces, rule = match.groups()
         value = self._value(name)
         if whole and isinstance(value, list):
@@ -334,7 +337,7 @@ class Script:
         if replaces:
             old, _, new = rule.partition("/")
             if isinstance(value, Unknown) or re.search(r"[*?\[$#%]", old):
-                return value if isinstance(value, Unknown) else Unknown(f"${{{inner}}} replaces by a pattern")
+                return value if isinstance(value, Unknown) else Unknown(f"{{{inner}}} replaces a pattern")
             count = -1 if replaces == "//" else 1
             texts = value if isinstance(value, list) else [Word(value, 0)]
             return [Word(one.text.replace(old, new, count), one.line, one.problem) for one in texts]
@@ -351,7 +354,7 @@ class Script:
         return default
 
     def _text(self, text: str) -> Value:
-        """The word behind `:-` and its like, expanded as within double quotes; quotes of its own are taken off."""
+        """Return the word after `:-` and similar operators, expanded as in double quotes; its quotes are removed."""
         inner = Script.__new__(Script)
         inner.__dict__ |= self.__dict__ | {"text": text + "\n", "at": 0}
         inner.commands = []
@@ -368,7 +371,7 @@ class Script:
         return " ".join(word.text for word in words)
 
     def _arithmetic(self, text: str) -> Value:
-        """`$((…))` of whole numbers."""
+        """Evaluate `$((…))` with integers."""
 
         def number(match: re.Match) -> str:
             value = self._value(match[1])
@@ -384,9 +387,9 @@ class Script:
         except LookupError as error:
             return Unknown(str(error.args[0]))
         except (SyntaxError, ValueError, ZeroDivisionError, RecursionError):
-            return Unknown(f"$(({text})) cannot be reckoned")
+            return Unknown(f"(({text})) cannot be evaluated")
 
-    # Setting
+    # Assigning
 
     def _end(self, command: Command) -> None:
         if not command.words:
@@ -409,7 +412,7 @@ class Script:
         word = command.words[number]
         value: Value = command.arrays.get(number, Unknown(word.problem.partition(": ")[2]) if word.problem else text)
         if command.within:
-            value = Unknown(f"{name} is set at line {word.line} within a branch, a loop or a function")
+            value = Unknown(f"{name} is set at line {word.line} inside a branch, a loop or a function")
         elif more:
             before = self._value(name) if name in self.variables else ""
             if isinstance(before, list) or isinstance(value, list):
@@ -439,4 +442,4 @@ def _reckon(node: ast.expr) -> int:
             return int(left / right)
         if isinstance(node.op, ast.Mod):
             return left - right * int(left / right)
-    raise ValueError("no such arithmetic")
+    raise ValueError("unsupported arithmetic")

@@ -1,4 +1,4 @@
-"""What of a launch of verl goes into a recipe, by which name, and what does not and why."""
+"""Decide which settings of a verl launch go into a recipe, under which name, and why others do not."""
 
 import os
 import re
@@ -23,11 +23,13 @@ from verl_aqn.config.verl_keys import leaves, rules_of
 from verl_aqn.errors import ConfigError, first_line
 
 MAIN = "verl.trainer.main_ppo"
-_ENTRIES = (MAIN, "recipe.dapo.main_dapo", "recipe.dapo.src.main_dapo")  # DAPO's is main_ppo with group filtering
+# DAPO's entry point is main_ppo with group filtering
+_ENTRIES = (MAIN, "recipe.dapo.main_dapo", "recipe.dapo.src.main_dapo")
 _CONFIGS = ("ppo_trainer", "dapo_trainer")
 _OPTIONS = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
-_HOME = "verl-aqn-home/"  # Hydra has no ~ in a value
-_NAMES = ("trainer.experiment_name", "trainer.project_name", "trainer.default_local_dir")  # runs do not differ by them
+_HOME = "verl-aqn-home/"  # Hydra allows no ~ in a value
+# names and paths, which do not change a run's result
+_NAMES = ("trainer.experiment_name", "trainer.project_name", "trainer.default_local_dir")
 STATUSES = ("kept", "renamed", "ours", "default", "refused", "unknown")
 
 
@@ -35,9 +37,10 @@ STATUSES = ("kept", "renamed", "ours", "default", "refused", "unknown")
 class Setting:
     """One setting of the launch and what became of it.
 
-    `status`: `kept`; `renamed` (kept as `to`); `ours` (the recipe's base says it, or says it for all runs); `default`
-    (not in the launch: verl's default, written down because base differs); `refused`; `unknown` (the script alone does
-    not tell its value). `why` is for the last two and for `ours`; `line` is 0 for what is not in the script.
+    `status`: `kept`; `renamed` (kept as `to`); `ours` (the recipe's base has the same value, or a fixed value for all
+    runs); `default` (not in the launch: verl's default, written down because base differs); `refused`; `unknown` (the
+    value cannot be read from the script alone). `why` is for the last two and for `ours`; `line` is 0 for a setting
+    that is not in the script.
     """
 
     key: str
@@ -51,13 +54,13 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """The key in the recipe."""
+        """Return the key in the recipe."""
         return self.to or self.key
 
 
 @dataclass
 class Conversion:
-    """The settings of a launch and the recipe that they make."""
+    """The settings of a launch, from which a recipe is written."""
 
     source: str
     settings: list[Setting]
@@ -65,17 +68,20 @@ class Conversion:
     notes: list[str] = field(default_factory=list)
 
     def having(self, *statuses: str) -> list[Setting]:
-        """Settings of these statuses."""
+        """Return the settings with these statuses."""
         return [one for one in self.settings if one.status in statuses]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the conversion as values for JSON."""
         counts = {status: len(self.having(status)) for status in STATUSES}
         settings = [{k: v for k, v in asdict(one).items() if k != "added"} for one in self.settings]
         return {"source": self.source, "counts": counts, "notes": self.notes, "settings": settings}
 
     def recipe(self, *, open_: bool = True) -> str:
-        """The recipe as YAML. `open_`: with `???`, to be filled in, for what the launch alone does not tell."""
+        """Return the recipe as YAML.
+
+        `open_`: write `???`, to be filled in, for values that the launch alone does not contain.
+        """
         block: dict[str, Any] = {}
         for one in self.having("kept", "renamed", "default"):
             _put(block, one.name, one.value)
@@ -86,7 +92,7 @@ class Conversion:
         noted = [f"# not expanded: {one.key}={one.value} ({one.why})\n" for one in self.having("unknown")]
         head = (
             f"# From {self.source} by `verl-aqn convert`.\n"
-            "# Written out with what the launch says are verl's defaults that base would change.\n"
+            "# Includes verl's defaults for settings that are not in the launch and that base would change.\n"
         )
         profile = {} if self.profile == "auto" else {"profile": self.profile}
         body = {"defaults": ["base", "_self_"], **block, "aqn": {"experiment": "none", **profile, **aqn}}
@@ -97,12 +103,12 @@ def convert(source: Sequence[str], environment: Mapping[str, str] = os.environ) 
     """Read a launch and sort its settings.
 
     Args:
-        source: a shell script with the arguments that it would be given, a YAML file of a resolved config, or the words
-            of a command (or one text that holds them).
-        environment: of the script; variables that neither it nor the script sets are not guessed.
+        source: a shell script with its arguments, a YAML file of a resolved config, or the words of a command (or
+            one text that contains them).
+        environment: of the script; variables that neither the environment nor the script sets are not guessed.
 
     Raises:
-        ConfigError: no launch of `main_ppo` in it, or more than one; a recipe that would not compose.
+        ConfigError: there is no launch of `main_ppo`, or more than one, or the recipe would not compose.
     """
     file = Path(source[0]).expanduser()
     notes: list[str] = []
@@ -130,15 +136,15 @@ def _read(file: Path) -> str:
 
 
 def _of_config(file: Path) -> list[Setting]:
-    """Every value of a resolved config (Hydra's config.yaml, or what verl prints) that is not verl's default."""
+    """Return every value of a resolved config (Hydra's config.yaml, or what verl prints) that is not verl's default."""
     try:
         raw = yaml.safe_load(_read(file))
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is no YAML: {first_line(error)}") from error
+        raise ConfigError(f"{file} is not YAML: {first_line(error)}") from error
     if not isinstance(raw, dict) or "actor_rollout_ref" not in raw:
-        raise ConfigError(f"{file} is no config of verl's main_ppo: it has no actor_rollout_ref")
+        raise ConfigError(f"{file} is not a config of verl's main_ppo: it has no actor_rollout_ref")
     if "aqn" in raw:
-        raise ConfigError(f"{file} is a config of verl-aqn already")
+        raise ConfigError(f"{file} is already a config of verl-aqn")
     verls, said = compose_verl(), dict(leaves(raw))
     follows = {key for key in said if isinstance(usual := _select(verls, key), str) and "${" in usual}
     config = OmegaConf.create(verls)
@@ -146,9 +152,9 @@ def _of_config(file: Path) -> list[Setting]:
         OmegaConf.update(config, key, said[key], force_add=True)
     found = []
     for key, value in said.items():
-        # What follows another setting in verl follows it in the recipe too.
+        # A value that follows another setting in verl follows it in the recipe too.
         usual = _resolved(config, key) if key in follows else _select(verls, key)
-        nothing = usual is ... and value in (None, {}, [], False, 0)  # an older version's key that says nothing
+        nothing = usual is ... and value in (None, {}, [], False, 0)  # an empty value under a key of an older version
         if usual != value and not nothing and not key.endswith("_target_"):
             found.append(Setting(key, value))
     return found
@@ -157,7 +163,7 @@ def _of_config(file: Path) -> list[Setting]:
 def _resolved(config: DictConfig, key: str) -> Any:
     try:
         value = OmegaConf.select(config, key, default=...)
-    except OmegaConfBaseException:  # it follows what another engine has
+    except OmegaConfBaseException:  # it refers to a setting of another engine
         return ...
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
@@ -184,19 +190,19 @@ def _of_script(
                 value = next(words, word).text
             if option in ("--config-name", "-cn") and value.removesuffix(".yaml") not in _CONFIGS:
                 notes.append(
-                    f"line {word.line}: the settings of {option}={value} are not in the script: resolve them with "
-                    "`--cfg job --resolve` and convert that file for all of them"
+                    f"line {word.line}: the settings of {option}={value} are not in the script: to convert all "
+                    "of them, resolve the config with `--cfg job --resolve` and convert that file"
                 )
             continue
         if not word.text.strip():
             continue
         settings.append(_setting(word))
-    last = {one.key: number for number, one in enumerate(settings)}  # as in Hydra the last word counts
+    last = {one.key: number for number, one in enumerate(settings)}  # as in Hydra, the last word counts
     return [one for number, one in enumerate(settings) if last[one.key] == number], notes
 
 
 def _launch(command: Command) -> int | None:
-    """Where the settings of a launch begin among the words of a command; None where it is none."""
+    """Return the index of the first setting among the words of a launch, or None if the command is not a launch."""
     for number, word in enumerate(command.words):
         if word.text in _ENTRIES or word.text.endswith(("trainer/main_ppo.py", "main_dapo.py")):
             return number + 1
@@ -209,11 +215,11 @@ def _parser() -> OverridesParser:
 
 
 def _setting(word: Word) -> Setting:
-    """A word `key=value` as Hydra reads it."""
+    """Parse a word `key=value` as Hydra does."""
     key, sep, text = word.text.partition("=")
     name = key.lstrip("+~")
     if not sep or not re.fullmatch(r"[\w.@/-]+", name):
-        why = word.problem or f"line {word.line}: no key=value"
+        why = word.problem or f"line {word.line}: not of the form key=value"
         return Setting(word.text, None, word.line, "unknown", why=why)
     if word.problem:
         return Setting(name, text, word.line, "unknown", why=word.problem)
@@ -227,7 +233,7 @@ def _setting(word: Word) -> Setting:
 
 
 def _plain(value: Any) -> Any:
-    """Hydra's values as YAML's."""
+    """Convert Hydra's values to YAML's."""
     if isinstance(value, list):
         return [_plain(one) for one in value]
     if isinstance(value, dict):
@@ -248,7 +254,7 @@ def _within(key: str, pattern: str) -> bool:
 
 
 def _rename(one: Setting, devices: int | None) -> None:
-    """Give a setting the name that verl 0.9.1 has for it."""
+    """Give a setting its name in verl 0.9.1."""
     table = _table()
     for pattern, to in table["renamed"].items():
         if _within(one.key, pattern):
@@ -256,7 +262,7 @@ def _rename(one: Setting, devices: int | None) -> None:
             break
     if one.key in table["per_device"] and one.value is not None and one.status != "unknown":
         if devices is None or type(one.value) is not int or one.value % devices:
-            one.status, one.why = "refused", "it counts for all devices together and does not divide by their number"
+            one.status, one.why = "refused", "it counts for all devices together and is not divisible by their number"
             return
         one.to, one.status, one.value = table["per_device"][one.key], "renamed", one.value // devices
     for pattern, why in table["gone"].items():
@@ -290,20 +296,20 @@ def _sort(made: Conversion) -> None:
     for one in made.having("kept", "renamed"):
         _refuse(one, config, base)
     for one in made.having("kept", "renamed"):
-        if one.name != "trainer.n_gpus_per_node" and _select(base, one.name) == one.value:  # which a profile changes
-            one.status, one.why = "ours", one.why or "base says the same"
+        if one.name != "trainer.n_gpus_per_node" and _select(base, one.name) == one.value:  # a profile may change it
+            one.status, one.why = "ours", one.why or "base has the same value"
 
 
 def _decide_model(made: Conversion, said: dict[str, Setting]) -> None:
-    """Adapters and the critic's base, where the launch is of full training."""
+    """Decide about adapters and the critic's base if the launch trains all weights."""
     rank = next((one for one in made.settings if one.name == "actor_rollout_ref.model.lora_rank"), None)
     adapter = "actor_rollout_ref.model.lora_adapter_path" in said
     if (rank is None or rank.value == 0) and not adapter:
         if rank:
-            rank.status, rank.why = "ours", "a packed base is trained through an adapter"
+            rank.status, rank.why = "ours", "a packed base is trained with an adapter"
         made.notes.append(
-            "the launch trains all weights: here an adapter of rank 32 is trained over the packed base, for which the "
-            "learning rate is usually ten times higher"
+            "the launch trains all weights: the recipe trains an adapter of rank 32 on the packed base "
+            "instead, for which the learning rate is usually ten times higher"
         )
     model = said.get("actor_rollout_ref.model.path")
     if all(one.name != "actor_rollout_ref.model.path" for one in made.settings):
@@ -314,15 +320,15 @@ def _decide_model(made: Conversion, said: dict[str, Setting]) -> None:
         if one.key == "critic.model.path" and one.status == "kept":
             same = model is not None and one.value == model.value
             one.status = "ours" if same else "refused"
-            one.why = "the critic stands on the actor's base"
+            one.why = "the critic uses the actor's base"
         elif one.key == "trainer.device":
-            one.status, one.why = "ours", "the profile says which device"
+            one.status, one.why = "ours", "the profile decides the device"
         elif one.key == "actor_rollout_ref.rollout.load_format" and "dummy" in str(one.value):
             one.status, one.why = "ours", "vLLM reads the base from disk"
         elif one.key == "actor_rollout_ref.rollout.mode":
-            one.status, one.why = "ours", "verl has no other rollout any more"
+            one.status, one.why = "ours", "verl has no other rollout mode any more"
         elif one.key == "algorithm.filter_groups.max_num_gen_batches" and not one.value:
-            one.status, one.why = "refused", "groups without variance would be drawn for ever, base has 10"
+            one.status, one.why = "refused", "groups without variance would be replaced without limit; base has 10"
 
 
 def _place(one: Setting, base: Any) -> None:
@@ -331,16 +337,16 @@ def _place(one: Setting, base: Any) -> None:
         return
     free = any(_empty(block, one.name) for block in (base, compose_verl())) or "_kwargs." in one.name
     if not free:
-        what = "verl 0.9.1's config has it not" if one.added else unknown_key(one.name, compose_verl())
+        what = "verl 0.9.1's config does not have it" if one.added else unknown_key(one.name, compose_verl())
         one.status, one.why = "refused", what
 
 
 def _fill(made: Conversion, base: Any) -> None:
-    """Write down verl's default of what the launch does not say and `base` says otherwise."""
+    """Add verl's default for settings that are not in the launch and that `base` sets otherwise."""
     verls, said = compose_verl(), {one.name: one for one in made.settings if one.status != "refused"}
     ours, estimator = _table()["ours"].split(), said.get("algorithm.adv_estimator")
     if estimator and estimator.value != "gae" and "critic.enable" not in said:
-        ours.append("critic.*")  # there is none
+        ours.append("critic.*")  # there is no critic
     for key, value in leaves(base):
         if key in said or any(_within(key, pattern) for pattern in ours):
             continue
@@ -352,12 +358,12 @@ def _fill(made: Conversion, base: Any) -> None:
 
 
 def _is_profile_s(key: str) -> bool:
-    """Whether a device's profile says it: that is nobody's algorithm."""
+    """Return whether a device profile sets the key, so that it is not part of the algorithm."""
     return _select(compose_base(None), key) == _select(compose_verl(), key)
 
 
 def _refuse(one: Setting, config: DictConfig, base: Any) -> None:
-    """Refuse what the table of keys refuses in the recipe as it would be; what is ours by design stays ours."""
+    """Refuse what the table of keys refuses in the resulting recipe; settings with a fixed value stay `ours`."""
     if _select(base, one.name) == one.value:
         return
     for rule in rules_of(one.name):
@@ -377,7 +383,7 @@ def _refuse(one: Setting, config: DictConfig, base: Any) -> None:
 
 
 def _check(made: Conversion) -> None:
-    """Compose the recipe as `train` would. What it still refuses goes out, with its reason."""
+    """Compose the recipe as `train` would. Settings that are still refused are removed, with the reason."""
     profile = "cuda" if made.profile == "auto" else made.profile
     for _ in range(len(made.settings)):
         with tempfile.TemporaryDirectory(prefix="verl-aqn-convert-") as folder:
@@ -393,13 +399,13 @@ def _check(made: Conversion) -> None:
                     if re.search(rf"{re.escape(one.name)}\b", text)
                 ]
                 if not named:
-                    raise ConfigError(f"{made.source} makes no recipe: {text}") from error
+                    raise ConfigError(f"{made.source} cannot be converted to a recipe: {text}") from error
                 one = max(named, key=lambda setting: len(setting.name))
                 one.status, one.why = "refused", text.partition(": ")[2] or text
 
 
 def _empty(block: Any, key: str) -> bool:
-    """Whether `key` lies in a block that is left empty, in which anything may be said."""
+    """Return whether `key` is in a block that is empty by default, in which any key is allowed."""
     for part in key.split("."):
         if block in (None, {}):
             return True

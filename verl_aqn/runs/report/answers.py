@@ -1,4 +1,4 @@
-"""Answers of several validations side by side: the same problems, drawn by chance but always alike."""
+"""Responses of several validations side by side, for the same randomly but reproducibly chosen problems."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from verl_aqn.runs.report.page_data import Run
 
 @dataclass(frozen=True)
 class Answer:
-    """What a run said; `right` is None where the record does not tell."""
+    """A response of a run; `right` is None if the record does not say."""
 
     text: str
     right: bool | None
@@ -21,7 +21,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Item:
-    """A problem and its answers, one a column, None where it was not asked. `kind`: right, wrong, differ or unknown."""
+    """A problem and its responses, one per column (None if the problem was not asked).
+
+    `kind`: right, wrong, differ or unknown.
+    """
 
     prompt: str
     truth: str
@@ -37,9 +40,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Answers:
-    """`columns`: (name, colour) of each validation. `total`: problems there are.
+    """The responses to show. `columns`: (name, colour) of each validation. `total`: the number of all problems.
 
-    `before` and `after`: lines that all prompts begin and end with (instructions, worked examples); items go without.
+    `before` and `after`: lines that all prompts begin and end with (instructions, worked examples); they are removed
+    from the items.
     """
 
     columns: list[tuple[str, int]]
@@ -50,10 +54,10 @@ class Answers:
 
 
 def read_answers(runs: Sequence[Run], wanted: int) -> Answers:
-    """`wanted` problems: of one run before and after training, of several the last validation of each.
+    """Return `wanted` problems: before and after training for one run, the last validation of each for several runs.
 
-    Which ones is decided by the SHA-256 of the problem: by chance, but the same in every report of the same problems.
-    Those that every column has come first.
+    The SHA-256 of the problem decides which ones are chosen: the choice is random, but the same in every report of the
+    same problems. Problems that every column has come first.
     """
     if len(runs) == 1:
         chosen = [(runs[0], step) for step in sorted({*runs[0].answered[:1], *runs[0].answered[-1:]})]
@@ -77,7 +81,7 @@ def read_answers(runs: Sequence[Run], wanted: int) -> Answers:
 
 
 def _answers(run: Run, step: int) -> dict[tuple[str, str], Answer]:
-    """By (prompt, right answer); of several answers to one prompt the first."""
+    """Return the responses by (prompt, right answer); if a prompt has several responses, the first one."""
     found: dict[tuple[str, str], Answer] = {}
     for line in run.folder.read(f"validation/{step}.jsonl"):
         answer = Answer(str(line.get("output", "")), recorded(line))
@@ -90,7 +94,7 @@ def _digest(problem: tuple[str, str]) -> str:
 
 
 def _shared(prompts: list[list[str]]) -> int:
-    """How many lines all prompts have in common from the first on; 0 of a single prompt, which shares nothing."""
+    """Return how many lines from the first on are the same in all prompts; 0 for a single prompt."""
     if len(prompts) < 2:
         return 0
     return sum(1 for _ in itertools.takewhile(lambda line: len(set(line)) == 1, zip(*prompts, strict=False)))

@@ -1,8 +1,8 @@
-"""Charts as geometry for the page: SVG without text, whose labels are HTML beside it.
+"""Charts as geometry for the page: SVG without text, with labels in HTML next to it.
 
-The drawing is stretched to the width that it gets (`preserveAspectRatio="none"`, strokes that do not scale), so that
-letters and lines are of one size on a desktop and on a phone, and colours come from the page's style in light and dark.
-All positions are percent of the drawing, from the left and from the top.
+The drawing is stretched to the available width (`preserveAspectRatio="none"`, strokes that do not scale), so that
+letters and lines have the same size on a desktop and on a phone, and colours come from the page's style in light and
+dark mode. All positions are percent of the drawing, from the left and from the top.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from dataclasses import dataclass
 from functools import cached_property
 
 COLOURS = 8  # in report.css
-MARGIN = 2.0  # percent of the drawing that is free on the left and the right: room for dots and for `Series.shift`
-ZERO_BAND = 12.0  # percent of a logarithmic drawing that zeros get, below everything else
-DOTS = 120  # with more points than this a line has no dots
+MARGIN = 2.0  # percent of the drawing that stays free on the left and the right: room for dots and for `Series.shift`
+ZERO_BAND = 12.0  # percent of a logarithmic drawing that is reserved for zeros, below everything else
+DOTS = 120  # a line with more points than this has no dots
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line. `points` are (x, y) in order of x; y None is a gap. `bars` are (low, high) of each point, or empty.
+    """A line of a chart.
 
-    `run` is the place of the run that it belongs to, which the page can hide; `dash` is 0 (solid), 1 or 2. `shift`
-    moves all of it aside, in percent of the drawing, so that intervals at one x can be told apart.
+    `points` are (x, y) in order of x; if y is None, the line has a gap. `bars` are (low, high) of each point, or empty.
+    `run` is the index of the run that the line belongs to, which the page can hide; `dash` is 0 (solid), 1 or 2.
+    `shift` moves the whole line sideways, in percent of the drawing, so that intervals at the same x do not overlap.
     """
 
     name: str
@@ -38,10 +39,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over one x. Charts of one `group` share their x axis and its cursor; `span` is that axis.
+    """Lines over a common x. Charts of one `group` share their x axis and its cursor; `span` is that axis.
 
-    `unit` follows a value in text, which has the format `form`, or four digits. `zero`: the y axis begins at 0. `log`:
-    logarithmic; zeros have a line of their own. `lines` are horizontal ones to compare with.
+    `unit` follows a value in text; the value has the format `form`, or four digits. `zero`: the y axis begins at 0.
+    `log`: the y axis is logarithmic, and zeros have a line of their own. `lines` are horizontal lines for comparison.
     """
 
     key: str
@@ -60,7 +61,7 @@ class Chart:
 
     @cached_property
     def xs(self) -> list[float]:
-        """Every x that some series has."""
+        """Return every x that some series has."""
         return sorted({x for series in self.series for x, _ in series.points})
 
     def at(self, x: float) -> float:
@@ -120,7 +121,7 @@ class Chart:
         return (low if self.zero and low == 0 else low - room), high + room
 
     def line(self, series: Series) -> str:
-        """The path of a line, broken at gaps and between zeros and the logarithmic part."""
+        """Return the path of a line, broken at gaps and between zeros and the logarithmic part."""
         if not series.joined:
             return ""
         parts, before = [], None
@@ -132,7 +133,10 @@ class Chart:
         return "".join(parts)
 
     def dots(self, series: Series) -> str:
-        """A path of strokes without length, whose round ends are the dots: they stay round when it is stretched."""
+        """Return a path of strokes without length, whose round ends are the dots.
+
+        The dots stay round when the drawing is stretched.
+        """
         if len(series.points) > DOTS:
             return ""
         return "".join(
@@ -140,7 +144,7 @@ class Chart:
         )
 
     def bar_path(self, series: Series) -> str:
-        """The intervals of the points."""
+        """Return the path of the intervals of the points."""
         return "".join(
             f"M{self.at(x) + series.shift:.2f} {self.up(low):.2f}V{self.up(high):.2f}"
             for (x, y), (low, high) in zip(series.points, series.bars, strict=False)
@@ -148,29 +152,29 @@ class Chart:
         )
 
     def text(self, y: float | None, bar: tuple[float, float] | None = None) -> str:
-        """A value as the legend and the table show it."""
+        """Format a value as the legend and the table show it."""
         if y is None:
             return "–"
         interval = f" [{self.plain(bar[0])}, {self.plain(bar[1])}]" if bar else ""
         return f"{self.plain(y)}{self.unit}{interval}"
 
     def plain(self, value: float) -> str:
-        """A value without its unit."""
+        """Format a value without its unit."""
         return format(value, self.form) if self.form else number(value)
 
     def values(self, series: Series) -> list[str]:
-        """The texts of a series at every x of the chart; "" where it has no point."""
+        """Return the texts of a series at every x of the chart, "" where the series has no point."""
         bars: Sequence[tuple[float, float] | None] = series.bars or [None] * len(series.points)
         found = {x: self.text(y, bar) for (x, y), bar in zip(series.points, bars, strict=True)}
         return [found.get(x, "") for x in self.xs]
 
     def last(self, series: Series) -> str:
-        """The text of the last point that has a value."""
+        """Return the text of the last point that has a value."""
         return next((text for text in reversed(self.values(series)) if text not in ("", "–")), "–")
 
     @property
     def summary(self) -> str:
-        """The chart in words, a sentence a series."""
+        """Describe the chart in words, one sentence per series."""
         parts = []
         for series in self.series:
             known = [(x, y) for x, y in series.points if y is not None]
@@ -183,14 +187,14 @@ class Chart:
             if len(known) > 1:
                 text += f", {self.text(ended)} at {number(last)}"
             if len(known) > 2:
-                text += f"; least {self.text(least[1])} at {number(least[0])}"
-                text += f", most {self.text(most[1])} at {number(most[0])}"
+                text += f"; minimum {self.text(least[1])} at {number(least[0])}"
+                text += f", maximum {self.text(most[1])} at {number(most[0])}"
             parts.append(text)
         return ". ".join(parts) + "."
 
     @property
     def data(self) -> dict:
-        """What the page's script needs to show values under a cursor."""
+        """Return what the page's script needs to show the values at the cursor."""
         return {
             "group": self.group,
             "x": [number(x) for x in self.xs],
@@ -200,20 +204,20 @@ class Chart:
 
 
 def aside(place: int, number_of: int) -> float:
-    """How far series `place` of so many is moved aside, in percent of the drawing."""
+    """Return how far series number `place` of `number_of` is shifted sideways, in percent of the drawing."""
     return (place - (number_of - 1) / 2) * min(0.7, 2 * MARGIN / max(number_of, 1))
 
 
 def ticks(low: float, high: float, whole: bool = False) -> list[float]:
-    """About five round numbers that cover [low, high]."""
-    from matplotlib.ticker import MaxNLocator  # half a second, and only a report needs it
+    """Return about five round numbers that cover [low, high]."""
+    from matplotlib.ticker import MaxNLocator  # takes half a second to import, and only a report needs it
 
     locator = MaxNLocator(nbins=6 if whole else 4, steps=[1, 2, 2.5, 5, 10], integer=whole)
     return [float(value) for value in locator.tick_values(low, high if high > low else low + 1)]
 
 
 def number(value: float) -> str:
-    """Four digits, without zeros that say nothing: 0.6042, 29, 1e-5."""
+    """Format a number with four digits, without trailing zeros: 0.6042, 29, 1e-5."""
     if value == 0:
         return "0"
     if not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""What each run read back of itself, as `verl_aqn.runs.judge` finds it in the records."""
+"""What each run measured of its own weights, as judged from the records by `verl_aqn.runs.judge`."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ NONE = Cell("–")
 ROWS = {
     "base": "base on disk, in actor and rollout",
     "adapter": "adapter in the rollout",
-    "adapter use": "adapter in the rollout's forward",
+    "adapter use": "adapter in the rollout's forward pass",
     "requests": "adapter in the last requests",
-    "mismatch": "trainer against the rollout without noise",
+    "mismatch": "trainer and rollout without noise",
     "noise": "noise in the rollout's weights",
-    "use": "noise in the rollout's forward",
+    "use": "noise in the rollout's forward pass",
     "actor noise": "noise in the actor",
     "clean": "clean norms in validation, rescoring and at the end",
     "actor clean": "clean norms in the actor",
@@ -34,22 +34,22 @@ ROWS = {
     "placed": "where the run ran",
     "layout": "layout of the actor's batches",
     "strength": "what σ_start does (measured before training)",
-    "stopped": "stopped by its own evidence",
-    CHAIN: "records as they were written",
+    "stopped": "stopped because of its own evidence",
+    CHAIN: "records unchanged since they were written",
 }
-SPANS = 4  # of ranks, that one cell of a table names
+SPANS = 4  # maximum number of ranges of ranks that one cell of a table lists
 QUIET = ("placed", "layout", "rollout", "requests", "stopped")
-"""Kinds whose row is shown only where something is wrong with them."""
+"""Kinds whose row is shown only if there is a fault."""
 
 
 def checks(runs: Sequence[Run]) -> Table:
-    """A check a row, a run a column, as `verl_aqn.runs.judge` finds it. What is not on record has no verdict."""
+    """Return a table with one check per row and one run per column. A check without a record has no verdict."""
     rows: list[list[Cell]] = []
     for kind, name in ROWS.items():
         cells = [_cell(run, kind) for run in runs]
         if any(cell is not NONE for cell in cells) and (kind not in QUIET or any(cell.good is False for cell in cells)):
             rows.append([Cell(name), *cells])
-    return Table("Evidence by run", ["what was read back", *(run.label for run in runs)], rows, sortable=False)
+    return Table("Evidence by run", ["measurement", *(run.label for run in runs)], rows, sortable=False)
 
 
 def _cell(run: Run, kind: str) -> Cell:
@@ -62,13 +62,13 @@ def _cell(run: Run, kind: str) -> Cell:
     records = run.of_kind.get(kind, [])
     counted = f"{finding.right} of {finding.total} records"
     if finding.good is None:
-        return Cell(f"{counted} hold, the others are not there or lack a field: not on record")
+        return Cell(f"{counted} are right; the others are missing or lack a field")
     detail = DETAILS[kind](run, records) if kind in DETAILS and records else counted
     return Cell(detail, good=doubt(records) if kind == "mismatch" else True)
 
 
 def doubt(records: Sequence[Record]) -> bool:
-    """Whether trainer and rollout stayed below the bound of a warning in every step that was compared."""
+    """Return whether trainer and rollout stayed below the bound for a warning in every compared step."""
     return all(least(record) <= bound(record, "warn") for record in records if record.get("source"))
 
 
@@ -77,10 +77,10 @@ def _base(run: Run, records: Sequence[Record]) -> str:
     if not is_old(records[0]):
         return f"{sentence(records[0])} ({when})"
     if any(record.get("quantised") is False for record in records):
-        return "unquantised base: nothing was compared"
+        return "unquantised base: there was nothing to compare"
     held = [one for record in records for one in record.get("rollout") or []]
     slices = any(one.get("slices") for one in held)
-    sliced = "; ranks of the rollout hold slices, which the run itself compared" if slices else ""
+    sliced = "; the rollout's ranks have slices of the base, which the run itself compared" if slices else ""
     kernels = ", ".join(sorted({str(one.get("kernel")) for one in held}))
     return f"packed modules {_short(records[-1].get('disk'))} on disk = actor = rollout ({when}){sliced}; {kernels}"
 
@@ -89,48 +89,49 @@ def _adapter(run: Run, records: Sequence[Record]) -> str:
     text = f"equal in {len(records)} of {len(records)} syncs; last {_short(records[-1].get('sent'))}"
     if not all("requests" in record for record in records):
         return text
-    return f"{text}; with it in {sum(record['requests']['with'] for record in records):,} requests, without it in none"
+    return f"{text}; {sum(record['requests']['with'] for record in records):,} requests used it, none ran without it"
 
 
 def _adapter_use(run: Run, records: Sequence[Record]) -> str:
     seen = [record for record in records if shows_use(record)]
     if not seen:
-        return f"no step of {len(records)} had an adapter that moves log-probs far enough to be seen"
+        return f"in none of {len(records)} steps did the adapter change log-probs enough to be detected"
     last = seen[-1]
     return (
-        f"moves log-probs by {number(last['effect'])} nats a token in step {last['step']}, where the rollout is "
-        f"{number(last['to_adapter'])} from the actor with it and {number(last['to_base'])} from the actor without; "
-        f"seen in {len(seen)} of {len(records)} steps that were looked at"
+        f"changes log-probs by {number(last['effect'])} nats a token in step {last['step']}, where the "
+        f"rollout's distance is {number(last['to_adapter'])} from the actor with the adapter and "
+        f"{number(last['to_base'])} from the actor without it; detected in {len(seen)} of {len(records)} steps "
+        "that were checked"
     )
 
 
 def _noise(run: Run, records: Sequence[Record]) -> str:
     noisy = [record for record in records if record.get("sigma_asked")]
     if not noisy:
-        return "no noise in any step, and none was asked for"
+        return "no noise in any step, as configured"
     inside = sum(_inside(record) for record in noisy)
     modules = sorted({record.get("modules") or 0 for record in noisy})
     return (
-        f"as the schedule has it in {len(records)} of {len(records)} readings, in {'–'.join(map(str, modules))} "
-        f"modules; σ within its 95 % sampling interval in {inside} of {len(noisy)}"
+        f"as scheduled in {len(records)} of {len(records)} readings, in {'–'.join(map(str, modules))} modules; "
+        f"σ within its 95 % sampling interval in {inside} of {len(noisy)}"
     )
 
 
 def _use(run: Run, records: Sequence[Record]) -> str:
     seen = [record for record in records if record["sigma"] and is_visible(record)]
     if not seen:
-        return f"no step of {len(records)} had noise that is large enough to be seen in log-probs"
+        return f"in none of {len(records)} steps was the noise large enough to be detected in log-probs"
     first = seen[0]
     return (
-        f"moves log-probs by {number(first['effect'])} nats a token in step {first['step']}, "
-        f"{number(first['predicted'])} predicted by {first.get('predicted_by')}; seen in {len(seen)} of "
-        f"{sum(bool(record['sigma']) for record in records)} steps with noise, too small elsewhere"
+        f"changes log-probs by {number(first['effect'])} nats a token in step {first['step']}, "
+        f"{number(first['predicted'])} predicted by {first.get('predicted_by')}; detected in {len(seen)} of "
+        f"{sum(bool(record['sigma']) for record in records)} steps with noise, too small in the others"
     )
 
 
 def _clean(run: Run, records: Sequence[Record]) -> str:
     return (
-        f"bit for bit those of the start in {len(records)} of {len(records)} readings; "
+        f"bitwise equal to those at the start in {len(records)} of {len(records)} readings; "
         f"{_short(records[-1].get('weights_digest'))}"
     )
 
@@ -170,7 +171,7 @@ DETAILS: dict[str, Callable[[Run, Sequence[Record]], str]] = {
 
 
 def deviation(runs: Sequence[Run]) -> Chart | None:
-    """σ as read back against σ as asked, in percent of it, with the interval that sampling alone gives."""
+    """Chart measured σ against target σ, as a difference in percent, with the interval that sampling alone gives."""
     series = []
     for run in runs:
         found: dict[float, tuple[float, tuple[float, float]]] = {}
@@ -189,12 +190,18 @@ def deviation(runs: Sequence[Run]) -> Chart | None:
             series.append(Series(name, points, run.colour, run.place, bars=bars, shift=shift, joined=False))
     if not series:
         return None
-    note = "Realised σ less the asked one, in percent of it. Bars: where sampling alone puts it in 95 % of steps."
+    note = (
+        "Measured σ minus target σ, in percent of the target. Bars: where sampling alone puts the value in 95 % of "
+        "steps."
+    )
     return Chart("deviation", "σ in the rollout", series, span_of(runs), note, " %", ".2f", lines=(0.0,))
 
 
 def noise_table(run: Run) -> Table:
-    """Every reading of noise in the rollout, by ranks that read the same; of a step that was taken twice the later."""
+    """Tabulate every reading of noise in the rollout, grouped by ranks with the same reading.
+
+    For a repeated step the later reading is used.
+    """
     newest: dict[int, dict[int, Record]] = {}
     for record in run.of_kind.get("noise", []):
         if isinstance(record.get("step"), int):
@@ -218,12 +225,12 @@ def noise_table(run: Run) -> Table:
                 Cell(_short(record.get("weights_digest")), code=True),
             ]
         )
-    columns = ["step", "ranks", "σ asked", "σ realised", "95 % interval of sampling", "modules", "digest"]
+    columns = ["step", "ranks", "target σ", "measured σ", "95 % interval of sampling", "modules", "digest"]
     return Table(f"Noise in the rollout, {run.label}", columns, rows, frozenset(range(6)))
 
 
 def adapter_table(run: Run) -> Table:
-    """The adapter's digest after each step: as sent, and how many ranks answered."""
+    """Tabulate the adapter's digest after each step: as sent, as found in the rollout, and the number of ranks."""
     newest = {
         record["step"]: record for record in run.of_kind.get("adapter", []) if isinstance(record.get("step"), int)
     }
@@ -240,7 +247,7 @@ def adapter_table(run: Run) -> Table:
                 Cell(str(ranks), ranks),
             ]
         )
-    columns = ["after step", "sent by the actor", "held by the rollout", "ranks"]
+    columns = ["after step", "sent by the actor", "found in the rollout", "ranks"]
     return Table(f"Adapter, {run.label}", columns, rows, frozenset({0, 3}))
 
 
@@ -264,7 +271,7 @@ def _ranks(record: Record) -> list[int]:
 
 
 def _spans(ranks: Sequence[int]) -> str:
-    """'0–7, 16' of ascending numbers; of many spans the first and how many ranks there are."""
+    """Format ascending numbers as '0–7, 16'; if there are many ranges, the first ones and the number of ranks."""
     spans: list[list[int]] = []
     for rank in ranks:
         if spans and rank == spans[-1][-1] + 1:

@@ -1,4 +1,4 @@
-"""One self-contained page of runs. Nothing on it is fetched, and nothing that a model wrote is run."""
+"""Write one self-contained page about runs. The page loads nothing, and text written by a model is never executed."""
 
 from __future__ import annotations
 
@@ -36,15 +36,13 @@ def write_report(
     any_difference: bool = False,
     answers: int = ANSWERS,
 ) -> int:
-    """Write the page of the runs in `paths` to the new file `dst`; returns its size in bytes.
+    """Write the page about the runs in `paths` to the new file `dst`, and return its size in bytes.
 
-    `factors` and `any_difference` as `verl_aqn.runs.stats.arms.arms`; runs that cannot be compared are shown all the same,
-    with the reason. `answers`: how many problems are shown with what was answered.
+    `factors` and `any_difference` are as in `verl_aqn.runs.stats.arms.arms`; runs that cannot be compared are shown too, with
+    the reason. `answers`: the number of problems that are shown with their responses.
 
-    Raises:
-        ConfigError: `dst` exists, or a run is named twice.
-        EnvironmentFault: `dst` cannot be written.
-        DataError: a path holds no run, or one of its records is damaged.
+    Raises: ConfigError: `dst` exists, or a run is given twice. EnvironmentFault: `dst` cannot be written. DataError: a
+    path contains no run, or one of its records is damaged.
     """
     check_free(dst)
     page = render(read_runs(paths), list(factors), any_difference, answers).encode(errors="replace")
@@ -55,7 +53,7 @@ def write_report(
         check_free(dst)
         raise
     except OSError as error:
-        dst.unlink(missing_ok=True)  # half a page
+        dst.unlink(missing_ok=True)  # remove the incomplete page
         raise EnvironmentFault(
             f"cannot write {dst} ({reason(error)}): {remedy(error) or 'give another file with -o'}"
         ) from error
@@ -63,15 +61,15 @@ def write_report(
 
 
 def check_free(dst: Path) -> None:
-    """ConfigError unless a new file can be made at `dst`."""
+    """Raise ConfigError unless a new file can be made at `dst`."""
     if dst.exists() or dst.is_symlink():
         raise ConfigError(f"{dst} exists and is not overwritten: remove it, or give another file with -o")
     if not dst.absolute().parent.is_dir():
-        raise ConfigError(f"{dst.parent} is no folder: make it, or give another file with -o")
+        raise ConfigError(f"{dst.parent} is not a folder: create it, or give another file with -o")
 
 
 def render(runs: Sequence[Run], factors: list[str], any_difference: bool, answers: int) -> str:
-    """The page as text."""
+    """Return the page as text."""
     together, missing_together = sections.draw(sections.TOGETHER, runs)
     training, missing_training = sections.draw(sections.TRAINING, runs)
     training += sections.draw(sections.TOOLS, runs)[0]
@@ -136,7 +134,7 @@ def _environment() -> Environment:
 
 
 def overview(runs: Sequence[Run]) -> Table:
-    """What each run is and how it ended."""
+    """Tabulate what each run is and how it ended."""
     rows = []
     for run in runs:
         one, versions = run.summary, run.settings
@@ -163,13 +161,13 @@ def overview(runs: Sequence[Run]) -> Table:
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
-    """What a reader has to know of each run: why it ended, how often it was resumed, what it warned of."""
+    """Return notes about each run: why it ended, how often it was resumed, its warnings."""
     found = []
     for run in runs:
         if message := run.summary["message"]:
             found.append(f"{run.label}: {message}")
         elif run.summary["status"] == "dead":
-            found.append(f"{run.label} is on record as running, but no process runs it: it was killed")
+            found.append(f"{run.label} is recorded as running, but no process runs it: it was killed")
         if (run.summary["attempt"] or 1) > 1:
             found.append(f"{run.label} was resumed: {run.summary['attempt']} attempts")
         warned = [str(one.get("text")) for one in run.events if one.get("kind") == "warning"]
@@ -178,7 +176,7 @@ def notes(runs: Sequence[Run]) -> list[str]:
 
 
 def changes(runs: Sequence[Run]) -> list[tuple[Run, str]]:
-    """Of each run with two validations, the paired comparison of the first with the last."""
+    """Return the paired comparison of the first with the last validation, for each run with two validations."""
     found = []
     for run in runs:
         if len(run.answered) < 2:
@@ -190,7 +188,7 @@ def changes(runs: Sequence[Run]) -> list[tuple[Run, str]]:
 
 
 def comparison(runs: Sequence[Run], factors: list[str], any_difference: bool) -> dict[str, Any]:
-    """`compare`'s result as a table and sentences, or why there is none."""
+    """Return the result of `compare` as a table and sentences, or the reason why there is none."""
     if len(runs) < 2:
         return {"reason": ""}
     try:
@@ -227,7 +225,7 @@ def _arms(report: Report) -> Table:
 
 
 def differing(runs: Sequence[Run]) -> Table | None:
-    """Settings and versions that are not the same in all runs; None of one run. Folders and names are left out."""
+    """Tabulate settings and versions that differ between runs, without folders and names; None for one run."""
     if len(runs) < 2:
         return None
     rows = []
@@ -240,7 +238,7 @@ def differing(runs: Sequence[Run]) -> Table | None:
 
 
 def settings(runs: Sequence[Run]) -> Table:
-    """Every setting of every run, and the versions of packages."""
+    """Tabulate every setting of every run, and the versions of packages."""
     keys = sorted({key for run in runs for key in run.settings}, key=lambda key: (not key.startswith("aqn."), key))
     rows = [[Cell(key, code=True), *(Cell(_value(run.settings, key)) for run in runs)] for key in keys]
     return Table("All settings", ["key", *(run.label for run in runs)], rows)

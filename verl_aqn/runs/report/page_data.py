@@ -1,4 +1,4 @@
-"""What a run's folder holds, as the page needs it: the newest record of each step, and nothing assumed to be there."""
+"""Read what the page needs from a run's folder: the newest record of each step. Any record may be missing."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ QUANTIZATION = "quantization.json"  # verl_aqn.checkpoints.error_report.FILE, wh
 
 @dataclass(frozen=True)
 class Run:
-    """One run. `steps` counts from 1, as verl does; `validations` has 0 for the one before training.
+    """The records of one run.
 
-    `summary` is `describe`'s, `settings` config and versions by dotted key. `quantization` is what rounding did to the
-    base; None where that is not known or there is nothing to know, and then `no_quantization` says why.
+    `steps` counts from 1, as verl does; `validations` has 0 for the validation before training. `summary` is from
+    `describe`; `settings` has config and versions by dotted key. `quantization` is the rounding error of the base; if
+    it is None, `no_quantization` says why.
     """
 
     folder: RunFolder
     label: str
     place: int  # in the order of the command line, from 0
-    colour: int  # of the page's: its own, or its recipe's where there are more runs than colours
+    colour: int  # its own colour, or that of its recipe if there are more runs than colours
     summary: dict[str, Any]
     settings: dict[str, Any]
     steps: dict[int, dict[str, float]]
@@ -41,11 +42,11 @@ class Run:
     judgement: Judgement = field(default_factory=lambda: Judgement(1, {}))
     quantization: dict[str, Any] | None = None
     no_quantization: str = ""
-    answered: tuple[int, ...] = field(default=())  # steps of which there are answers, ascending
+    answered: tuple[int, ...] = field(default=())  # steps with recorded responses, ascending
 
     @property
     def of_kind(self) -> dict[str, list[dict[str, Any]]]:
-        """Evidence by kind, in the order of the file."""
+        """Return the evidence by kind, in the order of the file."""
         found: dict[str, list[dict[str, Any]]] = {}
         for record in self.evidence:
             found.setdefault(str(record.get("kind")), []).append(record)
@@ -53,9 +54,9 @@ class Run:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs that `paths` name (folders of runs or base folders), whatever became of them.
+    """Read the runs in `paths` (folders of runs or base folders), whatever their status.
 
-    DataError where one holds no run or a record is damaged, ConfigError where one is named twice.
+    Raises DataError if a path contains no run or a record is damaged, and ConfigError if a run is given twice.
     """
     folders = find_each(paths)
     summaries = [describe(folder) for folder in folders]
@@ -106,17 +107,20 @@ def _read(folder: RunFolder, label: str, place: int, colour: int, summary: dict[
 
 
 def base_of(evidence: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The first record of the base, or None."""
+    """Return the first record of the base, or None."""
     return next((record for record in evidence if record.get("kind") == "base"), None)
 
 
 def _quantization(
     folder: RunFolder, evidence: Sequence[dict[str, Any]], settings: dict[str, Any]
 ) -> tuple[dict[str, Any] | None, str]:
-    """What rounding did to this very base, by digest: from the run's folder, else from beside the checkpoint."""
+    """Return the rounding error of the base that has the recorded digest, or None with the reason.
+
+    The report is read from the run's folder, or else from the folder of the checkpoint.
+    """
     base = base_of(evidence)
     if base is None:
-        return None, "the run did not come as far as loading its base"
+        return None, "the run stopped before it loaded its base"
     if base.get("quantised") is False:
         return None, "its base is unquantised (16-bit): there is no rounding error to show"
     packed = settings.get("actor_rollout_ref.model.path")
@@ -130,11 +134,11 @@ def _quantization(
         if report.get("base_digest") == base.get("disk"):
             return report, ""
     return None, (
-        f"no {QUANTIZATION} of this base was found: its packed checkpoint was made by an older version or "
-        "another tool. One made anew by `verl-aqn quantize` holds it"
+        f"no {QUANTIZATION} of this base was found: its packed checkpoint was made by an older version or by "
+        "another tool. `verl-aqn quantize` writes this file for a new checkpoint"
     )
 
 
 def finite(value: Any) -> float | None:
-    """`value` as a number, None where it is none, NaN or infinite."""
+    """Return `value` as a float, or None if it is not a number, or is NaN or infinite."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""What is drawn of runs: accuracy, training, trainer against rollout, the base's rounding error, time."""
+"""The charts and tables about runs: accuracy, training, train–rollout mismatch, rounding error of the base, time."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from verl_aqn.runs.report.tables import Cell, Table
 from verl_aqn.runs.stats.intervals import passed_of, samples_of, wilson
 
 Metrics = dict[str, float]
-Value = str | Callable[[Metrics], float | None]  # a metric's name, or what is made of several
+Value = str | Callable[[Metrics], float | None]  # the name of a metric, or a function of several metrics
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart over steps: `lines` are (name beside the run's, value), each with a dash of its own."""
+    """A chart over steps. `lines` are (name beside the run's name, value), each with its own dash pattern."""
 
     key: str
     title: str
@@ -43,13 +43,13 @@ def _percent(key: str) -> Callable[[Metrics], float | None]:
     return lambda metrics: 100 * metrics[key] if key in metrics else None
 
 
-# The three that are read together: they stand below each other, over one axis.
+# These three are read together, so they are stacked over one axis.
 TOGETHER = (
-    Panel("reward", "Reward", "Mean over a step's answers, under the step's noise.", (("", "critic/score/mean"),)),
+    Panel("reward", "Reward", "Mean over a step's responses, under the step's noise.", (("", "critic/score/mean"),)),
     Panel(
         "sigma",
         "σ",
-        "Noise that was asked for; steps without any lie on the line of 0.",
+        "Target σ; steps without noise are on the line of 0.",
         (("", "aqn/sigma"),),
         zero=True,
         log=True,
@@ -57,19 +57,19 @@ TOGETHER = (
     Panel(
         "entropy",
         "Entropy",
-        "Nats a token: the trainer's over the whole vocabulary; the rollout's, under noise, from its sampled tokens.",
+        "Nats a token. Trainer: over the whole vocabulary. Rollout, with noise: from its sampled tokens.",
         (("trainer", "actor/entropy"), ("rollout", "aqn/parity/rollout_entropy_sampled")),
         zero=True,
     ),
 )
 TRAINING = (
     Panel(
-        "length", "Response length", "Tokens, mean over a step's answers.", (("", "response_length/mean"),), zero=True
+        "length", "Response length", "Tokens, mean over a step's responses.", (("", "response_length/mean"),), zero=True
     ),
     Panel(
         "cut",
-        "Answers cut off",
-        "Share that reached the longest length allowed.",
+        "Truncated responses",
+        "Share of responses that reached the maximum length.",
         (("", _percent("response_length/clip_ratio")),),
         unit=" %",
         form=".1f",
@@ -78,7 +78,7 @@ TRAINING = (
     Panel(
         "flat",
         "Groups without reward variance",
-        "Share of groups whose answers all got the same reward: they teach nothing.",
+        "Share of groups whose responses all got the same reward: these groups give no gradient.",
         (("", _share("aqn/groups_without_variance", "aqn/groups")),),
         unit=" %",
         form=".1f",
@@ -86,24 +86,25 @@ TRAINING = (
     ),
     Panel("gradient", "Gradient norm", "Of the actor, before clipping.", (("", "actor/grad_norm"),), zero=True),
 )
-# Of runs whose policy calls tools.
+# For runs whose policy calls tools.
 TOOLS = (
     Panel(
         "turns",
-        "Messages of a conversation",
-        "Question, turns of the policy and what tools said, mean over a step's answers: 2 where no tool was called.",
+        "Messages per conversation",
+        "Question, turns of the policy and results of tools, mean over a step's responses; 2 if no tool was called.",
         (("", lambda metrics: metrics.get("training/num_turns/mean") if "aqn/tool_tokens" in metrics else None),),
         zero=True,
     ),
     Panel(
         "tools",
-        "Tokens of tools",
-        "In an answer, mean over a step's: in the policy's context, but in no loss and in no figure of log-probs.",
+        "Tool tokens",
+        "Per response, mean over a step. They are in the policy's context, but not in the loss or in figures "
+        "of log-probs.",
         (("", "aqn/tool_tokens"),),
         zero=True,
     ),
 )
-_PARTS = (("in all", ""), ("noise", "noise/"), ("kernels", "kernels/"))
+_PARTS = (("total", ""), ("noise", "noise/"), ("kernels", "kernels/"))
 MISMATCH = tuple(
     Panel(
         key,
@@ -121,32 +122,32 @@ MISMATCH = tuple(
         ("clipped", "Ratio outside PPO's clip range", "Share of tokens.", "clipped_share", " %", _percent),
     )
 )
-NESTED = {"rescore": "gen"}  # timers that run within another
-OUTSIDE = ("testing",)  # timers that do not belong to timing_s/step
+NESTED = {"rescore": "gen"}  # timers that run inside another timer
+OUTSIDE = ("testing",)  # timers that are not part of timing_s/step
 PHASES = {
     "gen": "generation",
-    "rescore": "scoring again without noise",
+    "rescore": "rescoring without noise",
     "reward": "reward model",
     "old_log_prob": "old log-probs",
     "ref": "reference log-probs",
     "values": "values",
     "adv": "advantages",
-    "update_critic": "critic's update",
-    "update_actor": "actor's update",
+    "update_critic": "critic update",
+    "update_actor": "actor update",
     "save_checkpoint": "checkpoint",
-    "update_weights": "adapter to the rollout",
+    "update_weights": "adapter sync to the rollout",
     "other": "rest of the step",
     "testing": "validation",
 }
 
 
 def span_of(runs: Sequence[Run]) -> tuple[float, float]:
-    """The axis of steps that all charts share: from 0 to the last step of any run."""
+    """Return the axis of steps that all charts share: from 0 to the last step of any run."""
     return 0.0, float(max([1, *(step for run in runs for step in (*run.steps, *run.validations))]))
 
 
 def draw(panels: Sequence[Panel], runs: Sequence[Run]) -> tuple[list[Chart], list[str]]:
-    """Charts of the panels that some run has values for, and the titles of the others."""
+    """Return the charts of panels for which some run has values, and the titles of the other panels."""
     charts, missing = [], []
     for panel in panels:
         series = []
@@ -181,7 +182,10 @@ def _value(metrics: Metrics, value: Value) -> float | None:
 
 
 def accuracy(runs: Sequence[Run]) -> tuple[Chart | None, Table]:
-    """Accuracy with Wilson's interval at every validation. Runs stand a little apart, so that intervals can be told."""
+    """Chart and tabulate the accuracy with Wilson's interval at every validation.
+
+    The runs are shifted a little, so that their intervals do not overlap.
+    """
     span, rows, series = span_of(runs), [], []
     several = any(samples_of(record) > 1 for run in runs for record in run.validations.values())
     for run in runs:
@@ -192,7 +196,7 @@ def accuracy(runs: Sequence[Run]) -> tuple[Chart | None, Table]:
             right = round(record["accuracy"] * items * samples)
             share = right / items / samples
             low, high = (100 * end for end in wilson(min(share * items, items), items))
-            failed = record.get("failed")  # older records do not tell
+            failed = record.get("failed")  # older records do not have this value
             points.append((float(step), 100 * share))
             bars.append((low, high))
             rows.append(
@@ -202,7 +206,7 @@ def accuracy(runs: Sequence[Run]) -> tuple[Chart | None, Table]:
                     Cell(f"{100 * share:.1f} %", share),
                     Cell(f"{low:.1f} to {high:.1f} %", low),
                     Cell(f"{right:,} of {items * samples:,}", right),
-                    Cell("not on record" if failed is None else f"{failed:,}", failed),
+                    Cell("not recorded" if failed is None else f"{failed:,}", failed),
                     *([Cell(", ".join(passed_of(record)) or "–")] if several else []),
                 ]
             )
@@ -215,15 +219,15 @@ def accuracy(runs: Sequence[Run]) -> tuple[Chart | None, Table]:
     table = Table("Accuracy without noise", columns, rows, frozenset({1, 2, 3, 4, 5}))
     if not series:
         return None, table
-    note = "Noise off. Bars are 95 % intervals (Wilson) over problems; what another seed would do is not in them."
+    note = "Noise off. Bars are 95 % intervals (Wilson) over problems; they do not include the variation between seeds."
     if several:
-        note += " Of several answers to a problem the mean is shown, with the widest interval that it can have."
+        note += " If a problem has several responses, their mean is shown, with the widest interval that is possible."
     return Chart("accuracy", "Accuracy", series, span, note, " %", ".1f", tall=True), table
 
 
 @dataclass(frozen=True)
 class Base:
-    """The rounding error of one packed base and the runs that have it."""
+    """The rounding error of one packed base, and the names of the runs that use it."""
 
     runs: str
     text: str
@@ -232,7 +236,10 @@ class Base:
 
 
 def bases(runs: Sequence[Run]) -> tuple[list[Base], list[str]]:
-    """SQNR by layer of every base, one for runs that share it; and a line about each run of which it is not known."""
+    """Return the SQNR by layer for each base, and a line for each run without this record.
+
+    Runs with the same base share one entry.
+    """
     found: dict[str, list[Run]] = {}
     unknown = []
     for run in runs:
@@ -246,7 +253,7 @@ def bases(runs: Sequence[Run]) -> tuple[list[Base], list[str]]:
 def _base(place: int, members: list[Run]) -> Base:
     report: dict[str, Any] = members[0].quantization or {}
     pooled: dict[str, list[dict[str, Any]]] = {}
-    for module in report["modules"]:  # the experts of a layer count as one
+    for module in report["modules"]:  # the experts of a layer are combined
         pooled.setdefault(pooled_name(module["name"]), []).append(module)
     kinds: dict[str, list[tuple[float, float | None]]] = {}
     rows = []
@@ -273,7 +280,7 @@ def _base(place: int, members: list[Run]) -> Base:
             for at, (kind, points) in enumerate(kinds.items())
         ]
         span = (0.0, max(x for points in kinds.values() for x, _ in points) or 1.0)
-        note = "Of the packed weights against those they were made of; higher is closer."
+        note = "Packed weights compared with their originals; higher is closer."
         key = f"sqnr{place}"
         chart = Chart(key, "SQNR by layer", series, span, note, " dB", ".2f", "layer", key, tall=True)
     text = (
@@ -288,14 +295,14 @@ def _base(place: int, members: list[Run]) -> Base:
 
 
 def _sqnr(group: list[dict[str, Any]]) -> float | None:
-    """dB of matrices taken together, None where there is no error at all."""
+    """Return the SQNR in dB of several matrices together, or None if there is no error at all."""
     noise = sum(one["noise"] for one in group)
     return 10 * math.log10(sum(one["signal"] for one in group) / noise) if noise > 0 else None
 
 
 @dataclass(frozen=True)
 class Times:
-    """Where a run's time went: (name, seconds a step, percent of all, colour) by phase."""
+    """The time of a run by phase: (name, seconds per step, percent of the total, colour)."""
 
     run: Run
     total: float
@@ -303,7 +310,10 @@ class Times:
 
 
 def times(runs: Sequence[Run]) -> tuple[list[Times], Table, Chart | None]:
-    """Mean seconds a step by phase, validation shared out over all steps; and the seconds of each step."""
+    """Return the mean seconds per step by phase, and the seconds of each step.
+
+    The time of validations is divided over all steps.
+    """
     spent = []
     for run in runs:
         sums: dict[str, float] = {}
@@ -318,7 +328,7 @@ def times(runs: Sequence[Run]) -> tuple[list[Times], Table, Chart | None]:
             spent.append((run, total, sums))
     names = [name for name in PHASES if any(sums.get(name) for _, _, sums in spent)]
     names += sorted({name for _, _, sums in spent for name in sums if name not in PHASES})
-    # The largest get the colours that are not used twice.
+    # The largest phases get colours that are used only once.
     ranked = sorted(names, key=lambda name: -sum(sums.get(name, 0.0) for _, _, sums in spent))
     found = [
         Times(
@@ -344,15 +354,13 @@ def times(runs: Sequence[Run]) -> tuple[list[Times], Table, Chart | None]:
         rows.append([Cell(PHASES.get(name, name)), *cells])
     columns = ["phase", *(run.label if len(spent) > 1 else "seconds a step" for run, _, _ in spent)]
     table = Table("Mean seconds a step by phase", columns, rows, frozenset(range(1, len(columns))))
-    panel = Panel(
-        "seconds", "Seconds a step", "Validation not counted.", (("", "timing_s/step"),), " s", ".1f", zero=True
-    )
+    panel = Panel("seconds", "Seconds a step", "Without validation.", (("", "timing_s/step"),), " s", ".1f", zero=True)
     charts, _ = draw([panel], runs)
     return found, table, charts[0] if charts else None
 
 
 def _phases(metrics: Metrics) -> dict[str, float]:
-    """Seconds of a step by phase, each second once."""
+    """Return the seconds of a step by phase; each second is counted once."""
     found = {
         key.removeprefix("timing_s/"): finite(value) or 0.0
         for key, value in metrics.items()

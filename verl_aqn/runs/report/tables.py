@@ -1,4 +1,4 @@
-"""Tables of the page: cells know what they are sorted by."""
+"""Tables of the page, whose cells have sort keys."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from verl_aqn.runs.report.charts import Chart
 
 @dataclass(frozen=True)
 class Cell:
-    """`sort`: the number to sort the cell by, None for its text. `good`: whether a check held, None for no check.
+    """A cell of a table.
 
-    `colour`: of the run whose name it is.
+    `sort`: the number to sort the cell by; None sorts by its text. `good`: the result of a check, None if the cell is
+    no check. `colour`: the colour of the run that the cell names.
     """
 
     text: str
@@ -24,7 +25,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """`numbers`: which columns are right-aligned. The first cell of a row is its header."""
+    """A table of the page. `numbers`: the columns that are right-aligned. The first cell of a row is its header."""
 
     caption: str
     columns: Sequence[str]
@@ -34,7 +35,7 @@ class Table:
 
 
 def chart_table(chart: Chart) -> Table:
-    """The values of a chart, a row an x."""
+    """Tabulate the values of a chart, one row per x."""
     columns = [chart.values(series) for series in chart.series]
     sorts = [dict(series.points) for series in chart.series]
     rows = [

@@ -1,7 +1,9 @@
-"""`python -m verl_aqn.runs.stats.agreement RUN RUN`: how far two runs gave the same answers, step by step.
+"""Measure how many responses of two runs are identical, step by step.
 
-Two runs of one seed and one recipe differ only where floating point does. The two runs of a pair in a plan share random
-numbers, and noise makes them differ.
+Usage: `python -m verl_aqn.runs.stats.agreement RUN RUN`.
+
+Two runs with the same seed and recipe differ only because of floating-point rounding. The two runs of a pair in a plan
+share random numbers, and the noise makes them differ.
 """
 
 import sys
@@ -15,10 +17,10 @@ from verl_aqn.runs.samples import FILE, samples_of
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of the answers after `step` in one part (`train`, `val`) of two runs: how many have the same tokens or text.
+    """How many responses of two runs after `step` are identical (same tokens or same text), in `part` (`train`, `val`).
 
-    `answers`: those that either run has. `common`: to the same prompt and sample in both. `equal`: the same answer.
-    `accuracies`: of both runs, where it is a validation.
+    `answers`: responses that at least one of the runs has. `common`: responses to the same prompt and sample in both
+    runs. `equal`: identical responses. `accuracies`: the accuracies of both runs, for a validation.
     """
 
     part: str
@@ -30,21 +32,23 @@ class Agreement:
 
     @property
     def share(self) -> float:
-        """Equal answers as a fraction of all: an answer that only one run has is not equal."""
+        """Return identical responses as a fraction of all; a response that only one run has is not identical."""
         return self.equal / self.answers if self.answers else 0.0
 
 
 def agreement(first: RunFolder, second: RunFolder) -> list[Agreement]:
-    """Compare the answers on record of two runs: training by step, then validations.
+    """Compare the recorded responses of two runs: training by step, then validations.
 
-    Raises:
-        DataError: a run has no samples on record (older versions recorded none), or no step is in both.
+    Raises: DataError: a run has no recorded samples (older versions recorded none), or the runs have no step in common.
     """
     found = []
     samples = [samples_of(run) for run in (first, second)]
     for run, records in zip((first, second), samples, strict=True):
         if not records:
-            raise DataError(f"{run.path} has no digests of its samples ({FILE}): its version recorded none")
+            raise DataError(
+                f"{run.path} has no digests of its samples ({FILE}): it was made by an older version that did not "
+                "record them"
+            )
     for step in sorted(samples[0].keys() & samples[1].keys()):
         found.append(_compare("train", step, samples[0][step], samples[1][step]))
     validations = [run.by_step("metrics.jsonl", "validation") for run in (first, second)]
@@ -70,7 +74,7 @@ def _compare(
 
 
 def table(found: list[Agreement]) -> str:
-    """Show the figures as lines of text."""
+    """Format the figures as lines of text."""
     lines = ["part   step  answers  common   equal   share  accuracies"]
     for one in found:
         told = "" if one.accuracies is None else " and ".join(f"{accuracy:.1%}" for accuracy in one.accuracies)

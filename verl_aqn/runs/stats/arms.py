@@ -1,4 +1,4 @@
-"""Finished runs, grouped into the arms of an experiment: what differs between arms, and what was answered by whom."""
+"""Finished runs, grouped into the arms of an experiment: their settings, and which items each run got right."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.stats.scores import AVG, Answers, Item, answers_in, k_of
 
 FACTOR = "aqn.noise"
-_COPIES = {  # settings that follow another one
+_COPIES = {  # settings that are derived from another one
     ".noise_in_actor": "aqn.noise.apply_to",
     ".noise_measured": "aqn.noise.enabled",
     "critic.model.path": "actor_rollout_ref.model.path",
@@ -28,7 +28,7 @@ STEP = "step of the last validation"
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run. `settings`: all that decides its result, its seed aside, by dotted key."""
+    """A finished run. `settings`: everything that decides its result except the seed, by dotted key."""
 
     path: Path
     name: str
@@ -39,9 +39,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs of equal settings. `scores` is [seeds, items], in [0, 1], with the same order of items in every arm.
+    """Runs with equal settings.
 
-    `metric`: what the scores are: accuracy (of one answer to each item), avg@8, pass@4.
+    `scores` is [seeds, items], in [0, 1], with the same order of items in every arm. `metric`: what the scores are, for
+    example accuracy (one response per item), avg@8 or pass@4.
     """
 
     name: str
@@ -55,7 +56,7 @@ class Arm:
 
 
 def run_in(path: Path) -> RunFolder | None:
-    """The run in `path`, or the newest of the base folder `path`; None where it is neither."""
+    """Return the run in `path`, or the newest run of the base folder `path`, or None if there is neither."""
     for folder in (path, (path / "training.log").resolve().parent):
         if (folder / "state.json").is_file():
             return RunFolder(folder.resolve())
@@ -63,35 +64,36 @@ def run_in(path: Path) -> RunFolder | None:
 
 
 def find_run(path: Path) -> RunFolder:
-    """As `run_in`. DataError where there is no run."""
+    """Return what `run_in` returns. Raises DataError if there is no run."""
     if run := run_in(path):
         return run
-    raise DataError(f"{path} holds no run: give <base>/runs/<time>-<id>, or <base> for its newest run")
+    raise DataError(f"{path} contains no run: give <base>/runs/<time>-<id>, or <base> for its newest run")
 
 
 def find_each(paths: Sequence[Path]) -> list[RunFolder]:
-    """As `find_run`. ConfigError where two paths are one run."""
+    """Return what `find_run` returns for each path. Raises ConfigError if two paths are the same run."""
     runs = [find_run(path) for path in paths]
     if twice := [path for path, count in Counter(run.path for run in runs).items() if count > 1]:
-        raise ConfigError(f"{twice[0]} is named twice: leave one out")
+        raise ConfigError(f"{twice[0]} is given twice: remove one of them")
     return runs
 
 
 def read_run(path: Path) -> Run:
-    """What `path` holds, as `find_run` finds it.
+    """Read the run that `find_run` finds in `path`.
 
-    DataError where it has not finished, was never validated, its answers cannot be told apart by problem, or it is not
-    on record of each answer whether it is right (`answers_in`). EvidenceError where its evidence does not hold.
+    Raises DataError if the run has not finished, was never validated, its answers cannot be assigned to problems, or
+    the record does not say for each answer whether it is right (`answers_in`). Raises EvidenceError if its evidence has
+    faults.
     """
     folder = find_run(path)
     status = folder.state["status"]
     if status != "finished":
-        raise DataError(f"{folder.path} is {status}: only finished runs are compared, so finish it or leave it out")
+        raise DataError(f"{folder.path} is {status}: only finished runs can be compared; finish it or leave it out")
     check_proved(folder)
     steps = folder.by_step("metrics.jsonl", "validation")
     file = f"validation/{max(steps, default=0)}.jsonl"
     if not steps or not (folder.path / file).is_file():
-        raise DataError(f"{folder.path} has no answers of a validation ({file}): it cannot be compared")
+        raise DataError(f"{folder.path} has no validation responses ({file}): it cannot be compared")
     lines = list(folder.read(file))
     try:
         answers = answers_in(lines, samples=steps[max(steps)].get("samples"))
@@ -114,14 +116,15 @@ def settings_of(config: dict[str, Any]) -> dict[str, Any]:
         if not is_seed_or_place(key) and not key.startswith("aqn.target.")
     }
     if flat.get("aqn.noise.target_kl") is not None:
-        # σ_start was searched for, with the run's own seed: chosen were the KL and how far σ falls.
+        # σ_start was found by a search that uses the run's own seed. What the user chose is the KL and the ratio of
+        # σ_end to σ_start.
         start, end = flat.pop("aqn.noise.sigma_start"), flat.pop("aqn.noise.sigma_end")
         flat["aqn.noise.sigma_end / sigma_start"] = float(f"{end / start:.4g}")
     return flat
 
 
 def flatten(config: dict[str, Any]) -> dict[str, Any]:
-    """Nested blocks as one, by dotted key. Lists are values."""
+    """Flatten nested blocks into one dict by dotted key. Lists are kept as values."""
     flat: dict[str, Any] = {}
     todo: list[tuple[str, Any]] = [("", config)]
     while todo:
@@ -137,15 +140,17 @@ def flatten(config: dict[str, Any]) -> dict[str, Any]:
 def arms(
     paths: Sequence[Path], factors: Sequence[str] = (FACTOR,), any_difference: bool = False, metric: str = AVG
 ) -> list[Arm]:
-    """The runs grouped by their settings; the first is the control, the arm of the first path.
+    """Group the runs by their settings. The first arm, which contains the first path, is the control.
 
-    `metric`: what an item scores, avg (the share of its answers that are right) or pass@K.
-    Settings of arms may differ under the keys `factors`, anywhere with `any_difference`. ConfigError where fewer than
-    two arms are left, where they differ elsewhere, where a run is named twice, where a factor names no key, or where a
-    run has fewer answers to a problem than `metric` takes.
-    DataError where a run cannot be read, where two runs of an arm share their `aqn.seed` (they share noise, first
-    adapter and order of the data, so that they are closer to each other than two seeds are), or where not all have
-    answered the same items.
+    `metric`: the score of an item, avg (the share of its responses that are right) or pass@K. Settings of arms may
+    differ under the keys `factors`, or anywhere if `any_difference` is True.
+
+    Raises ConfigError if fewer than two arms remain, if the arms differ in other keys, if a run is given twice, if a
+    factor matches no key, or if a run has fewer responses to a problem than `metric` needs.
+
+    Raises DataError if a run cannot be read, if two runs of an arm have the same `aqn.seed` (they share noise, initial
+    adapter and order of the data, so they are more alike than two seeds are), or if not all runs answered the same
+    items.
     """
     k_of(metric)
     runs = [read_run(folder.path) for folder in find_each(paths)]
@@ -158,21 +163,24 @@ def arms(
         twin = next((other for other in same if other.seed == run.seed), None)
         if twin:
             raise DataError(
-                f"{twin.path} and {run.path} have one config and one seed (aqn.seed={run.seed}): they are no two "
-                "seeds, leave one out"
+                f"{twin.path} and {run.path} have the same config and the same seed (aqn.seed={run.seed}): they "
+                "do not count as two seeds, leave one out"
             )
         same.append(run)
     if len(groups) < 2:
         raise ConfigError(f"{len(runs)} run(s) of one config: a comparison takes runs of different configs")
     if (others := beyond(factors, [group[0].settings for group in groups])) and not any_difference:
         raise ConfigError(
-            f"these runs differ in more than {', '.join(factors)}: {others}. Name what may differ with --factor KEY, "
-            "or allow everything with --any"
+            f"these runs differ in more than {', '.join(factors)}: {others}. Name what may differ with --factor "
+            "KEY, or allow all differences with --any"
         )
     items = sorted(runs[0].answers.right)
     for run in runs:
         if unlike := run.answers.right.keys() ^ runs[0].answers.right.keys():
-            raise DataError(f"{runs[0].path} and {run.path} differ in {len(unlike)} items: the same are needed in all")
+            raise DataError(
+                f"{runs[0].path} and {run.path} differ in {len(unlike)} items: all runs must have answered the same "
+                "items"
+            )
     names = [group[0].name for group in groups]
     counts = sorted({run.answers.samples for run in runs})
     label = metric if metric != AVG else "accuracy" if counts == [1] else f"avg@{', '.join(map(str, counts))}"
@@ -196,20 +204,20 @@ def _scores(run: Run, items: Sequence[Item], metric: str) -> list[float]:
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings that are not equal, by key: (of one, of the other), None where there is none."""
+    """Return the settings that differ, by key: (value in one, value in other), with None for a missing key."""
     pairs = {key: (one.get(key), other.get(key)) for key in sorted(one.keys() | other.keys())}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def beyond(factors: Sequence[str], settings: Sequence[dict[str, Any]]) -> str:
-    """The keys in which `settings` differ from the first of them and that no factor names, as a text; "" for none.
+    """Return, as a text, the keys in which `settings` differ from the first of them and that no factor covers.
 
-    ConfigError where a factor names no key at all.
+    The text is "" if there are none. Raises ConfigError if a factor matches no key at all.
     """
     known = {key for one in settings for key in one}
     for factor in factors:
         if not any(_under(key, factor) for key in known):
-            raise ConfigError(f"factor {factor}: no key of these runs is called that or lies under it")
+            raise ConfigError(f"factor {factor}: these runs have no key with this name or below it")
     found = {key for one in settings[1:] for key in differences(settings[0], one)}
     others = sorted(key for key in found if not any(_under(key, factor) for factor in factors))
     return ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
@@ -221,7 +229,7 @@ def _under(key: str, factor: str) -> bool:
 
 
 def is_seed_or_place(key: str) -> bool:
-    """Whether a setting may differ between runs of one arm: seeds, names, and folders that a run writes to."""
+    """Return whether a setting may differ between runs of one arm: seeds, names, and folders that a run writes to."""
     last = key.rsplit(".", 1)[-1]
     return (
         last in ("seed", "resume_from_path")
@@ -233,15 +241,15 @@ def is_seed_or_place(key: str) -> bool:
 
 
 def records_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The config of a run, resolved, and the versions that it ran with ({} where an old record has none)."""
+    """Return the resolved config of a run and its recorded versions ({} if an old record has none)."""
     config = RunFolder(folder).block("config.yaml")
     if config is None:
-        raise DataError(f"{folder} has no config.yaml: what it was a run of is unknown, so it cannot be compared")
+        raise DataError(f"{folder} has no config.yaml: its settings are unknown, so it cannot be compared")
     return config, versions_of(folder)
 
 
 def versions_of(folder: Path) -> dict[str, Any]:
-    """What a run ran with; what its attempts differ in is "one → other", which no other run has."""
+    """Return the versions that a run used; a value that differs between its attempts becomes "one → other"."""
     run = RunFolder(folder)
     began = run.block("versions.json")
     attempts = [] if began is None else [began]

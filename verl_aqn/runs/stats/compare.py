@@ -1,4 +1,4 @@
-"""Arms of an experiment against its control: tests, intervals, and a verdict that claims no more than the data."""
+"""Compare the arms of an experiment with its control: tests, intervals, and a verdict that the data support."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from verl_aqn.runs.stats.crossed import Spread, seeds_needed, spread
 from verl_aqn.runs.stats.intervals import score_interval
 from verl_aqn.runs.stats.paired import LEVEL, Changes, Difference, Strictest, of_items
 
-WANTED = 0.05  # below this a difference does not matter: 5 points
-# Runs an arm from which equal seeds are paired: of fewer, the degrees of freedom that pairs cost (of three runs: an
-# interval half as wide again) outweigh what equal seeds usually have in common.
+WANTED = 0.05  # a smaller difference does not matter: 5 points
+# The number of runs per arm from which equal seeds are paired. With fewer runs, pairing costs more degrees of freedom
+# (with three runs, the interval is half as wide again) than equal seeds usually gain.
 PAIRS = 5
 _FOR = ", corrected for {} contrasts,"
 
@@ -27,9 +27,10 @@ SAME = f"equivalent within ±{100 * WANTED:.0f} points"
 
 @dataclass(frozen=True)
 class Score:
-    """An arm's mean accuracy (or avg@k, pass@k) with its 95 % interval; all fractions of 1.
+    """An arm's mean accuracy (or avg@k, pass@k) with its 95 % interval; all are fractions of 1.
 
-    Of one seed: `score_interval`, over items alone. Of several: what spans that and `spread`'s, over both.
+    With one seed the interval is `score_interval`, over items alone. With several seeds it spans both `score_interval`
+    and the interval of `spread`, which is over seeds and items.
     """
 
     arm: str
@@ -41,16 +42,17 @@ class Score:
 
 @dataclass(frozen=True)
 class Contrast:
-    """The arm of `score` less `control`, on the same items; fractions of 1.
+    """The arm of `score` minus `control`, on the same items; fractions of 1.
 
-    `interval` and `p_value` are of this difference alone, at 95 % and 5 %. `simultaneous` and `corrected` are of the
-    same test after Bonferroni's correction over all contrasts (95 % for all intervals together), and they decide:
-    `corrected` is below 5 % exactly where `simultaneous` excludes 0. p is None where one arm has several seeds and the
-    other one: neither runs nor methods can then be tested, and the interval is over items alone.
+    `interval` and `p_value` are for this difference alone, at 95 % and 5 %. `simultaneous` and `corrected` are from the
+    same test after Bonferroni's correction over all contrasts (95 % for all intervals together), and they decide the
+    verdict: `corrected` is below 5 % exactly when `simultaneous` excludes 0. p is None if one arm has several seeds and
+    the other has one: then neither runs nor methods can be tested, and the interval is over items alone.
 
-    `seeds_for_verdict`: an arm, of which `simultaneous` would be at most ±2.5 points wide, if seeds and items scatter
-    as they did here: then there is a verdict whatever the difference, as an interval that holds 0 lies within ±5. None
-    where no number would do. With one seed it is the least, as if seeds did not differ at all.
+    `seeds_for_verdict`: the number of seeds per arm with which `simultaneous` would be at most ±2.5 points wide, if
+    seeds and items vary as they did here. Then there is a verdict for any difference, because an interval that contains
+    0 lies within ±5. None if no number of seeds is enough. With one seed the number is a lower bound, which assumes
+    that seeds do not differ at all.
     """
 
     score: Score
@@ -69,9 +71,10 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Report:
-    """Arms against others on `items` items. `control` is the first of all arms, `arms` are the contrasts asked for.
+    """Arms compared with others on `items` items.
 
-    `metric`: what was compared: accuracy, avg@8, pass@4.
+    `control` is the first of all arms, `arms` are the requested contrasts. `metric`: what was compared, for example
+    accuracy, avg@8 or pass@4.
     """
 
     items: int
@@ -85,18 +88,23 @@ class Report:
 
     @property
     def correction(self) -> str:
-        """What a table of this has to say of intervals of differences and of p; "" of a single contrast."""
+        """Return the note that a table needs about corrected intervals and p values, or "" for a single contrast."""
         count = len(self.arms)
-        return f"; differences and p corrected for {count} contrasts, which hold together at 95 %" if count > 1 else ""
+        return (
+            f"; differences and p corrected for {count} contrasts, so that all intervals together hold at 95 %"
+            if count > 1
+            else ""
+        )
 
 
 def compare(arms: Sequence[Arm], pairs: Sequence[tuple[Arm, Arm]] = ()) -> Report:
-    """Each arm after the first against the first, which is the control; or the `pairs` (arm, control) and no others.
+    """Compare each arm after the first with the first, which is the control; or only the given `pairs` (arm, control).
 
-    One seed each: `of_items` (McNemar's test of right and wrong answers). Several each: `spread`'s test over seeds and
-    items, of pairs where both arms have the same seeds and `PAIRS` or more of them, and `of_items` beside it. The
-    verdict is about the method, so it takes two seeds an arm at least: what one does, another need not. The interval
-    decides, corrected over the contrasts (Bonferroni), so that in 95 % of comparisons no verdict is wrong:
+    With one seed each, the test is `of_items` (McNemar's test for right and wrong responses). With several seeds each,
+    it is the test of `spread` over seeds and items, paired if both arms have the same seeds and at least `PAIRS` of
+    them, together with `of_items`. The verdict is about the method, so it needs at least two seeds per arm: another
+    seed may behave differently. The interval, corrected over the contrasts (Bonferroni), decides, so that in 95 % of
+    comparisons no verdict is wrong:
 
     - helps, hurts: it excludes 0.
     - equivalent within ±5 points: it lies within ±5 points (two one-sided tests: Schuirmann 1987).
@@ -109,7 +117,7 @@ def compare(arms: Sequence[Arm], pairs: Sequence[tuple[Arm, Arm]] = ()) -> Repor
 
 
 def decide(interval: tuple[float, float]) -> str:
-    """The verdict of an interval of a difference between methods, fractions of 1."""
+    """Return the verdict for an interval of a difference between methods, in fractions of 1."""
     low, high = interval
     if low > 0 or high < 0:
         return HELPS if low > 0 else HURTS
@@ -137,7 +145,7 @@ def _contrast(arm: Arm, control: Arm, score: Score, contrasts: int) -> Contrast:
     seeds = min(len(arm.runs), len(control.runs))
     needed = _needed(found, arm.scores.shape[1], level)
     if needed is not None and verdict == UNKNOWN and 1 < needed <= seeds:
-        needed = None  # so many were run: the items are too few
+        needed = None  # this many seeds were run already: the number of items is too small
     changes = [f"{key} {_short(was)} → {_short(now)}" for key, (was, now) in differs.items()]
     more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
     low, high = (100 * bound for bound in simultaneous)
@@ -153,11 +161,11 @@ def _contrast(arm: Arm, control: Arm, score: Score, contrasts: int) -> Contrast:
 
 
 def _difference(arm: Arm, control: Arm) -> tuple[Difference, str]:
-    """The difference with its test and interval, and the test's name.
+    """Return the difference with its test and interval, and the name of the test.
 
-    Of several seeds `spread`'s, and that of items beside it: where few items changed, and seeds agree on nearly all of
-    them, the t-distribution of `spread` is no likeness of so few changes and its interval is too narrow (100 items of
-    which 5 % are gained: "equivalent" in up to 13 % of cases, where it should be 2.5 %).
+    With several seeds, the test combines `spread` with the test over items. If few items changed and the seeds agree on
+    nearly all of them, the t-distribution of `spread` does not fit so few changes and its interval is too narrow (100
+    items of which 5 % are gained: "equivalent" in up to 13 % of cases, where it should be 2.5 %).
     """
     over_items = of_items(arm.scores.mean(0) - control.scores.mean(0))
     if min(len(arm.runs), len(control.runs)) > 1:
@@ -168,21 +176,21 @@ def _difference(arm: Arm, control: Arm) -> tuple[Difference, str]:
 
 
 def _needed(found: Difference, items: int, level: float) -> int | None:
-    """Seeds an arm with which the interval is ±2.5 points wide at most, by `spread`'s part of it alone."""
+    """Return the seeds per arm that make the interval at most ±2.5 points wide, according to `spread` alone."""
     if isinstance(found, Strictest):
         crossed = next(part for part in found.parts if isinstance(part, Spread))
         return seeds_needed(crossed.shared, crossed.per_seed, items, WANTED / 2, crossed.residual, level)
-    # Of one run each it cannot be said what the seed did: that it did nothing is the least there can be.
+    # One run each does not show the effect of the seed. The lower bound assumes that the seed has no effect.
     assert isinstance(found, Changes)
     variance = (found.gained + found.lost + 1) / (found.items + 2) / found.items
     return seeds_needed(0.0, [variance / 2] * 2, items, WANTED / 2, level=level)
 
 
 def _tables(arm: Arm, control: Arm) -> tuple[np.ndarray, np.ndarray | None, str]:
-    """What `spread` takes of two arms, and the name of its test.
+    """Return the arguments of `spread` for two arms, and the name of its test.
 
-    Runs of one seed share the order of the data, the first adapter and the draws of noise, so that they move together.
-    To pair them depends on the design alone, never on what was found.
+    Runs with the same seed share the order of the data, the initial adapter and the noise draws, so their results are
+    correlated. Whether they are paired depends only on the design, never on the results.
     """
     by_seed = [dict(zip((run.seed for run in one.runs), one.scores, strict=True)) for one in (arm, control)]
     seeds = by_seed[0].keys()
@@ -202,27 +210,32 @@ def _within(interval: tuple[float, float]) -> tuple[float, float]:
 
 
 def _reason(verdict: str, several: bool, corrected: float | None, needed: int | None) -> str:
-    """What keeps a comparison from a verdict, and what would help; "" where there is a verdict."""
+    """Return why there is no verdict and what would help, or "" if there is a verdict."""
     if verdict != UNKNOWN:
         return ""
     if not several:
         least = f"at least {needed} seeds an arm" if needed else "more items"
-        would = f"A verdict takes {least}. "
+        would = f"A verdict needs {least}. "
         if corrected is None:
-            return f"One of the arms has one seed: how far its seeds differ is not in the interval. {would}"
+            return f"One of the arms has only one seed: the interval does not include how much its seeds vary. {would}"
         differ = "differ" if corrected < LEVEL else "do not differ"
         return (
-            f"These two runs {differ} beyond chance on these items, but each arm has one seed: how far seeds "
-            f"differ is not in the interval, so it says nothing about the method. {would}"
+            f"These two runs {differ} beyond chance on these items, but each arm has only one seed: the "
+            f"interval does not include how much seeds vary, so it says nothing about the method. {would}"
         )
     why = f"The interval neither excludes 0 nor lies within ±{100 * WANTED:.0f} points"
     if needed is None:
-        return f"{why}; for a verdict take more items, however many the seeds. "
-    return f"{why}; {needed} seeds an arm would narrow it to ±{50 * WANTED:g} points, which is a verdict in any case. "
+        return f"{why}; a verdict needs more items, whatever the number of seeds. "
+    return (
+        f"{why}; {needed} seeds an arm would narrow it to ±{50 * WANTED:g} points, which gives a verdict in any case. "
+    )
 
 
 def table(report: Report) -> Table:
-    """An arm a row, with what it was held against: a row more for each further control; points of 100."""
+    """Return a table with a row for each arm and the control it was compared with, in points of 100.
+
+    An arm has one more row for each further control.
+    """
     title = f"Last validation, {report.items} items answered by all{report.correction}"
     view = Table(title=title, title_justify="left")
     view.add_column("arm")

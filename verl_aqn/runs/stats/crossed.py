@@ -1,7 +1,7 @@
-"""Accuracies over several seeds that answered the same items: both are samples, and both count in an interval.
+"""Accuracies over several seeds that answered the same items: intervals account for both seeds and items.
 
-A table of scores is [seeds, items], one an arm, with the same items in all arms: 0 or 1 where an item is answered once,
-avg@k or pass@k where it is answered k times, so that an item is the cluster of its answers.
+A table of scores is [seeds, items], one per arm, with the same items in all arms. A score is 0 or 1 if an item is
+answered once, and avg@k or pass@k if it is answered k times, so that an item is the cluster of its responses.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ MOST_SEEDS = 200
 
 
 class Spread(NamedTuple):
-    """A mean or a difference of means (fractions of 1), and what its variance is made of."""
+    """A mean or a difference of means (fractions of 1), with the parts of its variance."""
 
     value: float
-    shared: float  # variance that more seeds do not lessen, which items were drawn: unbiased, so it may be below 0
-    per_seed: tuple[float, ...]  # variance of seed means, by arm
-    residual: tuple[float, ...]  # the part of each that is chance item by item
+    # variance due to the choice of items, which more seeds do not reduce; an unbiased estimate, so it may be below 0
+    shared: float
+    per_seed: tuple[float, ...]  # variance of the means of seeds, by arm
+    residual: tuple[float, ...]  # the part of each `per_seed` that is chance item by item
     error: float  # standard error
     freedom: float  # degrees of freedom of `error`
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
-        """Give the interval that covers the truth in all but the share `level` of cases."""
+        """Return the interval that covers the truth in all but the share `level` of cases."""
         from scipy.stats import t
 
         half = float(t.isf(level / 2, self.freedom)) * self.error
@@ -37,7 +38,10 @@ class Spread(NamedTuple):
 
     @property
     def p_value(self) -> float:
-        """Of no difference, two-sided. 1 where nothing differs at all, 0 where everything does and nothing varies."""
+        """Return the two-sided p value of no difference.
+
+        It is 1 if nothing differs at all, and 0 if there is a difference without any variance.
+        """
         from scipy.stats import t
 
         if self.error == 0:
@@ -46,23 +50,24 @@ class Spread(NamedTuple):
 
 
 def spread(treated: np.ndarray, control: np.ndarray | None = None) -> Spread:
-    """Mean of `treated`, [seeds, items], less that of `control` where there is one; at least two seeds each.
+    """Estimate the mean of `treated`, [seeds, items], minus that of `control` if given; each needs at least two seeds.
 
-    Two-way random effects, seeds crossed with items (as readers with cases: Obuchowski and Rockette 1995). With
-    S the variance of seed means over n, summed over arms, I the variance over items of the difference of item means
-    over m, and E that of the residuals over n·m, summed over arms, S and I both hold E, and
+    Two-way random effects, seeds crossed with items (like readers with cases: Obuchowski and Rockette 1995). Let S be
+    the variance of seed means over n, summed over arms; I the variance over items of the difference of item means, over
+    m; and E the variance of the residuals over n·m, summed over arms. S and I both contain E, and
 
         V = max(I − E, 0) + max(S, E)
 
-    where S + I − E is the unbiased estimate and the bounds keep V from falling below S or I. Degrees of freedom are
-    Satterthwaite's (1946) for S by arm (Welch's: arms need not spread alike; Hillis 2007 for readers and cases) and I.
-    With endless items this is Welch's t-test of seed means, which does not pair seeds. For pairs `treated` is the
-    difference of the two tables, row by row of one seed, and there is no `control`: then it is the paired t-test, with
-    n − 1 degrees of freedom in place of about 2 (n − 1).
+    S + I − E is the unbiased estimate, and the bounds keep V from falling below S or I. Degrees of freedom are
+    Satterthwaite's (1946) for S by arm (Welch's: arms may vary differently; Hillis 2007 for readers and cases) and I.
 
-    Simulated false positives at 5 % are 1 to 3 % where seeds do not differ and 3 to 7 % where they differ much (2 to 5
-    seeds, 192 and 1319 items; the 7 % are two seeds against five: take as many of each), of five pairs 1 to 6 %. A test
-    of items alone, which ignores seeds, then has 29 to 65 %.
+    With infinitely many items this is Welch's t-test of seed means, which does not pair seeds. For pairs, `treated` is
+    the difference of the two tables, row by row for the same seed, and there is no `control`: then it is the paired
+    t-test, with n − 1 degrees of freedom instead of about 2 (n − 1).
+
+    Simulated false positives at 5 % are 1 to 3 % if seeds do not differ and 3 to 7 % if they differ much (2 to 5 seeds,
+    192 and 1319 items; the 7 % are for two seeds against five, so use the same number of each), and 1 to 6 % for five
+    pairs. A test over items alone, which ignores seeds, then has 29 to 65 %.
     """
     tables = [np.asarray(arm, dtype=float) for arm in (treated, control) if arm is not None]
     items, seeds = tables[0].shape[1], [len(table) for table in tables]
@@ -79,14 +84,14 @@ def spread(treated: np.ndarray, control: np.ndarray | None = None) -> Spread:
 
 
 def _of_means(variances: Sequence[float], seeds: Sequence[int]) -> float:
-    """Variance of the difference of arms' means, of the variance of a seed and the number of seeds by arm."""
+    """Return the variance of the difference of arms' means, from the variance and the number of seeds of each arm."""
     return sum(variance / count for variance, count in zip(variances, seeds, strict=True))
 
 
 def _error(
     shared: float, per_seed: Sequence[float], residual: Sequence[float], seeds: Sequence[int], items: int
 ) -> tuple[float, float]:
-    """Standard error and degrees of freedom by `spread`'s formula, for any number of `seeds` by arm."""
+    """Return the standard error and degrees of freedom by `spread`'s formula, for any number of `seeds` per arm."""
     by_chance = _of_means(residual, seeds)
     variance = max(shared, 0.0) + max(_of_means(per_seed, seeds), by_chance)
     spare = sum((of_seed / count) ** 2 / (count - 1) for of_seed, count in zip(per_seed, seeds, strict=True))
@@ -102,16 +107,17 @@ def seeds_needed(
     residual: Sequence[float] = (),
     level: float = LEVEL,
 ) -> int | None:
-    """Seeds an arm, two or more, with which the interval at `level` is at most ± `half_width` (fraction of 1) wide.
+    """Return the seeds per arm (2 or more) for which the interval at `level` is at most ±`half_width` (fraction of 1).
 
-    None where `MOST_SEEDS` are too few. `shared`, `per_seed` and `residual` are `Spread`'s, with an entry for each arm
-    (of pairs one); without `residual` it is taken to be 0. What was found with so many seeds an arm already is reckoned
-    alike, by `spread`'s formula.
+    Returns None if `MOST_SEEDS` are not enough. `shared`, `per_seed` and `residual` are those of `Spread`, with one
+    entry for each arm (one entry for pairs); without `residual` it is assumed to be 0. For the number of seeds that was
+    measured, the result is the same as that of `spread`.
     """
     from scipy.stats import t
 
     residual = residual or [0.0] * len(per_seed)
-    at_least = NormalDist().inv_cdf(1 - level / 2)  # a t-distribution's is more, and takes a hundred times as long
+    # the quantile of the t-distribution is larger and takes a hundred times as long to compute
+    at_least = NormalDist().inv_cdf(1 - level / 2)
     for seeds in range(2, MOST_SEEDS + 1):
         error, freedom = _error(shared, per_seed, residual, [seeds] * len(per_seed), items)
         if at_least * error <= half_width and float(t.isf(level / 2, freedom)) * error <= half_width:

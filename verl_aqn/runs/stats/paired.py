@@ -1,4 +1,4 @@
-"""One difference of paired answers with its test and its interval, which come from each other."""
+"""A difference of paired answers with a test and an interval that agree with each other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LEVEL = 0.05  # two-sided
 
 
 class Difference(Protocol):
-    """A difference (fraction of 1) whose `p_value` is below a level exactly where `interval` of it excludes 0."""
+    """A difference (fraction of 1) whose `p_value` is below a level exactly when its `interval` excludes 0."""
 
     @property
     def value(self) -> float: ...
@@ -23,7 +23,7 @@ class Difference(Protocol):
 
 
 class Strictest(NamedTuple):
-    """Several tests of one difference: it is found where all find it, and the interval spans all of theirs."""
+    """Several tests of one difference: all must be significant, and the interval spans all of theirs."""
 
     parts: tuple[Difference, ...]
 
@@ -36,26 +36,27 @@ class Strictest(NamedTuple):
         return max(part.p_value for part in self.parts)
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
-        """Give the interval that covers the truth in all but the share `level` of cases."""
+        """Return the interval that covers the truth in all but the share `level` of cases."""
         lows, highs = zip(*(part.interval(level) for part in self.parts), strict=True)
         return min(lows), max(highs)
 
 
 class Changes(NamedTuple):
-    """`gained` items of `items` became right and `lost` became wrong: Tango's score test (1998) of their difference.
+    """`gained` of `items` items became right and `lost` became wrong: Tango's score test (1998) of the difference.
 
     For the difference d the statistic is
 
         T(d) = (gained − lost − n·d) / √(n·(2q + d(1 − d))),
 
-    with q the share of lost items that is most likely where the difference is d, and it is held against the normal
-    distribution. Of d = 0 it is McNemar's test without correction (1947); the interval is all d that the test does not
-    reject, so that it excludes 0 exactly where the test finds a difference. Counts may be fractions.
+    where q is the maximum-likelihood share of lost items if the difference is d. T is compared with the normal
+    distribution. For d = 0 this is McNemar's test without correction (1947). The interval is all d that the test does
+    not reject, so it excludes 0 exactly when the test finds a difference. Counts may be fractions.
 
-    Chosen by exact rates over all tables (tests/unit/runs/test_paired.py) of 50 to 1319 items, 2 to 50 % of them changed:
-    the test finds a difference that is not there in 0.2 to 5.4 % of cases (of 8 to 40 items in up to 6.6 %), the
-    interval covers the truth in 93.4 % of cases and more. Fagerland, Lydersen and Laake recommend both (2013; 2014).
-    McNemar's exact conditional test errs in 0 to 4.6 % of cases, and its inversion is an interval of an odds ratio.
+    Chosen by exact rates over all tables (tests/unit/runs/test_paired.py) of 50 to 1319 items, with 2 to 50 % of them
+    changed: the test finds a difference that does not exist in 0.2 to 5.4 % of cases (for 8 to 40 items in up to 6.6
+    %), and the interval covers the truth in at least 93.4 % of cases. Fagerland, Lydersen and Laake recommend both
+    (2013; 2014). McNemar's exact conditional test errs in 0 to 4.6 % of cases, and inverting it gives an interval of an
+    odds ratio.
     """
 
     gained: float
@@ -67,7 +68,7 @@ class Changes(NamedTuple):
         return (self.gained - self.lost) / self.items
 
     def statistic(self, difference: float) -> float:
-        """T of a difference (fraction of 1); infinite where the difference leaves no room for chance."""
+        """Return T for a difference (fraction of 1); T is infinite if its variance at that difference is 0."""
         n, d = self.items, difference
         b = (2 * n - self.gained + self.lost) * d - self.gained - self.lost
         root = math.sqrt(max(b * b + 8 * n * self.lost * d * (1 - d), 0.0))
@@ -78,14 +79,14 @@ class Changes(NamedTuple):
         return above / math.sqrt(spread)
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
-        """Give the interval that covers the truth in all but the share `level` of cases."""
+        """Return the interval that covers the truth in all but the share `level` of cases."""
         from statistics import NormalDist
 
         bound = NormalDist().inv_cdf(1 - level / 2)
         return self._where(bound), self._where(-bound)
 
     def _where(self, bound: float) -> float:
-        """The difference whose statistic is `bound`. It falls from −1 to 1, and halving the range is exact enough."""
+        """Return the difference whose statistic is `bound`, by bisection: the statistic falls from −1 to 1."""
         low, high = (-1.0, self.value) if bound > 0 else (self.value, 1.0)
         for _ in range(60):
             middle = (low + high) / 2
@@ -94,18 +95,18 @@ class Changes(NamedTuple):
 
     @property
     def p_value(self) -> float:
-        """Of no difference, two-sided."""
+        """Return the two-sided p value of no difference."""
         changed = self.gained + self.lost
         return math.erfc(abs(self.gained - self.lost) / math.sqrt(2 * changed)) if changed else 1.0
 
 
 def of_items(differences: np.ndarray) -> Changes:
-    """The mean of [items] differences of two scores in [0, 1] each, by Tango's test.
+    """Test the mean of `differences`, [items], each of two scores in [0, 1], with Tango's test.
 
-    Where an item scores between 0 and 1 (avg@k, pass@k, a mean over seeds) it is the cluster of its answers, and counts
-    are scaled to the effective number of items n·Σ|d| / Σd², with which a wholly changed item weighs what it would
-    alone: mean and variance are then those of the differences (the design effect, as Rao and Scott 1992 put it into
-    tests of counts). Of right and wrong answers it is n.
+    An item whose score is between 0 and 1 (avg@k, pass@k, a mean over seeds) is the cluster of its responses. Counts
+    are scaled to the effective number of items n·Σ|d| / Σd², so that an item that changed completely has the same
+    weight as it would alone. Mean and variance are then those of the differences (the design effect, as Rao and Scott
+    1992 apply it to tests of counts). For right and wrong responses the effective number is n.
     """
     values, n = np.asarray(differences, dtype=float), len(differences)
     gained, lost = float(values[values > 0].sum()), -float(values[values < 0].sum())

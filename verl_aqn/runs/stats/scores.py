@@ -1,4 +1,4 @@
-"""Answers of a validation by problem, and what is reckoned of them: avg@k or pass@k."""
+"""Responses of a validation by problem, and the metrics computed from them: avg@k or pass@k."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AVG = "avg"
 
 
 class Item(NamedTuple):
-    """A validation problem: the prompt and its right answer; `copy` counts problems that are alike in both, from 0."""
+    """A validation problem: prompt and right answer. `copy` numbers problems that are equal in both, from 0."""
 
     prompt: str
     answer: str
@@ -26,28 +26,31 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Answers:
-    """Every item was answered `samples` times; `right` has how many of these answers were right."""
+    """Each item has `samples` responses; `right` has the number of right ones for each item."""
 
     right: dict[Item, int]
     samples: int
 
     def scores(self, metric: str = AVG) -> dict[Item, float]:
-        """Score each item, a fraction of 1. ConfigError for a metric that `k_of` refuses or that takes more answers."""
+        """Score each item, as a fraction of 1.
+
+        Raises ConfigError for a metric that `k_of` rejects or that needs more responses.
+        """
         k = k_of(metric)
         if k is None:
             return {item: avg_at_k(count, self.samples) for item, count in self.right.items()}
         if k > self.samples:
-            raise ConfigError(f"pass@{k} takes {k} answers to each problem, and there are {self.samples}")
+            raise ConfigError(f"pass@{k} needs {k} responses to each problem, but there are {self.samples}")
         return {item: pass_at_k(count, self.samples, k) for item, count in self.right.items()}
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics that are shown of so many answers: avg, and pass@k of several."""
+        """Return the metrics that are reported for this number of responses: avg, and pass@k if there are several."""
         return [AVG, *(f"pass@{k}" for k in ks(self.samples) if self.samples > 1)]
 
 
 def k_of(metric: str) -> int | None:
-    """The k of 'pass@k', None of 'avg'. ConfigError for anything else."""
+    """Return the k of 'pass@k', or None for 'avg'. Raises ConfigError for anything else."""
     if metric == AVG:
         return None
     if found := re.fullmatch(r"pass@([1-9]\d*)", metric):
@@ -56,14 +59,14 @@ def k_of(metric: str) -> int | None:
 
 
 def answers_in(lines: Iterable[Mapping[str, Any]], rule: str = "acc", samples: int | None = None) -> Answers:
-    """The answers in lines of a validation, right by `rule`: 1 or true; wrong: 0 or false.
+    """Collect the answers in lines of a validation. An answer is right if `rule` is 1 or true, wrong if 0 or false.
 
-    `item` tells problems apart, and `sample` the answers to one. Lines of older versions have neither: there one line a
-    prompt is one problem with one answer. `samples`: how many answers to each were asked for, by the validation's
-    record; one that never came is wrong, as it is in the record. None where the record does not tell.
+    `item` identifies a problem, and `sample` a response to it. Lines of older versions have neither: there, a prompt
+    with one line is one problem with one response. `samples`: the requested number of responses per problem, from the
+    validation's record; a missing response counts as wrong, as it does in the record. None if the record does not say.
 
-    DataError where a line lacks a key or its rule is neither 0 nor 1, where a prompt is answered several times and the
-    lines do not tell which problem and sample each is, or where problems were not answered equally often.
+    Raises DataError if a line lacks a key or its rule is neither 0 nor 1, if a prompt has several responses and the
+    lines do not say which problem and sample each is, or if the problems do not have the same number of responses.
     """
     lines = list(lines)
     found: dict[tuple[str, str, int], dict[int, bool]] = {}
@@ -73,11 +76,12 @@ def answers_in(lines: Iterable[Mapping[str, Any]], rule: str = "acc", samples: i
             key = (line["input"], str(line["gts"]), int(line.get("item", -1)))
             found.setdefault(key, {})[int(line.get("sample", 0))] = is_right(line[rule]) is True
     except KeyError as error:
-        raise DataError(f"has no {error} in a line: it is no validation of a run of ours") from error
+        raise DataError(f"has no {error} in a line: it was not written by a validation of verl-aqn") from error
     if unclear:
         raise DataError(
-            f"has {rule}={json.dumps(unclear[0])} for {len(unclear)} of {len(lines)} answers, which is neither 0 nor "
-            "1: whether these answers are right is not on record, so the run cannot be compared"
+            f"has {rule}={json.dumps(unclear[0])} for {len(unclear)} of {len(lines)} responses, which is "
+            "neither 0 nor 1: the record does not say whether these responses are right, so the run cannot be "
+            "compared"
         )
     counts = {len(given) for given in found.values()}
     each = samples or max(counts, default=1)
@@ -88,8 +92,9 @@ def answers_in(lines: Iterable[Mapping[str, Any]], rule: str = "acc", samples: i
         or (not samples and min(counts) < each)
     ):
         raise DataError(
-            f"has {len(lines)} answers to {len(found)} problems: each problem needs the same number of answers, and "
-            "several are told apart by `item` and `sample`, which records of older versions have not"
+            f"has {len(lines)} responses to {len(found)} problems: each problem needs the same number of "
+            "responses, and several responses are identified by `item` and `sample`, which records of older "
+            "versions do not have"
         )
     copies: Counter[tuple[str, str]] = Counter()
     right: dict[Item, int] = {}

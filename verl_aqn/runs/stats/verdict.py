@@ -36,16 +36,17 @@ def target_verdict(accuracy: float, n: int, target: TargetConfig, comparable: bo
 
 @dataclass(frozen=True)
 class Comparison:
-    """The same `n` items before and after. Shares are fractions of 1; `interval` and `p_value` are of one test.
+    """The scores of the same `n` items before and after.
 
-    `left_out`: items that have no answer on one of the two sides.
+    Shares are fractions of 1; `interval` and `p_value` are from one test. `left_out`: items that have no response on
+    one of the two sides.
     """
 
     n: int
     before: float
     after: float
-    gained: int  # scores higher after; of one answer each: wrong before, right after
-    lost: int  # scores lower after
+    gained: int  # items with a higher score after; with one response each: wrong before, right after
+    lost: int  # items with a lower score after
     p_value: float  # two-sided
     interval: tuple[float, float]  # of after - before, 95 %
     test: str
@@ -56,7 +57,7 @@ class Comparison:
         low, high = self.interval
         change = f"{100 * (self.after - self.before):+.1f} points"
         finding = "more than chance" if self.p_value < LEVEL else "chance alone may explain it"
-        left = f" ({self.left_out} more have no answer in one of the two)" if self.left_out else ""
+        left = f" ({self.left_out} more have no response in one of the two)" if self.left_out else ""
         return (
             f"{100 * self.before:.1f} % -> {100 * self.after:.1f} % on the same {self.n} items{left}: {change} "
             f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}); {self.gained} gained, {self.lost} lost, "
@@ -65,9 +66,9 @@ class Comparison:
 
 
 def compare_before_after(before: Sequence[float], after: Sequence[float]) -> Comparison:
-    """Paired comparison of per-item scores in [0, 1], in the same order of items. Test and interval: `of_items`.
+    """Compare paired per-item scores in [0, 1], in the same order of items. Test and interval: `of_items`.
 
-    DataError where the two differ in length or are empty.
+    Raises DataError if the two differ in length or are empty.
     """
     if len(before) != len(after) or len(before) == 0:
         raise DataError(f"{len(before)} items before and {len(after)} after: the same items are needed on both sides")
@@ -81,9 +82,10 @@ def compare_before_after(before: Sequence[float], after: Sequence[float]) -> Com
 
 
 def compare_validations(run: RunFolder, first: int, last: int) -> Comparison | None:
-    """`compare_before_after` of the answers after two steps (avg@k of several answers to a problem), item by item.
+    """Compare the responses after two steps with `compare_before_after`, item by item.
 
-    None where no item was answered in both, or where a record cannot be told apart by item.
+    A score is avg@k if a problem has several responses. Returns None if no item was answered in both, or if the
+    responses of a record cannot be assigned to items.
     """
     records = run.by_step("metrics.jsonl", "validation")
     try:

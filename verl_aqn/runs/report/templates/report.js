@@ -1,5 +1,5 @@
 "use strict";
-// Light or dark: the reader's system decides until the button is used. Runs before the page is drawn.
+// Light or dark theme: use the setting of the reader's system until the button is used. This runs before the page is drawn.
 const root = document.documentElement;
 const stored = (() => { try { return localStorage.getItem("verl-aqn-theme"); } catch { return null; } })();
 if (stored === "light" || stored === "dark") root.dataset.theme = stored;
@@ -20,7 +20,7 @@ function theme() {
   const show = () => { button.textContent = dark() ? "Light theme" : "Dark theme"; };
   button.addEventListener("click", () => {
     root.dataset.theme = dark() ? "light" : "dark";
-    try { localStorage.setItem("verl-aqn-theme", root.dataset.theme); } catch { /* a page without storage forgets */ }
+    try { localStorage.setItem("verl-aqn-theme", root.dataset.theme); } catch { /* without storage the choice is not kept */ }
     show();
   });
   system.addEventListener("change", show);
@@ -28,7 +28,7 @@ function theme() {
   button.hidden = false;
 }
 
-// A run is hidden in every chart at once.
+// Hide a run in all charts at once.
 function runs() {
   for (const button of document.querySelectorAll("[data-toggle]")) {
     button.addEventListener("click", () => {
@@ -41,7 +41,7 @@ function runs() {
   }
 }
 
-// One cursor for all charts of a group: the legend shows the values under it.
+// Show one cursor in all charts of a group; the legend shows the values at the cursor.
 function cursors(data) {
   const charts = [...document.querySelectorAll("[data-chart]")].map((figure) => ({
     ...data[figure.dataset.chart],
@@ -113,7 +113,7 @@ function cursors(data) {
   }
 }
 
-// A button in each header: ascending, then descending. What cannot be compared stays last.
+// Add a button to each header that sorts ascending, then descending. Cells without a value stay last.
 function sortable(table) {
   const body = table.tBodies[0];
   const headers = [...table.tHead.rows[0].cells];
@@ -155,7 +155,7 @@ function filter() {
   }
 }
 
-// With several runs a chart would have three lines of each: one part of the difference is shown at a time.
+// With several runs, a chart would have three lines for each run. Show only one part of the difference at a time.
 function parts() {
   const buttons = [...document.querySelectorAll("[data-part]")];
   const lines = document.querySelectorAll("#parts [data-dash]");
