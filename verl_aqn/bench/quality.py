@@ -1,8 +1,8 @@
-"""What MXFP4 costs a model, and what each remedy wins back: next-token loss and answers, paired and with intervals.
+"""What MXFP4 costs a model, and how much each remedy recovers: next-token loss and responses, paired, with intervals.
 
-Every variant is a checkpoint as an engine would load it; it is measured in bfloat16 on the values that its codes stand
-for. All variants see the same texts and problems, so differences are taken text by text and problem by problem: their
-intervals are far narrower than those of the values themselves.
+Each variant is a checkpoint as an engine would load it, measured in bfloat16 on the values that its codes represent.
+All variants see the same texts and problems, so differences are taken per text and per problem. Their intervals are
+much narrower than those of the values themselves.
 """
 
 import sys
@@ -37,22 +37,26 @@ from verl_aqn.terminal import print_wide
 LENGTH = 256  # tokens of a text
 NEW_TOKENS = 24
 RANK = 32
-FALLBACK_BYTES = 0.10  # spent on 16-bit layers, as a share of the packed layers' bytes
-_BATCH, _ANSWERS = 8, 96  # texts, and prompts, that run together
+FALLBACK_BYTES = 0.10  # extra bytes for 16-bit layers, as a fraction of the packed layers' bytes
+_BATCH, _ANSWERS = 8, 96  # texts per batch, and prompts per batch
 
 
 class Setting(NamedTuple):
-    """What a variant is made from: bf16 folder, calibration tokens int64 [S, L], and a folder to write in."""
+    """The sources of a variant: bf16 folder, calibration tokens int64 [S, L], and a folder to write to."""
 
     src: Path
     ids: Tensor
     folder: Path
     worst: dict[Path, tuple[str, ...]]
-    """Layers to leave in 16 bits, by source: found once for all variants that do."""
+    """Layers to keep in 16 bits, by source: computed once for all variants that use them."""
 
 
 class Measured(NamedTuple):
-    """Per text: NLL and KL(bf16 || variant) in nats, summed over tokens, float64 [S]. Per problem: right, bool [I]."""
+    """Measurements of a variant.
+
+    Per text: NLL and KL(bf16 || variant) in nats, summed over tokens, float64 [S]. Per problem: whether the response is
+    right, bool [I].
+    """
 
     nll: np.ndarray
     kl: np.ndarray
@@ -97,7 +101,7 @@ def _fallback(calibrated: bool) -> Callable[[Setting], tuple[PreTrainedModel, in
             budget = int(FALLBACK_BYTES * sum(module.bytes_after for module in report.modules))
             ids = setting.ids[:2, :128]
             setting.worst[setting.src] = worst_layers(_original(setting.src), setting.folder / "all", ids, budget)
-            print(f"in 16 bits: {', '.join(setting.worst[setting.src])}", file=sys.stderr)
+            print(f"kept in 16 bits: {', '.join(setting.worst[setting.src])}", file=sys.stderr)
         keep = setting.worst[setting.src]
         quantizer = gptq_quantizer(setting.src, setting.ids) if calibrated else None
         packed = setting.folder / "packed"
@@ -107,7 +111,7 @@ def _fallback(calibrated: bool) -> Callable[[Setting], tuple[PreTrainedModel, in
     return make
 
 
-# Name -> (what it is, how it is made).
+# Name → (description, function that makes it).
 VARIANTS: dict[str, tuple[str, Callable[[Setting], tuple[PreTrainedModel, int]]]] = {
     "mse": ("plain, best of two exponents", _plain("mse")),
     "even": ("plain", _plain("even")),
@@ -125,10 +129,10 @@ VARIANTS: dict[str, tuple[str, Callable[[Setting], tuple[PreTrainedModel, int]]]
 def measure(
     src: str | Path, items: int, sequences: int, only: list[str], text: str, calibrate: list[str]
 ) -> list[dict[str, Any]]:
-    """One row for bf16, one for ``mse`` and one for each variant of ``only``, with 95 % intervals; progress on stderr.
+    """Return one row each for bf16, ``mse`` and every variant of ``only``, with 95 % intervals.
 
-    ``text`` and ``calibrate`` name JSONL files or ``embedded``, whose test side is measured and whose training side
-    calibrates.
+    ``text`` and ``calibrate`` name JSONL files or ``embedded``. The test split of ``embedded`` is measured; its
+    training split is for calibration. Progress goes to stderr.
 
     Raises:
         ConfigError: an unknown variant, or the measured file is among the calibration texts.
@@ -138,12 +142,12 @@ def measure(
         if name not in VARIANTS:
             raise ConfigError(f"unknown variant {name!r}: use some of {', '.join(VARIANTS)}")
     if text != "embedded" and Path(text).resolve() in [Path(source).resolve() for source in calibrate]:
-        raise ConfigError(f"{text} would be calibrated on and measured on: give two files")
+        raise ConfigError(f"{text} is used for calibration and for measurement: give two different files")
     src = Path(src)
     tokenizer = AutoTokenizer.from_pretrained(src)
     texts = conversations(tokenizer, sequences, "test", 0) if text == "embedded" else read_texts(text)
     if len(texts) < sequences:
-        raise DataError(f"{text} holds {len(texts)} texts, {sequences} are asked for: lower --sequences")
+        raise DataError(f"{text} has {len(texts)} texts, but {sequences} are needed: lower --sequences")
     tokens = [tokenizer(t, add_special_tokens=False)["input_ids"][:LENGTH] for t in texts[:sequences]]
     counts = np.array([len(t) - 1 for t in tokens], dtype=float)
     questions = problems(items, "test", 0)
@@ -171,7 +175,7 @@ def measure(
 
 def print_table(rows: list[dict[str, Any]], title: str) -> None:
     view = Table(title=title, title_justify="left")
-    for column in ("variant", "MB", "loss", "− bf16", "− mse", "KL", "answers", "− mse, points", "p"):
+    for column in ("variant", "MB", "loss", "− bf16", "− mse", "KL", "responses", "− mse, points", "p"):
         view.add_column(column, justify="left" if column == "variant" else "right")
     for row in rows:
         view.add_row(
@@ -204,7 +208,7 @@ def _row(name: str, size: int, it: Measured, bf16: Measured, mse: Measured, coun
         "accuracy": (right / n, *wilson(right, n)),
         "accuracy_minus_mse": answers,
         "mcnemar_p": change.p_value,
-        # Beyond the error bar; bf16 takes no part.
+        # Better beyond the error bar; always false for bf16.
         "wins_loss": name in VARIANTS and versus_mse[2] < 0,
         "wins_answers": name in VARIANTS and answers[1] > 0,
     }
@@ -223,9 +227,10 @@ def _original(src: Path) -> PreTrainedModel:
 def _losses(
     model: PreTrainedModel, tokens: list[list[int]], reference: list[Tensor]
 ) -> tuple[np.ndarray, np.ndarray, list[Tensor]]:
-    """NLL [S], KL [S] and the last hidden states, one [L, D] a text; without ``reference`` KL is zero.
+    """Return NLL [S], KL [S] and the last hidden states, one [L, D] per text; KL is zero without ``reference``.
 
-    The output head is never quantised, so the reference's hidden states stand for its logits, 85 times larger.
+    The output head is never quantised, so the reference's hidden states are kept instead of its logits, which are 85
+    times larger.
     """
     nll, kl = np.zeros(len(tokens)), np.zeros(len(tokens))
     hidden: list[Tensor] = [torch.empty(0)] * len(tokens)
@@ -234,7 +239,7 @@ def _losses(
     for start in range(0, len(order), _BATCH):
         batch = order[start : start + _BATCH]
         longest = len(tokens[batch[-1]])
-        # Padding comes after a text, where a causal model does not look.
+        # Padding comes after the text, so a causal model does not attend to it.
         padded = torch.tensor([tokens[i] + [0] * (longest - len(tokens[i])) for i in batch])
         for i, states in zip(batch, decoder(input_ids=padded, use_cache=False).last_hidden_state, strict=True):
             hidden[i] = states[: len(tokens[i])].clone()
@@ -247,7 +252,7 @@ def _losses(
 
 
 def _answers(model: PreTrainedModel, tokenizer: Any, questions: list[Problem]) -> np.ndarray:
-    """Greedy answers, right or wrong by the strict rule: bool [I]."""
+    """Return whether each greedy response is right by the strict rule: bool [I]."""
     prompts = [
         tokenizer(
             tokenizer.apply_chat_template(prompt(q.question), tokenize=False, add_generation_prompt=True),
@@ -261,5 +266,5 @@ def _answers(model: PreTrainedModel, tokenizer: Any, questions: list[Problem]) -
 
 
 def _bare(model: PreTrainedModel) -> PreTrainedModel:
-    """The model inside PEFT's wrapper, adapter and all."""
+    """Return the model inside PEFT's wrapper, with its adapter."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
