@@ -276,7 +276,7 @@ def _fill(name: str, weight: torch.nn.Parameter, family: Family, is_head: bool) 
 
 
 def make(name: str, folder: Path, tokenizer: Path, **sizes: Any) -> Path:
-    """Write a family's random model in bfloat16 as the Hugging Face folder `folder`, with the tokenizer of another."""
+    """Write a family's random model (bfloat16) and the tokenizer of the folder `tokenizer` as a Hugging Face folder."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
