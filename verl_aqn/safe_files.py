@@ -1,7 +1,7 @@
-"""Folders and files that nobody else on this machine has planted or can change.
+"""Folders and files that no other user on this machine has planted or can change.
 
-In /tmp whoever comes first makes a name. A folder made by a neighbour, or a link of theirs, would give them what a run
-writes, have it write over the user's own files, and have it read a config of theirs, which names code to run.
+In /tmp anybody can create a name first. A folder or link that another user planted would show them what a run writes,
+make the run overwrite the user's own files, or make it read their config, which names code to run.
 """
 
 import grp
@@ -14,22 +14,22 @@ from pathlib import Path
 from verl_aqn.errors import EnvironmentFault
 
 _ALL_MAY_WRITE = stat.S_IWOTH
-_MOST_LINKS = 40  # as the kernel's
-_NOBODY = 65534  # the owner, in a user namespace, of what belongs to any user outside of it
+_MOST_LINKS = 40  # the kernel's limit
+_NOBODY = 65534  # owner, inside a user namespace, of files of any user outside it
 _PATH_ONLY = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def own_folder(path: Path, instead: str = "aqn.run.dir=DIR", *, make: bool = True, or_roots: bool = False) -> None:
-    """Check that the folder `path` is this user's; make it, and what leads to it, where they are not there.
+    """Check that the folder `path` belongs to this user; create it and its parents if they do not exist.
 
-    It must be no link, and writable by this user alone. Of the folders that lead to it none may let everybody rename
-    what is in it; in one that all may write to (/tmp) the next one must be this user's or root's. Each is opened from
-    the one before it, so none can be exchanged in between.
+    The folder must not be a link, and only this user may write to it. No parent folder may let everybody rename its
+    entries. If everybody may write to a parent (/tmp), the next folder must belong to this user or root. Each folder is
+    opened from its parent, so that none can be exchanged in between.
 
     Args:
         instead: how the user names another folder, for the message.
-        make: False only checks what is there.
-        or_roots: root's will do too: enough to read from.
+        make: False only checks what exists.
+        or_roots: a folder of root is accepted, too: enough to read from.
 
     Raises:
         EnvironmentFault: which folder or link is not safe, and what to do. OSError: the system's own refusal.
@@ -53,7 +53,9 @@ def own_folder(path: Path, instead: str = "aqn.run.dir=DIR", *, make: bool = Tru
                     raise EnvironmentFault(f"{shown} {reason}: choose another folder ({instead})")
                 if stat.S_ISLNK(status.st_mode):
                     if (links := links + 1) > _MOST_LINKS:
-                        raise EnvironmentFault(f"{shown} leads through too many links: name its target ({instead})")
+                        raise EnvironmentFault(
+                            f"{shown} leads through too many links: give its target instead ({instead})"
+                        )
                     target = Path(os.readlink("", dir_fd=found))
                     if target.is_absolute():
                         os.close(handle)
@@ -68,41 +70,44 @@ def own_folder(path: Path, instead: str = "aqn.run.dir=DIR", *, make: bool = Tru
 
 
 def _open_or_make(name: str, above: int, make: bool) -> int:
-    """A handle of what has this name in the folder `above`: a link itself, not where it leads."""
+    """Open the entry `name` of the folder `above`, and create it as a folder if needed. Links are not followed."""
     try:
         return os.open(name, _PATH_ONLY, dir_fd=above)
     except FileNotFoundError:
         if not make:
             raise
-    with suppress(FileExistsError):  # another process was faster; who owns it is looked at as of any other
+    with suppress(FileExistsError):  # another process was faster; the owner is checked as for any other folder
         os.mkdir(name, 0o755, dir_fd=above)
     return os.open(name, _PATH_ONLY, dir_fd=above)
 
 
 def _unsafe(status: os.stat_result, above: os.stat_result, *, on_the_way: bool) -> str:
-    """Why what is in the folder `above` cannot be trusted, or ""; `on_the_way`: to the folder that was asked for."""
+    """Return why an entry of the folder `above` cannot be trusted, or "".
+
+    `on_the_way`: the entry is a parent of the requested folder.
+    """
     free_for_all = above.st_mode & _ALL_MAY_WRITE and above.st_mode & stat.S_ISVTX
     trusted = {os.geteuid(), 0, above.st_uid} - {_NOBODY}
     if free_for_all and status.st_uid not in trusted:
-        return f"belongs to {owner(status)}, who made it where everybody may"
+        return f"belongs to {owner(status)}, who created it in a folder that everybody may write to"
     if stat.S_ISLNK(status.st_mode):
-        return "" if on_the_way else "is a link, and is not followed"
+        return "" if on_the_way else "is a link, and links are not followed"
     if not stat.S_ISDIR(status.st_mode):
-        return "is no folder"
+        return "is not a folder"
     if on_the_way and status.st_mode & _ALL_MAY_WRITE and not status.st_mode & stat.S_ISVTX:
-        return "lets everybody rename what is in it (chmod o-w or chmod +t mends that)"
+        return "lets everybody rename its entries (fix: chmod o-w or chmod +t)"
     return ""
 
 
 def _not_own(status: os.stat_result, or_roots: bool) -> str:
-    """Why a folder is not this user's alone, or ""."""
+    """Return why a folder does not belong to this user alone, or ""."""
     if not _is_mine(status) and not (or_roots and status.st_uid == 0):
         return f"belongs to {owner(status)}, not to {_name(os.geteuid())}"
-    return "can be written by others (look through it, then chmod go-w)" if _others_write(status) else ""
+    return "is writable by others (check its content, then chmod go-w)" if _others_write(status) else ""
 
 
 def _is_mine(status: os.stat_result) -> bool:
-    """Whether a file is this user's. On a network's disk root's files may be shown as nobody's (root_squash)."""
+    """Return whether a file belongs to this user. Network disks may show root's files as nobody's (root_squash)."""
     user = os.geteuid()
     return status.st_uid == user or (user == 0 and status.st_uid == _NOBODY and _is_of_network(status.st_dev))
 
@@ -119,29 +124,29 @@ def _others_write(status: os.stat_result) -> bool:
 
 
 def own_entries(folder: Path) -> None:
-    """Check that what is directly in an own folder is this user's too, no link, and not writable by others.
+    """Check that the entries of an own folder belong to this user, are no links, and are not writable by others.
 
     Raises:
-        EnvironmentFault: which is not.
+        EnvironmentFault: which entry is not safe.
     """
     with os.scandir(folder) as entries:
         for entry in entries:
             status = entry.stat(follow_symlinks=False)
             if entry.is_symlink():
-                raise EnvironmentFault(f"{entry.path} is a link, and is not followed: move it away")
+                raise EnvironmentFault(f"{entry.path} is a link, and links are not followed: move it away")
             if not _is_mine(status):
                 raise EnvironmentFault(f"{entry.path} belongs to {owner(status)}: move {folder} away and start again")
             if _others_write(status):
-                raise EnvironmentFault(f"{entry.path} can be written by others: look through it, then chmod go-w")
+                raise EnvironmentFault(f"{entry.path} is writable by others: check its content, then chmod go-w")
 
 
 def keep_to_oneself() -> None:
-    """Have this process, and those that it starts, make nothing that others can write to, whatever the user's umask."""
+    """Set the umask so that this process and its children create nothing that other users can write to."""
     os.umask(os.umask(0o022) | 0o022)
 
 
 def is_own_folder(path: Path, mode: int = 0o755) -> bool:
-    """Whether `path` is a folder of this user's, no link, whose permissions are within `mode`."""
+    """Return whether `path` is a folder of this user, not a link, with permissions within `mode`."""
     try:
         status = os.lstat(path)
     except OSError:
@@ -151,7 +156,7 @@ def is_own_folder(path: Path, mode: int = 0o755) -> bool:
 
 
 def open_own(path: Path, flags: int) -> int:
-    """As `os.open` of a file in an own folder, without following a link and without waiting at a pipe.
+    """Open a file in an own folder like `os.open`, without following a link and without waiting at a pipe.
 
     Raises:
         EnvironmentFault: a link, a pipe or device, or another user's file. OSError: the system's own refusal.
@@ -160,18 +165,18 @@ def open_own(path: Path, flags: int) -> int:
         handle = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
     except OSError as error:
         if os.path.islink(path):
-            raise EnvironmentFault(f"{path} is a link, and is not followed: move it away") from error
+            raise EnvironmentFault(f"{path} is a link, and links are not followed: move it away") from error
         raise
     status = os.fstat(handle)
     if stat.S_ISREG(status.st_mode) and _is_mine(status):
         return handle
     os.close(handle)
-    what = "is no regular file" if not stat.S_ISREG(status.st_mode) else f"belongs to {owner(status)}"
+    what = "is not a regular file" if not stat.S_ISREG(status.st_mode) else f"belongs to {owner(status)}"
     raise EnvironmentFault(f"{path} {what}: move it away")
 
 
 def owner(status: os.stat_result) -> str:
-    """The name of the user that a file belongs to."""
+    """Return the name of the user that a file belongs to."""
     return _name(status.st_uid)
 
 
@@ -183,7 +188,10 @@ def _name(user: int) -> str:
 
 
 def _is_own_group(group: int) -> bool:
-    """Whether a group is this user's alone, as many systems make one for each user (whose umask is then 002)."""
+    """Return whether a group contains this user only.
+
+    Many systems create such a group for each user (whose umask is then 002).
+    """
     try:
         known = grp.getgrgid(group)
     except KeyError:

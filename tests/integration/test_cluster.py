@@ -234,7 +234,7 @@ def test_stacks_come_from_all_nodes_and_ctrl_c_asks_and_then_stops_the_job_on_th
         assert "most recent call first" in text
     process.send_signal(signal.SIGINT)
     out = process.communicate("y\n", timeout=300)[0]
-    assert "It goes on otherwise. [y/N]" in out
+    assert "Otherwise it goes on. [y/N]" in out
     assert "stopped" in out
     assert process.returncode == 130
     assert json.loads((newest(tmp_path) / "state.json").read_text())["status"] == "interrupted"

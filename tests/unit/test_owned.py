@@ -171,7 +171,7 @@ def test_an_own_file_that_others_can_write_to(tmp_path):
     run.write_text("launch.yaml", "seed: 1")
     run.close()
     (run.path / "launch.yaml").chmod(0o666)
-    refused(tmp_path / "base", f"{run.path}/launch.yaml can be written by others", "chmod go-w", watched=tmp_path)
+    refused(tmp_path / "base", f"{run.path}/launch.yaml is writable by others", "chmod go-w", watched=tmp_path)
 
 
 def test_a_folder_on_the_way_that_lets_everybody_rename(tmp_path):
@@ -189,7 +189,7 @@ def test_a_group_other_than_ones_own_may_not_write(tmp_path, monkeypatch):
     base.chmod(0o775)
     own_folder(base)  # root's own group, as many systems make one for each user
     os.chown(base, 0, NEIGHBOUR)
-    refused(base, f"{base} can be written by others")
+    refused(base, f"{base} is writable by others")
 
 
 def test_links_of_the_users_own_on_the_way_are_followed(shared, place):
@@ -268,13 +268,13 @@ def test_a_file_is_opened_without_following_a_link_or_waiting_at_a_pipe(tmp_path
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "log").symlink_to(tmp_path / "precious")
     for flags in (os.O_WRONLY | os.O_APPEND | os.O_CREAT, os.O_RDONLY):
-        with pytest.raises(EnvironmentFault, match="log is a link, and is not followed: move it away"):
+        with pytest.raises(EnvironmentFault, match="log is a link, and links are not followed: move it away"):
             open_own(tmp_path / "log", flags)
     with pytest.raises(EnvironmentFault, match="is a link"):
         start_module("this", [], {}, tmp_path / "log")
     assert (tmp_path / "precious").read_text() == "precious"
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(EnvironmentFault, match="is no regular file"):
+    with pytest.raises(EnvironmentFault, match="is not a regular file"):
         open_own(tmp_path / "pipe", os.O_RDONLY)
     with pytest.raises(FileNotFoundError):
         open_own(tmp_path / "none", os.O_RDONLY)

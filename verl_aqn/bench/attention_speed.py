@@ -1,7 +1,7 @@
-"""Attention of one layer over groups of answers to one prompt, forward and backward, bf16, heads of 64.
+"""Attention of one layer over groups of responses to one prompt, forward and backward, bf16, head size 64.
 
-Arms: a row for each group with a dense mask (transformers' way to keep the answers of a row apart), separate rows that
-repeat the prompt, and the layout of `verl_aqn.models`, gathering included. The arms give the same values.
+Arms: one row for each group with a dense mask (transformers' way to separate the responses of a row); separate rows
+that repeat the prompt; and the layout of `verl_aqn.layout`, including its gathering. All arms give the same values.
 """
 
 import time
@@ -17,13 +17,13 @@ from verl_aqn.bench.codec_speed import device_name
 from verl_aqn.models.attention import SharedMask, attend, attention
 from verl_aqn.models.shared_prompts import share_prompts
 
-SHAPES = ((4, 4, 192), (4, 8, 192), (2, 8, 512))  # groups, answers of each, tokens of an answer
+SHAPES = ((4, 4, 192), (4, 8, 192), (2, 8, 512))  # groups, responses per group, tokens per response
 WIDTH = 64
 ARMS = ("dense mask", "separate rows", "shared prompts")
 
 
 def measure(device: str, heads: int, kv_heads: int, prompt: int, rounds: int) -> dict[str, Any]:
-    """Seconds of each arm for each of `SHAPES`: the fastest of `rounds` after one that warms up, the arms in turn."""
+    """Return seconds of each arm and shape in `SHAPES`: the best of `rounds` after a warm-up, with arms in turn."""
     rows = []
     for groups, samples, response in SHAPES:
         steps = arms(device, heads, kv_heads, groups, samples, prompt, response)
@@ -44,8 +44,11 @@ def arms(
     device: str, heads: int, kv_heads: int, groups: int, samples: int, prompt: int, response: int,
     dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, Callable[[], list[Tensor]]]:  # fmt: skip
-    """Functions that attend and go backward, and return the answers' outputs [B, T, H, D] and the gradients of all arms
-    in the separate rows' layout: queries, keys, values."""
+    """Return functions that run attention forward and backward, one for each arm.
+
+    Each returns the outputs of the responses [B, T, H, D], then the gradients of queries, keys and values in the layout
+    of its inputs.
+    """
     generator = torch.Generator().manual_seed(0)
     count, length = groups * samples, prompt + response
     ids = torch.arange(groups).repeat_interleave(samples).unsqueeze(1).expand(count, prompt)
@@ -53,7 +56,9 @@ def arms(
     size = layout.input_ids.shape[1]
     places = torch.arange(size, device=device).view(groups, prompt + samples * response)
     own = places[:, prompt:].reshape(count, response)
-    slots = torch.cat([places[:, :prompt].repeat_interleave(samples, 0), own], 1)  # [B, P + T] of each answer's row
+    slots = torch.cat(
+        [places[:, :prompt].repeat_interleave(samples, 0), own], 1
+    )  # [B, P + T], positions of each response's row
 
     def states(number: int) -> Tensor:
         return torch.randn(1, size, number, WIDTH, generator=generator).to(device, dtype)
@@ -100,14 +105,14 @@ def _seconds(step: Callable[[], Any], device: str) -> float:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """A row for each shape."""
+    """Return a table with one row for each shape."""
     view = Table(
         title=f"Attention of one layer, forward and backward, ms: {result['heads']} heads of {WIDTH} "
         f"({result['kv_heads']} of keys), prompts of {result['prompt']}, bf16, {result['device']}, "
         f"{result['threads']} threads",
         title_justify="left",
     )
-    for column in ("groups × answers × tokens", *ARMS):
+    for column in ("groups × responses × tokens", *ARMS):
         view.add_column(column, justify="left" if column.startswith("groups") else "right")
     for row in result["rows"]:
         shape = f"{row['groups']} × {row['samples']} × {row['response']}"

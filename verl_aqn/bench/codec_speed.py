@@ -1,7 +1,7 @@
 """`verl-aqn bench mxfp4`: the codec beside a memory copy, torchao and compressed-tensors; the linear layer beside bf16.
 
-Every round measures all rows once, one after the other, so that what else the machine does meets all of them alike;
-ratios are medians of the rounds' own ratios.
+Each round measures all rows once, one after another, so that other load on the machine affects all of them alike.
+Ratios are medians of the rounds' own ratios.
 """
 
 import logging
@@ -27,14 +27,15 @@ LINEAR_SHAPES = ((1024, 576, 1536), (1024, 1536, 8960))
 def measure(
     device: str = "cpu", size: int = 4096, rounds: int = 7, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Any]:
-    """Times and ratios on ``device``, for a [size, size] matrix and the linear layers.
+    """Return times and ratios on ``device`` for a [size, size] matrix and for the linear layers.
 
-    Returns ``{"device", "threads", "size", "rounds", "kernels", "codec": [row], "linear": [row]}``. A row of the codec:
-    ``name, dtype, gbytes`` (read and written), ``seconds`` (median), ``gbytes_per_s, of_copy`` (its speed as a fraction
-    of a preallocated copy of as many bytes), and a peer's also ``ours_times_as_fast`` (its time by ours for the same).
+    The result is ``{"device", "threads", "size", "rounds", "kernels", "codec": [row], "linear": [row]}``. A row of the
+    codec has ``name, dtype, gbytes`` (read and written), ``seconds`` (median), ``gbytes_per_s, of_copy`` (speed as a
+    fraction of a preallocated copy of as many bytes). A peer's row also has ``ours_times_as_fast`` (its time divided by
+    ours for the same work).
 
     Raises:
-        ConfigError: no such device, or a size that is no multiple of 32.
+        ConfigError: an unknown device, or a size that is not a multiple of 32.
     """
     if size % 32 or size < 32:
         raise ConfigError(f"--size {size} is not a multiple of 32")
@@ -126,8 +127,8 @@ def _plain_roundtrip(x: Tensor, codes: Mxfp4Tensor, out: Tensor) -> None:
 
 
 def _peers() -> Iterator[tuple[str, Callable[[Tensor], Any]]]:
-    """Quantise and dequantise by others; those that are not installed are left out."""
-    # Outside the environment, where PEFT would import it into every process (scripts/setup.sh).
+    """Yield quantise-and-dequantise functions of other libraries; those that are not installed are left out."""
+    # It is installed outside the environment; otherwise PEFT would import it into every process (scripts/setup.sh).
     sys.path.append(str(Path(sys.prefix) / "oracles"))
     for chatty in ("torchao", "torch.utils._pytree"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
@@ -167,7 +168,7 @@ def _codec_report(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     copies = {(row["dtype"], row["bytes"]): row["times"] for row in rows if row["name"].startswith("copy")}
     report = []
     for row in rows:
-        # A round trip moves the bytes of its two halves.
+        # A round trip moves the bytes of both halves.
         parts = 1 if (row["dtype"], row["bytes"]) in copies else 2
         copy = copies[row["dtype"], row["bytes"] // parts]
         seconds = median(row["times"])
@@ -203,7 +204,7 @@ def _linear_report(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def device_name(device: str) -> str:
-    """What was measured: the GPU's or the processor's name."""
+    """Return the name of the measured device: the GPU's or the processor's."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     return processor() if device == "cpu" else device

@@ -1,4 +1,4 @@
-"""How a step's time and memory grow with the model, the samples and the answers' length: our runs, one thing varied."""
+"""Growth of a step's time and memory with model size, samples and response length: our runs, one factor varied."""
 
 import shutil
 import statistics
@@ -24,7 +24,7 @@ TIMES = (*PHASES, "step")
 
 @dataclass(frozen=True)
 class Point:
-    """A run: which model, how many prompts a step, answers to each, and tokens of every answer."""
+    """A run: model, prompts per step, responses per prompt, and tokens of each response."""
 
     model: str = "135M"
     prompts: int = 2
@@ -32,17 +32,18 @@ class Point:
     response: int = 24
 
 
-# What is varied → its runs; `Point()` is in all of them.
+# The varied factor → its runs. `Point()` is in all of them.
 SERIES = {
     "parameters": [Point(model) for model in ("135M", "360M", "1B", "1.5B")],
     "samples": [Point(samples=samples) for samples in (4, 8, 16, 32)],
     "response": [Point(response=tokens) for tokens in (12, 24, 48, 96)],
 }
 SMALL = {"samples": [Point(samples=samples) for samples in (2, 4, 8)]}
+HELD_OUT = Point(prompts=6)  # the sizes of the embedded experiment, not used in any fit
 
 
 def settings(point: Point, model: Path, steps: int) -> list[str]:
-    """Of the recipe, for one run. Random models are rewarded for letters, so that rewards differ."""
+    """Return the recipe's overrides for one run. A random model is rewarded for letters, so that rewards differ."""
     return [
         *overrides(str(model), steps, small=True),
         f"data.train_batch_size={point.prompts}",
@@ -55,15 +56,32 @@ def settings(point: Point, model: Path, steps: int) -> list[str]:
     ]
 
 
+def limits() -> dict[str, float]:
+    """Return this machine's bf16 operations and bytes read per second, each the best of five tries."""
+    a = torch.randn(2048, 2048).bfloat16()
+    data = torch.ones(1 << 28, dtype=torch.int8)
+    words = data.view(torch.int64)
+
+    def best(work: Callable[[], object]) -> float:
+        times = []
+        for _ in range(5):
+            begun = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - begun)
+        return min(times)
+
+    return {"operations": 2 * 2048**3 / best(lambda: a @ a), "memory": data.numel() / best(words.sum)}
+
+
 def measure(steps: int, small: bool, base: Path, on_run: Callable[[str], None]) -> dict[str, Any]:
-    """Every run once, one after the other; → what `table` shows. `on_run` is told of each before it starts."""
+    """Run every point once, one after another, and return what `table` shows. `on_run` gets a text before each run."""
     series = SMALL if small else SERIES
     points = list(dict.fromkeys(point for points in series.values() for point in points))
     rows = []
     for number, point in enumerate(points):
-        answers = f"{point.prompts} × {point.samples} answers of {point.response} tokens"
+        answers = f"{point.prompts} × {point.samples} responses of {point.response} tokens"
         on_run(f"{point.model}, {answers} (run {number + 1} of {len(points)})")
-        if not (model := base / point.model).exists():  # packed here, so that nothing of it stays in the cache
+        if not (model := base / point.model).exists():  # packed here, so that the model does not stay in the cache
             write_model(point.model, base / "bf16")
             quantize_checkpoint(base / "bf16", model)
             shutil.rmtree(base / "bf16")
@@ -77,15 +95,37 @@ def measure(steps: int, small: bool, base: Path, on_run: Callable[[str], None]) 
 
 
 def row(point: Point, todo: list[str], arm: Arm) -> dict[str, Any]:
-    """Medians over the steps of a run: seconds, tokens, bytes."""
+    """Return the medians over the steps of a run: seconds, tokens, bytes."""
     config = load_recipe(RECIPE, todo)
     found: dict[str, Any] = {key: statistics.median(step[key] for step in arm.steps) for key in (*TIMES, "tokens")}
     found |= {f"memory: {kind}": arm.peak[kind] for kind in ("actor", "rollout", "all")}
-    return asdict(point) | {"parameters": recipe_shape(config).parameters} | found
+    shape = recipe_shape(config)
+    about = {
+        "parameters": shape.parameters,
+        "shape": asdict(shape),
+        "sizes": asdict(sizes(config)),
+        "cache": cpu_cache(),
+    }
+    return asdict(point) | about | found
+
+
+def machine(result: dict[str, Any]) -> Device:
+    """Return the machine of a result as one device with the limits found by `limits`."""
+    return Device("cpu", result["limits"]["operations"], result["limits"]["memory"], 0.0, 1.0, 1.0, 1)
+
+
+def work_of(run: dict[str, Any]) -> dict[str, Work]:
+    """Return what a recorded run required of its machine in each phase. All responses had the same length."""
+    prompt = run["tokens"] / (run["prompts"] * run["samples"]) - run["response"]
+    load = Load(run["prompts"], run["samples"], prompt, run["response"], run["response"])
+    return phases(Shape(**run["shape"]), Sizes(**run["sizes"]), load, run["cache"])
 
 
 def exponents(rows: list[dict[str, Any]], series: dict[str, list[int]]) -> dict[str, dict[str, list[float]]]:
-    """Of y ~ x^b, fitted to the logarithms by least squares: b and its 95 % interval; series of three runs and more."""
+    """Fit y ~ x^b to the logarithms by least squares; return b and its 95 % interval.
+
+    Only series of three or more runs are fitted.
+    """
     found: dict[str, dict[str, list[float]]] = {}
     for what, indices in series.items():
         if len(indices) < 3:
@@ -99,12 +139,12 @@ def exponents(rows: list[dict[str, Any]], series: dict[str, list[int]]) -> dict[
 
 
 def table(result: dict[str, Any]) -> Table:
-    """A row for each run, then the exponents."""
+    """Return a table with one row for each run, followed by the exponents."""
     view = Table(
         title=f"RL step on {result['device']}, medians of {result['steps']} steps",
         title_justify="left",
     )
-    for column in ("model", "answers", "tokens", *(f"{key}, s" for key in TIMES), "actor, GB", "rollout, GB"):
+    for column in ("model", "responses", "tokens", *(f"{key}, s" for key in TIMES), "actor, GB", "rollout, GB"):
         view.add_column(column, justify="left" if column == "model" else "right")
     for one in result["rows"]:
         times = (f"{one[key]:.2f}" for key in TIMES)
@@ -114,4 +154,22 @@ def table(result: dict[str, Any]) -> Table:
     for what, fits in result["exponents"].items():
         cells = (f"{b:.2f} [{low:.2f}, {high:.2f}]" for b, low, high in fits.values())
         view.add_row(f"~ {what}^", "", "", *cells)
+    return view
+
+
+def roofline(result: dict[str, Any]) -> Table:
+    """Return what each phase of the last run requires, its time at this machine's limits, and what bounds it."""
+    device, run = machine(result), result["rows"][-1]
+    view = Table(
+        title=f"{run['model']}, {run['prompts']} × {run['samples']} responses of {run['response']} tokens, at "
+        f"{device.operations / 1e9:,.0f} Gop/s and {device.memory / 1e9:.1f} GB/s",
+        title_justify="left",
+    )
+    for column in ("phase", "Gop", "GB read", "limit, s", "measured, s", "reached", "bound by"):
+        view.add_column(column, justify="left" if column in ("phase", "bound by") else "right")
+    for name, work in work_of(run).items():
+        limit = limit_s(work, device, 1)
+        figures = (work.operations / 1e9, work.read / 1e9, limit, run[name])
+        cells = (f"{figure:,.0f}" if figure >= 100 else f"{figure:.2f}" for figure in figures)
+        view.add_row(name, *cells, f"{limit / run[name]:.0%}", bound(work, device, 1))
     return view

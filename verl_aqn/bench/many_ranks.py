@@ -1,7 +1,8 @@
-"""What a run of many ranks and answers keeps on record, and what it looks up: simulated with the code that a run uses.
+"""Simulation of what a run of many ranks and responses records and looks up, with the code that a run uses.
 
-No engine and no cluster: what ranks answer is made up, from a folder of small random matrices and a small model's
-norms. Everything behind that (comparing, grouping, writing, judging, reading, the report) is what a run does.
+There is no engine and no cluster: the ranks' reports are made up, from a folder of small random matrices and the norms
+of a small model. Everything after that (comparing, grouping, writing, judging, reading, the report) is the code of a
+real run.
 """
 
 import gc
@@ -36,7 +37,7 @@ from verl_aqn.runs.stats.scores import answers_in
 from verl_aqn.tasks.gsm8k import compute_score
 
 STEPS = 2  # σ 0, then σ_start
-SAMPLES = 8  # answers to a prompt
+SAMPLES = 8  # responses per prompt
 HIDDEN = 64
 HOSTILE = {
     "commas": ",",
@@ -49,12 +50,12 @@ HOSTILE = {
     "spaces": "1 ",
     "fractions": "1/2 ",
 }
-"""What an answer repeats to hold the scorer up."""
+"""Pieces that a response repeats to slow the scorer down."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large a run is. `ways`: ranks of one replica of the rollout, each of which holds another part."""
+    """Sizes of a run. `ways`: ranks of one replica of the rollout, each with a different part of the base."""
 
     ranks: int = 1024
     answers: int = 131_072
@@ -65,7 +66,7 @@ class Sizes:
 
 @dataclass
 class Row:
-    """What one thing took: CPU seconds, bytes in all, and those of the largest record."""
+    """The cost of one operation: CPU seconds, bytes in all, and bytes of the largest record."""
 
     name: str
     seconds: float
@@ -74,7 +75,7 @@ class Row:
 
 
 class Simulation:
-    """One run under `folder`, an empty one. `rows`: what was measured, in order."""
+    """One run under the empty `folder`. `rows`: the measurements, in order."""
 
     def __init__(self, folder: Path, sizes: Sizes) -> None:
         self.sizes = sizes
@@ -95,11 +96,11 @@ class Simulation:
 
     @contextmanager
     def measured(self, name: str, file: str = "") -> Iterator[None]:
-        """Measure what is done within; with `file` also what was written to it."""
+        """Measure the CPU time of the block and, with `file`, the bytes that it wrote to this file."""
         path = self.run.path / file
         before = path.stat().st_size if file and path.exists() else 0
         gc.collect()
-        gc.disable()  # a pass over all of torch's objects would be some line's
+        gc.disable()  # a collection would add its time to a random row
         began = time.process_time()
         try:
             yield
@@ -114,18 +115,18 @@ class Simulation:
         self.rows.append(row)
 
     def record(self, kind: str, *records: dict[str, Any]) -> None:
-        """As the trainer: on record first, then judged."""
+        """Record evidence and then judge it, as the trainer does."""
         self.run.add_evidence(*({"kind": kind, **record} for record in records))
         for record in records:
             if fault := self.judge.add({"kind": kind, **record}):
                 raise EvidenceError(fault)
 
     def of_ranks(self, kind: str, evidence: dict[str, Any], **more: Any) -> None:
-        """What every rank of the rollout read."""
+        """Record the same evidence for every rank of the rollout."""
         self.record(kind, *({**more, **one} for one in grouped([dict(evidence) for _ in range(self.sizes.ranks)])))
 
     def simulate(self) -> list[Row]:
-        """A run from its start to its report."""
+        """Simulate a run from its start to its report."""
         self.begin()
         for step in range(1, STEPS + 1):
             self.step(step)
@@ -137,7 +138,7 @@ class Simulation:
         return self.rows
 
     def begin(self) -> None:
-        """All that is on record before anything is generated."""
+        """Record everything that a run records before generation."""
         ranks = self.sizes.ranks
         nodes = [f"10.0.{rank // 2048}.{rank // 8 % 256}" for rank in range(ranks)]
         with self.measured("start: places, norms", EVIDENCE):
@@ -150,8 +151,8 @@ class Simulation:
         self.adapter(0)
 
     def base(self, when: str) -> None:
-        """The base of every rank compared with the folder."""
-        from verl_aqn.integrations.verl.base_evidence import BaseRecords, with_tables
+        """Compare the base of every rank with the folder."""
+        from verl_aqn.verl_api.base import BaseRecords, with_tables
 
         if when == "start":
             self.made = BaseRecords(self.model, "packed", "none", lambda _: None)
@@ -172,7 +173,7 @@ class Simulation:
         self.rows[-1].name += f" ({len(asked)} of {replicas} replicas sent tables)"
 
     def adapter(self, step: int) -> None:
-        """What every rank holds of the adapter."""
+        """Record which adapter every rank has."""
         ways = [f"{step * 1000 + way:064x}" for way in range(self.sizes.ways)]
         with self.measured(f"adapter after step {step}", EVIDENCE):
             held = [
@@ -187,7 +188,7 @@ class Simulation:
             self.record("adapter", {"step": step, "whole": False, "sent": "a" * 64, "bytes": 1, "held": grouped(held)})
 
     def step(self, step: int) -> None:
-        """Noise, samples, mismatch and sync of a step."""
+        """Record noise, samples, mismatch and sync of a step."""
         order = order_of(self.noise, self.schedule, step - 1)
         with torch.no_grad():
             evidence = self.injector.apply(order)
@@ -202,19 +203,19 @@ class Simulation:
         self.run.append("metrics.jsonl", {"kind": "step", "step": step, "total": STEPS, "metrics": metrics})
 
     def keys(self, step: int) -> list[str]:
-        """verl's keys of a step's answers, as they arrive."""
+        """Return verl's keys of a step's responses in the order of arrival."""
         prompts, count = StepPrompts(), self.sizes.answers // SAMPLES
         uids = [prompts.name(step, row)[1] for row in range(count)]
         return [f"{uid}_{sample}_0" for sample in range(SAMPLES) for uid in uids]
 
     def clean(self, when: str, at: int) -> None:
-        """Clean norms in every rank."""
+        """Record clean norms in every rank."""
         with torch.no_grad():
             evidence = self.injector.restore()
         self.of_ranks("clean", evidence, when=when, at=at)
 
     def validate(self, step: int) -> None:
-        """Every answer of a validation, as verl writes them."""
+        """Write every response of a validation as verl does."""
         self.clean(VALIDATION, step)
         file = f"validation/{step}.jsonl"
         (self.run.path / "validation").mkdir()
@@ -231,24 +232,24 @@ class Simulation:
         self.run.append("metrics.jsonl", {"kind": "validation", "step": step, **sizes})
 
     def end(self) -> None:
-        """The last reading of norms and base."""
+        """Read norms and base for the last time."""
         self.clean(END, STEPS)
         self.base("end")
         self.run.set_status("finished")
 
     def look_up(self) -> None:
-        """What a step looks up by the names of its answers."""
-        from verl_aqn.integrations.verl.token_mismatch import align, scored_again
+        """Measure what a step looks up by the keys of its responses."""
+        from verl_aqn.verl_api.parity import align, scored_again
 
         keys = self.keys(1)
-        with self.measured("answers in order"):
+        with self.measured("responses sorted"):
             ordered = sorted(keys, key=order_of_key)
-        with self.measured("answers by session"):
+        with self.measured("responses by session"):
             last_outputs(keys)
         rescored = scored_again(ordered, 16)
         clean_logp = {key: [0.0] * 8 for key in rescored}
         mask = torch.ones(len(ordered), 8, dtype=torch.bool)
-        with self.measured(f"{len(rescored):,} rescored answers among the step's"):
+        with self.measured(f"{len(rescored):,} rescored responses found among the step's"):
             align(ordered, clean_logp, mask)
         prompts = StepPrompts()
         with self.measured(f"{self.sizes.answers:,} prompts of one step named"):
@@ -256,30 +257,30 @@ class Simulation:
                 prompts.name(1, row % (self.sizes.answers // 2))
 
     def read(self) -> None:
-        """What reads the records afterwards."""
+        """Measure what reads the records after the run."""
         from verl_aqn.runs.evidence import judge_run
 
         with self.measured("samples, read"):
             samples_of(self.run)
         with self.measured("validation, read"):
             answers_in(self.run.read(f"validation/{STEPS}.jsonl"), samples=SAMPLES)
-        with self.measured("evidence, judged anew"):
+        with self.measured("evidence, judged again"):
             if faults := judge_run(self.run).faults:
-                raise EvidenceError(f"the simulated run does not hold: {faults[0]}")
+                raise EvidenceError(f"the simulated run has a fault: {faults[0]}")
         page = self.run.path / "report.html"
         with self.measured("report"):
             write_report([self.run.path], page)
         self.rows[-1].bytes = page.stat().st_size
 
     def score(self) -> None:
-        """Texts of 1 MB that are written to hold the scorer up."""
+        """Measure the scorer on texts of 1 MB that are made to slow it down."""
         for name, text in HOSTILE.items():
             with self.measured(f"scored: 1 MB of {name}"):
                 compute_score("", f"#### {text * (1_000_000 // len(text))}", "72")
 
 
 def table(rows: list[Row]) -> Table:
-    """The measurements."""
+    """Return the measurements as a table."""
     view = Table(title="Records and look-ups", title_justify="left")
     for column in ("what", "CPU s", "kB", "largest record, kB"):
         view.add_column(column, justify="left" if column == "what" else "right")
@@ -305,7 +306,7 @@ def _norms(layers: int) -> torch.nn.Module:
 
 
 def _write_base(folder: Path, matrices: int) -> None:
-    """A packed folder of small random matrices: half of attention, half of experts."""
+    """Write a packed folder of small random matrices: half attention, half experts."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"quantization_config": {"format": "mxfp4-pack-quantized"}}))
     random = torch.Generator().manual_seed(0)
@@ -326,8 +327,8 @@ def _expert(number: int) -> str:
 
 
 def _answers(disk: DiskBase, ways: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """(what it tells, its tables) of each rank of a replica: rows of attention, and experts of its own."""
-    from verl_aqn.integrations.verl.base_evidence import table_digest
+    """Return (report, tables) of each rank of a replica: rows of attention, and its own experts."""
+    from verl_aqn.verl_api.base import table_digest
 
     parts: list[dict[str, Part]] = []
     for way in range(ways):
@@ -374,6 +375,6 @@ def _actor(disk: DiskBase) -> dict[str, Any]:
 def simulate(folder: Path, sizes: Sizes) -> list[Row]:
     """Simulate a run of these sizes in the empty `folder`.
 
-    Raises EvidenceError where its own judge finds a fault.
+    Raises EvidenceError if the judge finds a fault.
     """
     return Simulation(folder, sizes).simulate()

@@ -1,7 +1,7 @@
-"""verl 0.9.1 as it is, on a CPU: `python -m verl_aqn.bench.stock_run CONFIG.yaml`. What `bench step` compares with.
+"""Stock verl 0.9.1 on a CPU, which `bench step` compares with: `python -m verl_aqn.bench.stock CONFIG.yaml`.
 
-Nothing of ours is in it but what verl lacks to run on a CPU at all: the platform (verl takes it from the plugin), its
-FSDP engine registered for one, and a process group that torch accepts. verl imports this as the model's external_lib.
+It contains only what verl needs to run on a CPU at all: the platform (verl takes it from the plugin), its FSDP engine
+registered for one, and a process group that torch accepts. verl imports this module as the model's external_lib.
 """
 
 import os
@@ -19,7 +19,7 @@ from verl_aqn.integrations.verl.process_group import open_process_group
 
 @EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")
 class StockEngine(FSDPEngineWithLMHead):
-    """verl's own engine, which adds what each of its syncs sent to the file `$SYNCED_LOG`, in bytes."""
+    """verl's own engine, which also appends the bytes of each sync to the file named by `$SYNCED_LOG`."""
 
     def get_per_tensor_param(self, *args, **kwargs):
         params, peft_config = super().get_per_tensor_param(*args, **kwargs)
@@ -27,7 +27,7 @@ class StockEngine(FSDPEngineWithLMHead):
 
 
 def counted(params: Iterator) -> Iterator:
-    """As they are; when the last one was taken, their bytes are written down."""
+    """Yield the parameters unchanged; after the last one, record their bytes."""
     sent = 0
     for name, tensor in params:
         sent += tensor.nbytes
@@ -41,7 +41,7 @@ if "MASTER_PORT" in os.environ and __name__ != "__main__":
 
 
 def main(path: str) -> None:
-    """As verl's `main_ppo`, with a config that is composed already."""
+    """Run verl's `main_ppo` with a config that is already composed."""
     from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 
     run_ppo(OmegaConf.load(path), task_runner_class=TaskRunnerV1)

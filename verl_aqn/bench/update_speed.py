@@ -1,6 +1,6 @@
-"""The actor's update (forward, backward, Adam) on random weights: packed base against bf16, prompts shared or not.
+"""The actor's update (forward, backward, Adam) on random weights: packed or bf16 base, prompts shared or not.
 
-One process, one device; LoRA of rank 32 on every linear layer by PEFT, bf16 adapters, SDPA, logits of answers only.
+One process, one device; LoRA of rank 32 on every linear layer by PEFT, bf16 adapters, SDPA, logits of responses only.
 """
 
 import time
@@ -27,7 +27,7 @@ ARMS = ("bf16", "packed", "packed, prompts shared")
 
 
 def build(shape: str, layers: int | None, device: str, attention: str = "sdpa") -> PreTrainedModel:
-    """Random weights in bf16; `layers`: fewer than the shape has."""
+    """Return a model with random bf16 weights. `layers`: number of layers, if fewer than in the shape."""
     with TemporaryDirectory() as folder:
         config = AutoConfig.from_pretrained(write_config(shape, Path(folder)))
     config.num_hidden_layers = layers or config.num_hidden_layers
@@ -37,7 +37,7 @@ def build(shape: str, layers: int | None, device: str, attention: str = "sdpa") 
 
 
 def pack(model: PreTrainedModel) -> None:
-    """Every linear layer but the head becomes an `Mxfp4Linear`."""
+    """Replace every linear layer except the head by an `Mxfp4Linear`."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and child is not model.get_output_embeddings():
@@ -48,7 +48,7 @@ def updater(
     model: PreTrainedModel, inputs: dict[str, Tensor], places: tuple[Tensor, Tensor, Tensor],
     layout: SharedPrompts | None,
 ) -> Callable:  # fmt: skip
-    """A function that takes one optimiser step. `places`: row, column and label of each answer's token."""
+    """Return a function that takes one optimiser step. `places`: row, column and label of each response token."""
     adapted = get_peft_model(
         model, LoraConfig(r=32, lora_alpha=16, target_modules="all-linear"), autocast_adapter_dtype=False
     )
@@ -67,7 +67,7 @@ def updater(
 
 
 def batches(vocabulary: int, prompts: int, samples: int, prompt: int, response: int, device: str) -> dict[str, Any]:
-    """Inputs and places of the same answers, one row a sample, and one row a prompt."""
+    """Return inputs and places of the same responses: with one row per sample, and with one row per prompt."""
     generator = torch.Generator().manual_seed(0)
     given = torch.randint(vocabulary, (prompts, prompt), generator=generator).repeat_interleave(samples, 0)
     answers = torch.randint(vocabulary, (prompts * samples, response), generator=generator)
@@ -92,9 +92,9 @@ def measure(
     shape: str, layers: int | None, device: str, sizes: tuple[int, int, int, int], rounds: int,
     on_round: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The arms in turn, `rounds` times after one that warms up; medians, and ratios to bf16 of the same round.
+    """Run the arms in turn, `rounds` times after a warm-up; return medians, and ratios to bf16 in the same round.
 
-    `sizes`: prompts, samples of each, tokens of a prompt and of an answer.
+    `sizes`: prompts, samples per prompt, tokens per prompt, tokens per response.
     """
     rows: dict[str, dict[str, Any]] = {}
     made = batches(SHAPES[shape][-1], *sizes, device)
@@ -132,7 +132,7 @@ def measure(
 
 
 def timed(update: Callable, device: str) -> tuple[float, int]:
-    """Seconds; and bytes that the step took on the device beside what stays there, 0 on a CPU."""
+    """Return seconds, and bytes that the step allocated beyond what stays on the device (0 on a CPU)."""
     accelerator = torch.get_device_module(device) if device != "cpu" else None
     if accelerator:
         accelerator.synchronize()
@@ -147,15 +147,15 @@ def timed(update: Callable, device: str) -> tuple[float, int]:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """A row an arm."""
+    """Return a table with one row per arm."""
     prompts, samples, prompt, response = result["sizes"]
     layers = f", {result['layers']} layers" if result["layers"] else ""
     view = Table(
-        title=f"Update of {result['shape']}{layers}, {prompts} × {samples} answers, {prompt} + {response} tokens, "
+        title=f"Update of {result['shape']}{layers}, {prompts} × {samples} responses, {prompt} + {response} tokens, "
         f"{result['device']}",
         title_justify="left",
     )
-    for column in ("", "ms", "time of bf16's", "weights, MB", "beside them, MB"):
+    for column in ("", "ms", "time relative to bf16", "weights, MB", "other peak memory, MB"):
         view.add_column(column, justify="right" if column else "left")
     for name, arm in result["arms"].items():
         peak = f"{arm['peak_bytes'] / 1e6:,.0f}" if arm["peak_bytes"] else ""

@@ -51,7 +51,7 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def callback(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
-    """RL of MXFP4 models with LoRA and adaptive quantization noise, on stock verl."""
+    """Train MXFP4 language models by RL with LoRA and adaptive quantization noise, on stock verl."""
 
 
 @app.command()
@@ -61,22 +61,24 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Resolve and check the recipe, print it, and stop.")
     ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew even if the last run died.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start a new run even if the last one died.")] = False,
     restarts: Annotated[
         int | None,
-        typer.Option(min=0, help="Resume so often by itself where a process died or hung."),
+        typer.Option(min=0, help="Maximum number of automatic restarts after a crash or a hang."),
     ] = None,
 ) -> None:
-    """Run a recipe, or a plan of several; resume what died."""
-    from verl_aqn.config.compose import find_recipe
-    from verl_aqn.launch.sweep import Series, read_plan
-    from verl_aqn.launch.train import train as run
+    """Run a recipe or a plan of several recipes. Resume a run that did not finish."""
+    from verl_aqn.config import find_recipe
+    from verl_aqn.plans import Series, read_plan
+    from verl_aqn.train import train as run
 
     path = find_recipe(recipe)
     overrides = [*(overrides or []), *([] if restarts is None else [f"aqn.run.restarts={restarts}"])]
     if plan := read_plan(path, overrides):
         if fresh:
-            raise ConfigError("--fresh is for one run: give a plan another folder with aqn.run.dir=DIR")
+            raise ConfigError(
+                "--fresh works for a single run only. For a plan, choose a new folder with aqn.run.dir=DIR"
+            )
         series = Series(plan, path)
         raise typer.Exit(series.preview() if dry_run else series.run())
     extra = ["aqn.run.fresh=true"] if fresh else []
@@ -87,13 +89,12 @@ def train(
 def schedule(
     recipe: Recipe,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as Hydra takes them.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="RL steps, where the recipe does not state them.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="RL steps, if the recipe does not set them.")] = None,
     as_json: Json = False,
     plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG, SVG or PDF).")] = None,
 ) -> None:
-    """σ at every step."""
-    from verl_aqn.config.compose import load_recipe
-    from verl_aqn.config.noise_settings import schedule_of
+    """Show σ at every step."""
+    from verl_aqn.config import load_recipe, schedule_of
 
     if plot:
         from verl_aqn.cli.plots import check_picture
@@ -107,8 +108,8 @@ def schedule(
         total = steps_in_data(config)
     if total is None:
         raise ConfigError(
-            f"{recipe} takes its steps from data.train_files={config.data.train_files}, which is not there: "
-            "prepare it, or give --steps N"
+            f"{recipe} gets its steps from data.train_files={config.data.train_files}, which does not exist: "
+            "prepare this file, or give --steps N"
         )
     table = schedule_of(config, int(total)).table()
     if plot:
@@ -133,16 +134,16 @@ def probe(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as Hydra takes them.")] = None,
     sigma: Annotated[
         list[float] | None,
-        typer.Option(help="σ to measure, beside σ_start. May be repeated; by default σ_start/27 … ·3."),
+        typer.Option(help="σ to measure besides σ_start. Repeatable; default: σ_start/27 … ·3."),
     ] = None,
-    prompts: Annotated[int, typer.Option(min=2, help="Prompts of the training data.")] = 16,
-    samples: Annotated[int, typer.Option(min=2, help="Answers sampled for each prompt.")] = 4,
+    prompts: Annotated[int, typer.Option(min=2, help="Number of prompts from the training data.")] = 16,
+    samples: Annotated[int, typer.Option(min=2, help="Number of responses sampled for each prompt.")] = 4,
     as_json: Json = False,
     plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG, SVG or PDF).")] = None,
 ) -> None:
-    """What σ does to the policy before training: KL, entropy, accuracy, groups with reward variance."""
+    """Measure how σ changes the policy before training: KL, entropy, accuracy, groups with reward variance."""
     if any(not 0 < value < math.inf for value in sigma or ()):
-        raise ConfigError("--sigma takes numbers above 0; the clean policy is always measured")
+        raise ConfigError("--sigma must be above 0. The policy without noise is always measured")
     if plot:
         from verl_aqn.cli.plots import check_picture
 
@@ -159,7 +160,7 @@ def probe(
     sigmas = [*(sigma or [float(f"{start * factor:.3g}") for factor in FACTORS]), start]
     with progress_bar("measuring") as progress:
         rows = survey(measured, sigmas, progress)
-    title = f"σ of {recipe} ({unit}), {todo.source.name}: {prompts} prompts × {samples} answers"
+    title = f"σ of {recipe} ({unit}), {todo.source.name}: {prompts} prompts × {samples} responses"
     if plot:
         from verl_aqn.cli.plots import plot_strength
 
@@ -169,7 +170,7 @@ def probe(
                           "samples": samples, "rows": [row.to_dict() for row in rows]}))  # fmt: skip
     else:
         view = Table(title=escape(title), title_justify="left")
-        for column in ("σ", "KL, nats a token", "entropy", "accuracy, %", "groups with variance, %"):
+        for column in ("σ", "KL, nats per token", "entropy", "accuracy, %", "groups with variance, %"):
             view.add_column(column, justify="right")
         for row in rows:
             shares = [_interval([100 * x for x in share], ".0f") for share in (row.accuracy, row.variance) if share]
@@ -187,17 +188,15 @@ def eval_(
     ],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as Hydra takes them.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter folder to use instead of the run's.")] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="mxfp4 or bf16; by default what the run or the folder has.")
-    ] = None,
+    precision: Annotated[str | None, typer.Option(help="mxfp4 or bf16; by default that of the run or folder.")] = None,
     samples: Annotated[
         int | None,
-        typer.Option(min=1, help="Answers to each problem, drawn as in training: avg@N and pass@1 … pass@N."),
+        typer.Option(min=1, help="Responses to each problem, sampled as in training: avg@N and pass@1 … pass@N."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Accuracy without noise, in the rollout, by the code that validates during training; items are saved."""
-    from verl_aqn.evaluation.evaluate import evaluate
+    """Measure accuracy without noise, with the rollout and the code that validate during training. Save every item."""
+    from verl_aqn.evaluate import evaluate
 
     result = evaluate(target, overrides or [], adapter, precision, samples)
     if as_json:
@@ -215,7 +214,7 @@ def eval_(
         view.add_row(name, f"{100 * score.accuracy:.1f}", f"{low:.1f} to {high:.1f}", str(result.items))
     print_wide(view)
     if result.failed:
-        print(f"{result.failed} of {result.items} answers failed and count as wrong")
+        print(f"{result.failed} of {result.items} responses failed and count as wrong")
     if result.adapter_is:
         print(f"adapter: {result.adapter_is}")
     print(f"items: {result.file}")
@@ -224,21 +223,21 @@ def eval_(
 @app.command()
 def compare(
     runs: Annotated[
-        list[Path], typer.Argument(help="Folders of runs, or of experiments (their newest run); the control first.")
+        list[Path], typer.Argument(help="Folders of runs, or of experiments (their newest run), control first.")
     ],
     factor: Annotated[
-        list[str] | None, typer.Option(help="A key that may differ, with all under it. May be repeated.")
+        list[str] | None, typer.Option(help="A key that may differ, with all keys under it. Repeatable.")
     ] = None,
-    any_: Annotated[bool, typer.Option("--any", help="Compare whatever differs.")] = False,
+    any_: Annotated[bool, typer.Option("--any", help="Allow any difference between the runs.")] = False,
     as_json: Json = False,
     metric: Annotated[
-        str, typer.Option(help="What a problem scores: avg (the share of its answers that are right) or pass@K.")
+        str, typer.Option(help="Score of a problem: avg (the fraction of its responses that are right) or pass@K.")
     ] = "avg",
 ) -> None:
-    """Paired tests of runs with the same items; runs of one config are the seeds of an arm."""
-    from verl_aqn.launch.console import Console
-    from verl_aqn.runs.stats.arms import FACTOR, arms
-    from verl_aqn.runs.stats.compare import compare as compared
+    """Run paired tests on runs with the same validation items. Runs of one config are the seeds of one arm."""
+    from verl_aqn.console import Console
+    from verl_aqn.runs.arms import FACTOR, arms
+    from verl_aqn.runs.compare import compare as compared
 
     report = compared(arms(runs, factor or [FACTOR], any_, metric))
     if as_json:
@@ -250,14 +249,14 @@ def compare(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of experiments (their newest run).")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The page to write; a new file.")],
-    factor: Annotated[list[str] | None, typer.Option(help="As in `compare`. May be repeated.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The HTML file to write. It must not exist yet.")],
+    factor: Annotated[list[str] | None, typer.Option(help="As in `compare`. Repeatable.")] = None,
     any_: Annotated[bool, typer.Option("--any", help="As in `compare`.")] = False,
-    answers: Annotated[int, typer.Option(min=0, help="Validation problems to show with their answers.")] = 24,
+    answers: Annotated[int, typer.Option(min=0, help="Validation problems to show with their responses.")] = 24,
 ) -> None:
-    """Runs on one self-contained HTML page: charts, evidence, answers side by side, comparison."""
-    from verl_aqn.runs.report.page import write_report
-    from verl_aqn.runs.stats.arms import FACTOR
+    """Write one self-contained HTML page about runs: charts, evidence, responses side by side, comparison."""
+    from verl_aqn.report.page import write_report
+    from verl_aqn.runs.arms import FACTOR
 
     size = write_report(runs, output, factor or [FACTOR], any_, answers)
     print(f"{output}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {size / 1e6:.1f} MB")
@@ -268,13 +267,13 @@ def doctor(
     recipe: Annotated[str | None, typer.Argument(help="A file, or the bare name of one in recipes/.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as Hydra takes them.")] = None,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Only: how many devices of which size the recipe's model needs.")
+        bool, typer.Option("--plan", help="Only print how many devices of which size the recipe's model needs.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Is all there that a run needs: versions, plugin, nodes; with a recipe also memory, disk, ports, its numbers."""
-    from verl_aqn.preflight.doctor import examine
-    from verl_aqn.preflight.doctor_tables import findings_table, memory_table, plan_table
+    """Check that this machine can run a recipe: versions, plugin, nodes; with RECIPE also memory, disk, ports, data."""
+    from verl_aqn.doctor import examine
+    from verl_aqn.preflight.tables import findings_table, memory_table, plan_table
 
     report = examine(recipe, overrides, plan=plan)
     if as_json:
@@ -292,19 +291,19 @@ def doctor(
 @app.command()
 def runs(
     folder: Annotated[
-        Path | None, typer.Argument(help="A folder that runs were put in (aqn.run.dir); by default /tmp/mxfp4_*.")
+        Path | None, typer.Argument(help="A folder that contains runs (aqn.run.dir); by default /tmp/mxfp4_*.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """The runs on record: how they ended and what they reached."""
-    from verl_aqn.runs.run_list import find_runs, listed, table
+    """List the recorded runs: how they ended and what accuracy they reached."""
+    from verl_aqn.runs.listing import find_runs, listed, table
 
     found = [listed(run) for run in find_runs(folder)]
     if as_json:
         print(json.dumps(found))
         return
     if not found:
-        print("no runs in /tmp/mxfp4_*: start one with `verl-aqn train RECIPE`, or name a folder")
+        print("No runs in /tmp/mxfp4_*: start one with `verl-aqn train RECIPE`, or name a folder")
         return
     print_wide(table(found))
     for row in found:
@@ -314,13 +313,13 @@ def runs(
 
 @data_app.command("gsm8k")
 def data_gsm8k(
-    dst: Annotated[Path | None, typer.Option(help="Folder to write; by default the cache, where recipes look.")] = None,
+    dst: Annotated[Path | None, typer.Option(help="Folder to write to; by default the cache.")] = None,
     source: Annotated[
-        Path | None, typer.Option(help="Folder with train.jsonl and test.jsonl; by default the hub.")
+        Path | None, typer.Option(help="Folder with train.jsonl and test.jsonl; by default the Hugging Face hub.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """GSM8K (7,473 training and 1,319 test problems) as verl reads it."""
+    """Write GSM8K (7,473 training and 1,319 test problems) in the form that verl reads."""
     from verl_aqn.cache import cache_dir
     from verl_aqn.tasks.data_files import count_rows
     from verl_aqn.tasks.gsm8k_data import prepare_gsm8k
@@ -335,22 +334,23 @@ def data_gsm8k(
 
 
 def main() -> None:
-    """Entry point: errors that a user can mend are one line.
+    """Run the command line; print an error that the user can fix as one line.
 
-    Exit code 2 for wrong use, 128 + its number for a signal, 1 for the rest. What the system refuses (OSError) is told
-    here, so that no command has to; an exception that nobody expected keeps its traceback: it is our fault.
+    The exit code is 2 for wrong use, 128 + the signal's number after a signal, and 1 for other errors. System errors
+    (OSError) are reported here, so that no command has to. An unexpected exception keeps its traceback, because it is a
+    bug in this package.
     """
     keep_to_oneself()
     settle()
     try:
         if any("\udc80" <= letter <= "\udcff" for argument in sys.argv for letter in argument):
-            raise ConfigError("an argument is not UTF-8: rename the file or folder that it names")
+            raise ConfigError("an argument is not valid UTF-8: rename the file or folder in question")
         try:
             os.getcwd()
         except FileNotFoundError:
-            raise EnvironmentFault("the working folder is gone: cd into another one") from None
-        code = app(standalone_mode=False)  # that of a typer.Exit is returned, not raised
-        if code == 130:  # what Typer makes of Ctrl-C
+            raise EnvironmentFault("the working directory does not exist any more: change to another one") from None
+        code = app(standalone_mode=False)  # the code of a typer.Exit is returned, not raised
+        if code == 130:  # Typer's code for Ctrl-C
             raise KeyboardInterrupt
         _flush()
         sys.exit(code)
@@ -361,25 +361,25 @@ def main() -> None:
     except Stopped as error:
         _fail(str(error), 128 + error.signal)
     except (KeyboardInterrupt, typer.Abort) as stop:
-        if isinstance(stop.__cause__, EOFError):  # for Typer an answer that was not given; here nobody is asked
+        if isinstance(stop.__cause__, EOFError):  # Typer's abort for a prompt without answer; nothing prompts here
             raise stop.__cause__ from None
         _fail(CTRL_C, 130)
     except OSError as error:
         _fail(_of_system(error), 1)
     except Exception as error:
-        if str(error) == NO_SUCH_HOME:  # how pathlib says it
-            _fail("a path begins with ~ and a name that is no user's of this machine: write it out", 2)
-        # Typer's own errors (a missing argument, an unknown option) know how to say what is wrong in a line.
+        if str(error) == NO_SUCH_HOME:  # pathlib's message
+            _fail("a path begins with ~ and a name that is no user of this machine: write the full path", 2)
+        # Typer's own errors (a missing argument, an unknown option) format themselves as one line.
         if not hasattr(error, "format_message"):
             raise
-        if "\n" in error.format_message():  # no command was given: this is the help
+        if "\n" in error.format_message():  # no command was given, so this is the help text
             print(error.format_message())
             sys.exit(2)
         _fail(_usage(error), 2)
 
 
 def _flush() -> None:
-    """Write what is left of the output while an error can still be told."""
+    """Write the rest of the output while an error can still be reported."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -388,9 +388,9 @@ def _flush() -> None:
 
 
 def _of_system(error: OSError) -> str:
-    """What to say of an error of the system's. Of output that nobody reads any more: nothing."""
+    """Return the message for a system error. If nobody reads the output any more, exit without a message."""
     if isinstance(error, BrokenPipeError) and error.filename == OUTPUT:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in the buffer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # discards what is still in the buffer
         sys.exit(1)
     with contextlib.suppress(EnvironmentFault):
         return system_line(error, str(cache_dir()))
@@ -398,7 +398,7 @@ def _of_system(error: OSError) -> str:
 
 
 def _usage(error: Any) -> str:
-    """Typer's words for a wrong use; for an option that does not exist ours, with the nearest one alone."""
+    """Return Typer's message for wrong use. For an unknown option, return our own message with the nearest option."""
     if not hasattr(error, "possibilities"):
         return error.format_message()
     near = difflib.get_close_matches(error.option_name, error.possibilities or (), n=1)

@@ -1,4 +1,4 @@
-"""The nodes of the Ray cluster that this process has joined, and work for each of them."""
+"""Nodes of the Ray cluster that this process has joined, and function calls on each of them."""
 
 from typing import Any
 
@@ -7,16 +7,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 def alive_nodes() -> dict[str, str]:
-    """Ray's id and the address of every node."""
+    """Return Ray's id → address for every node that is alive."""
     return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
 
 
 def on(node: str) -> dict[str, Any]:
-    """Options of a remote function that is to run on the node of this id, beside whatever runs there."""
+    """Return the options of a remote function that runs on the node with this id, whatever else runs there."""
     return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
 def on_every_node(function: Any, *arguments: Any) -> list[Any]:
-    """The answers of a function, called once on each node."""
+    """Call a function once on each node and return the results."""
     task = ray.remote(function)
     return ray.get([task.options(**on(node)).remote(*arguments) for node in alive_nodes()])

@@ -1,8 +1,9 @@
-"""Which error a run ended by: the first one, in whatever process, and not what followed from it.
+"""Finding the error that ended a run: the first one, in any process, and not one of its consequences.
 
-What is known: the error that the training process ended with, the errors that all processes noted (`verl_aqn.runs.faults`),
-most of which were handled, and deaths of processes. An error is believed to be the cause only where a link leads to it
-from the end of the run: an error that quotes it, or one that says no more than that another process is gone.
+Known are the error that the training process ended with, the errors that all processes recorded (`verl_aqn.faults`),
+most of which were handled, and deaths of processes. An error counts as the cause only if a chain of links leads to it
+from the end of the run. A link is an error that quotes another one, or an error that only says that another process is
+gone.
 """
 
 import re
@@ -11,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-# What a process calls itself → what it is.
+# How a process names itself → what it is.
 NAMES = {
     "ray::WorkerDict": "actor",
     "ray::AqnAgentLoopWorker": "agent loop",
@@ -28,7 +29,7 @@ NAMES = {
     "raylet": "Ray's node",
     "verl_aqn.launch.driver": "driver",
 }
-# Errors that only say that another process failed, or did not answer.
+# Errors that only say that another process failed or did not answer.
 _GONE_TYPES = (
     "ActorDiedError",
     "ActorUnavailableError",
@@ -46,19 +47,19 @@ _GONE = re.compile(
     r"^cancelled$|Worker failed with error|[Ss]ee (the )?(root cause|stack trace)|Executor failed|"
     r"actor died unexpectedly"
 )
-# verl's trainer aborts itself where a worker of it is gone (verl/single_controller/base/worker_group.py).
+# verl's trainer aborts itself if one of its workers is gone (verl/single_controller/base/worker_group.py).
 _GAVE_UP = re.compile(r"^ray::AqnTaskRunner was killed by SIGABRT|\bbase/worker_group\.py:")
-_DEAD = re.compile(r"^\s*pid: (\d+)$", re.MULTILINE)  # of an ActorDiedError
+_DEAD = re.compile(r"^\s*pid: (\d+)$", re.MULTILINE)  # in an ActorDiedError
 _PID = re.compile(r"\bpid[:=] ?(\d+)")
-_QUIET = 8  # characters of a text that is worth looking for in another
+_QUIET = 8  # minimum characters of a text to search for in another one
 
 
 @dataclass(frozen=True)
 class Fault:
-    """An error of a process, as `faults.describe` tells it, or (`died`) its death without a word.
+    """An error of a process, as `faults.describe` returns it, or (`died`) a death without an error message.
 
-    `ends`: the process, or what it does for the run, ended by it. `silent`: nobody knows how it died. `late`: nor
-    whether it died before the run began to end.
+    `ends`: the error ended the process, or what the process does for the run. `silent`: it is not known how the process
+    died. `late`: it is also not known whether the process died before the run began to end.
     """
 
     time: float
@@ -76,24 +77,24 @@ class Fault:
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Fault":
-        """From a record of errors.jsonl."""
+        """Build a fault from a record of errors.jsonl."""
         return cls(**{field.name: record[field.name] for field in fields(cls) if field.name in record})
 
     @property
     def name(self) -> str:
-        """What the process is, in words; "" where it is none of those that a run starts."""
+        """What the process is, in words; "" if it is not one of the kinds that a run starts."""
         return next((name for start, name in NAMES.items() if self.process.startswith(start)), "")
 
     @property
     def gone(self) -> bool:
-        """Whether it says no more than that another process is gone, or failed."""
+        """Whether the fault says only that another process is gone or failed."""
         if self.died:
             return _GAVE_UP.search(f"{self.process} {self.text}") is not None
         return self.type in _GONE_TYPES or _GONE.search(self.text) is not None
 
     @property
     def by_chance(self) -> bool:
-        """Whether another attempt may go well: nothing was asked that cannot be had."""
+        """Whether another attempt may succeed: the fault is not a request that cannot be fulfilled."""
         return not self.ours or self.type == "ProcessFault"
 
     @property
@@ -103,26 +104,27 @@ class Fault:
 
     @property
     def source(self) -> str:
-        """The process, and the line of code where that is known."""
+        """The process, and the line of code if it is known."""
         who = f"{self.name} ({self.process}, process {self.pid})" if self.name else f"{self.process} ({self.pid})"
         return f"{who}, {self.where}" if self.where else who
 
     def told(self) -> str:
-        """In one line. An error of ours says by itself what to do, and where."""
+        """Return the fault as one line. An error class of ours already says what to do, and where."""
         if self.ours:
             return self.line
         return f"{self.source} {self.line}" if self.died else f"{self.source}: {self.line}"
 
 
 def death(time: float, process: str, pid: int, status: int | None, crash: str = "") -> Fault:
-    """The end of a process; `status`: its exit code, negative for a signal, None where nobody knows.
+    """Return the fault for the end of a process.
 
-    `crash`: what it said itself of a crash in native code.
+    `status`: exit code, negative for a signal, None if unknown. `crash`: the process's own message about a crash in
+    native code.
     """
     if crash:
         text = f"crashed: {crash}"
     elif status is None:
-        text = "died without a word: killed, out of memory, or a crash in native code"
+        text = "died without an error message: killed, out of memory, or a crash in native code"
     elif status < 0:
         text = f"was killed by {_signal_name(-status)}"
     else:
@@ -139,12 +141,13 @@ def _signal_name(number: int) -> str:
 
 
 def find_cause(last: Fault, faults: Iterable[Fault]) -> Fault:
-    """Return what `last` came from, among `faults` of the same attempt: it itself where nothing leads further.
+    """Return the fault among `faults` of the same attempt that `last` followed from; `last` if there is no link.
 
-    An error of ours that quotes another stays, as it says more, and tells where the other came from.
+    If an error class of ours quotes another error, it is returned itself, with the source of the other error added,
+    because it says more.
     """
     known = sorted(faults, key=lambda fault: fault.time)
-    # What ends a process that the run cannot do without ends the run: whatever came later followed from it.
+    # An error that ends a process that the run needs ends the run: whatever came later is a consequence.
     ended = [one for one in known if one.ends and not one.silent and one.name and one.time <= last.time]
     seen = [next((one for one in ended if not one.gone), last)]
     while (before := _step(seen[-1], known)) is not None and before not in seen:
@@ -155,8 +158,8 @@ def find_cause(last: Fault, faults: Iterable[Fault]) -> Fault:
 
 
 def _step(error: Fault, known: list[Fault]) -> Fault | None:
-    """The fault that `error` directly follows from."""
-    # Ray says that a process is dead perhaps before anybody has collected it.
+    """Return the fault that `error` directly followed from."""
+    # Ray may report that a process is dead before its parent has collected it.
     dead = {int(pid) for pid in _DEAD.findall(error.full)}
     earlier = [one for one in known if one != error and (one.time <= error.time or (one.died and one.pid in dead))]
     if error.ours and not error.gone:
@@ -164,7 +167,9 @@ def _step(error: Fault, known: list[Fault]) -> Fault | None:
     if error.gone or (error.died and not error.ends):
         named = {int(pid) for pid in _PID.findall(error.full)} | ({error.pid} if error.died else set())
         ended = [fault for fault in earlier if fault.ends and not _explained(fault, earlier)]
-        ended = [fault for fault in ended if fault.name or fault.pid in named]  # not any process of a user's own
+        ended = [
+            fault for fault in ended if fault.name or fault.pid in named
+        ]  # not a process that the user's own code started
         ended += [fault for fault in earlier if fault.died and not fault.ends and fault.pid in named]
         if ended:
             return min(ended, key=lambda fault: (_doubt(fault), fault.pid not in named, fault.time))
@@ -172,7 +177,7 @@ def _step(error: Fault, known: list[Fault]) -> Fault | None:
 
 
 def _doubt(fault: Fault) -> int:
-    """How little is known by a fault: less by a death of which nobody knows how; least where nobody knows when."""
+    """Rank how uncertain a fault is as a cause: higher if the kind of death is unknown, highest if its time is, too."""
     if fault.late:
         return 4
     if fault.gone:
@@ -181,7 +186,10 @@ def _doubt(fault: Fault) -> int:
 
 
 def _named_by_ray(error: Fault) -> Fault | None:
-    """The death of an actor of which nothing else is known: it was on another machine, or nobody looked in time."""
+    """Return the death of an actor that only Ray reported.
+
+    The actor was on another machine, or the watchdog did not check in time.
+    """
     name, pid = (re.search(rf"^\s*{key}: (\S+)$", error.full, re.MULTILINE) for key in ("class_name", "pid"))
     if error.type != "ActorDiedError" or name is None or pid is None:
         return None
@@ -189,19 +197,21 @@ def _named_by_ray(error: Fault) -> Fault | None:
 
 
 def _explained(fault: Fault, known: list[Fault]) -> bool:
-    """Whether a death is that of a process which said why it ends."""
+    """Return whether a death is that of a process that recorded why it ended."""
     return fault.died and any(other.ends and not other.died and other.pid == fault.pid for other in known)
 
 
 def _quoted(error: Fault, earlier: list[Fault]) -> Fault | None:
-    """The latest error of another process whose text is in that of `error`."""
+    """Return the latest error of another process whose text is part of `error`."""
     named = {int(pid) for pid in _PID.findall(error.full)}
     for fault in reversed(earlier):
         if fault.died or fault.pid == error.pid:
             continue
-        if named and fault.pid not in named and not error.ours:  # ours may tell what another wrote down
+        if (
+            named and fault.pid not in named and not error.ours
+        ):  # an error of ours may quote what another process recorded
             continue
-        if fault.text == error.text and (error.ours or not named):  # it itself on its way, or only alike
+        if fault.text == error.text and (error.ours or not named):  # the same error passed on, or only a similar one
             continue
         worded = fault.text if error.gone and len(fault.text) >= _QUIET else f"{fault.type}: {fault.text}"
         if worded in error.full or worded in error.text:

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a line a step while it runs, a short table at its end."""
+"""Terminal output of a run: one line per step while the run goes on, and a short table at its end."""
 
 import math
 import sys
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from verl_aqn.preflight.probe import Strength
 
 
-# What the table calls a rule, and what the record of a validation does.
+# Name of a rule in the table → its key in the record of a validation.
 RULES = {"strict": "accuracy", "flexible": "flexible", "math-verify": "math_verify"}
 
 
 class Console:
-    """Progress on standard error, the result on standard output."""
+    """Print progress on standard error and the result on standard output."""
 
     def __init__(self) -> None:
         self.out = RichConsole(highlight=False)
@@ -41,11 +41,11 @@ class Console:
         self.validation: dict | None = None
 
     def say(self, text: str) -> None:
-        """One line of progress with the time since the start. What looks like markup in it is a path or a name."""
+        """Print one line of progress with the time since the start. Markup in `text` is printed as it is."""
         self._line(escape(text))
 
     def warn(self, text: str) -> None:
-        """A line about something that runs, but perhaps not as meant."""
+        """Print a warning."""
         self._line(f"[yellow]warning:[/yellow] {escape(text)}")
 
     def _line(self, markup: str) -> None:
@@ -53,12 +53,12 @@ class Console:
         self.err.print(f"[dim]{passed // 60:3d}:{passed % 60:02d}[/dim]  {markup}", soft_wrap=True)
 
     def start(self, run: RunFolder, todo: "Prepared") -> None:
-        """What is about to run, and where it is kept."""
+        """Print what is about to run and where its records are kept."""
         aqn = parse_aqn(todo.config)
         self.width = len(str(todo.steps))
         self.say(f"run      {run.path}")
         if run.note:
-            self.say(f"resumed  {run.note}; --fresh starts anew" if run.resumed else run.note)
+            self.say(f"resumed  {run.note}; --fresh starts a new run" if run.resumed else run.note)
         base = f"MXFP4 ({aqn.mxfp4.scale_rule})" if aqn.mxfp4.enabled else "unquantised"
         served = " (in bf16 in the rollout)" if aqn.mxfp4.enabled and aqn.mxfp4.serve == "bf16" else ""
         model = todo.config.actor_rollout_ref.model
@@ -75,7 +75,7 @@ class Console:
             self.say(f"noise    none, {todo.steps} steps")
 
     def strength(self, clean: "Strength", noisy: "Strength") -> None:
-        """What σ_start does to the policy."""
+        """Print the effect of σ_start on the policy."""
         text = (
             f"strength σ {noisy.sigma:g}: KL {_nats(noisy.kl)}, entropy {clean.entropy[0]:.3g} → {noisy.entropy[0]:.3g}"
         )
@@ -85,11 +85,11 @@ class Console:
                 f"[{100 * noisy.variance[1]:.0f}, {100 * noisy.variance[2]:.0f}]"
             )
         else:
-            text += " of the first turn (what tools say is not in it, so that rewards are not measured)"
+            text += " of the first turn (without tool outputs, so that rewards are not measured)"
         self.say(text)
 
     def record(self, name: str, record: dict) -> None:
-        """A new record of the run."""
+        """Print a new record of the run, if its kind is one that users see."""
         kind = record.get("kind")
         if kind == "phase":
             self.say(record["text"])
@@ -107,18 +107,18 @@ class Console:
             self.say_accuracy()
         elif kind == "validation":
             self.validation = record
-            if record["step"] == 0:  # later ones wait for the line of their step, which is written after them
+            if record["step"] == 0:  # later ones are printed after the line of their step, which is written after them
                 self.say_accuracy()
 
     def report(self, report: Report) -> None:
-        """A comparison: its table, and a sentence for each pair of arms."""
+        """Print a comparison: its table, and one sentence for each pair of arms."""
         print_wide(comparison_table(report))
         for contrast in report.arms:
             self.out.print(contrast.text, soft_wrap=True, markup=False)
         sys.stdout.flush()
 
     def say_accuracy(self) -> None:
-        """The validation that has not been told yet, if there is one."""
+        """Print the newest validation, unless it was printed before."""
         if self.validation:
             problems = self.validation["items"]
             self.say(f"accuracy {validation_text(self.validation)}")
@@ -132,7 +132,7 @@ class Console:
             self.validation = None
 
     def end(self, run: RunFolder, todo: "Prepared", outcome: Outcome) -> int:
-        """Tables and verdict of a finished run, or one line about one that is not. Returns the exit code."""
+        """Print tables and verdict of a finished run, or one line about an unfinished one. Return the exit code."""
         if outcome.status != "finished":
             log = run.path / "training.log"
             self.err.print(f"[red]error:[/red] {escape(outcome.message)} (log: {escape(str(log))})", soft_wrap=True)
@@ -150,20 +150,20 @@ class Console:
 
 
 def _number(metrics: dict, name: str) -> float:
-    """A figure of a step; NaN, which the record has as null, or where it was not measured."""
+    """Return a metric of a step, or NaN if it was not measured or is null on record."""
     value = metrics.get(name)
     return math.nan if value is None else value
 
 
 def _nats(values: tuple[float, float, float]) -> str:
     middle, low, high = values
-    return f"{middle:.3g} nats a token (95 % interval {low:.2g}–{high:.2g})"
+    return f"{middle:.3g} nats per token (95 % interval {low:.2g}–{high:.2g})"
 
 
 def sigma_table(run: RunFolder) -> Table:
-    """σ by stage: asked, and as read back from the rollout's norms."""
+    """Return a table of σ by stage: the target, and the value measured in the rollout's norms."""
     table = Table(title="Noise by stage", title_justify="left")
-    for column in ("stage", "steps", "σ asked", "σ in the rollout", "norms"):
+    for column in ("stage", "steps", "σ target", "σ in the rollout", "norms"):
         table.add_column(column, justify="right")
     stages: dict[int, list[dict]] = {}
     for record in run.by_step("evidence.jsonl", "noise").values():
@@ -184,7 +184,7 @@ def sigma_table(run: RunFolder) -> Table:
 
 
 def result_table(run: RunFolder) -> Table:
-    """Accuracy at every validation by each rule with its interval; "–" in records that are older than the rule."""
+    """Return accuracy at each validation, by rule, with its interval. A rule without a value on record shows “–”."""
     table = Table(title="Accuracy (noise off), % with 95 % interval", title_justify="left")
     validations = list(run.by_step("metrics.jsonl", "validation").values())
     several = any(map(pass_text, validations))
@@ -199,7 +199,10 @@ def result_table(run: RunFolder) -> Table:
 
 
 def failed_text(run: RunFolder) -> str:
-    """How many answers of the run failed; "" where none did. Only a run that allows it comes to its end with some."""
+    """Return how many responses of the run failed; "" if none did.
+
+    Only a run that allows failures (`aqn.run.allow_failed`) finishes with some.
+    """
     steps = run.by_step("metrics.jsonl", "step").values()
     trained = sum(int(_number(step["metrics"], "aqn/answers_failed") or 0) for step in steps
                   if "aqn/answers_failed" in step["metrics"])  # fmt: skip
@@ -207,13 +210,13 @@ def failed_text(run: RunFolder) -> str:
     if not trained and not validated:
         return ""
     return (
-        f"failed: {trained:,} training answers, which taught nothing, and {validated:,} validation answers, which "
-        "count as wrong (failures.jsonl has the reasons)"
+        f"failed: {trained:,} training responses, which were not trained on, and {validated:,} validation responses, "
+        "which count as wrong (failures.jsonl has the reasons)"
     )
 
 
 def source_table(run: RunFolder) -> Table | None:
-    """Accuracy of the last validation by data source; None where its data are of one."""
+    """Return the accuracy of the last validation by data source; None if there is only one source."""
     *_, last = run.by_step("metrics.jsonl", "validation").values()
     if not last.get("by_source"):
         return None
@@ -227,9 +230,10 @@ def source_table(run: RunFolder) -> Table | None:
     return table
 
 
-def is_targets_task(target: TargetConfig, todo: "Prepared", problems: int) -> bool:
-    """Return whether a run is of the model and on the `problems` that its recipe's target is for."""
-    from verl_aqn.tasks.data_files import sources_of
+def is_plans_task(todo: "Prepared", problems: int) -> bool:
+    """Return whether the run's model and validation problems are those that the plan's criterion is about."""
+    from verl_aqn.data.files import sources_of
+    from verl_aqn.data.gsm8k import SOURCE, TEST_PROBLEMS
 
     if target.model and target.model not in str(todo.source):
         return False
@@ -244,7 +248,7 @@ def is_targets_task(target: TargetConfig, todo: "Prepared", problems: int) -> bo
 
 
 def verdict(run: RunFolder, todo: "Prepared") -> str:
-    """The recipe's target in words, and whether training changed the accuracy (paired test)."""
+    """Return the plan's criterion in words, and whether training changed the accuracy (paired test)."""
     validations = list(run.by_step("metrics.jsonl", "validation").values())
     first, last = validations[0], validations[-1]
     target = parse_aqn(todo.config).target

@@ -1,6 +1,6 @@
-"""The main path: recipe → checks → run folder → verl in a process of its own → result.
+"""The main path: recipe → checks → run folder → verl in its own process → result.
 
-Read `train` first: it is the whole way in one breath.
+Read `train` first: it shows the whole sequence.
 """
 
 import json
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class Prepared:
-    """A recipe resolved and checked: everything that a run needs to start."""
+    """A recipe that is resolved and checked: everything that a run needs to start."""
 
     config: DictConfig
     steps: int
     rows: dict[str, int]
     source: Path
     fitted: "Strength | None" = None
-    """What `aqn.noise.target_kl` found for σ_start."""
+    """The measurement at the σ_start that was found for `aqn.noise.target_kl`."""
     warnings: list[str] = field(default_factory=list)
-    """What verl said of the data's first rows."""
+    """Warnings of verl about the first rows of the data."""
 
 
 def compose(recipe: str, overrides: list[str]) -> DictConfig:
-    """The recipe as one config, with all that is wrong in itself refused before any file is touched: σ too."""
+    """Compose the recipe into one config and reject what is wrong in it, σ included, before any file is touched."""
     config = load_recipe(recipe, overrides)
     if (stated := config.trainer.total_training_steps) is not None:
         schedule_of(config, stated)
@@ -52,9 +52,9 @@ def compose(recipe: str, overrides: list[str]) -> DictConfig:
 
 
 def prepare(recipe: str, overrides: list[str], *, elsewhere: bool = False) -> Prepared:
-    """Compose the recipe, prepare its model and data, and check all that can be checked without starting a process.
+    """Compose the recipe, prepare its model and data, and check everything that needs no process.
 
-    `elsewhere`: the run is not to be on this machine, so what this one lacks is no fault.
+    `elsewhere`: the run will be on another machine, so something that this machine lacks is no error.
     """
     config = compose(recipe, overrides)
     check_machine(config, elsewhere=elsewhere)
@@ -62,15 +62,15 @@ def prepare(recipe: str, overrides: list[str], *, elsewhere: bool = False) -> Pr
 
 
 def resolve(config: DictConfig, *, fit: bool = True) -> Prepared:
-    """Data and model as files, the steps, and σ_start where the recipe gives a KL for it; all put into `config`.
+    """Prepare data and model as files, and set the steps and, if the recipe gives a target KL, σ_start in `config`.
 
-    Without `fit` σ_start is left as it is: to look at a recipe without measuring.
+    Without `fit`, σ_start is not changed: for looking at a recipe without measuring.
     """
     data = prepare_data(config)
     steps = check_steps(config, data.rows["train"])
-    config.trainer.total_training_steps = steps  # the schedule's, and the trainer's: it refuses if it finds fewer
+    config.trainer.total_training_steps = steps  # for the schedule and the trainer, which stops if it finds fewer steps
     if config.trainer.test_freq < 1:
-        config.trainer.test_freq = steps  # where it is 0 or -1 verl leaves out the last step's validation too
+        config.trainer.test_freq = steps  # with 0 or -1 verl skips the validation after the last step, too
     source = prepare_model(config)
     fitted = None
     if fit and (noise := parse_aqn(config).noise).enabled and noise.target_kl is not None:
@@ -81,12 +81,12 @@ def resolve(config: DictConfig, *, fit: bool = True) -> Prepared:
 
 
 def train(recipe: str, overrides: list[str], *, dry_run: bool = False) -> int:
-    """Run a recipe to its end; resume it if it died before. Returns the exit code."""
+    """Run a recipe to its end, or resume it if its last run did not finish. Return the exit code."""
     console = Console()
     config = compose(recipe, overrides)
     base = Path(parse_aqn(config).run.dir or f"/tmp/mxfp4_{Path(recipe).stem}").expanduser()
     if not dry_run:
-        own_folder(base, make=False)  # known before the first minute of work
+        own_folder(base, make=False)  # fails early, before the first minute of work
     check_machine(config, elsewhere=dry_run)
     todo = resolve(config)
     if dry_run:
@@ -99,7 +99,7 @@ def train(recipe: str, overrides: list[str], *, dry_run: bool = False) -> int:
 
 
 def execute(todo: Prepared, base: Path, console: Console) -> tuple[RunFolder, Outcome]:
-    """The run itself, in a folder of its own under `base`; where a process of it dies it is resumed, if so wished."""
+    """Run in a folder under `base`. After a crash or a hang, resume up to `aqn.run.restarts` times."""
     settings = parse_aqn(todo.config).run
     run = open_run(base, identity(todo.config), fresh=settings.fresh)
     changed = launch(run, todo)
@@ -121,17 +121,17 @@ def execute(todo: Prepared, base: Path, console: Console) -> tuple[RunFolder, Ou
 
 
 def warn(run: RunFolder, texts: list[str], console: Console) -> None:
-    """On record, and told."""
+    """Record warnings and print them."""
     for text in texts:
         run.append("events.jsonl", {"kind": "warning", "text": text})
         console.warn(text)
 
 
 def attempt(run: RunFolder, console: Console) -> Outcome:
-    """One attempt at a run, on record however it ends.
+    """Make one attempt at a run and record how it ends.
 
     Raises:
-        Stopped: a signal ended it.
+        Stopped: a signal ended the attempt.
     """
     outcome = supervise(run, console)
     run.set_status(outcome.status, outcome.message)
@@ -142,10 +142,10 @@ def attempt(run: RunFolder, console: Console) -> Outcome:
 
 
 def measure_noise(run: RunFolder, todo: Prepared, console: Console) -> None:
-    """On record before anything is started, once a run: what σ_start does to the policy (`aqn.noise.probe`).
+    """Measure and record, once per run and before anything starts, the effect of σ_start (`aqn.noise.probe`).
 
     Raises:
-        StrengthError: it leaves nothing to learn from. The run is then on record as failed.
+        StrengthError: σ_start is so strong that nothing is left to learn from. The run is recorded as failed.
     """
     noise = parse_aqn(todo.config).noise
     if not noise.enabled or not noise.probe or noise.sigma_start == 0:
@@ -165,14 +165,14 @@ def measure_noise(run: RunFolder, todo: Prepared, console: Console) -> None:
 
 
 def versions_now(config: DictConfig) -> dict[str, Any]:
-    """What a run of the resolved `config` would come from, were it started now."""
+    """Return the versions and digests that a run of the resolved `config` would have if it started now."""
     model = config.actor_rollout_ref.model
     found = provenance(data_files(config), model.path)
     return found | {"adapter": model_digest(Path(model.lora_adapter_path))} if model.lora_adapter_path else found
 
 
 def identity(config: DictConfig) -> dict:
-    """Return the resolved config that identifies a run, without the folders that it is in and without its target."""
+    """Return the configuration that identifies a run when it resumes: the resolved config without its paths."""
     container = OmegaConf.to_container(config, resolve=True)
     assert isinstance(container, dict)
     container["aqn"]["run"] = None
@@ -181,16 +181,17 @@ def identity(config: DictConfig) -> dict:
 
 
 def launch(run: RunFolder, todo: Prepared) -> list[str]:
-    """Write the config that the training process reads, and the records of what was asked that are not there yet.
+    """Write the config that the training process reads, and the records of the request that do not exist yet.
 
-    Returns warnings: what this attempt runs with in place of what the run began with.
+    Return warnings: each version in which this attempt differs from the start of the run.
     """
     config = todo.config.copy()
     OmegaConf.update(config, "aqn.run.dir", str(run.path))
     config.trainer.default_local_dir = str(run.path / "checkpoints")
     config.trainer.validation_data_dir = str(run.path / "validation")
     if not config.trainer.val_only and any(r["kind"] == "validation" for r in run.read("metrics.jsonl")):
-        config.trainer.val_before_train = False  # it is on record; with val_only verl would train without it
+        # It is already recorded. With val_only this must stay true: otherwise verl would train.
+        config.trainer.val_before_train = False
     text, versions = OmegaConf.to_yaml(config, resolve=True), versions_now(config)
     asked = {
         "config.yaml": text,
@@ -198,15 +199,15 @@ def launch(run: RunFolder, todo: Prepared) -> list[str]:
         "schedule.json": json.dumps(schedule_of(config, todo.steps).table()),
     }
     quantization = Path(config.actor_rollout_ref.model.path) / "quantization.json"
-    if quantization.is_file():  # not beside a bf16 base, or one that another tool packed
+    if quantization.is_file():  # absent with a bf16 base, or with one that another tool packed
         asked[quantization.name] = quantization.read_text()
     for name, content in asked.items():
-        if not (run.path / name).exists():  # a resumed run has them, unless it died before it was launched
+        if not (run.path / name).exists():  # a resumed run has them, unless it died before its launch
             run.write_text(name, content)
     run.replace_text("launch.yaml", text)  # the config of the newest attempt
     run.append("events.jsonl", {"kind": "attempt", **run.state, "versions": versions, "evidence": VERSION})
     changed = differences(flatten(run.block("versions.json") or {}), flatten(versions))
     return [
-        f"the run began with {key} {was} and goes on with {now}: compare will refuse it beside runs of one {key}"
+        f"{key} changed from {was} to {now} since the run began: `compare` will reject this run"
         for key, (was, now) in changed.items()
     ]

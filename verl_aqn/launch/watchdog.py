@@ -1,4 +1,4 @@
-"""Notice a run that hangs, or goes on without one of its processes."""
+"""Detecting a run that hangs, or that goes on without one of its processes."""
 
 import statistics
 import time
@@ -12,19 +12,21 @@ from verl_aqn.runs.phases import ENDING, TRACKERS
 from verl_aqn.runs.processes import title
 from verl_aqn.runs.stacks import listening
 
-LEAST_S = 60  # no phase is late before
-FIRST_S = 3600  # how long all processes may be idle in a phase of which nobody knows yet how long it takes
-ENDING_S = 300  # from a run's last word to its end
-GRACE_S = 3  # for a run to say itself why a process of it died
-RAY_GRACE_S = 2  # for the run's own word that it ends: of its head's loss Ray says nothing for a minute
+LEAST_S = 60  # no phase is reported before it has taken this long
+FIRST_S = 3600  # how long all processes may be idle in a phase whose usual time is not known yet
+ENDING_S = 300  # from a run's last record to its end
+GRACE_S = 3  # for a run to report why one of its processes died
+RAY_GRACE_S = 2  # for the run to report its end; Ray does not report the loss of its head for a minute
 LOOK_S = 2
-ASLEEP_S = 30  # a watchdog that was not asked for so long was stopped itself, and the run with it
-WEIGH_S = 60  # the time over which a process is idle or not
-BUSY = 0.05  # the share of a core from which on it is not; idle processes of a run were measured at 0.005
-# Phases that wait for what is outside of the run: a server that tries again, a network's disk.
+ASLEEP_S = 30  # if fault() was not called for this long, this process was stopped, and the run with it
+WEIGH_S = 60  # the interval over which processor use is measured
+BUSY = 0.05  # fraction of a core above which a process is not idle; idle processes of a run use 0.005
+TRACKERS = "trackers"  # the phase that sends metrics to experiment trackers
+ENDING = "ending"  # the phase in which processes may end
+# Phases that wait for something outside the run: a server that retries, a network disk.
 _OUTSIDE = {TRACKERS: 3600, "checkpoint": 600}
-RAY = ("raylet", "gcs_server")  # no Python, so they promise nothing; without them nothing works
-# The actors without which a run cannot go on. What a user's own code starts may come and go.
+RAY = ("raylet", "gcs_server")  # not Python, so they write no stack files; a run cannot go on without them
+# The actors that a run needs. Processes that a user's own code starts may come and go.
 _ACTORS = (
     "AqnTaskRunner", "WorkerDict", "AqnHttpServer", "AqnAgentLoopWorker", "RewardLoopWorker",
     "GlobalRequestLoadBalancer", "SimpleStorageUnit", "TransferQueueController",
@@ -33,12 +35,12 @@ _VITAL = ("VLLM::", *(f"ray::{name}" for name in _ACTORS))
 
 
 class Watchdog:
-    """Told of the run's records (`record`); `fault()` says what is wrong, "" where nothing is.
+    """Watch the records (`record`) and processes of a run; `fault()` says what is wrong, "" if nothing is.
 
-    A phase is late after `patience` times the median of its earlier durations, and not before `LEAST_S` (`_OUTSIDE`
-    names longer ones). One that is seen for the first time is late when no process of the run has worked for `FIRST_S`;
-    where processes are on machines that this one cannot see (`alone=False`), never. `patience` 0: no phase is late.
-    `clock`: seconds, from any beginning.
+    A phase hangs if it takes longer than `patience` times the median of its earlier durations and longer than `LEAST_S`
+    (`_OUTSIDE` has larger minimums). In the first occurrence of a phase, the run hangs if no process of it has worked
+    for `FIRST_S`; this check is skipped if processes are on machines that this one cannot see (`alone=False`). With
+    `patience` 0 no phase counts as hanging. `clock`: returns seconds since any fixed moment.
     """
 
     def __init__(
@@ -50,26 +52,26 @@ class Watchdog:
         self.clock = clock
         self.phase, self.step = "starting", None
         now = clock()
-        self.began = self.since = now  # of the phase; of what it is patient with
+        self.began = self.since = now  # start of the phase; start of the present wait
         self.durations: dict[str, list[float]] = {}
         self.vital: dict[int, str] = {}
         self.dead: dict[int, float] = {}
         self.asked = self.worked = self.weighed = now
         self.looked = now - LOOK_S
-        self.seconds: dict[int, float] = {}  # of a core, that each process had used at `weighed`
-        self.told = 0  # hours of the present phase
-        # In seconds since the epoch, as the times of records and errors: when each process was last seen alive, when it
-        # was first missed, and when phases began.
+        self.seconds: dict[int, float] = {}  # processor seconds of each process at `weighed`
+        self.told = 0  # hours of the present phase that were reported
+        # In seconds since the epoch, like the times of records and errors: when each process was last seen alive, when
+        # it was first missing, and when phases began.
         self.seen: dict[int, float] = {}
         self.missed: dict[int, float] = {}
         self.passed: list[tuple[float, str]] = []
 
     def record(self, name: str, record: dict[str, Any]) -> None:
-        """Phases begin with records of the kinds `doing` (every step) and `phase` (the start of a run).
+        """Take note of a record: kinds `doing` (every step) and `phase` (start of a run) begin a phase.
 
-        Their times are not used: a clock may be set, and may be another machine's. The same phase of the same step anew
-        (generation, for what refills thrown away groups) is no new phase, but a sign of life: from then on it may take
-        as long as the whole phase usually does.
+        Record times are not used for durations: a clock may be set, and may be another machine's. If the same phase of
+        the same step starts again (generation that replaces discarded groups), this is not a new phase but a sign of
+        life: from then on the phase may take as long as the whole phase usually does.
         """
         now = self.clock()
         if record.get("kind") == "error":
@@ -85,15 +87,15 @@ class Watchdog:
 
     @property
     def where(self) -> str:
-        """The present phase, and of which step it is."""
+        """The present phase and its step."""
         return f"{self.phase} of step {self.step}" if self.step else self.phase
 
     def where_at(self, time: float) -> str:
-        """The phase of a moment."""
+        """Return the phase at the given time (seconds since the epoch)."""
         return next((where for began, where in reversed(self.passed) if began <= time), "starting")
 
     def limit(self) -> float:
-        """Seconds that the present phase may take; infinite where it is the first of its kind."""
+        """Return how many seconds the present phase may take; infinite in the first occurrence of the phase."""
         if not self.patience:
             return float("inf")
         if self.phase == ENDING:
@@ -103,7 +105,10 @@ class Watchdog:
         return max(least, self.patience * statistics.median(usual)) if usual else float("inf")
 
     def fault(self) -> str:
-        """What is wrong with the run now. To be called often; looks at its processes every `LOOK_S` seconds."""
+        """Return what is wrong with the run now, "" if nothing is.
+
+        Call this often; it checks the processes every `LOOK_S` seconds.
+        """
         now = self.clock()
         if (asleep := now - self.asked) > ASLEEP_S:
             self.began, self.since, self.worked = (one + asleep for one in (self.began, self.since, self.worked))
@@ -111,7 +116,7 @@ class Watchdog:
         self.asked = now
         usual = self.durations.get(self.phase)
         if now - self.since > self.limit():
-            often = f" ({statistics.median(usual):.0f} s are usual)" if usual else ""
+            often = f" (usually {statistics.median(usual):.0f} s)" if usual else ""
             return f"{self.where} has taken {now - self.since:.0f} s{often}: the run hangs"
         if self.phase == ENDING:
             return ""
@@ -120,25 +125,25 @@ class Watchdog:
             self.look()
         idle = now - max(self.since, self.worked)
         if self.patience and self.alone and not usual and idle > FIRST_S:
-            return f"no process of the run has worked for {idle:.0f} s in {self.where}: the run hangs"
+            return f"all processes of the run were idle for {idle:.0f} s in {self.where}: the run hangs"
         for pid, since in self.dead.items():
             if now - since > (RAY_GRACE_S if self.vital[pid] in RAY else GRACE_S):
                 return f"{self.vital[pid]} (process {pid}) died during {self.where}"
         return ""
 
     def warning(self) -> str:
-        """What a user should hear of a phase whose usual time is not known, once an hour; "" else."""
+        """Return a warning, once an hour, about a phase whose usual time is not known; "" otherwise."""
         hours = int((self.clock() - self.since) // FIRST_S)
         if self.limit() < float("inf") or not self.patience or hours <= self.told:
             return ""
         self.told = hours
         return (
-            f"{self.where} has taken {hours} h; it is the first of its kind in this attempt, so that nobody knows how "
-            "long it should take: stop the run by Ctrl-C if it hangs"
+            f"{self.where} has taken {hours} h. This attempt has no earlier phase of this kind to compare with: "
+            "stop the run with Ctrl-C if it hangs"
         )
 
     def look(self) -> None:
-        """Which processes of this run live, since when others do not, and whether any of them works."""
+        """Check which processes of this run live, since when the others do not, and whether any of them works."""
         now, promised = self.clock(), listening(self.stacks)
         living, seconds, waiting = {}, {}, False
         for process in psutil.Process().children(recursive=True):
@@ -150,7 +155,7 @@ class Watchdog:
                     living[process.pid] = title(process)
                     seconds[process.pid] = sum(process.cpu_times()[:2])
                     waiting |= status == psutil.STATUS_DISK_SLEEP
-            except psutil.Error:  # gone meanwhile, or another user's
+            except psutil.Error:  # ended meanwhile, or another user's
                 continue
         for pid, what in living.items():
             if (pid in promised and what.startswith(_VITAL)) or what in RAY:
@@ -166,3 +171,15 @@ class Watchdog:
             if any(used - self.seconds.get(pid, 0) > BUSY * span for pid, used in seconds.items()):
                 self.worked = now
             self.seconds, self.weighed = seconds, now
+
+
+def title(process: psutil.Process) -> str:
+    """Return how a process names itself: "ray::AqnActorWorker", "VLLM::Worker", "raylet"."""
+    line = process.cmdline()
+    if not line:
+        return process.name()
+    first = line[0].split()[0] if line[0].startswith(("ray::", "VLLM::")) else Path(line[0]).name
+    if first.startswith("python") and "-m" in line[:-1]:
+        return line[line.index("-m") + 1]
+    # While a named actor is created, its title has its name, too: "ray::agent_loop_worker_0:AgentLoopWorker.__init__".
+    return f"ray::{first.rpartition(':')[2].partition('.')[0]}" if first.startswith("ray::") else first

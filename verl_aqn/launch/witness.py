@@ -1,4 +1,4 @@
-"""What is known of a run's end while it is watched: errors that its processes noted, and their deaths."""
+"""Evidence about the end of a run: errors that its processes recorded, and the deaths of its processes."""
 
 import json
 import time
@@ -14,11 +14,11 @@ from verl_aqn.runs.phases import ENDING
 from verl_aqn.runs.processes import oom_kills
 from verl_aqn.runs.stacks import crash
 
-WORD_S = 3  # for a run to say itself that it ends, after an error of a process that it cannot do without
+WORD_S = 3  # for a run to report its end, after an error in a process that it needs
 
 
 class Witness:
-    """Told of the run's records (`record`); `cause` says what it ended by."""
+    """Collect the run's error records (`record`) and find out what ended the run (`cause`)."""
 
     def __init__(self, temporary: Path, watchdog: Watchdog) -> None:
         self.temporary = temporary
@@ -27,14 +27,14 @@ class Witness:
         self.oom_before = oom_kills()
 
     def record(self, name: str, record: dict[str, Any]) -> None:
-        """Keep what a process noted."""
+        """Keep an error that a process recorded."""
         if name == faults.FILE:
             self.faults.append(Fault.of(record))
 
     def must_end(self) -> Fault | None:
-        """Return an error by which a process that the run needs came to its end, while the run does not say so.
+        """Return an error that ended a process that the run needs, if the run has not reported its own end.
 
-        Nobody may be waiting for that process, or everybody for long.
+        The other processes may wait for that process for a long time, or may not notice its end at all.
         """
         if self.watchdog.phase == ENDING:
             return None
@@ -42,14 +42,14 @@ class Witness:
         return next((fault for fault in self.faults if fault.ends and fault.name and fault.time < late), None)
 
     def cause(self, last: Fault) -> Fault:
-        """What `last`, by which the run ended, came from."""
+        """Return the error or death that `last`, the fault that the run ended by, followed from."""
         return find_cause(last, [*self.faults, *self.deaths(last.time)])
 
     def deaths(self, end: float) -> list[Fault]:
-        """The processes of the run that died, with the signal or exit code where it is known.
+        """Return the processes of the run that died, with signal or exit code if known.
 
-        `end`: when the run began to end. Of those that were missed only then nobody knows why; Ray's servers are the
-        first that a run itself ends.
+        `end`: when the run began to end. A process that was first missing after that may have ended because of it, so
+        its fault is marked `late`. Ray's servers are left out in this case, because a run ends them first itself.
         """
         vital, seen = self.watchdog.vital, self.watchdog.seen
         found = [
@@ -58,7 +58,7 @@ class Witness:
             if one["status"] and one["pid"] in vital
         ]
         forked = (self.temporary / ENDS).exists()
-        # Of those that a zygote forked, it says how and when they ended; of others, when they were last seen.
+        # The zygote records how and when its forked processes ended; for others only the last sighting is known.
         for pid, missed in self.watchdog.missed.items():
             late = missed > end
             if not (late if vital[pid] in RAY else forked):
@@ -67,11 +67,11 @@ class Witness:
         return found
 
     def told(self, cause: Fault) -> str:
-        """The one line of a run that ended by `cause`."""
+        """Return the one-line message of a run that ended by `cause`."""
         if not cause.died:
             return cause.told()
-        killed = "SIGKILL" in cause.text or "without a word" in cause.text
-        oom = " (the kernel ended a process for want of memory meanwhile)" if oom_kills() > self.oom_before else ""
+        killed = "SIGKILL" in cause.text or "without an error message" in cause.text
+        oom = " (meanwhile the kernel killed a process because memory ran out)" if oom_kills() > self.oom_before else ""
         return f"{cause.told()} during {self.watchdog.where_at(cause.time)}{oom if killed else ''}"
 
     def _ends(self) -> list[dict[str, Any]]:

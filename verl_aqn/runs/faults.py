@@ -1,8 +1,8 @@
-"""The errors of a run's processes, each written down where it was raised.
+"""Recording the errors of a run's processes where they are raised.
 
-The trainer often sees only what followed: a dead actor, a missing answer, a time-out. So every process of a run adds
-its own errors to `errors.jsonl` in the run's folder: those that it answers a call with, that it logs, and that end a
-thread or the process. Most of them are handled somewhere; `verl_aqn.launch.cause` finds the one that a run ended by.
+The trainer often sees only a consequence: a dead actor, a missing answer, a time-out. So every process of a run adds
+its own errors to `errors.jsonl` in the run folder: errors that it returns to a caller, that it logs, and that end a
+thread or the process. Most of them are handled somewhere; `verl_aqn.cause` finds the one that ended the run.
 """
 
 import logging
@@ -24,15 +24,15 @@ from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.processes import title
 
 FILE = "errors.jsonl"
-PLACE = "VERL_AQN_ERRORS"  # environment variable: that file, for the processes of a run
-BURST = 100  # errors that a process may note at once; later ones one a second: of a reward that always fails
+PLACE = "VERL_AQN_ERRORS"  # environment variable: path of that file, for the processes of a run
+BURST = 100  # errors that a process may record at once; then one per second, for a reward that always fails
 TEXT, FULL = 1000, 8000  # characters
-# After these words a process, or what it does for the run, has come to its end. Data that could not be put are lost,
-# but who wants to read them is told that they are there.
+# These log messages mean that a process, or what it does for the run, has ended. Data that could not be put are lost,
+# although readers are told that they exist.
 LAST_WORDS = re.compile(
     r"^(EngineCore (failed|encountered)|WorkerProc )|: (ZMQ Proxy unexpected error|put_data failed)"
 )
-_SERVING = ("/transfer_queue/", "/vllm/")  # a thread of theirs that ends leaves others waiting for it
+_SERVING = ("/transfer_queue/", "/vllm/")  # if a thread of these packages ends, other threads wait for it forever
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 _watching = False
@@ -40,12 +40,12 @@ _noted, _since = 0, time.monotonic()
 
 
 def in_run() -> bool:
-    """Whether this process is one of a run's."""
+    """Return whether this process belongs to a run."""
     return bool(os.environ.get(PLACE))
 
 
 def watch() -> None:
-    """Note the errors of this process from now on. Does nothing outside a run, and nothing the second time."""
+    """Record the errors of this process from now on. Do nothing outside a run or if already active."""
     global _watching
     if _watching or not in_run():
         return
@@ -77,28 +77,29 @@ def watch() -> None:
 
 
 def note(error: Exception, *, ends: bool = False) -> None:
-    """Write an error down, once in each process. Never raises, and does nothing outside a run.
+    """Record an error, once in each process. Never raise; do nothing outside a run.
 
-    `ends`: the process, or what it does for the run, ends by it.
+    `ends`: the error ends the process, or what the process does for the run.
     """
     global _noted
-    if not in_run() or _is_ray_s(error):  # Ray's is of another process, which has noted it
+    if not in_run() or _is_ray_s(error):  # Ray's copy comes from another process, which has recorded it
         return
     if getattr(error, "_aqn_noted", None) == (os.getpid(), ends):
         return
     if not ends and _noted > BURST + time.monotonic() - _since:
         return
     _noted += 1
-    with suppress(Exception):  # whatever it is about, the error itself matters more
+    with suppress(Exception):  # a failure to record must not hide the error itself
         RunFolder(Path(os.environ[PLACE]).parent).append(FILE, describe(error) | {"ends": ends})
         error._aqn_noted = (os.getpid(), ends)  # type: ignore[attr-defined]
 
 
 def describe(error: BaseException) -> dict[str, Any]:
-    """An error of this process as plain values.
+    """Return an error of this process as plain values.
 
-    time, process and pid; type and text, one line; where, file:line, "" where nobody knows; full, the text with those
-    of the errors that it names as its causes; ours, whether it is one that says itself what to do.
+    The keys are `time`, `process` and `pid`; `type`; `text`, one line; `where`, file:line, "" if unknown; `full`, the
+    text together with the texts of its causes (`__cause__`); `ours`, whether the error's class is one of ours, whose
+    message says what to do.
     """
     root = error
     while _is_ray_s(root) and isinstance(cause := getattr(root, "cause", None), BaseException):
@@ -116,20 +117,20 @@ def describe(error: BaseException) -> dict[str, Any]:
 
 
 def _is_ray_s(error: BaseException) -> bool:
-    """Whether Ray brought it from another process; its class is one of Ray's and the error's own."""
+    """Return whether Ray brought the error from another process. Its class then derives from Ray's and the original."""
     return type(error).__name__.startswith("RayTaskError")
 
 
 def own_name() -> str:
-    """What this process calls itself, or what its parent called it."""
+    """Return how this process names itself, or the name that its parent gave it."""
     name = title(psutil.Process())
     process = multiprocessing.current_process().name
     return name if name.startswith(("ray::", "VLLM::")) or process == "MainProcess" else process
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line: its first, with the next where that is only a heading."""
-    if callable(found := getattr(error, "errors", None)):  # pydantic's, whose first line is a count
+    """Return an error's message as one line: the first, with the second added if the first is only a heading."""
+    if callable(found := getattr(error, "errors", None)):  # a pydantic error, whose first line is only a count
         with suppress(Exception):
             first = found()[0]
             return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".splitlines()[0]
@@ -140,7 +141,7 @@ def one_line(error: BaseException) -> str:
 
 
 def place_of(error: BaseException) -> str:
-    """The line of the last file that is not in an installed package, else the last line of all: folder/file:line."""
+    """Return folder/file:line of the last frame outside installed packages, else of the last frame."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "site-packages" not in frame.filename and not frame.filename.startswith("<")]
     own = [frame for frame in own if "/lib/python3" not in frame.filename]
@@ -151,7 +152,10 @@ def place_of(error: BaseException) -> str:
 
 
 def _full(error: BaseException | None) -> str:
-    """Not what was being handled when an error was raised (`__context__`): that may have nothing to do with it."""
+    """Return the texts of an error and its causes.
+
+    Errors that were being handled when it was raised (`__context__`) are left out: they may be unrelated.
+    """
     texts: list[str] = []
     while error is not None and len(texts) < 10:
         texts.append(f"{type(error).__name__}: {_COLOURS.sub('', str(error))}")

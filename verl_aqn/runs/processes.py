@@ -1,4 +1,4 @@
-"""Processes that this one starts: each goes when this one does, and nothing of theirs stays."""
+"""Child processes: each ends when this process does, and everything they leave behind is removed."""
 
 import ctypes
 import os
@@ -20,7 +20,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 def start_module(module: str, arguments: Sequence[str | Path], env: Mapping[str, str], log: Path) -> subprocess.Popen:
-    """`python -m MODULE ARGUMENTS…` in a session of its own, whose output is added to `log`."""
+    """Start `python -m MODULE ARGUMENTS…` in its own session and append its output to `log`."""
     with open(open_own(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", module, *map(str, arguments)],
@@ -34,17 +34,17 @@ def start_module(module: str, arguments: Sequence[str | Path], env: Mapping[str,
 
 
 def _end_with_parent() -> None:
-    """For a child before it starts: it gets SIGTERM when this process dies, however that comes."""
+    """Make the kernel send SIGTERM to this new child when its parent dies for any reason."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def adopt_orphans() -> None:
-    """Orphans among the descendants become children of this process instead of init's, so that they can be found."""
+    """Become the parent of orphaned descendants, in place of init, so that they can be found."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def ended_children() -> Iterator[tuple[int, int]]:
-    """Collect children that have ended: process id and exit code, negative for a signal."""
+    """Collect children that have ended: yield process id and exit code, negative for a signal."""
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -56,9 +56,9 @@ def ended_children() -> Iterator[tuple[int, int]]:
 
 
 def end_descendants() -> None:
-    """End every process that this one started, directly or not: first politely, then by SIGKILL."""
+    """End all processes that this one started, directly or not: by SIGTERM, then by SIGKILL."""
     for send, wait in (("terminate", GRACE_S), ("kill", 5)):
-        # A dying process can still start another, so look again until there is none.
+        # A process that is ending can still start another one, so repeat until there is none.
         for _ in range(3):
             processes = psutil.Process().children(recursive=True)
             if not processes:
@@ -69,12 +69,12 @@ def end_descendants() -> None:
                 except psutil.NoSuchProcess:
                     continue
             psutil.wait_procs(processes, timeout=wait)
-            for _ in ended_children():  # so that none stays as a zombie
+            for _ in ended_children():  # so that none remains as a zombie
                 pass
 
 
 def oom_kills() -> int:
-    """How many processes the kernel has ended for want of memory: in this container's group, else on the machine."""
+    """Return how many processes the kernel has killed because memory ran out, in this container or on the machine."""
     for path in ("/sys/fs/cgroup/memory.events", "/proc/vmstat"):
         with suppress(OSError, ValueError):
             counts = dict(line.split() for line in Path(path).read_text().splitlines())
@@ -84,12 +84,12 @@ def oom_kills() -> int:
 
 
 class SharedMemory:
-    """The files of /dev/shm that the processes of a run have been seen to have mapped.
+    """The files of /dev/shm that processes of a run were seen to have mapped.
 
-    Only these are ever removed after it: containers may share /dev/shm, and then what looks like left behind is in use
-    by processes that cannot be seen from here. Files are known by device and inode and not by name: whoever makes a
-    semaphore has it mapped under a temporary name. What is seen is kept in the folder `temporary` too, for whoever
-    cleans after this process was killed itself.
+    Only these are removed after the run: containers may share /dev/shm, so a file that looks left behind may be in use
+    by processes that cannot be seen from here. Files are identified by device and inode and not by name, because a
+    semaphore is first mapped under a temporary name. The files seen are also recorded in the folder `temporary`, for a
+    later clean-up if this process is killed.
     """
 
     def __init__(self, temporary: Path) -> None:
@@ -99,13 +99,13 @@ class SharedMemory:
     def _kept(self) -> set[tuple[int, int]]:
         try:
             with open(open_own(self._file, os.O_RDONLY)) as file:
-                lines = file.read().split("\n")[:-1]  # without one that a killed process left half
+                lines = file.read().split("\n")[:-1]  # without an incomplete line of a killed process
         except (EnvironmentFault, OSError):
             return set()
         return {(int(device), int(inode)) for device, inode in map(str.split, lines)}
 
     def look(self, processes: Iterable[psutil.Process] | None = None) -> None:
-        """See what these processes, by default this one and its descendants, have mapped now, and what others saw."""
+        """Record what these processes (default: this one and its descendants) have mapped, and what others recorded."""
         if processes is None:
             this = psutil.Process()
             processes = (this, *this.children(recursive=True))
@@ -118,11 +118,11 @@ class SharedMemory:
                 file.write(text)
 
     def remove(self, since: float) -> None:
-        """Unlink what was seen, was made after the time `since`, is this user's, and no living process has mapped."""
+        """Unlink the recorded files made after the time `since` that belong to this user and are no longer mapped."""
         left = {}
         for pattern in ("psm_*", "sem.mp-*", "verl_weights_*", "vllm_dist_*"):
             for path in Path("/dev/shm").glob(pattern):
-                with suppress(FileNotFoundError):  # gone meanwhile: its owner lives
+                with suppress(FileNotFoundError):  # removed meanwhile by its owner
                     status = path.lstat()
                     if status.st_ctime >= since and status.st_uid == os.getuid():
                         left[status.st_dev, status.st_ino] = path
@@ -135,10 +135,10 @@ class SharedMemory:
 
 
 def _mapped(process: str) -> set[tuple[int, int]]:
-    """Device and inode of each file of /dev/shm that a process has mapped."""
+    """Return device and inode of each file of /dev/shm that a process has mapped."""
     try:
         maps = Path(f"/proc/{process}/maps").read_bytes()
-    except OSError:  # gone meanwhile, or another user's
+    except OSError:  # ended meanwhile, or another user's
         return set()
     if b" /dev/shm/" not in maps:
         return set()

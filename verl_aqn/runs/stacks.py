@@ -1,4 +1,4 @@
-"""Where every Python process of a run stands, by thread: each process promises to write it down when it is asked."""
+"""Stack traces of all Python processes of a run, by thread: each process writes its own when it gets a signal."""
 
 import faulthandler
 import os
@@ -8,23 +8,23 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-FOLDER = "VERL_AQN_STACKS"  # environment variable: where the processes of a run leave their stacks
-SIGNAL = signal.SIGUSR2  # used by neither Ray nor vLLM
+FOLDER = "VERL_AQN_STACKS"  # environment variable: where the processes of a run write their stacks
+SIGNAL = signal.SIGUSR2  # Ray and vLLM do not use it
 WAIT_S = 5
 _CRASH = re.compile(r"^Fatal Python error: (.+)$", re.MULTILINE)
 
 
 def folder_in(temporary: str | Path) -> Path:
-    """What FOLDER says in a run with this temporary folder."""
+    """Return the value of FOLDER for a run with this temporary folder."""
     return Path(temporary) / "stacks"
 
 
 def listen() -> None:
-    """From now on `SIGNAL` makes this process write its stacks to FOLDER/<pid>.txt and go on.
+    """Make `SIGNAL` write this process's stacks to FOLDER/<pid>.txt from now on; the process then goes on.
 
-    By C code that needs neither the interpreter's lock nor memory, so that it also tells of a process that hangs. Where
-    the process crashes in native code, it writes there why, and where it was (`crash`).
-    Does nothing outside a run, and nothing the second time.
+    C code writes them without the interpreter's lock and without allocating memory, so that this works in a process
+    that hangs, too. If the process crashes in native code, the reason and the place go to the same file (`crash`). Do
+    nothing outside a run or if already active.
     """
     folder = os.environ.get(FOLDER)
     if not folder or not Path(folder).is_dir():  # another node of a cluster has its own folder
@@ -37,12 +37,12 @@ def listen() -> None:
 
 
 def listening(folder: Path) -> set[int]:
-    """Processes that can be asked, dead ones too."""
+    """Return the ids of all processes that called `listen`, including dead ones."""
     return {int(path.stem) for path in folder.glob("*.txt")}
 
 
 def crash(folder: Path, pid: int) -> str:
-    """What a process that promised its stacks says of its crash: "Segmentation fault, folder/file.py:12"; else ""."""
+    """Return what a process recorded about its crash: "Segmentation fault, folder/file.py:12"; "" for no crash."""
     path = folder / f"{pid}.txt"
     text = path.read_text(errors="replace") if path.exists() else ""
     if (why := _CRASH.search(text)) is None:
@@ -52,13 +52,13 @@ def crash(folder: Path, pid: int) -> str:
 
 
 def crashes(folder: Path) -> str:
-    """The stacks of all that crashed."""
+    """Return the stacks of all processes that crashed."""
     told = {pid: (folder / f"{pid}.txt").read_text(errors="replace") for pid in sorted(listening(folder))}
     return "\n".join(f"== {pid} crashed\n{text}" for pid, text in told.items() if _CRASH.search(text))
 
 
 def collect(folder: Path, processes: Mapping[int, str]) -> str:
-    """The stacks of those of `processes` (pid → what it is) that listen and live, as text."""
+    """Return the stacks, as text, of those of `processes` (pid → description) that listen and are alive."""
     asked = []
     for pid in sorted(listening(folder) & set(processes)):
         try:

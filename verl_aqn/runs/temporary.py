@@ -1,7 +1,8 @@
-"""The temporary folder of an attempt at a run: sockets and files of its processes, for this user alone.
+"""The temporary folder of an attempt at a run: sockets and files of its processes, for this user only.
 
-A record of a run names it, so that what a killed attempt left can be removed. A record may be damaged, copied or made
-by others: only a folder that says itself that it is this run's, and that no living attempt holds, is ever deleted.
+A record of the run names the folder, so that it can be removed if the attempt is killed. A record may be damaged,
+copied or made by others. So a folder is deleted only if a file in it says that it belongs to this run, and if no living
+attempt holds its lock.
 """
 
 import fcntl
@@ -14,13 +15,13 @@ from pathlib import Path
 from verl_aqn.errors import EnvironmentFault
 from verl_aqn.safe_files import is_own_folder, open_own
 
-ROOT = Path("/tmp")  # short: the paths of sockets end at 107 characters
+ROOT = Path("/tmp")  # short, because paths of sockets have at most 107 characters
 PREFIX = "aqn-"
-_OF = "run"  # the file in it that says whose it is, locked while the attempt lives
+_OF = "run"  # file in the folder that names its run; locked while the attempt lives
 
 
 def make(run: Path) -> tuple[str, int]:
-    """A new folder for an attempt at the run in the folder `run`, and the handle that holds its lock."""
+    """Create a folder for an attempt at the run in `run`. Return the folder and the handle that holds its lock."""
     folder = tempfile.mkdtemp(prefix=PREFIX, dir=ROOT)
     claim(Path(folder), run)
     handle = open_own(Path(folder) / _OF, os.O_RDONLY)
@@ -29,15 +30,19 @@ def make(run: Path) -> tuple[str, int]:
 
 
 def claim(folder: Path, run: Path) -> None:
-    """Make a folder whose name is known already, as on the other nodes of a cluster; several processes may.
+    """Create a folder whose name is already known, as on the other nodes of a cluster.
+
+    Several processes may call this for the same folder.
 
     Raises:
-        EnvironmentFault: another user made it first.
+        EnvironmentFault: another user made the folder first.
     """
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     if not is_own_folder(folder, 0o700):
-        raise EnvironmentFault(f"{folder} was made by another user, who may want this run's files: start the run again")
+        raise EnvironmentFault(
+            f"{folder} was created by another user, who could read this run's files: start the run again"
+        )
     with suppress(FileExistsError):
         handle = open_own(folder / _OF, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         os.write(handle, os.path.realpath(run).encode())
@@ -45,7 +50,7 @@ def claim(folder: Path, run: Path) -> None:
 
 
 def remove(folder: Path, run: Path) -> bool:
-    """Delete a folder that an attempt at `run` made and that no living one holds. Whether it did."""
+    """Delete a folder of an attempt at `run` if no living attempt holds it. Return whether it was deleted."""
     if folder.parent != ROOT or not folder.name.startswith(PREFIX) or not is_own_folder(folder, 0o700):
         return False
     try:

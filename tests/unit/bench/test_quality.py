@@ -25,6 +25,6 @@ def test_every_variant_of_a_tiny_model(tmp_path):
 def test_refuses():
     with pytest.raises(ConfigError, match="unknown variant 'gtpq'"):
         quality.measure("/nowhere", 4, 4, ["gtpq"], "embedded", ["embedded"])
-    with pytest.raises(ConfigError, match="give two files"):
+    with pytest.raises(ConfigError, match="give two different files"):
         quality.measure("/nowhere", 4, 4, ["gptq"], "a.jsonl", ["embedded", "./a.jsonl"])
     one_line(run("bench", "mxfp4-quality", "--only", "gtpq"), 2)

@@ -189,7 +189,7 @@ def test_a_full_disk_is_told_with_the_file_and_leaves_nothing(place):
     )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr == (
-        f"error: cannot write {place}/cwd/r.html (File too large): free some space, or choose a place on another disk\n"
+        f"error: cannot write {place}/cwd/r.html (File too large): free some space, or choose a folder on another disk\n"
     )
     assert not list((place / "cwd").iterdir())
 
@@ -203,7 +203,7 @@ def test_names_that_are_no_text_and_a_working_folder_that_is_gone(place):
         ["sh", "-c", f'cd {place}/gone; rmdir {place}/gone; exec "$@"', "sh", *command],
         env=environment(place), capture_output=True, text=True,
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (1, "error: the working folder is gone: cd into another one\n")
+    assert (done.returncode, done.stderr) == (1, "error: the working directory does not exist any more: change to another one\n")
 
 
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])

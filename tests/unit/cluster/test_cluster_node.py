@@ -40,11 +40,11 @@ def test_rays_folder_on_a_node_is_the_users_alone(tmp_path):
     assert option(command, "--temp-dir") == str(folder)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     folder.chmod(0o755)
-    with pytest.raises(EnvironmentFault, match="is not yours alone: chmod 700"):
+    with pytest.raises(EnvironmentFault, match="other users can access .*: chmod 700"):
         ray_start(None, None, 6379, "cpu", None, [])
     folder.rmdir()
     folder.symlink_to(tmp_path)
-    with pytest.raises(EnvironmentFault, match="is not yours alone"):
+    with pytest.raises(EnvironmentFault, match="other users can access"):
         ray_start(None, None, 6379, "cpu", None, [])
     assert "--temp-dir" not in ray_start(None, None, 6379, "cpu", None, ["--temp-dir=/elsewhere"])[0]
 
@@ -55,7 +55,7 @@ def test_a_worker_takes_the_address_that_leads_to_its_head(token):
     assert option(command, "--address") == "127.0.0.1:6379"
     assert option(command, "--node-ip-address") == "127.0.0.1"
     assert command[-2:] == ["--temp-dir", "/elsewhere"]
-    with pytest.raises(ConfigError, match=r"'10\.0\.0\.1' is not of the form HEAD_IP:PORT"):
+    with pytest.raises(ConfigError, match=r"'10\.0\.0\.1' does not have the form HEAD_IP:PORT"):
         ray_start("10.0.0.1", None, 6379, "cpu", None, [])
 
 
@@ -95,7 +95,7 @@ def test_the_head_makes_a_token_that_its_user_alone_can_read(token):
 
 
 def test_without_the_token_or_with_one_for_all_nothing_is_started(token):
-    with pytest.raises(EnvironmentFault, match=f"no token in {token}: copy the head's"):
+    with pytest.raises(EnvironmentFault, match=f"no token in {token}: copy it from the head"):
         ray_start("127.0.0.1:6379", None, 6379, "cpu", None, [])
     token_environment(make=True)
     token.chmod(0o644)
@@ -120,6 +120,6 @@ def test_no_cluster_is_told_in_a_line(token, monkeypatch):
     token_environment(make=True)
     monkeypatch.setattr(os, "environ", os.environ.copy())  # the token is set there for Ray
     with pytest.raises(
-        EnvironmentFault, match=r"no Ray cluster answers at http://127\.0\.0\.1:1: run this on its head"
+        EnvironmentFault, match=r"no Ray cluster answers at http://127\.0\.0\.1:1: run this on the head"
     ):
         run_job("http://127.0.0.1:1", ["e6a"])

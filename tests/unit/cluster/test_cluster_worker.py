@@ -65,5 +65,5 @@ def test_a_worker_stops_where_another_user_made_the_folder_first(start, tmp_path
     os.chown(folder, 23456, 23456)
     _, done = start(folder)
     assert done.returncode == 1
-    assert f"{folder} was made by another user" in done.stderr
+    assert f"{folder} was created by another user" in done.stderr
     assert not list(folder.iterdir())

@@ -146,7 +146,7 @@ def test_an_error_of_nobody_else_stays():
 
 @pytest.mark.parametrize(("status", "text"), [
     (-9, "was killed by SIGKILL"), (-63, "was killed by signal 63"), (3, "ended with exit code 3"),
-    (None, "died without a word: killed, out of memory, or a crash in native code"),
+    (None, "died without an error message: killed, out of memory, or a crash in native code"),
 ])  # fmt: skip
 def test_ways_to_die(status, text):
     assert death(5, WORKER, 4, status).text == text
@@ -169,7 +169,7 @@ def test_an_actor_of_whose_death_nobody_knows_is_named_by_what_ray_says():
     full = "ray::AqnTaskRunner.run() (pid=7, ip=10.0.0.1)\n…\n\tclass_name: WorkerDict\n\tpid: 3204\n\tip: 10.0.0.7\n"
     found = find_cause(end(6, "ActorDiedError", "The actor died unexpectedly before finishing this task.", full), [])
     assert found.told() == (
-        "actor (ray::WorkerDict, process 3204) died without a word: killed, out of memory, or a crash in native code"
+        "actor (ray::WorkerDict, process 3204) died without an error message: killed, out of memory, or a crash in native code"
     )
 
 

@@ -38,10 +38,10 @@ def test_a_recipe_is_no_plan():
     ("changes", "words"),
     [
         ({"seed": [0]}, "unknown key seed: did you mean 'seeds'"),
-        ({"seeds": []}, "give each seed once, and one at least"),
-        ({"seeds": [1, 1]}, "give each seed once"),
+        ({"seeds": []}, "give at least one seed, and each seed once"),
+        ({"seeds": [1, 1]}, "each seed once"),
         ({"seeds": ["a"]}, r"seeds\[0\] must be a int"),
-        ({"arms": {}}, "arms must be a block of names"),
+        ({"arms": {}}, "arms must be a mapping from names"),
         ({"arms": {"a/b": {"recipe": "e12"}}}, "a name of letters"),
         ({"arms": {"a": {}}}, "and a recipe"),
         ({"arms": {"a": {"recipes": "e12"}}}, r"unknown key arms\.a\.recipes: did you mean 'recipe'"),
@@ -51,11 +51,11 @@ def test_a_recipe_is_no_plan():
         ({"overrides": "a=b"}, "overrides must be a list of key=value, got 'a=b'"),
         ({"arms": {"a": {"recipe": "e12", "overrides": "a=b"}}}, r"arms\.a\.overrides must be a list of key=value"),
         ({"contrasts": "a"}, "contrasts must be a list of lists"),
-        ({"arms": conditional(arm="noisy", above="nosy")}, r"c\.when names 'nosy', which is no arm .control, noisy.$"),
-        ({"arms": conditional(arm="noisy", above="c")}, "names 'c', which has a condition of its own"),
+        ({"arms": conditional(arm="noisy", above="nosy")}, r"c\.when names 'nosy', which is not an arm: use one of control, noisy$"),
+        ({"arms": conditional(arm="noisy", above="c")}, "names 'c', which has a condition itself"),
         ({"arms": conditional(arm="noisy")}, r"arms\.c\.when\.above is missing"),
-        ({"contrasts": [["noisy", "e12"]]}, "no pair .* of control, noisy"),
-        ({"contrasts": [["noisy", "noisy"]]}, "no pair"),
+        ({"contrasts": [["noisy", "e12"]]}, "is not a pair .* of control, noisy"),
+        ({"contrasts": [["noisy", "noisy"]]}, "is not a pair"),
     ],
 )
 def test_what_a_plan_cannot_say(tmp_path, changes, words):
@@ -80,7 +80,7 @@ def test_seeds_and_overrides_of_the_command_line_come_last(tmp_path):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("seeds=[0,1", r"seeds=\[0,1 is no YAML list: give seeds=\[0,1,2\]"),
+        ("seeds=[0,1", r"seeds=\[0,1 is not a YAML list: give seeds=\[0,1,2\]"),
         ("seeds=3", "seeds must be a list of whole numbers, got 3"),
     ],
 )
@@ -164,7 +164,7 @@ def test_each_run_once_and_the_comparison_at_the_end(light, tmp_path, capsys):
     assert len(taken) == 4
     again = capsys.readouterr()
     assert again.out == first.out
-    assert "noisy, seed 1: on record, 75.0 % (3 of 4" in again.err
+    assert "noisy, seed 1: finished before, 75.0 % (3 of 4" in again.err
 
 
 def test_more_seeds_run_only_what_is_new(light, tmp_path):
@@ -237,15 +237,15 @@ def test_two_epochs_only_where_one_shows_promise(light, tmp_path, capsys, noisy,
     factors = ["aqn.noise", "trainer.total_epochs", "trainer.total_training_steps"]
     series(tmp_path, arms=arms, seeds=[0], factors=factors).run()
     assert ("long-0" in taken) == run
-    assert ("noisy shows no promise" in capsys.readouterr().err) != run
+    assert (" is not above control (50.0 %)" in capsys.readouterr().err) != run
 
 
 def test_arms_that_differ_in_more_than_the_factor_are_refused_before_the_first_run(light, tmp_path):
     _, taken = light
     arms = {**ARMS, "fast": {"recipe": "e6a", "overrides": ["actor_rollout_ref.actor.optim.lr=1e-3"]}}
-    with pytest.raises(ConfigError, match=r"fast and control differ in more than aqn\.noise: .*optim\.lr"):
+    with pytest.raises(ConfigError, match=r"fast and control differ outside of factors \(aqn\.noise\): .*optim\.lr"):
         series(tmp_path, arms=arms)
-    with pytest.raises(ConfigError, match="one and the same"):
+    with pytest.raises(ConfigError, match="are identical"):
         series(tmp_path, arms={**ARMS, "again": {"recipe": "e6a"}})
     assert not taken
 
@@ -270,7 +270,7 @@ def test_runs_of_other_versions_are_not_mixed_in(light, tmp_path):
     series(tmp_path).run()
     for file in tmp_path.glob("out/*/runs/*/versions.json"):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"commit": "elsewhere"}))
-    with pytest.raises(ConfigError, match=r"made with other versions\.commit.*aqn\.run\.dir"):
+    with pytest.raises(ConfigError, match=r"made with different versions \(versions\.commit\).*aqn\.run\.dir"):
         series(tmp_path)
 
 
@@ -297,7 +297,7 @@ def test_what_was_begun_with_other_versions_begins_anew(light, tmp_path, capsys)
         file.write_text(json.dumps(json.loads(file.read_text()) | {"commit": "elsewhere"}))
     del taken[:], outcomes["control-0"]
     assert series(tmp_path, seeds=[0]).run() == 0
-    assert "begun before with other versions.commit: anew from its start" in capsys.readouterr().err
+    assert "versions changed since this run began (versions.commit): starting it again" in capsys.readouterr().err
     assert taken == ["control-0"]
     assert len(list(tmp_path.glob("out/control-seed0/runs/*/state.json"))) == 2
 
@@ -324,7 +324,7 @@ def test_a_machine_short_of_something_ends_one_run_only(light, tmp_path, capsys)
 
 def test_equal_arms_are_refused_although_no_contrast_holds_them_together(light, tmp_path):
     twins = {name: {"recipe": "e12"} for name in ("b", "c")}
-    with pytest.raises(ConfigError, match="the arms b and c are one and the same"):
+    with pytest.raises(ConfigError, match="the arms b and c are identical"):
         series(tmp_path, arms={"a": {"recipe": "e6a"}, **twins}, contrasts=[["b", "a"], ["c", "a"]])
 
 

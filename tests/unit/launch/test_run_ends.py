@@ -89,7 +89,7 @@ def test_a_driver_that_is_killed_is_named(end):
 
 @pytest.mark.parametrize(("how", "text"), [
     ("import ctypes; ctypes.string_at(0)", "crashed: Segmentation fault, "),
-    ("os.kill(os.getpid(), signal.SIGKILL)", "died without a word: "),
+    ("os.kill(os.getpid(), signal.SIGKILL)", "died without an error message: "),
 ])  # fmt: skip
 def test_a_child_that_dies_is_named(end, how, text):
     """Its driver does not notice. Without a zygote only a crash tells how it died."""
@@ -108,4 +108,4 @@ def test_a_child_that_dies_is_named(end, how, text):
 
 def test_a_driver_that_says_nothing(end):
     outcome, _, log = end("sys.exit(7)")
-    assert outcome.message == "the training process ended with code 7", log
+    assert outcome.message == "the training process ended with exit code 7", log

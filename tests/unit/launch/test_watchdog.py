@@ -93,7 +93,7 @@ def test_ten_times_the_usual_is_late(tmp_path, clock):
     steps(dog, clock, 20, 10, 30)
     assert dog.limit() == 200
     assert wait(dog, clock, 200) == ""
-    assert wait(dog, clock, 10) == "update of step 3 has taken 210 s (20 s are usual): the run hangs"
+    assert wait(dog, clock, 10) == "update of step 3 has taken 210 s (usually 20 s): the run hangs"
     quick = blind(10, tmp_path, clock)
     steps(quick, clock, 1, 1, 1)
     assert quick.limit() == LEAST_S
@@ -129,7 +129,7 @@ def test_a_first_phase_in_which_nothing_works_for_an_hour_hangs(tmp_path, clock)
     begin(dog, "loading the actor")
     assert wait(dog, clock, FIRST_S + 600, work=True) == ""
     assert wait(dog, clock, FIRST_S) == ""
-    assert wait(dog, clock, 10) == "no process of the run has worked for 3610 s in loading the actor: the run hangs"
+    assert wait(dog, clock, 10) == "all processes of the run were idle for 3610 s in loading the actor: the run hangs"
     elsewhere = blind(10, tmp_path, clock, alone=False)  # its processes are on other machines
     assert wait(elsewhere, clock, 10 * FIRST_S) == ""
     endless = blind(0, tmp_path, clock)

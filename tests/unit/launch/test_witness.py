@@ -31,7 +31,7 @@ def seen(dog, tmp_path):
     return witness.Witness(tmp_path, dog)
 
 
-def last(text="the training process ended with code 1") -> Fault:
+def last(text="the training process ended with exit code 1") -> Fault:
     return Fault(time.time(), "", 0, "ProcessFault", text, ours=True)
 
 
@@ -49,7 +49,7 @@ def test_a_run_that_does_not_say_that_it_ends_is_ended(seen, dog):
 def test_an_error_that_is_handled_or_of_a_users_own_process_ends_nothing(seen, change):
     seen.record(faults.FILE, WORKER | change | {"time": time.time() - 100})
     assert seen.must_end() is None
-    assert seen.cause(last()).text == "the training process ended with code 1"
+    assert seen.cause(last()).text == "the training process ended with exit code 1"
 
 
 def test_the_zygote_knows_how_a_process_died_and_when(seen, dog, tmp_path):
@@ -68,7 +68,7 @@ def test_the_zygote_knows_how_a_process_died_and_when(seen, dog, tmp_path):
 def test_without_a_zygote_a_death_is_silent(seen, dog):
     dog.vital, dog.missed, dog.seen = {45: "ray::RewardLoopWorker"}, {45: 260.0}, {45: 255.0}
     assert seen.told(seen.cause(last())) == (
-        "reward worker (ray::RewardLoopWorker, process 45) died without a word: killed, out of memory, or a crash in "
+        "reward worker (ray::RewardLoopWorker, process 45) died without an error message: killed, out of memory, or a crash in "
         "native code during update of step 3"
     )
 
@@ -83,11 +83,11 @@ def test_the_kernels_killer_is_named_where_it_was_at_work(seen, dog, tmp_path, m
     (tmp_path / ENDS).write_text(json.dumps({"pid": 41, "status": -9, "time": 150.0}) + "\n")
     dog.vital = {41: "VLLM::Worker"}
     monkeypatch.setattr(witness, "oom_kills", lambda: seen.oom_before + 1)
-    assert seen.told(seen.cause(last())).endswith("(the kernel ended a process for want of memory meanwhile)")
+    assert seen.told(seen.cause(last())).endswith("(meanwhile the kernel killed a process because memory ran out)")
 
 
 def test_a_hang_is_told_as_such(seen):
-    text = "sync of step 3 has taken 600 s (2 s are usual): the run hangs"
+    text = "sync of step 3 has taken 600 s (usually 2 s): the run hangs"
     assert seen.told(seen.cause(last(text))) == text
 
 

@@ -54,9 +54,9 @@ def test_a_run_that_goes_on_with_other_versions_says_so_and_is_like_no_other(tmp
     monkeypatch.setattr(train, "provenance", lambda *what: provenance(*what) | {"torch": "3.0"})
     run = open_run(tmp_path / "base", {})
     changed = launch(run, todo)
-    assert [text.split(" and goes on")[0] for text in changed] == [
-        f"the run began with data.rows.parquet {began['data']['rows.parquet']}",
-        f"the run began with torch {began['torch']}",
+    assert [text.split(" to ")[0] for text in changed] == [
+        f"data.rows.parquet changed from {began['data']['rows.parquet']}",
+        f"torch changed from {began['torch']}",
     ]
     mixed = versions_of(run.path)
     assert mixed["torch"] == f"{began['torch']} → 3.0"

@@ -120,7 +120,7 @@ def test_nothing_else_that_a_record_names_is_deleted(tmp_path):
 def test_a_temporary_folder_that_another_user_made_first_is_refused(tmp_path):
     (folder := tmp_path / "aqn-known").mkdir(mode=0o700)
     os.chown(folder, 23456, 23456)
-    with pytest.raises(EnvironmentFault, match="was made by another user"):
+    with pytest.raises(EnvironmentFault, match="was created by another user"):
         temporary.claim(folder, tmp_path)
     assert not list(folder.iterdir())
 

@@ -1,8 +1,8 @@
-"""A Python that starts warm: it has the server (`verl_aqn.launch.forkserver.server`) run its arguments, and ends as that does.
+"""A Python that starts fast: the server (`verl_aqn.zygote.server`) runs its arguments in a forked process.
 
-`python -I -S client.py SOCKET ARGUMENTS…` imports as little as it can. It stands for the process to whoever started
-it: signals go on to the real one, the exit status comes back. Where no server answers, or the arguments are none that
-gain by it, it becomes an ordinary Python.
+`python -I -S client.py SOCKET ARGUMENTS…` imports as little as possible. It stands for the real process: it forwards
+signals to it and returns its exit status. If no server answers, or if forking gains nothing for the arguments, it
+becomes an ordinary Python.
 """
 
 import array
@@ -19,12 +19,12 @@ SPAWNED = r"-c from multiprocessing\.spawn import spawn_main; spawn_main\(((?:(?
 
 
 def gains(arguments: list[str]) -> bool:
-    """Whether this is a worker of Ray's, or a process that vLLM spawns."""
+    """Return whether the arguments are those of a Ray worker or of a process that vLLM spawns."""
     return arguments[0].endswith("/default_worker.py") or re.fullmatch(SPAWNED, " ".join(arguments[:2])) is not None
 
 
 def forked(server: socket.socket, path: str, arguments: list[str]) -> int | None:
-    """Id of the process that runs the arguments; None where no server answers."""
+    """Return the id of the process that runs the arguments; None if no server answers."""
     try:
         server.connect(path)
         return ask(server, arguments)
@@ -33,9 +33,9 @@ def forked(server: socket.socket, path: str, arguments: list[str]) -> int | None
 
 
 def ask(server: socket.socket, arguments: list[str]) -> int:
-    """Send arguments, environment, working directory and open files; → id of the process that has them now."""
+    """Send arguments, environment, working directory and open files. Return the id of the process that has them now."""
     files = [int(name) for name in os.listdir("/proc/self/fd") if int(name) != server.fileno()]
-    files = [file for file in files if _is_open(file)]  # but for the one that listed them
+    files = [file for file in files if _is_open(file)]  # without the one that listed the folder
     request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd(), "files": files}
     data = json.dumps(request).encode()
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))]
@@ -45,10 +45,10 @@ def ask(server: socket.socket, arguments: list[str]) -> int:
 
 
 def receive(server: socket.socket) -> int:
-    """A number that the server sends.
+    """Receive one number from the server.
 
     Raises:
-        ConnectionError: it died.
+        ConnectionError: the server died.
     """
     data = server.recv(4)
     if len(data) != 4:
@@ -65,7 +65,7 @@ def _is_open(file: int) -> bool:
 
 
 def main(path: str, arguments: list[str]) -> int:
-    """→ exit status."""
+    """Run the arguments in a forked process or in an ordinary Python. Return the exit status."""
     server = socket.socket(socket.AF_UNIX)
     process = forked(server, path, arguments) if gains(arguments) else None
     if process is None:

@@ -1,7 +1,8 @@
-"""The process from which the others of a run on CPUs are forked, with verl, torch and vLLM already imported.
+"""The process that forks the other processes of a run on CPUs, with verl, torch and vLLM already imported.
 
-A run has eight processes one after the other that would import the same for ten seconds each. Forked, they share those
-pages too. Not for accelerators: their runtimes cannot be used in a process forked after they were asked for devices.
+A run starts eight processes one after another, and each would spend ten seconds on the same imports. Forked processes
+also share those memory pages. This is not for accelerators: their runtimes do not work in a process that was forked
+after they were asked for devices.
 """
 
 import contextlib
@@ -31,9 +32,9 @@ from verl_aqn.launch.forkserver.client import SPAWNED
 from verl_aqn.runs import faults, stacks
 from verl_aqn.runs.processes import ended_children
 
-PYTHON = "VERL_AQN_PYTHON"  # environment variable: the warm Python of this run
-ENDS = "ends.jsonl"  # in the run's temporary folder: a line for each forked process that has ended
-FIRST = (  # does not import Ray
+PYTHON = "VERL_AQN_PYTHON"  # environment variable: path of this run's replacement for `python`
+ENDS = "ends.jsonl"  # in the run's temporary folder: one line for each forked process that has ended
+FIRST = (  # these do not import Ray
     "torch._dynamo",
     "tensordict",
     "torch.distributed.fsdp",
@@ -42,7 +43,7 @@ FIRST = (  # does not import Ray
     "datasets",
     "vllm",
 )
-# Ray reads raylet and job from the environment when it is imported, so this waits for the first request.
+# Ray reads its node and job from the environment at import, so these wait for the first request.
 THEN = (
     "ray",
     "vllm.v1.engine.async_llm",
@@ -60,16 +61,16 @@ THEN = (
 
 @dataclass
 class Request:
-    """What a client asks to be run, as `python ARGUMENTS…`."""
+    """What a client asks to run, as `python ARGUMENTS…`."""
 
     arguments: list[str]
     environment: dict[str, str]
     folder: str
-    files: dict[int, int]  # number in the client → number here
+    files: dict[int, int]  # file number in the client → file number here
 
 
 def warm_python(temporary: str) -> tuple[Path, Path]:
-    """Write what is called in place of `python` into the folder `temporary`; → it, and where the server listens."""
+    """Write the replacement for `python` into the folder `temporary`. Return its path and the server's socket."""
     python, server = Path(temporary) / "python", Path(temporary) / "zygote"
     client = [sys.executable, "-I", "-S", str(Path(__file__).with_name("client.py")), str(server)]
     python.write_text(f'#!/bin/sh\nexec {shlex.join(client)} "$@"\n')
@@ -78,7 +79,7 @@ def warm_python(temporary: str) -> tuple[Path, Path]:
 
 
 def preload(names: Iterable[str]) -> None:
-    """Import what there is of it."""
+    """Import those of the modules that are installed."""
     for name in names:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
@@ -86,9 +87,9 @@ def preload(names: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def unused_generator() -> Iterator[None]:
-    """Ray's C++ generator of ids stays unused, and so unseeded: else every child would go on with the same ids.
+    """Keep Ray's C++ generator of ids unused, and so unseeded: otherwise all children would produce the same ids.
 
-    At import the only use of it is an id for each actor class.
+    At import, its only use is one id for each actor class.
     """
     import ray.actor
 
@@ -102,7 +103,7 @@ def unused_generator() -> Iterator[None]:
 
 
 def share_titles() -> None:
-    """vLLM's processes title themselves by Ray's function: that of the package finds its place no more after a fork."""
+    """Let vLLM's processes set their titles by Ray's function: setproctitle's own does not work after a fork."""
     import ray
     import setproctitle
 
@@ -111,17 +112,17 @@ def share_titles() -> None:
 
 
 def preload_in(environment: dict[str, str]) -> None:
-    """Import the rest, with what a first worker of Ray's was given for its environment."""
+    """Import the remaining modules with the environment of Ray's first worker."""
     os.environ.update({**environment, stacks.FOLDER: "", faults.PLACE: ""})
     with unused_generator():
         preload(THEN)
     share_titles()
     gc.collect()
-    gc.freeze()  # the collector would write to pages that the children share
+    gc.freeze()  # garbage collection would write to pages that the children share
 
 
 def receive(client: socket.socket) -> Request:
-    """A request as `client.ask` sends it.
+    """Receive a request that `client.ask` sent.
 
     Raises:
         ConnectionError: the client died.
@@ -141,17 +142,17 @@ def receive(client: socket.socket) -> Request:
 
 
 class Zygote:
-    """Forks for every client, and tells it how its process ended."""
+    """A server that forks a process for each client and tells the client how its process ended."""
 
     def __init__(self, listener: socket.socket, ends: Path) -> None:
         self.listener = listener
-        self.ends = ends  # a file, a line for each child
+        self.ends = ends  # file with one line for each child
         self.clients: dict[socket.socket, int] = {}  # → process
         self.woken, self.wake = socket.socketpair()  # by SIGCHLD
         self.wake.setblocking(False)
 
     def serve(self) -> Request:
-        """For as long as this process lives. Returns in each child, with what it is to run."""
+        """Serve for as long as this process lives. In each child, return the request that the child has to run."""
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
         signal.set_wakeup_fd(self.wake.fileno())
         while True:
@@ -159,14 +160,16 @@ class Zygote:
             if self.woken in ready:
                 self.woken.recv(4096)
                 self.tell_ends()
-            for client in self.clients.keys() & set(ready):  # it says nothing more: it was killed
+            for client in self.clients.keys() & set(
+                ready
+            ):  # a client sends nothing after its request, so it was killed
                 os.kill(self.clients.pop(client), signal.SIGKILL)
                 client.close()
             if self.listener in ready and (request := self.accept()):
                 return request
 
     def accept(self) -> Request | None:
-        """Fork for the next client. → its request, in the child alone."""
+        """Fork for the next client. Return its request in the child, None in the parent."""
         client, _ = self.listener.accept()
         try:
             request = receive(client)
@@ -177,7 +180,7 @@ class Zygote:
             preload_in(request.environment)
         process = os.fork()
         if process == 0:
-            # Where a worker of Ray's has died, the raylet ends its process group. That must not be everybody's.
+            # If a Ray worker dies, the raylet ends its process group, so each child gets its own group.
             os.setpgid(0, 0)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -191,7 +194,7 @@ class Zygote:
         return None
 
     def tell_ends(self) -> None:
-        """Every child that has ended: tell its client the exit code, negative for a signal."""
+        """Tell the client of each child that has ended the exit code, negative for a signal."""
         for process, status in ended_children():
             with contextlib.suppress(OSError), self.ends.open("a") as file:
                 file.write(json.dumps({"pid": process, "status": status, "time": time.time()}) + "\n")
@@ -202,18 +205,18 @@ class Zygote:
 
 
 def _send(client: socket.socket, number: int) -> None:
-    with contextlib.suppress(OSError):  # it was killed
+    with contextlib.suppress(OSError):  # the client was killed
         client.sendall(struct.pack("!i", number))
 
 
 def become(request: Request) -> None:
-    """Make this process what `python` with these arguments would be, but for what is imported already, and run it."""
+    """Turn this process into what `python ARGUMENTS…` would be, except for modules already imported, and run it."""
     import numpy as np
     from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
     from verl_aqn.integrations.verl.root_cause import note_task_errors
 
-    # The client's files take their own numbers; first out of the way of those, lest one covers another.
+    # The client's files get their original numbers. They move above these first, so that none overwrites another.
     high = max(request.files, default=0) + 1
     moved = {number: fcntl.fcntl(here, fcntl.F_DUPFD, high) for number, here in request.files.items()}
     for here in request.files.values():
@@ -224,9 +227,11 @@ def become(request: Request) -> None:
 
     os.environ.clear()
     os.environ.update(request.environment)
-    os.environ.update(get_ppo_ray_runtime_env()["env_vars"])  # but for what is set
+    os.environ.update(
+        get_ppo_ray_runtime_env()["env_vars"]
+    )  # verl's settings for Ray workers; it leaves out variables that are set
     os.chdir(request.folder)
-    np.random.seed()  # else the same in all of them; `random` sees to itself
+    np.random.seed()  # otherwise all children draw the same numbers; `random` reseeds itself after a fork
     stacks.listen()
     faults.watch()
     note_task_errors()
@@ -243,7 +248,7 @@ def become(request: Request) -> None:
 
 
 def main(path: str) -> None:
-    """Listen at once, so that clients wait for what is being imported."""
+    """Listen at once, so that clients wait while modules are being imported."""
     ends = Path(path).with_name(ENDS)
     ends.touch()
     with socket.socket(socket.AF_UNIX) as listener:
