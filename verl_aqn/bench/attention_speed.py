@@ -1,7 +1,7 @@
 """Attention of one layer over groups of responses to one prompt, forward and backward, bf16, head size 64.
 
 Arms: one row for each group with a dense mask (transformers' way to separate the responses of a row); separate rows
-that repeat the prompt; and the layout of `verl_aqn.layout`, including its gathering. All arms give the same values.
+that repeat the prompt; and the layout of `verl_aqn.models`, including its gathering. All arms give the same values.
 """
 
 import time

@@ -39,7 +39,6 @@ SERIES = {
     "response": [Point(response=tokens) for tokens in (12, 24, 48, 96)],
 }
 SMALL = {"samples": [Point(samples=samples) for samples in (2, 4, 8)]}
-HELD_OUT = Point(prompts=6)  # the sizes of the embedded experiment, not used in any fit
 
 
 def settings(point: Point, model: Path, steps: int) -> list[str]:
@@ -54,23 +53,6 @@ def settings(point: Point, model: Path, steps: int) -> list[str]:
         f"reward.custom_reward_function.path={letters.__file__}",
         "reward.reward_kwargs.overlong_buffer_cfg.len=4",
     ]
-
-
-def limits() -> dict[str, float]:
-    """Return this machine's bf16 operations and bytes read per second, each the best of five tries."""
-    a = torch.randn(2048, 2048).bfloat16()
-    data = torch.ones(1 << 28, dtype=torch.int8)
-    words = data.view(torch.int64)
-
-    def best(work: Callable[[], object]) -> float:
-        times = []
-        for _ in range(5):
-            begun = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - begun)
-        return min(times)
-
-    return {"operations": 2 * 2048**3 / best(lambda: a @ a), "memory": data.numel() / best(words.sum)}
 
 
 def measure(steps: int, small: bool, base: Path, on_run: Callable[[str], None]) -> dict[str, Any]:
@@ -99,26 +81,7 @@ def row(point: Point, todo: list[str], arm: Arm) -> dict[str, Any]:
     config = load_recipe(RECIPE, todo)
     found: dict[str, Any] = {key: statistics.median(step[key] for step in arm.steps) for key in (*TIMES, "tokens")}
     found |= {f"memory: {kind}": arm.peak[kind] for kind in ("actor", "rollout", "all")}
-    shape = recipe_shape(config)
-    about = {
-        "parameters": shape.parameters,
-        "shape": asdict(shape),
-        "sizes": asdict(sizes(config)),
-        "cache": cpu_cache(),
-    }
-    return asdict(point) | about | found
-
-
-def machine(result: dict[str, Any]) -> Device:
-    """Return the machine of a result as one device with the limits found by `limits`."""
-    return Device("cpu", result["limits"]["operations"], result["limits"]["memory"], 0.0, 1.0, 1.0, 1)
-
-
-def work_of(run: dict[str, Any]) -> dict[str, Work]:
-    """Return what a recorded run required of its machine in each phase. All responses had the same length."""
-    prompt = run["tokens"] / (run["prompts"] * run["samples"]) - run["response"]
-    load = Load(run["prompts"], run["samples"], prompt, run["response"], run["response"])
-    return phases(Shape(**run["shape"]), Sizes(**run["sizes"]), load, run["cache"])
+    return asdict(point) | {"parameters": recipe_shape(config).parameters} | found
 
 
 def exponents(rows: list[dict[str, Any]], series: dict[str, list[int]]) -> dict[str, dict[str, list[float]]]:
@@ -154,22 +117,4 @@ def table(result: dict[str, Any]) -> Table:
     for what, fits in result["exponents"].items():
         cells = (f"{b:.2f} [{low:.2f}, {high:.2f}]" for b, low, high in fits.values())
         view.add_row(f"~ {what}^", "", "", *cells)
-    return view
-
-
-def roofline(result: dict[str, Any]) -> Table:
-    """Return what each phase of the last run requires, its time at this machine's limits, and what bounds it."""
-    device, run = machine(result), result["rows"][-1]
-    view = Table(
-        title=f"{run['model']}, {run['prompts']} × {run['samples']} responses of {run['response']} tokens, at "
-        f"{device.operations / 1e9:,.0f} Gop/s and {device.memory / 1e9:.1f} GB/s",
-        title_justify="left",
-    )
-    for column in ("phase", "Gop", "GB read", "limit, s", "measured, s", "reached", "bound by"):
-        view.add_column(column, justify="left" if column in ("phase", "bound by") else "right")
-    for name, work in work_of(run).items():
-        limit = limit_s(work, device, 1)
-        figures = (work.operations / 1e9, work.read / 1e9, limit, run[name])
-        cells = (f"{figure:,.0f}" if figure >= 100 else f"{figure:.2f}" for figure in figures)
-        view.add_row(name, *cells, f"{limit / run[name]:.0%}", bound(work, device, 1))
     return view

@@ -152,7 +152,7 @@ class Simulation:
 
     def base(self, when: str) -> None:
         """Compare the base of every rank with the folder."""
-        from verl_aqn.verl_api.base import BaseRecords, with_tables
+        from verl_aqn.integrations.verl.base_evidence import BaseRecords, with_tables
 
         if when == "start":
             self.made = BaseRecords(self.model, "packed", "none", lambda _: None)
@@ -239,7 +239,7 @@ class Simulation:
 
     def look_up(self) -> None:
         """Measure what a step looks up by the keys of its responses."""
-        from verl_aqn.verl_api.parity import align, scored_again
+        from verl_aqn.integrations.verl.token_mismatch import align, scored_again
 
         keys = self.keys(1)
         with self.measured("responses sorted"):
@@ -328,7 +328,7 @@ def _expert(number: int) -> str:
 
 def _answers(disk: DiskBase, ways: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Return (report, tables) of each rank of a replica: rows of attention, and its own experts."""
-    from verl_aqn.verl_api.base import table_digest
+    from verl_aqn.integrations.verl.base_evidence import table_digest
 
     parts: list[dict[str, Part]] = []
     for way in range(ways):

@@ -1,4 +1,4 @@
-"""What MXFP4 costs a model, and how much each remedy recovers: next-token loss and responses, paired, with intervals.
+"""What MXFP4 costs a model by scale rule, and what GPTQ wins back: next-token loss and answers, with intervals.
 
 Each variant is a checkpoint as an engine would load it, measured in bfloat16 on the values that its codes represent.
 All variants see the same texts and problems, so differences are taken per text and per problem. Their intervals are
@@ -33,9 +33,7 @@ from verl_aqn.terminal import print_wide
 
 LENGTH = 256  # tokens of a text
 NEW_TOKENS = 24
-RANK = 32
-FALLBACK_BYTES = 0.10  # extra bytes for 16-bit layers, as a fraction of the packed layers' bytes
-_BATCH, _ANSWERS = 8, 96  # texts per batch, and prompts per batch
+_BATCH, _ANSWERS = 8, 96  # texts, and prompts, that run together
 
 
 class Setting(NamedTuple):
@@ -44,8 +42,6 @@ class Setting(NamedTuple):
     src: Path
     ids: Tensor
     folder: Path
-    worst: dict[Path, tuple[str, ...]]
-    """Layers to keep in 16 bits, by source: computed once for all variants that use them."""
 
 
 class Measured(NamedTuple):
@@ -77,38 +73,7 @@ def _gptq(scale_rule: str) -> Callable[[Setting], tuple[PreTrainedModel, int]]:
     return make
 
 
-def _loftq(setting: Setting) -> tuple[PreTrainedModel, int]:
-    from peft import PeftModel
-
-    packed, adapter = setting.folder / "packed", setting.folder / "adapter"
-    report = loftq_checkpoint(setting.src, packed, adapter, RANK)
-    size = (adapter / "adapter_model.safetensors").stat().st_size
-    return PeftModel.from_pretrained(load_model(packed), adapter), report.bytes_after + size
-
-
-def _macro(setting: Setting) -> tuple[PreTrainedModel, int]:
-    fold_macro_scales(setting.src, setting.folder / "folded")
-    return _plain("mse")(setting._replace(src=setting.folder / "folded"))
-
-
-def _fallback(calibrated: bool) -> Callable[[Setting], tuple[PreTrainedModel, int]]:
-    def make(setting: Setting) -> tuple[PreTrainedModel, int]:
-        if setting.src not in setting.worst:
-            report = quantize_checkpoint(setting.src, setting.folder / "all")
-            budget = int(FALLBACK_BYTES * sum(module.bytes_after for module in report.modules))
-            ids = setting.ids[:2, :128]
-            setting.worst[setting.src] = worst_layers(_original(setting.src), setting.folder / "all", ids, budget)
-            print(f"kept in 16 bits: {', '.join(setting.worst[setting.src])}", file=sys.stderr)
-        keep = setting.worst[setting.src]
-        quantizer = gptq_quantizer(setting.src, setting.ids) if calibrated else None
-        packed = setting.folder / "packed"
-        report = quantize_checkpoint(setting.src, packed, exclude=(*EXCLUDE, *keep), quantizer=quantizer)
-        return load_model(packed), report.bytes_after
-
-    return make
-
-
-# Name → (description, function that makes it).
+# Name -> (what it is, how it is made).
 VARIANTS: dict[str, tuple[str, Callable[[Setting], tuple[PreTrainedModel, int]]]] = {
     "mse": ("plain, best of two exponents", _plain("mse")),
     "even": ("plain", _plain("even")),
@@ -199,9 +164,6 @@ def _row(name: str, size: int, it: Measured, bf16: Measured, mse: Measured, coun
         "accuracy": (right / n, *wilson(right, n)),
         "accuracy_minus_mse": answers,
         "mcnemar_p": change.p_value,
-        # Better beyond the error bar; always false for bf16.
-        "wins_loss": name in VARIANTS and versus_mse[2] < 0,
-        "wins_answers": name in VARIANTS and answers[1] > 0,
     }
 
 
@@ -254,8 +216,3 @@ def _answers(model: PreTrainedModel, tokenizer: Any, questions: list[Problem]) -
     answers = generate(model, prompts, greedy, {tokenizer.eos_token_id}, NEW_TOKENS, together=_ANSWERS)
     texts = tokenizer.batch_decode([answer for (answer,) in answers], skip_special_tokens=True)
     return np.array([score(text, q.truth) == 1 for text, q in zip(texts, questions, strict=True)])
-
-
-def _bare(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model inside PEFT's wrapper, with its adapter."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

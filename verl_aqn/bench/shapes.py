@@ -1,4 +1,4 @@
-"""Shapes of known models, for measurements on random weights and for projections."""
+"""Sizes of known models, for measurements on random weights."""
 
 import json
 from pathlib import Path
@@ -28,8 +28,8 @@ def write_config(name: str, folder: Path) -> Path:
 
 
 def write_model(name: str, folder: Path) -> Path:
-    """Write random weights of this shape, with SmolLM2's tokenizer and its 49,152 tokens, and an untied head."""
-    from verl_aqn.data.smollm2 import random_model
+    """Random weights of this shape, but with SmolLM2's tokenizer and its 49,152 tokens, and a head of its own."""
+    from verl_aqn.tasks.smollm2 import random_model
 
     layers, hidden, inner, heads, key_value_heads, _ = SHAPES[name]
     return random_model(folder, layers, hidden, inner=inner, heads=heads, key_value_heads=key_value_heads)

@@ -28,7 +28,7 @@ ARMS = ("ours", "stock tuned", "stock")
 PHASES = {"generation": "gen", "log-probs": "old_log_prob", "update": "update_actor", "sync": "update_weights"}
 RECIPE = "e12_aggressive_1ep"
 SYNCED_LOG = "VERL_AQN_BENCH_SYNCED"
-"""Environment variable: the file where stock's engine records the bytes it sent (`verl_aqn/bench/stock.py`)."""
+"""Environment variable: the file where stock's engine records the bytes it sent (`verl_aqn/bench/stock_run.py`)."""
 ACTOR, ROLLOUT = "ray::WorkerDict", "VLLM::Worker"
 _SMALL = ("data.train_batch_size=2", "actor_rollout_ref.actor.ppo_mini_batch_size=2", "actor_rollout_ref.rollout.n=4")
 
@@ -64,8 +64,8 @@ def overrides(model: str, steps: int, small: bool) -> list[str]:
 
 def check(todo: list[str]) -> None:
     """Check the settings and the model of all arms, and raise before the first arm starts."""
-    from verl_aqn.config import load_recipe
-    from verl_aqn.prepare import find_model
+    from verl_aqn.config.compose import load_recipe
+    from verl_aqn.preflight.prepare import find_model
 
     find_model(load_recipe(RECIPE, todo), weights=False)
 

@@ -1,4 +1,4 @@
-"""Stock verl 0.9.1 on a CPU, which `bench step` compares with: `python -m verl_aqn.bench.stock CONFIG.yaml`.
+"""Stock verl 0.9.1 on a CPU, which `bench step` compares with: `python -m verl_aqn.bench.stock_run CONFIG.yaml`.
 
 It contains only what verl needs to run on a CPU at all: the platform (verl takes it from the plugin), its FSDP engine
 registered for one, and a process group that torch accepts. verl imports this module as the model's external_lib.

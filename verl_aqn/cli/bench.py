@@ -81,7 +81,7 @@ def mxfp4_quality(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure rounding rules and remedies on SmolLM2-135M: next-token loss and responses, with intervals."""
+    """Scale rules and GPTQ on SmolLM2-135M: next-token loss and answers, with intervals."""
     from verl_aqn.bench import quality
     from verl_aqn.cache import cache_dir
     from verl_aqn.tasks.smollm2 import embedded_model
@@ -128,13 +128,13 @@ def step(
 
 @bench_app.command("growth")
 def growth(
-    steps: Annotated[int, typer.Option(min=1, help="Measured steps of each run, after a warm-up step.")] = 2,
-    small: Annotated[bool, typer.Option("--small", help="4 runs instead of 11, without an exponent for size.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Measured steps of every run, after one that warms up.")] = 2,
+    small: Annotated[bool, typer.Option("--small", help="3 runs in place of 10, without an exponent of size.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG, SVG or PDF).")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure time and memory of the RL step against model size, samples and response length, with fitted exponents."""
-    from verl_aqn.plots import check_picture, plot_growth
+    """Time and memory of the RL step against model size, samples and length of answers, with fitted exponents."""
+    from verl_aqn.cli.plots import check_picture, plot_growth
 
     if plot:
         check_picture(plot)
@@ -165,8 +165,8 @@ def records(
 ) -> None:
     """Simulate what a run of many ranks and responses records and looks up: bytes and processor seconds."""
     if ranks % ways or 64 % ways:
-        raise ConfigError(f"--ways {ways} must divide 64 and --ranks")
-    from verl_aqn.bench import records as simulated
+        raise ConfigError(f"--ways {ways}: give a divisor of 64 and of --ranks")
+    from verl_aqn.bench import many_ranks as simulated
 
     with tempfile.TemporaryDirectory(prefix="verl-aqn-bench-") as folder:
         rows = simulated.simulate(Path(folder), simulated.Sizes(ranks, answers, ways, matrices, layers))

@@ -68,9 +68,9 @@ def train(
     ] = None,
 ) -> None:
     """Run a recipe or a plan of several recipes. Resume a run that did not finish."""
-    from verl_aqn.config import find_recipe
-    from verl_aqn.plans import Series, read_plan
-    from verl_aqn.train import train as run
+    from verl_aqn.config.compose import find_recipe
+    from verl_aqn.launch.sweep import Series, read_plan
+    from verl_aqn.launch.train import train as run
 
     path = find_recipe(recipe)
     overrides = [*(overrides or []), *([] if restarts is None else [f"aqn.run.restarts={restarts}"])]
@@ -94,7 +94,8 @@ def schedule(
     plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG, SVG or PDF).")] = None,
 ) -> None:
     """Show σ at every step."""
-    from verl_aqn.config import load_recipe, schedule_of
+    from verl_aqn.config.compose import load_recipe
+    from verl_aqn.config.noise_settings import schedule_of
 
     if plot:
         from verl_aqn.cli.plots import check_picture
@@ -196,7 +197,7 @@ def eval_(
     as_json: Json = False,
 ) -> None:
     """Measure accuracy without noise, with the rollout and the code that validate during training. Save every item."""
-    from verl_aqn.evaluate import evaluate
+    from verl_aqn.evaluation.evaluate import evaluate
 
     result = evaluate(target, overrides or [], adapter, precision, samples)
     if as_json:
@@ -235,9 +236,9 @@ def compare(
     ] = "avg",
 ) -> None:
     """Run paired tests on runs with the same validation items. Runs of one config are the seeds of one arm."""
-    from verl_aqn.console import Console
-    from verl_aqn.runs.arms import FACTOR, arms
-    from verl_aqn.runs.compare import compare as compared
+    from verl_aqn.launch.console import Console
+    from verl_aqn.runs.stats.arms import FACTOR, arms
+    from verl_aqn.runs.stats.compare import compare as compared
 
     report = compared(arms(runs, factor or [FACTOR], any_, metric))
     if as_json:
@@ -255,8 +256,8 @@ def report(
     answers: Annotated[int, typer.Option(min=0, help="Validation problems to show with their responses.")] = 24,
 ) -> None:
     """Write one self-contained HTML page about runs: charts, evidence, responses side by side, comparison."""
-    from verl_aqn.report.page import write_report
-    from verl_aqn.runs.arms import FACTOR
+    from verl_aqn.runs.report.page import write_report
+    from verl_aqn.runs.stats.arms import FACTOR
 
     size = write_report(runs, output, factor or [FACTOR], any_, answers)
     print(f"{output}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {size / 1e6:.1f} MB")
@@ -272,8 +273,8 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Check that this machine can run a recipe: versions, plugin, nodes; with RECIPE also memory, disk, ports, data."""
-    from verl_aqn.doctor import examine
-    from verl_aqn.preflight.tables import findings_table, memory_table, plan_table
+    from verl_aqn.preflight.doctor import examine
+    from verl_aqn.preflight.doctor_tables import findings_table, memory_table, plan_table
 
     report = examine(recipe, overrides, plan=plan)
     if as_json:
@@ -296,7 +297,7 @@ def runs(
     as_json: Json = False,
 ) -> None:
     """List the recorded runs: how they ended and what accuracy they reached."""
-    from verl_aqn.runs.listing import find_runs, listed, table
+    from verl_aqn.runs.run_list import find_runs, listed, table
 
     found = [listed(run) for run in find_runs(folder)]
     if as_json:

@@ -21,7 +21,7 @@ RUN, TEMPORARY = "VERL_AQN_RUN", "VERL_AQN_TEMPORARY"
 
 
 def set_up_worker() -> None:
-    """Set up this worker as `verl_aqn.supervise` does it for a run on one machine."""
+    """Set up this worker as `verl_aqn.launch.supervise` does it for a run on one machine."""
     keep_to_oneself()
     run, temporary = RunFolder(Path(os.environ[RUN])), Path(os.environ[TEMPORARY])
     claim(temporary, run.path)

@@ -230,10 +230,9 @@ def source_table(run: RunFolder) -> Table | None:
     return table
 
 
-def is_plans_task(todo: "Prepared", problems: int) -> bool:
-    """Return whether the run's model and validation problems are those that the plan's criterion is about."""
-    from verl_aqn.data.files import sources_of
-    from verl_aqn.data.gsm8k import SOURCE, TEST_PROBLEMS
+def is_targets_task(target: TargetConfig, todo: "Prepared", problems: int) -> bool:
+    """Return whether a run is of the model and on the `problems` that its recipe's target is for."""
+    from verl_aqn.tasks.data_files import sources_of
 
     if target.model and target.model not in str(todo.source):
         return False
@@ -248,7 +247,7 @@ def is_plans_task(todo: "Prepared", problems: int) -> bool:
 
 
 def verdict(run: RunFolder, todo: "Prepared") -> str:
-    """Return the plan's criterion in words, and whether training changed the accuracy (paired test)."""
+    """The recipe's target in words, and whether training changed the accuracy (paired test)."""
     validations = list(run.by_step("metrics.jsonl", "validation").values())
     first, last = validations[0], validations[-1]
     target = parse_aqn(todo.config).target

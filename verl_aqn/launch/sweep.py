@@ -159,7 +159,7 @@ class Series:
         """Check the whole plan: recipe, model and data of each arm, how arms differ, and what is recorded.
 
         All recipes are composed before the first model is prepared. `file`: the plan's file, which names the folder and
-        error messages. Raises ConfigError and what `verl_aqn.train.prepare` raises.
+        error messages. Raises ConfigError and what `verl_aqn.launch.train.prepare` raises.
         """
         self.plan, self.console = plan, console or Console()
         self.done: dict[tuple[str, int], RunFolder] = {}

@@ -172,7 +172,7 @@ def versions_now(config: DictConfig) -> dict[str, Any]:
 
 
 def identity(config: DictConfig) -> dict:
-    """Return the configuration that identifies a run when it resumes: the resolved config without its paths."""
+    """Return the resolved config that identifies a run, without the folders that it is in and without its target."""
     container = OmegaConf.to_container(config, resolve=True)
     assert isinstance(container, dict)
     container["aqn"]["run"] = None

@@ -21,8 +21,6 @@ LOOK_S = 2
 ASLEEP_S = 30  # if fault() was not called for this long, this process was stopped, and the run with it
 WEIGH_S = 60  # the interval over which processor use is measured
 BUSY = 0.05  # fraction of a core above which a process is not idle; idle processes of a run use 0.005
-TRACKERS = "trackers"  # the phase that sends metrics to experiment trackers
-ENDING = "ending"  # the phase in which processes may end
 # Phases that wait for something outside the run: a server that retries, a network disk.
 _OUTSIDE = {TRACKERS: 3600, "checkpoint": 600}
 RAY = ("raylet", "gcs_server")  # not Python, so they write no stack files; a run cannot go on without them
@@ -171,15 +169,3 @@ class Watchdog:
             if any(used - self.seconds.get(pid, 0) > BUSY * span for pid, used in seconds.items()):
                 self.worked = now
             self.seconds, self.weighed = seconds, now
-
-
-def title(process: psutil.Process) -> str:
-    """Return how a process names itself: "ray::AqnActorWorker", "VLLM::Worker", "raylet"."""
-    line = process.cmdline()
-    if not line:
-        return process.name()
-    first = line[0].split()[0] if line[0].startswith(("ray::", "VLLM::")) else Path(line[0]).name
-    if first.startswith("python") and "-m" in line[:-1]:
-        return line[line.index("-m") + 1]
-    # While a named actor is created, its title has its name, too: "ray::agent_loop_worker_0:AgentLoopWorker.__init__".
-    return f"ray::{first.rpartition(':')[2].partition('.')[0]}" if first.startswith("ray::") else first

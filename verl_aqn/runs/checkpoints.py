@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.errors import DataError
 from verl_aqn.runs.folder import RunFolder
+from verl_aqn.runs.old_names import current_names
 from verl_aqn.runs.provenance import file_digest
 from verl_aqn.runs.stats.arms import find_run
 
@@ -145,7 +146,7 @@ def config_of(run: RunFolder) -> DictConfig:
     """Return the resolved config of a run. Raises DataError if it has none."""
     if run.block("config.yaml") is None:
         raise DataError(f"{run.path} has no config.yaml: it was stopped before training began")
-    config = OmegaConf.load(run.path / "config.yaml")
+    config = OmegaConf.create(current_names((run.path / "config.yaml").read_text()))
     assert isinstance(config, DictConfig)
     return config
 

@@ -2,7 +2,7 @@
 
 The trainer often sees only a consequence: a dead actor, a missing answer, a time-out. So every process of a run adds
 its own errors to `errors.jsonl` in the run folder: errors that it returns to a caller, that it logs, and that end a
-thread or the process. Most of them are handled somewhere; `verl_aqn.cause` finds the one that ended the run.
+thread or the process. Most of them are handled somewhere; `verl_aqn.launch.cause` finds the one that ended the run.
 """
 
 import logging

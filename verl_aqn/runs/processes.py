@@ -152,12 +152,12 @@ def _mapped(process: str) -> set[tuple[int, int]]:
 
 
 def title(process: psutil.Process) -> str:
-    """What a process calls itself: "ray::AqnActorWorker", "VLLM::Worker", "raylet"."""
+    """Return how a process names itself: "ray::AqnActorWorker", "VLLM::Worker", "raylet"."""
     line = process.cmdline()
     if not line:
         return process.name()
     first = line[0].split()[0] if line[0].startswith(("ray::", "VLLM::")) else Path(line[0]).name
     if first.startswith("python") and "-m" in line[:-1]:
         return line[line.index("-m") + 1]
-    # A named actor has its name, too, while it is created: "ray::agent_loop_worker_0:AgentLoopWorker.__init__".
+    # While a named actor is created, its title has its name, too: "ray::agent_loop_worker_0:AgentLoopWorker.__init__".
     return f"ray::{first.rpartition(':')[2].partition('.')[0]}" if first.startswith("ray::") else first

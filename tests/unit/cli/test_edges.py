@@ -203,7 +203,10 @@ def test_names_that_are_no_text_and_a_working_folder_that_is_gone(place):
         ["sh", "-c", f'cd {place}/gone; rmdir {place}/gone; exec "$@"', "sh", *command],
         env=environment(place), capture_output=True, text=True,
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (1, "error: the working directory does not exist any more: change to another one\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: the working directory does not exist any more: change to another one\n",
+    )
 
 
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])

@@ -51,7 +51,10 @@ def test_a_recipe_is_no_plan():
         ({"overrides": "a=b"}, "overrides must be a list of key=value, got 'a=b'"),
         ({"arms": {"a": {"recipe": "e12", "overrides": "a=b"}}}, r"arms\.a\.overrides must be a list of key=value"),
         ({"contrasts": "a"}, "contrasts must be a list of lists"),
-        ({"arms": conditional(arm="noisy", above="nosy")}, r"c\.when names 'nosy', which is not an arm: use one of control, noisy$"),
+        (
+            {"arms": conditional(arm="noisy", above="nosy")},
+            r"c\.when names 'nosy', which is not an arm: use one of control, noisy$",
+        ),
         ({"arms": conditional(arm="noisy", above="c")}, "names 'c', which has a condition itself"),
         ({"arms": conditional(arm="noisy")}, r"arms\.c\.when\.above is missing"),
         ({"contrasts": [["noisy", "e12"]]}, "is not a pair .* of control, noisy"),

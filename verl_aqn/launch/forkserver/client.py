@@ -1,4 +1,4 @@
-"""A Python that starts fast: the server (`verl_aqn.zygote.server`) runs its arguments in a forked process.
+"""A Python that starts fast: the server (`verl_aqn.launch.forkserver.server`) runs its arguments in a forked process.
 
 `python -I -S client.py SOCKET ARGUMENTS…` imports as little as possible. It stands for the real process: it forwards
 signals to it and returns its exit status. If no server answers, or if forking gains nothing for the arguments, it
