@@ -35,7 +35,7 @@ OmegaConf.register_new_resolver("divide", lambda a, b: max(1, int(a) // int(b)),
 
 def recipe_dirs() -> list[Path]:
     """Return the folders in which a recipe name is looked up: of the installed package or of the checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     return [path for path in (package / "recipes", package.parent / "recipes") if path.is_dir()]
 
 

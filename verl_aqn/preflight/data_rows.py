@@ -26,7 +26,12 @@ _UNRELATED = (
     "shuffle", "validation_shuffle", "filter_overlong_prompts_workers", "train_max_samples", "val_max_samples",
 )  # fmt: skip
 _FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # the files in a model's folder from which a tokenizer is read
-_CODE = ("verl_api/first_rows.py", "verl_api/rendering.py", "verl_api/rows.py", "data/files.py")
+_CODE = (
+    "integrations/verl/first_rows.py",
+    "integrations/verl/rendering.py",
+    "integrations/verl/left_out_rows.py",
+    "tasks/data_files.py",
+)
 
 Answer = dict[str, Any]
 _asked: dict[str, Answer] = {}

