@@ -73,7 +73,7 @@ def test_grpo_on_two_ranks_with_correction_and_a_warning_where_top_p_biases_it(r
 def test_dapo_on_a_tensor_parallel_rollout_tells_noise_from_kernels_and_validates_without_noise(run):
     strong = ["aqn.noise.sigma_start=2", "actor_rollout_ref.actor.optim.lr=0"]  # the policy stays what it was
     validated = ["trainer.val_before_train=true", "trainer.test_freq=2"]
-    outcome = run("dapo", *TWO_STEPS, "aqn.parity.rescore=2", *strong, *validated, *SPLIT)
+    outcome = run("dapo", *TWO_STEPS, "aqn.mismatch.rescore=2", *strong, *validated, *SPLIT)
     clean, noisy = steps_of(outcome)
     before, after = (
         {
@@ -106,7 +106,7 @@ def test_dapo_on_a_tensor_parallel_rollout_tells_noise_from_kernels_and_validate
 
 def test_ppo_trains_a_critic_on_the_packed_base_with_noise_in_the_actor_too(run):
     fast = ["critic.optim.lr=1e-2", "critic.optim.lr_warmup_steps=0", "trainer.save_freq=1"]
-    in_actor = ["aqn.noise.apply_to=rollout+actor", "aqn.parity.rescore=2"]
+    in_actor = ["aqn.noise.apply_to=rollout+actor", "aqn.mismatch.rescore=2"]
     some = "actor_rollout_ref.model.target_modules=[q_proj,v_proj]"  # of what vLLM fuses in one layer
     outcome = run("ppo", *TWO_STEPS, "algorithm.filter_groups.enable=false", *fast, *in_actor, some)
     assert [held["modules"] for held in lines(outcome[2] / "evidence.jsonl", "adapter")[-1]["held"]] == [4]

@@ -18,7 +18,7 @@ SMALL = [
     "trainer.val_before_train=false",
     "trainer.save_freq=-1",
     "aqn.noise.num_stages=2",  # σ 0, then σ_start
-    "aqn.parity.rescore=1",  # every answer is scored again
+    "aqn.mismatch.rescore=1",  # every answer is scored again
 ]
 
 

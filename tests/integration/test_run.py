@@ -427,7 +427,7 @@ def rounded(train, tmp_path_factory) -> Path:
     """Folder of a run of two steps with 4-bit activations."""
     base = tmp_path_factory.mktemp("rounded")
     two_steps = ["trainer.total_training_steps=2", "trainer.val_before_train=false", "aqn.noise.num_stages=2"]
-    rounding = ["aqn.mxfp4.activation=mxfp4", "aqn.mxfp4.keep_dense=true"]
+    rounding = ["aqn.mxfp4.activation=mxfp4", "aqn.mxfp4.cache_dequantized=true"]
     twice = [f"actor_rollout_ref.rollout.val_kwargs.{one}" for one in ("n=2", "do_sample=true", "temperature=1")]
     return finish(train(base, *two_steps, *rounding, *twice), base)[0]
 

@@ -10,7 +10,7 @@ from verl_aqn.checkpoints.packing import checkpoint_digest, is_packed
 
 def test_a_packed_actor_and_a_bf16_rollout_hold_one_base(train, tmp_path):
     process = train(
-        tmp_path, "aqn.mxfp4.serve=bf16", "trainer.total_training_steps=2", "aqn.noise.num_stages=2",
+        tmp_path, "aqn.mxfp4.rollout_weight_format=bf16", "trainer.total_training_steps=2", "aqn.noise.num_stages=2",
         "trainer.save_freq=-1",
     )  # fmt: skip
     run, _ = finish(process, tmp_path)

@@ -12,7 +12,7 @@ def test_a_rollout_with_another_model_stops_the_run_before_the_first_update(trai
     assert process.returncode == 1, err
     last = err.strip().splitlines()[-1]
     assert "step 1: trainer and rollout without noise differ by" in err
-    assert "aqn.parity.stop=1" in err, last
+    assert "aqn.mismatch.stop=1" in err, last
     (record,) = lines(run / "evidence.jsonl", "mismatch")
     assert record["abs_dlogp_mean"] > 1
     assert record["tokens"] == 64  # all of the batch: σ is 0

@@ -95,12 +95,12 @@ def _linear_rows(device: str) -> Iterator[dict[str, Any]]:
         torch.manual_seed(0)
         dense = nn.Linear(k, n, bias=False, device=device, dtype=torch.bfloat16).requires_grad_(False)
         packed, kept = Mxfp4Linear.from_linear(dense), Mxfp4Linear.from_linear(dense)
-        kept.keep_dense = True
+        kept.cache_dequantized = True
         x = torch.randn(tokens, k, device=device, dtype=torch.bfloat16, requires_grad=True)
         grad = torch.randn(tokens, n, device=device, dtype=torch.bfloat16)
         nbytes = [dense.weight.nbytes, sum(p.nbytes for p in packed.parameters())]
         nbytes.append(sum(nbytes))
-        names, layers = ("bf16", "packed", "packed, keep_dense"), (dense, packed, kept)
+        names, layers = ("bf16", "packed", "packed, cache_dequantized"), (dense, packed, kept)
         for name, layer, size in zip(names, layers, nbytes, strict=True):
             yield _row(
                 lambda f=layer, x=x, g=grad: torch.autograd.grad(f(x), x, g),

@@ -74,7 +74,7 @@ def held_base(model: nn.Module, path: str | Path) -> Held:
 
 
 def _dense_faults(model: nn.Module) -> list[str]:
-    """Layers that compute with a dequantised copy (`Mxfp4Linear.keep_dense`) of other values than their codes."""
+    """Layers that compute with a dequantised copy (`Mxfp4Linear.cache_dequantized`) of other values than their codes."""
     return [
         f"{plain_name(name)}.weight, which the actor keeps dequantised, has other values than its codes"
         for name, layer in model.named_modules()

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from verl_aqn.config.allowed import check_names, check_numbers
 from verl_aqn.config.overrides import check_overrides
+from verl_aqn.config.renamed import current_override, rename_keys
 from verl_aqn.config.schema import nearest, parse_aqn
 from verl_aqn.config.verl_keys import check_keys, leaves, reason_against
 from verl_aqn.errors import ConfigError, EnvironmentFault, first_line
@@ -127,11 +128,12 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
     path = find_recipe(recipe, plans=False)
     raw = read_yaml(path)
     _refuse_plan(recipe, raw)
-    profile, experiment, groups, rest = _groups(overrides or [])
+    profile, experiment, groups, rest = _groups([current_override(one) for one in overrides or []])
     check_overrides(rest)
     _refuse_open(path, raw, rest)
     try:
         config = _compose(path, [*groups, *rest])
+        rename_keys(config)
         _check_base(config, path)
         check_names(config)  # first, because another engine adds keys that are unknown here
         check_keys(config, _plain(find_recipe("base"), *groups))

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
+from verl_aqn.config.renamed import rename_plain
 from verl_aqn.errors import ConfigError
 from verl_aqn.noise.schedule import Kind
 from verl_aqn.noise.spec import Layers, TargetKind, Unit
@@ -71,11 +72,11 @@ class Mxfp4Config:
     # How an engine with 4-bit activations rounds them; a profile sets what its kernels do.
     activation_scale_rule: ScaleRule = "even"
     activation_rounding: Literal["nearest", "half_away"] = "nearest"
-    serve: Literal["auto", "packed", "bf16"] = (
+    rollout_weight_format: Literal["auto", "packed", "bf16"] = (
         "auto"  # the weight format in the rollout: packed, or bf16 with the same values (`verl_aqn.config.serving`)
     )
     # the actor keeps 16-bit weights in addition to the packed ones: faster, five times the memory
-    keep_dense: bool = False
+    cache_dequantized: bool = False
     exclude: tuple[str, ...] = ("lm_head", "embed_tokens")
     # Calibration texts with which rounding compensates its errors (GPTQ): JSONL files or `embedded`; empty: plain
     # rounding.
@@ -88,8 +89,8 @@ class Mxfp4Config:
 
 
 @dataclass(frozen=True)
-class ParityConfig:
-    """Limits for the mismatch of trainer and rollout without noise (`aqn.parity`).
+class MismatchConfig:
+    """Limits for the mismatch of trainer and rollout without noise (`aqn.mismatch`).
 
     `warn`, `stop`: mean |Δ log-prob| in nats a token, on the same tokens. Above `warn` a step gets a warning; above
     `stop` the run stops before its update (`verl_aqn.integrations.verl.tripwire`). Healthy models were measured at 0.002 to 0.1.
@@ -102,18 +103,18 @@ class ParityConfig:
     def __post_init__(self) -> None:
         if not 0 < self.warn <= self.stop:
             raise ConfigError(
-                f"aqn.parity.warn is {self.warn:g} and stop {self.stop:g}: give nats a token with 0 < warn <= "
+                f"aqn.mismatch.warn is {self.warn:g} and stop {self.stop:g}: give nats a token with 0 < warn <= "
                 "stop (inf: no limit)"
             )
         if self.rescore < 0:
-            raise ConfigError(f"aqn.parity.rescore is {self.rescore}: give 0 or more; 0 disables it")
+            raise ConfigError(f"aqn.mismatch.rescore is {self.rescore}: give 0 or more; 0 disables it")
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Where a run is stored, and how it handles faults (`aqn.run`).
 
-    `restarts`: maximum number of automatic restarts after a crash or a hang. `patience`: a phase that takes this many
+    `restarts`: maximum number of automatic restarts after a crash or a hang. `hang_timeout_factor`: a phase that takes this many
     times its usual duration counts as a hang; 0 disables this. `allow_failed`: the fraction of the responses of one
     step, or of one validation, whose generation or reward may fail before the run stops.
     """
@@ -121,14 +122,16 @@ class RunConfig:
     dir: str | None = None
     fresh: bool = False
     restarts: int = 0
-    patience: float = 10.0
+    hang_timeout_factor: float = 10.0
     allow_failed: float = 0.0
 
     def __post_init__(self) -> None:
         if self.restarts < 0:
             raise ConfigError(f"aqn.run.restarts is {self.restarts}: give 0 or more")
-        if not self.patience >= 0:
-            raise ConfigError(f"aqn.run.patience is {self.patience}: give 0 or more; 0 disables it")
+        if not self.hang_timeout_factor >= 0:
+            raise ConfigError(
+                f"aqn.run.hang_timeout_factor is {self.hang_timeout_factor}: give 0 or more; 0 disables it"
+            )
         if not 0 <= self.allow_failed < 1:
             raise ConfigError(
                 f"aqn.run.allow_failed is {self.allow_failed}: give a fraction of responses from 0 to below 1; "
@@ -185,7 +188,7 @@ class AqnConfig:
     request_seeds: bool = True
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     mxfp4: Mxfp4Config = field(default_factory=Mxfp4Config)
-    parity: ParityConfig = field(default_factory=ParityConfig)
+    mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
     run: RunConfig = field(default_factory=RunConfig)
     profile: Literal["auto", "cpu", "cuda", "npu"] = "auto"
@@ -273,4 +276,5 @@ def parse_aqn(config: DictConfig | dict) -> AqnConfig:
     block = (config if OmegaConf.is_config(config) else OmegaConf.create(config)).get("aqn")
     if block is None:
         raise ConfigError("the config has no aqn: block; the defaults of a recipe must start with `base`")
-    return typed(AqnConfig, OmegaConf.to_container(block, resolve=True), "aqn")
+    plain = OmegaConf.to_container(block, resolve=True)
+    return typed(AqnConfig, rename_plain(plain) if isinstance(plain, dict) else plain, "aqn")

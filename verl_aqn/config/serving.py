@@ -29,13 +29,13 @@ def served_rank(rank: int) -> int:
 
 
 def form_of(aqn: AqnConfig, chip: Callable[[], str] = chip_name, packed_experts: bool = False) -> str:
-    """`packed` or `bf16`: what `aqn.mxfp4.serve` says, or for `auto` what the device can compute with.
+    """`packed` or `bf16`: what `aqn.mxfp4.rollout_weight_format` says, or for `auto` what the device can compute with.
 
     `chip`: the Ascend device's name; asked only for `auto` on NPUs. `packed_experts`: the base is that of a MoE model
     whose experts are packed.
     """
-    if aqn.mxfp4.serve != "auto":
-        return aqn.mxfp4.serve
+    if aqn.mxfp4.rollout_weight_format != "auto":
+        return aqn.mxfp4.rollout_weight_format
     if aqn.profile == "cpu" and packed_experts:
         return "bf16"
     return "packed" if aqn.profile != "npu" or has_mx_units(chip()) else "bf16"
@@ -80,35 +80,39 @@ def prepare_serving(config: DictConfig, chip: Callable[[], str] = chip_name) -> 
         return
     path = Path(actor_rollout.model.path)
     experts = has_packed_experts(path)
-    if aqn.profile == "cpu" and experts and (aqn.mxfp4.serve == "packed" or aqn.mxfp4.activation != "none"):
+    if (
+        aqn.profile == "cpu"
+        and experts
+        and (aqn.mxfp4.rollout_weight_format == "packed" or aqn.mxfp4.activation != "none")
+    ):
         raise ConfigError(
             "on a CPU vLLM has no kernel for packed experts, so that this base is served in bf16: set "
-            "aqn.mxfp4.serve=auto and aqn.mxfp4.activation=none"
+            "aqn.mxfp4.rollout_weight_format=auto and aqn.mxfp4.activation=none"
         )
     stacks = has_packed_stacks(path)
-    if stacks and (aqn.mxfp4.serve == "packed" or aqn.mxfp4.activation != "none"):
+    if stacks and (aqn.mxfp4.rollout_weight_format == "packed" or aqn.mxfp4.activation != "none"):
         raise ConfigError(
             f"the experts of {path} are packed in one stack a layer (gpt-oss), which vLLM does not read, so that this "
-            "base is served in bf16: set aqn.mxfp4.serve=auto and aqn.mxfp4.activation=none"
+            "base is served in bf16: set aqn.mxfp4.rollout_weight_format=auto and aqn.mxfp4.activation=none"
         )
     form = "bf16" if stacks else form_of(aqn, chip, experts)
     ascend = form == "packed" and aqn.profile == "npu"
-    if ascend and aqn.mxfp4.serve == "auto":
+    if ascend and aqn.mxfp4.rollout_weight_format == "auto":
         config.aqn.mxfp4.activation = "mxfp4"
     elif ascend and aqn.mxfp4.activation == "none":
         raise ConfigError(
-            "aqn.mxfp4.serve=packed on NPUs rounds activations too (vllm-ascend has W4A4_MXFP4 only): set "
-            "aqn.mxfp4.activation=mxfp4, or aqn.mxfp4.serve=bf16"
+            "aqn.mxfp4.rollout_weight_format=packed on NPUs rounds activations too (vllm-ascend has W4A4_MXFP4 only): set "
+            "aqn.mxfp4.activation=mxfp4, or aqn.mxfp4.rollout_weight_format=bf16"
         )
     if form == "bf16" and aqn.mxfp4.activation != "none":
         raise ConfigError(
-            "aqn.mxfp4.activation=mxfp4 needs aqn.mxfp4.serve=packed: on a bf16 base the rollout rounds no activations"
+            "aqn.mxfp4.activation=mxfp4 needs aqn.mxfp4.rollout_weight_format=packed: on a bf16 base the rollout rounds no activations"
         )
     if form == "bf16" and aqn.noise.enabled and "linear" in aqn.noise.targets:
         raise ConfigError(
             "aqn.noise.targets has `linear`, but the rollout's base is in bf16 and has no packed layer: take it out"
         )
-    config.aqn.mxfp4.serve = form
+    config.aqn.mxfp4.rollout_weight_format = form
     if ascend:
         with progress_bar("the rollout's base:") as progress:
             served = modelslim_cache(path, cache_dir() / "modelslim", progress)

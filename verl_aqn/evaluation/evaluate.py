@@ -121,7 +121,7 @@ def settings(
         config = config_of(target.run)
         untell_workers(config)
         if precision == "bf16":  # before the overrides, so that a contradiction between them is an error
-            config.aqn.mxfp4.activation, config.aqn.mxfp4.keep_dense = "none", False
+            config.aqn.mxfp4.activation, config.aqn.mxfp4.cache_dequantized = "none", False
         config = with_overrides(config, overrides)
         if any(override.startswith(_LENGTHS) for override in overrides):
             config.actor_rollout_ref.rollout.max_model_len = None  # computed again, so that it fits both lengths

@@ -60,7 +60,7 @@ class Console:
         if run.note:
             self.say(f"resumed  {run.note}; --fresh starts a new run" if run.resumed else run.note)
         base = f"MXFP4 ({aqn.mxfp4.scale_rule})" if aqn.mxfp4.enabled else "unquantised"
-        served = " (in bf16 in the rollout)" if aqn.mxfp4.enabled and aqn.mxfp4.serve == "bf16" else ""
+        served = " (in bf16 in the rollout)" if aqn.mxfp4.enabled and aqn.mxfp4.rollout_weight_format == "bf16" else ""
         model = todo.config.actor_rollout_ref.model
         first = f" from {model.lora_adapter_path}" if model.lora_adapter_path else ""
         self.say(f"model    {todo.source.name}, {base} base{served}, LoRA r={model.lora_rank}{first}")

@@ -65,7 +65,7 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
         run.append("events.jsonl", {"kind": "temporary", "path": folder, "since": started})
         tails = {name: Tail(run.path / name) for name in ("events.jsonl", "metrics.jsonl", faults.FILE)}
         promises.mkdir()
-        watchdog = Watchdog(parse_aqn(launched(run)).run.patience, promises, alone=address is None)
+        watchdog = Watchdog(parse_aqn(launched(run)).run.hang_timeout_factor, promises, alone=address is None)
         witness = Witness(Path(folder), watchdog)
         env = environment(run, folder)
         if address is None and starts_warm(launched(run)):

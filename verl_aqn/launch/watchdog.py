@@ -35,16 +35,21 @@ _VITAL = ("VLLM::", *(f"ray::{name}" for name in _ACTORS))
 class Watchdog:
     """Watch the records (`record`) and processes of a run; `fault()` says what is wrong, "" if nothing is.
 
-    A phase hangs if it takes longer than `patience` times the median of its earlier durations and longer than `LEAST_S`
+    A phase hangs if it takes longer than `hang_timeout_factor` times the median of its earlier durations and longer than `LEAST_S`
     (`_OUTSIDE` has larger minimums). In the first occurrence of a phase, the run hangs if no process of it has worked
     for `FIRST_S`; this check is skipped if processes are on machines that this one cannot see (`alone=False`). With
-    `patience` 0 no phase counts as hanging. `clock`: returns seconds since any fixed moment.
+    `hang_timeout_factor` 0 no phase counts as hanging. `clock`: returns seconds since any fixed moment.
     """
 
     def __init__(
-        self, patience: float, stacks: Path, *, alone: bool = True, clock: Callable[[], float] = time.monotonic
+        self,
+        hang_timeout_factor: float,
+        stacks: Path,
+        *,
+        alone: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.patience = patience
+        self.hang_timeout_factor = hang_timeout_factor
         self.stacks = stacks
         self.alone = alone
         self.clock = clock
@@ -94,13 +99,13 @@ class Watchdog:
 
     def limit(self) -> float:
         """Return how many seconds the present phase may take; infinite in the first occurrence of the phase."""
-        if not self.patience:
+        if not self.hang_timeout_factor:
             return float("inf")
         if self.phase == ENDING:
             return ENDING_S
         usual = self.durations.get(self.phase)
         least = _OUTSIDE.get(self.phase, LEAST_S)
-        return max(least, self.patience * statistics.median(usual)) if usual else float("inf")
+        return max(least, self.hang_timeout_factor * statistics.median(usual)) if usual else float("inf")
 
     def fault(self) -> str:
         """Return what is wrong with the run now, "" if nothing is.
@@ -122,7 +127,7 @@ class Watchdog:
             self.looked = now
             self.look()
         idle = now - max(self.since, self.worked)
-        if self.patience and self.alone and not usual and idle > FIRST_S:
+        if self.hang_timeout_factor and self.alone and not usual and idle > FIRST_S:
             return f"all processes of the run were idle for {idle:.0f} s in {self.where}: the run hangs"
         for pid, since in self.dead.items():
             if now - since > (RAY_GRACE_S if self.vital[pid] in RAY else GRACE_S):
@@ -132,7 +137,7 @@ class Watchdog:
     def warning(self) -> str:
         """Return a warning, once an hour, about a phase whose usual time is not known; "" otherwise."""
         hours = int((self.clock() - self.since) // FIRST_S)
-        if self.limit() < float("inf") or not self.patience or hours <= self.told:
+        if self.limit() < float("inf") or not self.hang_timeout_factor or hours <= self.told:
             return ""
         self.told = hours
         return (

@@ -44,5 +44,5 @@ def chip_name() -> str:
     except (ImportError, AssertionError, RuntimeError) as error:
         raise EnvironmentFault(
             f"no Ascend device answers ({first_line(error)}): "
-            "set aqn.mxfp4.serve to packed (Ascend 950) or bf16 (A2, A3)"
+            "set aqn.mxfp4.rollout_weight_format to packed (Ascend 950) or bf16 (A2, A3)"
         ) from error

@@ -40,7 +40,7 @@ class Mxfp4Linear(nn.Linear):
     ``name_in_checkpoint`` is the module's name in the folder that it comes from, if that is known.
 
     ``activation`` rounds x to MXFP4 first, as an engine with 4-bit activations does; its gradient passes straight
-    through. None (the default) multiplies with x as it is. With ``keep_dense`` the layer holds W in ``compute_dtype``
+    through. None (the default) multiplies with x as it is. With ``cache_dequantized`` the layer holds W in ``compute_dtype``
     beside the bytes from its first forward on: four times the memory again (and on every rank all of it), and no
     dequantisation in forward and backward. The copy is no parameter and in no state dict.
 
@@ -67,7 +67,7 @@ class Mxfp4Linear(nn.Linear):
         self.out_features = out_features
         self.compute_dtype = compute_dtype
         self.activation: Activation | None = None
-        self.keep_dense = False
+        self.cache_dequantized = False
         self.name_in_checkpoint: str | None = None
         self._dense: Tensor | None = None
         self.weight_packed = _frozen(torch.empty(out_features, in_features // 2, dtype=torch.uint8, device=device))
@@ -95,7 +95,7 @@ class Mxfp4Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         x = prepare_input(x, self.activation)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.keep_dense:
+        if self.cache_dequantized:
             return F.linear(x, self._kept_weight().to(x.dtype), bias)
         return PackedProduct.apply(x, self.weight_packed, self.weight_scale, bias)
 

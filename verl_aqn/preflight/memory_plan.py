@@ -89,7 +89,7 @@ def sizes(config: DictConfig) -> "Sizes":
         ranks=int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes),
         packed=aqn.mxfp4.enabled,
         served_packed=aqn.mxfp4.enabled and _served(aqn) == "packed",
-        keep_dense=aqn.mxfp4.keep_dense,
+        cache_dequantized=aqn.mxfp4.cache_dequantized,
         bf16_master=aqn.mxfp4.enabled or aqn.noise.in_actor or actor.fsdp_config.model_dtype in ("bf16", "bfloat16"),
         rank=int(model.lora_rank),
         prompt=prompt,
@@ -138,7 +138,7 @@ class Sizes:
     ranks: int
     packed: bool
     served_packed: bool
-    keep_dense: bool
+    cache_dequantized: bool
     bf16_master: bool
     rank: int
     prompt: int
@@ -231,7 +231,7 @@ def actor(shape: Shape, sizes: Sizes, costs: Costs) -> Estimate:
         "process": costs.actor,
         "base": int(base),
         "adapter and Adam": models * 3 * FP32 * adapter // sizes.ranks,
-        "16-bit copy (keep_dense)": models * BF16 * shape.linears if sizes.keep_dense else 0,
+        "16-bit copy (cache_dequantized)": models * BF16 * shape.linears if sizes.cache_dequantized else 0,
     }
     gathered = BF16 * shape.root + _layer(shape, sizes) + BF16 * shape.largest * sizes.packed
     score = micro_batch(sizes, sizes.batch, sizes.score_tokens)

@@ -170,8 +170,8 @@ def tell_workers(config: DictConfig) -> None:
     elif noise.enabled and "norm" in noise.targets and aqn.profile != "npu" and actor_rollout.actor.strategy == "fsdp2":
         # The trainer can then measure the effect of noise once, as a reference for the rollout.
         OmegaConf.update(actor_rollout, "model.override_config.noise_measured", True, force_add=True)
-    if mxfp4.keep_dense:
-        OmegaConf.update(actor_rollout, "model.override_config.mxfp4_keep_dense", True, force_add=True)
+    if mxfp4.cache_dequantized:
+        OmegaConf.update(actor_rollout, "model.override_config.mxfp4_cache_dequantized", True, force_add=True)
     if mxfp4.activation == "none":
         return
     if not mxfp4.enabled:
@@ -189,7 +189,7 @@ def untell_workers(config: DictConfig) -> None:
     """Remove from a run's resolved config what `tell_workers` added: an evaluation may need other settings."""
     actor_rollout = config.actor_rollout_ref
     told, engine = actor_rollout.model.override_config, actor_rollout.rollout.engine_kwargs.vllm
-    for key in ("noise_in_actor", "noise_measured", "mxfp4_keep_dense"):
+    for key in ("noise_in_actor", "noise_measured", "mxfp4_cache_dequantized"):
         told.pop(key, None)
     if told.pop("mxfp4_activation", None) is None:
         return

@@ -235,9 +235,12 @@ def test_whole_numbers_are_checked_before_anything_reckons_with_them(composed, k
 @pytest.mark.parametrize(
     ("block", "words"),
     [
-        ({"run": {"patience": -1.0}}, r"aqn\.run\.patience is -1\.0: give 0 or more, 0 for never"),
+        (
+            {"run": {"hang_timeout_factor": -1.0}},
+            r"aqn\.run\.hang_timeout_factor is -1\.0: give 0 or more, 0 for never",
+        ),
         ({"run": {"restarts": -1}}, r"aqn\.run\.restarts is -1: give 0 or more"),
-        ({"parity": {"rescore": -3}}, r"aqn\.parity\.rescore is -3: give 0 or more, 0 for none"),
+        ({"mismatch": {"rescore": -3}}, r"aqn\.mismatch\.rescore is -3: give 0 or more, 0 for none"),
     ],
 )
 def test_what_cannot_be_negative(block, words):
@@ -361,12 +364,14 @@ def test_reading_a_recipe_imports_no_framework():
     ("profile", "arithmetic"), [("cpu", "even/nearest"), ("cuda", "rceil/nearest"), ("npu", "floor/half_away")]
 )
 def test_four_bit_activations_reach_actor_and_rollout(profile, arithmetic):
-    config = load_recipe("e12", [f"profile={profile}", "aqn.mxfp4.activation=mxfp4", "aqn.mxfp4.keep_dense=true"])
+    config = load_recipe(
+        "e12", [f"profile={profile}", "aqn.mxfp4.activation=mxfp4", "aqn.mxfp4.cache_dequantized=true"]
+    )
     assert parse_aqn(config).mxfp4.activation_arithmetic == arithmetic
     tell_workers(config)
     told, engine = config.actor_rollout_ref.model.override_config, config.actor_rollout_ref.rollout.engine_kwargs.vllm
     assert told.mxfp4_activation == arithmetic
-    assert told.mxfp4_keep_dense is True
+    assert told.mxfp4_cache_dequantized is True
     assert engine.get("linear_backend") == ("auto" if profile == "cuda" else None)  # Marlin would leave them alone
     if profile == "cpu":
         assert engine.additional_config.mxfp4_activation == arithmetic

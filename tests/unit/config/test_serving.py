@@ -61,14 +61,14 @@ def test_chips_are_told_by_their_names(name, found):
 def test_an_unknown_chip_and_a_missing_one_are_told_in_a_line():
     with pytest.raises(EnvironmentFault, match=r"unknown Ascend chip 'Ascend310P3'"):
         generation("Ascend310P3")
-    with pytest.raises(EnvironmentFault, match=r"no Ascend device answers.*aqn\.mxfp4\.serve"):
+    with pytest.raises(EnvironmentFault, match=r"no Ascend device answers.*aqn\.mxfp4\.rollout_weight_format"):
         chip_name()
 
 
 @pytest.mark.parametrize("profile", ["cpu", "cuda"])
 def test_the_packed_base_is_served_as_it_is_where_vllm_can(packed, profile):
     config = prepared(packed, None, f"profile={profile}")
-    assert parse_aqn(config).mxfp4.serve == "packed"
+    assert parse_aqn(config).mxfp4.rollout_weight_format == "packed"
     assert "served_path" not in config.actor_rollout_ref.model.override_config
 
 
@@ -76,14 +76,14 @@ def test_the_packed_base_is_served_as_it_is_where_vllm_can(packed, profile):
     ("chip", "overrides"),
     [
         (A3, ["profile=npu"]),
-        (None, ["profile=npu", "aqn.mxfp4.serve=bf16"]),
-        (None, ["profile=cpu", "aqn.mxfp4.serve=bf16"]),
+        (None, ["profile=npu", "aqn.mxfp4.rollout_weight_format=bf16"]),
+        (None, ["profile=cpu", "aqn.mxfp4.rollout_weight_format=bf16"]),
     ],
 )
 def test_without_mx_units_the_rollout_has_the_bf16_equal(packed, chip, overrides):
     config = prepared(packed, chip, *overrides)
     model, engine = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout.engine_kwargs.vllm
-    assert (parse_aqn(config).mxfp4.serve, parse_aqn(config).mxfp4.activation) == ("bf16", "none")
+    assert (parse_aqn(config).mxfp4.rollout_weight_format, parse_aqn(config).mxfp4.activation) == ("bf16", "none")
     assert model.path == str(packed)
     served = Path(model.override_config.served_path)
     assert "quantization_config" not in json.loads((served / "config.json").read_text())
@@ -93,7 +93,7 @@ def test_without_mx_units_the_rollout_has_the_bf16_equal(packed, chip, overrides
 
 def test_the_bf16_equal_is_known_by_a_digest_that_is_made_of_the_packed_bytes(packed):
     """What a run compares its rollout with: also where a tensor-parallel rank holds a part of a weight."""
-    config = prepared(packed, None, "profile=cpu", "aqn.mxfp4.serve=bf16")
+    config = prepared(packed, None, "profile=cpu", "aqn.mxfp4.rollout_weight_format=bf16")
     weights = load_file(Path(config.actor_rollout_ref.model.override_config.served_path) / "model.safetensors")
     modules = packed_modules(open_packed(packed))
     digests = {module: values_digest(weights[f"{module}.weight"]) for module in modules}
@@ -110,7 +110,7 @@ def test_the_bf16_equal_is_known_by_a_digest_that_is_made_of_the_packed_bytes(pa
 def test_an_ascend_950_serves_the_packed_bytes_and_both_sides_round_activations(packed):
     config = prepared(packed, ASCEND_950, "profile=npu")
     aqn, actor_rollout = parse_aqn(config), config.actor_rollout_ref
-    assert (aqn.mxfp4.serve, aqn.mxfp4.activation_arithmetic) == ("packed", "floor/half_away")
+    assert (aqn.mxfp4.rollout_weight_format, aqn.mxfp4.activation_arithmetic) == ("packed", "floor/half_away")
     assert actor_rollout.model.override_config.mxfp4_activation == "floor/half_away"
     assert actor_rollout.rollout.engine_kwargs.vllm.quantization == "ascend"
     served = Path(actor_rollout.model.override_config.served_path)
@@ -122,12 +122,12 @@ def test_an_ascend_950_serves_the_packed_bytes_and_both_sides_round_activations(
 
 
 def test_what_cannot_be_is_refused(packed):
-    with pytest.raises(ConfigError, match=r"W4A4_MXFP4 only.*aqn\.mxfp4\.serve=bf16"):
-        prepared(packed, None, "profile=npu", "aqn.mxfp4.serve=packed")
+    with pytest.raises(ConfigError, match=r"W4A4_MXFP4 only.*aqn\.mxfp4\.rollout_weight_format=bf16"):
+        prepared(packed, None, "profile=npu", "aqn.mxfp4.rollout_weight_format=packed")
     with pytest.raises(ConfigError, match="the rollout rounds no activations"):
         prepared(packed, A3, "profile=npu", "aqn.mxfp4.activation=mxfp4")
-    with pytest.raises(ConfigError, match=r"serve='fp8' is not one of auto, packed, bf16"):
-        load_recipe("e12", ["profile=npu", "aqn.mxfp4.serve=fp8"])
+    with pytest.raises(ConfigError, match=r"rollout_weight_format='fp8' is not one of auto, packed, bf16"):
+        load_recipe("e12", ["profile=npu", "aqn.mxfp4.rollout_weight_format=fp8"])
 
 
 def test_a_config_is_told_anew_when_it_is_used_again(packed):

@@ -151,7 +151,7 @@ def test_precision_is_one_of_two(model):
 def rounded(request, tmp_path, model):
     """A run with 4-bit activations, whose config has what the workers were told of them; and that of one without."""
     configs = []
-    for wanted in (["aqn.mxfp4.activation=mxfp4", "aqn.mxfp4.keep_dense=true"], []):
+    for wanted in (["aqn.mxfp4.activation=mxfp4", "aqn.mxfp4.cache_dequantized=true"], []):
         path = f"actor_rollout_ref.model.path={model}"
         configs.append(load_recipe("e12", [f"profile={request.param}", path, *wanted]))
         tell_workers(configs[-1])
@@ -185,7 +185,7 @@ def test_activations_are_rounded_as_in_the_run_unless_told_otherwise(rounded):
     config = settings(target, [], None, None)
     tell_workers(config)
     assert told(config) == told(run)
-    config = settings(target, ["aqn.mxfp4.activation=none", "aqn.mxfp4.keep_dense=false"], None, None)
+    config = settings(target, ["aqn.mxfp4.activation=none", "aqn.mxfp4.cache_dequantized=false"], None, None)
     tell_workers(config)
     assert told(config) == told(plain)
 

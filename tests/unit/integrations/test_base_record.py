@@ -114,7 +114,7 @@ def test_a_dequantised_copy_that_the_actor_computes_with_is_compared_with_its_co
     folder = folders / "packed"
     model = loaded(folder)
     layer = model.model.layers[1].self_attn.o_proj
-    layer.keep_dense = True
+    layer.cache_dequantized = True
     layer(torch.ones(1, 64, dtype=torch.bfloat16))
     check_base(record_of(folder, [actor_of(model, folder)], [rollout_of(folder)]), None)
     layer._dense[3, 3] += 1

@@ -7,13 +7,13 @@ import torch
 from omegaconf import OmegaConf
 
 from verl_aqn.config.compose import load_recipe
-from verl_aqn.config.schema import ParityConfig, parse_aqn
+from verl_aqn.config.schema import MismatchConfig, parse_aqn
 from verl_aqn.errors import ConfigError, EvidenceError
 from verl_aqn.integrations.verl import tripwire
 
 CLIP = (0.2, 0.25)
 PLAIN = {"calculate_log_probs": True, "temperature": 1.0, "top_p": 1.0, "top_k": -1}
-LIMITS = ParityConfig()
+LIMITS = MismatchConfig()
 
 
 def found(mean: float, tokens: int = 64, error: float = 0.0) -> dict:
@@ -72,7 +72,7 @@ def test_rescored_tokens_are_found_by_name_and_the_noisy_ones_are_not_looked_at(
 @pytest.mark.parametrize("mean", [1.01, math.inf, math.nan])
 def test_a_run_stops_above_the_limit_and_where_there_is_no_number(mean):
     with pytest.raises(
-        EvidenceError, match=r"step 1: .*aqn\.parity\.stop=1: nothing was updated; likely causes: .*window"
+        EvidenceError, match=r"step 1: .*aqn\.mismatch\.stop=1: nothing was updated; likely causes: .*window"
     ) as told:
         tripwire.judge(found(mean), 1, [], LIMITS, "separate rows")
     assert "\n" not in str(told.value)
@@ -81,9 +81,9 @@ def test_a_run_stops_above_the_limit_and_where_there_is_no_number(mean):
 
 def test_a_run_is_warned_of_once_and_healthy_ones_are_not():
     assert tripwire.judge(found(0.06), 1, [], LIMITS) is None
-    assert "aqn.parity.warn=0.2" in (tripwire.judge(found(0.3), 1, [], LIMITS) or "")
+    assert "aqn.mismatch.warn=0.2" in (tripwire.judge(found(0.3), 1, [], LIMITS) or "")
     assert tripwire.judge(found(0.3), 2, [0.3], LIMITS) is None
-    assert "aqn.parity.warn=0.2" in (tripwire.judge(found(0.3), 3, [0.19, 0.19], LIMITS) or "")
+    assert "aqn.mismatch.warn=0.2" in (tripwire.judge(found(0.3), 3, [0.19, 0.19], LIMITS) or "")
 
 
 def test_a_mean_of_few_tokens_has_to_be_clearly_above_a_limit():
@@ -106,9 +106,9 @@ def test_a_later_step_is_held_against_the_first_ones():
 
 
 def test_limits_are_settable_and_checked():
-    set_to = ["profile=cpu", "aqn.parity.warn=0.5", "aqn.parity.stop=inf"]
-    limits = parse_aqn(load_recipe("e12", set_to)).parity
+    set_to = ["profile=cpu", "aqn.mismatch.warn=0.5", "aqn.mismatch.stop=inf"]
+    limits = parse_aqn(load_recipe("e12", set_to)).mismatch
     assert tripwire.judge(found(40.0), 1, [0.6], limits) is None
-    for override in ("aqn.parity.warn=0", "aqn.parity.stop=0.1", "aqn.parity.warn=nan"):
-        with pytest.raises(ConfigError, match=r"aqn\.parity\.warn is"):
+    for override in ("aqn.mismatch.warn=0", "aqn.mismatch.stop=0.1", "aqn.mismatch.warn=nan"):
+        with pytest.raises(ConfigError, match=r"aqn\.mismatch\.warn is"):
             parse_aqn(load_recipe("e12", ["profile=cpu", override]))

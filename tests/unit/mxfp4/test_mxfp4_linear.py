@@ -120,7 +120,7 @@ def test_dense_copy_changes_nothing_but_the_memory(activation: Activation | None
         layer.activation = activation
     for layer in packed_layers(kept):
         layer.activation = activation
-        layer.keep_dense = True
+        layer.cache_dequantized = True
     assert set(kept.state_dict()) == set(model.state_dict())
     x = torch.randn(4, 64)
     with torch.inference_mode():
@@ -135,7 +135,7 @@ def test_dense_copy_changes_nothing_but_the_memory(activation: Activation | None
 
 def test_dense_copy_follows_the_state_dict() -> None:
     layer, other = packed_layer(seed=0), packed_layer(seed=1)
-    layer.keep_dense = True
+    layer.cache_dequantized = True
     x = torch.randn(2, 64)
     layer(x)
     layer.load_state_dict(other.state_dict())
@@ -319,7 +319,7 @@ def _fsdp_worker(rank: int, world: int, port: int, make: Callable[[], nn.Module]
             model, twin = make(), make()
             net = next(m for m in model.modules() if isinstance(m, Net))
             net.recompute = policy.param_dtype is not None
-            net.up.keep_dense = net.recompute
+            net.up.cache_dequantized = net.recompute
             bases = [p.detach().clone() for name, p in twin.named_parameters() if "weight_" in name]
             fully_shard(net.up, mp_policy=policy)
             fully_shard(net.down, mp_policy=policy)

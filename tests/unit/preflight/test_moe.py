@@ -64,7 +64,7 @@ def recipe(model: Path, *overrides: str, profile: str = "cpu") -> DictConfig:
 def test_packed_experts_are_served_in_bf16_on_a_cpu(root, name, profile, form):
     config = recipe(root / name, profile=profile)
     prepare_serving(config)
-    assert parse_aqn(config).mxfp4.serve == form
+    assert parse_aqn(config).mxfp4.rollout_weight_format == form
     served = config.actor_rollout_ref.model.override_config.get("served_path")
     assert (served is not None and not is_packed(served)) == (form == "bf16")
     shape, given = shape_of(root / name, ("lm_head", "embed_tokens")), memory.sizes(recipe(root / name))
@@ -77,7 +77,7 @@ def test_packed_experts_are_served_in_bf16_on_a_cpu(root, name, profile, form):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("aqn.mxfp4.serve=packed", "on a CPU vLLM has no kernel for packed experts"),
+        ("aqn.mxfp4.rollout_weight_format=packed", "on a CPU vLLM has no kernel for packed experts"),
         ("aqn.mxfp4.activation=mxfp4", "on a CPU vLLM has no kernel for packed experts"),
         ("aqn.noise.targets=[norm,linear]", "aqn.noise.targets has `linear`"),
     ],

@@ -97,7 +97,7 @@ def export(run: Path, dst: Path, *, merge: bool = False, say: Callable[[str], No
                 raise EvidenceError(f"as PEFT reads it, the exported adapter is not the one of {source.run.path}")
         say(f"asking the trainer's model and then vLLM {len(questions.prompts)} prompts")
         trial = try_out(source, questions, adapter, folder, merge, tokenizer)
-        trial = judge(trial, parse_aqn(source.config).parity.stop)
+        trial = judge(trial, parse_aqn(source.config).mismatch.stop)
         proof |= {"proved": not trial.undecided, "answers": trial.to_dict()}
         write_card(folder, proof)
         (folder / RECORD).write_text(json.dumps(proof, indent=2) + "\n")

@@ -180,7 +180,7 @@ def judge(trial: Trial, apart: float) -> Trial:
     effect = trial.effect
     if effect is not None and not _within(effect.apart, apart):
         raise EvidenceError(
-            f"on the bare base vLLM and the trainer's model are {effect.apart:.2g} nats a token apart (aqn.parity.stop "
+            f"on the bare base vLLM and the trainer's model are {effect.apart:.2g} nats a token apart (aqn.mismatch.stop "
             f"allows {apart:g}): they do not compute the same model"
         )
     if effect is not None and effect.allowed is not None and not _within(effect.error, effect.allowed):

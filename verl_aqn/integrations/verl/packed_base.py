@@ -87,7 +87,7 @@ class PackedBase(FSDPEngineWithLMHead):
         for layer in packed_layers(module):
             layer.activation = Activation.parse(told.get("mxfp4_activation"))
             if isinstance(layer, Mxfp4Linear):
-                layer.keep_dense = bool(told.get("mxfp4_keep_dense"))
+                layer.cache_dequantized = bool(told.get("mxfp4_cache_dequantized"))
         return module
 
     def _finished(self, module: PreTrainedModel) -> PreTrainedModel:

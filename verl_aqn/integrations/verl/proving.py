@@ -36,7 +36,7 @@ class ProvingTrainer(ValidatingTrainer):
         self.synced_bytes = 0
         mxfp4 = self.aqn.mxfp4
         self.base = BaseRecords(
-            config.actor_rollout_ref.model.path, mxfp4.serve, mxfp4.activation_arithmetic, self.event
+            config.actor_rollout_ref.model.path, mxfp4.rollout_weight_format, mxfp4.activation_arithmetic, self.event
         )
         self.slicing_of_rank: list[int] = []
 

@@ -85,9 +85,9 @@ class ComparingTrainer(ProvingTrainer):
         data, clip = fields_of(batch, fields).to_padded_tensor(), clip_range(actor_rollout.actor)
         found = tripwire.measure(data, real_keys(batch), self.clean_logp, source, clip)
         if found is None:
-            self.uncompared("no sample was scored again without noise (aqn.parity.rescore)")
+            self.uncompared("no sample was scored again without noise (aqn.mismatch.rescore)")
             return
-        limits = self.aqn.parity
+        limits = self.aqn.mismatch
         bounds = {key: value if math.isfinite(value) else "none" for key, value in asdict(limits).items()}
         record = {"step": self.global_steps, "warn": bounds["warn"], "stop": bounds["stop"], **found}
         self.folder.add_evidence({"kind": "mismatch", **record})

@@ -84,7 +84,7 @@ class AqnTrainer(ComparingTrainer):
         failed = asked - answered(taken)
         self.tell_failed("train", asked, failed)
         self.noise_metrics["aqn/answers_failed"] = failed
-        keys = scored_again(taken, self.aqn.parity.rescore if can_rescore(rollout) else 0)
+        keys = scored_again(taken, self.aqn.mismatch.rescore if can_rescore(rollout) else 0)
         sigma = self.noise_metrics["aqn/sigma"]
         if not self.compared and tripwire.source_of(rollout, sigma, self.aqn.noise.in_actor) == "rescored":
             keys = scored_again(taken, max(1, len(taken) // tripwire.FIRST_SAMPLES))

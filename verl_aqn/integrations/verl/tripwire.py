@@ -20,7 +20,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import Tensor
 
-from verl_aqn.config.schema import ParityConfig
+from verl_aqn.config.schema import MismatchConfig
 from verl_aqn.errors import EvidenceError
 from verl_aqn.integrations.verl.token_mismatch import align, gap, truncates
 from verl_aqn.runs.judge.mismatch import least
@@ -82,7 +82,7 @@ def measure(
 
 
 def judge(
-    found: Mapping[str, Any], step: int, earlier: Sequence[float], limits: ParityConfig, layout: str = ""
+    found: Mapping[str, Any], step: int, earlier: Sequence[float], limits: MismatchConfig, layout: str = ""
 ) -> str | None:
     """Return a warning about the mismatch of `step` (from 1), or None where there is nothing to say.
 
@@ -103,12 +103,12 @@ def judge(
     causes = f"likely causes: {CAUSES}" + (f"; layout of a batch: {layout}" if layout else "")
     if not lowest <= limits.stop:  # NaN, too
         raise EvidenceError(
-            f"{text}, above aqn.parity.stop={limits.stop:g}: nothing was updated; {causes}; does it stay with "
+            f"{text}, above aqn.mismatch.stop={limits.stop:g}: nothing was updated; {causes}; does it stay with "
             "aqn.mxfp4.enabled=false?"
         )
     usual = statistics.median(earlier[:BASELINE_STEPS]) if len(earlier) >= BASELINE_STEPS else math.inf
     if lowest > max(GROWTH * usual, GROWTH_FLOOR):
         return f"{text}, {mean / usual:.1f} times that of the first steps ({usual:.3g}): {causes}"
     if lowest > limits.warn and not any(value > limits.warn for value in earlier):  # told once
-        return f"{text}, above aqn.parity.warn={limits.warn:g}: {causes}"
+        return f"{text}, above aqn.mismatch.warn={limits.warn:g}: {causes}"
     return None

@@ -323,7 +323,8 @@ def _check_packed(record: Mapping[str, Any], quantised: bool, form: str, ranks: 
         )
         name = f"rollout {rank}"
         _must(
-            one.get("form") == form, f"{where}{name} holds its base as {one.get('form')}, not as aqn.mxfp4.serve={form}"
+            one.get("form") == form,
+            f"{where}{name} holds its base as {one.get('form')}, not as aqn.mxfp4.rollout_weight_format={form}",
         )
         _must(_tells_parts(one), f"{where}{name} does not say which parts it holds")
     if not quantised:
