@@ -1,14 +1,14 @@
-"""Which Ascend chip this is: only the Ascend 950 (vllm-ascend calls it A5) computes with MXFP4. Imports no torch."""
+"""Identification of the Ascend chip; only the Ascend 950 (A5 in vllm-ascend) computes with MXFP4. Imports no torch."""
 
 from verl_aqn.errors import EnvironmentFault, first_line
 from verl_aqn.preflight.findings import Finding
 
-BYTES_PACKED, BYTES_BF16 = 17 / 32, 2  # of one weight: 4 bits and its part of a scale byte for 32
+BYTES_PACKED, BYTES_BF16 = 17 / 32, 2  # per weight: 4 bits, and 1/32 of a scale byte
 
-# What vllm-ascend 0.23.0 (setup.py) and verl 0.9.1 (utils/device.py) map to A2, A3 and A5, by the names' beginnings.
+# Prefixes of chip names that vllm-ascend 0.23.0 (setup.py) and verl 0.9.1 (utils/device.py) map to A2, A3 and A5.
 _GENERATIONS = {
     "ascend950": "950",
-    "ascend910_95": "950",  # its name before the release
+    "ascend910_95": "950",  # the name of the 950 before its release
     "ascend910_93": "A3",
     "ascend910b": "A2",
     "ascenda2g": "A2",
@@ -16,10 +16,10 @@ _GENERATIONS = {
 
 
 def generation(name: str) -> str:
-    """`A2`, `A3` or `950` of a device that calls itself `name`, as in "Ascend910_9392".
+    """Return the generation (`A2`, `A3` or `950`) of a device with the given name, for example "Ascend910_9392".
 
     Raises:
-        EnvironmentFault: neither vllm-ascend nor verl knows such a chip.
+        EnvironmentFault: neither vllm-ascend nor verl knows the chip.
     """
     for beginning, found in _GENERATIONS.items():
         if name.lower().startswith(beginning):
@@ -28,15 +28,15 @@ def generation(name: str) -> str:
 
 
 def has_mx_units(name: str) -> bool:
-    """Whether a chip multiplies MXFP4; on the others a packed base is served as its exact bf16 equal."""
+    """Return whether a chip multiplies MXFP4. On other chips a packed base is served dequantised, in bf16."""
     return generation(name) == "950"
 
 
 def chip_name() -> str:
-    """What the first NPU of this machine calls itself.
+    """Return the device name of the first NPU of this machine.
 
     Raises:
-        EnvironmentFault: torch_npu is missing, or no device answers.
+        EnvironmentFault: torch_npu is missing, or no device responds.
     """
     try:
         import torch_npu
@@ -44,18 +44,18 @@ def chip_name() -> str:
         return torch_npu.npu.get_device_name()
     except (ImportError, AssertionError, RuntimeError) as error:
         raise EnvironmentFault(
-            f"no Ascend device answers ({first_line(error)}): "
+            f"no Ascend device responds ({first_line(error)}): "
             "set aqn.mxfp4.serve to packed (Ascend 950) or bf16 (A2, A3)"
         ) from error
 
 
 def examine() -> list[Finding]:
-    """What `doctor` says of this machine's NPUs."""
+    """Return the findings of `doctor` about the NPUs of this machine."""
     try:
         chip = chip_name()
         kind = generation(chip)
     except EnvironmentFault as fault:
-        return [Finding("NPU", "no answer", str(fault))]
+        return [Finding("NPU", "no response", str(fault))]
     import torch_npu
     from vllm_ascend import _build_info
 
@@ -63,9 +63,11 @@ def examine() -> list[Finding]:
     if has_mx_units(chip):
         path = f"packed, as W4A4_MXFP4: {packed} for 1e9 weights instead of {bf16} in bf16; activations are rounded too"
     else:
-        path = f"no MX units: as the exact bf16 equal, {bf16} for 1e9 weights instead of {packed}"
+        path = f"no MX units: dequantised to bf16 (same values), {bf16} for 1e9 weights instead of {packed}"
     built, wanted = _build_info.__device_type__, {"950": "A5"}.get(kind, kind)
-    rebuild = f"PyPI's wheel is for A2: build vllm-ascend from source with SOC_VERSION={chip.lower()}, or take an image"
+    rebuild = (
+        f"the wheel on PyPI is for A2: build vllm-ascend from source with SOC_VERSION={chip.lower()}, or use an image"
+    )
     return [
         Finding("NPU", f"{torch_npu.npu.device_count()} × {chip} ({kind})"),
         Finding("MXFP4 in the rollout", path),

@@ -75,8 +75,8 @@ def test_packed_experts_are_served_in_bf16_on_a_cpu(root, name, profile, form):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("aqn.mxfp4.serve=packed", "on a CPU vLLM has no kernel for packed experts"),
-        ("aqn.mxfp4.activation=mxfp4", "on a CPU vLLM has no kernel for packed experts"),
+        ("aqn.mxfp4.serve=packed", "vLLM has no kernel for packed experts on a CPU"),
+        ("aqn.mxfp4.activation=mxfp4", "vLLM has no kernel for packed experts on a CPU"),
         ("aqn.noise.targets=[norm,linear]", "aqn.noise.targets has `linear`"),
     ],
 )

@@ -128,7 +128,7 @@ def test_ramps_hit_both_ends_and_never_turn(kind, first, ratio, count):
     ("changes", "says"),
     [
         ({"kind": "some"}, "uniform, targeted"),
-        ({"kind": "uniform", "first": 2.0}, "no effect with kind 'uniform': it belongs to variable and inverse"),
+        ({"kind": "uniform", "first": 2.0}, "no effect with kind 'uniform': it is a key of variable and inverse"),
         ({"kind": "targeted"}, "needs modules"),
         ({"kind": "zones"}, "needs zones"),
         ({"kind": "zones", "zones": (Zone(),)}, "needs zones"),
