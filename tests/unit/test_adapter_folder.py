@@ -153,7 +153,7 @@ REFUSED = {
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base weights"),
     "olora": ({"init_lora_weights": "olora"}, "init_lora_weights='olora' changes the base weights"),
     "wide": ({"r": 513, "target_modules": ["q_proj"], "layers_to_transform": [0]}, "has rank 513: vLLM serves"),
-    "classifier": ({"task_type": "FEATURE_EXTRACTION"}, "task_type=FEATURE_EXTRACTION, not CAUSAL_LM"),
+    "classifier": ({"task_type": "FEATURE_EXTRACTION"}, "task_type=FEATURE_EXTRACTION: give an adapter for task_type=CAUSAL_LM"),
 }  # fmt: skip
 OTHERS = {
     "IA3": IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[]),
