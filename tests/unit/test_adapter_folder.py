@@ -245,14 +245,14 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
     ("what", "error", "match"),
     [
         (lambda t: t.pop(NAME + "B.weight"), ModelError, "lacks .*layers.0.self_attn.q_proj.lora_B"),
-        (lambda t: t.update({NAME + "magnitude_vector": torch.ones(64)}), ModelError, "no place for .*magnitude"),
+        (lambda t: t.update({NAME + "magnitude_vector": torch.ones(64)}), ModelError, "no module for .*magnitude"),
         (lambda t: t[NAME + "A.weight"].fill_(torch.nan), DataError, "q_proj.lora_A.weight contains NaN or infinity"),
         (lambda t: t.update({NAME + "A.weight": torch.ones(4, 64).to(torch.float8_e4m3fn)}), ModelError, "is F8_E4M3"),
         (lambda t: [t[NAME + k + ".weight"].zero_() for k in "AB"], ModelError, "A and B of .*q_proj are zero"),
         (
             lambda t: [t.update({n.replace("model.model.", "model.language_model.model."): t.pop(n)}) for n in list(t)],
             ModelError,
-            "no place for base_model.language_model.model",
+            "no module for base_model.language_model.model",
         ),
     ],
 )

@@ -166,7 +166,7 @@ def test_a_target_that_exists_is_wrong_use_in_one_line(run, tmp_path):
     command = [sys.executable, "-m", "verl_aqn.cli", "export", str(run), str(tmp_path / "taken")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
-    assert "taken exists already" in result.stderr
+    assert "taken already exists" in result.stderr
 
 
 # ---- answers ----

@@ -293,7 +293,7 @@ def test_a_merged_model_is_read_back_bit_for_bit(base, state, run, tmp_path, mon
 
     monkeypatch.setattr(exporting, "write_merged", damaging)
     monkeypatch.setattr(exporting, "try_out", None)
-    with pytest.raises(EvidenceError, match=rf"{name} as it is written in the merged folder is not, bit for bit, "):
+    with pytest.raises(EvidenceError, match=rf"{name} in the merged folder is not, bit for bit, "):
         export(run, tmp_path / "out", merge=True)
 
 
@@ -308,7 +308,7 @@ def test_a_merged_model_of_another_adapter_or_config_is_found(base, state, tmp_p
         check_merged(folder, base, True, replace(adapter, alpha=adapter.alpha * 1.1))
     config = folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 0.1}))
-    with pytest.raises(EvidenceError, match=r"config\.json as it is written"):
+    with pytest.raises(EvidenceError, match=r"config\.json in the merged folder is not that of the base"):
         check_merged(folder, base, True, adapter)
 
 

@@ -59,7 +59,7 @@ def test_json_and_picture(quantize, source, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--exclude", "nothing"), "exclude names 'nothing', which matches no module"),
+        (("--exclude", "nothing"), "exclude has 'nothing', which matches no module"),
         (("--format", "gguf"), "use one of compressed-tensors, modelslim"),
         (("--scale-rule", "best"), "use one of mse, even, floor, rceil"),
         (("--plot", "picture.docx"), "cannot write a picture to picture.docx"),

@@ -22,7 +22,7 @@ class Held(NamedTuple):
     """The tensors that one process holds.
 
     `tensors`: (digest, dtype or "packed") by the name in the checkpoint. `converted`: tensors that transformers turns
-    into others when it loads them, with the conversion. `passed`: tensors that do not belong to the text part. `faults`:
+    into others when it loads them, with the conversion. `passed`: tensors that are not in the text model. `faults`:
     messages about errors in this process. `digest`: over all held tensors, to compare ranks. `packed_digest`: over
     the packed modules; None if there are none.
     """
