@@ -137,7 +137,9 @@ def test_refusals(tmp_path: Path) -> None:
         quantize_checkpoint(oss, tmp_path / "out")
     with pytest.raises(ModelError, match="is already MXFP4 in the format compressed-tensors"):
         import_checkpoint(ours, tmp_path / "out")
-    with pytest.raises(ModelError, match="is not an MXFP4 checkpoint of compressed-tensors, Quark, gpt-oss or ModelSlim"):
+    with pytest.raises(
+        ModelError, match="is not an MXFP4 checkpoint of compressed-tensors, Quark, gpt-oss or ModelSlim"
+    ):
         import_checkpoint(tmp_path / "source", tmp_path / "out")
     with pytest.raises(ModelError, match="does not support fused experts"):
         import_checkpoint(oss, tmp_path / "out", format="modelslim")

@@ -108,7 +108,10 @@ def test_an_adapter_elsewhere_is_refused(root, targets):
     config = recipe(root / "qwen2")
     with open_dict(config):
         config.actor_rollout_ref.model.target_modules = OmegaConf.create(targets) if "[" in targets else targets
-    with pytest.raises(ConfigError, match=r"only attention can have adapters: set target_modules to some of k_proj, o_proj, q_proj, v_proj"):
+    with pytest.raises(
+        ConfigError,
+        match=r"only attention can have adapters: set target_modules to some of k_proj, o_proj, q_proj, v_proj",
+    ):
         keep_adapter_off_experts(config)
     with pytest.raises(ConfigError, match="target_parameters is set"):
         keep_adapter_off_experts(recipe(root / "qwen2", "+actor_rollout_ref.model.target_parameters=[experts]"))

@@ -265,7 +265,7 @@ class NeedsMemory(OtherNames):
 def test_a_layer_that_cannot_be_run_is_not_guessed_at():
     model = nn.ModuleList([NeedsMemory()])
     injector = NoiseInjector(model)
-    with pytest.raises(ModelError, match="cannot see which norm feeds its router"):
+    with pytest.raises(ModelError, match="cannot find the norm that feeds its router"):
         injector.apply(ORDER)
     assert len(noisy(injector, replace(ORDER, router_norms=True, exclude=("*.c",)))) == 3
 
@@ -414,7 +414,7 @@ def test_linear_noise_that_stays_on_is_caught():
 
 
 def test_a_kernel_that_keeps_weights_in_its_own_order_is_refused():
-    with pytest.raises(ModelError, match="order of its own"):
+    with pytest.raises(ModelError, match="stores weights in its own order"):
         NoiseInjector(Engine(kernel="marlin")).apply(LINEAR)
 
 

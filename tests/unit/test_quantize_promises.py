@@ -162,7 +162,9 @@ def test_extra_scales_are_never_kept_unseen(source: Path, tmp_path: Path, name: 
     tensors = {n.replace("weight_packed", "weight"): t for n, t in load_file(theirs / "model.safetensors").items()}
     save_file(tensors | {LAYER + name: torch.ones(1)}, theirs / "model.safetensors")
     change(theirs, quantization_config={"quant_method": "quark"})
-    refused(ModelError, f"tensor {LAYER}{name} .* is not a weight of", import_checkpoint, theirs, tmp_path / "out", format)
+    refused(
+        ModelError, f"tensor {LAYER}{name} .* is not a weight of", import_checkpoint, theirs, tmp_path / "out", format
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["packed", "source"]
 
 

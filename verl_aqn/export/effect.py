@@ -51,8 +51,8 @@ class Effect:
     """The measured effect of an adapter.
 
     `size`: mean |e| in nats per token, over `tokens` tokens. `apart`: mean |d − b|. `shown`: ⟨s, e⟩ / ‖e‖², the share
-    of the effect that the export has. `error`, `floor`: see the docstring of the module; None if the adapter has no effect
-    on these tokens.
+    of the effect that the export has. `error`, `floor`: see the docstring of the module; None if the adapter has no
+    effect on these tokens.
     """
 
     tokens: int

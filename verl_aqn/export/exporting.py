@@ -35,9 +35,9 @@ def export(run: Path, dst: Path, *, merge: bool = False, say: Callable[[str], No
     the checkpoint's adapter, `recorded` by the run, `read_back` from the written folder with PEFT, None for a merged
     model); `nonzero_b`, the number of modules that the adapter changes; `rank`, `alpha`, `rslora`; `activation`;
     `merge` (`verl_aqn.mxfp4.merging.MergeReport`, the `unchanged` modules, and the number of tensors `read_back` bit
-    for bit; None for an adapter); `answers` (`verl_aqn.export.trial.Trial.to_dict`); `proved`, False if the trial cannot
-    distinguish the export from its base (`answers.undecided` says why). Records of earlier versions lack `proved`,
-    `read_back`, `unchanged`, and most fields of `answers`.
+    for bit; None for an adapter); `answers` (`verl_aqn.export.trial.Trial.to_dict`); `proved`, False if the trial
+    cannot distinguish the export from its base (`answers.undecided` says why). Records of earlier versions lack
+    `proved`, `read_back`, `unchanged`, and most fields of `answers`.
 
     Raises:
         DataError, ModelError: the run, its checkpoint, base or data cannot be used, or ``dst`` exists.

@@ -81,8 +81,8 @@ def measure_start(config: DictConfig, steps: int) -> list[Strength]:
     """Measure the policy on a few prompts before a run, without noise and at σ_start.
 
     A few groups may have no reward variance by chance, and stopping a good run costs more than starting a bad one. So
-    if none of `START_GROUPS` groups has reward variance with noise, but some have without noise, `SURE_GROUPS` groups are
-    measured. The noise is exactly that of the first noisy step, and the policy is the one before training.
+    if none of `START_GROUPS` groups has reward variance with noise, but some have without noise, `SURE_GROUPS` groups
+    are measured. The noise is exactly that of the first noisy step, and the policy is the one before training.
 
     Raises:
         StrengthError: none of `SURE_GROUPS` groups has reward variance with noise, but `CLEAR_GROUPS` have it without
