@@ -1,4 +1,4 @@
-"""The public name of the noise schedule: `verl_aqn.noise.schedule.SigmaSchedule`."""
+"""The public name of the noise schedule: `verl_aqn.schedule.SigmaSchedule`."""
 
 from verl_aqn.noise.schedule import SigmaSchedule
 

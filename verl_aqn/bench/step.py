@@ -101,7 +101,7 @@ def command(name: str, todo: list[str], folder: Path, temporary: str) -> tuple[s
     """Return what starts an arm's run: module, arguments, environment."""
     if name == "ours":
         arguments = ["train", RECIPE, *todo, "aqn.noise.probe=false", f"aqn.run.dir={folder}"]
-        return "verl_aqn.cli", arguments, dict(os.environ)
+        return "verl_aqn.cli.main", arguments, dict(os.environ)
     config = stock_config(todo, tuned=name == "stock tuned")
     config.trainer.default_local_dir = str(folder / "checkpoints")
     (path := folder / "config.yaml").write_text(OmegaConf.to_yaml(config))

@@ -1,7 +1,8 @@
-"""Strided boxes: which elements of one tensor's storage came from which elements of another tensor.
+"""Strided boxes: they record which elements of a tensor's storage were copied from which elements of another tensor.
 
-A box is an offset and dimensions; a dimension is (size, stride here, stride there). Element (i, j, …) of the box lies
-at offset + i·stride + j·stride + … on both sides. Strides count elements. Nothing here imports torch.
+"Here" is the storage, "there" is the other tensor. A box has an offset on each side and a list of dimensions; a
+dimension is (size, stride here, stride there). Element (i, j, …) of the box is at offset + i·stride + j·stride + … on
+both sides. Strides count elements. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ Dim = tuple[int, int, int]
 
 
 class Box(NamedTuple):
-    """Elements at `here` of one storage and at `there` of a tensor's elements in row-major order."""
+    """A box that starts at element `here` of a storage and at element `there` of a tensor in row-major order."""
 
     here: int
     there: int
@@ -30,12 +31,12 @@ class Box(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Behind the last element here."""
+        """One past the last element on the side here."""
         return self.here + 1 + sum((size - 1) * here for size, here, _ in self.dims)
 
 
 def contiguous_strides(shape: Sequence[int]) -> list[int]:
-    """Strides of a row-major tensor of `shape`."""
+    """Return the strides of a row-major tensor of `shape`."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
@@ -44,7 +45,7 @@ def contiguous_strides(shape: Sequence[int]) -> list[int]:
 
 
 def split(dims: Iterable[Dim], strides: Iterable[int]) -> list[Dim] | None:
-    """Cut every dimension that runs across one of `strides`; None where one does not divide evenly."""
+    """Cut every dimension that crosses one of `strides`; return None if a dimension does not divide evenly."""
     steps = sorted(set(strides))
     done: list[Dim] = []
     for size, here, there in dims:
@@ -61,10 +62,10 @@ def split(dims: Iterable[Dim], strides: Iterable[int]) -> list[Dim] | None:
 
 
 def compose(view: Box, known: Box) -> list[Box] | None:
-    """The parts of `view` that `known` covers.
+    """Return the parts of `view` that `known` covers.
 
-    `view`: storage S (here) against a tensor T (there). `known`: the same storage S (here) against a source (there).
-    Returns boxes of T (here) against the source (there), or None where the strides cannot be compared.
+    `view` maps a storage S (here) to a tensor T (there). `known` maps the same storage S (here) to a source (there).
+    Returns boxes that map T (here) to the source (there), or None if the strides cannot be compared.
     """
     one, two = [d for d in view.dims if d[0] != 1], [d for d in known.dims if d[0] != 1]
     strides = {here for _, here, _ in one + two}
@@ -75,11 +76,11 @@ def compose(view: Box, known: Box) -> list[Box] | None:
         return None
     ours, theirs = ({here: (size, there) for size, here, there in dims} for dims in (first, second))
     if len(ours) != len(first) or len(theirs) != len(second):
-        return None  # two dimensions with one stride: elements overlap
+        return None  # two dimensions have the same stride: their elements overlap
     found: list[Box] = []
 
     def descend(steps: list[int], rest: int, here: int, there: int, dims: list[Dim]) -> None:
-        """Choose by how much the two boxes are shifted along each stride, the largest first."""
+        """Try the possible shifts between the two boxes along each stride, the largest stride first."""
         if not steps:
             if rest == 0:
                 found.append(Box(here, there, tuple(dims)))
@@ -98,7 +99,7 @@ def compose(view: Box, known: Box) -> list[Box] | None:
 
 
 def merged(dims: Iterable[Dim]) -> list[Dim]:
-    """Dimensions in order of their stride there, the largest first, joined where two are one run on both sides."""
+    """Sort dimensions by their stride there, the largest first, and join those that are contiguous on both sides."""
     joined: list[Dim] = []
     for size, here, there in sorted(dims, key=lambda dim: -dim[2]):
         if joined and (joined[-1][1], joined[-1][2]) == (size * here, size * there):

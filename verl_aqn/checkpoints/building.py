@@ -1,4 +1,4 @@
-"""Build models from a config.json, without weights: the causal LM that is trained, and the whole model around it."""
+"""Building of models from a config.json, without weights: the causal LM that is trained, and the whole model."""
 
 import copy
 from pathlib import Path
@@ -13,7 +13,7 @@ from verl_aqn.errors import ModelError, first_line
 
 
 class Built(NamedTuple):
-    """A folder's models, with parameters on meta and real buffers."""
+    """The models of a folder, with parameters on meta and real buffers."""
 
     model: PreTrainedModel
     """The causal language model that is trained: the text part of a multimodal folder."""
@@ -24,9 +24,9 @@ class Built(NamedTuple):
 def build(path: Path, dtype: torch.dtype = torch.bfloat16, attn_implementation: str | None = "eager") -> Built:
     """Build the models that ``path/config.json`` describes, unquantised.
 
-    Every architecture has eager attention: enough where only the structure matters. The text part of a multimodal
-    folder is the causal LM that transformers has for its text config; its weights have the same shapes and the same
-    meaning there, and text alone needs no other.
+    The default is eager attention, which every architecture has and which is enough if only the structure is needed.
+    The text part of a multimodal folder is the causal LM that transformers has for the text config. Its weights have
+    the same shapes and the same meaning as in the whole model.
 
     Raises:
         ModelError: transformers cannot build the model, or has no causal LM for its text part.
@@ -63,12 +63,12 @@ def build(path: Path, dtype: torch.dtype = torch.bfloat16, attn_implementation: 
 
 
 def empty_model(path: Path, dtype: torch.dtype = torch.bfloat16, attn_implementation: str = "eager") -> PreTrainedModel:
-    """Build the causal language model of ``build``."""
+    """Build only the causal language model that ``build`` returns."""
     return build(path, dtype, attn_implementation).model
 
 
 def is_multimodal(path: Path) -> bool:
-    """Return whether the folder's text model is one part of its model.
+    """Return whether the text model is only one part of the folder's model.
 
     Raises:
         ModelError: transformers does not know the config.
@@ -78,8 +78,8 @@ def is_multimodal(path: Path) -> bool:
 
 
 def config_of(path: Path) -> Any:
-    """Read the folder's config as transformers does, without its quantisation."""
-    read_config(path)  # transformers would look for a missing folder on the hub
+    """Read the folder's config as transformers does, without the quantisation config."""
+    read_config(path)  # for a missing folder transformers would ask the hub
     try:
         config = AutoConfig.from_pretrained(path)
     except (ValueError, KeyError, OSError, ImportError) as error:
@@ -90,10 +90,10 @@ def config_of(path: Path) -> Any:
 
 
 def text_prefixes(built: Built) -> dict[str, str]:
-    """Return for each part of ``whole`` that ``model`` has too (decoder, head) its name there and here.
+    """Return {name in ``whole``: name in ``model``} for the parts that both have (decoder, head).
 
     Raises:
-        ModelError: ``whole`` does not have the text part in one place.
+        ModelError: ``whole`` does not have exactly one text part.
     """
     model, whole = built
     decoders = [name for name, module in whole.named_modules() if type(module) is type(model.base_model)]
@@ -115,7 +115,7 @@ def _tied(model: PreTrainedModel) -> list[str]:
 
 
 def _whole_class(config: Any) -> Any:
-    """Return the class that the config names, else the one that transformers has for it."""
+    """Return the model class that the config names, or else the one that transformers chooses for the config."""
     for name in config.architectures or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)

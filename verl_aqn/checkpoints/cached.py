@@ -1,6 +1,6 @@
-"""Packed checkpoints and their equals in other forms: made once, found again by a digest of what they are of.
+"""A cache of packed checkpoints and of the same weights in other formats; the key is a digest of the inputs.
 
-A folder that is found again is held against what was recorded when it was made (`check_made`).
+A folder from the cache is compared with the digests that were recorded when it was made (`check_made`).
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from verl_aqn.checkpoints.packing import EXCLUDE, checkpoint_digest, is_packed, 
 from verl_aqn.checkpoints.storage import Weights, companions, read_config, read_json
 from verl_aqn.errors import DataError, ModelError
 
-# Part of the key: raise it when the same source would give another packed folder.
+# Part of the cache key: increase it when the same source would give another packed folder.
 _FORMAT_VERSION = 3
 
 
@@ -30,17 +30,17 @@ def quantized_cache(
     calibrate: Iterable[str] = (),
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Path:
-    """The packed folder of ``src`` under ``cache_dir``, made where it is not there yet.
+    """Return the packed folder of ``src`` under ``cache_dir``; make it if it does not exist yet.
 
-    A source that is MXFP4 in another tool's layout keeps its codes, whatever the arguments say about rounding.
-    With ``calibrate`` (texts as `verl_aqn.checkpoints.calibrate.calibration_ids` takes them) rounding is error-compensated.
-    The folder's name carries a SHA-256 over everything that it is made of, so a changed source gets another folder.
-    ``progress(done, total, module or file)`` is called while it is made, or checked.
-    Processes may race: all make it, the first to finish gives it its name, and the others take that one.
+    A source that is already MXFP4 in the layout of another tool keeps its codes; the arguments about rounding are then
+    ignored. With ``calibrate`` (texts as in `verl_aqn.checkpoints.calibrate.calibration_ids`) rounding is error-compensated.
+    The name of the folder contains a SHA-256 over all inputs, so a changed source gets another folder.
+    ``progress(done, total, module or file)`` is called while the folder is made or checked. If several processes make
+    the same folder, the first one to finish publishes its result, and the others use that.
 
     Raises:
         DataError: a calibration file cannot be read.
-        ModelError, ConfigError: as `quantize_checkpoint`; ModelError also where the folder that is there was damaged.
+        ModelError, ConfigError: as `quantize_checkpoint`; ModelError also if the cached folder is damaged.
     """
     src, exclude, calibrate = Path(src), tuple(exclude), tuple(calibrate)
     if foreign_layout(read_config(src), src) not in (None, "compressed-tensors"):
@@ -58,7 +58,7 @@ def quantized_cache(
         return target
     try:
         if calibrate:
-            from verl_aqn.checkpoints.gptq import quantize_with_gptq  # slow to import, and seldom asked for
+            from verl_aqn.checkpoints.gptq import quantize_with_gptq  # slow to import and rarely needed
 
             quantize_with_gptq(src, target, list(calibrate), scale_rule, exclude, progress)
         else:
@@ -72,23 +72,23 @@ def quantized_cache(
 def dequantized_cache(
     src: str | Path, cache_dir: str | Path, progress: Callable[[int, int, str], None] | None = None
 ) -> Path:
-    """The exact bf16 equal of the packed folder ``src`` under ``cache_dir``, made where it is not there yet."""
+    """Return packed folder ``src`` dequantised to bf16 (exact) under ``cache_dir``; make it if it does not exist."""
     return _made_of(Path(src), Path(cache_dir), "bf16", dequantize_checkpoint, progress)
 
 
 def modelslim_cache(
     src: str | Path, cache_dir: str | Path, progress: Callable[[int, int, str], None] | None = None
 ) -> Path:
-    """The packed folder ``src`` with the same bytes under ModelSlim's names, made where it is not there yet."""
+    """Return packed folder ``src`` in ModelSlim's format, with the same bytes; make it if it does not exist yet."""
     make = partial(import_checkpoint, format="modelslim")
     return _made_of(Path(src), Path(cache_dir), "modelslim", make, progress)
 
 
 def check_made(folder: Path, progress: Callable[[int, int, str], None] | None = None) -> None:
-    """Hold a model folder against what this project recorded in it when it was made; others are left alone.
+    """Check a model folder against the digests that this project recorded in it; other folders are not checked.
 
-    Every file against its SHA-256. Folders of versions that did not record those: the packed modules against
-    ``base_digest`` of ``quantization.json``, and nothing else.
+    Every file is compared with its SHA-256. In folders of older versions, which did not record these, only the packed
+    modules are compared with ``base_digest`` in ``quantization.json``.
 
     Raises:
         ModelError: a file is missing, was changed, or was added.
@@ -98,8 +98,8 @@ def check_made(folder: Path, progress: Callable[[int, int, str], None] | None = 
     recorded = read_json(folder / FILE).get("base_digest")
     if recorded and recorded != (found := checkpoint_digest(folder)):
         raise ModelError(
-            f"the packed weights of {folder} are not those of its {FILE} (digest {found[:16]}…, recorded "
-            f"{recorded[:16]}…): delete {folder} and run again, which makes a cached folder anew"
+            f"the packed weights of {folder} do not match its {FILE} (digest {found[:16]}…, recorded "
+            f"{recorded[:16]}…): delete {folder} and run again; a cached folder is then made again"
         )
 
 

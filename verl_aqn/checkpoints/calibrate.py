@@ -1,8 +1,8 @@
-"""What each linear layer's inputs look like on a calibration set: the second moments that `gptq` needs.
+"""Second moments of the inputs of each linear layer on a calibration set, for `gptq`.
 
-The model is never whole in memory: one decoder layer is there at a time, beside the activations of the whole set.
-Calibration is sequential: the inputs of a layer come from the quantised layers before it, so that later layers also
-make up for the errors of earlier ones.
+The whole model is never in memory: only one decoder layer at a time, and the activations of the whole set. Calibration
+is sequential: the inputs of a layer come from the quantised layers before it, so that later layers also compensate for
+the errors of earlier ones.
 """
 
 import contextlib
@@ -24,20 +24,20 @@ from verl_aqn.errors import DataError, ModelError, first_line
 from verl_aqn.mxfp4.experts import is_fused
 from verl_aqn.tasks import word_problems
 
-_BATCH = 8  # sequences a forward pass
-_TURNS = 24  # problems in one conversation: more than any sequence length in use can hold
+_BATCH = 8  # sequences per forward pass
+_TURNS = 24  # problems in one conversation: more than fit into any sequence length in use
 
 
 class Calibration:
-    """The inputs of every linear layer of the Hugging Face folder ``src`` while it is being quantised, layer by layer.
+    """The inputs of every linear layer of the Hugging Face folder ``src`` during its quantisation, layer by layer.
 
-    ``ids`` int64 [S, L] are the calibration tokens, without padding. For each linear layer, in the model's order, call
-    `second_moment` and, once its codes are known, `replace`. Each layer runs with the arguments that its decoder gives
-    it: its own mask, position embeddings and per-layer inputs.
+    ``ids`` int64 [S, L] are the calibration tokens, without padding. For each linear layer, in the order of the model,
+    call `second_moment` and then, when its codes are known, `replace`. Each layer runs with the arguments that its
+    decoder gives it: its mask, position embeddings and per-layer inputs.
 
     Raises:
-        ModelError: ``src`` is no Hugging Face folder that transformers can build, its decoder is no list of layers that
-            run one after the other, or it is a mixture of experts.
+        ModelError: transformers cannot build the model in ``src``, the decoder is not a list of layers that run in
+            sequence, or the model is a mixture of experts.
     """
 
     def __init__(self, src: str | Path, ids: Tensor, dtype: torch.dtype = torch.bfloat16):
@@ -45,7 +45,9 @@ class Calibration:
         self._dtype = dtype
         model = _attending(Path(src), dtype)
         if any(is_fused(module) for module in model.modules()):
-            raise ModelError(f"cannot calibrate {type(model).__name__}: experts are rounded plainly only")
+            raise ModelError(
+                f"cannot calibrate {type(model).__name__}: experts are not supported: quantise without calibration"
+            )
         naming = Naming.of_folder(src)
         self._sources = naming.sources(self._weights.specs)
         self._converted = naming.converters.keys()
@@ -73,16 +75,20 @@ class Calibration:
         self._moments: dict[str, Tensor] = {}
 
     def check(self, names: Iterable[str]) -> None:
-        """Raise ModelError unless all of the checkpoint's linear layers ``names`` are in the decoder's layers."""
+        """Check that all linear layers ``names`` of the checkpoint are in the decoder's layers.
+
+        Raises:
+            ModelError: a linear layer is elsewhere.
+        """
         for name in names:
             if not self._modules.get(name, name).startswith(self._prefix + "."):
                 raise ModelError(f"cannot calibrate {name}, which is outside {self._prefix}: exclude it")
 
     def second_moment(self, name: str) -> Tensor:
-        """X^T X, float32 [K, K], over the inputs X of linear layer ``name``; zero where it never ran.
+        """Return X^T X, float32 [K, K], over the inputs X of linear layer ``name``; zero if the layer never ran.
 
-        Layers with the same input (q, k, v; gate, up) get the same tensor. Asking for a layer of the next decoder layer
-        ends the current one: what was not replaced until then stays as it was.
+        Layers with the same input (q, k, v; gate, up) get the same tensor. The first call for the next decoder layer
+        ends the current one: linear layers that were not replaced by then keep their weights.
 
         Raises:
             ModelError: ``name`` is not in the decoder's layers.
@@ -99,7 +105,7 @@ class Calibration:
         return self._moments[name]
 
     def replace(self, name: str, weight: Tensor) -> None:
-        """From here on linear layer ``name`` multiplies by ``weight`` [N, K]."""
+        """Replace the weight of linear layer ``name`` by ``weight`` [N, K] for all later computations."""
         self._linear(self._modules[name]).weight.data = weight.to(self._dtype)
 
     def _linear(self, name: str) -> nn.Linear:
@@ -109,7 +115,7 @@ class Calibration:
 
     @torch.no_grad()
     def _advance(self) -> None:
-        """Pass the inputs through the current layer, drop it, load the next one, and record its linears' inputs."""
+        """Run the current layer on the inputs, free it, load the next one, and record the inputs of its linears."""
         if self._at >= 0:
             layer = self._layers[self._at]
             for i, calls in enumerate(self._calls):
@@ -139,8 +145,8 @@ class Calibration:
         self._moments |= {name: self._moments[leader] for name, leader in leaders.items()}
 
     def _leaders(self, layer: nn.Module, linears: dict[str, nn.Linear]) -> dict[str, str]:
-        """For each of ``layer``'s ``linears`` that runs, the first one that gets all the same inputs."""
-        seen: dict[str, list[tuple[Tensor, int]]] = {}  # holding the tensors keeps their ids apart
+        """Return for each of the ``linears`` of ``layer`` that runs the first one with exactly the same inputs."""
+        seen: dict[str, list[tuple[Tensor, int]]] = {}  # references to the tensors keep their ids unique
 
         def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             return lambda module, inputs: seen.setdefault(name, []).append((inputs[0], inputs[0]._version))
@@ -169,18 +175,19 @@ class Calibration:
 def calibration_ids(
     src: str | Path, sources: list[str], sequences: int = 48, length: int = 256, seed: int = 0
 ) -> Tensor:
-    """Tokens int64 [S, L] of texts drawn by ``seed`` from ``sources``, which take turns.
+    """Return tokens int64 [S, L] of texts drawn with ``seed`` from ``sources`` in turn.
 
-    A source is ``embedded`` (the training side of the word problems, as conversations) or a JSONL file whose lines hold
-    ``text`` or, as GSM8K's do, ``question`` and ``answer``. A sequence is whole texts in a row, the last one cut.
+    A source is ``embedded`` (the training split of the word problems, as conversations) or a JSONL file whose lines
+    have ``text`` or, as in GSM8K, ``question`` and ``answer``. A sequence consists of whole texts, except that the last
+    one is cut.
 
     Raises:
-        DataError: a file cannot be read, lacks these keys, or holds too little text.
+        DataError: a file cannot be read, lacks these keys, or has too little text.
         ModelError: ``src`` has no tokenizer.
     """
     from transformers import AutoTokenizer
 
-    read_config(Path(src))  # transformers would look for a missing folder on the hub
+    read_config(Path(src))  # for a missing folder transformers would ask the hub
     try:
         tokenizer = AutoTokenizer.from_pretrained(src)
     except (OSError, ValueError) as error:
@@ -198,7 +205,11 @@ def calibration_ids(
 
 
 def read_texts(file: str | Path) -> list[str]:
-    """Each line's ``text``, or its ``question`` and ``answer`` on two lines. DataError where a line has neither."""
+    """Read ``text`` of each line, or ``question`` and ``answer`` joined by a newline.
+
+    Raises:
+        DataError: the file cannot be read, or a line has neither.
+    """
     try:
         rows = [json.loads(line) for line in Path(file).read_text().splitlines() if line.strip()]
         return [row["text"] if "text" in row else f"{row['question']}\n{row['answer']}" for row in rows]
@@ -213,13 +224,13 @@ def _fill(tokenizer: Any, texts: Iterator[str], length: int, source: str) -> lis
     while len(row) < length:
         text = next(texts, None)
         if text is None:
-            raise DataError(f"{source} holds too little text for the calibration set: add lines")
+            raise DataError(f"{source} has too little text for the calibration set: add lines")
         row += tokenizer(text, add_special_tokens=False)["input_ids"]
     return row[:length]
 
 
 def conversations(tokenizer: Any, n: int, split: str, seed: int) -> list[str]:
-    """``n`` chats of many problems each: chats of one problem would mostly repeat the worked examples."""
+    """Return ``n`` chats of many problems each; chats of one problem would mostly repeat the worked examples."""
     problems = word_problems.problems(n * _TURNS, split, seed)
     texts = []
     for i in range(n):
@@ -234,7 +245,7 @@ def conversations(tokenizer: Any, n: int, split: str, seed: int) -> list[str]:
 
 
 def _attending(src: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The empty model, without dropout, with SDPA or with eager attention where the architecture has no other."""
+    """Build the empty model without dropout, with SDPA, or with eager attention if the architecture has no SDPA."""
     try:
         return empty_model(src, dtype, "sdpa").eval()
     except ModelError:
@@ -242,7 +253,11 @@ def _attending(src: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """(name, list) of the decoder's layers; ModelError unless there is one list of that length."""
+    """Return (name, list) of the decoder's layers.
+
+    Raises:
+        ModelError: the model does not have exactly one list of that length.
+    """
     count = model.config.get_text_config().num_hidden_layers
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
     outer = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists)}

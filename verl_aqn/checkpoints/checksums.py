@@ -1,4 +1,4 @@
-"""SHA-256 of files: a model folder keeps those of its own files, so that damage is seen before the folder is used."""
+"""SHA-256 digests of files. A model folder stores the digests of its files, so that damage is found before use."""
 
 import hashlib
 import json
@@ -15,11 +15,11 @@ from verl_aqn.cache import cache_dir
 from verl_aqn.errors import ModelError
 
 FILE = "verl_aqn_checksums.json"
-"""In every model folder that this project writes: {"sha256": {file name: hex digest}} of all its other files."""
+"""File in every model folder that this project writes: {"sha256": {file name: hex digest}} of all other files."""
 SETTLED_S = 5
-"""How long a file must have been left alone before its digest is kept: file systems' clocks tick every 2 s at most."""
+"""Seconds that a file must be unchanged before its digest is cached: file times have a resolution of 2 s or better."""
 MODEL_FILES = {".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken"}
-"""Endings of the files from which weights, config, tokenizer and chat template are read."""
+"""Suffixes of the files from which weights, config, tokenizer and chat template are read."""
 
 
 def file_digest(path: Path) -> str:
@@ -29,9 +29,10 @@ def file_digest(path: Path) -> str:
 
 
 def unchanged_digest(path: Path) -> str:
-    """Return `file_digest`; a process reads a file again only after its inode, size or times have changed.
+    """Return `file_digest`, and read the file again in this process only if its inode, size or times have changed.
 
-    A start asks several times about the same files of many GB: for the cache's key, for damage, for the record.
+    At its start a run needs the digests of the same large files several times: for the key of the cache, for the check
+    of damage and for the run record.
     """
     now = path.stat()
     return _digest_of(path, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
@@ -43,12 +44,12 @@ def _digest_of(path: Path, *as_it_is: int) -> str:
 
 
 def known_digest(path: Path) -> str:
-    """Return `file_digest`, which the cache keeps from run to run while nothing says that the file was changed.
+    """Return `file_digest`, which is cached from run to run as long as the file looks unchanged.
 
-    The file is read anew where its place, device, inode, size, time of writing or of change differ from those before
-    and after it was read, and where it was changed within `SETTLED_S` of then: a second change within a tick of the
-    file system's clock would not show. What changes bytes and no time (a fault of the disk) is not seen: folders that
-    have digests of their own are held against these by `check_checksums`, which reads them.
+    The file is read again if its path, device, inode, size, mtime or ctime differ from the cached ones. A digest is
+    not cached if the file changed while it was read or within `SETTLED_S` before: a second change within the
+    resolution of the file times would not be seen. A change of bytes that leaves all times as they are (a fault of the
+    disk) is not seen either; `check_checksums` reads the files and finds it in folders that store their own digests.
     """
     path = path.resolve()
     kept = cache_dir() / "digests" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
@@ -60,7 +61,7 @@ def known_digest(path: Path) -> str:
     digest, read = unchanged_digest(path), time.time()
     if _identity(path) == now and max(now[-2:]) < (read - SETTLED_S) * 1e9:
         record = {"path": str(path), "file": now, "sha256": digest}
-        with suppress(OSError):  # a cache that cannot be written is none
+        with suppress(OSError):  # without a writable cache the digest is computed each time
             kept.parent.mkdir(parents=True, exist_ok=True)
             temporary = kept.with_name(f".{secrets.token_hex(8)}")
             temporary.write_text(json.dumps(record) + "\n")
@@ -78,7 +79,7 @@ def _is_sha256(text: str) -> bool:
 
 
 def write_checksums(folder: Path) -> None:
-    """Write the digests of all files of ``folder`` into it; subfolders do not belong to a model."""
+    """Write the digests of all files of ``folder`` into it. Subfolders are skipped: they are not part of a model."""
     files = sorted(file for file in folder.iterdir() if file.is_file() and _of_folder(file))
     with ThreadPoolExecutor() as pool:
         digests = dict(zip((file.name for file in files), pool.map(file_digest, files), strict=True))
@@ -86,12 +87,15 @@ def write_checksums(folder: Path) -> None:
 
 
 def check_checksums(folder: Path, progress: Callable[[int, int, str], None] | None = None) -> bool:
-    """Hold the files of ``folder`` against the digests in it. Returns False where the folder has none (an older one).
+    """Compare the files of ``folder`` with the digests stored in it.
 
     ``progress(done, total, file)`` is called after each file.
 
+    Returns:
+        False if the folder stores no digests (it was made by an older version), else True.
+
     Raises:
-        ModelError: a file is missing, has other bytes, or was added to those that a model is read from.
+        ModelError: a file is missing or has other bytes, or a file from which a model is read was added.
     """
     record = folder / FILE
     if not record.is_file():
@@ -106,7 +110,7 @@ def check_checksums(folder: Path, progress: Callable[[int, int, str], None] | No
         raise ModelError(f"{folder / missing[0]} is missing: {_remedy(folder)}")
     if added := sorted(found - wanted.keys()):
         raise ModelError(f"{folder / added[0]} was added after the folder was made: remove it, or {_remedy(folder)}")
-    with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock alone
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         digests = pool.map(lambda name: unchanged_digest(folder / name), wanted)
         for done, (name, digest) in enumerate(zip(wanted, digests, strict=True), start=1):
             if digest != wanted[name]:
@@ -124,4 +128,4 @@ def _of_folder(file: Path) -> bool:
 
 
 def _remedy(folder: Path) -> str:
-    return f"delete {folder} and run again, which makes a cached folder anew"
+    return f"delete {folder} and run again; a cached folder is then made again"

@@ -1,6 +1,6 @@
-"""The base as its folder holds it: every tensor by its group, and digests of all the parts that processes hold of it.
+"""The base on disk: the group of every tensor, and digests of the parts that processes hold.
 
-A packed module counts as one tensor, under the module's name; every other tensor has its own name.
+A packed module counts as one tensor with the module's name. Every other tensor has its own name.
 """
 
 import math
@@ -28,10 +28,10 @@ _REPORT_S = 30
 
 
 class Part(NamedTuple):
-    """What a process holds of a tensor.
+    """The part of a tensor that a process holds.
 
-    `form`: "packed" or "bf16" of a packed module; of another tensor the dtype, without ``torch.``, that it was loaded
-    in. `slice`: a `Slice` of the matrix [rows, columns], None for all of it.
+    `form`: for a packed module "packed" or "bf16"; for another tensor the dtype, without ``torch.``, in which it was
+    loaded. `slice`: a `Slice` of the matrix [rows, columns], or None for all of it.
     """
 
     form: str
@@ -39,7 +39,7 @@ class Part(NamedTuple):
 
 
 def group_of(name: str, shape: tuple[int, ...]) -> str:
-    """The group of the checkpoint's tensor ``name`` that is no part of a packed module, by its name and shape."""
+    """Return the group of a checkpoint tensor that is not part of a packed module, from its name and shape."""
     module, _, leaf = name.rpartition(".")
     own = module.rpartition(".")[2]
     if len(shape) <= 1 and leaf in ("weight", "bias") and _NORM.search(own):
@@ -58,10 +58,11 @@ def group_of(name: str, shape: tuple[int, ...]) -> str:
 class DiskBase:
     """The tensors of the Hugging Face folder ``path``, packed or not; values are read one tensor at a time.
 
-    `quantised`: whether the folder is packed. `groups`: the group of every tensor. `dtypes`: by tensor that is no
-    packed module. `elements`: how many values each has.
+    `quantised`: whether the folder is packed. `groups`: the group of every tensor. `dtypes`: the dtype of every tensor
+    that is not a packed module. `elements`: the number of values of every tensor.
 
-    Raises ModelError where the folder's weights are damaged.
+    Raises:
+        ModelError: the weights of the folder are damaged.
     """
 
     def __init__(self, path: str | Path):
@@ -86,10 +87,10 @@ class DiskBase:
     def digests(
         self, wanted: Mapping[str, Iterable[Part]], progress: Callable[[float], None] = lambda done: None
     ) -> tuple[dict[tuple[str, Part], str], int]:
-        """The digest of each wanted part by (tensor, part), and how many tensors were read for them.
+        """Return the digest of each wanted part by (tensor, part), and the number of tensors that were read.
 
-        Every tensor is read once for all of its parts. What was computed before is not computed again while size, time
-        and inode of every file are what they were. ``progress`` gets the share that is done, every half minute.
+        Every tensor is read once for all of its parts. Digests from earlier calls are reused as long as the size, time
+        and inode of every file are unchanged. ``progress`` is called with the finished share every half minute.
         """
         state = self._files()
         if state != self._state:
@@ -110,12 +111,12 @@ class DiskBase:
         return {(name, part): self._known[(name, kept)] for (name, part), kept in same.items()}, len(missing)
 
     def _as_read(self, name: str, part: Part) -> Part:
-        """The part with the same values that needs the least work: none is rounded that keeps all of its digits."""
+        """Return an equivalent part that needs the least work: without a conversion if no value would be rounded."""
         disk = self.dtypes.get(name)
         return part if disk is None or rounds(disk, part.form) else part._replace(form=disk)
 
     def _reader(self, name: str) -> Callable[[Part], str]:
-        """What gives the digest of a part of ``name``, whose values are read now."""
+        """Read the values of ``name`` and return a function that computes the digest of a part."""
         if self.groups[name] == "packed":
             packed, scale = self.weights.read(name + PACKED), self.weights.read(name + SCALE)
             return lambda part: part_digest(packed, scale, part.slice, part.form)
@@ -128,18 +129,18 @@ class DiskBase:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(files, bytes) that the weights are read from."""
+        """(number of files, number of bytes) of the weights."""
         return len(self._state), sum(size for _, size, _, _ in self._state)
 
 
 def _held(values: Tensor, part: Part) -> Tensor:
-    """The part as a loader copies it into a parameter of that dtype."""
+    """Return the part as a loader copies it into a parameter of that dtype."""
     matrix = cut(as_matrix(values), part.slice)
     return matrix.to(getattr(torch, part.form)) if values.is_floating_point() else matrix
 
 
 def rounds(disk: str, held: str) -> bool:
-    """Whether a tensor of dtype ``disk`` may lose digits in dtype ``held`` (both without ``torch.``)."""
+    """Return whether a tensor of dtype ``disk`` may be rounded in dtype ``held`` (both without ``torch.``)."""
     if disk == held:
         return False
     one, other = getattr(torch, disk), getattr(torch, held)

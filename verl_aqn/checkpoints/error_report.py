@@ -1,4 +1,4 @@
-"""What quantising did to each module, as numbers that a table, JSON and a picture are made of."""
+"""Reports of the rounding error of each quantised module, for tables, JSON and plots."""
 
 import math
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from typing import Any
 from verl_aqn.mxfp4.error_split import ErrorSplit
 from verl_aqn.mxfp4.names import pooled_name
 
-# In the folder that `quantize_checkpoint` makes, and in that of each run of it: `QuantReport.to_dict()`.
+# File with `QuantReport.to_dict()` in the folder that `quantize_checkpoint` writes, and in the folders of its runs.
 FILE = "quantization.json"
 
 PARTS = ("deadzone", "clipped", "scale_bias", "grid_noise")
@@ -16,7 +16,7 @@ PARTS = ("deadzone", "clipped", "scale_bias", "grid_noise")
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """What became of one linear layer, or of one matrix of one expert."""
+    """The result for one linear layer, or for one matrix of one expert."""
 
     name: str
     shape: tuple[int, ...]
@@ -40,7 +40,7 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class QuantReport:
-    """What `quantize_checkpoint` did. ``bytes_*`` count all weights, those left in 16 bits included.
+    """The result of `quantize_checkpoint`. ``bytes_*`` count all weights, including those kept in 16 bits.
 
     ``base_digest`` is the packed base's (`verl_aqn.checkpoints.packing.base_digest`): it tells whose numbers these are.
     """
@@ -51,11 +51,11 @@ class QuantReport:
     bytes_after: int
     base_digest: str
     left: tuple[str, ...] = ()
-    """Linear layers, routers and experts that stay in 16 bits."""
+    """Linear layers, routers and experts that are kept in 16 bits."""
 
     @property
     def error(self) -> ErrorSplit:
-        """That of all quantised weights taken together."""
+        """The error of all quantised weights together."""
         return ErrorSplit.pooled(m.error for m in self.modules)
 
     @property
@@ -63,7 +63,7 @@ class QuantReport:
         return self.error.sqnr_db
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: an SQNR without any noise, which is infinite, becomes None. Energies are sums of squares."""
+        """Return a dictionary for JSON; an infinite SQNR (no noise) becomes None. Energies are sums of squares."""
         return {
             "scale_rule": self.scale_rule,
             "base_digest": self.base_digest,
@@ -76,7 +76,7 @@ class QuantReport:
 
 
 def pool_experts(modules: Iterable[ModuleReport]) -> list[ModuleReport]:
-    """``modules`` with the experts of a layer taken together, under the name ``...experts.*.gate_proj``."""
+    """Combine the experts of each layer in ``modules``, under names such as ``...experts.*.gate_proj``."""
     groups: dict[str, list[ModuleReport]] = {}
     for module in modules:
         groups.setdefault(pooled_name(module.name), []).append(module)

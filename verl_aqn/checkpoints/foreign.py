@@ -1,4 +1,4 @@
-"""Checkpoints that are MXFP4 already: rewritten in another layout bit by bit, never rounded again.
+"""Import of checkpoints that are already MXFP4: they are rewritten in another layout bit for bit, without rounding.
 
 ==================  ========================================================  ============================
 layout              tensors                                                   ``quant_method``
@@ -6,16 +6,16 @@ layout              tensors                                                   ``
 compressed-tensors  ``M.weight_packed`` [N, K/2], ``M.weight_scale`` [N, K/32]  ``compressed-tensors``
 Quark               ``M.weight`` uint8 [N, K/2], ``M.weight_scale`` [N, K/32]   ``quark``, weights fp4 / e8m0
 gpt-oss             ``S_blocks`` uint8 [E, N, K/32, 16], ``S_scales`` [E, N, K/32]  ``mxfp4``
-ModelSlim           as Quark, for modules that ``quant_model_description.json`` calls ``W4A4_MXFP4``
+ModelSlim           as Quark, for modules with ``W4A4_MXFP4`` in ``quant_model_description.json``
 ==================  ========================================================  ============================
 
-All have the even index in the low nibble and E8M0 scales along K: bytes stay, and only names and shapes change.
+All have the even index in the low nibble and E8M0 scales along K. Bytes are kept; only names and shapes change.
 
-gpt-oss keeps all experts of a layer in one stack S, ``...experts.gate_up_proj`` or ``...experts.down_proj``. It stays
-one: ``S.weight_packed`` [E, N, K/2]. Its rows are output features; in ``gate_up_proj`` gate and up alternate (gate is
-0::2, up is 1::2), and ``gate_up_proj_bias`` [E, 2I] goes with that order. transformers holds the transpose, [E, K, N],
-which is what `dequantize_checkpoint` writes. Stock vLLM reads that, and the original, but not stacks of codes under
-compressed-tensors' names.
+gpt-oss stores all experts of a layer in one stack S, ``...experts.gate_up_proj`` or ``...experts.down_proj``. The stack
+is kept: ``S.weight_packed`` [E, N, K/2]. Its rows are output features. In ``gate_up_proj`` the rows of gate and up
+alternate (gate is 0::2, up is 1::2), and ``gate_up_proj_bias`` [E, 2I] has the same order. transformers holds the
+transpose [E, K, N], which `dequantize_checkpoint` writes. Stock vLLM reads this form and the original, but not stacks
+of codes under the names of compressed-tensors.
 """
 
 import re
@@ -38,7 +38,7 @@ from verl_aqn.checkpoints.storage import Spec, Weights, read_config, read_json
 from verl_aqn.checkpoints.writing import MAX_SHARD_BYTES, new_folder, write_model
 from verl_aqn.errors import ConfigError, ModelError
 
-# (codes, scales) as each names them after the module or stack.
+# Suffixes of (codes, scales) after the name of the module or stack, by layout.
 _SUFFIXES = {
     "compressed-tensors": (PACKED, SCALE),
     "quark": (".weight", ".weight_scale"),
@@ -50,7 +50,7 @@ _METHODS = {"quark": "quark", "mxfp4": "gpt-oss"}
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What `import_checkpoint` did: ``imported`` is the layout it found, ``modules`` the number of packed modules."""
+    """The result of `import_checkpoint`: ``imported`` is the source layout, ``modules`` counts packed modules."""
 
     imported: str
     modules: int
@@ -59,7 +59,7 @@ class ImportReport:
 
 
 def foreign_layout(config: dict[str, Any], folder: Path) -> str | None:
-    """The MXFP4 layout that ``folder`` and its ``config`` (config.json) name, a key of `_SUFFIXES`, else None."""
+    """Return the MXFP4 layout of ``folder`` with ``config`` (config.json): a key of `_SUFFIXES`, or None."""
     quantization = config.get("quantization_config") or {}
     if quantization.get("format") == PACKED_FORMAT:
         return "compressed-tensors"
@@ -75,10 +75,10 @@ def import_checkpoint(
     progress: Callable[[int, int, str], None] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> ImportReport:
-    """Rewrite ``src``, MXFP4 in one of the layouts above, into the new folder ``dst`` with the same codes.
+    """Rewrite ``src``, an MXFP4 checkpoint in a layout of `_SUFFIXES`, to the new folder ``dst`` with the same codes.
 
     Raises:
-        ModelError: ``src`` is in another layout, a tensor of it is not MXFP4 or is damaged, or ``dst`` exists.
+        ModelError: ``src`` has another layout, a tensor is not MXFP4 or is damaged, or ``dst`` exists.
         ConfigError: ``format`` is not one of ``verl_aqn.checkpoints.formats.FORMATS``.
     """
     src, dst = Path(src), Path(dst)
@@ -88,10 +88,10 @@ def import_checkpoint(
     kind = foreign_layout(config, src)
     if kind is None:
         raise ModelError(
-            f"{src} is not MXFP4 of compressed-tensors, Quark, gpt-oss or ModelSlim: quantise it from bf16"
+            f"{src} is not an MXFP4 checkpoint of compressed-tensors, Quark, gpt-oss or ModelSlim: start from bf16"
         )
     if kind == format:
-        raise ModelError(f"{src} is MXFP4 in the layout of {format} already: there is nothing to convert")
+        raise ModelError(f"{src} is already MXFP4 in the format {format}: there is nothing to convert")
     weights = Weights(src)
     codes, scales = _SUFFIXES[kind]
     shapes = {
@@ -102,9 +102,9 @@ def import_checkpoint(
     if kind == "modelslim":
         _check_schemes(src)
     if not shapes:
-        raise ModelError(f"{src} has no MXFP4 tensor, though its config.json says {kind}: download it again")
+        raise ModelError(f"{src} has no MXFP4 tensor, although its config.json says {kind}: download it again")
     if kind == "gpt-oss" and format == "modelslim":
-        raise ModelError(f"{src}: ModelSlim's layout has no place for fused experts; use compressed-tensors")
+        raise ModelError(f"{src}: the format modelslim does not support fused experts: use compressed-tensors")
     used = {module + suffix for module in shapes for suffix in (codes, scales)}
     kept = [name for name in weights.specs if name not in used]
     _check_kept(src, weights, kept)
@@ -127,14 +127,14 @@ def import_checkpoint(
     with new_folder(dst) as folder:
         write_model(folder, config, layout, tensors(), src, extra, max_shard_bytes)
         if format == "compressed-tensors":
-            (folder / DESCRIPTION).unlink(missing_ok=True)  # came along with ModelSlim's tokenizer
+            (folder / DESCRIPTION).unlink(missing_ok=True)  # copied with the tokenizer from a ModelSlim folder
             check_opens(folder, dst)
     total = [sum(spec.nbytes for spec in specs.values()) for specs in (weights.specs, layout)]
     return ImportReport(kind, len(shapes), *total)
 
 
 def _matrix_shape(kind: str, name: str, weights: Weights) -> tuple[int, ...]:
-    """[..., N, K] of the codes ``name``, after checking that they and their scales are MXFP4."""
+    """Return the shape [..., N, K] of the codes ``name``, after checking that they and their scales are MXFP4."""
     codes, scales = _SUFFIXES[kind]
     spec, scale = weights.specs[name], weights.specs[name.removesuffix(codes) + scales]
     shape = (*spec.shape[:-2], spec.shape[-2] * spec.shape[-1]) if kind == "gpt-oss" else spec.shape
@@ -148,14 +148,24 @@ def _matrix_shape(kind: str, name: str, weights: Weights) -> tuple[int, ...]:
 
 
 def _check_schemes(src: Path) -> None:
-    """Raise ModelError where ModelSlim's description has weights that are neither MXFP4 nor left as they were."""
+    """Check that all weights in ModelSlim's description are either MXFP4 or not quantised.
+
+    Raises:
+        ModelError: a weight has another scheme.
+    """
     for name, scheme in read_json(src / DESCRIPTION).items():
         if name.endswith(".weight") and scheme not in (SCHEME, "FLOAT"):
-            raise ModelError(f"{src / DESCRIPTION} has {name} in {scheme}, only {SCHEME} can be converted: use bf16")
+            raise ModelError(
+                f"{src / DESCRIPTION} has {name} in {scheme}, but only {SCHEME} can be converted: start from bf16"
+            )
 
 
 def _check_kept(src: Path, weights: Weights, kept: list[str]) -> None:
-    """Raise ModelError for a tensor that is not packed and not the model's: scales of a KV cache, of activations."""
+    """Check that each tensor that is not packed belongs to the model; scales of a KV cache or of activations do not.
+
+    Raises:
+        ModelError: a tensor does not belong to the model.
+    """
     built = build(src)
     model, naming = built.model, Naming(built, weights.specs)
     expected = model.state_dict()
@@ -167,14 +177,14 @@ def _check_kept(src: Path, weights: Weights, kept: list[str]) -> None:
         fits = remade or (target in expected and tuple(expected[target].shape) == spec.shape)
         if not fits and not any(re.search(pattern, target) for pattern in ignored):
             raise ModelError(
-                f"tensor {name} ({spec.dtype} {list(spec.shape)}) of {weights.file_of(name)} is no weight of "
-                f"{type(model).__name__}, and what it would change (scales of activations or of a KV cache, say) would "
+                f"tensor {name} ({spec.dtype} {list(spec.shape)}) of {weights.file_of(name)} is not a weight of "
+                f"{type(model).__name__}, and its effect (for example scales of activations or of a KV cache) would "
                 "be lost: start from a checkpoint without it"
             )
 
 
 def _unpacked(src: Path, packed: set[str]) -> list[str]:
-    """Names of the model's linear layers and routers that are not among ``packed``."""
+    """Return the names of the model's linear layers and routers that are not in ``packed``."""
     built, weights = build(src), Weights(src)
     model, naming = built.model, Naming(built, weights.specs)
     gates = routers(model)

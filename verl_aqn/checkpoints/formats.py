@@ -1,4 +1,4 @@
-"""The two ways in which a packed checkpoint can be written: what tensors are called and what tells a loader."""
+"""The two formats of packed checkpoints: their tensor names and the files that describe them to a loader."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,12 +11,12 @@ from verl_aqn.checkpoints.modelslim import DESCRIPTION, describe
 from verl_aqn.checkpoints.storage import Spec
 from verl_aqn.mxfp4.codec import BLOCK
 
-# How a module's codes and scales are named.
+# Suffixes of the names of codes and scales, by format.
 FORMATS = {"compressed-tensors": (PACKED, SCALE), "modelslim": (".weight", ".weight_scale")}
 
 
 def packed_specs(module: str, shape: tuple[int, ...], format: str) -> dict[str, Spec]:
-    """The tensors of a packed module of ``shape`` [..., N, K]."""
+    """Return the specs of the tensors of a packed module of ``shape`` [..., N, K]."""
     *lead, k = shape
     packed, scale = FORMATS[format]
     return {
@@ -28,9 +28,10 @@ def packed_specs(module: str, shape: tuple[int, ...], format: str) -> dict[str, 
 def finish(
     format: str, config: dict[str, Any], layout: dict[str, Spec], modules: set[str], ignored: Iterable[str], src: Path
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """(config.json of the packed folder, further JSON files by name), from that of the source ``src``.
+    """Return (config.json of the packed folder, further JSON files by name) for the config.json of source ``src``.
 
-    Raises ModelError where ``format`` cannot hold one of ``modules``.
+    Raises:
+        ModelError: ``format`` cannot hold one of ``modules``.
     """
     config = {key: value for key, value in config.items() if key not in ("torch_dtype", "quantization_config")}
     config["dtype"] = "bfloat16"
@@ -40,7 +41,7 @@ def finish(
 
 
 def quantization_config(ignore: Iterable[str]) -> dict[str, Any]:
-    """The ``quantization_config`` by which vLLM and compressed-tensors know weight-only MXFP4."""
+    """Return the ``quantization_config`` that describes weight-only MXFP4 to vLLM and compressed-tensors."""
     weights = {
         "num_bits": 4,
         "type": "float",

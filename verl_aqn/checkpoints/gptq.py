@@ -1,12 +1,12 @@
 """Error-compensated rounding to MXFP4 (GPTQ, Frantar et al. 2023, arXiv 2210.17323): same format, calibrated codes.
 
-Plain rounding makes every weight's own error small. What matters is the layer's output error tr((W-Q) H (W-Q)^T) with
-H = X^T X over calibration inputs X. GPTQ rounds one column after the other and, after each, moves the columns not yet
-rounded so that they make up for its error as well as they can.
+Plain rounding minimises the error of every single weight. What matters is the output error of the layer,
+tr((W-Q) H (W-Q)^T) with H = X^T X over calibration inputs X. GPTQ rounds one column after the other. After each column
+it adjusts the columns that are not yet rounded, so that they compensate for the error as well as possible.
 
-Here a scale belongs to 32 columns. It is chosen when they are reached, from the weights as they are by then; under the
-``mse`` rule both exponents are tried to the end of the block, and each row keeps the one that costs less output error.
-With H = 1 all of this is plain rounding.
+In MXFP4 a scale belongs to 32 columns. It is chosen when the algorithm reaches these columns, from their adjusted
+values. With the ``mse`` rule both exponents are tried to the end of the block, and each row keeps the one with the
+smaller output error. With H = 1 the result is plain rounding.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,18 +24,18 @@ from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4.codec import BLOCK, Mxfp4Tensor, dequantize, quantize
 from verl_aqn.mxfp4.kernels.reference import E2M1
 
-# A share of the mean energy of an input, added to every input's energy: it keeps faint inputs, of which the sample says
-# little, from being bent to make up for others.
+# Share of the mean energy of the inputs that is added to the energy of every input. The sample says little about inputs
+# with low energy; without damping their weights would change too much to compensate for others.
 DAMPING = 0.01
 
 
 def gptq(weight: Tensor, moment: Tensor, scale_rule: str = "mse") -> Mxfp4Tensor:
-    """Quantise ``weight`` [N, K] for inputs whose second moment X^T X is ``moment`` [K, K] (any positive scale of it).
+    """Quantise ``weight`` [N, K] for inputs with second moment X^T X = ``moment`` [K, K], up to a positive factor.
 
-    An input that is always zero is rounded plainly.
+    The weights of an input that is always zero are rounded plainly.
 
     Raises:
-        ModelError: ``moment`` is not [K, K] or not finite; and as `quantize` raises.
+        ModelError: ``moment`` is not [K, K] or not finite; also as `quantize`.
     """
     n, k = weight.shape
     if moment.shape != (k, k) or not moment.isfinite().all():
@@ -43,7 +43,7 @@ def gptq(weight: Tensor, moment: Tensor, scale_rule: str = "mse") -> Mxfp4Tensor
             f"a weight [{n}, {k}] needs a second moment [{k}, {k}] without NaN and Inf, got {list(moment.shape)}: "
             "check the calibration texts and the checkpoint"
         )
-    quantize(weight[:0], scale_rule)  # refuses a shape, dtype or rule before any work
+    quantize(weight[:0], scale_rule)  # checks shape, dtype and rule before any work
     order, blocks = _order(moment.diagonal())
     factor = _factor(moment[order][:, order])
     rest = weight.detach().float()[:, order]
@@ -60,7 +60,7 @@ def gptq(weight: Tensor, moment: Tensor, scale_rule: str = "mse") -> Mxfp4Tensor
 def gptq_quantizer(
     src: str | Path, ids: Tensor, scale_rule: str = "mse", exclude: Iterable[str] = EXCLUDE
 ) -> Callable[[str, Tensor], Mxfp4Tensor]:
-    """A ``quantizer`` for `quantize_checkpoint`, calibrated on tokens ``ids`` int64 [S, L]; good for one pass.
+    """Return a ``quantizer`` for `quantize_checkpoint`, calibrated on tokens ``ids`` int64 [S, L]; use it for one pass.
 
     Raises:
         ModelError, ConfigError: as `Calibration` and `quantize_checkpoint` with ``exclude``, before any work.
@@ -86,7 +86,7 @@ def quantize_with_gptq(
     progress: Callable[[int, int, str], None] | None = None,
     format: str = "compressed-tensors",
 ) -> QuantReport:
-    """`quantize_checkpoint` with error-compensated rounding, calibrated on ``sources`` (see `calibration_ids`).
+    """Run `quantize_checkpoint` with error-compensated rounding, calibrated on ``sources`` (see `calibration_ids`).
 
     Raises:
         DataError: as `calibration_ids`.
@@ -98,9 +98,9 @@ def quantize_with_gptq(
 
 
 def _order(energy: Tensor) -> tuple[Tensor, Tensor]:
-    """(columns [K], blocks [K/32]) from most to least energy, which leaves the least to be moved at the end.
+    """Return (columns [K], blocks [K/32]) in order of falling energy, so that the last columns matter least.
 
-    Columns stay within their block of 32, since a block shares a scale and the format knows no other order.
+    Columns stay within their block of 32, because a block shares a scale and the format stores no order of columns.
     """
     inside = energy.view(-1, BLOCK).argsort(dim=1, descending=True, stable=True)
     blocks = energy.view(-1, BLOCK).sum(1).argsort(descending=True, stable=True)
@@ -108,9 +108,12 @@ def _order(energy: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _factor(moment: Tensor) -> Tensor:
-    """Upper triangular U, float32 [K, K], with U^T U = H^-1: row i tells how column i's error moves later columns."""
+    """Return the upper triangular U, float32 [K, K], with U^T U = H^-1.
+
+    Row i gives the change of later columns for the error of column i.
+    """
     h = moment.double()
-    # A dead input has no row in H: any positive value on its diagonal keeps it apart from all others.
+    # The row of H for an input that is always zero is zero: any positive value on the diagonal keeps it independent.
     extra = DAMPING * h.diagonal().mean()
     h.diagonal().add_(extra if extra > 0 else 1)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
@@ -118,17 +121,17 @@ def _factor(moment: Tensor) -> Tensor:
 
 
 def _round_block(block: Tensor, factor: Tensor, scale_rule: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes uint8 [N, 32], scales uint8 [N] and error float32 [N, 32] of ``block`` [N, 32].
+    """Return codes uint8 [N, 32], scales uint8 [N] and errors float32 [N, 32] of ``block`` [N, 32].
 
-    An error is the column's at the time it was rounded, over U's diagonal: the sum of their squares is what the block
-    adds to the output error.
+    The error of a column is its rounding error divided by the diagonal of U. The sum of the squared errors is the
+    contribution of the block to the output error.
     """
     if scale_rule == "mse":
         low = quantize(block, "floor").scale
         scales = torch.stack([low, torch.where(low < 254, low + 1, low)])
     else:
         scales = quantize(block, scale_rule).scale[None]
-    exponent = scales[..., 0].int() - 127  # [C, N], C choices of a scale
+    exponent = scales[..., 0].int() - 127  # [C, N] with C candidate scales
     unit = torch.ldexp(torch.ones(exponent.shape), exponent)
     rest = block.expand(len(scales), *block.shape).clone()
     codes = torch.empty(rest.shape, dtype=torch.uint8)
@@ -140,15 +143,16 @@ def _round_block(block: Tensor, factor: Tensor, scale_rule: str) -> tuple[Tensor
         error[..., j] = (column - torch.copysign(values[code] * unit, column)) / factor[j, j]
         codes[..., j] = code + 8 * column.signbit()
         rest[..., j + 1 :] -= error[..., j, None] * factor[j, j + 1 :]
-    best = error.double().square().sum(-1).argmin(0)  # [N]; of equal ones the first, which is the smaller scale
+    best = error.double().square().sum(-1).argmin(0)  # [N]; for a tie the first, which is the smaller scale
     rows = torch.arange(block.shape[0])
     return codes[best, rows], scales[best, rows, 0], error[best, rows]
 
 
 def _upper_middles() -> Tensor:
-    """Boundaries b for ``bucketize``, which counts those below y: where a tie goes up, the next float below it.
+    """Return the boundaries between codes for ``bucketize``, which counts the boundaries below y.
 
-    Magnitude y has code 1 from above 0.25, code 2 from 0.75 on, and so on: a tie goes to the even code.
+    Magnitude y has code 1 above 0.25, code 2 from 0.75 on, and so on: a tie goes to the even code. Where a tie goes up,
+    the boundary is therefore the next float below the middle.
     """
     middles = torch.tensor(E2M1).unfold(0, 2, 1).mean(1)
     middles[1::2] = torch.nextafter(middles[1::2], torch.zeros(()))

@@ -1,4 +1,4 @@
-"""The adapter that an actor computes with, read from its own LoRA layers: not what was sent, what there is."""
+"""Reading of the adapter that an actor really computes with, from its LoRA layers."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,9 +16,9 @@ _MATRICES = (".lora_A.default", ".lora_B.default")
 
 
 class HeldAdapter(NamedTuple):
-    """A [r, K] and B [N, r] on the CPU by the names that PEFT gives them, and PEFT's scaling by the name of B.
+    """A [r, K] and B [N, r] on the CPU by their PEFT names, and PEFT's scaling by the name of B.
 
-    `faults`: what is trained and no rollout gets.
+    `faults`: messages about parameters that are trained but that no rollout receives.
     """
 
     tensors: dict[str, Tensor]
@@ -26,7 +26,7 @@ class HeldAdapter(NamedTuple):
     faults: list[str]
 
     def served(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return the tensors as a rollout holds them: rounded to ``dtype``, then with its scaling in each B."""
+        """Return the tensors as a rollout holds them: rounded to ``dtype``, then each B multiplied by its scaling."""
         held = {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
         return {
             name: tensor * self.scalings[name] if name in self.scalings else tensor for name, tensor in held.items()
@@ -34,7 +34,7 @@ class HeldAdapter(NamedTuple):
 
 
 def held_adapter(model: nn.Module) -> HeldAdapter:
-    """Copy the adapter of ``model``. Under FSDP each tensor is gathered in turn, so that all ranks must call it."""
+    """Copy the adapter of ``model``. Under FSDP each tensor is gathered in turn, so all ranks must call this."""
     layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer))
     scalings = {unwrapped(f"{name}.lora_B.weight"): layer.scaling["default"] for name, layer in layers}
     tensors: dict[str, Tensor] = {}
@@ -44,12 +44,12 @@ def held_adapter(model: nn.Module) -> HeldAdapter:
         if leaf == "weight" and module.endswith(_MATRICES):
             tensors[f"{module.removesuffix('.default')}.weight"] = whole(parameter.detach()).cpu().clone()
         else:
-            faults.append(f"{full} is trained in the actor and is no matrix of LoRA: the rollout does not get it")
+            faults.append(f"{full} is trained in the actor but is not a LoRA matrix: the rollout does not receive it")
     return HeldAdapter(tensors, scalings, faults)
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name without wrappers, parameter) of what is trained or belongs to an adapter, whole while it is looked at."""
+    """Yield (name without wrappers, parameter) of trained or adapter parameters, gathered while they are used."""
     units = {name: module for name, module in model.named_modules() if isinstance(module, FullyShardedDataParallel)}
     if not units:
         yield from _own(own_modules(model, ""))

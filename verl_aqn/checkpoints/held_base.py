@@ -1,4 +1,4 @@
-"""What a model that transformers built holds of its folder's tensors, bare or inside PEFT and FSDP2."""
+"""Digests of the tensors that a transformers model holds of its folder, also inside PEFT and FSDP2."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +20,12 @@ _PACKED = ("weight_packed", "weight_scale")
 
 
 class Held(NamedTuple):
-    """What one process holds.
+    """The tensors that one process holds.
 
-    `tensors`: (digest, dtype or "packed") by the checkpoint's name. `converted`: tensors that transformers makes others
-    of when it loads them, and how. `passed`: those of other parts than text. `faults`: what is wrong in this process.
-    `digest`: over all that is held, to compare ranks; `packed_digest`: of the packed modules, None without any.
+    `tensors`: (digest, dtype or "packed") by the name in the checkpoint. `converted`: tensors that transformers turns
+    into others when it loads them, with the conversion. `passed`: tensors that are not in the text model. `faults`:
+    messages about errors in this process. `digest`: over all held tensors, to compare ranks. `packed_digest`: over
+    the packed modules; None if there are none.
     """
 
     tensors: dict[str, tuple[str, str]]
@@ -36,10 +37,10 @@ class Held(NamedTuple):
 
 
 def held_base(model: nn.Module, path: str | Path) -> Held:
-    """Digest every frozen parameter and persistent buffer of ``model``, which was loaded from the folder ``path``.
+    """Compute the digest of every frozen parameter and persistent buffer of ``model``, loaded from folder ``path``.
 
-    Packed modules have `module_digest` under the module's name, other tensors `plain_digest`. Under FSDP2 each is
-    gathered in turn, so that all ranks must call it.
+    Packed modules get `module_digest` under the module's name, other tensors get `plain_digest`. Under FSDP2 each
+    tensor is gathered in turn, so all ranks must call this.
     """
     weights = Weights(Path(path))
     naming: Naming = getattr(model, "checkpoint_names", None) or Naming.of_folder(path)
@@ -74,7 +75,7 @@ def held_base(model: nn.Module, path: str | Path) -> Held:
 
 
 def _dense_faults(model: nn.Module) -> list[str]:
-    """Layers that compute with a dequantised copy (`Mxfp4Linear.cache_dequantized`) of other values than their codes."""
+    """Return a message for each layer whose dequantised copy (`Mxfp4Linear.cache_dequantized`) differs from its codes."""
     return [
         f"{plain_name(name)}.weight, which the actor keeps dequantised, has other values than its codes"
         for name, layer in model.named_modules()
@@ -83,9 +84,9 @@ def _dense_faults(model: nn.Module) -> list[str]:
 
 
 def _frozen(model: nn.Module, faults: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """(the model's own name, tensor) of what is no adapter and no packed weight; tied ones once.
+    """Yield (name in the model, tensor) of all tensors except adapters and packed weights; tied tensors only once.
 
-    FSDP1 keeps the parameters of each of its units in one flat tensor: they are gathered unit by unit.
+    FSDP1 keeps the parameters of each of its units in one flat tensor, so they are gathered unit by unit.
     """
     units = {name: module for name, module in model.named_modules() if isinstance(module, FullyShardedDataParallel)}
     if not units:
@@ -96,7 +97,7 @@ def _frozen(model: nn.Module, faults: list[str]) -> Iterator[tuple[str, Tensor]]
 
 
 def own_modules(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of ``module`` and all within it, without FSDP1's units in it."""
+    """Yield (name, module) of ``module`` and all modules inside it, without the FSDP1 units inside it."""
     yield name, module
     for leaf, child in module.named_children():
         if not isinstance(child, FullyShardedDataParallel):
@@ -117,12 +118,12 @@ def _own(modules: Iterator[tuple[str, nn.Module]], faults: list[str]) -> Iterato
             seen.add(id(tensor))
             name = plain_name(full).replace(".base_layer.", ".")
             if leaf in module._parameters and tensor.requires_grad:
-                faults.append(f"{name} is trained: freeze it, or train adapters alone")
+                faults.append(f"{name} is trained: freeze it, or train only adapters")
             yield name, tensor
 
 
 def _matrix(naming: Naming, source: str, stack: Tensor) -> Tensor:
-    """The part of a fused stack that the checkpoint's tensor ``source`` is."""
+    """Return the part of a fused stack that is tensor ``source`` of the checkpoint."""
     expert = naming.expert(source)
     assert expert
     fused, half = ROLES[expert.role]
@@ -136,11 +137,11 @@ def _tied_fault(
     tensors: dict[str, tuple[str, str]],
     made_of: dict[str, list[str]],
 ) -> list[str]:
-    """What is wrong with a tensor that the folder does not hold: nothing where it equals the one that it is tied to."""
+    """Return messages about a tensor that the folder does not have; none if it equals the tensor that it is tied to."""
     original: Any = made_of.get(ties.get(name, ""))
     if not original:
-        return [f"{name} is held by no tensor of the folder"]
+        return [f"{name} has no tensor in the folder"]
     values = next(whole(tensor.detach()) for own, tensor in _frozen(model, []) if own == name)
     if plain_digest(values) != tensors[original[0]][0]:
-        return [f"{name} is tied to {original[0]} and differs from it"]
+        return [f"{name} is tied to {original[0]} but differs from it"]
     return []

@@ -1,7 +1,7 @@
-"""Record with which arguments a decoder calls each of its layers, without running a layer.
+"""Recording of the arguments with which a decoder calls each of its layers, without running a layer.
 
-A decoder's forward picks masks, position embeddings and per-layer inputs for each layer. So the forward itself is
-asked: it runs once while every layer is an identity that records its call.
+A decoder's forward chooses masks, position embeddings and per-layer inputs for each layer. To get these arguments, the
+forward runs once while every layer is replaced by an identity that records its call.
 """
 
 import contextlib
@@ -15,41 +15,41 @@ from verl_aqn.errors import ModelError, first_line
 
 
 class Call(NamedTuple):
-    """What a layer gets beside the hidden states."""
+    """The arguments of a layer except the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
 class _NotHandedOn(Exception):
-    """A layer got something else than what the layer before returned."""
+    """A layer received something else than the output of the previous layer."""
 
 
 @torch.no_grad()
 def record_calls(
     decoder: nn.Module, layers: nn.ModuleList, ids: Tensor, factor: float = 1
 ) -> tuple[Tensor, list[Call]]:
-    """Return the hidden states into the first layer, and the `Call` of every layer, for tokens ``ids`` int64 [S, L].
+    """Return the input of the first layer, and the `Call` of every layer, for tokens ``ids`` int64 [S, L].
 
-    Every layer returns its hidden states times ``factor``. Containers in a call are the decoder's own objects:
-    what one layer leaves in them, later layers find there.
+    Every replaced layer returns its hidden states times ``factor``. Containers in a call are the decoder's own objects:
+    later layers see what earlier layers store in them.
 
     Raises:
-        ModelError: the decoder does not call its layers one after the other, each on the last one's output.
+        ModelError: the decoder does not call its layers in order, each on the output of the previous one.
     """
     faults = []
-    # Newer layers return a tensor, older ones a tuple, of which the second item is for attention weights.
+    # Newer layers return a tensor, older layers a tuple whose second item holds attention weights.
     for give in (lambda hidden: hidden, lambda hidden: (hidden,), lambda hidden: (hidden, None)):
         try:
             return _run(decoder, layers, ids, factor, give)
         except (_NotHandedOn, TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
             faults.append(first_line(error))
-    raise _refusal(decoder, f"layers do not simply follow each other ({faults[0]})")
+    raise _refusal(decoder, f"layers do not run in simple sequence ({faults[0]})")
 
 
 @torch.no_grad()
 def check_decoder(decoder: nn.Module, layers: nn.ModuleList, ids: Tensor) -> None:
-    """Check on tokens ``ids`` int64 [S, L] that layers can be run one at a time with their recorded calls.
+    """Check with tokens ``ids`` int64 [S, L] that layers can be run one at a time with their recorded calls.
 
     Raises:
         ModelError: layers share modules, or a layer's arguments depend on what earlier layers return.
@@ -65,11 +65,11 @@ def check_decoder(decoder: nn.Module, layers: nn.ModuleList, ids: Tensor) -> Non
             if kind := _unknown_type(a):
                 raise _refusal(decoder, f"layer {index} gets a {kind} ({name}), which may carry state")
             if not _same(a, b):
-                raise _refusal(decoder, f"layer {index}'s argument {name} depends on what earlier layers return")
+                raise _refusal(decoder, f"layer {index}'s argument {name} depends on the output of earlier layers")
 
 
 def _refusal(decoder: nn.Module, fault: str) -> ModelError:
-    return ModelError(f"cannot calibrate {type(decoder).__name__}: its {fault}; quantise without calibration")
+    return ModelError(f"cannot calibrate {type(decoder).__name__}: its {fault}: quantise without calibration")
 
 
 def _run(
@@ -110,7 +110,10 @@ def _values(call: Call) -> list[Any]:
 
 
 def _unknown_type(value: Any) -> str:
-    """Return the type of what is neither a value nor a container of values, such as a cache; else an empty string."""
+    """Return the type name of an object that is neither a value nor a container of values; else an empty string.
+
+    A cache is such an object.
+    """
     if isinstance(value, (list, tuple)):
         return next((kind for item in value if (kind := _unknown_type(item))), "")
     if isinstance(value, Mapping):

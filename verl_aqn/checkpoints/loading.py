@@ -1,4 +1,4 @@
-"""Packed checkpoints as transformers models: build, load, and write out as plain bfloat16."""
+"""Packed checkpoints as transformers models: building, loading, and writing as plain bfloat16."""
 
 import copy
 import re
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from verl_aqn.checkpoints.building import build, is_multimodal
-from verl_aqn.checkpoints.building import empty_model as empty_model  # asked for here, too
+from verl_aqn.checkpoints.building import empty_model as empty_model  # asked for here, too  # re-exported
 from verl_aqn.checkpoints.naming import Naming
 from verl_aqn.checkpoints.storage import Spec, Weights, read_config
 from verl_aqn.checkpoints.writing import MAX_SHARD_BYTES, new_folder, write_model
@@ -32,14 +32,14 @@ def load_model(
     device: torch.device | str = "cpu",
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """The model of a packed folder, in evaluation mode: `Mxfp4Linear` where it is packed, other weights in ``dtype``.
+    """Load the model of a packed folder in evaluation mode, with packed layers and other weights in ``dtype``.
 
-    The folder's names of its modules are in ``checkpoint_names``, a `Naming`.
-    Without ``attn_implementation`` it is transformers' choice: SDPA, or eager where the architecture has no other.
-    On device ``meta`` no values are read: the call checks that the folder's names, shapes and config belong together.
+    The attribute ``checkpoint_names`` of the model, a `Naming`, has the names of its modules in the folder. Without
+    ``attn_implementation`` transformers chooses: SDPA, or eager if the architecture has no other. On device ``meta`` no
+    values are read: the call only checks that names, shapes and config of the folder match.
 
     Raises:
-        ModelError: the folder is not a packed checkpoint, its weights are damaged, or they are not the model's.
+        ModelError: the folder is not a packed checkpoint, or its weights are damaged or do not fit the model.
     """
     path = Path(path)
     weights = open_packed(path)
@@ -52,12 +52,12 @@ def load_dense(
     attn_implementation: str | None = None,
     device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
-    """The model of an unquantised folder, or of its text part where it is multimodal, in evaluation mode.
+    """Load the model of an unquantised folder, or its text part if it is multimodal, in evaluation mode.
 
-    ``checkpoint_names`` and ``attn_implementation`` are those of `load_model`; on device ``meta`` it has no values.
+    ``checkpoint_names`` and ``attn_implementation`` are as in `load_model`. On device ``meta`` the model has no values.
 
     Raises:
-        ModelError: the folder's weights are damaged, or they are not the model's.
+        ModelError: the weights of the folder are damaged or do not fit the model.
     """
     path = Path(path)
     if is_multimodal(path):
@@ -71,7 +71,7 @@ def load_dense(
 
 
 def read_values(model: PreTrainedModel, path: str | Path, names: Iterable[str]) -> None:
-    """Give tensors ``names`` of a model on meta the values of the folder that it was made of, on the CPU."""
+    """Load the values of tensors ``names`` on the CPU into a model on meta, from the folder of the model."""
     weights, naming, expected = Weights(Path(path)), model.checkpoint_names, model.state_dict()
     sources = naming.sources(weights.specs)
     state: dict[str, Tensor] = {}
@@ -107,7 +107,7 @@ def _load(
     _check_tied(model, state, path)
     try:
         model.load_state_dict(state, strict=False, assign=True)
-    except RuntimeError as error:  # its lines name the tensor and both shapes
+    except RuntimeError as error:  # the lines of the error name the tensor and both shapes
         raise ModelError(f"the weights of {path} do not fit its config.json: {' '.join(str(error).split())}") from error
     model.tie_weights()
     model.checkpoint_names = naming
@@ -117,10 +117,10 @@ def _load(
 
 
 class DenseView:
-    """A packed folder read as the bfloat16 folder that it equals; ``specs`` and ``read`` are those of `Weights`.
+    """A view of a packed folder as a dequantised bfloat16 folder; ``specs`` and ``read`` are as in `Weights`.
 
-    A stack of packed experts [E, N, K/2] is gpt-oss's (`verl_aqn.checkpoints.foreign`) and becomes [E, K, N], as transformers
-    holds it.
+    A stack of packed experts [E, N, K/2] comes from gpt-oss (`verl_aqn.checkpoints.foreign`). It is read as [E, K, N], the
+    layout of transformers.
 
     Raises:
         ModelError: ``folder`` is not a packed checkpoint or is damaged.
@@ -137,7 +137,7 @@ class DenseView:
             self.specs[name] = Spec(torch.bfloat16, (*lead, 2 * half, n) if lead else (n, 2 * half))
 
     def read(self, name: str) -> Tensor:
-        """The tensor's values on the CPU, dequantised where they are packed."""
+        """Read the tensor's values on the CPU, dequantised if they are packed."""
         module = self._module.get(name)
         if module is None:
             return self._weights.read(name)
@@ -146,9 +146,9 @@ class DenseView:
 
 
 def dequantize_checkpoint(src: str | Path, dst: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write packed folder ``src`` as an ordinary bfloat16 folder ``dst``: the same model, for whatever reads no MXFP4.
+    """Write packed folder ``src`` as a plain bfloat16 folder ``dst`` with the same values, for tools without MXFP4.
 
-    Tensors are read, dequantised and written one by one, so that memory is bounded by the largest of them.
+    Tensors are read, dequantised and written one by one, so that memory is bounded by the largest tensor.
 
     Raises:
         ModelError: ``src`` is not a packed checkpoint or is damaged, or ``dst`` exists.
@@ -162,15 +162,19 @@ def dequantize_checkpoint(src: str | Path, dst: str | Path, max_shard_bytes: int
 
 
 def dense_config(src: Path) -> dict[str, Any]:
-    """``config.json`` of a folder's bfloat16 equal."""
+    """Return the ``config.json`` of the bfloat16 equivalent of a folder."""
     config = read_config(src)
     return {k: v for k, v in config.items() if k not in ("quantization_config", "torch_dtype")} | {"dtype": "bfloat16"}
 
 
 def check_names(model: PreTrainedModel, naming: Naming, sources: dict[str, list[str]], path: Path) -> None:
-    """Raise ModelError unless ``sources`` has exactly the model's tensors (a tied copy may be left out).
+    """Check that ``sources`` has exactly the tensors of the model; tied copies may be missing.
 
-    ``sources`` is what ``naming`` makes of the checkpoint's names: the model's tensors, and what each is made of.
+    ``sources`` is the result of ``naming.sources``: for each tensor of the model the tensors of the checkpoint that it
+    is made of.
+
+    Raises:
+        ModelError: the checkpoint lacks a tensor or has an unknown one.
     """
     expected = model.state_dict()
     missing = expected.keys() - sources.keys() - set(model.all_tied_weights_keys)
@@ -188,32 +192,36 @@ def check_names(model: PreTrainedModel, naming: Naming, sources: dict[str, list[
     for names, fault in ((missing, "lacks"), (unexpected, "has unknown")):
         if names:
             raise ModelError(
-                f"{path} {fault} tensor {min(names)} ({len(names)} in all): its weights must carry the names that "
-                f"{type(model).__name__} of this transformers gives them, with one name for each expert or fused ones"
+                f"{path} {fault} tensor {min(names)} ({len(names)} in all): its weights must have the names that "
+                f"{type(model).__name__} has in this version of transformers, with experts separate or fused"
             )
 
 
 def ignored_names(model: PreTrainedModel) -> list[str]:
-    """Patterns of tensors that a checkpoint may hold for nothing: transformers ignores them as well."""
-    # Old checkpoints store the rotary frequencies, which are computed.
+    """Return patterns of tensors in a checkpoint that are not used; transformers ignores them too."""
+    # Old checkpoints store the rotary frequencies, which are computed from the config.
     return [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
 
 
 def _check_tied(model: PreTrainedModel, state: dict[str, Tensor], path: Path) -> None:
-    """Raise ModelError where config.json ties two weights that the folder stores with different values."""
+    """Check that weights that config.json ties have equal values in the folder.
+
+    Raises:
+        ModelError: the folder stores two tied weights with different values.
+    """
     for copied, original in model.all_tied_weights_keys.items():
         pair = [state[name] for name in (copied, original) if name in state]
         if len(pair) == 2 and not pair[0].is_meta and not torch.equal(*pair):
             raise ModelError(
-                f"{path / 'config.json'} ties {copied} to {original}, but the folder stores other values for it: set "
-                "tie_word_embeddings to false, or remove the tensor"
+                f"{path / 'config.json'} ties {copied} to {original}, but the folder stores different values for the "
+                "two: set tie_word_embeddings to false, or remove the tensor"
             )
 
 
 def _place_packed_layers(
     model: PreTrainedModel, naming: Naming, packed: list[str], weights: Weights, dtype: torch.dtype, path: Path
 ) -> None:
-    """Put an `Mxfp4Linear` or `Mxfp4Experts`, on meta, where the checkpoint's modules ``packed`` belong."""
+    """Replace the modules of the model for the packed modules ``packed`` by `Mxfp4Linear` or `Mxfp4Experts` on meta."""
     modules = dict(model.named_modules())
     for name in packed:
         expert, stack = naming.expert(name), len(weights.specs[name + PACKED].shape) == 3
@@ -234,10 +242,10 @@ def _place_packed_layers(
 def _gather(
     weights: Weights, naming: Naming, name: str, expected: dict[str, Tensor], sources: list[str], path: Path
 ) -> dict[str, Tensor]:
-    """Tensor ``name`` of the model: the checkpoint's one tensor, or what transformers makes of those in ``sources``.
+    """Return tensor ``name`` of the model: one tensor of the checkpoint, or what transformers makes of ``sources``.
 
-    A fused stack of experts is put together one matrix at a time. With ``name`` come its siblings, where one tensor of
-    the checkpoint becomes several.
+    A fused stack of experts is assembled one matrix at a time. If one tensor of the checkpoint becomes several tensors
+    of the model, all of these are returned.
     """
     if naming.expert(sources[0]):
         return {name: _stack(weights, naming, expected[name], sources, path)}
@@ -248,7 +256,7 @@ def _gather(
     for source in sorted(patterns, key=_natural):
         converter.add_tensor(first, source, patterns[source], weights.read(source))
     try:
-        # Some operations look at the shape that the model has.
+        # Some operations need the shape of the tensor in the model.
         made = converter.convert(first, model=_Shapes(expected), config=None)
     except (ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"the weights of {path} do not fit its config.json: {first}: {error}") from error
@@ -261,7 +269,7 @@ def _is_sibling(converter: Any, first: str, name: str) -> bool:
 
 
 class _Shapes:
-    """A model's tensors by name, as transformers' operations ask for them."""
+    """The tensors of a model by name, with the interface that the operations of transformers use."""
 
     def __init__(self, tensors: dict[str, Tensor]):
         self.get_parameter = tensors.__getitem__
@@ -272,7 +280,7 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def _stack(weights: Weights, naming: Naming, target: Tensor, names: list[str], path: Path) -> Tensor:
-    """A fused stack like ``target`` out of the matrices of its experts."""
+    """Assemble a fused stack with the shape of ``target`` from the matrices of its experts."""
     stack = torch.empty(target.shape, dtype=weights.specs[names[0]].dtype, device=weights.device)
     for name in names:
         expert = naming.expert(name)
@@ -289,7 +297,7 @@ def _stack(weights: Weights, naming: Naming, target: Tensor, names: list[str], p
 
 
 def has_packed_experts(path: Path) -> bool:
-    """Whether a packed folder holds experts of a MoE model among its packed modules.
+    """Return whether the packed modules of a folder include experts of a MoE model.
 
     Raises:
         ModelError: the folder is not a packed checkpoint or is damaged.
@@ -299,7 +307,7 @@ def has_packed_experts(path: Path) -> bool:
 
 
 def has_packed_stacks(path: Path) -> bool:
-    """Whether a packed folder holds experts as stacks, one tensor for all, under names that vLLM does not read.
+    """Return whether a packed folder holds experts as stacks (one tensor for all experts), which vLLM does not read.
 
     Raises:
         ModelError: the folder is not a packed checkpoint or is damaged.
@@ -309,27 +317,35 @@ def has_packed_stacks(path: Path) -> bool:
 
 
 def open_packed(path: Path) -> Weights:
-    """The weights of a packed folder; ModelError where it is not one."""
+    """Open the weights of a packed folder.
+
+    Raises:
+        ModelError: ``path`` is not a packed folder.
+    """
     quantization: dict[str, Any] = read_config(path).get("quantization_config") or {}
     if quantization.get("format") != PACKED_FORMAT:
         raise ModelError(f"{path} is not a packed MXFP4 checkpoint: make one with `verl-aqn quantize {path} DST`")
     if quantization.get("kv_cache_scheme"):
         raise ModelError(
-            f"{path / 'config.json'} asks for a quantised KV cache (kv_cache_scheme), which the trainer does not have: "
-            "remove kv_cache_scheme, and the k_scale and v_scale tensors"
+            f"{path / 'config.json'} asks for a quantised KV cache (kv_cache_scheme), which the trainer does not "
+            "support: remove kv_cache_scheme, and the k_scale and v_scale tensors"
         )
     return Weights(path)
 
 
 def packed_modules(weights: Weights) -> list[str]:
-    """Names of the modules whose weights are packed, sorted; ModelError where a scale is missing or does not fit."""
+    """Return the sorted names of the modules whose weights are packed.
+
+    Raises:
+        ModelError: a scale is missing or has another shape or dtype.
+    """
     modules = sorted(name.removesuffix(PACKED) for name in weights.specs if name.endswith(PACKED))
     for name in modules:
         packed, scale = weights.specs[name + PACKED], weights.specs.get(name + SCALE)
         *lead, half = packed.shape
         if packed.dtype != torch.uint8 or half % 16 or scale != Spec(torch.uint8, (*lead, half // 16)):
             raise ModelError(
-                f"{weights.file_of(name + PACKED)}: {name}{PACKED} {list(packed.shape)} and its {SCALE} do not belong "
-                "together: quantise the model again"
+                f"{weights.file_of(name + PACKED)}: {name}{PACKED} {list(packed.shape)} and its {SCALE} do not match: "
+                "quantise the model again"
             )
     return modules

@@ -1,7 +1,7 @@
-"""A bf16 model of a base, packed or not, and a LoRA adapter: W + scaling·B·A in float32, rounded once.
+"""Merging of a base, packed or not, and a LoRA adapter to a bf16 model: W + scaling·B·A in float32, rounded once.
 
-PEFT's own merge writes into `Mxfp4Linear.weight`, which is a fresh copy at every read, and so changes nothing: the base
-is dequantised first.
+PEFT's own merge cannot be used. It writes to `Mxfp4Linear.weight`, which is a new copy at every read, so that the write
+has no effect. Here the base is dequantised first.
 """
 
 import json
@@ -23,12 +23,13 @@ from verl_aqn.errors import EvidenceError, ModelError
 
 @dataclass
 class MergeReport:
-    """What a merge did to the weights that the adapter covers. Δ is the adapter's scaling·B·A, D what was really added.
+    """The changes that a merge made to the adapted weights. Δ is scaling·B·A, and D is the difference that was written.
 
-    `changed`: how many of the `tensors` differ from the base. `elements_changed`: share of their elements. `asked_db`:
-    ‖Δ‖/‖W‖, `got_db`: ‖D‖/‖W‖, both 20·log10 over all of them. `kept`: ⟨D, Δ⟩/‖Δ‖², the share of the adapter that
-    bf16 could hold; `loss`: ‖D − Δ‖/‖Δ‖. bf16 has 8 significant bits, so that what is smaller than 2^-9 of a weight is
-    rounded away. `modules`: {module: {"elements_changed", "kept"}} for each by itself (`kept` is None where Δ is zero).
+    `changed`: how many of the `tensors` differ from the base. `elements_changed`: the share of their elements that
+    differ. `asked_db`: ‖Δ‖/‖W‖, and `got_db`: ‖D‖/‖W‖, both as 20·log10 over all tensors. `kept`: ⟨D, Δ⟩/‖Δ‖², the
+    share of the adapter that bf16 could hold. `loss`: ‖D − Δ‖/‖Δ‖. bf16 has 8 significant bits, so that an update
+    smaller than 2^-9 of a weight is lost in rounding. `modules`: {module: {"elements_changed", "kept"}} for each module
+    separately (`kept` is None if Δ is zero).
     """
 
     tensors: int
@@ -42,12 +43,12 @@ class MergeReport:
 
     @property
     def unchanged(self) -> list[str]:
-        """The covered modules whose weights are bit for bit the base's."""
+        """The adapted modules whose weights are bit for bit equal to the base."""
         return [module for module, one in self.modules.items() if not one["elements_changed"]]
 
 
 class _Sums:
-    """Squares over the covered weights: float32 within a tensor, float64 between them."""
+    """Sums of squares over the adapted weights: in float32 within a tensor, in float64 over tensors."""
 
     def __init__(self) -> None:
         self.changed = self.elements = self.differing = 0
@@ -85,15 +86,15 @@ class _Sums:
 
 
 def open_base(src: Path, packed: bool) -> DenseView | Weights:
-    """The base's tensors as unquantised ones."""
+    """Open the tensors of the base as unquantised tensors."""
     return DenseView(src) if packed else Weights(src)
 
 
 def covered(src: Path, weights: DenseView | Weights, adapter: Adapter) -> dict[str, str]:
-    """The base's weight for every module of the adapter: {tensor: module}.
+    """Return the weight of the base for every module of the adapter: {tensor: module}.
 
     Raises:
-        ModelError: a module has no weight [N, K] of its own in ``src``, as in fused experts, or of another shape.
+        ModelError: a module has no separate weight [N, K] in ``src`` (as in fused experts), or one of another shape.
     """
     naming = Naming.of_folder(src)
     found = {}
@@ -102,7 +103,7 @@ def covered(src: Path, weights: DenseView | Weights, adapter: Adapter) -> dict[s
         shape = (b.shape[0], a.shape[1])
         spec = weights.specs.get(name)
         if spec is None or spec.shape != shape:
-            what = f"is {list(spec.shape)}" if spec else "is not there (fused experts and tied heads have none)"
+            what = f"is {list(spec.shape)}" if spec else "does not exist (fused experts and tied heads have none)"
             raise ModelError(
                 f"the adapter changes {module} {list(shape)}, but {name} of {src} {what}: export without --merge"
             )
@@ -113,9 +114,12 @@ def covered(src: Path, weights: DenseView | Weights, adapter: Adapter) -> dict[s
 def write_merged(
     folder: Path, src: Path, packed: bool, adapter: Adapter, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> MergeReport:
-    """Fill ``folder`` with the bf16 model of base ``src`` and ``adapter``; tokenizer and generation config come along.
+    """Fill ``folder`` with the bf16 model of base ``src`` and ``adapter``, with tokenizer and generation config.
 
-    A tensor at a time: memory is bounded by a few times the largest. Raises what `covered` raises.
+    Tensors are processed one at a time, so that memory is bounded by a few times the largest tensor.
+
+    Raises:
+        ModelError: as `covered`.
     """
     weights = open_base(src, packed)
     module_of = covered(src, weights, adapter)
@@ -133,15 +137,17 @@ def write_merged(
     layout = _layout(weights)
     tensors = ((name, read(name, spec)) for name, spec in layout.items())
     write_model(folder, dense_config(src), layout, tensors, src, {}, max_shard_bytes)
-    (folder / FILE).unlink(missing_ok=True)  # what rounding did to the base is not about this model
+    (folder / FILE).unlink(missing_ok=True)  # the quantisation report of the base does not describe this model
     return sums.report(len(module_of))
 
 
 def check_merged(folder: Path, src: Path, packed: bool, adapter: Adapter) -> int:
-    """Read the merged ``folder`` back and hold it against base and adapter, bit for bit. Returns the number of tensors.
+    """Read the merged ``folder`` back, compare it with base and adapter bit for bit, and return the number of tensors.
 
-    Every tensor is made again from ``src`` and ``adapter``, one at a time. Raises EvidenceError for the first that the
-    folder lacks, has too many, or holds with other bits, and where config.json is another model's.
+    Every tensor is computed again from ``src`` and ``adapter``, one at a time.
+
+    Raises:
+        EvidenceError: a tensor is missing, unexpected or different, or config.json is that of another model.
     """
     weights, written = open_base(src, packed), Weights(folder)
     module_of, layout = covered(src, weights, adapter), _layout(weights)
@@ -155,15 +161,15 @@ def check_merged(folder: Path, src: Path, packed: bool, adapter: Adapter) -> int
         if name in module_of:
             expected = expected.float() + adapter.delta(module_of[name])
         if not torch.equal(_bits(written.read(name)), _bits(expected.to(spec.dtype))):
-            what = f"base + scaling·B·A of {module_of[name]}" if name in module_of else "the base's"
-            raise EvidenceError(f"{name} as it is written in the merged folder is not, bit for bit, {what}")
+            what = f"base + scaling·B·A of {module_of[name]}" if name in module_of else "the tensor of the base"
+            raise EvidenceError(f"{name} in the merged folder is not, bit for bit, {what}")
     if read_config(folder) != json.loads(json.dumps(dense_config(src))):
-        raise EvidenceError("config.json as it is written in the merged folder is not the base's without quantisation")
+        raise EvidenceError("config.json in the merged folder is not that of the base without quantisation")
     return len(layout)
 
 
 def _layout(weights: DenseView | Weights) -> dict[str, Spec]:
-    """The merged folder's tensors: floats in bfloat16."""
+    """Return the tensors of the merged folder: floating-point tensors become bfloat16."""
     return {
         name: spec._replace(dtype=torch.bfloat16) if spec.dtype.is_floating_point else spec
         for name, spec in sorted(weights.specs.items())

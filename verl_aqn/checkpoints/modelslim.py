@@ -1,18 +1,19 @@
-"""MXFP4 checkpoints as Ascend's ModelSlim names them, for vllm-ascend. Written from its source, not run on an NPU.
+"""MXFP4 checkpoints in the format of Ascend's ModelSlim, for vllm-ascend. Not yet tested on an NPU.
 
-Read in the wheel of vllm-ascend 0.23.0 (contract test: tests/contract/test_modelslim.py):
+The format is taken from the wheel of vllm-ascend 0.23.0 (contract test: tests/contract/test_modelslim.py):
 
-* ``vllm_ascend/quantization/modelslim_config.py``: the folder is recognised by ``quant_model_description.json``, and
-  ``config.json`` must have no ``quantization_config`` of another method. The file maps ``MODULE.weight`` to a scheme,
-  or to ``FLOAT`` for a module left alone; a linear layer without an entry is an error. The modules that vLLM fuses
-  (q, k, v; gate, up) must share one. MoE layers are looked up under ``experts.0.gate_proj`` and the like, for the
-  architectures that its table ``packed_modules_model_mapping`` lists (qwen3_moe among them, not mixtral).
-* ``vllm_ascend/quantization/methods/w4a4_mxfp4.py``: scheme ``W4A4_MXFP4`` takes ``weight`` uint8 [N, K/2] and
-  ``weight_scale`` uint8 [N, K/group_size], with ``group_size`` from the description, 32 where it says none. After
-  loading it views the scales as [N, K/64, 2], so K must be a multiple of 64. It quantises activations too.
-* ``model_quant_type`` and ``version`` are ModelSlim's own; vllm-ascend reads ``version`` for W4A8 only.
+* ``vllm_ascend/quantization/modelslim_config.py``: the loader recognises the folder by
+  ``quant_model_description.json``. ``config.json`` must not have a ``quantization_config`` of another method. The
+  description maps ``MODULE.weight`` to a scheme, or to ``FLOAT`` for a module that is not quantised; a linear layer
+  without an entry is an error. Modules that vLLM fuses (q, k, v; gate, up) must have the same scheme. MoE layers are
+  looked up under names such as ``experts.0.gate_proj``, for the architectures in the table
+  ``packed_modules_model_mapping`` (with qwen3_moe, without mixtral).
+* ``vllm_ascend/quantization/methods/w4a4_mxfp4.py``: scheme ``W4A4_MXFP4`` loads ``weight`` uint8 [N, K/2] and
+  ``weight_scale`` uint8 [N, K/group_size]. ``group_size`` is read from the description; the default is 32. After
+  loading, the scales are viewed as [N, K/64, 2], so K must be a multiple of 64. Activations are quantised too.
+* ``model_quant_type`` and ``version`` are fields of ModelSlim; vllm-ascend reads ``version`` only for W4A8.
 
-Nibble order and scale bytes are those of compressed-tensors (low nibble is the even index, E8M0).
+Nibble order and scale bytes are those of compressed-tensors (even index in the low nibble, E8M0).
 """
 
 from pathlib import Path
@@ -27,16 +28,16 @@ SCHEME = "W4A4_MXFP4"
 
 
 def describe(layout: dict[str, Spec], modules: set[str], src: Path) -> dict[str, Any]:
-    """The description of a folder with the tensors of ``layout``, in which ``modules`` are MXFP4.
+    """Return the description of a folder with the tensors of ``layout``, of which ``modules`` are MXFP4.
 
     Raises:
-        ModelError: a module of ``src`` takes a number of inputs that vllm-ascend cannot load.
+        ModelError: a module of ``src`` has a number of inputs that vllm-ascend cannot load.
     """
     for module in sorted(modules):
         k = 2 * layout[module + ".weight"].shape[-1]
         if k % (2 * BLOCK):
             raise ModelError(
-                f"{module} of {src} takes {k} inputs, not a multiple of {2 * BLOCK} as vllm-ascend needs: exclude it"
+                f"{module} of {src} has {k} inputs, but vllm-ascend needs a multiple of {2 * BLOCK}: exclude it"
             )
     coded = {module + suffix for module in modules for suffix in (".weight", ".weight_scale")}
     return {

@@ -29,13 +29,14 @@ from verl_aqn.checkpoints.building import Built, build, text_prefixes
 from verl_aqn.checkpoints.storage import Weights, has_weights
 from verl_aqn.mxfp4.names import _EXPERT, _SUFFIXES, ROLES, Expert
 
-_PEFT = "base_model.model."  # what PEFT puts before every name
+_PEFT = "base_model.model."  # the prefix that PEFT adds to every name
 
 
 class Naming:
-    """The names of one folder.
+    """The mapping between the tensor names of one folder and those of its model.
 
-    ``built`` are the folder's models and ``names`` its tensors; without names, those of the model stand for them.
+    ``built`` holds the models of the folder, and ``names`` are its tensors. Without ``names`` the tensor names of the
+    model are used.
     """
 
     def __init__(self, built: Built, names: Iterable[str] = ()):
@@ -43,11 +44,11 @@ class Naming:
         self._tensor: dict[str, str] = {}  # checkpoint's tensor: model's tensor
         self._modules: dict[str, str] = {}  # model's module: checkpoint's module
         self.converters: dict[str, tuple[Any, dict[str, str]]] = {}
-        """By the model's tensor: transformers' converter that makes it, and which pattern of the converter each of the
-        checkpoint's tensors is."""
+        """By tensor of the model: the converter of transformers that makes it, and the pattern of the converter that
+        each of the checkpoint's tensors matches."""
         self._kept: dict[str, str] = {}
         self.passed: set[str] = set()
-        """The folder's tensors that belong to other parts than text: a vision tower, a projector."""
+        """The folder's tensors that do not belong to the text part: of a vision tower or a projector."""
         table = _Table(built)
         self._leaves = table.leaves()
         names = sorted(names) or list(table.state)
@@ -55,7 +56,7 @@ class Naming:
             self._learn(name, table)
         stacks = {n.rpartition(".")[0] for n in built.model.state_dict() if n.endswith(".experts.down_proj")}
         back = {theirs: ours for ours, theirs in self._modules.items()}
-        for name in names:  # experts of a table-less model, which `of_expert` named
+        for name in names:  # experts of a model without a conversion table, named as `of_expert` names them
             match = _EXPERT.fullmatch(_module(name) or "")
             module = back.get(match[1], match[1]) if match else ""
             if match and name not in self._tensor and module in stacks and match[3] in self._leaves.values():
@@ -64,7 +65,7 @@ class Naming:
 
     @classmethod
     def of_folder(cls, path: str | Path) -> Self:
-        """Return the names of a packed or unpacked folder; of one without weights, those that transformers would save.
+        """Return the names of a packed or unpacked folder; without weights, the names that transformers would save.
 
         Raises:
             ModelError: the folder cannot be read, or transformers cannot build its model.
@@ -78,36 +79,39 @@ class Naming:
         return cls(Built(model, model))
 
     def expert(self, name: str) -> Expert | None:
-        """Which expert's matrix a checkpoint's tensor or module name means; None for every other name."""
+        """Return the expert matrix that a tensor or module name of a checkpoint refers to; None for other names."""
         return self._expert.get(name) or self._expert.get(_module(name) or "")
 
     def in_model(self, name: str) -> str:
-        """The tensor of the model that a checkpoint's tensor is, or is a part of; its own name if there is none."""
+        """Return the tensor of the model that contains a checkpoint's tensor, or the given name if there is none."""
         return self._tensor.get(name, name)
 
     def in_checkpoint(self, name: str) -> str:
-        """The checkpoint's name for a tensor or module of the model that is no fused expert."""
+        """Return the checkpoint's name of a tensor or module of the model that is not a fused expert."""
         return _renamed(name, self._modules)
 
     def adapter_name(self, name: str) -> str:
-        """The name that vLLM reads for a tensor that PEFT calls ``name``: that of its module in the folder."""
+        """Return the name that vLLM reads for the PEFT tensor ``name``: it uses the module's name in the folder."""
         module = name.removeprefix(_PEFT)
         return name.removesuffix(module) + self.in_checkpoint(module)
 
     def of_expert(self, expert: Expert) -> str:
-        """The checkpoint's module name of an expert's matrix."""
+        """Return the module name of an expert's matrix in the checkpoint."""
         return f"{self.in_checkpoint(expert.module)}.{expert.number}.{self._leaves[expert.role]}"
 
     def kept_name(self, name: str) -> str:
-        """The name in a packed folder of a source's tensor that stays: its own, or the hub's for transformers' own."""
+        """Return the name in a packed folder of a source tensor that is not packed.
+
+        This is the name in the source, or the name on the hub if the source uses the names of transformers.
+        """
         return self._kept.get(name, name)
 
     def module_in_model(self, name: str) -> str:
-        """The model's module of a checkpoint's packed module that is no expert's matrix."""
+        """Return the module of the model for a packed module of the checkpoint that is not an expert's matrix."""
         return self.in_model(name + ".weight_packed").removesuffix("_packed").removesuffix(".weight")
 
     def sources(self, names: Iterable[str]) -> dict[str, list[str]]:
-        """For every tensor of the model, the checkpoint's tensors that it is made of."""
+        """Return for every tensor of the model the tensors of the checkpoint that it is made of."""
         made_of: dict[str, list[str]] = {}
         for name in names:
             if name not in self.passed:
@@ -119,7 +123,7 @@ class Naming:
         return made_of
 
     def _learn(self, name: str, table: "_Table") -> None:
-        """Find out which tensor of the model ``name`` is, with the codes of a packed tensor as the tensor itself."""
+        """Find the tensor of the model that ``name`` refers to; the codes of a packed tensor count as the tensor."""
         suffix = next((s for s in (".weight_packed", ".weight_scale") if name.endswith(s)), "")
         stem = name.removesuffix(suffix)
         for plain in (f"{stem}.weight", stem) if suffix else (name,):
@@ -161,7 +165,7 @@ class Naming:
         self._tensor[name] = f"{expert.module}.{ROLES[expert.role][0]}{_SUFFIXES[name.removeprefix(module)]}"
 
     def _note(self, theirs: str, ours: str) -> None:
-        """Note both names of a tensor or module, and of every module around it as far as their ends agree."""
+        """Record both names of a tensor or module, and of the modules that contain it while their last parts agree."""
         self._modules[ours] = theirs
         a, b = theirs.split("."), ours.split(".")
         while len(a) > 1 and len(b) > 1 and a[-1] == b[-1]:
@@ -171,7 +175,7 @@ class Naming:
 
 
 class _Table:
-    """transformers' conversion table of a model, asked one name at a time."""
+    """The conversion table of transformers for a model, applied to one name at a time."""
 
     def __init__(self, built: Built):
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -182,7 +186,7 @@ class _Table:
         self.converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         saved = get_model_conversion_mapping(whole, add_legacy=False)
-        # As transformers does on saving; it leaves prefixes out, which say nothing about where they were.
+        # The same as transformers does when it saves. Prefix changes are left out, because they cannot be reversed.
         self._reversed = [
             entry.reverse_transform()
             for entry in saved[::-1]
@@ -193,9 +197,9 @@ class _Table:
         self._prefixes = text_prefixes(built) if whole is not built.model else None
 
     def rename(self, name: str) -> tuple[str, str | None, Any]:
-        """Return the whole model's tensor of checkpoint's tensor ``name``, and the pattern and converter that it takes.
+        """Return the whole model's tensor for checkpoint tensor ``name``, and the matching pattern and converter.
 
-        The name that comes back is not among ``state`` where the model has no such tensor.
+        If the model has no such tensor, the returned name is not in ``state``.
         """
         from transformers.core_model_loading import rename_source_key
 
@@ -206,14 +210,14 @@ class _Table:
         return key, pattern, converter
 
     def hub_form(self, key: str) -> str:
-        """Return the name under which transformers saves the whole model's tensor ``key``, if it would load that."""
+        """Return the name under which transformers saves the whole model's tensor ``key``, if it can load this name."""
         from transformers.core_model_loading import rename_source_key
 
         saved, _ = rename_source_key(key, self._reversed, [])
         return saved if self.rename(saved)[0] == key else key
 
     def in_text(self, key: str) -> str | None:
-        """Return the text model's name of the whole model's tensor ``key``; None where it belongs to another part."""
+        """Return the text model's name of the whole model's tensor ``key``; None if it belongs to another part."""
         if self._prefixes is None:
             return key
         for theirs, ours in self._prefixes.items():
@@ -222,7 +226,7 @@ class _Table:
         return None
 
     def leaves(self) -> dict[str, str]:
-        """Return what each role's matrix of an expert is called in checkpoints."""
+        """Return for each role the name of this matrix of an expert in checkpoints."""
         leaves = {role: role for role in ROLES}
         for converter in self.converters:
             stack = converter.target_patterns[0].rpartition(".")[2]
@@ -234,13 +238,13 @@ class _Table:
 
 
 def is_merged(converter: Any) -> bool:
-    """Return whether ``converter`` only puts experts' matrices above each other and stacks them."""
+    """Return whether ``converter`` only concatenates the matrices of experts along the rows and stacks them."""
     kinds = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
     return kinds in ([("MergeModulelist", 0), ("Concatenate", 1)], [("MergeModulelist", 0)])
 
 
 def _renamed(name: str, modules: dict[str, str]) -> str:
-    """Return ``name`` with the part of it that ``modules`` knows, as long as can be, replaced."""
+    """Return ``name`` with its longest prefix that is a key of ``modules`` replaced."""
     head, tail = name, ""
     while head:
         if head in modules:
@@ -259,7 +263,7 @@ def _module(name: str) -> str | None:
 
 
 def _expert_of(module: str, target: str, converter: Any, pattern: str | None) -> Expert | None:
-    """Return which expert's matrix a checkpoint's ``module`` is in the model's tensor ``target``, if it is one."""
+    """Return the expert matrix that ``module`` of a checkpoint is in the model's tensor ``target``, if it is one."""
     match = _EXPERT.fullmatch(module)
     holder, _, stack = target.rpartition(".")
     roles = [role for role, (name, _) in ROLES.items() if name == stack]

@@ -1,4 +1,4 @@
-"""Make packed MXFP4 checkpoints that stock vLLM and compressed-tensors load, and give them a digest."""
+"""Packed MXFP4 checkpoints that stock vLLM and compressed-tensors load, and their digests."""
 
 import hashlib
 import json
@@ -44,18 +44,18 @@ def quantize_checkpoint(
     or a pattern with ``*``. All other float tensors become bfloat16. Experts get names of their own also where the
     source has them fused (`verl_aqn.checkpoints.naming`).
 
-    Tensors are read, quantised and written one by one, a fused stack expert by expert, so that memory is bounded by
+    Tensors are read, quantised and written one by one, and a fused stack expert by expert, so that memory is bounded by
     the largest tensor and not by the model. ``dst`` appears complete or not at all, in shards of at most
     ``max_shard_bytes``. ``format`` is one of ``verl_aqn.checkpoints.formats.FORMATS``. The report lies in it too
     (``quantization.json``), so that what rounding did can be read after the source is gone.
 
     ``progress(done, total, module)`` is called after each module. ``quantizer(module, weight)`` replaces plain rounding
-    under ``scale_rule``: it gets the module's name and weight [N, K] as it is stored, and returns its codes.
+    with ``scale_rule``: it gets the module's name and its stored weight [N, K], and returns the codes.
 
     Raises:
-        ModelError: ``src`` cannot be read or is quantised already, a layer does not fit MXFP4 or holds NaN or Inf, or
-            ``dst`` exists.
-        ConfigError: an entry of ``exclude`` matches no module or a part of a layer's experts, or the rule or the
+        ModelError: ``src`` cannot be read or is already quantised, a layer does not fit MXFP4 or contains NaN or Inf,
+            or ``dst`` exists.
+        ConfigError: an entry of ``exclude`` matches no module or only some experts of a layer, or the rule or the
             format is unknown.
     """
     src, dst, exclude = Path(src), Path(dst), tuple(exclude)
@@ -65,9 +65,9 @@ def quantize_checkpoint(
     config = read_config(src)
     weights = Weights(src)
     if kind := foreign_layout(config, src):
-        raise ModelError(f"{src} is MXFP4 already ({kind}): convert it with `verl-aqn quantize {src} DST`")
+        raise ModelError(f"{src} is already MXFP4 ({kind}): convert it with `verl-aqn quantize {src} DST`")
     if config.get("quantization_config") or any(name.endswith(PACKED) for name in weights.specs):
-        raise ModelError(f"{src} is quantised already: start from the bf16 checkpoint it was made of")
+        raise ModelError(f"{src} is already quantised: start from the bf16 checkpoint that it was made from")
     plan = make_plan(src, weights, exclude)
     packed_name, scale_name = FORMATS[format]
 
@@ -77,7 +77,7 @@ def quantize_checkpoint(
         layout[out] = spec._replace(dtype=torch.bfloat16) if spec.dtype.is_floating_point else spec
     for piece in plan.pieces:
         layout |= packed_specs(piece.module, piece.shape, format)
-    # In order of name, which puts a layer's tensors into the same shard.
+    # Sorted by name, so that the tensors of a layer are in the same shard.
     layout = dict(sorted(layout.items()))
     modules: list[ModuleReport] = []
     digests: list[tuple[str, str]] = []
@@ -90,7 +90,7 @@ def quantize_checkpoint(
             packed, scale = quantizer(piece.module, weight) if quantizer else quantize(weight, scale_rule)
             if (scale == 255).any():
                 file = weights.file_of(piece.tensor)
-                raise ModelError(f"tensor {piece.tensor} of {file} holds NaN or Inf: use another checkpoint")
+                raise ModelError(f"tensor {piece.tensor} of {file} contains NaN or Inf: use another checkpoint")
             yield piece.module + packed_name, packed
             yield piece.module + scale_name, scale
             error = split_error(weight, packed, scale)
@@ -107,24 +107,26 @@ def quantize_checkpoint(
         left = sorted(plan.ignored)
         report = QuantReport(scale_rule, tuple(modules), before, after, combined_digest(digests), tuple(left))
         (folder / FILE).write_text(json.dumps(report.to_dict()) + "\n")
-        if format == "compressed-tensors":  # the other one is read on the NPU alone
+        if format == "compressed-tensors":  # the other format can be read only on an NPU
             check_opens(folder, dst)
-            if checkpoint_digest(folder) != report.base_digest:  # the file system gave back other bytes than it got
-                raise ModelError(f"{dst} was not made: its files do not hold what was written: check disk and memory")
+            if checkpoint_digest(folder) != report.base_digest:  # other bytes were read than written
+                raise ModelError(
+                    f"{dst} was not created: its files differ from what was written: check disk and memory"
+                )
     return report
 
 
 def base_digest(tensors: Iterable[tuple[str, Tensor, Tensor]]) -> str:
-    """SHA-256 (hex) of a packed base, from (module name, packed, scale) triples in any order.
+    """Return the SHA-256 (hex) of a packed base, from (module name, packed, scale) triples in any order.
 
-    Each module is hashed by itself, so that the triples may be made one at a time. Names are those of the Hugging Face
-    model, without ``.weight_packed``.
+    Each module is hashed separately, so that the triples may be made one at a time. The names are those of the Hugging
+    Face model, without ``.weight_packed``.
     """
     return combined_digest((name, module_digest(packed, scale)) for name, packed, scale in tensors)
 
 
 def module_digest(packed: Tensor, scale: Tensor) -> str:
-    """SHA-256 (hex) of one module's shapes, packed bytes and scale bytes."""
+    """Return the SHA-256 (hex) of one module's shapes, packed bytes and scale bytes."""
     digest = hashlib.sha256(json.dumps([list(packed.shape), list(scale.shape)]).encode())
     digest.update(tensor_bytes(packed))
     digest.update(tensor_bytes(scale))
@@ -132,18 +134,18 @@ def module_digest(packed: Tensor, scale: Tensor) -> str:
 
 
 def combined_digest(modules: Iterable[tuple[str, str]]) -> str:
-    """SHA-256 (hex) over pairs of module name and `module_digest`, in order of name."""
+    """Return the SHA-256 (hex) over pairs of module name and `module_digest`, in order of name."""
     return hashlib.sha256(json.dumps(sorted(modules)).encode()).hexdigest()
 
 
 def checkpoint_digest(path: str | Path, slices: Slices | None = None, form: str = "packed") -> str:
-    """`base_digest` of a packed folder, or of what a rank that holds `slices` of its weights [N, K] should hold.
+    """Return `base_digest` of a packed folder, or of the part that a rank with `slices` of its weights [N, K] holds.
 
-    What a rank holds `NOTHING` of (another rank's expert) is left out.
+    Modules of which a rank holds `NOTHING` (an expert of another rank) are left out. With ``form="bf16"`` the digest is
+    over `values_digest` of the same weights dequantised to bfloat16, in which they are exact.
 
-    ``form="bf16"``: over `values_digest` of the same weights dequantised to bfloat16, in which they are exact.
-
-    Raises ModelError where the folder is not a packed checkpoint or is damaged.
+    Raises:
+        ModelError: the folder is not a packed checkpoint or is damaged.
     """
     weights = open_packed(Path(path))
 
@@ -157,10 +159,10 @@ def checkpoint_digest(path: str | Path, slices: Slices | None = None, form: str 
 
 
 def part_digest(packed: Tensor, scale: Tensor, part: Slice | None, form: str) -> str:
-    """Digest of the ``part`` of one packed module [..., N, K], in the ``form`` of `checkpoint_digest`."""
-    if form == "bf16":  # may be cut within a block
+    """Return the digest of the ``part`` of one packed module [..., N, K], in the ``form`` of `checkpoint_digest`."""
+    if form == "bf16":  # the part may start or end within a block
         values = dequantize(packed, scale, torch.bfloat16)
-        if values.dim() == 3:  # a stack of experts, which bf16 folders hold as [E, K, N]
+        if values.dim() == 3:  # a stack of experts; bf16 folders store it as [E, K, N]
             values = values.transpose(1, 2).flatten(0, 1)
         return values_digest(cut(values, part).contiguous())
     if part:
@@ -169,7 +171,7 @@ def part_digest(packed: Tensor, scale: Tensor, part: Slice | None, form: str) ->
 
 
 def model_digest(model: nn.Module) -> str:
-    """`base_digest` of a model with `Mxfp4Linear` and `Mxfp4Experts` layers, bare or inside PEFT and FSDP.
+    """Return `base_digest` of a model with `Mxfp4Linear` and `Mxfp4Experts` layers, also inside PEFT and FSDP.
 
     Under FSDP2 this gathers every packed weight in turn, so all ranks must call it.
     """
@@ -177,7 +179,7 @@ def model_digest(model: nn.Module) -> str:
 
 
 def packed_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(checkpoint's module name, packed, scale) of every packed matrix in ``model``, gathered one at a time."""
+    """Yield (module name in the checkpoint, packed, scale) of every packed matrix in ``model``, gathered one by one."""
     for name, module in model.named_modules():
         if isinstance(module, Mxfp4Linear):
             yield (
@@ -190,16 +192,16 @@ def packed_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def plain_name(name: str) -> str:
-    """A module's name in the Hugging Face model, whatever it is wrapped in."""
+    """Return a module's name in the Hugging Face model, without the names of wrappers."""
     return unwrapped(name).removeprefix(PEFT_PREFIX).removesuffix(".base_layer")
 
 
 def whole(parameter: Tensor) -> Tensor:
-    """A parameter that FSDP2 may have sharded, gathered: all ranks must call it."""
+    """Gather a parameter that FSDP2 may have sharded; all ranks must call this."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def is_packed(path: str | Path) -> bool:
-    """Whether a folder's config.json says that its linear weights are packed MXFP4."""
+    """Return whether a folder's config.json says that its linear weights are packed MXFP4."""
     config = read_config(Path(path)).get("quantization_config") or {}
     return config.get("format") == PACKED_FORMAT

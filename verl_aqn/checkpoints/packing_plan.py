@@ -1,4 +1,4 @@
-"""What of a bf16 checkpoint gets packed, under which names, and what stays: decided from the model's structure."""
+"""The plan of a quantisation: which tensors are packed, and the names of all tensors, from the model's structure."""
 
 import re
 from collections.abc import Iterator
@@ -20,8 +20,9 @@ from verl_aqn.mxfp4.fused import fused_groups
 from verl_aqn.mxfp4.names import ROLES, Expert, parts_in
 
 EXCLUDE = ("lm_head", "embed_tokens")
-# Routers by name, beside those that `routers` finds. An error there is not noise in a sum but another expert, and vLLM
-# builds every one of them without quantisation: it must be told so, whether transformers makes it of nn.Linear or not.
+# Names of routers, in addition to those that `routers` finds by shape. A rounding error in a router can select another
+# expert. vLLM builds all routers without quantisation, so they must be in the ignore list, also if transformers does
+# not build them as nn.Linear.
 ROUTERS = (
     "*.mlp.gate",  # Qwen, Mixtral, GLM, DeepSeek
     "*.router",  # gpt-oss, Llama 4, Jamba
@@ -32,7 +33,7 @@ ROUTERS = (
 
 
 class Piece(NamedTuple):
-    """A matrix that becomes one packed module, and where in the source it is."""
+    """A matrix that becomes one packed module, and its place in the source."""
 
     module: str
     tensor: str
@@ -40,12 +41,12 @@ class Piece(NamedTuple):
     expert: int | None = None
     """Index into a fused stack."""
     half: int = 0
-    """Which of the equal parts of the rows, for gate and up in one stack."""
+    """Index of the half of the rows, for gate and up in one stack."""
     transposed: bool = False
-    """A stack [E, N, K] that the source has as [E, K, N]."""
+    """Whether the source stores a stack [E, N, K] as [E, K, N]."""
 
     def read(self, weights: Weights) -> Tensor:
-        """The matrix [N, K] or the stack [E, N, K]."""
+        """Read the matrix [N, K] or the stack [E, N, K]."""
         if len(self.shape) == 3:
             stack = weights.read(self.tensor)
             return stack.transpose(1, 2).contiguous() if self.transposed else stack
@@ -56,18 +57,18 @@ class Piece(NamedTuple):
 class Plan(NamedTuple):
     pieces: list[Piece]
     ignored: list[str]
-    """Linear layers, routers and experts that stay as they are, by their names in the packed checkpoint."""
+    """Linear layers, routers and experts that are not packed, by their names in the packed checkpoint."""
     kept: dict[str, str]
-    """The source's tensors that stay, and their names in the packed checkpoint."""
+    """Tensors of the source that are not packed, with their names in the packed checkpoint."""
 
 
 def make_plan(src: Path, weights: Weights, exclude: tuple[str, ...]) -> Plan:
-    """Pack every ``nn.Linear`` and fused expert but the output head, routers, and what ``exclude`` names.
+    """Plan to pack every ``nn.Linear`` and fused expert except the output head, routers, and modules in ``exclude``.
 
     Raises:
-        ModelError: the tensors are not those of config.json's model, or a layer does not fit MXFP4.
-        ConfigError: an entry of ``exclude`` matches nothing, or some experts of a layer and not the others, or some of
-            the layers that vLLM holds as one.
+        ModelError: the tensors are not those of the model in config.json, or a layer does not fit MXFP4.
+        ConfigError: an entry of ``exclude`` matches nothing, only some experts of a layer, or only some of the layers
+            that vLLM fuses into one.
     """
     built = build(src)
     model, naming = built.model, Naming(built, weights.specs)
@@ -83,7 +84,7 @@ def make_plan(src: Path, weights: Weights, exclude: tuple[str, ...]) -> Plan:
     ]
     for pattern in exclude:
         if pattern not in EXCLUDE and not any(matches(name, pattern) for name in known):
-            raise ConfigError(f"exclude names {pattern!r}, which matches no module of {type(model).__name__}")
+            raise ConfigError(f"exclude has {pattern!r}, which matches no module of {type(model).__name__}")
 
     pieces: list[Piece] = []
     ignored: list[str] = []
@@ -96,7 +97,7 @@ def make_plan(src: Path, weights: Weights, exclude: tuple[str, ...]) -> Plan:
             or any(matches(n, p) for n in (name, out) for p in exclude)
         )
         if name in experts:
-            # vLLM asks for gate_proj, up_proj and down_proj, whatever the checkpoint calls them.
+            # vLLM looks for gate_proj, up_proj and down_proj, also if the checkpoint has other names.
             if _excluded(name, [naming.of_expert(expert) for expert in experts[name]], exclude):
                 ignored += [f"{out}.{expert.number}.{expert.role}" for expert in experts[name]]
                 continue
@@ -106,7 +107,7 @@ def make_plan(src: Path, weights: Weights, exclude: tuple[str, ...]) -> Plan:
         elif _has_stacks(module):
             if not any(matches(name, p) or matches(f"{name}.", f"*.{p}.*") for p in exclude):
                 raise ModelError(
-                    f"{name} of {src} ({type(module).__name__}) holds matrices in a layout that cannot be packed: "
+                    f"{name} of {src} ({type(module).__name__}) has matrices in a layout that cannot be packed: "
                     f"exclude {name.rpartition('.')[0]}"
                 )
             ignored.append(f"re:{re.escape(naming.in_checkpoint(name.rpartition('.')[0]))}\\..*")
@@ -114,7 +115,7 @@ def make_plan(src: Path, weights: Weights, exclude: tuple[str, ...]) -> Plan:
             ignored.append(out)
         elif isinstance(module, nn.Linear):
             if name + ".weight" in naming.converters or len(sources[name + ".weight"]) != 1:
-                raise ModelError(f"{src} stores {out} in another form than {type(model).__name__} has it: exclude it")
+                raise ModelError(f"{src} stores {out} in another layout than {type(model).__name__} uses: exclude it")
             (tensor,) = sources[name + ".weight"]
             out = naming.kept_name(tensor).removesuffix(".weight")
             pieces.append(Piece(out, tensor, (module.out_features, module.in_features)))
@@ -124,7 +125,7 @@ def make_plan(src: Path, weights: Weights, exclude: tuple[str, ...]) -> Plan:
     _check_groups([piece.module for piece in pieces], ignored)
     check_ties(model, sources, weights, src)
     if not pieces:
-        raise ModelError(f"{src} has no linear layer to quantise: {type(model).__name__} with exclude {list(exclude)}")
+        raise ModelError(f"{src} ({type(model).__name__}) has no linear layer to quantise with exclude {list(exclude)}")
     used = {piece.tensor for piece in pieces}
     keep = {name: naming.kept_name(name) for name in weights.specs if name not in used}
     return Plan(pieces, [*ignored, *of_other_parts(naming, weights)], keep)
@@ -133,8 +134,8 @@ def make_plan(src: Path, weights: Weights, exclude: tuple[str, ...]) -> Plan:
 def routers(model: nn.Module) -> set[str]:
     """Return the names of a model's routers.
 
-    They are the modules called so, and those beside fused experts whose matrix [N, K] has a row for each expert, or
-    one row.
+    These are the modules with a name in `ROUTERS`, and the modules beside fused experts whose matrix [N, K] has one row
+    per expert, or a single row.
     """
     modules = dict(model.named_modules())
     found = {name for name in modules if any(matches(name, pattern) for pattern in ROUTERS)}
@@ -150,14 +151,14 @@ def routers(model: nn.Module) -> set[str]:
 
 
 def _has_stacks(module: nn.Module) -> bool:
-    """Whether ``module`` has stacks of matrices of its own that are neither convolutions nor experts that we know."""
+    """Return whether ``module`` itself has stacks of matrices that are neither convolutions nor known experts."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return False
     return any(p.dim() == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False))
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether ``pattern`` is a module's full name, the last parts of it, or a pattern with ``*`` that fits it."""
+    """Return whether ``pattern`` is a module's full name, the last parts of it, or a ``*`` pattern that matches it."""
     return name == pattern or name.endswith("." + pattern) or fnmatchcase(name, pattern)
 
 
@@ -168,14 +169,18 @@ def _experts(name: str, module: nn.Module) -> Iterator[Expert]:
 
 
 def _excluded(module: str, names: list[str], exclude: tuple[str, ...]) -> bool:
-    """Whether ``exclude`` names all of a layer's experts."""
+    """Return whether ``exclude`` contains all experts of a layer.
+
+    Raises:
+        ConfigError: ``exclude`` contains only some of them.
+    """
     if any(matches(module, pattern) for pattern in exclude):
         return True
     excluded = [any(matches(name, pattern) for pattern in exclude) for name in names]
     if any(excluded) and not all(excluded):
         raise ConfigError(
-            f"exclude names some experts of {module} ({names[excluded.index(True)]}) but not all: a layer's experts "
-            f"have one precision in vLLM; name {module} or none of them"
+            f"exclude has some experts of {module} ({names[excluded.index(True)]}) but not all: in vLLM all experts of "
+            f"a layer have the same precision; exclude {module} or none of them"
         )
     return all(excluded)
 
@@ -183,10 +188,10 @@ def _excluded(module: str, names: list[str], exclude: tuple[str, ...]) -> bool:
 def _expert_pieces(
     name: str, module: nn.Module, experts: list[Expert], naming: Naming, sources: dict[str, list[str]], src: Path
 ) -> list[Piece]:
-    """The pieces of a layer's experts: a matrix each, or the two stacks where the layout keeps them together."""
+    """Return the pieces of a layer's experts: one per matrix, or two stacks if the layout keeps experts together."""
     foreign = [s for s in STACKS if f"{name}.{s}" in naming.converters and not _merged(naming, f"{name}.{s}")]
     if foreign:
-        raise ModelError(f"{src} stores {name}.{foreign[0]} in another form than transformers has it: exclude {name}")
+        raise ModelError(f"{src} stores {name}.{foreign[0]} in another layout than transformers uses: exclude {name}")
     if not in_one_stack(module):
         return [_expert_piece(expert, module, naming, sources) for expert in experts]
     pieces = []
@@ -203,9 +208,9 @@ def _merged(naming: Naming, stack: str) -> bool:
 
 
 def of_other_parts(naming: Naming, weights: Weights) -> list[str]:
-    """The modules with a matrix in a multimodal folder's other parts, which stay as they are.
+    """Return the modules with a matrix in the other parts of a multimodal folder; they are not packed.
 
-    vLLM may build any of them as a linear layer, a convolution of transformers' included.
+    vLLM may build any of them as a linear layer, even one that is a convolution in transformers.
     """
     modules = (name.removesuffix(".weight") for name in naming.passed if name.endswith(".weight"))
     return sorted(module for module in modules if len(weights.specs[module + ".weight"].shape) > 1)
@@ -231,19 +236,23 @@ def _check(src: Path, weights: Weights, piece: Piece) -> None:
     if spec.shape != expected or not spec.dtype.is_floating_point:
         raise ModelError(
             f"tensor {piece.tensor} of {weights.file_of(piece.tensor)} is {spec.dtype} {list(spec.shape)}, but "
-            f"config.json asks for {list(expected)}: the two are not of the same model"
+            f"config.json asks for {list(expected)}: weights and config.json are not of the same model"
         )
 
 
 def _check_widths(src: Path, pieces: list[Piece]) -> None:
-    """Raise ModelError for layers whose number of inputs MXFP4 cannot hold, naming all that must be excluded."""
+    """Check that MXFP4 supports the number of inputs of each layer.
+
+    Raises:
+        ModelError: a layer has another number of inputs; the message names all layers to exclude.
+    """
     wrong = [piece for piece in pieces if piece.shape[-1] % BLOCK]
     if wrong:
         leaves = {_leaf(piece.module) for piece in wrong}
         fitting = {_leaf(piece.module) for piece in pieces if piece not in wrong}
         exclude = [piece.module for piece in wrong] if leaves & fitting else sorted(leaves)
         raise ModelError(
-            f"{wrong[0].module} of {src} takes {wrong[0].shape[-1]} inputs, not a multiple of {BLOCK} as MXFP4 needs: "
+            f"{wrong[0].module} of {src} has {wrong[0].shape[-1]} inputs, but MXFP4 needs a multiple of {BLOCK}: "
             f"exclude it ({' '.join(f'--exclude {name}' for name in exclude[:8])})"
         )
 
@@ -253,13 +262,17 @@ def _leaf(name: str) -> str:
 
 
 def _check_groups(packed: list[str], ignored: list[str]) -> None:
-    """Raise ConfigError where layers that vLLM holds as one are packed in part."""
+    """Check that layers that vLLM fuses into one are all packed or all excluded.
+
+    Raises:
+        ConfigError: only some layers of a group are packed.
+    """
     left = set(ignored)
     for group in fused_groups([*packed, *ignored]):
         kept = [name for name in group if name in left]
         if kept and len(kept) < len(group):
             names = sorted(_leaf(name) for name in group)
             raise ConfigError(
-                f"exclude leaves {kept[0]} in 16 bits but not all of {', '.join(names)} there, which vLLM holds in one "
+                f"exclude keeps {kept[0]} in 16 bits but not all of {', '.join(names)}, which vLLM fuses into one "
                 f"layer: exclude all of them ({' '.join(f'--exclude {name}' for name in names)}) or none"
             )

@@ -1,4 +1,4 @@
-"""Check what `quantize` and the importers promise: a folder that this project and vLLM can load."""
+"""Checks for the folders that `quantize` and the importers write: this project and vLLM must be able to load them."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,19 +14,22 @@ from verl_aqn.errors import ModelError
 
 
 def check_opens(folder: Path, target: Path) -> None:
-    """Open a packed ``folder`` as the trainer does, without reading values, before it gets the name ``target``.
+    """Open a packed ``folder`` as the trainer does, without reading values, before it is renamed to ``target``.
 
     Raises:
-        ModelError: names, shapes or config of the folder are not those of one model.
+        ModelError: the names, the shapes and the config of the folder do not describe one model.
     """
     with _instead_of(folder, target):
         load_model(folder, device="meta", attn_implementation="eager")  # every architecture has eager attention
 
 
 def check_ties(model: PreTrainedModel, sources: dict[str, list[str]], weights: Weights, path: Path) -> None:
-    """Raise ModelError where config.json ties two tensors that the checkpoint stores with different values.
+    """Check that tensors that config.json ties have equal values in the checkpoint.
 
-    ``sources`` says which tensors of ``weights`` each tensor of the model is made of.
+    ``sources`` lists for each tensor of the model the tensors of ``weights`` that it is made of.
+
+    Raises:
+        ModelError: the checkpoint stores two tied tensors with different values.
     """
     for copied, original in model.all_tied_weights_keys.items():
         names = sources.get(copied), sources.get(original)
@@ -35,8 +38,8 @@ def check_ties(model: PreTrainedModel, sources: dict[str, list[str]], weights: W
         theirs, ours = weights.read(names[0][0]), weights.read(names[1][0])
         if not torch.equal(theirs, ours):
             raise ModelError(
-                f"{path / 'config.json'} ties {copied} to {original}, but the checkpoint stores another "
-                f"{names[0][0]} ({weights.file_of(names[0][0])}): set tie_word_embeddings to false, or remove the "
+                f"{path / 'config.json'} ties {copied} to {original}, but the checkpoint stores {names[0][0]} with "
+                f"other values ({weights.file_of(names[0][0])}): set tie_word_embeddings to false, or remove the "
                 "tensor"
             )
 
@@ -45,21 +48,21 @@ def as_kept(name: str, weights: Weights, dtype: torch.dtype) -> Tensor:
     """Read a tensor that is not packed, in ``dtype``.
 
     Raises:
-        ModelError: the tensor holds NaN or Inf, or a value that ``dtype`` cannot hold.
+        ModelError: the tensor contains NaN or Inf, or a value that ``dtype`` cannot hold.
     """
     tensor = weights.read(name)
     kept = tensor.to(dtype)
     if kept.is_floating_point() and not kept.isfinite().all():
         fault = f"values beyond the range of {dtype}" if tensor.isfinite().all() else "NaN or Inf"
-        raise ModelError(f"tensor {name} of {weights.file_of(name)} holds {fault}: use another checkpoint")
+        raise ModelError(f"tensor {name} of {weights.file_of(name)} contains {fault}: use another checkpoint")
     return kept
 
 
 @contextlib.contextmanager
 def _instead_of(folder: Path, target: Path) -> Iterator[None]:
-    """Put the final name into errors about a folder that does not have it yet."""
+    """Replace the temporary name of a folder in error messages by its final name."""
     try:
         yield
     except ModelError as error:
         said = str(error).replace(str(folder), str(target))
-        raise ModelError(f"{target} was not made, because training could not load it: {said}") from error
+        raise ModelError(f"{target} was not created, because training could not load it: {said}") from error

@@ -1,6 +1,7 @@
-"""Which part of the checkpoint's tensors a model of vLLM holds, and where: observed while it was loaded.
+"""Records of which part of each checkpoint tensor a vLLM model holds, and in which parameter.
 
-`verl_aqn.integrations.vllm.trace.Trace` observes; the result is `model.aqn_loaded`. Nothing here imports vLLM.
+`verl_aqn.integrations.vllm.trace.Trace` observes the loading of the model and stores the result as `model.aqn_loaded`. This
+module does not import vLLM.
 """
 
 from __future__ import annotations
@@ -20,22 +21,22 @@ from verl_aqn.checkpoints.boxes import Dim, merged, split
 from verl_aqn.errors import EvidenceError
 
 Slice = Sequence[int]
-"""(row, rows, column, columns): the part of a matrix from (row, column) on.
+"""(row, rows, column, columns): the part of a matrix that starts at (row, column).
 
-Four more numbers for each further block of rows, where a rank holds several: its halves of gate and of up.
+If a rank holds several blocks of rows, four more numbers follow for each block: for example its parts of gate and up.
 """
 
 Slices = dict[str, list[int]]
-"""By name the `Slice` of every matrix that a rank does not hold the whole of; {}: it holds all of all."""
+"""The `Slice` by name of every matrix that a rank holds only partly; {} if the rank holds all matrices in full."""
 
-SHOWN = 8  # parts that a message tells
+SHOWN = 8  # number of parts that a message lists
 
 NOTHING = [0, 0, 0, 0]
-"""The `Slice` of a matrix that a rank has no part in: another rank's expert."""
+"""The `Slice` of a matrix of which a rank holds nothing, for example an expert of another rank."""
 
 
 class Source(NamedTuple):
-    """A tensor that was loaded: its shape, and its dtype without ``torch.``."""
+    """A tensor that was loaded: its shape, and the name of its dtype without ``torch.``."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -48,13 +49,13 @@ class Source(NamedTuple):
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """(rows, columns), all dimensions before the last as rows; a vector is one column."""
+        """(rows, columns): all dimensions before the last count as rows; a vector is one column."""
         *lead, columns = self.shape if len(self.shape) > 1 else (*self.shape, 1)
         return math.prod(lead), columns
 
 
 class Piece(NamedTuple):
-    """A strided box (`verl_aqn.checkpoints.boxes`) of the parameter `place` (here), and of the source that it came from (there)."""
+    """A strided box (`verl_aqn.checkpoints.boxes`) that maps elements of the parameter `place` (here) to its source (there)."""
 
     place: str
     here: int
@@ -63,9 +64,9 @@ class Piece(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A `Piece` as rows of its source, which need not be neighbours, and columns, which are.
+    """A `Piece` as rows of its source, which may lie apart, and adjacent columns.
 
-    `shape`, `strides`: of these elements in the parameter, rows first.
+    `shape` and `strides` describe these elements in the parameter, rows first.
     """
 
     piece: Piece
@@ -78,12 +79,13 @@ class Block(NamedTuple):
 
 @dataclass
 class Loaded:
-    """What a model holds of the tensors that it was loaded from.
+    """The parts of checkpoint tensors that a model holds.
 
-    `pieces`: by the checkpoint's name. `lost`: names whose tensors went into an operation that could not be followed,
-    and into which. `computed`: names whose values were computed with on their way, and how. Filled by
-    `verl_aqn.integrations.vllm.readback.remember_base`: `digests` of packed modules by module, of other tensors by name;
-    `parameters`: shape and dtype (without ``torch.``) of every parameter when it was loaded.
+    `pieces`: pieces by the name in the checkpoint. `lost`: tensors that went through an operation that could not be
+    followed, with that operation. `computed`: tensors whose values were changed by a computation during loading, with
+    that computation. `verl_aqn.integrations.vllm.readback.remember_base` fills in two more fields. `digests`: digests of packed
+    modules by module name, and of other tensors by tensor name. `parameters`: shape and dtype (without ``torch.``) of
+    every parameter at the end of loading.
     """
 
     sources: dict[str, Source]
@@ -96,7 +98,7 @@ class Loaded:
 
     @cached_property
     def held_in(self) -> dict[str, list[str]]:
-        """The sources of every parameter."""
+        """The names of the source tensors of every parameter."""
         found: dict[str, dict[str, None]] = {}
         for source, pieces in self.pieces.items():
             for piece in pieces:
@@ -104,25 +106,26 @@ class Loaded:
         return {place: list(sources) for place, sources in found.items()}
 
     def names(self) -> dict[str, str]:
-        """The checkpoint's name of every parameter that came from one tensor alone."""
+        """Return the checkpoint name of every parameter that comes from exactly one tensor."""
         return {place: sources[0] for place, sources in self.held_in.items() if len(sources) == 1}
 
     def blocks(self, source: str) -> list[Block]:
-        """The pieces of a source by its rows and columns.
+        """Return the pieces of a source as blocks of its rows and columns.
 
-        Raises EvidenceError where a piece has no whole runs of columns.
+        Raises:
+            EvidenceError: a piece does not consist of whole rows and adjacent columns.
         """
         _, width = self.sources[source].matrix
         found = []
         for piece in self.pieces.get(source, ()):
             cut_at_rows = split(((size, there, here) for size, here, there in piece.dims), [width])
             if cut_at_rows is None:
-                raise EvidenceError(f"{piece.place} holds {source} in pieces that are no rows and columns of it")
+                raise EvidenceError(f"{piece.place} holds parts of {source} that are not blocks of rows and columns")
             dims = [(size, here, there) for size, there, here in cut_at_rows]
             down = merged(dim for dim in dims if dim[2] >= width)
             across = merged(dim for dim in dims if dim[2] < width)
             if any(there != 1 for _, _, there in across[-1:]) or len(across) > 1:
-                raise EvidenceError(f"{piece.place} holds {source} in columns that are not next to each other")
+                raise EvidenceError(f"{piece.place} holds columns of {source} that are not adjacent")
             rows = torch.tensor([piece.there // width])
             for size, _, there in down:
                 rows = (rows.unsqueeze(-1) + torch.arange(size) * (there // width)).flatten()
@@ -132,7 +135,7 @@ class Loaded:
         return found
 
     def region(self, source: str) -> list[int] | None:
-        """The `Slice` of a source that is held; None for the whole of it."""
+        """Return the `Slice` of a source that the model holds; None if the model holds all of it."""
         blocks = self.blocks(source)
         if not blocks:
             return list(NOTHING)
@@ -145,7 +148,9 @@ class Loaded:
         end += first
         for column, count in others:
             if column != end or not torch.equal(columns[(column, count)], held):
-                raise EvidenceError(f"{block.piece.place} holds parts of {source} that are no rows and columns of it")
+                raise EvidenceError(
+                    f"{block.piece.place} holds parts of {source} that are not blocks of rows and columns"
+                )
             end += count
         if first == 0 and end == width and bool(held.all()):
             return None
@@ -155,9 +160,10 @@ class Loaded:
         ]
 
     def read(self, source: str, parameter: Callable[[str], Tensor]) -> Tensor:
-        """[rows, columns] of what is held of a source, put together from the parameters as they are now.
+        """Assemble the held part [rows, columns] of a source from the current parameters.
 
-        Raises EvidenceError where a region is held twice and the two differ.
+        Raises:
+            EvidenceError: the model holds a region twice, and the two copies differ.
         """
         height, width = self.sources[source].matrix
         region = self.region(source) or [0, height, 0, width]
@@ -190,9 +196,9 @@ class Loaded:
 
 
 class Part(NamedTuple):
-    """Of weight `name` [N, K] a layer holds `shape` elements from `origin` on; they are its own rows `rows`.
+    """The part of weight `name` [N, K] that a layer holds: `shape` elements from `origin` on, in the layer's `rows`.
 
-    `columns`: K. `whole`: nothing of the weight is missing.
+    `columns` is K. `whole` says whether the layer holds all of the weight.
     """
 
     name: str
@@ -204,9 +210,12 @@ class Part(NamedTuple):
 
 
 def parts_of(model: nn.Module, name: str, layer: nn.Module) -> list[Part]:
-    """The parts of packed linear `layer`, which `model` calls `name`; in a model of transformers' it is one.
+    """Return the parts of the packed linear `layer`, which `model` calls `name`.
 
-    Raises EvidenceError where its rows are not runs of the checkpoint's rows.
+    A layer of a transformers model has exactly one part.
+
+    Raises:
+        EvidenceError: rows of the layer are not consecutive rows of the checkpoint.
     """
     loaded: Loaded | None = getattr(model, "aqn_loaded", None)
     if loaded is None:
@@ -220,7 +229,7 @@ def parts_of(model: nn.Module, name: str, layer: nn.Module) -> list[Part]:
         for block in loaded.blocks(source):
             row, rest = divmod(block.piece.here, block.columns)
             if rest or not _is_run(block.rows) or (block.strides and block.strides[-1] != 1):
-                raise EvidenceError(f"{name} holds {source} in another order than the checkpoint's rows")
+                raise EvidenceError(f"{name} holds the rows of {source} in another order than the checkpoint")
             rows = slice(row, row + len(block.rows))
             origin, shape = (int(block.rows[0]), block.column * 2), (len(block.rows), block.columns * 2)
             parts.append(Part(module_of(source), rows, origin, shape, columns, whole))
@@ -228,7 +237,7 @@ def parts_of(model: nn.Module, name: str, layer: nn.Module) -> list[Part]:
 
 
 def _joined(parts: list[Part]) -> list[Part]:
-    """Parts of one weight that follow each other in the layer and in the weight, as one."""
+    """Join parts of one weight that are consecutive both in the layer and in the weight."""
     joined: list[Part] = []
     for part in parts:
         last = joined[-1] if joined else None
@@ -246,7 +255,7 @@ def _joined(parts: list[Part]) -> list[Part]:
 
 
 def module_of(source: str) -> str:
-    """The module of a weight's name."""
+    """Return the module name of a weight's name."""
     for suffix in (".weight_packed", ".weight_scale", ".weight"):
         if source.endswith(suffix):
             return source.removesuffix(suffix)
@@ -258,26 +267,28 @@ def _is_run(rows: Tensor) -> bool:
 
 
 def blocks_of(part: Slice) -> list[tuple[int, int, int, int]]:
-    """The (row, rows, column, columns) of a `Slice`, one for each of its blocks."""
+    """Return (row, rows, column, columns) for each block of a `Slice`."""
     return [tuple(part[i : i + 4]) for i in range(0, len(part), 4)]  # type: ignore[misc]
 
 
 def scaled(part: Slice, columns: int) -> list[int]:
-    """The same `Slice` of a matrix that keeps `columns` columns in one: of packed codes, or of scales."""
+    """Convert a `Slice` to a matrix that stores `columns` columns in one: packed codes or scales."""
     return [n for row, rows, *across in blocks_of(part) for n in (row, rows, *(c // columns for c in across))]
 
 
 def not_covered(holders: Sequence[Slices], numel: Callable[[str], int]) -> str | None:
-    """The first matrix that `holders` together do not hold the whole of, with the parts that they hold."""
+    """Return the first matrix that `holders` together do not hold in full, with the parts that they hold."""
     ways, _ = distinct(holders)
-    whole: list[Slices] = [{}] if any(not slices for slices in holders) else []  # holds all of all
+    whole: list[Slices] = (
+        [{}] if any(not slices for slices in holders) else []
+    )  # this holder holds all matrices in full
     return next(_missing([*whole, *ways[1:]], numel), None)
 
 
 def _missing(holders: Sequence[Slices], numel: Callable[[str], int]) -> Iterator[str]:
     for name in sorted(set().union(*holders)):
         if any(name not in slices for slices in holders):
-            continue  # who has no slice of it holds the whole
+            continue  # a holder without a slice of the matrix holds all of it
         tiles = sorted({block for slices in holders for block in blocks_of(slices[name])})
         if _area(tiles) != numel(name):
             shown = [list(tile) for tile in tiles[:SHOWN]]
@@ -285,7 +296,7 @@ def _missing(holders: Sequence[Slices], numel: Callable[[str], int]) -> Iterator
 
 
 def _area(tiles: Sequence[tuple[int, int, int, int]]) -> int:
-    """Elements that `tiles`, in order of rows, cover; they may overlap."""
+    """Count the elements that `tiles`, sorted by row, cover. The tiles may overlap."""
     begin: dict[int, list[tuple[int, int, int, int]]] = {}
     edges: set[int] = set()
     for tile in tiles:
@@ -294,7 +305,7 @@ def _area(tiles: Sequence[tuple[int, int, int, int]]) -> int:
         edges |= {column, column + columns}
     area, active = 0, list[tuple[int, int, int, int]]()
     for left, right in pairwise(sorted(edges)):
-        # Of the columns between two edges only the tiles that reach over them, in order of rows.
+        # Only the tiles that cover the columns between these two edges, sorted by row.
         active = sorted([t for t in active if t[2] + t[3] > left] + begin.get(left, []))
         covered = end = 0
         for row, rows, _, _ in active:
@@ -306,7 +317,7 @@ def _area(tiles: Sequence[tuple[int, int, int, int]]) -> int:
 
 
 def cut(matrix: Tensor, part: Slice | None) -> Tensor:
-    """The `Slice` of a matrix, or all of it."""
+    """Return the part of a matrix that a `Slice` describes, or all of the matrix for None."""
     if part is None:
         return matrix
     found = [matrix[row : row + rows, column : column + columns] for row, rows, column, columns in blocks_of(part)]
@@ -314,7 +325,7 @@ def cut(matrix: Tensor, part: Slice | None) -> Tensor:
 
 
 def distinct(held: Sequence[Slices]) -> tuple[list[Slices], list[int]]:
-    """Every way in which ranks hold a model, {} (the whole) first; and which of them each of `held` is."""
+    """Return the distinct elements of `held`, {} (the whole model) first, and the index of each of `held` in them."""
     ways: list[Slices] = [{}]
     number: dict[str, int] = {_text({}): 0}
     texts = [_text(slices) for slices in held]

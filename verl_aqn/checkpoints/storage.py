@@ -1,7 +1,8 @@
-"""Read Hugging Face model folders: safetensors one tensor at a time, with errors that name file and tensor.
+"""Reading of Hugging Face model folders: one tensor of a safetensors file at a time, with errors that name both.
 
-Values are read with plain file reads, not through a memory map: mapped pages stay in the process's resident memory
-until the file is closed, so a pass over a model would look, and to a container's limit may be, as large as the model.
+Values are read with plain file reads and not through a memory map. Mapped pages stay in the resident memory of the
+process until the file is closed, so that a pass over a model would seem to need as much memory as the whole model, also
+for the memory limit of a container.
 """
 
 import json
@@ -15,7 +16,7 @@ from torch import Tensor
 from verl_aqn.checkpoints.checksums import FILE as CHECKSUMS
 from verl_aqn.errors import ModelError, reason, remedy
 
-# The names that safetensors gives to the dtypes that a model's weights come in.
+# The names of dtypes in safetensors.
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -39,7 +40,7 @@ def has_weights(folder: Path) -> bool:
 
 
 class Spec(NamedTuple):
-    """What a tensor is, without its values."""
+    """The dtype and shape of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -50,13 +51,14 @@ class Spec(NamedTuple):
 
 
 class Weights:
-    """The tensors of a Hugging Face folder, in one safetensors file or in shards; values are read one at a time.
+    """The tensors of a Hugging Face folder, in one safetensors file or in shards; values are read one tensor at a time.
 
-    ``specs`` maps every tensor's name to its dtype and shape, ``files`` lists what the folder's weights are read from.
-    Set ``device`` to ``meta`` to get tensors without values, where only the structure matters.
+    ``specs`` maps every tensor's name to its dtype and shape. ``files`` lists the files of the weights. Set ``device``
+    to ``meta`` to get tensors without values, if only the structure is needed.
 
     Raises:
-        ModelError: there are no weights, or a file is missing, cut off or damaged; the message names file and tensor.
+        ModelError: there are no weights, or a file is missing, truncated or damaged; the message names the file and the
+            tensor.
     """
 
     def __init__(self, folder: Path):
@@ -67,7 +69,7 @@ class Weights:
             where = read_json(folder / INDEX).get("weight_map", {})
             names = sorted(set(where.values()))
         else:
-            raise ModelError(f"{folder} holds no weights: expected {SINGLE} or {INDEX}; save the model as safetensors")
+            raise ModelError(f"{folder} has no weights: expected {SINGLE} or {INDEX}; save the model as safetensors")
         self.device = "cpu"
         self.files = [folder / name for name in names]
         self.specs: dict[str, Spec] = {}
@@ -79,14 +81,14 @@ class Weights:
         for name, file_name in (where or {}).items():
             if name not in self._place or self.file_of(name) != folder / file_name:
                 raise ModelError(
-                    f"{folder / file_name} lacks tensor {name}, which {INDEX} puts there: copy the file again"
+                    f"{folder / file_name} lacks tensor {name}, which {INDEX} lists for it: copy the file again"
                 )
 
     def file_of(self, name: str) -> Path:
         return self._place[name][0]
 
     def read(self, name: str, index: int | None = None) -> Tensor:
-        """The tensor's values on the CPU, or those of its part ``[index]`` along the first dimension."""
+        """Read the tensor's values on the CPU, or those of its part ``[index]`` along the first dimension."""
         file, offset = self._place[name]
         spec = self.specs[name]
         if index is not None:
@@ -106,7 +108,11 @@ class Weights:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a model's or a checkpoint's folder; ModelError where the file does not hold one."""
+    """Read a JSON object from a file of a model or checkpoint folder.
+
+    Raises:
+        ModelError: the file cannot be read or does not contain a JSON object.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -119,7 +125,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` as a dictionary; ModelError where ``folder`` is no Hugging Face model folder."""
+    """Read ``config.json`` as a dictionary.
+
+    Raises:
+        ModelError: ``folder`` is not a Hugging Face model folder.
+    """
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder: give the path of a downloaded Hugging Face model")
     if not (folder / "config.json").is_file():
@@ -128,7 +138,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def companions(folder: Path) -> list[Path]:
-    """The files that a rewritten model takes along as they are: tokenizer, chat template, licence and so on."""
+    """List the files that a rewritten model keeps unchanged: tokenizer, chat template, licence and so on."""
     keep = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
     return sorted(
         file
@@ -141,17 +151,21 @@ def companions(folder: Path) -> list[Path]:
 
 
 def _fill(stream: Any, buffer: memoryview) -> None:
-    """Read until ``buffer`` is full: one read gives at most 2 GiB. Raises OSError at an early end of the file."""
+    """Read until ``buffer`` is full, because one read returns at most 2 GiB.
+
+    Raises:
+        OSError: the file ends too early.
+    """
     done = 0
     while done < len(buffer):
         count = stream.readinto(buffer[done:])
         if not count:
-            raise OSError("it became shorter while it was read")
+            raise OSError("the file became shorter while it was read")
         done += count
 
 
 def _read_header(file: Path) -> dict[str, tuple[Spec, int]]:
-    """(spec, offset in bytes) of every tensor of a safetensors file, once it is known to be long enough for them."""
+    """Return (spec, offset in bytes) of every tensor of a safetensors file, after checking the length of the file."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -164,7 +178,9 @@ def _read_header(file: Path) -> dict[str, tuple[Spec, int]]:
         header.pop("__metadata__", None)
         entries = [(name, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{file} is not a safetensors file, or its header is cut off: copy the file again") from error
+        raise ModelError(
+            f"{file} is not a safetensors file, or its header is truncated: copy the file again"
+        ) from error
 
     specs = {}
     for name, dtype, shape, start, end in sorted(entries, key=lambda entry: entry[3]):
@@ -176,7 +192,7 @@ def _read_header(file: Path) -> dict[str, tuple[Spec, int]]:
             raise ModelError(f"tensor {name} of {file} is damaged (shape and size disagree): copy the file again")
         if 8 + length + end > size:
             raise ModelError(
-                f"{file} is cut off in tensor {name} ({size} bytes, at least {8 + length + end} expected): "
+                f"{file} is truncated in tensor {name} ({size} bytes, at least {8 + length + end} expected): "
                 "copy the file again"
             )
     return specs

@@ -1,4 +1,4 @@
-"""Digests of a tensor's values, the same in every process and dtype that holds these values exactly."""
+"""Digests of tensor values. They are equal in every process and for every dtype that holds the values exactly."""
 
 import hashlib
 import json
@@ -13,27 +13,27 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def values_digest(weight: Tensor) -> str:
-    """SHA-256 (hex) of one unpacked weight [N, K]: its shape, dtype and bytes."""
+    """Return the SHA-256 (hex) of the shape, dtype and bytes of one unpacked weight [N, K]."""
     digest = hashlib.sha256(json.dumps([list(weight.shape), str(weight.dtype)]).encode())
     digest.update(tensor_bytes(weight))
     return digest.hexdigest()
 
 
 def plain_digest(tensor: Tensor) -> str:
-    """`values_digest` of ``tensor`` as a matrix [rows, columns], in the narrowest dtype that holds its values exactly.
+    """Return `values_digest` of ``tensor`` as a matrix, in the narrowest dtype that holds its values exactly.
 
-    A norm that the rollout keeps in float32 and the bfloat16 tensor on disk that it came from have the same digest.
+    A norm that the rollout keeps in float32 therefore has the same digest as its bfloat16 tensor on disk.
     """
-    return values_digest(narrowest(as_matrix(tensor.detach().cpu())))  # not every device views bits
+    return values_digest(narrowest(as_matrix(tensor.detach().cpu())))  # not every device supports views as integers
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
-    """[rows, columns] of a tensor of any shape: all dimensions before the last are rows; a vector is one column."""
+    """Reshape a tensor to [rows, columns]: all dimensions before the last are rows; a vector is one column."""
     return tensor.reshape(-1, tensor.shape[-1] if tensor.dim() > 1 else 1)
 
 
 def narrowest(tensor: Tensor) -> Tensor:
-    """The same values in the first of bfloat16, float16 and float32 that holds each of them bit for bit."""
+    """Convert a tensor to the first of bfloat16, float16 and float32 that holds all its values bit for bit."""
     if not tensor.is_floating_point() or tensor.dtype == torch.bfloat16:
         return tensor
     if tensor.dtype == torch.float32:  # the usual case, in one pass: the lower halves are all zero

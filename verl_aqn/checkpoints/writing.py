@@ -1,4 +1,4 @@
-"""Write Hugging Face model folders: a stream of tensors into one file or shards, published whole or not at all."""
+"""Writing of Hugging Face model folders: a stream of tensors goes to one file or shards; a folder appears complete."""
 
 import contextlib
 import fcntl
@@ -21,7 +21,7 @@ from verl_aqn.errors import EnvironmentFault, ModelError, is_full, reason, remed
 
 MAX_SHARD_BYTES = 5 * 10**9
 _LOCK = ".lock"
-_ROOM = 1 << 24  # bytes; a disk with less is full
+_ROOM = 1 << 24  # bytes; a disk with less free space counts as full
 
 
 def write_model(
@@ -35,11 +35,11 @@ def write_model(
 ) -> None:
     """Fill ``folder`` with ``config.json``, the safetensors of ``tensors``, and the companions of ``source``.
 
-    ``extra`` are further JSON files by name.
+    ``extra`` maps names of further JSON files to their contents.
 
-    ``layout`` announces every tensor beforehand, so that each can be written, and forgotten, as soon as it is made;
-    they may come in any order. What is larger than ``max_shard_bytes`` is written in shards with an index, each no
-    larger than that unless a single tensor is.
+    ``layout`` lists all tensors in advance, so that each tensor can be written and freed as soon as it is made, in any
+    order. A model larger than ``max_shard_bytes`` is written in shards with an index. A shard is larger than
+    ``max_shard_bytes`` only if it holds a single tensor that is.
     """
     for name, value in {"config.json": config, **extra}.items():
         (folder / name).write_text(json.dumps(value, indent=2) + "\n")
@@ -74,26 +74,27 @@ def write_model(
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's values in row-major order, as they lie in a safetensors file."""
+    """Return the bytes of the tensor's values in row-major order, as in a safetensors file."""
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary sibling of ``target`` that takes its name when the block ends well and disappears when it does not.
+    """Create a temporary folder beside ``target``; rename it to ``target`` if the block succeeds, else remove it.
 
-    What writers of the same target left behind that were killed is removed first. A writer holds a lock in its folder
-    for as long as it lives, whatever its host or container; a free lock is that of a dead one. All files, and a file of
-    their digests (`verl_aqn.checkpoints.checksums`), are on disk before the folder gets its name.
+    Folders that killed writers of the same target left behind are removed first. A writer holds a lock in its folder
+    while it lives, on any host and in any container, so a free lock means that the writer is dead. All files, and a
+    file with their digests (`verl_aqn.checkpoints.checksums`), are synced to disk before the folder is renamed.
 
     Raises:
-        ModelError: ``target`` exists, before the block or by the end of it.
-        EnvironmentFault: the folder cannot be made, or what the block writes there cannot (no permission, disk full).
+        ModelError: ``target`` exists before the block, or at the end of the block.
+        EnvironmentFault: the folder cannot be created, or the block cannot write to it (no permission, disk full).
     """
-    if os.path.lexists(target):  # a link to nowhere is also in the way
+    if os.path.lexists(target):  # also a broken link
         raise _taken(target)
     temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
-    # Locked under a name that nobody cleans up, so that it never stands unlocked under one that is.
+    # The folder is created and locked under a name that no writer cleans up, and only then gets the name that is
+    # cleaned up if unlocked.
     unborn = temporary.with_suffix(".new")
     with contextlib.ExitStack() as stack:
         for path in (unborn, temporary):
@@ -119,19 +120,19 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def _taken(target: Path) -> ModelError:
-    return ModelError(f"{target} exists already: remove it or choose another folder")
+    return ModelError(f"{target} already exists: remove it or choose another folder")
 
 
 @contextlib.contextmanager
 def _naming_the_target(target: Path) -> Iterator[None]:
-    """Turn an OSError of writing ``target`` into an EnvironmentFault; those of other files are not ours to explain."""
+    """Convert an OSError from writing ``target`` to an EnvironmentFault; errors of other files are not converted."""
     try:
         yield
     except OSError as error:
         file = os.fsdecode(error.filename or "")
         beside = os.fspath(target.parent / f".{target.name}.")
         ours = file.startswith(beside) or (file and Path(file) in (target, *target.parents))
-        if not ours and not (is_full(error) and not file):  # a write into an open file does not say which
+        if not ours and not (is_full(error) and not file):  # an error of a write to an open file does not name the file
             raise
         where = target if ours else _without_room(target)
         raise EnvironmentFault(
@@ -140,14 +141,14 @@ def _naming_the_target(target: Path) -> Iterator[None]:
 
 
 def _without_room(target: Path) -> Path:
-    """Where there was none: at ``target``, unless that has room and the folder of temporary files has not."""
+    """Return the path that has no space left: ``target``, unless only the folder of temporary files is full."""
     temporary = Path(tempfile.gettempdir())
     free, other = (shutil.disk_usage(folder).free for folder in (target.parent, temporary))
     return temporary if other < _ROOM <= free else target
 
 
 def _sync(path: Path) -> None:
-    """Write a file's contents, or a folder's list of names, to the disk."""
+    """Sync a file's contents, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -160,12 +161,12 @@ def _remove_unless_locked(folder: Path) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return  # its writer is at work
+            return  # the writer of this folder is alive
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _shards(layout: dict[str, Spec], max_shard_bytes: int) -> list[dict[str, Spec]]:
-    """``layout`` cut, in its own order, into parts of at most ``max_shard_bytes`` or of one tensor."""
+    """Split ``layout``, in its order, into parts of at most ``max_shard_bytes`` or of one tensor."""
     shards: list[dict[str, Spec]] = [{}]
     size = 0
     for name, spec in layout.items():
@@ -178,7 +179,7 @@ def _shards(layout: dict[str, Spec], max_shard_bytes: int) -> list[dict[str, Spe
 
 
 def _header(shard: dict[str, Spec]) -> tuple[bytes, dict[str, int]]:
-    """(the first bytes of a safetensors file of these tensors, where in the file each of them starts)."""
+    """Return (the header bytes of a safetensors file of these tensors, the offset of each tensor in the file)."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offsets, offset = {}, 0
     # Wide dtypes first, so that every tensor is aligned to its own element.

@@ -1,4 +1,4 @@
-"""`verl-aqn export`."""
+"""The command `verl-aqn export`."""
 
 import json
 from pathlib import Path
@@ -16,15 +16,15 @@ def export(
         Path, typer.Argument(help="A run, a folder of runs (the newest), or RUN/checkpoints/global_step_N.")
     ],
     dst: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
-    merge: Annotated[bool, typer.Option("--merge", help="A bf16 model of base and adapter instead.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Write a merged bf16 model of base and adapter.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
 ) -> None:
-    """A run's adapter as PEFT and vLLM load it, or a merged bf16 model; held against the run's own record."""
+    """Export a run's adapter for PEFT and vLLM, or a merged bf16 model, and check it against the run's record."""
     from verl_aqn.runs.checkpoints import find_checkpoint
 
     if dst.exists() or dst.is_symlink():
-        raise ConfigError(f"{dst} exists already: nothing is overwritten, give another folder")
-    find_checkpoint(run)  # a run that is none is told before torch and transformers are imported
+        raise ConfigError(f"{dst} already exists and is not overwritten: give another folder")
+    find_checkpoint(run)  # checked before the slow imports of torch and transformers
     from verl_aqn.evaluation.export.exporting import export as export_run
 
     err = Console(stderr=True, highlight=False)
@@ -37,31 +37,31 @@ def export(
 
 
 def lines_of(proof: dict[str, Any], dst: Path) -> list[str]:
-    """The proof in words."""
+    """Return the lines that describe the proof."""
     from verl_aqn.evaluation.export.export_folders import lines_of_answers  # imports torch
     from verl_aqn.evaluation.export.questions import PROMPTS
 
     lines = [
         f"{'merged bf16 model' if proof['merged'] else 'PEFT adapter (bf16)'} of {proof['run']}, step {proof['step']}",
         f"adapter {proof['adapter']['digest'][:16]}… is the one that the rollout had; "
-        f"{proof['nonzero_b']} of {proof['adapter']['modules']} modules differ from the base",
+        f"it changes {proof['nonzero_b']} of {proof['adapter']['modules']} modules",
     ]
     if merge := proof["merge"]:
         if "read_back" in merge:
-            lines.append(f"read back, all {merge['read_back']} tensors are bit for bit base + scaling·B·A in bf16")
+            lines.append(f"all {merge['read_back']} tensors, read back, are bit for bit base + scaling·B·A in bf16")
         lines += [
             f"{merge['changed']} of {merge['tensors']} adapted weights changed, by {merge['got_db']:.1f} dB "
-            f"(asked: {merge['asked_db']:.1f} dB); verl_aqn_export.json has the share of each",
-            f"bf16 held {100 * merge['kept']:.0f} % of what the adapter adds: "
-            "an update below 2^-9 of a weight is rounded away",
+            f"(expected: {merge['asked_db']:.1f} dB); verl_aqn_export.json lists the share of each",
+            f"bf16 kept {100 * merge['kept']:.0f} % of the adapter's update: "
+            "an update below 2^-9 of a weight is lost in rounding",
         ]
     elif proof["adapter"].get("read_back"):
-        lines.append("read back from the folder, as PEFT reads it, the adapter has this digest")
+        lines.append("the adapter that PEFT reads back from the folder has this digest")
     lines += lines_of_answers(proof["answers"])
     if proof["answers"]["prompts"] < PROMPTS:
-        lines.append(f"the validation data have no more than these {proof['answers']['prompts']} prompts")
+        lines.append(f"the validation data have only these {proof['answers']['prompts']} prompts")
     if proof.get("proved"):
-        lines.append("proved: vLLM with the export does what the run's model does")
+        lines.append("proved: vLLM with the export behaves like the run's model")
     elif undecided := proof["answers"].get("undecided"):
-        lines.append(f"this proof cannot tell the export from the base: {undecided}")
+        lines.append(f"this proof cannot distinguish the export from the base: {undecided}")
     return [*lines, f"written: {dst}"]

@@ -1,4 +1,4 @@
-"""`verl-aqn quantize`; outside verl_aqn.mxfp4, which imports torch, so that other commands need not wait for it."""
+"""The command `verl-aqn quantize`. It is not in verl_aqn.mxfp4, so that other commands need not import torch."""
 
 import json
 import math
@@ -32,13 +32,13 @@ def quantize(
     ] = "compressed-tensors",
     calibrate: Annotated[
         list[str] | None,
-        typer.Option(help="Make up for rounding errors (GPTQ) on these texts: a JSONL file or 'embedded'. Repeatable."),
+        typer.Option(help="Reduce rounding errors with GPTQ on these texts: a JSONL file or 'embedded'. Repeatable."),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture by layer (PNG, SVG or PDF).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot by layer (PNG, SVG or PDF).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
 ) -> None:
-    """bf16 checkpoint → packed MXFP4 checkpoint that stock vLLM loads."""
-    if not (src / "config.json").is_file():  # told before torch is imported
+    """Quantise a bf16 checkpoint to a packed MXFP4 checkpoint that stock vLLM loads."""
+    if not (src / "config.json").is_file():  # checked before the slow import of torch
         raise ModelError(f"{src} is not a Hugging Face model folder: it has no config.json")
     if plot:
         check_picture(plot)
@@ -49,7 +49,7 @@ def quantize(
     if kind := foreign_layout(read_config(src), src):
         if exclude or plot or calibrate:
             raise ConfigError(
-                f"{src} is MXFP4 already ({kind}) and is not rounded again: drop --exclude, --plot and --calibrate"
+                f"{src} is already MXFP4 ({kind}) and is not rounded again: remove --exclude, --plot and --calibrate"
             )
         with progress_bar("converting") as progress:
             imported = import_checkpoint(src, dst, format_, progress)
@@ -57,7 +57,7 @@ def quantize(
             print(json.dumps(asdict(imported)))
         else:
             size = _megabytes(imported.bytes_before, imported.bytes_after)
-            print(f"{src.name} is MXFP4 already ({kind}): {imported.modules} modules converted bit by bit, {size}")
+            print(f"{src.name} is already MXFP4 ({kind}): {imported.modules} modules converted bit for bit, {size}")
         return
 
     with progress_bar("quantising") as progress:
@@ -68,7 +68,7 @@ def quantize(
             report = quantize_with_gptq(src, dst, calibrate, scale_rule, leave, progress, format_)
         else:
             report = quantize_checkpoint(src, dst, scale_rule, leave, progress, format=format_)
-    title = f"{src.name} in MXFP4 ({scale_rule}): {_db(report.sqnr_db)} dB over all"
+    title = f"{src.name} in MXFP4 ({scale_rule}): {_db(report.sqnr_db)} dB overall"
     if plot:
         from verl_aqn.cli.plots import plot_quantization
 
@@ -85,7 +85,7 @@ def _db(value: float) -> str:
 
 
 def table(report: "QuantReport", title: str) -> Table:
-    """By module, the experts of a layer taken together."""
+    """Return a table with one row per module; the experts of a layer share one row."""
     from verl_aqn.checkpoints.error_report import PARTS, pool_experts
 
     size = _megabytes(report.bytes_before, report.bytes_after)
@@ -110,13 +110,13 @@ def table(report: "QuantReport", title: str) -> Table:
 
 
 def left_line(report: "QuantReport") -> str:
-    """What is not packed, the layers of a stack taken together."""
+    """Return a line that lists the modules that are not packed; equal modules of all layers are listed once."""
     pooled: dict[str, int] = {}
     for name in report.left:
         key = re.sub(r"\.\d+(?=\.)", ".*", name)
         pooled[key] = pooled.get(key, 0) + 1
     names = ", ".join(name if count == 1 else f"{name} ({count})" for name, count in pooled.items())
-    return f"left in 16 bits: {names or 'no linear layer'}; embeddings, norms and biases always are"
+    return f"kept in 16 bits: {names or 'no linear layer'}; embeddings, norms and biases are always kept in 16 bits"
 
 
 def _megabytes(before: int, after: int) -> str:

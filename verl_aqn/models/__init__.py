@@ -1,1 +1,1 @@
-"""How the samples of a batch are laid out for a forward of the trained model, and which layouts a model can take."""
+"""The layout of the samples of a batch in a forward of the trained model, and the layouts that a model supports."""

@@ -1,9 +1,10 @@
-"""Attention for rows that hold a prompt once, under the name that transformers' attention interface knows it by.
+"""Attention for rows that hold each prompt once, registered with transformers' attention interface.
 
-transformers gives the mask function of an attention implementation the rule of each kind of layer (full, sliding,
-chunked): `rule(batch, head, query, key)` for positions. Here the rule is asked for the positions that tokens have in a
-row of their own, so every layer sees what it would see there. What the mask function returns reaches each layer as its
-`attention_mask`: it carries the layout with it, also into the recomputation of gradient checkpointing.
+transformers passes the rule of each kind of layer (full, sliding, chunked) to the mask function of an attention
+implementation: `rule(batch, head, query, key)` for positions. Here the rule gets the positions that tokens would have
+in separate rows, so every layer attends to the same tokens as there. Each layer receives the result of the mask
+function as its `attention_mask`. The result contains the layout, so that it is also available in the recomputation of
+gradient checkpointing.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,24 +22,25 @@ from verl_aqn.models.shared_prompts import Block, SharedPrompts
 
 NAME = "verl_aqn"
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-# Arguments that models hand through to attention and that change nothing in its result.
+# Arguments that models pass to attention and that do not change its result.
 _HARMLESS = {
     "cache_position", "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits",
     "position_ids", "return_dict", "sliding_window", "use_cache",
 }  # fmt: skip
-# How many tokens may ask for each that must, if that spares the mask: with one, accelerators have no flash kernel.
-_WORTH = {True: 1.5, False: 3}  # on a CPU, or not
+# Maximum ratio of computed to needed queries for which attention without a mask is preferred. With a mask, accelerators
+# have no flash kernel.
+_WORTH = {True: 1.5, False: 3}  # key: whether the device is a CPU
 
 
 class LayoutError(RuntimeError):
-    """A layer asks for something that this attention does not know."""
+    """A layer needs something that this attention does not support."""
 
 
 class SharedMask:
-    """What the layers of one kind see in one forward: a mask [B, 1, R, S] for each block.
+    """The masks [B, 1, R, S] of the blocks, for the layers of one kind in one forward.
 
-    None: all tokens of a sequence ask, by causal attention, also those whose answer is known already. Kernels are
-    faster without a mask.
+    None in place of a mask means causal attention with all tokens of a sequence as queries, including those whose
+    output is already known. This is used where it is faster, because kernels are faster without a mask.
     """
 
     def __init__(self, layout: SharedPrompts, rule: Rule):
@@ -47,7 +49,7 @@ class SharedMask:
 
 
 class Watch:
-    """What was seen while a model ran: the modules that attend, the rules of its layers, their arguments."""
+    """Observations of one run of a model: the modules with attention, the mask rules of the layers, and arguments."""
 
     def __init__(self) -> None:
         self.modules: list[nn.Module] = []
@@ -61,7 +63,7 @@ _WATCH: ContextVar[Watch | None] = ContextVar("watch", default=None)
 
 @contextmanager
 def laid_out(layout: SharedPrompts | None, watch: Watch | None = None) -> Iterator[None]:
-    """Forwards of models in here are of rows in `layout` (None: ordinary rows)."""
+    """Run the forwards of models within the block on rows in `layout` (None: ordinary rows)."""
     tokens = _LAYOUT.set(layout), _WATCH.set(watch)
     try:
         yield
@@ -71,7 +73,7 @@ def laid_out(layout: SharedPrompts | None, watch: Watch | None = None) -> Iterat
 
 
 def lay_out(layout: SharedPrompts | None) -> None:
-    """From now on forwards of models are of rows in `layout` (None: ordinary rows)."""
+    """Set the `layout` of rows for all forwards from now on (None: ordinary rows)."""
     _LAYOUT.set(layout)
 
 
@@ -79,20 +81,20 @@ def mask_function(
     batch_size: int, q_length: int, kv_length: int, mask_function: Rule = causal_mask_function, use_vmap: bool = False,
     **kwargs: Any,
 ) -> SharedMask | Tensor | None:  # fmt: skip
-    """Return the mask for layers of one kind; as `sdpa_mask` for ordinary rows."""
+    """Return the mask for layers of one kind; for ordinary rows the result of `sdpa_mask`."""
     layout, watch = _LAYOUT.get(), _WATCH.get()
     if watch is not None:
         watch.rules.append(mask_function)
     if layout is None:
         if torch._C._current_graph_task_id() != -1:
-            raise LayoutError("a mask is made within a layer, and made again in the backward pass")
+            raise LayoutError("a mask is computed within a layer, and computed again in the backward pass")
         return sdpa_mask(
             batch_size, q_length, kv_length, mask_function=mask_function, use_vmap=use_vmap, **kwargs
         )  # fmt: skip
     if use_vmap:
-        raise LayoutError("the model adds a rule of its own to its masks")
+        raise LayoutError("the model adds its own rule to its masks")
     if not q_length == kv_length == layout.input_ids.shape[1]:
-        raise LayoutError(f"a mask is asked for {q_length} × {kv_length} tokens")
+        raise LayoutError(f"a mask is requested for {q_length} × {kv_length} tokens")
     return SharedMask(layout, mask_function)
 
 
@@ -109,9 +111,10 @@ def attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend; query [1, H, L, D], key and value [1, H', L, D] → [1, L, H, D].
+    """Compute attention of query [1, H, L, D] to key and value [1, H', L, D] → [1, L, H, D].
 
-    Raises LayoutError for an argument that is not known.
+    Raises:
+        LayoutError: an argument is not supported.
     """
     watch = _WATCH.get()
     if watch is not None:
@@ -123,7 +126,7 @@ def attention(
     options: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "sinks": s_aux}
     if not isinstance(attention_mask, SharedMask):
         if _LAYOUT.get() is not None:
-            raise LayoutError("attention has a mask that transformers' mask functions have not made")
+            raise LayoutError("attention has a mask that does not come from transformers' mask functions")
         causal = attention_mask is None and query.shape[2] > 1 and getattr(module, "is_causal", True)
         return attend(query, key, value, attention_mask, causal, **options).transpose(1, 2).contiguous(), None
     layout = attention_mask.layout
@@ -153,10 +156,11 @@ def attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention of query [B, H, R, D] to key and value [B, H', S, D] → [B, H, R, D].
+    """Compute attention of query [B, H, R, D] to key and value [B, H', S, D] → [B, H, R, D].
 
-    `mask` [B, 1, R, S]: bool, True where a query sees a key, or added to the scores. `softcap`: scores become
-    softcap · tanh(scores / softcap). `sinks` [H]: a score of each head that takes part in the softmax with no value.
+    `mask` [B, 1, R, S] is bool (True where a query attends to a key) or is added to the scores. With `softcap` the
+    scores become softcap · tanh(scores / softcap). `sinks` [H] are additional scores, one per head, which take part in
+    the softmax without a value.
     """
     if softcap is None and sinks is None:
         return scaled_dot_product_attention(
@@ -181,7 +185,7 @@ def attend(
 
 
 def _mask(block: Block, rule: Rule) -> Tensor | None:
-    """[B, 1, R, S] bool: `rule` at the positions of a block; None where causal attention without a mask is quicker."""
+    """Return `rule` at the positions of a block, bool [B, 1, R, S]; None if causal attention without mask is faster."""
     size = block.keys.shape[1]
     key = torch.arange(size, device=block.keys.device)
     query = block.positions[:, None, :, None]
@@ -190,7 +194,7 @@ def _mask(block: Block, rule: Rule) -> Tensor | None:
     lengths = block.lengths[:, None, None, None]
     if size <= _WORTH[key.device.type == "cpu"] * query.shape[2] and bool((seen == (key <= query)).all()):
         return None
-    # A query that is padding sees one key, which keeps its softmax finite; nothing reads what it gives.
+    # A padding query attends to one key, so that its softmax is finite; its output is not used.
     return torch.where(query < lengths, seen & (key < lengths), key == 0)
 
 

@@ -1,4 +1,4 @@
-"""Answers of a model to a few prompts in plain transformers, where an engine would be too much to start."""
+"""Generation of responses to a few prompts in plain transformers, without an inference engine."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -10,11 +10,11 @@ from transformers import DynamicCache, PreTrainedModel
 from verl_aqn.models.layouts import decide
 
 Choose = Callable[[Tensor, list[tuple[int, int]], int], Tensor]
-"""(logits [R, V], their rows' (prompt, sample), number of the token) → the tokens taken, int64 [R, 1]."""
+"""(logits [R, V], (prompt, sample) of each row, number of the token) → the chosen tokens, int64 [R, 1]."""
 
 
 def greedy(logits: Tensor, rows: list[tuple[int, int]], number: int) -> Tensor:
-    """The likeliest token of each row."""
+    """Choose the most likely token of each row."""
     return logits.argmax(-1, keepdim=True)
 
 
@@ -28,11 +28,13 @@ def generate(
     samples: int = 1,
     together: int = 64,
 ) -> list[list[list[int]]]:
-    """Answers [prompt][sample] of at most `tokens` tokens; one of `ends` ends an answer and is part of it.
+    """Generate responses [prompt][sample] of at most `tokens` tokens.
 
-    What all prompts begin with is computed once, and each prompt once for all of its samples. About `together` answers
-    run at a time, those of prompts of about one length. Models with layers that carry a state or see less than all
-    tokens get prompts of one length, computed for each sample: their caches cannot be shared, or take no padding.
+    Each token of `ends` (the EOS token ids) ends a response and is part of it. The common prefix of all prompts is
+    computed once, and each prompt once for all of its samples. About `together` responses are generated at a time, in
+    batches of prompts of similar length. Models with recurrent layers, or with attention windows shorter than the rows,
+    get batches of prompts of equal length, and each sample is computed separately, because their caches cannot be
+    shared or padded.
     """
     if not prefixes(model, max(map(len, prompts)) + tokens):
         return _plainly(model, prompts, choose, ends, tokens, samples, together)
@@ -47,10 +49,10 @@ def generate(
             return torch.tensor(rows, device=model.device)
 
         step = tensor([[0] * pad + suffix for pad, suffix in zip(pads, suffixes, strict=True)])
-        # Padding stands between the shared beginning and the rest, and nothing looks at it.
+        # The padding is between the shared prefix and the rest; no token attends to it.
         mask = tensor([[1] * shared + [0] * pad + [1] * (longest - pad) for pad in pads])
         places = (shared + torch.arange(longest, device=model.device) - tensor([[pad] for pad in pads])).clamp(min=0)
-        rows = [(i, j) for i in batch for j in range(samples)]  # those that go on
+        rows = [(i, j) for i in batch for j in range(samples)]  # the responses that have not ended
         cache = prefix(model, prompts[0][:shared], len(batch))
         for number in range(tokens):
             logits = model(
@@ -80,7 +82,7 @@ def _plainly(
     model: PreTrainedModel, prompts: Sequence[list[int]], choose: Choose, ends: set[int], tokens: int, samples: int,
     together: int,
 ) -> list[list[list[int]]]:  # fmt: skip
-    """As `generate`, without a part of a prompt that stands once, without padding, without a cache that is cut."""
+    """Generate as `generate` does, but without a shared prefix, without padding and without cutting the cache."""
     answers: list[list[list[int]]] = [[[] for _ in range(samples)] for _ in prompts]
     for length in sorted(set(map(len, prompts))):
         same = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
@@ -103,9 +105,9 @@ def _plainly(
 
 
 def prefixes(model: PreTrainedModel, length: int) -> bool:
-    """Whether a cache of a prompt's beginning can be shared and padded behind, for rows of up to `length` tokens.
+    """Return whether rows of up to `length` tokens can share the cache of a prefix, with padding after the prefix.
 
-    With PEFT's wrapper the base decides: adapters work on single tokens.
+    For a PEFT model the base decides, because adapters act on each token separately.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layout = decide(base)
@@ -113,21 +115,21 @@ def prefixes(model: PreTrainedModel, length: int) -> bool:
 
 
 def shared_length(prompts: Sequence[list[int]]) -> int:
-    """How many tokens all prompts begin with; at least one of each prompt is left over."""
+    """Return the length of the common prefix of all prompts; at least one token of each prompt is not part of it."""
     shortest = min(map(len, prompts))
     differ = (i for i, column in enumerate(zip(*prompts, strict=False)) if len(set(column)) > 1)
     return min(shortest - 1, next(differ, shortest))
 
 
 def batches(prompts: Sequence[list[int]], together: int) -> Iterator[list[int]]:
-    """Prompts by number, `together` of about one length at a time."""
+    """Yield the indices of prompts in batches of `together` prompts of similar length."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), together):
         yield order[start : start + together]
 
 
 def prefix(model: PreTrainedModel, ids: list[int], copies: int) -> DynamicCache:
-    """The cache of tokens `ids`, which may be none, for a batch of `copies`."""
+    """Return the cache of tokens `ids` for a batch of `copies`; `ids` may be empty."""
     cache = DynamicCache(config=model.config)
     if ids:
         model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True)

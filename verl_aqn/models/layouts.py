@@ -1,14 +1,14 @@
-"""Which layouts a model can take: decided once from the built model, by its structure and by trying it.
+"""Decision about the layouts that a model supports: made once for a built model, from its structure and a test run.
 
-A model can share prompts, or have several sequences in one row, if its tokens meet in attention alone and all of that
-goes through transformers' attention interface. Three things are asked:
+A model can share prompts, or process several sequences in one row, if its tokens interact only in attention and all
+attention uses transformers' attention interface. There are three checks:
 
-- A layer that mixes tokens needs a cache when it generates, so its `forward` takes one. Each such layer must have gone
-  through the interface. Layers that carry a state (linear attention, Mamba, convolutions) do not.
-- No layer may count the slots of a row in place of positions.
-- The model must give what it gives for separate rows, on a few tokens.
+- A layer that mixes tokens needs a cache during generation, so its `forward` has an argument for a cache. Each such
+  layer must use the attention interface. Recurrent layers (linear attention, Mamba, convolutions) do not.
+- No layer may count the tokens of a row instead of using the given positions.
+- For a few tokens the model must give the same logits as for separate rows.
 
-Whatever does not pass takes separate rows, which are right for every model.
+A model that fails a check gets separate rows, which are correct for every model.
 """
 
 import inspect
@@ -28,18 +28,19 @@ from verl_aqn.models.attention import NAME, LayoutError, Rule, Watch, laid_out
 from verl_aqn.models.shared_prompts import SharedPrompts, share_prompts
 
 SHARED, PACKED, SEPARATE = "shared prompts", "packed rows", "separate rows"
-# Largest difference of logits to those of separate rows, as a part of their size. Siblings that leak make it 0.1 to 1.
+# Largest allowed relative difference of logits to those of separate rows. If samples affect each other, it is 0.1 to 1.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _ROUNDED = 0.08  # for 16-bit arithmetic
-_REFUSED = 0.3  # so far apart is no rounding in 16 bits, not even of a few tokens through other experts
+_REFUSED = 0.3  # rounding in 16 bits never gives such a difference, even if it sends a few tokens to other experts
 _PROMPTS, _RESPONSES = (7, 7, 7, 4), (4, 3, 1, 3)  # lengths
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a model can take. `together`: several sequences may stand in one row; otherwise `reason` says why not.
+    """The layouts that a model supports.
 
-    `rules`: masks of its kinds of layers, on `device`; `keeps`: the model takes `logits_to_keep`.
+    `together`: whether several sequences may be in one row; if not, `reason` says why. `rules`: the mask rules of the
+    kinds of layers, on `device`. `keeps`: whether the model supports `logits_to_keep`.
     """
 
     together: bool
@@ -49,19 +50,20 @@ class Layout:
     device: torch.device | str = "cpu"
 
     def full(self, length: int) -> bool:
-        """Whether the last of `length` tokens sees all of them in every layer: no window and no chunk ends before."""
+        """Return whether the last of `length` tokens attends to all tokens in every layer, without window or chunk."""
         key = torch.arange(length, device=self.device)
         zero = torch.zeros(1, dtype=torch.int64, device=self.device)
         return self.together and all(bool(rule(zero, zero, key[-1:], key).all()) for rule in self.rules)
 
 
 def decide(model: PreTrainedModel) -> Layout | None:
-    """Find what `model` can take; None where its weights are on meta, so that another rank must say.
+    """Find the layouts that `model` supports; None if its weights are on meta, so that another rank must decide.
 
-    The model has its own attention before and after. That becomes eager where sdpa would leave out what its layers ask
-    for (a cap or sinks), or give other values in separate rows.
+    The model has its own attention implementation before and after the call. This is changed to eager if sdpa ignores
+    an argument of the layers (softcap or sinks) or gives other values for padded rows than for single rows.
 
-    Raises ModelError where the model gives padded rows other values than rows alone.
+    Raises:
+        ModelError: the model gives other values for padded rows than for single rows.
     """
     found = _DECIDED.get(model)
     if found is None and not any(p.is_meta for p in model.parameters()):
@@ -73,7 +75,7 @@ _DECIDED: "weakref.WeakKeyDictionary[PreTrainedModel, Layout]" = weakref.WeakKey
 
 
 def agreed(found: Layout | None) -> Layout:
-    """What all ranks can take: those whose weights are on meta (None) do as the others."""
+    """Return the layout that all ranks support; ranks whose weights are on meta (None) follow the others."""
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         assert found
         return found
@@ -84,9 +86,9 @@ def agreed(found: Layout | None) -> Layout:
 
 
 def agree_on_attention(model: PreTrainedModel, decided: bool) -> None:
-    """Give a model on meta the attention that `decide` left the others with; it is their own, or eager.
+    """Set the attention of a model on meta to the one that `decide` chose on the other ranks: their own, or eager.
 
-    `decided`: whether this rank's own `decide` said something. All ranks must call it.
+    `decided` says whether `decide` returned a result on this rank. All ranks must call this.
     """
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return
@@ -98,7 +100,7 @@ def agree_on_attention(model: PreTrainedModel, decided: bool) -> None:
 
 
 def use_attention(model: PreTrainedModel, name: str) -> bool:
-    """Set the attention of the language model; False where it does not use transformers' attention interface."""
+    """Set the attention of the language model; return False if it does not use transformers' attention interface."""
     parts = [key for key in model.config.sub_configs if getattr(model.config, key) is model.config.get_text_config()]
     if model.config.get_text_config() is model.config or not parts:
         model.set_attn_implementation(name)
@@ -108,12 +110,12 @@ def use_attention(model: PreTrainedModel, name: str) -> bool:
 
 
 def attention_of(model: PreTrainedModel) -> str:
-    """Name of the language model's attention implementation."""
+    """Return the name of the language model's attention implementation."""
     return model.config.get_text_config()._attn_implementation or "eager"
 
 
 def mixers(model: nn.Module) -> dict[str, nn.Module]:
-    """Layers that mix tokens: their `forward` takes a cache, and nothing inside of them does."""
+    """Return the layers that mix tokens: their `forward` has an argument for a cache, and no module inside has one."""
     taking = {name: module for name, module in model.named_modules() if _takes_cache(module)}
     return {n: m for n, m in taking.items() if not any(other.startswith(n + ".") for other in taking if n) and n}
 
@@ -121,7 +123,7 @@ def mixers(model: nn.Module) -> dict[str, nn.Module]:
 def _takes_cache(module: nn.Module) -> bool:
     try:
         names = inspect.signature(type(module).forward).parameters
-    except (TypeError, ValueError):  # compiled code tells none
+    except (TypeError, ValueError):  # compiled code has no signature
         return False
     return any("cache" in name or "past" in name or name == "state" for name in names)
 
@@ -138,7 +140,7 @@ def _decide(model: PreTrainedModel) -> Layout:
                 reason = f"{type(model).__name__} does not use transformers' attention interface"
         except LayoutError as error:
             reason = str(error)
-        except Exception as error:  # of any kind, from code of any model: this layout is not for this model
+        except Exception as error:  # the code of a model may raise any error: it does not support this layout
             reason = f"a forward with shared prompts fails ({type(error).__name__}: {first_line(error)})"
         seen = set(map(id, watch.modules))
         left = [(name, module) for name, module in mixers(model).items() if id(module) not in seen]
@@ -146,7 +148,7 @@ def _decide(model: PreTrainedModel) -> Layout:
             name, module = left[0]
             reason = f"{name} ({type(module).__name__}) mixes tokens outside of transformers' attention interface"
         if watch.arguments and told == "sdpa":
-            told = "eager"  # sdpa leaves a cap and sinks out without a word
+            told = "eager"  # sdpa silently ignores softcap and sinks
         use_attention(model, told)
         if not reason and not seen:
             reason = f"no layer of {type(model).__name__} uses transformers' attention interface"
@@ -163,8 +165,8 @@ def _keeps(model: PreTrainedModel) -> bool:
 
 
 def shared_inputs(layout: SharedPrompts, keeps: bool) -> dict[str, Tensor]:
-    """Inputs of a model for a row that holds each prompt once; where `keeps`, logits for its response tokens alone."""
-    # Without a mask transformers would take each step back of the position ids for the start of another sequence.
+    """Return the inputs of a model for a row with each prompt once; with `keeps` only logits of response tokens."""
+    # Without a mask transformers would treat each decrease of the position ids as the start of another sequence.
     inputs = {
         "input_ids": layout.input_ids,
         "position_ids": layout.position_ids,
@@ -174,7 +176,7 @@ def shared_inputs(layout: SharedPrompts, keeps: bool) -> dict[str, Tensor]:
 
 
 def _probe_inputs(model: PreTrainedModel) -> tuple[list[Tensor], list[Tensor]]:
-    """A group of three and one of one. Ids of tokens are low, where none stands for an image."""
+    """Return a group of three samples and a group of one. Token ids are low, where no id stands for an image."""
     generator = torch.Generator().manual_seed(0)
     size = min(getattr(model.config.get_text_config(), "vocab_size", None) or 256, 256)
     device = next(model.parameters()).device
@@ -187,34 +189,35 @@ def _probe_inputs(model: PreTrainedModel) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _shared_logits(model: PreTrainedModel, samples: tuple[list[Tensor], list[Tensor]], watch: Watch) -> Tensor:
-    """Logits [N, V] of the response tokens in one row."""
+    """Compute the logits [N, V] of the response tokens in one row."""
     layout = share_prompts(*samples)
     with laid_out(layout, watch), _NoSlots(model, layout.input_ids.shape[1]):
         logits = model(**shared_inputs(layout, _keeps(model)), use_cache=False).logits[0]
     if not _keeps(model):
         logits = logits[layout.column]
     if len(logits) != len(layout.column):
-        raise LayoutError(f"{type(model).__name__} gives {len(logits)} logits where {len(layout.column)} are kept")
+        raise LayoutError(f"{type(model).__name__} gives {len(logits)} logits, but {len(layout.column)} were requested")
     return logits
 
 
 def _difference(model: PreTrainedModel, samples: tuple[list[Tensor], list[Tensor]], shared: Tensor, told: str) -> str:
-    """Say by how much the logits differ from those of separate rows; nothing where they are equal."""
-    if told.startswith(("flash", "paged", "flex")):  # not on every device
+    """Return a message with the difference of the logits to those of separate rows, or an empty string if equal."""
+    if told.startswith(("flash", "paged", "flex")):  # these are not available on every device
         use_attention(model, "eager")
     logits = _padded(model, samples)
     use_attention(model, told)
-    # Those that a sibling before them, or another group, could change.
+    # Only logits that an earlier sample of the group, or another group, could change.
     found = _off(shared[_RESPONSES[0] + 1 :], logits[_RESPONSES[0] + 1 :])
     return f"its logits differ by {found:.1%} from those of separate rows" if found else ""
 
 
 def _faithful(model: PreTrainedModel, samples: tuple[list[Tensor], list[Tensor]], told: str) -> str:
-    """Name the attention that gives padded rows what each row gives alone by eager attention: `told`, or eager.
+    """Return the attention that gives padded rows the logits of single rows with eager attention: `told` or eager.
 
-    Raises ModelError where neither does.
+    Raises:
+        ModelError: neither does.
     """
-    # Of the shortest row: few forwards, because some layers that carry a state are slow on a CPU.
+    # Only the shortest row, for few forwards, because some recurrent layers are slow on a CPU.
     short = samples[0][-1:], samples[1][-1:]
     count = len(short[1][0])
     use_attention(model, "eager")
@@ -226,14 +229,14 @@ def _faithful(model: PreTrainedModel, samples: tuple[list[Tensor], list[Tensor]]
     off = _off(_padded(model, samples)[-count:], alone)
     if off > (0 if alone.dtype in _TOLERANCE else _REFUSED):
         raise ModelError(
-            f"{type(model).__name__} gives padded rows other logits than the same rows alone ({off:.1%} apart): it "
+            f"{type(model).__name__} gives other logits for padded rows than for single rows ({off:.1%} apart): it "
             "cannot be trained in batches"
         )
     return "eager"
 
 
 def _padded(model: PreTrainedModel, samples: tuple[list[Tensor], list[Tensor]]) -> Tensor:
-    """Logits [N, V] of the response tokens, one row a sample."""
+    """Compute the logits [N, V] of the response tokens, with one row per sample."""
     rows = [torch.cat(pair) for pair in zip(*samples, strict=True)]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
@@ -242,22 +245,25 @@ def _padded(model: PreTrainedModel, samples: tuple[list[Tensor], list[Tensor]]) 
 
 
 def _off(some: Tensor, others: Tensor) -> float:
-    """How far logits are apart, as a part of their size; 0 where that is rounding."""
+    """Return the relative difference of logits; 0 if it is within rounding."""
     a, b = (x.float() - x.float().mean(-1, keepdim=True) for x in (some, others))
     off = (a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=1e-12)  # [N]
-    # In 16 bits a token may go to another expert by rounding: there the middle one counts.
+    # In 16 bits rounding may send a token to another expert, so the median is used there.
     exact = others.dtype in _TOLERANCE
     found = float(off.max() if exact else off.median())
     return 0.0 if found <= _TOLERANCE.get(others.dtype, _ROUNDED) else found
 
 
 class _NoSlots(TorchFunctionMode):
-    """Raise LayoutError if a layer that attends, or what holds it, counts `size` slots: positions are given to it."""
+    """A mode that raises LayoutError if a layer with attention, or a parent of it, counts `size` tokens of a row.
+
+    Such a layer must use the positions that it is given.
+    """
 
     def __init__(self, model: nn.Module, size: int):
         super().__init__()
         self.size, self.model = size, model
-        self.stack = [""]  # names of the modules that run now
+        self.stack = [""]  # names of the modules that are running
         self.hooks: list[Any] = []
         self.holders = {""} | {".".join(n.split(".")[:i]) for n in mixers(model) for i in range(n.count(".") + 2)}
 
@@ -281,7 +287,7 @@ class _NoSlots(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func is torch.arange and len(result) == self.size and self.stack[-1] in self.holders:
             where = self.stack[-1] or "the model"
-            raise LayoutError(f"{where} counts the tokens of a row, where it is given their positions")
+            raise LayoutError(f"{where} counts the tokens of a row instead of using their positions")
         return result
 
 

@@ -1,9 +1,9 @@
-"""One forward over a prompt for all of its samples.
+"""A layout that computes each prompt once for all of its samples.
 
-The samples of a GRPO group share their prompt, which on short tasks is most of the tokens. Here one row holds every
-prompt once and every response once, without padding; position ids count on from the prompt in each response. Layers
-that work on single tokens see this row. Attention gathers sequences from the row (`Block`): each prompt once, and for
-each sample its prompt and its own response.
+The samples of a GRPO group share their prompt. In short tasks most tokens are prompt tokens. In this layout one row
+holds every prompt once and every response once, without padding. The position ids of each response continue those of
+the prompt. Layers that process tokens separately run on this row. Attention gathers sequences from the row (`Block`):
+each prompt once, and for each sample its prompt and its response.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,11 +19,11 @@ _FILL = 0.75
 
 @dataclass(frozen=True)
 class Block:
-    """B sequences that attend together, padded to S tokens with R queries; padding stands at the end.
+    """B sequences whose attention is computed together, padded at the end to S tokens with R queries.
 
-    `keys` [B, S], `queries` [B, R]: the row's slots of a sequence's tokens, and of those that ask. `first` [B]: the
-    position of a sequence's first query. `lengths` [B]: its tokens. `real`: queries that are not padding, by number
-    in [B * R].
+    `keys` [B, S] and `queries` [B, R]: indices into the row of the tokens of a sequence, and of its queries. `first`
+    [B]: the position of the first query in a sequence. `lengths` [B]: the number of tokens. `real`: indices in [B * R]
+    of the queries that are not padding.
     """
 
     keys: Tensor
@@ -34,12 +34,12 @@ class Block:
 
     @cached_property
     def positions(self) -> Tensor:
-        """Positions of the queries in their sequences, [B, R]."""
+        """The positions [B, R] of the queries in their sequences."""
         return self.first.unsqueeze(1) + torch.arange(self.queries.shape[1], device=self.first.device)
 
     @cached_property
     def real_keys(self) -> Tensor:
-        """As `real`, by number in [B * S], where all tokens of a sequence are queries."""
+        """The queries of `real` as indices in [B * S], for attention with all tokens of a sequence as queries."""
         sequence, number = self.real // self.queries.shape[1], self.real % self.queries.shape[1]
         return sequence * self.keys.shape[1] + self.first[sequence] + number
 
@@ -48,10 +48,11 @@ class Block:
 class SharedPrompts:
     """One row of L tokens for N response tokens of B samples.
 
-    `input_ids`, `position_ids` [1, L] int64; `blocks`: what attends to what; `order` [L]: where the output of each slot
-    stands in the real queries of all blocks. For each response token in order of samples: `column` [N] of the token
-    that predicts it, `label` [N] its id, `flat` [N] where its log-prob belongs in a jagged layout of prompt + response
-    per sample, `sample` [N]. The last token of a response predicts nothing and is left out of the row.
+    `input_ids`, `position_ids`: int64 [1, L]. `blocks`: the sequences for attention. `order` [L]: the index of each
+    token's output among the real queries of all blocks. For each response token, in order of samples: `column` [N] is
+    the index of the token that predicts it, `label` [N] its id, `flat` [N] the index of its log-prob in a jagged layout
+    of prompt + response per sample, and `sample` [N] the index of its sample. The last token of a response predicts
+    nothing and is not in the row.
     """
 
     input_ids: Tensor
@@ -65,7 +66,7 @@ class SharedPrompts:
 
 
 def share_prompts(prompts: Sequence[Tensor], responses: Sequence[Tensor]) -> SharedPrompts:
-    """Lay B samples (1-D int64 tensors, prompts not empty) out so that equal prompts stand once."""
+    """Lay out B samples (1-D int64 tensors, prompts not empty) so that equal prompts occur only once."""
     device = prompts[0].device
     prompts, responses = [p.cpu() for p in prompts], [r.cpu() for r in responses]
     groups: dict[tuple[int, ...], list[int]] = {}
@@ -74,8 +75,8 @@ def share_prompts(prompts: Sequence[Tensor], responses: Sequence[Tensor]) -> Sha
     starts = torch.tensor([0, *(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))]).cumsum(0)
     ids: list[Tensor] = []
     positions: list[Tensor] = []
-    whole: list[tuple[Tensor, int]] = []  # slots of a prompt, and its first query
-    continued: list[tuple[Tensor, int]] = []  # slots of a prompt and of a response, and its first query
+    whole: list[tuple[Tensor, int]] = []  # indices of a prompt, and the position of its first query
+    continued: list[tuple[Tensor, int]] = []  # indices of a prompt and a response, and the position of the first query
     places: list[tuple[Tensor, ...]] = [()] * len(prompts)
     size = 0
 
@@ -107,7 +108,7 @@ def share_prompts(prompts: Sequence[Tensor], responses: Sequence[Tensor]) -> Sha
 
 
 def _blocks(sequences: list[tuple[Tensor, int]]) -> Iterator[Block]:
-    """Sequences (slots, first query) of about one length together, the longest first."""
+    """Yield blocks of sequences (indices, first query) of similar length, the longest first."""
     todo = sorted(sequences, key=lambda sequence: len(sequence[0]), reverse=True)
     while todo:
         size = len(todo[0][0])

@@ -1,4 +1,4 @@
-"""MXFP4 weights: the codec and the layers that compute with packed weights."""
+"""MXFP4 weights: the codec, a packed linear layer, and packed checkpoints. Importing this package needs only torch."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

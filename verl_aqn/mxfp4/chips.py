@@ -1,13 +1,13 @@
-"""Which Ascend chip this is: only the Ascend 950 (vllm-ascend calls it A5) computes with MXFP4. Imports no torch."""
+"""Identification of the Ascend chip; only the Ascend 950 (A5 in vllm-ascend) computes with MXFP4. Imports no torch."""
 
 from verl_aqn.errors import EnvironmentFault, first_line
 
-BYTES_PACKED, BYTES_BF16 = 17 / 32, 2  # of one weight: 4 bits and its part of a scale byte for 32
+BYTES_PACKED, BYTES_BF16 = 17 / 32, 2  # per weight: 4 bits, and 1/32 of a scale byte
 
-# What vllm-ascend 0.23.0 (setup.py) and verl 0.9.1 (utils/device.py) map to A2, A3 and A5, by the names' beginnings.
+# Prefixes of chip names that vllm-ascend 0.23.0 (setup.py) and verl 0.9.1 (utils/device.py) map to A2, A3 and A5.
 _GENERATIONS = {
     "ascend950": "950",
-    "ascend910_95": "950",  # its name before the release
+    "ascend910_95": "950",  # the name of the 950 before its release
     "ascend910_93": "A3",
     "ascend910b": "A2",
     "ascenda2g": "A2",
@@ -15,10 +15,10 @@ _GENERATIONS = {
 
 
 def generation(name: str) -> str:
-    """`A2`, `A3` or `950` of a device that calls itself `name`, as in "Ascend910_9392".
+    """Return the generation (`A2`, `A3` or `950`) of a device with the given name, for example "Ascend910_9392".
 
     Raises:
-        EnvironmentFault: neither vllm-ascend nor verl knows such a chip.
+        EnvironmentFault: neither vllm-ascend nor verl knows the chip.
     """
     for beginning, found in _GENERATIONS.items():
         if name.lower().startswith(beginning):
@@ -27,15 +27,15 @@ def generation(name: str) -> str:
 
 
 def has_mx_units(name: str) -> bool:
-    """Whether a chip multiplies MXFP4; on the others a packed base is served as its exact bf16 equal."""
+    """Return whether a chip multiplies MXFP4. On other chips a packed base is served dequantised, in bf16."""
     return generation(name) == "950"
 
 
 def chip_name() -> str:
-    """What the first NPU of this machine calls itself.
+    """Return the device name of the first NPU of this machine.
 
     Raises:
-        EnvironmentFault: torch_npu is missing, or no device answers.
+        EnvironmentFault: torch_npu is missing, or no device responds.
     """
     try:
         import torch_npu
@@ -43,6 +43,6 @@ def chip_name() -> str:
         return torch_npu.npu.get_device_name()
     except (ImportError, AssertionError, RuntimeError) as error:
         raise EnvironmentFault(
-            f"no Ascend device answers ({first_line(error)}): "
+            f"no Ascend device responds ({first_line(error)}): "
             "set aqn.mxfp4.rollout_weight_format to packed (Ascend 950) or bf16 (A2, A3)"
         ) from error

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-# Which fused stack an expert's matrix is part of, and which half of its rows.
+# For each matrix of an expert: the fused stack that contains it, and the half of the rows.
 ROLES = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": ("down_proj", 0)}
 
 
-EXPERT_MATRICES = {*ROLES, "w1", "w2", "w3"}  # what an expert's matrices are called in checkpoints
+EXPERT_MATRICES = {*ROLES, "w1", "w2", "w3"}  # names of an expert's matrices in checkpoints
 
 
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)")
@@ -22,24 +22,24 @@ class Expert(NamedTuple):
     """One matrix of one expert."""
 
     module: str
-    """The model's experts module."""
+    """The name of the experts module in the model."""
     number: int
     role: str
     """A key of ROLES."""
 
 
 def is_expert(module: str) -> bool:
-    """Return whether a checkpoint's module name is that of one expert's matrix."""
+    """Return whether a module name in a checkpoint is that of one matrix of an expert."""
     return _EXPERT.fullmatch(module) is not None
 
 
 def parts_in(fused: str) -> int:
-    """How many matrices of an expert stand above each other in ``gate_up_proj`` or ``down_proj``."""
+    """Return how many matrices of an expert are concatenated in ``gate_up_proj`` or ``down_proj``."""
     return sum(name == fused for name, _ in ROLES.values())
 
 
 def parts_of(stack: str, count: int) -> list[tuple[Expert, str]]:
-    """What a fused tensor ``stack`` of ``count`` experts is made of: (expert, suffix of the checkpoint's tensor)."""
+    """Return the parts of a fused tensor ``stack`` of ``count`` experts: (expert, suffix of the checkpoint tensor)."""
     module, _, leaf = stack.rpartition(".")
     for suffix, ending in sorted(_SUFFIXES.items(), key=lambda item: -len(item[1])):
         if leaf.endswith(ending):

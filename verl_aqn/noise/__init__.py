@@ -1,7 +1,7 @@
-"""Adaptive quantization noise: N(0, σ²) on the weights of norms, and the evidence that it is there.
+"""Adaptive quantization noise: N(0, σ²) on the weights of norms, and evidence that the weights contain it.
 
-Noise is a function, not a state: `draw(seed, step, name, numel)` gives the same numbers in every process, and
-weights are always written as clean + noise. What was written is then read back and measured.
+Noise is a function, not a state: `draw(seed, step, name, numel)` returns the same numbers in every process, and weights
+are always written as clean + noise. The written weights are then read back, and the noise is measured.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""The norms that a model's folder promises, and whether the rollout has these and no others."""
+"""The norms that the rollout of a model folder is expected to have."""
 
 from pathlib import Path
 

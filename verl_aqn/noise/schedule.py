@@ -1,7 +1,7 @@
 """The noise schedule of AQN: σ as a function of the RL step. Standard library only.
 
-Source of the exponential kind: QeRL (arXiv 2510.11696), whose scheduler keeps σ at 0 for the first of K equal stages
-and then lets it fall geometrically from `sigma_start` to `sigma_end`, one value a stage.
+Source of the exponential kind: QeRL (arXiv 2510.11696). Its scheduler keeps σ at 0 in the first of K equal stages and
+then decreases σ geometrically from `sigma_start` to `sigma_end`, with one value per stage.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from verl_aqn.errors import ConfigError
 
 Kind = Literal["exponential", "linear", "cosine", "logarithmic", "constant"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-# Where the geometric part ends, as a share of sigma_start, when sigma_end is 0: no ratio leads to 0.
-# Two decades is the fall of experiment E12 (0.05 -> 5e-4).
+# End of the geometric part, as a share of sigma_start, when sigma_end is 0, because a geometric fall never reaches 0.
+# A fall by two decades is that of experiment E12 (0.05 -> 5e-4).
 FLOOR_RATIO = 0.01
 
 
 @dataclass(frozen=True)
 class SigmaSchedule:
-    """σ(step) for `total_steps` RL steps, where `step` counts the updates done so far (from 0).
+    """The schedule σ(step) over `total_steps` RL steps; `step` counts the updates done so far, from 0.
 
-    T = `total_steps` are cut into stages with one σ each. K = `num_stages`: a warm-up with σ = 0, then n = K-1 noisy
-    stages (n = 1 where K is 1 or 2). Noisy stage j = 1 … n has σ = f(x) at x = (j-1)/(n-1), or x = 0 where n is 1:
+    The T = `total_steps` steps are divided into K = `num_stages` stages with one σ each: a warm-up with σ = 0, then
+    n = K-1 noisy stages (n = 1 if K is 1 or 2). Noisy stage j = 1 … n has σ = f(x) at x = (j-1)/(n-1), or x = 0 if
+    n is 1:
 
     ============  ==================================================================================================
     exponential   f(x) = σ_start · (σ_end/σ_start)^x
@@ -35,21 +36,22 @@ class SigmaSchedule:
     constant      f(x) = σ_start in one stage; `sigma_end` and `num_stages` have no effect
     ============  ==================================================================================================
 
-    Both ends are hit exactly, and `num_stages` = T + 1 with `warmup` = 0 gives every step its own σ.
+    The schedule reaches both ends exactly. `num_stages` = T + 1 with `warmup` = 0 gives every step its own σ.
 
-    - `warmup` None is QeRL's: one stage of the K, which all are T/K long, stage = min(floor(step / (T/K)), K-1). With
-      K = 1, and for `constant`, there is none. A share w in [0, 1) instead makes the first floor(w·T) steps the
-      warm-up, and the n noisy stages share the rest equally.
-    - K = 1: `sigma_start` throughout. K = 2: warm-up, then `sigma_start`.
-    - `sigma_end` = 0: the last stage is exactly 0. An exponential falls from `sigma_start` to 1 % of it before that
-      (K = 3: `sigma_start`, then 0). K = 2 has no stage to fall to and stays at `sigma_start`.
-    - `off_from_step` s: σ is 0 at every step >= s, in a stage of its own after all others.
-    - Steps >= T stay in the last stage.
-    - `epoch_aware`: T is split into `epochs` equal parts, each with its own warm-up and n noisy stages. Part e of E
-      runs over x from e/E to (e+1)/E: together they make one fall from σ_start to σ_end.
+    - `warmup` None is the warm-up of QeRL: one of K stages of equal length T/K, stage = min(floor(step / (T/K)), K-1).
+      With K = 1, and for `constant`, there is no warm-up. With a share w in [0, 1) the warm-up is the first floor(w·T)
+      steps, and the n noisy stages divide the other steps equally.
+    - K = 1: `sigma_start` at all steps. K = 2: warm-up, then `sigma_start`.
+    - `sigma_end` = 0: σ is exactly 0 in the last stage. An exponential schedule falls from `sigma_start` to 1 % of it
+      before the last stage (K = 3: `sigma_start`, then 0). K = 2 has only one noisy stage and stays at `sigma_start`.
+    - `off_from_step` s: σ is 0 at every step >= s, in one more stage after all others.
+    - Steps >= T are in the last stage.
+    - `epoch_aware`: T is split into `epochs` equal parts, each with its own warm-up and n noisy stages. In part e of E,
+      x goes from e/E to (e+1)/E, so that σ falls once from σ_start to σ_end over all parts.
 
-    Raises ConfigError for σ that are negative, not finite, or rising; counts below 1; a warm-up outside [0, 1); an
-    `off_from_step` that is never reached; an unknown kind.
+    Raises:
+        ConfigError: a σ is negative or not finite, or σ rises; a count is below 1; the warm-up is outside [0, 1);
+            `off_from_step` is never reached; or the kind is unknown.
     """
 
     sigma_start: float
@@ -91,16 +93,19 @@ class SigmaSchedule:
             )
 
     def stage(self, step: int) -> int:
-        """Stage at `step`, from 0 (warm-up, even an empty one); numbered through over the parts of `epoch_aware`."""
+        """Return the stage at `step`.
+
+        Stage 0 is the warm-up, even if it has no steps. With `epoch_aware` the numbers continue from part to part.
+        """
         if step < 0:
-            raise ConfigError(f"the noise schedule was asked for step {step}: steps count from 0")
+            raise ConfigError(f"the noise schedule has no step {step}: steps count from 0")
         if self._is_off(step):
             return self._parts * self._stages
         part, stage = self._place(step)
         return part * self._stages + stage
 
     def sigma(self, step: int) -> float:
-        """σ at `step`, a standard deviation in the unit of the noise order."""
+        """Return σ at `step`, a standard deviation in the unit of the noise specification."""
         if self._is_off(step):
             return 0.0
         part, stage = divmod(self.stage(step), self._stages)
@@ -116,7 +121,10 @@ class SigmaSchedule:
         return self._fall((part + within) / self._parts)
 
     def table(self, steps: int | None = None) -> list[dict[str, int | float]]:
-        """One row a step for the first `steps` steps (all T when None): [{"step": 0, "stage": 0, "sigma": 0.0}, …]."""
+        """Return one row for each of the first `steps` steps (all T if None).
+
+        The rows are [{"step": 0, "stage": 0, "sigma": 0.0}, …].
+        """
         count = self.total_steps if steps is None else steps
         return [{"step": step, "stage": self.stage(step), "sigma": self.sigma(step)} for step in range(count)]
 
@@ -126,12 +134,12 @@ class SigmaSchedule:
 
     @property
     def _noisy(self) -> int:
-        """Noisy stages of a part."""
+        """Number of noisy stages in a part."""
         return 1 if self.kind == "constant" else max(1, self.num_stages - 1)
 
     @property
     def _stages(self) -> int:
-        """Stages of a part, its warm-up included."""
+        """Number of stages in a part, including its warm-up."""
         without = self.warmup is None and (self.num_stages == 1 or self.kind == "constant")
         return self._noisy + (not without)
 
@@ -139,7 +147,10 @@ class SigmaSchedule:
         return self.off_from_step is not None and step >= self.off_from_step
 
     def _place(self, step: int) -> tuple[int, int]:
-        """Part and stage in it. In whole numbers: floating point puts some boundaries one step late."""
+        """Return the part and the stage in it, in integer arithmetic.
+
+        Floating-point arithmetic would place some boundaries one step late.
+        """
         total, parts = self.total_steps, self._parts
         if self.warmup is None:
             stages = parts * self._stages
@@ -147,7 +158,7 @@ class SigmaSchedule:
         step = min(step, total - 1)
         part = step * parts // total
         begin, end = -(-part * total // parts), -(-(part + 1) * total // parts)
-        # The share that was meant: 0.29 and 1/6 have no exact binary form, and their floor would be one too low.
+        # Recover the intended share: 0.29 and 1/6 have no exact binary form, and floor would give one step too few.
         share = Fraction(self.warmup).limit_denominator(10**6)
         warm = min(int(share * (end - begin)), end - begin - 1)
         if step - begin < warm:
@@ -155,7 +166,7 @@ class SigmaSchedule:
         return part, 1 + min((step - begin - warm) * self._noisy // (end - begin - warm), self._noisy - 1)
 
     def _fall(self, x: Fraction) -> float:
-        """f(x), 0 <= x <= 1; its ends are exact."""
+        """Return f(x) for 0 <= x <= 1; the values at both ends are exact."""
         start, end = float(self.sigma_start), float(self.sigma_end)
         if x == 0 or self.kind == "constant" or start == 0:
             return start

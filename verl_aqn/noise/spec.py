@@ -1,6 +1,6 @@
-"""What one rollout's noise is to be: the order that the trainer sends to every process. Imports nothing heavy.
+"""The noise specification of one rollout, which the trainer sends to every process. Imports no heavy packages.
 
-All that decides the noise travels in the order; no process reads it out of a config of its own.
+The specification contains every setting of the noise. No process reads these settings from a config of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _EXPERTS = re.compile(r"\.(experts|shared_experts?)\.")
 
 @dataclass(frozen=True)
 class Zone:
-    """Modules that share a multiplier: `before` the boundary, and `after` it. `modules` as in `Layers`."""
+    """Modules that share one multiplier `before` the boundary and one `after` it. `modules` is as in `Layers`."""
 
     modules: tuple[str, ...] = ()
     before: float = 1.0
@@ -38,21 +38,25 @@ class Zone:
 
 @dataclass(frozen=True)
 class Layers:
-    """σ's multiplier by module. A module's layer is the first number in its name; one without (the last norm of a
-    model) counts as the last layer. Layers are numbered 0 … L-1. `modules`: layers ("3", "0-7", both ends included)
-    or shell patterns of module names ("*.q_norm"); each must match a module that gets noise.
+    """The multiplier of σ for each module.
+
+    The layer of a module is the first number in its name. A module without a number (the last norm of a model) belongs
+    to the last layer. Layers are numbered 0 … L-1. `modules` lists layers ("3", "0-7", both ends included) or shell
+    patterns of module names ("*.q_norm"); each entry must match a module that gets noise.
 
     ========  =======================================================================================================
     uniform   1
     targeted  `multiplier` for `modules`, `others` for the rest
     variable  a straight line over depth, from `first` in layer 0 to `last` in layer L-1
     inverse   1 / (a + b · layer), from `first` in layer 0 down to `last` in layer L-1
-    zones     of the first zone that holds the module: `before` up to the step `boundary` · T, from it on `after`;
-              `others` for modules in none
+    zones     the multiplier of the first zone that contains the module: `before` for steps before `boundary` · T,
+              `after` from that step on; `others` for modules in no zone
     ========  =======================================================================================================
 
-    0 means no noise. Raises ConfigError for negative numbers, a key that has no effect on the kind, an `inverse` that
-    does not fall.
+    A multiplier of 0 means no noise.
+
+    Raises:
+        ConfigError: a number is negative, a key has no effect with this kind, or `inverse` does not fall.
     """
 
     kind: LayerKind = "uniform"
@@ -61,7 +65,7 @@ class Layers:
     others: float = 1.0
     first: float = 1.0
     last: float = 1.0
-    boundary: float = 0.5  # a share of the run's steps
+    boundary: float = 0.5  # as a share of the run's steps
     zones: tuple[Zone, ...] = ()
 
     def __post_init__(self) -> None:
@@ -77,7 +81,7 @@ class Layers:
         for field in fields(self):
             if field.name not in ("kind", *keys[self.kind]) and getattr(self, field.name) != field.default:
                 raise ConfigError(
-                    f"noise.layers.{field.name} has no effect with kind {self.kind!r}: it belongs to "
+                    f"noise.layers.{field.name} has no effect with kind {self.kind!r}: it is a key of "
                     f"{' and '.join(kind for kind, names in keys.items() if field.name in names)}"
                 )
         numbers = {name: getattr(self, name) for name in ("multiplier", "others", "first", "last")}
@@ -85,21 +89,21 @@ class Layers:
             numbers |= {f"zones[{number}].before": zone.before, f"zones[{number}].after": zone.after}
         for name, value in numbers.items():
             if not math.isfinite(value) or value < 0:
-                raise ConfigError(f"noise.layers.{name} is {value}: a multiplier of σ is 0 or more")
+                raise ConfigError(f"noise.layers.{name} is {value}: a multiplier of σ must be 0 or more")
         if not 0 <= self.boundary <= 1:
             raise ConfigError(f"noise.layers.boundary is {self.boundary}: give a share of the steps, from 0 to 1")
         if self.kind == "inverse" and not self.first >= self.last > 0:
             raise ConfigError(
-                f"noise.layers: inverse falls from first to last, not from {self.first} to {self.last}: "
-                "swap them, or use kind variable"
+                f"noise.layers: kind inverse must fall from first to last, but first is {self.first} and last is "
+                f"{self.last}: swap them, or use kind variable"
             )
         if not self.modules and self.kind == "targeted":
-            raise ConfigError("noise.layers: targeted needs modules, for example ['0-7'] or ['*.q_norm']")
+            raise ConfigError("noise.layers: kind targeted needs modules, for example ['0-7'] or ['*.q_norm']")
         if self.kind == "zones" and not (self.zones and all(zone.modules for zone in self.zones)):
-            raise ConfigError("noise.layers: zones needs zones, and each of them modules, for example ['0-7']")
+            raise ConfigError("noise.layers: kind zones needs zones, and each zone needs modules, for example ['0-7']")
 
     def multiplier_of(self, name: str, layers: int, share: float) -> float:
-        """Multiplier of module `name` in a model of `layers` layers, `share` = step / T of the run."""
+        """Return the multiplier of module `name` in a model of `layers` layers, at `share` = step / T of the run."""
         layer = layer_of(name, layers)
         depth = layer / (layers - 1) if layers > 1 else 0.0
         if self.kind == "targeted":
@@ -114,7 +118,11 @@ class Layers:
         return self.others if self.kind == "zones" else 1.0
 
     def check(self, names: Sequence[str], layers: int) -> None:
-        """Raises ConfigError for an entry of `modules` that none of `names` is in."""
+        """Check that each entry of `modules` matches one of `names`.
+
+        Raises:
+            ConfigError: an entry matches no name.
+        """
         for entry in (*self.modules, *(entry for zone in self.zones for entry in zone.modules)):
             if not any(_in((entry,), name, layer_of(name, layers)) for name in names):
                 hint = f"layers are 0 to {layers - 1}" if _LAYERS.fullmatch(entry) else nearest_name(entry, names)
@@ -123,10 +131,10 @@ class Layers:
 
 @dataclass(frozen=True)
 class NoiseOrder:
-    """What one rollout's noise is to be.
+    """The noise specification of one rollout.
 
-    `step`: RL step from 0. `sigma`: standard deviation, 0 for none; by `unit`, with z ~ N(0, 1) for every element and
-    w the clean effective weight (1 + the parameter in Gemma's norms):
+    `step` is the RL step, from 0. `sigma` is the standard deviation; 0 means no noise. `unit` defines the noisy weight,
+    with z ~ N(0, 1) for every element and w the clean effective weight (1 + the parameter in the norms of Gemma):
 
     ==============  ====================================================================================
     absolute        w + σz, as QeRL does
@@ -134,13 +142,14 @@ class NoiseOrder:
     multiplicative  w · (1 + σz)
     ==============  ====================================================================================
 
-    `targets`: kinds of modules, of "norm" (RMSNorms, as in QeRL, and LayerNorms, whose bias gets none) and "linear"
-    (packed MXFP4 layers, on their dequantised weights); none in a run without noise.
-    `include`, `exclude`: shell patterns of module names; an empty `include` means all. `router_norms`: also the norms
-    that feed the router of a mixture of experts. `layers`: multipliers of σ by module. `share`: step / steps of the
-    run, which tells the sides of a zone's boundary apart.
+    `targets`: kinds of modules that get noise: "norm" (RMSNorms, as in QeRL, and LayerNorms, whose bias gets no noise)
+    and "linear" (packed MXFP4 layers, on their dequantised weights); empty in a run without noise.
+    `include`, `exclude`: shell patterns of module names; an empty `include` means all modules. `router_norms`: whether
+    the norms that feed the router of a mixture of experts get noise too. `layers`: multipliers of σ by module.
+    `share`: step / steps of the run, which decides on which side of a zone's boundary the step is.
 
-    Raises ConfigError for values that make no sense, and for a key of `from_dict` that it does not know.
+    Raises:
+        ConfigError: a value is invalid, or `from_dict` got an unknown key.
     """
 
     step: int
@@ -160,23 +169,27 @@ class NoiseOrder:
         if not set(self.targets) <= set(TARGETS) or (self.sigma and not self.targets):
             raise ConfigError(f"noise.targets is {list(self.targets)}: choose from {', '.join(TARGETS)}")
         if not math.isfinite(self.sigma) or self.sigma < 0 or self.step < 0:
-            raise ConfigError(f"noise order has step {self.step} and sigma {self.sigma}: both must be 0 or more")
+            raise ConfigError(f"noise spec has step {self.step} and sigma {self.sigma}: both must be 0 or more")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> NoiseOrder:
-        """The order that `to_dict` gave, whatever carried it (JSON makes lists of tuples)."""
-        return _build(cls, values, "noise order")
+        """Build the specification from the result of `to_dict`, also after JSON has turned tuples into lists."""
+        return _build(cls, values, "noise spec")
 
     def selects(self, name: str) -> bool:
-        """Whether `include` and `exclude` let the module through."""
+        """Return whether `include` and `exclude` select the module."""
         included = not self.include or any(fnmatchcase(name, pattern) for pattern in self.include)
         return included and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
 
     def check_patterns(self, names: Sequence[str]) -> None:
-        """Raises ConfigError for a pattern of `include` or `exclude` that none of `names` matches."""
+        """Check that each pattern of `include` and `exclude` matches one of `names`.
+
+        Raises:
+            ConfigError: a pattern matches no name.
+        """
         for key in ("include", "exclude"):
             for pattern in getattr(self, key):
                 if not any(fnmatchcase(name, pattern) for name in names):
@@ -184,33 +197,34 @@ class NoiseOrder:
 
 
 def layer_of(name: str, layers: int) -> int:
-    """The layer that a module's name tells, or the last one."""
+    """Return the layer number in a module's name, or the last layer if the name has no number."""
     found = _LAYER_OF.search(name)
     return int(found[1]) if found else layers - 1
 
 
 def layer_and_kind(name: str) -> tuple[int | None, str]:
-    """The layer that a projection's name tells, if any, and what kind of projection it is in every layer.
+    """Return the layer number in a projection's name, if any, and the kind of the projection.
 
-    Those of experts and of shared experts are kinds of their own, beside a dense layer's of the same last name.
+    The kind is the last part of the name. Projections of experts and of shared experts are separate kinds, different
+    from a projection of the same name in a dense layer.
     """
     found, group = _LAYER_OF.search(name), _EXPERTS.search(name)
     return int(found[1]) if found else None, (f"{group[1]} " if group else "") + name.rpartition(".")[2]
 
 
 def count_layers(names: Iterable[str]) -> int:
-    """How many layers the names tell of; 1 at least."""
+    """Return the number of layers that the names contain; at least 1."""
     return 1 + max((layer_of(name, 1) for name in names), default=0)
 
 
 def nearest_name(pattern: str, names: Sequence[str]) -> str:
-    """The module name nearest to a pattern, for an error."""
+    """Return a hint for an error message with the module name nearest to a pattern."""
     bare = pattern.replace("*", "")
     close = difflib.get_close_matches(bare, names, n=1, cutoff=0.0)
     by_leaf = difflib.get_close_matches(bare.rpartition(".")[2], [n.rpartition(".")[2] for n in names], n=1)
     if by_leaf:
         close = [name for name in names if name.endswith(by_leaf[0])][:1]
-    return f"the nearest is {close[0]!r}" if close else "there are none"
+    return f"the nearest is {close[0]!r}" if close else "there are no modules"
 
 
 def _in(entries: Sequence[str], name: str, layer: int) -> bool:
@@ -233,9 +247,9 @@ def _build(cls: type, values: Mapping[str, Any], what: str) -> Any:
     built = {}
     for name, value in values.items():
         if name == "layers":
-            value = _build(Layers, value, "layers of the noise order")
+            value = _build(Layers, value, "layers of the noise spec")
         elif name == "zones":
-            value = tuple(_build(Zone, zone, "zone of the noise order") for zone in value)
+            value = tuple(_build(Zone, zone, "zone of the noise spec") for zone in value)
         elif isinstance(value, list):
             value = tuple(value)
         built[name] = value

@@ -1,7 +1,7 @@
-"""A PEFT adapter from outside (`eval --adapter`, `lora_adapter_path`): read by PEFT itself, or refused by name.
+"""Loading of PEFT adapters that users bring (`eval --adapter`, `lora_adapter_path`), with PEFT's own code.
 
-The rollout adds scaling·B·A to linear layers and nothing else. An adapter that is more than that would be served wrong,
-or end the run minutes later, so it is refused here, before anything is started.
+The rollout adds scaling·B·A to linear layers and supports nothing else. It would serve any other kind of adapter
+wrongly, or the run would stop minutes after its start. Such adapters are therefore rejected here, before a run starts.
 """
 
 import json
@@ -27,24 +27,25 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names
-INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that leave the base as it is
+FLOATS = ("F64", "F32", "F16", "BF16")  # names that safetensors uses
+INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # initialisations that do not change the base
 MERGE = "merge it into its base with PEFT (merge_and_unload) and give the merged model, or train a plain LoRA adapter"
-# Fields of LoraConfig that may be set: they say where A and B are, how they began, and how they are scaled. What any
-# other field does is unknown here, those of later versions of PEFT included.
+# Fields of LoraConfig that may be set: they say where A and B are, how they were initialised and how they are scaled.
+# The effect of any other field is unknown here. This includes the fields of later versions of PEFT.
 PLAIN = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "qalora_group_size", "megatron_core", "ensure_weight_tying", "runtime_config",
-    "fan_in_fan_out",  # PEFT ignores it on nn.Linear, and other layers are refused
+    "fan_in_fan_out",  # PEFT ignores this field for nn.Linear, and other layers are rejected
 }  # fmt: skip
 
 
 def take_adapter(config: DictConfig, base: Path) -> None:
-    """Check the recipe's `lora_adapter_path` against the folder of its base, and take rank, α and layers from it.
+    """Check the recipe's `lora_adapter_path` against the base, and copy rank, α and layers from it into the recipe.
 
-    verl's FSDP actor takes them from the folder anyway; its vLLM server and this project's read-back from the recipe.
+    verl's FSDP actor reads these values from the adapter folder. verl's vLLM server and the read-back of this project
+    read them from the recipe.
 
     Raises:
         DataError, ModelError: as `read_folder`.
@@ -61,10 +62,11 @@ def take_adapter(config: DictConfig, base: Path) -> None:
 
 
 def check_new_adapter(config: DictConfig, base: Path) -> None:
-    """Check that the rollout can serve the adapter that a recipe makes, where it names the layers itself.
+    """Check that the rollout can serve the new adapter of a recipe that names the layers itself.
 
     Raises:
-        ModelError: `target_modules` means no module of the base, or one that is not a linear layer below the head.
+        ModelError: `target_modules` matches no module of the base, or a module that is not a linear layer below the
+            head.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -82,12 +84,12 @@ def check_new_adapter(config: DictConfig, base: Path) -> None:
 
 
 def read_folder(folder: Path, base: Path) -> Adapter:
-    """The adapter of a PEFT folder for the model of folder `base`, of which only config.json is read.
+    """Read the adapter of a PEFT folder for the model in folder `base`; only config.json of the base is read.
 
-    PEFT decides which tensor belongs to which module, and with what rank. Nothing is unpickled.
+    PEFT decides which tensor belongs to which module and which rank it has. No file is unpickled.
 
     Raises:
-        DataError: the folder is not there, lacks a file, or a file is damaged or holds NaN or infinity.
+        DataError: the folder does not exist or lacks a file, or a file is damaged or contains NaN or infinity.
         ModelError: the adapter is not plain LoRA on linear layers, or it belongs to another model.
     """
     told = read_config(folder)
@@ -95,11 +97,13 @@ def read_folder(folder: Path, base: Path) -> Adapter:
     model, strange, missing = _load(folder, base)
     if strange:
         raise ModelError(
-            f"{folder} does not fit {base}: the model has no place for {_some(strange)}: give the base that the "
+            f"{folder} does not fit {base}: the model has no module for {_some(strange)}: give the base that the "
             "adapter was trained on"
         )
     if missing:
-        raise ModelError(f"{folder} lacks {_some(missing)}, which its {CONFIG} promises: copy or save it again")
+        raise ModelError(
+            f"{folder} lacks {_some(missing)}, although its {CONFIG} lists these modules: copy or save it again"
+        )
     adapter = Adapter(
         _matrices(folder, model), told["r"], float(told["lora_alpha"]), bool(told.get("use_rslora")),
         told.get("rank_pattern") or {}, told.get("alpha_pattern") or {},
@@ -112,32 +116,36 @@ def read_folder(folder: Path, base: Path) -> Adapter:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What adapter_config.json says, if that is plain LoRA.
+    """Return the contents of adapter_config.json after checking that they describe plain LoRA.
 
     Raises:
-        DataError: the folder is not there, or lacks a file or an entry.
-        ModelError: it is another kind of adapter; the entry that says so is named.
+        DataError: the folder does not exist, or lacks a file or an entry.
+        ModelError: the adapter is of another kind; the message names the entry that says so.
     """
     if not folder.is_dir():
         raise DataError(
-            f"no adapter folder {folder}: give one with {CONFIG} and {WEIGHTS} (`hf download NAME --local-dir DIR` "
-            "fetches it)"
+            f"adapter folder {folder} does not exist: give a folder with {CONFIG} and {WEIGHTS} "
+            "(`hf download NAME --local-dir DIR` downloads one)"
         )
     try:
         told = json.loads((folder / CONFIG).read_text())
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder} is no PEFT adapter folder: cannot read {CONFIG} ({first_line(error)})") from error
+        raise DataError(f"{folder} is not a PEFT adapter folder: cannot read {CONFIG} ({first_line(error)})") from error
     lacking = [key for key in ("peft_type", "r", "lora_alpha") if not isinstance(told, dict) or told.get(key) is None]
     kind = told.get("peft_type") if isinstance(told, dict) else None
     if kind not in (None, "LORA"):
-        raise ModelError(f"{folder} is a {kind} adapter, and the rollout serves LoRA only: {MERGE}")
+        raise ModelError(f"{folder} is a {kind} adapter, but the rollout serves only LoRA: {MERGE}")
     if lacking:
-        raise DataError(f"{folder} is no PEFT adapter folder: {CONFIG} lacks {', '.join(lacking)}: save it with PEFT")
+        raise DataError(
+            f"{folder} is not a PEFT adapter folder: {CONFIG} lacks {', '.join(lacking)}: save the adapter with PEFT"
+        )
     _check_fields(folder, told)
     if not (folder / WEIGHTS).is_file():
         fix = "convert it: safetensors.torch.save_file(torch.load(BIN, weights_only=True), SAFETENSORS)"
-        fix = fix if (folder / PICKLED).is_file() else "of a run's checkpoint `verl-aqn export` makes an adapter folder"
-        raise DataError(f"{folder} has no {WEIGHTS}, and nothing else is opened: {fix}")
+        fix = (
+            fix if (folder / PICKLED).is_file() else "`verl-aqn export` makes an adapter folder from a run's checkpoint"
+        )
+        raise DataError(f"{folder} has no {WEIGHTS}, and no other format is read: {fix}")
     return told
 
 
@@ -149,20 +157,20 @@ def _check_fields(folder: Path, told: dict[str, Any]) -> None:
         if key not in known and value and _newer(told.get("peft_version")):
             raise ModelError(
                 f"{folder} was saved by PEFT {told['peft_version']} with {key}={value!r}, which the installed PEFT "
-                f"{version('peft')} does not know: save it without"
+                f"{version('peft')} does not know: save the adapter without this entry"
             )
         if key in known and key not in PLAIN and value and value != _default(known[key]):
             raise ModelError(
-                f"{folder}: {key}={json.dumps(value)[:80]} is more than plain LoRA, which is all that the rollout "
-                f"serves: {MERGE}"
+                f"{folder}: {key}={json.dumps(value)[:80]} is not plain LoRA, and the rollout serves only plain LoRA: "
+                f"{MERGE}"
             )
     if told.get("init_lora_weights", True) not in INITS:
         raise ModelError(
-            f"{folder}: init_lora_weights={told['init_lora_weights']!r} belongs to a base that its initialisation "
-            "changed: save it as plain LoRA (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+            f"{folder}: init_lora_weights={told['init_lora_weights']!r} changes the base weights: save the adapter as "
+            "plain LoRA (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
         )
     if told.get("task_type") not in (None, "CAUSAL_LM"):
-        raise ModelError(f"{folder} is for task_type={told['task_type']}, not CAUSAL_LM: give an adapter for that")
+        raise ModelError(f"{folder} is for task_type={told['task_type']}: give an adapter for task_type=CAUSAL_LM")
     numbers = {"r": told["r"], "lora_alpha": told["lora_alpha"]}
     for name in ("rank_pattern", "alpha_pattern"):
         numbers |= {f"{name}.{key}": value for key, value in (told.get(name) or {}).items()}
@@ -177,7 +185,7 @@ def _default(known: Field) -> Any:
 
 
 def _newer(said: Any) -> bool:
-    """Whether an adapter was saved by a later PEFT than the installed one."""
+    """Return whether an adapter was saved by a later version of PEFT than the installed one."""
     try:
         return Version(str(said).partition("@")[0]) > Version(version("peft"))
     except InvalidVersion:
@@ -185,14 +193,14 @@ def _newer(said: Any) -> bool:
 
 
 def _check_tensors(folder: Path) -> None:
-    """Floating-point numbers, all finite."""
+    """Check that all tensors of the adapter are floating-point numbers and finite."""
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 if (dtype := file.get_slice(name).get_dtype()) not in FLOATS:
-                    raise ModelError(f"{folder}: {name} is {dtype}, not of 16 or 32 bits: save the adapter in bfloat16")
+                    raise ModelError(f"{folder}: {name} is {dtype}, not a float type: save the adapter in bfloat16")
                 if not torch.isfinite(file.get_tensor(name)).all():
-                    raise DataError(f"{folder}: {name} holds NaN or infinity: give an adapter that trained well")
+                    raise DataError(f"{folder}: {name} contains NaN or infinity: give an adapter with finite weights")
     except OSError as error:
         todo = remedy(error) or "copy it again"
         raise DataError(f"cannot read {folder / WEIGHTS} ({reason(error)}): {todo}") from error
@@ -201,7 +209,11 @@ def _check_tensors(folder: Path) -> None:
 
 
 def _load(folder: Path, base: Path) -> tuple["PeftModel", list[str], list[str]]:
-    """The adapter over an empty model, as PEFT loads it; tensors that found no place, and places without a tensor."""
+    """Load the adapter with PEFT onto an empty model.
+
+    Returns:
+        The PEFT model, the names of tensors that the model has no module for, and the names of missing LoRA tensors.
+    """
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
     from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
@@ -209,17 +221,19 @@ def _load(folder: Path, base: Path) -> tuple["PeftModel", list[str], list[str]]:
     empty = empty_model(base)
     mapping = getattr(empty, "_checkpoint_conversion_mapping", {})
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what PEFT warns of is refused here
+        warnings.simplefilter("ignore")  # whatever PEFT warns about is an error here
         try:
             model = get_peft_model(empty, LoraConfig.from_pretrained(str(folder)), low_cpu_mem_usage=True)
             for layer in model.modules():
-                if isinstance(layer, LoraLayer):  # on meta like its base: PEFT would leave the tensors there
+                if isinstance(layer, LoraLayer):  # PEFT would leave these tensors on the meta device of the base
                     for part in (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B):
                         part.to_empty(device="cpu").float()
             found = set_peft_model_state_dict(model, load_peft_weights(str(folder), "cpu", key_mapping=mapping))
         except (ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
             said = " ".join(str(error).split())[:400]
-            raise ModelError(f"{folder} does not fit {base}, PEFT says: {said}: give its own base") from error
+            raise ModelError(
+                f"{folder} does not fit {base}, PEFT says: {said}: give the base that the adapter was trained on"
+            ) from error
     return model, list(found.unexpected_keys), [name for name in found.missing_keys if "lora_" in name]
 
 
@@ -228,14 +242,18 @@ def _matrices(folder: Path, model: "PeftModel") -> dict[str, tuple[Tensor, Tenso
     for module, layer in _layers(str(folder), model, MERGE):
         a, b = (part["default"].weight.detach() for part in (layer.lora_A, layer.lora_B))
         if not a.any() and not b.any():
-            # The rollout cannot tell such a pair from an adapter that did not arrive.
+            # The rollout cannot distinguish such a pair from an adapter that was never received.
             raise ModelError(f"{folder}: A and B of {module} are zero: leave the layer out of target_modules")
         matrices[module] = (a.to(ADAPTER_DTYPE), b.to(ADAPTER_DTYPE))
     return matrices
 
 
 def _layers(what: str, model: "PeftModel", fix: str) -> Iterator[tuple[str, Any]]:
-    """Every adapted module of the model, by name. ModelError where one is not a linear layer below the head."""
+    """Yield every adapted module of the model with its name.
+
+    Raises:
+        ModelError: an adapted module is not a linear layer below the head.
+    """
     from peft.tuners.lora import Linear, LoraLayer
 
     base = model.get_base_model()
@@ -248,7 +266,7 @@ def _layers(what: str, model: "PeftModel", fix: str) -> Iterator[tuple[str, Any]
         if type(layer) is not Linear or not isinstance(inner, nn.Linear) or any(inner is end for end in ends):
             raise ModelError(
                 f"{what} changes {name.removeprefix(PEFT_PREFIX)} ({type(inner).__name__}): the rollout serves "
-                f"adapters on linear layers below the head only: {fix}"
+                f"adapters only on linear layers below the head: {fix}"
             )
         yield name.removeprefix(PEFT_PREFIX), layer
 

@@ -1,7 +1,8 @@
-"""Adapters beside a mixture of experts: on the linear layers of attention, in actor and rollout alike.
+"""Adapters in mixture-of-experts models: only the linear layers of attention get one, in the actor and the rollout.
 
-PEFT 0.21 would put one on the router too, and takes `gate_proj` and its like for names of experts wherever they stand
-(shared experts, dense layers). vLLM would make slots for all of these, and its kernel for experts on a CPU takes none.
+PEFT 0.21 would also adapt the router, and it treats `gate_proj` and similar names as names of experts everywhere, also
+in shared experts and dense layers. vLLM would allocate adapter slots for all of these, but its kernel for experts on a
+CPU does not support adapters.
 """
 
 from pathlib import Path
@@ -13,10 +14,10 @@ from verl_aqn.errors import ConfigError
 
 
 def keep_adapter_off_experts(config: DictConfig) -> None:
-    """Name the layers with adapters to actor and rollout, where the model in `model.path` is a mixture of experts.
+    """Restrict adapters to attention in the config of actor and rollout if `model.path` is a mixture of experts.
 
     Raises:
-        ConfigError: the recipe wants adapters elsewhere.
+        ConfigError: the recipe asks for adapters on other layers.
     """
     actor_rollout = config.actor_rollout_ref
     model = actor_rollout.model
@@ -29,22 +30,23 @@ def keep_adapter_off_experts(config: DictConfig) -> None:
     if unknown or OmegaConf.select(model, "target_parameters"):
         if model.lora_adapter_path:
             raise ConfigError(
-                f"{model.lora_adapter_path} changes {', '.join(unknown)}: of a MoE model only attention has adapters "
-                f"({', '.join(known)}): give one without"
+                f"{model.lora_adapter_path} changes {', '.join(unknown)}: in a MoE model only attention can have "
+                f"adapters ({', '.join(known)}): give an adapter for these layers only"
             )
         what = f"target_modules has {', '.join(unknown)}" if unknown else "target_parameters is set"
         raise ConfigError(
-            f"actor_rollout_ref.model.{what}: of a MoE model only attention has adapters, name some of "
-            f"{', '.join(known)} in target_modules (or all-linear)"
+            f"actor_rollout_ref.model.{what}: in a MoE model only attention can have adapters: set target_modules to "
+            f"some of {', '.join(known)} (or to all-linear)"
         )
     model.target_modules = wanted
     OmegaConf.update(actor_rollout, "rollout.engine_kwargs.vllm.lora_target_modules", wanted, force_add=True)
 
 
 def attention_layers(path: Path) -> list[str]:
-    """What the linear layers of a MoE model's attention are called; [] of a model without experts.
+    """Return the names of the linear layers in the attention of a MoE model; [] for a model without experts.
 
-    They are what is left without head, routers, and the names that experts' matrices have. Only config.json is read.
+    These are all linear layers except the head, the routers and layers that are named like the matrices of experts.
+    Only config.json is read.
     """
     from torch import nn
 

@@ -1,6 +1,6 @@
-"""Which linear layers have an adapter: those for which PEFT makes one and vLLM has a place for it.
+"""Choice of the linear layers that get an adapter: layers that PEFT can adapt and that vLLM has an adapter slot for.
 
-The parts of a mixture of experts are `verl_aqn.preflight.expert_adapters`'s.
+`verl_aqn.preflight.expert_adapters` handles mixture-of-experts models.
 """
 
 import re
@@ -18,11 +18,11 @@ _NUMBER = re.compile(r"(?<=\\\.)\d+(?=\\\.|$)")
 
 
 def place_adapter(config: DictConfig, answer: dict[str, Any] | None) -> None:
-    """Keep the adapter to layers that actor and rollout can both give one.
+    """Restrict the adapter to layers that both the actor and the rollout can adapt.
 
-    `answer`: what vLLM says of the model (`verl_aqn.preflight.vllm_says`); None where it is not asked. With `all-linear` the
-    other layers go to `model.exclude_modules`, and the rollout is told the rest; nothing is changed where there are no
-    others.
+    `answer` is what vLLM reports about the model (`verl_aqn.preflight.vllm_says`), or None if vLLM was not asked. With
+    `all-linear` the layers that cannot be adapted are added to `model.exclude_modules`, and the rollout is told the
+    remaining ones. The config stays unchanged if all layers can be adapted.
 
     Raises:
         ConfigError: the recipe names layers that cannot have an adapter, or no layer is left.
@@ -33,7 +33,7 @@ def place_adapter(config: DictConfig, answer: dict[str, Any] | None) -> None:
         return
     linears = linear_layers(Path(model.path))
     faults = peft_refuses(Path(model.path), linears)
-    faults |= {name: "vLLM has no place for an adapter" for name in answer["without_slot"] if name in linears}
+    faults |= {name: "vLLM has no adapter slot for this layer" for name in answer["without_slot"] if name in linears}
     excluded = OmegaConf.select(model, "exclude_modules")
     wanted = [name for name in linears if _targets(model.target_modules, name)]
     refused = {name: why for name, why in faults.items() if name in wanted}
@@ -52,7 +52,7 @@ def place_adapter(config: DictConfig, answer: dict[str, Any] | None) -> None:
     kept = [name for name in wanted if name not in faults]
     if not kept:
         raise ConfigError(
-            f"no linear layer of {model.path} can have an adapter ({'; '.join(sorted(set(faults.values())))}): train "
+            f"no linear layer of {model.path} can have an adapter ({'; '.join(sorted(set(faults.values())))}): choose "
             "another model"
         )
     pattern = _pattern(refused, kept)
@@ -65,13 +65,13 @@ def place_adapter(config: DictConfig, answer: dict[str, Any] | None) -> None:
 
 
 def _tell_rollout(config: DictConfig, kept: Collection[str]) -> None:
-    """Keep vLLM from making places for adapters elsewhere, in the embedding above all."""
+    """Set the layers for which vLLM allocates adapter slots; without this vLLM also allocates some in the embedding."""
     leaves = sorted({name.rpartition(".")[2] for name in kept})
     OmegaConf.update(config.actor_rollout_ref, "rollout.engine_kwargs.vllm.lora_target_modules", leaves, force_add=True)
 
 
 def peft_refuses(folder: Path, linears: Collection[str]) -> dict[str, str]:
-    """Those of `linears` that PEFT refuses to adapt in this model, and what it says."""
+    """Return the names in `linears` that PEFT refuses to adapt in this model, with the reason."""
     from peft import LoraConfig
     from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 
@@ -83,29 +83,32 @@ def peft_refuses(folder: Path, linears: Collection[str]) -> dict[str, str]:
         try:
             _check_lora_target_modules_mamba(config, model, leaf)
         except ValueError:
-            said[leaf] = "PEFT refuses it in this model"
+            said[leaf] = "PEFT refuses to adapt it in this model"
     return {name: said[leaf] for name in linears if (leaf := name.rpartition(".")[2]) in said}
 
 
 def _by_experts(config: DictConfig) -> bool:
-    """Whether `keep_adapter_off_experts` chose the layers, and not the recipe."""
+    """Return whether the layers were chosen by `keep_adapter_off_experts` and not by the recipe."""
     chosen = OmegaConf.select(config, "actor_rollout_ref.rollout.engine_kwargs.vllm.lora_target_modules")
     return chosen is not None and chosen == config.actor_rollout_ref.model.target_modules
 
 
 def _targets(targets: Any, name: str) -> bool:
-    """Whether PEFT's `target_modules` or `exclude_modules` means the module `name`."""
+    """Return whether PEFT's `target_modules` or `exclude_modules` matches the module `name`."""
     if isinstance(targets, str):
         return targets == "all-linear" or bool(re.fullmatch(targets, name))
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def _pattern(refused: Collection[str], kept: Collection[str]) -> str:
-    """A regular expression that matches all of `refused` and none of `kept`: layers by any number where that holds."""
+    """Return a regular expression that matches all of `refused` and none of `kept`.
+
+    Layer numbers become \\d+ where the result still matches none of `kept`.
+    """
     patterns = set()
     for name in refused:
         parts = name.split(".")
-        # The whole of a tower, where nothing in it is kept.
+        # The shortest prefix without a kept layer: this can be a whole tower of the model.
         for end in range(1, len(parts) + 1):
             prefix = ".".join(parts[:end])
             if not any(one == prefix or one.startswith(f"{prefix}.") for one in kept):

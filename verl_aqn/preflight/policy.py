@@ -1,4 +1,4 @@
-"""A recipe's policy in plain transformers, where an engine would be too much to start; `generate` has it answer."""
+"""The policy of a recipe in plain transformers, without an inference engine; `generate` samples responses from it."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from verl_aqn.mxfp4.linear import Activation
 
 
 def load_base(config: DictConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The base, which computes in `dtype`, on the CPU or on the accelerator that the recipe's profile names."""
+    """Load the base with `dtype` as compute dtype, on the CPU or on the accelerator that the recipe's profile names."""
     aqn, path = parse_aqn(config), Path(config.actor_rollout_ref.model.path)
     device = "cpu" if aqn.profile in ("cpu", "auto") else aqn.profile
     if not is_packed(path):
@@ -27,7 +27,7 @@ def load_base(config: DictConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def load_tokenizer(config: DictConfig, folder: Path) -> Any:
-    """The tokenizer in `folder` with the chat template that the run's prompts are rendered with."""
+    """Load the tokenizer in `folder` with the chat template that renders the prompts of the run."""
     model = config.actor_rollout_ref.model
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if model.get("custom_chat_template") is not None:
@@ -36,13 +36,15 @@ def load_tokenizer(config: DictConfig, folder: Path) -> Any:
 
 
 def prompt_tokens(config: DictConfig, tokenizer: Any, messages: list[dict[str, str]]) -> list[int] | None:
-    """A prompt as the rollout gets it; None where verl leaves it out, as it cannot be rendered or is longer than
-    `data.max_prompt_length`. Without `data.filter_overlong_prompts` verl cuts the beginning of a long one instead.
+    """Return the token ids of a prompt as the rollout receives it, or None if verl leaves the prompt out.
+
+    verl leaves out prompts that cannot be rendered or are longer than `data.max_prompt_length`. Without
+    `data.filter_overlong_prompts` verl cuts off the beginning of a long prompt instead.
     """
     options: Any = OmegaConf.to_container(config.data.get("apply_chat_template_kwargs") or OmegaConf.create({}))
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
-    except Exception:  # whatever the template does with what it does not take
+    except Exception:  # a chat template may raise any error for messages that it does not support
         return None
     ids, limit = tokenizer(text, add_special_tokens=False)["input_ids"], int(config.data.max_prompt_length)
     if len(ids) > limit:
@@ -51,6 +53,6 @@ def prompt_tokens(config: DictConfig, tokenizer: Any, messages: list[dict[str, s
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
-    """Each of them ends an answer: the tokenizer's and those of the model's generation config."""
+    """Return the EOS token ids of the tokenizer and of the model's generation config."""
     ends = model.generation_config.eos_token_id
     return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}

@@ -1,4 +1,4 @@
-"""Runs on multimodal folders, of which text alone is trained and served."""
+"""Support for multimodal model folders; only the text part is trained and served."""
 
 import hashlib
 import json
@@ -10,16 +10,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.cache import cache_dir
 
-# What tells verl to build a processor for images, which would make every prompt a multimodal one.
+# Files that make verl build an image processor, which would turn every prompt into a multimodal one.
 _OF_PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _MODEL, _VLLM = "actor_rollout_ref.model", "actor_rollout_ref.rollout.engine_kwargs.vllm"
 
 
 def use_text_alone(config: DictConfig, folder: Path) -> None:
-    """Tell verl and vLLM to leave images alone where ``folder`` is a multimodal model's.
+    """Configure verl and vLLM for text only if ``folder`` holds a multimodal model.
 
-    verl reads tokenizer and processor from ``tokenizer_path``, which becomes a folder without a processor unless the
-    recipe names one; vLLM builds the whole model and fills its language model only.
+    verl reads the tokenizer and the processor from ``tokenizer_path``. Unless the recipe sets this path, it is set to a
+    folder without a processor. vLLM builds the whole model but loads only its language model.
 
     Raises:
         ModelError: transformers does not know the folder's config.
@@ -36,7 +36,7 @@ def use_text_alone(config: DictConfig, folder: Path) -> None:
 
 
 def text_tokenizer(folder: Path, cache: Path) -> Path:
-    """Return a folder with the tokenizer of ``folder`` and the config of its text part, made where it is not there."""
+    """Return a folder with the tokenizer of ``folder`` and the config of its text part; create the folder if needed."""
     from verl_aqn.checkpoints.building import config_of
     from verl_aqn.checkpoints.storage import companions
 

@@ -122,9 +122,9 @@ class Decoder(nn.Module):
     ("way", "words"),
     [
         ("plain", ""),
-        ("scale", "layer 1's argument scale depends on what earlier layers return"),
-        ("residual", "layers do not simply follow each other"),
-        ("backwards", "layers do not simply follow each other"),
+        ("scale", "layer 1's argument scale depends on the output of earlier layers"),
+        ("residual", "layers do not run in simple sequence"),
+        ("backwards", "layers do not run in simple sequence"),
         ("cache", r"layer 0 gets a object \(cache\)"),
         ("shared", "layers share modules"),
     ],

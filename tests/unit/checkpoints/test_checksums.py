@@ -142,7 +142,7 @@ def test_folders_of_earlier_versions_are_checked_as_far_as_they_say(base):
     flip_tensor(base, "model.norm.weight")  # outside the digest that they have
     check_made(base)
     flip_tensor(base, CODES)
-    refused(r"the packed weights of .*base are not those of its quantization\.json", check_made, base)
+    refused(r"the packed weights of .*base do not match its quantization\.json", check_made, base)
     (base / "quantization.json").unlink()  # as another tool packs
     check_made(base)
 
@@ -201,7 +201,7 @@ def test_files_that_do_not_hold_what_was_written_get_no_name(source, tmp_path, m
         flip_tensor(folder, CODES)
 
     monkeypatch.setattr(checkpoint, "write_model", damaging)
-    with pytest.raises(ModelError, match="was not made: its files do not hold what was written"):
+    with pytest.raises(ModelError, match="was not created: its files differ from what was written"):
         quantized_cache(source, tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -133,13 +133,15 @@ def test_gpt_oss_equals_transformers_own_reading(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path) -> None:
     oss = gpt_oss(tmp_path / "oss")
     theirs, ours = quark(tmp_path, LlamaConfig(**SMALL_ASCEND))
-    with pytest.raises(ModelError, match=r"is MXFP4 already \(gpt-oss\): convert it with"):
+    with pytest.raises(ModelError, match=r"is already MXFP4 \(gpt-oss\): convert it with"):
         quantize_checkpoint(oss, tmp_path / "out")
-    with pytest.raises(ModelError, match="in the layout of compressed-tensors already"):
+    with pytest.raises(ModelError, match="is already MXFP4 in the format compressed-tensors"):
         import_checkpoint(ours, tmp_path / "out")
-    with pytest.raises(ModelError, match="is not MXFP4 of compressed-tensors, Quark, gpt-oss or ModelSlim"):
+    with pytest.raises(
+        ModelError, match="is not an MXFP4 checkpoint of compressed-tensors, Quark, gpt-oss or ModelSlim"
+    ):
         import_checkpoint(tmp_path / "source", tmp_path / "out")
-    with pytest.raises(ModelError, match="no place for fused experts"):
+    with pytest.raises(ModelError, match="does not support fused experts"):
         import_checkpoint(oss, tmp_path / "out", format="modelslim")
     with pytest.raises(ConfigError, match="unknown format 'gguf': use one of compressed-tensors, modelslim"):
         import_checkpoint(theirs, tmp_path / "out", format="gguf")

@@ -90,8 +90,8 @@ def test_an_unquantised_base_is_merged_from_itself_in_bf16(tmp_path):
 @pytest.mark.parametrize(
     ("module", "match"),
     [
-        ("lm_head", "is not there"),
-        ("model.layers.0.mlp.experts", "is not there"),
+        ("lm_head", "does not exist"),
+        ("model.layers.0.mlp.experts", "does not exist"),
         ("model.layers.0.self_attn.q_proj", r"is \[64, 64\]"),
     ],
 )

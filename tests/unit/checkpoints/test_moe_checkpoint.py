@@ -138,7 +138,7 @@ def test_excluding_experts(tmp_path: Path) -> None:
     dequantize_checkpoint(tmp_path / "packed", tmp_path / "dense")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)
     assert torch.equal(logits(model, "eager"), logits(dense, "eager"))
-    with pytest.raises(ConfigError, match=r"exclude names some experts of model\.layers\.0\.mlp\.experts .* not all"):
+    with pytest.raises(ConfigError, match=r"exclude has some experts of model\.layers\.0\.mlp\.experts .* not all"):
         quantize_checkpoint(source, tmp_path / "other", exclude=("experts.2.up_proj",))
 
 
@@ -148,7 +148,7 @@ def test_refuses_what_is_missing_or_does_not_fit(tmp_path: Path) -> None:
     good = load_file(file)
     for change, match in (
         ({name: good[name][:, :32].clone()}, r"experts\.2\.up_proj\.weight .* config\.json asks for \[32, 64\]"),
-        ({name: torch.full_like(good[name], torch.inf)}, f"tensor {name} of .* holds NaN or Inf"),
+        ({name: torch.full_like(good[name], torch.inf)}, f"tensor {name} of .* contains NaN or Inf"),
         ({name.replace(".2.", ".4."): good[name].clone()}, r"unknown tensor .*experts\.4\.up_proj"),
     ):
         save_file(good | change, file)

@@ -58,7 +58,7 @@ def refused(kind: type[AqnError], match: str, function, *arguments, **more) -> N
 def test_fused_layers_agree(source: Path, tmp_path: Path, exclude, others) -> None:
     refused(
         ConfigError,
-        f"{others} there, which vLLM holds in one layer: exclude all of them .--exclude {others.split(', ')[0]} ",
+        f"{others} there, which vLLM fuses into one layer: exclude all of them .--exclude {others.split(', ')[0]} ",
         quantize_checkpoint,
         source,
         tmp_path / "out",
@@ -75,7 +75,7 @@ def test_fused_layers_agree(source: Path, tmp_path: Path, exclude, others) -> No
 def test_layers_that_do_not_fit_are_named_together(tmp_path: Path) -> None:
     source = make(tmp_path / "source", hidden_size=48, num_attention_heads=4, head_dim=16)
     wanted = [f"--exclude {name}_proj" for name in ("gate", "k", "q", "up", "v")]
-    refused(ModelError, f"takes 48 inputs.*{' '.join(wanted)}", quantize_checkpoint, source, tmp_path / "out")
+    refused(ModelError, f"has 48 inputs.*{' '.join(wanted)}", quantize_checkpoint, source, tmp_path / "out")
     exclude = ("lm_head", *(text.removeprefix("--exclude ") for text in wanted))
     assert len(quantize_checkpoint(source, tmp_path / "out", exclude=exclude).modules) == 4
 
@@ -88,7 +88,7 @@ def test_what_the_loader_refuses_gets_no_name(source: Path, tmp_path: Path, monk
     finish = checkpoint.finish
     monkeypatch.setattr(checkpoint, "finish", renamed)
     out = tmp_path / "out"
-    refused(ModelError, f"{out} was not made, .*weights of {out} do not fit", quantize_checkpoint, source, out)
+    refused(ModelError, f"{out} was not created, .*weights of {out} do not fit", quantize_checkpoint, source, out)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -128,7 +128,7 @@ def test_kept_tensors_are_finite(source: Path, tmp_path: Path, value: float, wor
     weight = torch.ones(64)
     weight[7] = value
     change(source, {"model.norm.weight": weight})
-    match = rf"tensor model\.norm\.weight of .*model\.safetensors holds {words}"
+    match = rf"tensor model\.norm\.weight of .*model\.safetensors contains {words}"
     refused(ModelError, match, quantize_checkpoint, source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -142,7 +142,7 @@ def test_null_is_no_quantization(source: Path, tmp_path: Path) -> None:
 def test_modelslim_as_a_source(source: Path, tmp_path: Path) -> None:
     quantize_checkpoint(source, tmp_path / "slim", format="modelslim")
     quantize_checkpoint(source, tmp_path / "packed")
-    refused(ModelError, r"is MXFP4 already \(modelslim\)", quantize_checkpoint, tmp_path / "slim", tmp_path / "out")
+    refused(ModelError, r"is already MXFP4 \(modelslim\)", quantize_checkpoint, tmp_path / "slim", tmp_path / "out")
     assert import_checkpoint(tmp_path / "slim", tmp_path / "out").imported == "modelslim"
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "packed" / name).read_bytes()
@@ -161,7 +161,9 @@ def test_extra_scales_are_never_kept_unseen(source: Path, tmp_path: Path, name: 
     tensors = {n.replace("weight_packed", "weight"): t for n, t in load_file(theirs / "model.safetensors").items()}
     save_file(tensors | {LAYER + name: torch.ones(1)}, theirs / "model.safetensors")
     change(theirs, quantization_config={"quant_method": "quark"})
-    refused(ModelError, f"tensor {LAYER}{name} .* is no weight of", import_checkpoint, theirs, tmp_path / "out", format)
+    refused(
+        ModelError, f"tensor {LAYER}{name} .* is not a weight of", import_checkpoint, theirs, tmp_path / "out", format
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["packed", "source"]
 
 
@@ -174,7 +176,7 @@ def test_a_quantised_kv_cache_is_refused(source: Path, tmp_path: Path) -> None:
 
 def test_destinations_that_cannot_be_written(source: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    refused(ModelError, "link exists already", quantize_checkpoint, source, tmp_path / "link")
+    refused(ModelError, "link already exists", quantize_checkpoint, source, tmp_path / "link")
     (tmp_path / "file").write_text("")
     refused(EnvironmentFault, r"cannot write .*file/out \(", quantize_checkpoint, source, tmp_path / "file/out")
     refused(EnvironmentFault, r"cannot write /proc/nowhere/out \(", quantize_checkpoint, source, "/proc/nowhere/out")

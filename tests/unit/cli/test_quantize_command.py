@@ -35,7 +35,7 @@ def test_table_and_exclusions(quantize, source, tmp_path):
     assert (code, err) == (0, "")
     for word in ("model.layers.0.self_attn.q_proj", "scale bias", "grid noise", "deadzone", "clipped", "SQNR"):
         assert word in out
-    table, left = out.split("left in 16 bits: ")
+    table, left = out.split("kept in 16 bits: ")
     assert "o_proj" not in table
     assert "layers.0.mlp" not in table
     assert "model.layers.*.self_attn.o_proj (2)" in left
@@ -59,7 +59,7 @@ def test_json_and_picture(quantize, source, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--exclude", "nothing"), "exclude names 'nothing', which matches no module"),
+        (("--exclude", "nothing"), "exclude has 'nothing', which matches no module"),
         (("--format", "gguf"), "use one of compressed-tensors, modelslim"),
         (("--scale-rule", "best"), "use one of mse, even, floor, rceil"),
         (("--plot", "picture.docx"), "cannot write a picture to picture.docx"),
@@ -82,10 +82,10 @@ def test_converts_what_is_mxfp4_already(quantize, source, tmp_path):
     tensors = load_file(packed / "model.safetensors")
     save_file({name.replace("weight_packed", "weight"): t for name, t in tensors.items()}, theirs / "model.safetensors")
     _, out, _ = quantize(theirs, tmp_path / "out")
-    assert "quark is MXFP4 already (quark): 14 modules converted bit by bit" in out
+    assert "quark is already MXFP4 (quark): 14 modules converted bit for bit" in out
     assert (tmp_path / "out/model.safetensors").read_bytes() == (packed / "model.safetensors").read_bytes()
     _, out, _ = quantize(theirs, tmp_path / "again", "--json")
     report = json.loads(out)
     assert (report["imported"], report["modules"]) == ("quark", 14)
     code, _, err = quantize(theirs, tmp_path / "more", "--exclude", "o_proj")
-    assert (code, "drop --exclude" in err) == (2, True)
+    assert (code, "remove --exclude" in err) == (2, True)

@@ -100,7 +100,7 @@ def test_doctor_says_how_npus_serve_the_base_and_what_it_costs(monkeypatch):
     install(monkeypatch, "Ascend910_9392", "A3")
     rows = ascend.examine()
     assert rows[0].found == "16 × Ascend910_9392 (A3)"
-    assert rows[1].found == "no MX units: as the exact bf16 equal, 2 GB for 1e9 weights instead of 0.53 GB"
+    assert rows[1].found == "no MX units: dequantised to bf16 (same values), 2 GB for 1e9 weights instead of 0.53 GB"
     assert [row.fix for row in rows] == ["", "", ""]
     install(monkeypatch, "Ascend950PR_9589", "A5")
     rows = ascend.examine()
@@ -114,7 +114,7 @@ def test_doctor_finds_a_vllm_ascend_of_another_chip_and_no_chip_at_all(monkeypat
     assert "SOC_VERSION=ascend910_9392" in fault
     monkeypatch.delitem(sys.modules, "torch_npu")
     (row,) = ascend.examine()
-    assert "no Ascend device answers" in row.fix
+    assert "no Ascend device responds" in row.fix
 
 
 @pytest.mark.parametrize(

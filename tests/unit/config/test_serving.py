@@ -61,7 +61,7 @@ def test_chips_are_told_by_their_names(name, found):
 def test_an_unknown_chip_and_a_missing_one_are_told_in_a_line():
     with pytest.raises(EnvironmentFault, match=r"unknown Ascend chip 'Ascend310P3'"):
         generation("Ascend310P3")
-    with pytest.raises(EnvironmentFault, match=r"no Ascend device answers.*aqn\.mxfp4\.rollout_weight_format"):
+    with pytest.raises(EnvironmentFault, match=r"no Ascend device responds.*aqn\.mxfp4\.rollout_weight_format"):
         chip_name()
 
 
@@ -124,7 +124,7 @@ def test_an_ascend_950_serves_the_packed_bytes_and_both_sides_round_activations(
 def test_what_cannot_be_is_refused(packed):
     with pytest.raises(ConfigError, match=r"W4A4_MXFP4 only.*aqn\.mxfp4\.rollout_weight_format=bf16"):
         prepared(packed, None, "profile=npu", "aqn.mxfp4.rollout_weight_format=packed")
-    with pytest.raises(ConfigError, match="the rollout rounds no activations"):
+    with pytest.raises(ConfigError, match="the rollout does not round activations"):
         prepared(packed, A3, "profile=npu", "aqn.mxfp4.activation=mxfp4")
     with pytest.raises(ConfigError, match=r"rollout_weight_format='fp8' is not one of auto, packed, bf16"):
         load_recipe("e12", ["profile=npu", "aqn.mxfp4.rollout_weight_format=fp8"])

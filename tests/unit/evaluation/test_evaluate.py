@@ -200,7 +200,7 @@ def test_an_adapter_brings_its_size(run, tmp_path):
     assert (model.lora_adapter_path, model.lora_rank, model.lora_alpha) == (str(tmp_path), 4, 8)
     assert config.trainer.resume_mode == "disable"
     LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], use_dora=True).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="use_dora=true is more than plain LoRA"):
+    with pytest.raises(ModelError, match="use_dora=true is not plain LoRA"):
         settings(find_target(run.path), [], tmp_path, None)
 
 

@@ -80,7 +80,7 @@ def test_ranks_files_are_joined_bit_for_bit(tmp_path):
     assert torch.equal(a, Lora().lora_A["default"].weight.bfloat16())
     assert torch.equal(b, Lora().lora_B["default"].weight.bfloat16())
     (folder / "model_world_size_2_rank_1.pt").unlink()
-    with pytest.raises(DataError, match=r"rank_1\.pt is not there"):
+    with pytest.raises(DataError, match=r"rank_1\.pt does not exist"):
         read_adapter(folder)
 
 
@@ -92,7 +92,7 @@ class Harmful:
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"harm.lora_A.default.weight": Harmful()}, DataError, "holds more than tensors and is not opened"),
+        ({"harm.lora_A.default.weight": Harmful()}, DataError, "contains more than tensors and is not opened"),
         ({"m.lora_magnitude_vector.default.weight": torch.ones(3)}, ModelError, "only plain LoRA"),
         ({"m.lora_A.default.weight": torch.ones(8, 4)}, DataError, r"adapter of m in .* is \{'A': \[8, 4\]\}, not A"),
         ({"m.lora_A.default.weight": torch.ones(9, 4)}, DataError, "of r=6"),
@@ -105,7 +105,7 @@ def test_what_is_no_lora_is_refused_and_never_run(change, error, match, state, t
 
 
 def test_a_checkpoint_without_lora_or_cut_off_is_refused(state, tmp_path):
-    with pytest.raises(ModelError, match="holds no LoRA tensor"):
+    with pytest.raises(ModelError, match="has no LoRA tensor"):
         read_adapter(write_actor(tmp_path / "full", [{"model.norm.weight": torch.ones(3)}]))
     folder = write_actor(tmp_path / "cut", [state])
     file = folder / "model_world_size_1_rank_0.pt"
@@ -143,16 +143,16 @@ def test_bad_sources_are_refused(run, base, tmp_path):
     config = run / "config.yaml"
     text = config.read_text()
     config.write_text(text.replace(str(base), "/nowhere/packed"))
-    refused("base /nowhere/packed is not there", error=ModelError)
+    refused("base /nowhere/packed does not exist", error=ModelError)
     other = tmp_path / "other"
     quantize_checkpoint(base.parent / "tiny", other, "floor")
     config.write_text(text.replace(str(base), str(other)))
     refused("its digest is not", error=EvidenceError)
     config.write_text(text.replace(str(base), str(base.parent / "tiny")))
-    refused("one of them is packed", error=EvidenceError)
+    refused("one of the two is packed", error=EvidenceError)
     config.write_text(text)
     (run / "evidence.jsonl").write_text("")
-    refused("says nothing of the adapter of step 3")
+    refused("has no record of the adapter of step 3")
     (run / "checkpoints/latest_checkpointed_iteration.txt").unlink()
     refused("has no checkpoint")
 
@@ -174,7 +174,7 @@ def test_a_target_that_exists_is_wrong_use_in_one_line(run, tmp_path):
     command = [sys.executable, "-m", "verl_aqn.cli", "export", str(run), str(tmp_path / "taken")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
-    assert "taken exists already" in result.stderr
+    assert "taken already exists" in result.stderr
 
 
 # ---- answers ----
@@ -274,7 +274,7 @@ def test_the_adapter_as_peft_loads_it(validated, rollout, base, engine, tmp_path
 
 def test_without_a_recorded_validation_the_trainer_s_model_is_asked(run, engine, tmp_path):
     proof = export(run, tmp_path / "out")
-    assert proof["answers"]["against"] == "the trainer's model (no greedy validation of this step is on record)"
+    assert proof["answers"]["against"] == "the trainer's model (the run has no recorded greedy validation of this step)"
     assert (proof["answers"]["prompts"], proof["answers"]["recorded"]) == (4, 0)
 
 
@@ -286,9 +286,9 @@ def test_it_is_asked_where_the_run_recorded_too_few_and_the_command_says_so(vali
     whose = "the run's recorded validation (1) and of the trainer's model (3)"
     assert whose in (tmp_path / "out/README.md").read_text()
     said = lines_of(proof, tmp_path / "out")
-    assert f"4 of 4 greedy answers are those of {whose}" in said
-    assert "proved: vLLM with the export does what the run's model does" in said
-    assert "the validation data have no more than these 4 prompts" in said
+    assert f"4 of 4 greedy responses equal those of {whose}" in said
+    assert "proved: vLLM with the export behaves like the run's model" in said
+    assert "the validation data have only these 4 prompts" in said
 
 
 def test_a_merged_model_is_base_and_adapter_rounded_once(validated, state, base, engine, tmp_path):
@@ -364,7 +364,7 @@ def test_a_small_update_is_said_to_be_lost_and_none_at_all_is_refused(base, engi
     assert proof["merge"]["kept"] < 0.5
     assert proof["merge"]["loss"] > 0.5
     monkeypatch.setattr(exporting, "write_merged", lambda *_: MergeReport(14, 0, 0.0, -99.0, -math.inf, 0.0, 1.0))
-    with pytest.raises(EvidenceError, match="its base, bit for bit"):
+    with pytest.raises(EvidenceError, match="equals its base bit for bit"):
         export(tmp_path / "small", tmp_path / "none", merge=True)
     zero = state_of(trained(base, std=0.0))
     with pytest.raises(EvidenceError, match="every B is zero"):
@@ -383,11 +383,11 @@ def test_another_adapter_and_other_answers_are_found_out(validated, base, engine
     lines = (validated / "validation/3.jsonl").read_text().splitlines()
     broken = json.loads(lines[1]) | {"output": "entirely other words"}
     (validated / "validation/3.jsonl").write_text("\n".join([lines[0], json.dumps(broken), *lines[2:]]) + "\n")
-    with pytest.raises(EvidenceError, match=r"1 of 4 answers are not those .* for 'entirely other words'"):
+    with pytest.raises(EvidenceError, match=r"1 of 4 responses are not those .* instead of 'entirely other words'"):
         export(validated, tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
     (validated / "validation/3.jsonl").write_text(json.dumps(broken | {"input": "unheard of"}) + "\n")
-    with pytest.raises(DataError, match="not the one that the run was validated on"):
+    with pytest.raises(DataError, match="restore the file that the run was validated on"):
         export(validated, tmp_path / "out")
 
 

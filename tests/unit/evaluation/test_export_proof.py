@@ -105,7 +105,7 @@ def test_log_probabilities_of_sequences_together_are_those_of_each_alone(base, m
 
 def test_an_answer_that_vllm_did_not_score_fails():
     for shown, base in (([[-2.0, -6.0], []], None), ([[-2.0, -6.0], [-3.0]], [[-3.0, -4.0], []])):
-        with pytest.raises(EvidenceError, match="no probability for the answer to prompt 1"):
+        with pytest.raises(EvidenceError, match="no log-probability for the response to prompt 1"):
             effect_of(shown, base)
 
 
@@ -127,14 +127,16 @@ def test_a_good_trial_passes_and_is_proved():
 
 @pytest.mark.parametrize("gap", [None, math.nan, math.inf, 0.26, 1.99])
 def test_an_answer_that_parts_far_from_a_tie_fails(gap):
-    with pytest.raises(EvidenceError, match="1 of 32 answers are not those of the run: 'other' for 'expected'"):
+    with pytest.raises(
+        EvidenceError, match="1 of 32 responses are not those of the run: 'other' instead of 'expected'"
+    ):
         judge(replace(TRIAL, equal=31, differing=[parted(gap)]), 1.0)
 
 
 def test_a_merged_model_may_part_anywhere_but_not_at_a_number_that_is_none():
     far = replace(TRIAL, merged=True, equal=30, differing=[parted(1.9, None), parted(None, None)])
     assert judge(far, 1.0).undecided == ""
-    with pytest.raises(EvidenceError, match="1 of 32 answers are not those"):
+    with pytest.raises(EvidenceError, match="1 of 32 responses are not those"):
         judge(replace(far, differing=[parted(math.nan, None)]), 1.0)
 
 
@@ -170,7 +172,7 @@ def test_where_the_base_answers_alike_nothing_is_proved(effect, tmp_path):
     judged = judge(found, 1.0)
     assert judged.undecided
     said = "\n".join(lines_of(proof_of(judged), tmp_path))
-    assert "this proof cannot tell the export from the base: " in said
+    assert "this proof cannot distinguish the export from the base: " in said
     assert "proved" not in said
 
 
@@ -184,8 +186,11 @@ def proof_of(judged: Trial) -> dict:
 
 def test_share_and_bound_are_told(tmp_path):
     said = "\n".join(lines_of(proof_of(judge(TRIAL, 1.0)), tmp_path))
-    assert "32 of 32 greedy answers are those of the run" in said
-    assert "the bare base gives 12 of them; of 20 short ones that the base does not give, the export gives 20, " in said
+    assert "32 of 32 greedy responses equal those of the run" in said
+    assert (
+        "the bare base gives 12 of them; of 20 short responses that the base does not give, the export gives 20, "
+        in said
+    )
     assert f"at least {TRIAL.required} needed" in said
     assert f"{GOOD.error:.2f} of it is missing or wrong (at most {ERROR:.2f} allowed; the bare base has 1)" in said
     assert "proved: " in said
@@ -197,7 +202,9 @@ def test_a_record_of_an_earlier_version_is_told_and_not_called_proved(tmp_path):
     proof = proof_of(TRIAL) | {"answers": answers | {"differing": [differing]}}
     del proof["proved"], proof["adapter"]["read_back"]
     said = "\n".join(lines_of(proof, tmp_path))
-    assert "31 of 32 greedy answers are those of the run's recorded validation, the others part within 0.1" in said
+    assert (
+        "31 of 32 greedy responses equal those of the run's recorded validation, the others differ within 0.1" in said
+    )
     assert "proved" not in said
 
 
@@ -263,7 +270,7 @@ def test_a_wrong_export_fails_though_no_answer_is_on_record(asked, engine, tmp_p
 def test_log_probabilities_alone_find_it(asked, engine, tmp_path, what, monkeypatch):
     monkeypatch.setattr(trial, "_differing", lambda *_: [])
     monkeypatch.setattr(trial, "TELLING", 99)
-    with pytest.raises(EvidenceError, match="does not do to log-probabilities what the adapter does"):
+    with pytest.raises(EvidenceError, match="does not have the adapter's effect on log-probabilities"):
         tried(asked, WRONG[what](asked[2]), tmp_path / "out", engine)
 
 
@@ -274,7 +281,7 @@ def test_a_folder_that_does_not_hold_the_adapter_fails_before_it_is_asked(run, w
 
     monkeypatch.setattr(exporting, "write_peft_folder", wrongly)
     monkeypatch.setattr(exporting, "try_out", None)
-    with pytest.raises(EvidenceError, match="as PEFT reads it, the exported adapter is not the one"):
+    with pytest.raises(EvidenceError, match="the exported adapter, as PEFT reads it, is not the one"):
         export(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -294,7 +301,7 @@ def test_a_merged_model_is_read_back_bit_for_bit(base, state, run, tmp_path, mon
 
     monkeypatch.setattr(exporting, "write_merged", damaging)
     monkeypatch.setattr(exporting, "try_out", None)
-    with pytest.raises(EvidenceError, match=rf"{name} as it is written in the merged folder is not, bit for bit, "):
+    with pytest.raises(EvidenceError, match=rf"{name} in the merged folder is not, bit for bit, "):
         export(run, tmp_path / "out", merge=True)
 
 
@@ -309,7 +316,7 @@ def test_a_merged_model_of_another_adapter_or_config_is_found(base, state, tmp_p
         check_merged(folder, base, True, replace(adapter, alpha=adapter.alpha * 1.1))
     config = folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 0.1}))
-    with pytest.raises(EvidenceError, match=r"config\.json as it is written"):
+    with pytest.raises(EvidenceError, match=r"config\.json in the merged folder is not that of the base"):
         check_merged(folder, base, True, adapter)
 
 
@@ -345,12 +352,12 @@ def test_a_proof_that_cannot_decide_ends_well_and_says_so(base, tmp_path, monkey
     run = write_run(tmp_path / "small", base, state, problems=4)
     result = CliRunner().invoke(app, ["export", str(run), str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
-    assert "this proof cannot tell the export from the base" in result.stdout
+    assert "this proof cannot distinguish the export from the base" in result.stdout
     assert "proved" not in result.stdout
     proof = json.loads((tmp_path / "out" / RECORD).read_text())
     assert not proof["proved"]
     assert proof["adapter"]["read_back"] == proof["adapter"]["recorded"]
-    assert "**not told from the base**" in (tmp_path / "out/README.md").read_text()
+    assert "**not distinguished from the base**" in (tmp_path / "out/README.md").read_text()
 
 
 def test_only_errors_of_writing_are_called_that(run, tmp_path, monkeypatch):
@@ -379,4 +386,4 @@ def test_a_trainer_s_model_without_room_leaves_the_recorded_answers(asked, engin
         try_out(source, questions, adapter, folder, False, tokenizer)
     found = try_out(source, replace(questions, answers=answers), adapter, folder, False, tokenizer)
     assert (found.prompts, found.recorded, found.equal, found.effect) == (3, 3, 3, None)
-    assert "has no room on one device" in judge(found, 1.0).undecided
+    assert "does not fit on one device" in judge(found, 1.0).undecided

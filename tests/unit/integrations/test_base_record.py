@@ -106,7 +106,7 @@ def test_a_trained_or_foreign_parameter_of_the_actor_is_named(folders):
         check_base(record_of(folder, [actor_of(model, folder)], [rollout_of(folder)]), None)
     model.model.norm.weight.requires_grad_(False)
     model.model.norm.extra = nn.Parameter(torch.ones(3), requires_grad=False)
-    with pytest.raises(EvidenceError, match=r"model\.norm\.extra is held by no tensor"):
+    with pytest.raises(EvidenceError, match=r"model\.norm\.extra has no tensor in the folder"):
         check_base(record_of(folder, [actor_of(model, folder)], [rollout_of(folder)]), None)
 
 

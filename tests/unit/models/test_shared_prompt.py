@@ -365,7 +365,7 @@ def test_a_model_that_mixes_padding_in_is_refused():
     model = make("llama")
     layer = model.model.layers[1]
     layer.self_attn = Wrapped(layer.self_attn, lambda x: x + 0.5 * x.roll(1, 1))  # the last token goes first
-    with pytest.raises(ModelError, match="padded rows other logits than the same rows alone"):
+    with pytest.raises(ModelError, match="other logits for padded rows than for single rows"):
         decide(model)
 
 
@@ -404,7 +404,7 @@ def test_a_layout_and_a_mask_of_others_do_not_meet():
     states = torch.randn(1, 2, 3, 8)
     lay_out(layout)
     try:
-        with pytest.raises(RuntimeError, match="a mask that transformers' mask functions have not made"):
+        with pytest.raises(RuntimeError, match="a mask that does not come from transformers' mask functions"):
             attention(nn.Module(), states, states, states, torch.ones(1, 1, 3, 3))
     finally:
         lay_out(None)

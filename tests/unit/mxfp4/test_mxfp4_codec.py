@@ -214,7 +214,7 @@ def test_errors_name_the_fix() -> None:
     with pytest.raises(ModelError, match="float64"):
         quantize(torch.zeros(2, 32, dtype=torch.float64))
     packed, scale = quantize(torch.zeros(2, 64))
-    with pytest.raises(ModelError, match="do not belong together"):
+    with pytest.raises(ModelError, match="do not match"):
         dequantize(packed, scale[:, :1])
     with pytest.raises(ModelError, match="uint8"):
         dequantize(packed.int(), scale)

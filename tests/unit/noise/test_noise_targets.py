@@ -128,12 +128,12 @@ def test_ramps_hit_both_ends_and_never_turn(kind, first, ratio, count):
     ("changes", "says"),
     [
         ({"kind": "some"}, "uniform, targeted"),
-        ({"kind": "uniform", "first": 2.0}, "no effect with kind 'uniform': it belongs to variable and inverse"),
+        ({"kind": "uniform", "first": 2.0}, "no effect with kind 'uniform': it is a key of variable and inverse"),
         ({"kind": "targeted"}, "needs modules"),
         ({"kind": "zones"}, "needs zones"),
         ({"kind": "zones", "zones": (Zone(),)}, "needs zones"),
-        ({"kind": "inverse", "first": 1.0, "last": 2.0}, "falls"),
-        ({"kind": "inverse", "last": 0.0}, "falls"),
+        ({"kind": "inverse", "first": 1.0, "last": 2.0}, "must fall"),
+        ({"kind": "inverse", "last": 0.0}, "must fall"),
         ({"kind": "variable", "first": -1.0}, "0 or more"),
         ({"kind": "zones", "zones": (Zone(("0",), -1),)}, r"zones\[0\]\.before"),
         ({"kind": "zones", "zones": (Zone(("0",)),), "boundary": 12.0}, "share of the steps"),
@@ -265,7 +265,7 @@ class NeedsMemory(OtherNames):
 def test_a_layer_that_cannot_be_run_is_not_guessed_at():
     model = nn.ModuleList([NeedsMemory()])
     injector = NoiseInjector(model)
-    with pytest.raises(ModelError, match="cannot see which norm feeds its router"):
+    with pytest.raises(ModelError, match="cannot find the norm that feeds its router"):
         injector.apply(ORDER)
     assert len(noisy(injector, replace(ORDER, router_norms=True, exclude=("*.c",)))) == 3
 
@@ -414,7 +414,7 @@ def test_linear_noise_that_stays_on_is_caught():
 
 
 def test_a_kernel_that_keeps_weights_in_its_own_order_is_refused():
-    with pytest.raises(ModelError, match="order of its own"):
+    with pytest.raises(ModelError, match="stores weights in its own order"):
         NoiseInjector(Engine(kernel="marlin")).apply(LINEAR)
 
 

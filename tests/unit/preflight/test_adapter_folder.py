@@ -141,8 +141,8 @@ def test_plain_digests_are_those_of_earlier_versions():
 # ---- refused ----
 
 REFUSED = {
-    "dora": ({"use_dora": True}, "use_dora=true is more than plain LoRA"),
-    "bias": ({"bias": "lora_only"}, 'bias="lora_only" is more than plain LoRA'),
+    "dora": ({"use_dora": True}, "use_dora=true is not plain LoRA"),
+    "bias": ({"bias": "lora_only"}, 'bias="lora_only" is not plain LoRA'),
     "lora bias": ({"lora_bias": True}, "lora_bias=true"),
     "saved modules": ({"modules_to_save": ["norm"]}, "modules_to_save="),
     "tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices="),
@@ -150,10 +150,10 @@ REFUSED = {
     "head": ({"target_modules": ["lm_head", "q_proj"]}, r"changes lm_head \(Linear\)"),
     "parameters": ({"target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj.weight"]}, "target_parameters="),
     "activated": ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens="),
-    "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' belongs to a base that"),
-    "olora": ({"init_lora_weights": "olora"}, "init_lora_weights='olora' belongs to a base that"),
+    "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base weights"),
+    "olora": ({"init_lora_weights": "olora"}, "init_lora_weights='olora' changes the base weights"),
     "wide": ({"r": 513, "target_modules": ["q_proj"], "layers_to_transform": [0]}, "has rank 513: vLLM serves"),
-    "classifier": ({"task_type": "FEATURE_EXTRACTION"}, "task_type=FEATURE_EXTRACTION, not CAUSAL_LM"),
+    "classifier": ({"task_type": "FEATURE_EXTRACTION"}, "task_type=FEATURE_EXTRACTION: give an adapter for"),
 }  # fmt: skip
 OTHERS = {
     "IA3": IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[]),
@@ -183,7 +183,7 @@ def test_what_is_more_than_plain_lora_is_refused_by_name(base, tmp_path, kind):
 def test_other_kinds_of_adapters_are_refused(base, tmp_path, kind):
     model = AutoModelForCausalLM.from_pretrained(base.parent / "source", dtype=torch.bfloat16)
     get_peft_model(model, OTHERS[kind]).save_pretrained(tmp_path)
-    refuse(f"is a {kind} adapter, and the rollout serves LoRA only: merge it", tmp_path, base)
+    refuse(f"is a {kind} adapter, but the rollout serves only LoRA: merge it", tmp_path, base)
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +212,7 @@ def edit(folder: Path, **changes) -> None:
         ({"r": 4.5}, DataError, r"r=4\.5 in adapter_config.json is not a whole number above 0"),
         ({"r": 8}, ModelError, "does not fit .* PEFT says: .*size mismatch"),
         ({"rank_pattern": {"q_proj": 3}}, ModelError, "does not fit .* PEFT says: .*size mismatch"),
-        ({"target_modules": ["q_proj"]}, ModelError, "the model has no place for .* and 22 more"),
+        ({"target_modules": ["q_proj"]}, ModelError, "the model has no module for .* and 22 more"),
         ({"target_modules": ["query"]}, ModelError, "PEFT says: Target modules .*query.* not found"),
         ({"use_qalora": True}, ModelError, "use_qalora=true"),
         ({"use_bdlora": {"nblocks": 2}}, ModelError, "use_bdlora="),
@@ -245,14 +245,14 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
     ("what", "error", "match"),
     [
         (lambda t: t.pop(NAME + "B.weight"), ModelError, "lacks .*layers.0.self_attn.q_proj.lora_B"),
-        (lambda t: t.update({NAME + "magnitude_vector": torch.ones(64)}), ModelError, "no place for .*magnitude"),
-        (lambda t: t[NAME + "A.weight"].fill_(torch.nan), DataError, "q_proj.lora_A.weight holds NaN or infinity"),
+        (lambda t: t.update({NAME + "magnitude_vector": torch.ones(64)}), ModelError, "no module for .*magnitude"),
+        (lambda t: t[NAME + "A.weight"].fill_(torch.nan), DataError, "q_proj.lora_A.weight contains NaN or infinity"),
         (lambda t: t.update({NAME + "A.weight": torch.ones(4, 64).to(torch.float8_e4m3fn)}), ModelError, "is F8_E4M3"),
         (lambda t: [t[NAME + k + ".weight"].zero_() for k in "AB"], ModelError, "A and B of .*q_proj are zero"),
         (
             lambda t: [t.update({n.replace("model.model.", "model.language_model.model."): t.pop(n)}) for n in list(t)],
             ModelError,
-            "no place for base_model.language_model.model",
+            "no module for base_model.language_model.model",
         ),
     ],
 )
@@ -271,14 +271,14 @@ def test_an_adapter_of_another_model_is_refused(base, folder, tmp_path):
 
 
 def test_a_folder_that_is_none_or_damaged_is_refused_and_nothing_is_unpickled(base, folder, tmp_path):
-    refuse("no adapter folder", tmp_path / "nowhere", base, DataError)
+    refuse("adapter folder .* does not exist", tmp_path / "nowhere", base, DataError)
     (tmp_path / "empty").mkdir()
     refuse("cannot read adapter_config.json", tmp_path / "empty", base, DataError)
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:3000])
     refuse("is damaged", folder, base, DataError)
     weights.rename(folder / "adapter_model.bin")
-    refuse("nothing else is opened: convert it", folder, base, DataError)
+    refuse("no other format is read: convert it", folder, base, DataError)
     (folder / "adapter_model.bin").unlink()
     refuse("verl-aqn export", folder, base, DataError)
 
@@ -294,7 +294,7 @@ def test_beside_experts_only_attention_may_be_changed(tmp_path, monkeypatch):
         config = recipe(tmp_path / "moe", tmp_path / name)
         if name == "gate":
             with pytest.raises(
-                ConfigError, match="changes shared_expert_gate: of a MoE model only attention has adapters"
+                ConfigError, match="changes shared_expert_gate: in a MoE model only attention can have adapters"
             ):
                 prepare_model(config)
         else:
@@ -349,7 +349,7 @@ def test_one_rank_said_twice_is_one_rank():
 @pytest.mark.parametrize(
     ("targets", "match"),
     [
-        ("[q_proj,lm_head]", r"target_modules changes lm_head \(Linear\): .* below the head only: leave it out"),
+        ("[q_proj,lm_head]", r"target_modules changes lm_head \(Linear\): .* below the head: leave it out"),
         ("[q_proj,embed_tokens]", r"target_modules changes model\.embed_tokens \(Embedding\)"),
         ("[query]", r"target_modules=\['query'\] does not fit .*: Target modules"),
         ("[q_proj,down_proj]", None),

@@ -77,8 +77,8 @@ def test_packed_experts_are_served_in_bf16_on_a_cpu(root, name, profile, form):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("aqn.mxfp4.rollout_weight_format=packed", "on a CPU vLLM has no kernel for packed experts"),
-        ("aqn.mxfp4.activation=mxfp4", "on a CPU vLLM has no kernel for packed experts"),
+        ("aqn.mxfp4.rollout_weight_format=packed", "vLLM has no kernel for packed experts on a CPU"),
+        ("aqn.mxfp4.activation=mxfp4", "vLLM has no kernel for packed experts on a CPU"),
         ("aqn.noise.targets=[norm,linear]", "aqn.noise.targets has `linear`"),
     ],
 )
@@ -110,7 +110,10 @@ def test_an_adapter_elsewhere_is_refused(root, targets):
     config = recipe(root / "qwen2")
     with open_dict(config):
         config.actor_rollout_ref.model.target_modules = OmegaConf.create(targets) if "[" in targets else targets
-    with pytest.raises(ConfigError, match=r"only attention has adapters, name some of k_proj, o_proj, q_proj, v_proj"):
+    with pytest.raises(
+        ConfigError,
+        match=r"only attention can have adapters: set target_modules to some of k_proj, o_proj, q_proj, v_proj",
+    ):
         keep_adapter_off_experts(config)
     with pytest.raises(ConfigError, match="target_parameters is set"):
         keep_adapter_off_experts(recipe(root / "qwen2", "+actor_rollout_ref.model.target_parameters=[experts]"))

@@ -206,10 +206,12 @@ def test_a_sigma_that_leaves_nothing_names_the_largest_that_does():
     fake = SimpleNamespace(measure=row, order=SimpleNamespace(unit="rms"), samples=4, prompts=[0] * 8)
     rows = [row(sigma) for sigma in (0, 0.01, 0.05, 0.1)]
     check_strength(fake, rows, 0.01)
-    with pytest.raises(StrengthError, match=r"0\.05 \(rms\) leaves nothing.* the largest σ that does is about 0\.018"):
+    with pytest.raises(
+        StrengthError, match=r"0\.05 \(rms\) leaves nothing.* the largest σ with reward variance is about 0\.018"
+    ):
         check_strength(fake, rows, 0.05)
     nothing = SimpleNamespace(**{**vars(fake), "measure": lambda sigma: row(sigma, 0)})
-    with pytest.raises(StrengthError, match="nor does σ"):
+    with pytest.raises(StrengthError, match="has none either"):
         check_strength(nothing, [row(0), row(0.05, 0)], 0.05)
     check_strength(fake, [row(0, -1), row(0.05)], 0.05)  # the clean policy teaches nothing either
 
@@ -281,7 +283,7 @@ def test_a_run_whose_sigma_leaves_nothing_ends_before_anything_is_started(too_st
     monkeypatch.setattr(train, "open_run", lambda *args, **kwargs: runs.append(open_run(*args, **kwargs)) or runs[-1])
     for _ in range(2):  # the second time the dead run is resumed, and refused as well
         with pytest.raises(
-            StrengthError, match=r"sigma_start=400 \(rms\) leaves nothing.* σ that does is about"
+            StrengthError, match=r"sigma_start=400 \(rms\) leaves nothing.* σ with reward variance is about"
         ) as error:
             train.train("e12_aggressive_1ep", [*too_strong, f"aqn.run.dir={tmp_path}"])
         runs[-1].close()  # a process runs one run, and holds its lock to its end
@@ -321,7 +323,7 @@ def test_a_few_flat_groups_are_no_reason_to_stop(todo, monkeypatch):
     assert start({8: 1}, {8: 1})[1].variance[0] == 1 / 8
     assert start({8: 8, 32: 32}, {8: 0, 32: 1})[1].variance[0] == 1 / 32
     assert start({8: 2, 32: CLEAR_GROUPS - 1}, {8: 0, 32: 0})[1].variance[0] == 0
-    with pytest.raises(StrengthError, match=r"no group of 8 answers to 32 prompts has reward variance"):
+    with pytest.raises(StrengthError, match=r"no group of 8 responses to 32 prompts has reward variance"):
         start({8: 2, 32: CLEAR_GROUPS}, {8: 0, 32: 0})
 
 

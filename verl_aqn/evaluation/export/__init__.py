@@ -1,1 +1,1 @@
-"""A run's checkpoint as others load it; read `verl_aqn.evaluation.export.exporting.export` first."""
+"""Export of a run's checkpoint for PEFT, vLLM and transformers; read `verl_aqn.evaluation.export.exporting.export` first."""

@@ -1,12 +1,15 @@
-"""Where two greedy answers part, and how near a tie that token was."""
+"""The first difference between two greedy responses, and its distance from a tie."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 
 class Difference(NamedTuple):
-    """`token`: number of the first token that differs. `gap`: its log-probability less that of the token which the
-    other answer has there, in nats; None where that is not among the likeliest."""
+    """The first difference between two responses.
+
+    `token`: the index of the first token that differs. `gap`: its log-probability minus that of the other response's
+    token there, in nats; None if the other token is not among the most likely ones.
+    """
 
     token: int
     gap: float | None
@@ -18,18 +21,18 @@ def first_difference(
     other: str,
     decode: Callable[[Sequence[int]], str],
 ) -> Difference:
-    """Where the answer ``tokens`` leaves the text ``other``.
+    """Find the first difference between the response ``tokens`` and the text ``other``.
 
-    ``tops``: {token: log-probability} of the likeliest tokens at each place of ``tokens``. ``decode`` leaves special
-    tokens out. Of ``other`` only the text is known: the token that it has at the place is taken to be the likeliest one
-    that goes on as it does, and a special one where it ends.
+    ``tops``: {token: log-probability} of the most likely tokens at each position of ``tokens``. ``decode`` must skip
+    special tokens. Only the text of ``other`` is known. Its token at the difference is taken to be the most likely
+    token that continues the text, or a special token if the text ends.
     """
-    # Not the shortest: half a character decodes to a mark that no text begins with.
+    # Search from the longest prefix: half a character decodes to a replacement character, which matches no text.
     same = next(n for n in range(len(tokens), -1, -1) if other.startswith(decode(tokens[:n])))
     begun = decode(tokens[:same])
     rest = other[len(begun) :]
     while same and rest and same == len(tokens) and decode(tokens[: same - 1]) == begun:
-        same -= 1  # it ended where the other goes on: the end is what differs
+        same -= 1  # this response ended where the other continues: the EOS token differs
     if same == len(tokens):
         return Difference(same, None)
 

@@ -1,14 +1,15 @@
-"""How much of what the adapter does an export shows, measured on log-probabilities of tokens of answers.
+"""The effect of the adapter on log-probabilities of response tokens, compared between the trainer and an export.
 
-Four models say how probable the same tokens are: the trainer's model with the adapter (a) and without (b), and vLLM on
-the export (c) and on the bare base (d). The adapter's effect is e = a − b and what the export shows is s = c − d, each
-over all tokens. The error is ‖s − e‖ / ‖e‖: 0 for an export that does all that the adapter does and nothing else, and 1
-for the bare base, which shows nothing. The floor is ‖d − b‖ / ‖e‖: how far apart two implementations are on equal
+Four models compute log-probabilities of the same tokens: the trainer's model with the adapter (a) and without it (b),
+and vLLM on the export (c) and on the bare base (d). The effect of the adapter is e = a − b, and that of the export is
+s = c − d, both over all tokens. The error is ‖s − e‖ / ‖e‖. It is 0 for an export with exactly the effect of the
+adapter, and 1 for the bare base. The floor is ‖d − b‖ / ‖e‖: the difference between the two implementations with equal
 weights.
 
-Measured with vLLM on a CPU: a tiny random model with a random adapter (two layers, 32 answers of 6 tokens by the
-trainer's model), with B of standard deviation 0.05 and 0.01. Equal: of the answers that the base does not give. Gap:
-the farthest from a tie at which an answer parts, in nats (–: not among the likeliest tokens).
+Measurements with vLLM on a CPU, for a tiny random model with a random adapter (two layers, 32 responses of 6 tokens
+from the trainer's model), with standard deviations of B of 0.05 and 0.01. "equal" counts equal responses among those
+that the base does not give. "gap" is the largest distance from a tie, in nats, at which a response first differs (–:
+the token is not among the most likely ones).
 
 ====================== ===== ======= ===== ===== ======= =====
 export                 error equal   gap   error equal   gap
@@ -25,13 +26,13 @@ attention only         0.30  0 / 32  –     0.42  8 / 26  0.75
 bare base              1     0 / 32  –     1     0 / 26  0.94
 ====================== ===== ======= ===== ===== ======= =====
 
-The effect was 2.5 and 0.42 nats a token, the floor 0.013 and 0.092; the error of a right export was 1.4 times the floor
-both times, as of two independent errors of that size. So at most `ERROR`, or twice the floor where that is more, is
-allowed, and where the floor is above `FLOOR` the error decides nothing.
+The effect was 2.5 and 0.42 nats per token, and the floor 0.013 and 0.092. In both cases the error of a right export was
+1.4 times the floor, as expected for two independent errors of this size. The allowed error is therefore `ERROR`, or
+twice the floor if that is larger. If the floor is above `FLOOR`, the error decides nothing.
 
-So it is with SmolLM2-135M after two steps of the embedded task (12 answers of the run): the effect was 0.042 nats a
-token and the floor 0.50. Errors were 0.49 (right), 0.51 to 0.60 (a layer missing, α × 1.25, half, adapter of step 1)
-and 1 (base). `shown` was 0.92 (right), 0.84, 1.14, 0.70, 0.71 and 0 there: it is on record but not judged.
+This is the case for SmolLM2-135M after two steps of the embedded task (12 responses of the run): the effect was 0.042
+nats per token and the floor 0.50. The errors were 0.49 (right), 0.51 to 0.60 (a layer missing, α × 1.25, half, adapter
+of step 1) and 1 (base). `shown` was 0.92 (right), 0.84, 1.14, 0.70, 0.71 and 0: it is recorded but not judged.
 """
 
 import math
@@ -47,9 +48,12 @@ FLOOR = 0.15
 
 @dataclass(frozen=True)
 class Effect:
-    """`size`: mean |e| in nats a token, over `tokens` tokens. `apart`: mean |d − b|. `shown`: ⟨s, e⟩ / ‖e‖², the share
-    of the effect that the export shows. `error`, `floor`: see the module; None where the adapter has no effect on these
-    tokens."""
+    """The measured effect of an adapter.
+
+    `size`: mean |e| in nats per token, over `tokens` tokens. `apart`: mean |d − b|. `shown`: ⟨s, e⟩ / ‖e‖², the share
+    of the effect that the export has. `error`, `floor`: see the docstring of the module; None if the adapter has no
+    effect on these tokens.
+    """
 
     tokens: int
     size: float
@@ -60,31 +64,31 @@ class Effect:
 
     @property
     def allowed(self) -> float | None:
-        """The bound of `error`; None where the floor hides the effect, so that nothing can be told from the error."""
+        """The largest allowed `error`; None if the floor hides the effect, so that the error says nothing."""
         if self.floor is None or not self.floor <= FLOOR:
             return None
         return max(ERROR, 2 * self.floor)
 
 
 def measure(reference: Reference, shown: Logprobs, base: Logprobs) -> Effect:
-    """The effect by the log-probabilities of vLLM on the export and on the base.
+    """Compute the effect from log-probabilities of vLLM on the export and on the base.
 
-    Of each answer the tokens count that all have: an engine's context may end before an answer does.
+    Only tokens that all four models have scored are used, because an engine's context may end before a response.
 
     Raises:
-        EvidenceError: vLLM scored no token of an answer, or a log-probability is no finite number.
+        EvidenceError: vLLM scored no token of a response, or a log-probability is not a finite number.
     """
     effects, differences, floors = [], [], []
     for number, (a, b) in enumerate(zip(reference.exported, reference.base, strict=True)):
         c, d = shown[number], base[number]
         if a and not (c and d):
-            raise EvidenceError(f"vLLM gave no probability for the answer to prompt {number}")
+            raise EvidenceError(f"vLLM returned no log-probability for the response to prompt {number}")
         for of_trainer, without, of_export, of_base in zip(a, b, c, d, strict=False):
             four = of_trainer, without, of_export, of_base
             if not all(value is not None and math.isfinite(value) for value in four):
                 raise EvidenceError(
-                    f"a log-probability of the answer to prompt {number} is no number: trainer {of_trainer}, its base "
-                    f"{without}, export {of_export}, base {of_base}"
+                    f"a log-probability of the response to prompt {number} is not a finite number: trainer "
+                    f"{of_trainer}, its base {without}, export {of_export}, base {of_base}"
                 )
             effects.append(of_trainer - without)
             differences.append(of_export - of_base)

@@ -1,4 +1,4 @@
-"""Ask vLLM for answers and log-probabilities, in a process that is started here and is gone when this returns."""
+"""Requests to vLLM for responses and log-probabilities, in a process that ends before the call returns."""
 
 import json
 import os
@@ -29,15 +29,15 @@ def ask_vllm(
     *,
     of_run: bool,
 ) -> list[dict[str, Any]]:
-    """What an engine with the settings of the run ``config`` says on ``model`` with each of ``adapters``.
+    """Run an engine with the settings of the run ``config`` on ``model`` with each of ``adapters``.
 
-    See `verl_aqn.integrations.vllm.greedy_answers` for the arguments and the result (its `said`). ``of_run``: ``model`` is the base in
-    the form that the run's rollout had, and not a merged model.
+    See `verl_aqn.integrations.vllm.greedy_answers` for the arguments and the result (its `said`). ``of_run``: whether ``model`` is the
+    base in the rollout weight format of the run, and not a merged model.
 
     Raises:
-        EnvironmentFault: the engine did not start or did not answer; the message ends with its last word.
+        EnvironmentFault: the engine did not start or did not respond; the message ends with the last line of its log.
     """
-    # A short path: sockets lie below it, and theirs end at 107 characters.
+    # A short path, because sockets are created below it and their paths are limited to 107 characters.
     with tempfile.TemporaryDirectory(prefix="aqn-", dir="/tmp") as temporary:
         request, result, log = (Path(temporary) / name for name in ("request.json", "result.json", "engine.log"))
         question = {
@@ -57,24 +57,24 @@ def ask_vllm(
         try:
             process.wait(TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            raise EnvironmentFault(f"vLLM did not answer {len(prompts)} prompts in {TIMEOUT_S} s") from None
+            raise EnvironmentFault(f"vLLM did not respond to {len(prompts)} prompts in {TIMEOUT_S} s") from None
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # its group is its own, with the ranks of an engine
+                os.killpg(process.pid, signal.SIGKILL)  # the process has its own group, with all ranks of the engine
                 process.wait()
         if process.returncode or not result.is_file():
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             raise EnvironmentFault(
-                f"vLLM ended with code {process.returncode} on {model}: {lines[-1][:400] if lines else 'no word'}"
+                f"vLLM exited with code {process.returncode} on {model}: {lines[-1][:400] if lines else 'no output'}"
             )
         return json.loads(result.read_text())["said"]
 
 
 def engine_options(config: DictConfig, *, merged: bool) -> dict[str, Any]:
-    """Arguments of `vllm.LLM`: those of the run's rollout, so that what it answers can be what that answered.
+    """Return the arguments of `vllm.LLM`: those of the run's rollout, so that its responses can be reproduced.
 
-    They include this project's worker extension, under which norms are kept in fp32; with bf16 norms 6 of 192 answers
-    of SmolLM2-135M become others. A merged model has no packed layer: what the run says of those is left out.
+    They include this project's worker extension, with which norms are kept in fp32; with bf16 norms 6 of 192 responses
+    of SmolLM2-135M change. A merged model has no packed layer, so the options for packed layers are left out.
     """
     rollout = config.actor_rollout_ref.rollout
     special: Any = OmegaConf.to_container(rollout.engine_kwargs.get("vllm") or OmegaConf.create({}), resolve=True)
@@ -97,7 +97,7 @@ def engine_options(config: DictConfig, *, merged: bool) -> dict[str, Any]:
 
 
 def environment(config: DictConfig, temporary: str) -> dict[str, str]:
-    """Of the engine's process: everything in one process where one device does."""
+    """Return the environment of the engine's process, which runs the engine core in the same process."""
     env = engine_environment(temporary, cpu=config.aqn.profile == "cpu", ranks=1)
     env.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING")
     return env

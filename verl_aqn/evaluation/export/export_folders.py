@@ -1,4 +1,4 @@
-"""What goes into an exported folder beside a merged model's weights: a PEFT adapter, a model card."""
+"""Writing of the PEFT adapter and of the model card of an exported folder."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from verl_aqn.config.serving import served_rank
 def write_peft_folder(folder: Path, adapter: Adapter, base: Path) -> None:
     """Fill ``folder`` with the adapter's weights (bf16), its PEFT config, and the tokenizer of ``base``.
 
-    ``adapter`` has no patterns (`Adapter.uniform`): vLLM would not read them.
+    ``adapter`` must have no patterns (`Adapter.uniform`), because vLLM does not read them.
     """
     from peft import LoraConfig
 
@@ -33,21 +33,21 @@ def write_peft_folder(folder: Path, adapter: Adapter, base: Path) -> None:
         target_modules=target_modules(adapter, base),
     )
     config.save_pretrained(str(folder))
-    # PEFT keeps the names in a set, whose order changes from process to process.
+    # PEFT stores the names in a set, whose order differs between processes.
     file = folder / "adapter_config.json"
     written = json.loads(file.read_text())
     written["target_modules"] = sorted(written["target_modules"])
     file.write_text(json.dumps(written, indent=2) + "\n")
     tensors = {name: tensor.contiguous() for name, tensor in adapter.tensors()}
-    # Not save_file: a full disk is no OSError there, and it leaves the file to its owner alone.
+    # save_file is not used: it raises no OSError for a full disk, and only the owner can read its file.
     (folder / "adapter_model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
     for source in companions(base):
-        if source.name not in ("generation_config.json", FILE):  # about the base, not the adapter
+        if source.name not in ("generation_config.json", FILE):  # these describe the base, not the adapter
             shutil.copyfile(source, folder / source.name)
 
 
 def target_modules(adapter: Adapter, base: Path) -> list[str]:
-    """Last names of the adapter's modules where those mean them and no others of the base, else full names."""
+    """Return the last parts of the adapter's module names if these match no other module, else the full names."""
     naming = Naming.of_folder(base)
     ours = {naming.in_checkpoint(module) for module in adapter.matrices}
     leaves = sorted({module.rpartition(".")[2] for module in adapter.matrices})
@@ -61,7 +61,7 @@ def target_modules(adapter: Adapter, base: Path) -> list[str]:
 
 
 def write_card(folder: Path, proof: dict[str, Any]) -> None:
-    """README.md: what this is, what it belongs to, and how it was checked."""
+    """Write README.md: what the export is, which base it needs, and how it was checked."""
     merged, answers, base = proof["merged"], proof["answers"], proof["base"]
     plain = "DENSE" if base["digest"] else "BASE"
     base_digest = base["digest"] or "none on record (an unquantised base)"
@@ -74,25 +74,25 @@ def write_card(folder: Path, proof: dict[str, Any]) -> None:
             f"# {proof['run']}, step {proof['step']}, merged",
             "",
             "A bf16 model: base (dequantised where it is MXFP4) + scaling·B·A, in fp32 and rounded once.",
-            f"bf16 held {100 * rounding['kept']:.0f} % of what the adapter adds (error {rounding['loss']:.2f} of it): "
+            f"bf16 kept {100 * rounding['kept']:.0f} % of the adapter's update (error {rounding['loss']:.2f} of it): "
             "it has 8 significant bits, and",
-            "an update below 2^-9 of a weight is rounded away. The unmerged adapter has no such loss.",
+            "an update below 2^-9 of a weight is lost in rounding. The unmerged adapter has no such loss.",
         ]
         if proof["activation"] != "none":
-            text += ["The run rounded activations to MXFP4 too; this model does not."]
+            text += ["The run also rounded activations to MXFP4; this model does not."]
     else:
         text = [
             f"# {proof['run']}, step {proof['step']}, LoRA adapter",
             "",
-            "In bf16, as the rollout multiplied with it (the trainer's own copy is fp32). It belongs to the base below",
-            "and to no other rounding of the same model: it has learned to make up for that base's errors.",
+            "In bf16, as the rollout used it (the trainer's own copy is fp32). Use it only with the base below and not",
+            "with another rounding of the same model: it has learned to compensate for the errors of this base.",
             "",
             "```python",
-            "# vLLM, over the base as it is",
+            "# vLLM, with the base as it is",
             f"llm = vllm.LLM(BASE, enable_lora=True, max_lora_rank={served_rank(proof['rank'])})",
             'llm.generate(prompts, lora_request=LoRARequest("adapter", 1, FOLDER))',
             "",
-            "# plain PEFT, over the bf16 folder that equals the base",
+            "# plain PEFT, with the base dequantised to bf16",
             *(["verl_aqn.checkpoints.loading.dequantize_checkpoint(BASE, DENSE)"] if base["digest"] else []),
             f"base = AutoModelForCausalLM.from_pretrained({plain}, dtype=torch.bfloat16)",
             "model = PeftModel.from_pretrained(base, FOLDER, autocast_adapter_dtype=False)  # the default is fp32",
@@ -106,31 +106,31 @@ def write_card(folder: Path, proof: dict[str, Any]) -> None:
         f"- adapter digest: {proof['adapter']['digest']} (r={proof['rank']}, α={proof['alpha']:g}"
         f"{', rsLoRA: scaled by α/√r' if proof['rslora'] else ''})",
         *(f"- {line}" for line in lines_of_answers(answers)),
-        *([f"- **not told from the base**: {answers['undecided']}"] if answers["undecided"] else []),
+        *([f"- **not distinguished from the base**: {answers['undecided']}"] if answers["undecided"] else []),
         "",
-        "The whole record: `verl_aqn_export.json`. Made by verl-aqn.",
+        "The full record is in `verl_aqn_export.json`. Made by verl-aqn.",
     ]
     (folder / "README.md").write_text("\n".join([*head, *text]) + "\n")
 
 
 def lines_of_answers(answers: dict[str, Any]) -> list[str]:
-    """Answers and log-probabilities in words; records of earlier versions have fewer."""
+    """Return lines about responses and log-probabilities; records of earlier versions have fewer fields."""
     near = ""
     bounded = [entry for entry in answers["differing"] if entry["bound"] is not None]
     if farthest := max(bounded, key=lambda entry: entry["gap"], default=None):
-        near = f", the others part within {farthest['gap']:.3g} nats of a tie ({farthest['bound']:g} allowed)"
-    lines = [f"{answers['equal']} of {answers['prompts']} greedy answers are those of {answers['against']}{near}"]
+        near = f", the others differ within {farthest['gap']:.3g} nats of a tie ({farthest['bound']:g} allowed)"
+    lines = [f"{answers['equal']} of {answers['prompts']} greedy responses equal those of {answers['against']}{near}"]
     if "base_equal" not in answers:
         return lines
     needed = f", at least {answers['required']} needed" if answers["required"] is not None else ""
     lines.append(
-        f"the bare base gives {answers['base_equal']} of them; of {answers['telling']} short ones that the base does "
-        f"not give, the export gives {answers['telling_equal']}{needed}"
+        f"the bare base gives {answers['base_equal']} of them; of {answers['telling']} short responses that the base "
+        f"does not give, the export gives {answers['telling_equal']}{needed}"
     )
     if (effect := answers["effect"]) and effect["error"] is not None:
         bound = f"at most {effect['allowed']:.2f} allowed" if effect["allowed"] is not None else "too noisy to judge"
         lines.append(
             f"the adapter's effect on the log-probabilities of {effect['tokens']} tokens is {effect['size']:.2g} nats "
-            f"a token, and {effect['error']:.2f} of it is missing or wrong ({bound}; the bare base has 1)"
+            f"per token, and {effect['error']:.2f} of it is missing or wrong ({bound}; the bare base has 1)"
         )
     return lines

@@ -1,6 +1,6 @@
-"""A run's checkpoint as others load it: a PEFT adapter, or a merged bf16 model; proved before it gets its name.
+"""Export of a run's checkpoint as a PEFT adapter or a merged bf16 model, checked before the folder is published.
 
-Read `export` first: it is the whole way.
+Read `export` first: it contains all steps.
 """
 
 import json
@@ -29,26 +29,26 @@ def export(run: Path, dst: Path, *, merge: bool = False, say: Callable[[str], No
     """Write the adapter of ``run``, or with ``merge`` a bf16 model of base and adapter, to the new folder ``dst``.
 
     ``run`` is a run, a folder of runs, or a checkpoint (`verl_aqn.evaluation.export.source.find_source`). Returns the proof, which
-    is also in ``dst`` (`RECORD`). ``dst`` appears complete and with nothing found against it, or not at all.
+    is also written to ``dst`` (`RECORD`). ``dst`` appears complete and with all checks passed, or not at all.
 
-    The proof's fields: `run`, `run_path`, `step`; `merged`; `base` (path, digest); `adapter` (`digest` of the
-    checkpoint's, `recorded` by the run, `read_back` from the written folder as PEFT reads it, None for a merged model);
-    `nonzero_b` modules that add anything; `rank`, `alpha`, `rslora`; `activation`; `merge`
-    (`verl_aqn.checkpoints.merging.MergeReport`, `unchanged` modules, number of tensors `read_back` bit for bit; None for an
-    adapter); `answers` (`verl_aqn.evaluation.export.trial.Trial.to_dict`); `proved`: False where the trial cannot tell the export
-    from its base (`answers.undecided` says why). Records of earlier versions lack `proved`, `read_back`, `unchanged`,
-    and most fields of `answers`.
+    Fields of the proof: `run`, `run_path`, `step`; `merged`; `base` (path, digest); `adapter` (the digests: `digest` of
+    the checkpoint's adapter, `recorded` by the run, `read_back` from the written folder with PEFT, None for a merged
+    model); `nonzero_b`, the number of modules that the adapter changes; `rank`, `alpha`, `rslora`; `activation`;
+    `merge` (`verl_aqn.checkpoints.merging.MergeReport`, the `unchanged` modules, and the number of tensors `read_back` bit
+    for bit; None for an adapter); `answers` (`verl_aqn.evaluation.export.trial.Trial.to_dict`); `proved`, False if the trial
+    cannot distinguish the export from its base (`answers.undecided` says why). Records of earlier versions lack
+    `proved`, `read_back`, `unchanged`, and most fields of `answers`.
 
     Raises:
         DataError, ModelError: the run, its checkpoint, base or data cannot be used, or ``dst`` exists.
-        EvidenceError: what was exported is not what the run recorded, or does not answer as the run does.
+        EvidenceError: the export differs from the run's records, or its responses differ from those of the run.
     """
     source = find_source(run)
     say(f"step {source.step} of {source.run.path}")
     if source.config.actor_rollout_ref.model.lora_adapter_path and not (source.actor / "adapter_config.json").is_file():
         raise DataError(
-            f"{source.actor} has no adapter_config.json: its version did not record how the adapter that the run began "
-            "with is scaled: train again"
+            f"{source.actor} has no adapter_config.json: its version did not record the scaling of the adapter that "
+            "the run started from: train again"
         )
     adapter = read_adapter(source.actor)
     nonzero = check_adapter(source, adapter)
@@ -84,8 +84,8 @@ def export(run: Path, dst: Path, *, merge: bool = False, say: Callable[[str], No
             report = write_merged(folder, source.base, source.packed, adapter)
             if not report.changed:
                 raise EvidenceError(
-                    "merged to bf16 the model is its base, bit for bit: all that the adapter adds is below bf16's "
-                    "last bit; export without --merge"
+                    "merged to bf16, the model equals its base bit for bit, because the adapter's update is below the "
+                    "last bit of bf16: export without --merge"
                 )
             say("reading the merged model back")
             tensors = check_merged(folder, source.base, source.packed, adapter)
@@ -94,8 +94,8 @@ def export(run: Path, dst: Path, *, merge: bool = False, say: Callable[[str], No
             write_peft_folder(folder, uniform, source.base)
             proof["adapter"]["read_back"] = read_folder(folder, source.base).digest()
             if proof["adapter"]["read_back"] != source.sent:
-                raise EvidenceError(f"as PEFT reads it, the exported adapter is not the one of {source.run.path}")
-        say(f"asking the trainer's model and then vLLM {len(questions.prompts)} prompts")
+                raise EvidenceError(f"the exported adapter, as PEFT reads it, is not the one of {source.run.path}")
+        say(f"running {len(questions.prompts)} prompts in the trainer's model and then in vLLM")
         trial = try_out(source, questions, adapter, folder, merge, tokenizer)
         trial = judge(trial, parse_aqn(source.config).mismatch.stop)
         proof |= {"proved": not trial.undecided, "answers": trial.to_dict()}
@@ -105,16 +105,20 @@ def export(run: Path, dst: Path, *, merge: bool = False, say: Callable[[str], No
 
 
 def check_adapter(source: Source, adapter: Adapter) -> int:
-    """How many modules have a B that is not zero; EvidenceError where the adapter is not the run's, or adds nothing."""
+    """Check that the adapter is the one that the run recorded, and return the number of modules with a nonzero B.
+
+    Raises:
+        EvidenceError: the adapter is not that of the run, or every B is zero.
+    """
     digest = adapter.digest()
     if digest != source.sent:
         raise EvidenceError(
             f"the adapter in {source.actor} is not the one that the rollout had after step {source.step}: "
-            f"its digest is {digest[:16]}…, on record is {source.sent[:16]}…"
+            f"its digest is {digest[:16]}…, the recorded digest is {source.sent[:16]}…"
         )
     nonzero = sum(bool(b.any()) for _, b in adapter.matrices.values())
     if not nonzero:
         raise EvidenceError(
-            f"after step {source.step} every B is zero: the policy is still its base, nothing to export"
+            f"after step {source.step} every B is zero: the policy still equals its base, so there is nothing to export"
         )
     return nonzero

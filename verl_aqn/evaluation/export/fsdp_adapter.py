@@ -1,8 +1,8 @@
-"""The adapter in a checkpoint that verl's FSDP engine wrote: `actor/model_world_size_<W>_rank_<R>.pt`, joined.
+"""Reading of the adapter in a checkpoint of verl's FSDP engine: `actor/model_world_size_<W>_rank_<R>.pt`.
 
-verl gives every rank a file of its part of each tensor (a DTensor), and `lora_train_meta.json` with r and α. With
-`save_lora_only` the files hold the adapter only; without, also what it stands on, which is left alone here. Beside
-them `verl_api.packed_base` puts PEFT's own adapter_config.json.
+Every rank of verl writes a file with its part of each tensor (a DTensor). `lora_train_meta.json` has r and α. With
+`save_lora_only` the files contain only the adapter; otherwise also the base, which is ignored here.
+`verl_api.packed_base` adds PEFT's adapter_config.json to the folder.
 """
 
 import logging
@@ -14,7 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard  # also lets torch.load take DTensors without pickle
+from torch.distributed.tensor import (
+    DTensor,
+    Replicate,
+    Shard,
+)  # this import also allows torch.load to load DTensors with weights_only
 
 from verl_aqn.checkpoints.adapter import ADAPTER_DTYPE, Adapter, split_name, unwrapped
 from verl_aqn.checkpoints.storage import read_json
@@ -22,18 +26,18 @@ from verl_aqn.errors import DataError, ModelError, first_line, reason, remedy
 
 
 def read_adapter(actor: Path) -> Adapter:
-    """The adapter of an actor's checkpoint folder, in `ADAPTER_DTYPE`: fp32 master weights, rounded as for the rollout.
+    """Read the adapter of an actor's checkpoint folder; fp32 master weights are rounded to `ADAPTER_DTYPE`.
 
-    Files are read as tensors and nothing else: one that holds other objects is refused, never unpickled.
+    Only tensors are loaded: a file with other objects is rejected and never unpickled.
 
     Raises:
-        DataError: a file is missing or damaged, or its tensors do not fit together.
-        ModelError: it holds no LoRA adapter, or one of another kind (DoRA, embeddings).
+        DataError: a file is missing or damaged, or its tensors do not match.
+        ModelError: the checkpoint has no LoRA adapter, or one of another kind (DoRA, embeddings).
     """
     for name in ("fsdp_config.json", "lora_train_meta.json"):
         if not (actor / name).is_file():
-            raise DataError(f"{actor} has no {name}: it is no whole checkpoint of a LoRA run of verl's FSDP engine")
-    # verl's own file knows neither rsLoRA nor patterns; runs of earlier versions have no other.
+            raise DataError(f"{actor} has no {name}: it is not a complete checkpoint of a LoRA run with verl's FSDP")
+    # verl's own file has neither rsLoRA nor patterns; runs of earlier versions have only this file.
     own = actor / "adapter_config.json"
     meta = read_json(own if own.is_file() else actor / "lora_train_meta.json")
     world = int(read_json(actor / "fsdp_config.json")["world_size"])
@@ -47,14 +51,14 @@ def read_adapter(actor: Path) -> Adapter:
             continue
         module, kind = split_name(unwrapped(name))
         if kind not in ("A", "B"):
-            raise ModelError(f"{files[0]} holds {name}: only plain LoRA (A and B of linear layers) can be exported")
+            raise ModelError(f"{files[0]} has {name}: only plain LoRA (A and B of linear layers) can be exported")
         try:
             parts = [state[name] for state in states]
         except KeyError:
             raise DataError(f"tensor {name} is not in all of the {world} files in {actor}: copy them again") from None
         found.setdefault(module, {})[kind] = _join(name, parts, actor).to(ADAPTER_DTYPE)
     if not found:
-        raise ModelError(f"{files[0]} holds no LoRA tensor: there is no adapter to export")
+        raise ModelError(f"{files[0]} has no LoRA tensor: there is no adapter to export")
     matrices = {module: (pair.get("A"), pair.get("B")) for module, pair in sorted(found.items())}
     adapter = Adapter(
         matrices, int(meta["r"]), float(meta["lora_alpha"]), bool(meta.get("use_rslora")),  # type: ignore[arg-type]
@@ -72,9 +76,9 @@ def _load(file: Path) -> dict[str, Any]:
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
-        raise DataError(f"{file} is not there: every rank's file is needed") from None
+        raise DataError(f"{file} does not exist: the files of all ranks are needed") from None
     except pickle.UnpicklingError as error:
-        raise DataError(f"{file} holds more than tensors and is not opened ({first_line(error)})") from error
+        raise DataError(f"{file} contains more than tensors and is not opened ({first_line(error)})") from error
     except OSError as error:
         raise DataError(f"cannot read {file} ({reason(error)}): {remedy(error) or 'copy it again'}") from error
     except (RuntimeError, EOFError) as error:
@@ -82,23 +86,25 @@ def _load(file: Path) -> dict[str, Any]:
 
 
 def _join(name: str, parts: list[Tensor], actor: Path) -> Tensor:
-    """The whole of a tensor from every rank's part of it."""
+    """Join the parts of a tensor from all ranks."""
     first = parts[0]
     if not isinstance(first, DTensor):
         if len(parts) > 1:
-            raise DataError(f"{actor} holds plain tensors of {len(parts)} ranks: only fsdp2's (DTensor) can be joined")
+            raise DataError(
+                f"{actor} has plain tensors of {len(parts)} ranks: only tensors of fsdp2 (DTensor) can be joined"
+            )
         return first
     sharded = [(axis, placement.dim) for axis, placement in enumerate(first.placements) if isinstance(placement, Shard)]
     known = all(isinstance(placement, (Shard, Replicate)) for placement in first.placements)
     if not known or len(sharded) > 1:
         raise DataError(
-            f"tensor {name} in {actor} is laid out as {first.placements}: only shards of one axis are joined"
+            f"tensor {name} in {actor} has the layout {first.placements}: only shards along one axis can be joined"
         )
     if not sharded:
         whole = first.to_local()
     else:
         ((axis, dim),) = sharded
-        # The ranks along the sharded axis of the mesh; along the others all hold the same.
+        # The ranks along the sharded axis of the mesh; ranks along other axes hold the same values.
         ranks = first.device_mesh.mesh.movedim(axis, -1).reshape(-1, first.device_mesh.mesh.shape[axis])[0]
         whole = torch.cat([parts[rank].to_local() for rank in ranks.tolist()], dim)
     if whole.shape != first.shape:
@@ -108,7 +114,7 @@ def _join(name: str, parts: list[Tensor], actor: Path) -> Tensor:
 
 @contextmanager
 def _without_mesh_warning() -> Iterator[None]:
-    """Without torch's word on a mesh that has no process group: here none is meant to be."""
+    """Silence torch's warning about a mesh without a process group, because none is needed here."""
     logger = logging.getLogger("torch.distributed.device_mesh")
     before = logger.level
     logger.setLevel(logging.ERROR)

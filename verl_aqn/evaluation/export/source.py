@@ -1,4 +1,4 @@
-"""What is exported: one checkpoint of a run, and what the run has on record about it."""
+"""The source of an export: one checkpoint of a run, and the run's records about it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,11 @@ from verl_aqn.runs.provenance import model_digest
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint. `base_digest`: of packed weights, None for an unquantised base; `sent`: the digest of the adapter
-    that the rollout was given after this step."""
+    """A checkpoint of a run.
+
+    `base_digest`: the digest of the packed weights of the base; None for an unquantised base. `sent`: the digest of the
+    adapter that the rollout received after this step.
+    """
 
     run: RunFolder
     step: int
@@ -29,12 +32,12 @@ class Source:
 
     @property
     def actor(self) -> Path:
-        """Where verl put the actor."""
+        """The folder of the actor that verl wrote."""
         return self.run.checkpoints / f"global_step_{self.step}" / "actor"
 
     @property
     def served(self) -> Path:
-        """The base in the form that the run's rollout had."""
+        """The folder of the base in the rollout weight format of the run."""
         return Path(OmegaConf.select(self.config, f"actor_rollout_ref.model.override_config.{SERVED}") or self.base)
 
     @property
@@ -43,37 +46,38 @@ class Source:
 
 
 def find_source(path: Path) -> Source:
-    """The checkpoint `path` (``global_step_N``), or the last one of the run `path` or of the newest run in it.
+    """Find the checkpoint `path` (``global_step_N``), or the last one of the run `path` or of the newest run in it.
 
-    Nothing large is read but the base, whose digest must be the recorded one.
+    The only large files that are read are those of the base, whose digest must be the recorded one.
 
     Raises:
-        DataError: no run, no checkpoint, or nothing on record about its step.
-        ModelError: the base is gone. EvidenceError: it is not the run's, or the run's evidence does not hold.
+        DataError: there is no run or no checkpoint, or the run has no record about its step.
+        ModelError: the base does not exist.
+        EvidenceError: the base is not that of the run, or the evidence of the run fails its checks.
     """
     run, step = find_checkpoint(path)
     config = config_of(run)
     check_proved(run)
     evidence = list(run.read("evidence.jsonl"))
-    # Of a step that was taken twice, after a crash, the later one was saved.
+    # If a step was repeated after a crash, the checkpoint is from the later record.
     sent = next((r["sent"] for r in reversed(evidence) if r["kind"] == "adapter" and r["step"] == step), None)
     if sent is None:
         raise DataError(
-            f"{run.path / 'evidence.jsonl'} says nothing of the adapter of step {step}: nothing to prove by"
+            f"{run.path / 'evidence.jsonl'} has no record of the adapter of step {step}: the export cannot be checked"
         )
     base = Path(config.actor_rollout_ref.model.path)
     if not (base / "config.json").is_file():
         raise ModelError(
-            f"the run's base {base} is not there: `verl-aqn train RECIPE --dry-run` with the run's settings makes a "
-            "packed one again in the cache"
+            f"the run's base {base} does not exist: `verl-aqn train RECIPE --dry-run` with the run's settings makes a "
+            "packed base in the cache again"
         )
     digest = next((record.get("disk") for record in reversed(evidence) if record["kind"] == "base"), None)
     if is_packed(base) != (digest is not None):
-        raise EvidenceError(f"{base} is not the run's base: one of them is packed MXFP4 and the other is not")
+        raise EvidenceError(f"{base} is not the run's base: one of the two is packed MXFP4 and the other is not")
     source = Source(run, step, config, base, digest, sent)
-    for folder in {base, source.served}:  # what the digest of packed modules leaves out: embeddings, head, norms
+    for folder in {base, source.served}:  # the digest of packed modules does not cover embeddings, head and norms
         check_made(folder)
-    # Made anew with other arithmetic a packed base's files may differ where its values do not.
+    # Files of a packed base that was made again may differ although its values are equal.
     recorded = digest or (run.block("versions.json") or {}).get("base")
     if recorded not in (None, checkpoint_digest(base) if digest else model_digest(base)):
         raise EvidenceError(f"{base} is not the run's base: its digest is not {recorded[:16]}…, which the run recorded")

@@ -1,4 +1,4 @@
-"""What an export is held against: the trainer's model with the adapter of the checkpoint, never with exported files."""
+"""The reference for an export: the trainer's model with the adapter of the checkpoint, never with exported files."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +15,18 @@ from verl_aqn.mxfp4.linear import Activation
 from verl_aqn.preflight.policy import end_tokens, load_base
 
 Logprobs = list[list[float]]
-"""[answer][token], natural logarithms."""
+"""Natural logarithms, [response][token]."""
 TOGETHER = 1024
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the trainer's model says of the prompts. `answers`: tokens of an answer to each (the run's own where it is
-    on record, else this model's greedy one); `texts`: the same as text. `base` and `exported`: log-probabilities that
-    the base and the model that is exported give to these tokens."""
+    """Responses and log-probabilities of the trainer's model.
+
+    `answers`: the tokens of a response to each prompt (the recorded response of the run if there is one, else this
+    model's greedy one). `texts`: the same as text. `base`, `exported`: the log-probabilities of these tokens in the
+    base and in the exported model.
+    """
 
     answers: list[list[int]]
     texts: list[str]
@@ -33,9 +36,9 @@ class Reference:
 
 @torch.no_grad()
 def ask_trainer(source: Source, questions: Questions, adapter: Adapter, merged: bool, tokenizer: Any) -> Reference:
-    """Answers and log-probabilities of the actor's model: base and adapter in plain PEFT, in bf16 and without noise.
+    """Compute responses and log-probabilities of the actor's model: base and adapter in PEFT, in bf16, without noise.
 
-    With ``merged`` the exported model is the base with scaling·B·A added to its weights, rounded once.
+    With ``merged`` the exported model is the base with scaling·B·A added to its weights and rounded once.
     """
     base = load_base(source.config, torch.bfloat16)
     model = with_adapter(base, adapter)
@@ -54,7 +57,7 @@ def ask_trainer(source: Source, questions: Questions, adapter: Adapter, merged: 
 
 
 def free_memory() -> None:
-    """Give back what a model that is gone had of an accelerator: vLLM, in another process, wants it."""
+    """Release cached memory of an accelerator, so that vLLM can use it in another process."""
     for name in ("cuda", "npu"):
         device = getattr(torch, name, None)
         if device is not None and device.is_available():
@@ -62,7 +65,7 @@ def free_memory() -> None:
 
 
 def with_adapter(base: nn.Module, adapter: Adapter) -> Any:
-    """``base`` inside PEFT, with the matrices of ``adapter`` and PEFT's own scaling of them."""
+    """Wrap ``base`` with PEFT, with the matrices of ``adapter`` and PEFT's own scaling."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -85,8 +88,10 @@ def with_adapter(base: nn.Module, adapter: Adapter) -> Any:
 
 
 def merge(model: Any, adapter: Adapter) -> nn.Module:
-    """The base of ``model`` with plain layers of W + scaling·B·A in place of the adapted ones; nothing is rounded to
-    4 bits on the way, as in a merged folder."""
+    """Return the base of ``model`` with plain layers of W + scaling·B·A instead of the adapted ones.
+
+    Activations are not rounded to 4 bits, as in a merged folder.
+    """
     base = model.unload()
     for module in adapter.matrices:
         layer = base.get_submodule(module)
@@ -101,9 +106,9 @@ def merge(model: Any, adapter: Adapter) -> nn.Module:
 
 
 def logprobs(model: Any, prompts: list[list[int]], answers: list[list[int]]) -> Logprobs:
-    """Of each answer's tokens after its prompt, [answer][token] in float32.
+    """Compute the log-probabilities of each response's tokens after its prompt, [response][token] in float32.
 
-    Sequences of about `TOGETHER` tokens are computed at a time, filled up on the right, where no token looks.
+    About `TOGETHER` tokens are computed at a time. Rows are padded on the right, where no token attends to the padding.
     """
     rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
     together = max(1, TOGETHER // max(map(len, rows)))

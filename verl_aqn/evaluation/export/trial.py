@@ -1,4 +1,4 @@
-"""What vLLM makes of an exported folder, held against the run and against the bare base."""
+"""The trial of an exported folder in vLLM, compared with the run and with the bare base."""
 
 import math
 from collections.abc import Iterable
@@ -17,20 +17,23 @@ from verl_aqn.evaluation.export.questions import Questions
 from verl_aqn.evaluation.export.source import Source
 from verl_aqn.evaluation.export.trained_model import Reference, ask_trainer, free_memory
 
-# The bounds of answers, chosen between right and wrong exports (README, Export).
-EQUAL = 0.6  # share of the telling answers that must be the expected ones
-TELLING = 8  # fewer decide nothing
-SHORT = 64  # tokens; a longer answer comes past many near ties, and says little by being equal or not
-TIE_ADAPTER = 0.25  # nats; the run's own answers, by the same arithmetic
-TIE_OTHER = 0.5  # answers of the trainer's model, which is another implementation
+# Bounds for responses, chosen so that they separate right from wrong exports (README, Export).
+EQUAL = 0.6  # share of the telling responses that must equal the expected ones
+TELLING = 8  # with fewer telling responses there is no bound
+SHORT = 64  # tokens; a longer response contains many near ties, so that equality says little
+TIE_ADAPTER = 0.25  # nats; for the run's own responses, which were computed in the same way
+TIE_OTHER = 0.5  # nats; for responses of the trainer's model, which is another implementation
 RECORDED = "the run's recorded validation"
 TRAINER = "the trainer's model"
 
 
 @dataclass(frozen=True)
 class Differing:
-    """An answer that is not the expected one. `gap`: see `Difference`; at most `bound` of it (nats) is a near tie, and
-    None is no bound: a merged model has lost a part of the adapter to rounding."""
+    """A response that differs from the expected one.
+
+    `gap`: see `Difference`. A gap of at most `bound` nats is a near tie. None means no bound, for a merged model, which
+    has lost a part of the adapter in rounding.
+    """
 
     prompt: int
     token: int
@@ -41,19 +44,19 @@ class Differing:
 
     @property
     def near(self) -> bool:
-        """Whether it parts at a near tie, or, without a bound, at a number at all."""
+        """Whether the response differs at a near tie, or, without a bound, at a gap that is not NaN."""
         return _within(self.gap, self.bound) if self.bound is not None else not math.isnan(self.gap or 0.0)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What was asked and how it went.
+    """The result of a trial.
 
-    `equal` of `prompts` greedy answers are those of `against`: the first `recorded` prompts have answers of the run on
-    record, the others those of the trainer's model. `base_equal`: the same of the bare base. `telling` prompts have a
-    short answer (`SHORT`) that the base does not give; to `telling_equal` of them the export gives it. `effect`: None
-    where the trainer's model does not fit on one device. `undecided`: why the trial cannot tell export and bare
-    base apart; empty where it can, and the export passed.
+    `equal` of `prompts` greedy responses are those of `against`: the first `recorded` prompts have recorded responses
+    of the run, the others have responses of the trainer's model. `base_equal`: the same number for the bare base.
+    `telling`: the number of prompts with a short response (`SHORT`) that the base does not give; the export gives
+    `telling_equal` of these. `effect`: None if the trainer's model does not fit on one device. `undecided`: why the
+    trial cannot distinguish the export from the bare base; empty if it can and the export passed.
     """
 
     against: str
@@ -70,14 +73,16 @@ class Trial:
 
     @property
     def required(self) -> int | None:
-        """How many of the `telling` answers must be the expected ones. None where they are too few, and for a merged
-        model: what rounding took from the adapter takes answers too."""
+        """How many of the `telling` responses must equal the expected ones.
+
+        None if there are too few of them, and for a merged model, where rounding of the adapter changes responses.
+        """
         if self.merged or self.telling < TELLING:
             return None
         return math.ceil(EQUAL * self.telling)
 
     def to_dict(self) -> dict[str, Any]:
-        """For the record. `required` and `effect.allowed`: the bounds that held; None where there was none."""
+        """Return a dictionary for the record, with the bounds `required` and `effect.allowed`; None for no bound."""
         effect = self.effect and asdict(self.effect) | {"allowed": self.effect.allowed}
         return asdict(self) | {"required": self.required, "effect": effect}
 
@@ -85,13 +90,14 @@ class Trial:
 def try_out(
     source: Source, questions: Questions, adapter: Adapter, folder: Path, merged: bool, tokenizer: Any
 ) -> Trial:
-    """Let the trainer's model, and then vLLM with ``folder`` and with the bare base, answer and score the prompts.
+    """Run and score the prompts in the trainer's model, and then in vLLM with ``folder`` and with the bare base.
 
-    ``adapter`` is that of the checkpoint; ``folder`` a PEFT folder over the run's base, or a merged model.
+    ``adapter`` is that of the checkpoint. ``folder`` is a PEFT folder for the run's base, or a merged model.
 
     Raises:
-        EnvironmentFault: vLLM did not answer, or the trainer's model has no room and no answer is on record.
-        EvidenceError: a log-probability is missing or no number.
+        EnvironmentFault: vLLM did not respond, or the trainer's model does not fit on the device and no response is
+            recorded.
+        EvidenceError: a log-probability is missing or not a finite number.
     """
     prompts, recorded = questions.prompts, len(questions.answers)
     reference: Reference | None
@@ -100,8 +106,8 @@ def try_out(
     except torch.OutOfMemoryError as error:
         if not recorded:
             raise EnvironmentFault(
-                f"the trainer's model of {source.base} does not fit on one device, and no answer of the run is on "
-                "record: export on a larger device"
+                f"the trainer's model of {source.base} does not fit on one device, and the run has no recorded "
+                "response: export on a larger device"
             ) from error
         reference, prompts = None, prompts[:recorded]
     free_memory()
@@ -147,46 +153,47 @@ def _differing(
 
 
 def against(recorded: int, prompts: int) -> str:
-    """Whose answers the first `recorded` of `prompts` were held against, and the others."""
+    """Return the source of the expected responses: the first `recorded` of `prompts` are recorded by the run."""
     if recorded == prompts:
         return RECORDED
     if not recorded:
-        return f"{TRAINER} (no greedy validation of this step is on record)"
+        return f"{TRAINER} (the run has no recorded greedy validation of this step)"
     return f"{RECORDED} ({recorded}) and of {TRAINER} ({prompts - recorded})"
 
 
 def judge(trial: Trial, apart: float) -> Trial:
-    """The trial, with `undecided` where neither answers nor log-probabilities tell the export from the bare base.
+    """Judge a trial; set `undecided` if neither responses nor log-probabilities distinguish the export from the base.
 
-    ``apart``: how far vLLM and the trainer's model may be apart on the bare base, mean nats a token.
+    ``apart``: the largest allowed mean difference between vLLM and the trainer's model on the bare base, in nats per
+    token.
 
     Raises:
-        EvidenceError: an answer parts where there is no near tie, too few answers are equal, the export does not do to
-            log-probabilities what the adapter does, or vLLM's base is not the trainer's.
+        EvidenceError: a response differs where there is no near tie, too few responses are equal, the effect of the
+            export on log-probabilities is not that of the adapter, or the base in vLLM is not that of the trainer.
     """
     far = [one for one in trial.differing if not one.near]
     if far:
         worst = max(far, key=lambda one: _or_infinity(one.gap))
         gap = "far more" if math.isinf(_or_infinity(worst.gap)) else f"{worst.gap:.3g}"
         raise EvidenceError(
-            f"{len(far)} of {trial.prompts} answers are not those of {trial.against}: {worst.answer!r} for "
+            f"{len(far)} of {trial.prompts} responses are not those of {trial.against}: {worst.answer!r} instead of "
             f"{worst.expected!r}, where token {worst.token} differs by {gap} nats ({worst.bound or 0:g} allowed)"
         )
     if trial.required is not None and trial.telling_equal < trial.required:
         raise EvidenceError(
-            f"{trial.telling} of {trial.prompts} answers of {trial.against} are not the bare base's, and the export "
-            f"gives only {trial.telling_equal} of these (at least {trial.required} are needed)"
+            f"{trial.telling} of {trial.prompts} responses of {trial.against} differ from the bare base, and the "
+            f"export gives only {trial.telling_equal} of these (at least {trial.required} are needed)"
         )
     effect = trial.effect
     if effect is not None and not _within(effect.apart, apart):
         raise EvidenceError(
-            f"on the bare base vLLM and the trainer's model are {effect.apart:.2g} nats a token apart (aqn.mismatch.stop "
-            f"allows {apart:g}): they do not compute the same model"
+            f"on the bare base, vLLM and the trainer's model differ by {effect.apart:.2g} nats per token "
+            f"(aqn.mismatch.stop allows {apart:g}): they do not compute the same model"
         )
     if effect is not None and effect.allowed is not None and not _within(effect.error, effect.allowed):
         raise EvidenceError(
-            "the export does not do to log-probabilities what the adapter does: "
-            f"{_or_infinity(effect.error):.2f} of its effect is missing or wrong "
+            "the export does not have the adapter's effect on log-probabilities: "
+            f"{_or_infinity(effect.error):.2f} of the effect is missing or wrong "
             f"({effect.allowed:.2f} allowed; the bare base has 1)"
         )
     if trial.required is not None or (effect is not None and effect.allowed is not None):
@@ -195,7 +202,7 @@ def judge(trial: Trial, apart: float) -> Trial:
 
 
 def _within(value: float | None, bound: float) -> bool:
-    """False for None and NaN too."""
+    """Return whether a value is at most `bound`; False for None and NaN."""
     return value is not None and value <= bound
 
 
@@ -204,12 +211,12 @@ def _or_infinity(gap: float | None) -> float:
 
 
 def _why(trial: Trial) -> str:
-    answers = f"the base gives {trial.base_equal} of {trial.prompts} answers as the adapter does"
+    answers = f"the base gives {trial.base_equal} of {trial.prompts} responses as the adapter does"
     if trial.effect is None:
-        return f"{answers}, and the trainer's model, whose log-probabilities would tell more, has no room on one device"
+        return f"{answers}, and the trainer's model, whose log-probabilities would help, does not fit on one device"
     if trial.effect.floor is None:
         return f"{answers}, and the adapter changes no log-probability of them"
     return (
-        f"{answers}, and the adapter changes log-probabilities by {trial.effect.size:.2g} nats a token, of which "
-        f"{100 * trial.effect.floor:.0f} % lie between vLLM and the trainer's model on equal weights"
+        f"{answers}, and the adapter changes log-probabilities by {trial.effect.size:.2g} nats per token; the "
+        f"difference of vLLM and the trainer's model with equal weights is {100 * trial.effect.floor:.0f} % of this"
     )

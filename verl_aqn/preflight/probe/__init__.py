@@ -1,4 +1,4 @@
-"""What σ does to the policy before training. `measure.py` says how; `strength.py` what follows from it."""
+"""Measurement of the effect of σ on the policy before training (`measure.py`), and its uses (`strength.py`)."""
 
 from verl_aqn.preflight.probe.measure import PROMPTS, SAMPLES, Probe, Strength
 from verl_aqn.preflight.probe.strength import (

@@ -1,13 +1,14 @@
-"""What σ does to the policy before training: KL, entropy, accuracy and groups with reward variance, on a few prompts.
+"""The effect of σ on the policy before training: KL, entropy, accuracy and reward variance, on a few prompts.
 
-σ is not portable: the same number is nothing to one model and the end of another. So it is measured on the recipe's own
-base, prompts, reward and temperature, with the noise of the first step that has any, written and read back by
-`NoiseInjector`. KL and entropy are exact over the vocabulary, teacher forced on one clean answer a prompt.
-The policy is the one before training: the base (a new adapter starts as zero), or base and `lora_adapter_path`.
+The same σ can have no effect on one model and destroy another. So the effect is measured with the recipe's own base,
+prompts, reward and temperature, and with the noise of the first step that has noise, written and read back by
+`NoiseInjector`. KL and entropy are exact over the vocabulary, teacher-forced on one clean response per prompt. The
+policy is the one before training: the base (a new adapter starts as zero), or the base with `lora_adapter_path`.
 
-Everything runs in float32, activations too: norms in bfloat16 cannot hold small noise, and HF's layers refuse float32
-norms under 16-bit activations. The rollout's own 16-bit arithmetic is not part of what is measured. All σ see the same
-prompts and the same uniform numbers for sampling, so differences between them are the noise's.
+Everything runs in float32, including activations: norms in bfloat16 cannot hold small noise, and the layers of
+transformers do not support float32 norms with 16-bit activations. The 16-bit arithmetic of the rollout is not part of
+the measurement. All σ use the same prompts and the same uniform random numbers for sampling, so that differences
+between them come from the noise.
 """
 
 import math
@@ -36,18 +37,19 @@ from verl_aqn.runs.accuracy import acc_in, reward_in
 from verl_aqn.runs.stats.intervals import ratio_interval, wilson
 
 PROMPTS, SAMPLES = 16, 4
-TOLERANCE = 0.03  # of the KL that is searched for
-_TOGETHER = 64  # sequences that run together
+TOLERANCE = 0.03  # relative tolerance of the search for a KL
+_TOGETHER = 64  # sequences per batch
 
 
 @dataclass(frozen=True)
 class Strength:
-    """The policy under σ: value, low and high ends of 95 % intervals. Nats a token; shares as fractions of 1.
+    """Measurements of the policy with noise of σ: value, and low and high end of the 95 % interval.
 
-    KL(clean || noisy) and the noisy policy's entropy: bootstrap over prompts. Accuracy (`acc`), and the share of groups
-    whose rewards (what training uses) differ: Wilson's, as if samples of a prompt were independent. Those two are None
-    where nothing was sampled. `dlogp`: mean |log p_clean − log p_now| of the tokens that the clean policy samples,
-    which a run holds against what its rollout does (`verl_aqn.runs.judge.noise_use`).
+    Units are nats per token, and shares as fractions of 1. `kl` is KL(clean || noisy) and `entropy` that of the noisy
+    policy, with intervals from a bootstrap over prompts. `accuracy` is the mean of `acc`, and `variance` the share of
+    groups with different rewards, with Wilson intervals, as if the samples of a prompt were independent. These two are
+    None if nothing was sampled. `dlogp`: mean |log p_clean − log p_noisy| of the tokens that the clean policy samples;
+    a run compares it with its rollout (`verl_aqn.runs.judge.noise_use`).
     """
 
     sigma: float
@@ -62,13 +64,13 @@ class Strength:
 
 
 class Probe:
-    """A recipe's base and prompts, held ready for any number of σ. The weights are clean outside of `measure`.
+    """A probe with the base and prompts of a recipe, for any number of σ. Weights are clean outside of `measure`.
 
-    `config` is resolved (`prepare_model`, `prepare_data`) and has `steps` RL steps.
+    `config` must be resolved (`prepare_model`, `prepare_data`); the run has `steps` RL steps.
 
     Raises:
-        ConfigError: noise is disabled or σ is 0 at every step; a sampling option that is not taken into account.
-        DataError: a data file without a prompt that is short enough.
+        ConfigError: noise is disabled, σ is 0 at every step, or a sampling option is not supported.
+        DataError: too few prompts of the data are short enough.
         ModelError, EvidenceError: as `load_model` and `NoiseInjector`.
     """
 
@@ -81,7 +83,7 @@ class Probe:
             key = "actor_rollout_ref.rollout"
             raise ConfigError(
                 f"a probe samples from the whole vocabulary: set {key}.temperature above 0, {key}.top_p=1 and "
-                f"{key}.top_k=-1, or do without it (aqn.noise.probe=false, aqn.noise.target_kl=null)"
+                f"{key}.top_k=-1, or turn the probe off (aqn.noise.probe=false, aqn.noise.target_kl=null)"
             )
         self.temperature = float(rollout.temperature)
         self.tokens = min(int(config.data.max_response_length), tokens or 10**9)
@@ -89,19 +91,22 @@ class Probe:
         items = items_of(config, "train")
         self.prompts = read_prompts(config, self.tokenizer, prompts, items)
         self.whole = loops_of(config, items) == {SINGLE}
-        """Whether an answer is whole as the policy gives it: with tools it is a first turn, which no reward is for."""
+        """Whether a response is complete; with tools it is only the first turn, which the reward cannot score."""
         self.samples = samples if self.whole else 1
         self.reward = reward_of(config)
         self.model = dequantize_linears(load_base(config, torch.float32))
-        self.injector = NoiseInjector(self.model)  # before an adapter gives linear layers other names
+        self.injector = NoiseInjector(self.model)  # before an adapter renames linear layers
         if adapter := config.actor_rollout_ref.model.lora_adapter_path:
-            PeftModel.from_pretrained(self.model, adapter)  # puts its layers into the model itself
+            PeftModel.from_pretrained(self.model, adapter)  # inserts its layers into the model in place
         self.ends = end_tokens(self.model, self.tokenizer)
-        self.answers: list[list[list[int]]] = self._sample()  # of the clean policy, [prompt][sample]
+        self.answers: list[list[list[int]]] = self._sample()  # responses of the clean policy, [prompt][sample]
         self.clean_states = self._states()
 
     def measure(self, sigma: float, sampled: bool = True) -> Strength:
-        """The policy under noise of `sigma` (0: the clean one); without `sampled` only KL and entropy, much faster."""
+        """Measure the policy with noise of `sigma` (0: without noise).
+
+        Without `sampled` only KL and entropy are measured, which is much faster.
+        """
         with self._noise(sigma):
             kl, entropy, dlogp, counts = self._compare()
             answers = (self.answers if sigma == 0 else self._sample()) if sampled and self.whole else None
@@ -119,10 +124,13 @@ class Probe:
         )
 
     def sigma_for(self, target: float) -> Strength:
-        """The σ, of three digits, whose KL is within `TOLERANCE` of `target`; the order's σ is where the search begins.
+        """Find the σ (three digits) whose KL is within `TOLERANCE` of `target`, starting from the specification's σ.
 
-        A bracket on log σ, narrowed by the line between its ends (KL grows about as σ²) or halved where that stalls.
-        Raises ConfigError where no σ reaches the target, or none of three digits comes as near.
+        The search narrows a bracket on log σ by linear interpolation (KL grows about as σ²), or halves it if the
+        interpolation stalls.
+
+        Raises:
+            ConfigError: no σ reaches the target, or no σ of three digits is near enough.
         """
         low = high = None
         sigma, tried = float(f"{self.order.sigma:.2e}"), 0
@@ -140,7 +148,7 @@ class Probe:
                 share = 0.5 if tried % 3 == 2 else min(max(share, 0.05), 0.95)
                 guess = low[0] + share * (high[0] - low[0])
             else:
-                # A first step as if KL were c · σ², a little beyond; no more than a factor of ten.
+                # Extrapolate as if KL were c · σ², with a small margin; at most by a factor of ten.
                 end = low or high
                 assert end is not None
                 guess = end[0] - min(max(end[1] / 2, -2.3), 2.3) + (0.1 if low else -0.1)
@@ -149,14 +157,14 @@ class Probe:
                 break
         raise ConfigError(
             f"aqn.noise.target_kl={target:g} is not reached: KL is {kl:.3g} at σ {found.sigma:g} "
-            f"({self.order.unit}); choose another"
+            f"({self.order.unit}): choose another target"
         )
 
     # ---- noise ----
 
     @contextmanager
     def _noise(self, sigma: float) -> Iterator[None]:
-        """Noise of `sigma`, read back and checked; clean weights before and after, bit for bit."""
+        """Write noise of `sigma`, read it back and check it; afterwards restore the clean weights, bit for bit."""
         order, clean = replace(self.order, sigma=sigma), self.injector.clean_digest
         try:
             check_evidence(self.injector.apply(order), order, clean)
@@ -167,8 +175,10 @@ class Probe:
     # ---- running the model ----
 
     def _sample(self) -> list[list[list[int]]]:
-        """Answers [prompt][sample], the end token included. The k-th token of a sample takes the same uniform number
-        whatever σ is and whatever else is sampled."""
+        """Sample responses [prompt][sample], including the EOS token.
+
+        The k-th token of a sample uses the same uniform random number for every σ and for any other samples.
+        """
         uniforms = {(i, j): self._uniforms(i, j) for i in range(len(self.prompts)) for j in range(self.samples)}
 
         def choose(logits: Tensor, rows: list[tuple[int, int]], number: int) -> Tensor:
@@ -184,8 +194,10 @@ class Probe:
 
     @torch.inference_mode()
     def _states(self) -> list[Tensor]:
-        """The last hidden state before each token of a prompt's first clean answer, [P] of [A, D]: they stand for the
-        logits, many times larger (the output head takes no noise)."""
+        """Return the last hidden states before each token of each prompt's first clean response, [P] of [A, D].
+
+        They are stored instead of the logits, which are many times larger; the output head has no noise.
+        """
         states = [torch.empty(0)] * len(self.prompts)
         decoder = self.model.get_decoder()
         ids = [prompt.ids for prompt in self.prompts]
@@ -194,7 +206,7 @@ class Probe:
         for batch in batches(ids, _TOGETHER):
             rows = [ids[i][shared:] + self.answers[i][0][:-1] for i in batch]
             longest = max(map(len, rows))
-            # Padding comes after a row, where a causal model does not look.
+            # The padding is at the end of a row, where no token of a causal model attends to it.
             padded = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.model.device)
             cache = prefix(self.model, ids[0][:shared], len(batch))
             hidden = decoder(input_ids=padded, past_key_values=cache, use_cache=True).last_hidden_state
@@ -204,7 +216,10 @@ class Probe:
 
     @torch.inference_mode()
     def _compare(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """By prompt, summed over its clean answer: KL(clean || now), entropy now, |Δ log p|, tokens; float64 [P]."""
+        """Return KL(clean || now), entropy now, |Δ log p| and the number of tokens, summed per prompt; float64 [P].
+
+        The sums are over the tokens of the prompt's first clean response.
+        """
         head = self.model.get_output_embeddings()
         kl, entropy, dlogp, counts = (np.zeros(len(self.prompts)) for _ in range(4))
         for i, (clean, now) in enumerate(zip(self.clean_states, self._states(), strict=True)):
@@ -216,7 +231,7 @@ class Probe:
         return kl, entropy, dlogp, counts
 
     def _told(self, prompt: Prompt, group: list[list[int]]) -> list[Any]:
-        """What the recipe's reward function returns for each answer of `group`."""
+        """Return the result of the recipe's reward function for each response of `group`."""
         texts = self.tokenizer.batch_decode(group, skip_special_tokens=True)
         return [self.reward(solution_str=text, **prompt.reward) for text in texts]
 

@@ -1,4 +1,4 @@
-"""What a recipe gives a probe: its prompts and first noise."""
+"""The inputs of a probe from a recipe: prompts, and the first noise specification."""
 
 import hashlib
 from dataclasses import replace
@@ -15,7 +15,7 @@ from verl_aqn.preflight.run_data import Items, items_of
 
 
 class Prompt(NamedTuple):
-    """One row of the training data: its number, prompt tokens, and what the reward wants to know."""
+    """One row of the training data: its number, its prompt tokens, and the arguments of the reward function."""
 
     row: int
     ids: list[int]
@@ -23,9 +23,10 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(config: DictConfig, tokenizer: Any, count: int, items: Items | None = None) -> list[Prompt]:
-    """`count` rows of the training data, chosen by a hash of their number: a larger count adds to a smaller one.
+    """Read `count` rows of the training data, chosen by a hash of their number.
 
-    `items`: those of the training data (`items_of`), where they are at hand.
+    A larger count adds rows to those of a smaller count. `items` are the items of the training data (`items_of`), if
+    they are already loaded.
 
     Raises:
         DataError: fewer rows have a prompt within `data.max_prompt_length`.
@@ -48,12 +49,16 @@ def read_prompts(config: DictConfig, tokenizer: Any, count: int, items: Items | 
             if len(chosen) == count:
                 return chosen
     raise DataError(
-        f"{config.data.train_files} holds {len(chosen)} prompts within data.max_prompt_length, {count} are asked for"
+        f"{config.data.train_files} has {len(chosen)} prompts within data.max_prompt_length, but {count} are needed"
     )
 
 
 def first_noise(config: DictConfig, steps: int) -> NoiseOrder:
-    """The order of the first RL step that has noise, at σ_start."""
+    """Return the noise specification of the first RL step with noise, at σ_start.
+
+    Raises:
+        ConfigError: noise is disabled, or σ is 0 at every step.
+    """
     noise, schedule = parse_aqn(config).noise, schedule_of(config, steps)
     if not noise.enabled:
         raise ConfigError("aqn.noise.enabled=false: there is no noise to measure")

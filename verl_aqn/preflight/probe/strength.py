@@ -1,4 +1,4 @@
-"""What is done with a probe: σ beside σ, a σ that is too strong, a σ by its KL, and a run's start."""
+"""Uses of a probe: compare several σ, detect a σ that is too strong, find σ by its KL, and measure a run's start."""
 
 import ctypes
 import gc
@@ -11,19 +11,21 @@ from verl_aqn.config.schema import parse_aqn
 from verl_aqn.errors import StrengthError
 from verl_aqn.preflight.probe.measure import PROMPTS, Probe, Strength
 
-FACTORS = (1 / 27, 1 / 9, 1 / 3, 1.0, 3.0)  # of σ_start: the σ of a probe that is not told any
-FIT_TOKENS = 64  # of an answer, in the search for a KL
-# Groups at a run's start, of `rollout.n` whole answers. None of 32 means that less than 8.9 % of groups have reward
-# variance (95 %, one-sided: 0.911^32 = 0.05): fewer than the 1 in 11 at which `algorithm.filter_groups` ends a run.
+FACTORS = (1 / 27, 1 / 9, 1 / 3, 1.0, 3.0)  # default σ of a probe, as factors of σ_start
+FIT_TOKENS = 64  # tokens per response in the search for a KL
+# Numbers of groups at a run's start, each with `rollout.n` complete responses. If none of 32 groups has reward
+# variance, less than 8.9 % of all groups have it (95 %, one-sided: 0.911^32 = 0.05). `algorithm.filter_groups` stops a
+# run at 1 in 11 groups, which is more.
 START_GROUPS, SURE_GROUPS = 8, 32
-CLEAR_GROUPS = 6  # of the clean policy: the least that exact McNemar tells from none (p = 2 · 2⁻⁶ = 0.03)
-_DESCENTS = 6  # by a factor of four, where no σ that teaches is known
+# Smallest number of clean groups with reward variance that exact McNemar distinguishes from 0 (p = 2 · 2⁻⁶ = 0.03).
+CLEAR_GROUPS = 6
+_DESCENTS = 6  # steps by a factor of four, in the search for a σ with reward variance
 
 
 def survey(
     probe: Probe, sigmas: Sequence[float], progress: Callable[[int, int, str], None] | None = None
 ) -> list[Strength]:
-    """The clean policy, then each of `sigmas` from small to large; `progress` gets (done, in all, which)."""
+    """Measure the clean policy, then each of `sigmas` in rising order; `progress` gets (done, total, label)."""
     rows: list[Strength] = []
     for sigma in (wanted := sorted({0.0, *sigmas})):
         if progress:
@@ -33,12 +35,13 @@ def survey(
 
 
 def check_strength(probe: Probe, rows: list[Strength], sigma: float, halvings: int = 3) -> None:
-    """Raises StrengthError where `sigma` leaves no group with reward variance though the clean policy has some.
+    """Check that with noise of `sigma` some groups have reward variance, if the clean policy has such groups.
 
-    Says nothing where rewards were not measured: the answers need tools.
+    Nothing is checked if rewards were not measured, because the responses need tools.
 
-    The error names the largest smaller σ that leaves some: the largest of `rows`, or the first found by going down, and
-    then refined `halvings` times in log σ.
+    Raises:
+        StrengthError: no group has reward variance. The message gives the largest smaller σ with which some group has:
+            the largest of `rows`, or the first one found by decreasing σ, refined `halvings` times in log σ.
     """
     by_sigma = {row.sigma: row for row in rows}
     clean, accuracy = by_sigma[0.0].accuracy, by_sigma[sigma].accuracy
@@ -55,16 +58,16 @@ def check_strength(probe: Probe, rows: list[Strength], sigma: float, halvings: i
     for _ in range(halvings if good else 0):
         middle = float(f"{math.sqrt(good * bad):.2e}")
         good, bad = (middle, bad) if _teaches(probe.measure(middle)) else (good, middle)
-    largest = f"the largest σ that does is about {good:g}" if good else f"nor does σ {bad:g}"
+    largest = f"the largest σ with reward variance is about {good:g}" if good else f"σ {bad:g} has none either"
     raise StrengthError(
         f"aqn.noise.sigma_start={sigma:g} ({probe.order.unit}) leaves nothing to learn from: accuracy "
-        f"{100 * accuracy[0]:.1f} %, no group of {probe.samples} answers to {len(probe.prompts)} prompts has reward "
+        f"{100 * accuracy[0]:.1f} %, no group of {probe.samples} responses to {len(probe.prompts)} prompts has reward "
         f"variance; {largest}"
     )
 
 
 def fit_sigma(config: DictConfig, steps: int) -> Strength:
-    """Set σ_start by `aqn.noise.target_kl` and σ_end in the same ratio, in `config`; what was measured at σ_start."""
+    """Set σ_start in `config` by `aqn.noise.target_kl`, scale σ_end alike, and return the measurement at σ_start."""
     noise = parse_aqn(config).noise
     assert noise.target_kl is not None
     found = Probe(config, steps, PROMPTS, 1, FIT_TOKENS).sigma_for(noise.target_kl)
@@ -75,15 +78,15 @@ def fit_sigma(config: DictConfig, steps: int) -> Strength:
 
 
 def measure_start(config: DictConfig, steps: int) -> list[Strength]:
-    """The policy on a few prompts before a run, clean and at σ_start.
+    """Measure the policy on a few prompts before a run, without noise and at σ_start.
 
-    A few groups may be flat by chance, and stopping a good run costs more than letting a bad one show itself. So where
-    none of `START_GROUPS` has reward variance under noise, though some of the clean ones do, `SURE_GROUPS` are taken.
-    The noise is the very draw of the first noisy step, the policy the one before training.
+    A few groups may have no reward variance by chance, and stopping a good run costs more than starting a bad one. So
+    if none of `START_GROUPS` groups has reward variance with noise, but some have without noise, `SURE_GROUPS` groups
+    are measured. The noise is exactly that of the first noisy step, and the policy is the one before training.
 
     Raises:
-        StrengthError: none of `SURE_GROUPS` has reward variance under noise, but `CLEAR_GROUPS` of the clean ones do.
-            Not with a critic (GAE), which learns from rewards that differ between prompts.
+        StrengthError: none of `SURE_GROUPS` groups has reward variance with noise, but `CLEAR_GROUPS` have it without
+            noise. Not raised with a critic (GAE), which learns from rewards that differ between prompts.
         ConfigError, DataError, ModelError, EvidenceError: as `Probe`.
     """
     clean, noisy = _measured_start(config, steps)
@@ -97,7 +100,7 @@ def _measured_start(config: DictConfig, steps: int) -> list[Strength]:
     rows = survey(probe, [probe.order.sigma])
     if config.algorithm.adv_estimator == "gae" or not _teaches(rows[0]) or _teaches(rows[1]):
         return rows
-    del probe  # one model at a time
+    del probe  # keep only one model in memory
     probe = Probe(config, steps, SURE_GROUPS, samples)
     rows = survey(probe, [probe.order.sigma])
     assert rows[0].variance is not None
@@ -107,9 +110,9 @@ def _measured_start(config: DictConfig, steps: int) -> list[Strength]:
 
 
 def _release_memory() -> None:
-    """Gives freed tensors back to the system: glibc kept 0.7 GB of an embedded model for the whole run."""
+    """Return the memory of freed tensors to the system; glibc kept 0.7 GB of an embedded model for the whole run."""
     gc.collect()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # a function of glibc
         trim(0)
 
 
