@@ -1,4 +1,4 @@
-"""The house's arrows, read from the source: which room imports which, who imports a host, and what does without one."""
+"""The import rules between packages, read from the source: who imports which package, and who imports a host."""
 
 import ast
 from functools import cache
@@ -9,9 +9,9 @@ FILES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
 }
-# What of ours a room may import, within functions too: the table of the rooms, and small modules that several share
-# (adapter, boxes, cache, checksums, digest, order, owned, shards, stacks, stock_settings, trackers). `errors` is
-# everybody's.
+# Our modules that a package may import, also inside functions: the table of packages, and small shared modules
+# (adapter, boxes, cache, checksums, digest, order, owned, shards, stacks, stock_settings, trackers). All may import
+# `errors`.
 ARROWS = {
     "schedule": (),
     "order": (),
@@ -23,31 +23,31 @@ ARROWS = {
     "faults": ("runs", "watchdog"),
     "cause": (),
     "checksums": ("cache",),
-    "judge": ("order",),  # of records, without torch: the trainer's and the reports' alike
-    "data": ("rewards",),  # whose rule the ground truths are for
+    "judge": ("order",),  # names in records, without torch: for the trainer and for reports
+    "data": ("rewards",),  # the rule that the ground truths are for
     "rewards": ("config", "runs"),  # runs: what a right answer is
     "owned": (),
     "runs": ("checksums", "config", "judge", "order", "owned", "schedule", "stock_settings"),
     "trackers": ("cache",),
-    # names of trackers, and of keys, to refuse others
+    # names of trackers and keys, to reject others
     "config": ("order", "overrides", "schedule", "trackers", "verl_keys"),
     "verl_keys": (),
     "convert": ("config", "verl_keys"),
     "adapter": ("digest",),
     # ascend: whose operators to use; data: texts to calibrate on
     "mxfp4": ("adapter", "ascend", "cache", "checksums", "data", "order", "owned", "shards"),
-    "noise": ("digest", "judge", "mxfp4", "order", "shards"),  # packed layers are noised on their codes
+    "noise": ("digest", "judge", "mxfp4", "order", "shards"),  # noise is added to the codes of packed layers
     "vllm_api": ("adapter", "boxes", "digest", "faults", "mxfp4", "noise", "shards", "stacks"),
     "report": ("judge", "order", "runs", "__version__"),
 }
-# Who imports what is not installed with the core, within functions too.
+# Who imports packages that are not installed with the core, also inside functions.
 HOSTS = {
     "verl": ("verl_api", "bench/stock.py", "zygote/server.py"),  # stock verl to compare with; imported before the fork
     "transfer_queue": ("verl_api",),
     "tensordict": (),
     "ray": ("verl_api", "cluster", "preflight/node.py", "zygote/server.py"),
     "vllm": ("vllm_api",),
-    "vllm_ascend": ("vllm_api", "ascend.py"),  # asked which chip it was built for
+    "vllm_ascend": ("vllm_api", "ascend.py"),  # to find out which chip it was built for
 }
 WITHOUT_HOSTS = (
     "schedule",
@@ -65,7 +65,7 @@ WITHOUT_HOSTS = (
 
 @cache
 def imports(path: Path, within_functions: bool = True) -> frozenset[str]:
-    """Dotted names that a file imports; what only a type checker sees is left out."""
+    """Return the dotted names that a file imports, without those for type checkers only."""
     found, todo = set(), [ast.parse(path.read_text())]
     while todo:
         node = todo.pop()
@@ -101,7 +101,7 @@ def test_hosts_are_imported_in_their_rooms():
 
 
 def test_the_core_is_imported_without_a_host():
-    """Whatever it imports by being imported, nothing there so much as names a host in a function."""
+    """No module that the core imports even names a host inside a function."""
     todo = [name for name in FILES if name.startswith(tuple(f"verl_aqn.{start}" for start in WITHOUT_HOSTS))]
     seen = set()
     while todo:

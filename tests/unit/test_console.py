@@ -1,4 +1,4 @@
-"""What a person reads of validations: a line while the run goes on, a table at its end, also of older records."""
+"""Validations in the console: a line during the run and a table at its end, also for older records."""
 
 from pathlib import Path
 
@@ -87,4 +87,6 @@ def test_failed_answers_are_in_the_result(tmp_path):
     assert failed_text(run) == ""
     run.append("metrics.jsonl", {"kind": "validation", "step": 3, "failed": 2})
     run.append("metrics.jsonl", {"kind": "step", "step": 3, "metrics": {"aqn/answers_failed": 1.0}})
-    assert failed_text(run).startswith("failed: 1 training responses, which were not trained on, and 2 validation responses,")
+    assert failed_text(run).startswith(
+        "failed: 1 training responses, which were not trained on, and 2 validation responses,"
+    )

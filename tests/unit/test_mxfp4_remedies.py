@@ -33,7 +33,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def correlated(k: int, seed: int) -> torch.Tensor:
-    """Second moment of inputs that mix k/2 sources unevenly, with one input that is always zero."""
+    """Return the second moment of inputs that mix k/2 sources unevenly, with one input that is always zero."""
     inputs = normal(512, k // 2, seed=seed) @ normal(k // 2, k, seed=seed + 1) + 0.3 * normal(512, k, seed=seed + 2)
     inputs *= torch.linspace(0.2, 3, k)
     inputs[:, k // 3] = 0
@@ -60,7 +60,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return model(TOKENS).logits.float()
 
 
-# Under ``mse``, inputs of unequal energy have their errors weighed accordingly, so only equal ones are plain there.
+# Under ``mse``, errors are weighted by the inputs' energy, so only inputs of equal energy give plain rounding.
 EQUAL = [("mse", torch.eye(128)), ("mse", torch.zeros(128, 128))]
 ANY = [(rule, m) for rule in ("even", "floor", "rceil") for m in (torch.eye(128), torch.rand(128).diag())]
 
@@ -76,7 +76,7 @@ def test_gptq_without_correlation_is_plain_rounding(rule, moment):
 
 
 def output_error(weight: Tensor, rounded: Tensor, moment: Tensor) -> float:
-    """tr((W-Q) H (W-Q)^T) / tr(W H W^T): the squared error of the layer's outputs as a share of their energy."""
+    """Return tr((W-Q) H (W-Q)^T) / tr(W H W^T): squared error of the layer's outputs relative to their energy."""
     weight, moment = weight.double(), moment.double()
     error = weight - rounded.double()
     return (((error @ moment) * error).sum() / ((weight @ moment) * weight).sum()).item()
@@ -227,7 +227,7 @@ def test_loftq_s_first_adapter_is_the_truncated_svd():
     u, s, v = torch.linalg.svd(residual)
     torch.testing.assert_close(b @ a, u[:, :8] * s[:8] @ v[:8], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(a.norm(), b.norm())
-    # A residual of less rank than the adapter: no division by zero.
+    # The residual has a lower rank than the adapter: no division by zero.
     flat = torch.ones(64, 64)
     assert all(t.isfinite().all() for t in loftq(flat, 8)[1:])
 
