@@ -1,4 +1,4 @@
-"""Options of the whole suite."""
+"""Command-line options for the whole test suite."""
 
 
 def pytest_addoption(parser):

@@ -1,4 +1,4 @@
-"""Only the first rank reads the base: the other's is on meta until FSDP2 sends it its shards, and is the same then."""
+"""Only the first rank reads the base. The other rank's base is on meta until FSDP2 sends its shards."""
 
 import socket
 from pathlib import Path
@@ -55,7 +55,7 @@ def check(rank: int, folder: Path) -> None:
     assert held.tensors == wanted.tensors
     assert (held.digest, held.faults) == (wanted.digest, [])
     tokens = torch.arange(1, 9).unsqueeze(0)
-    use_attention(module.get_base_model(), "eager")  # shared prompts' own asks for a layout
+    use_attention(module.get_base_model(), "eager")  # the attention for shared prompts needs a layout
     got, want = module(tokens).logits.float(), loaded(folder)(tokens).logits.float()
     assert torch.nn.functional.cosine_similarity(got.flatten(), want.flatten(), 0) > 0.999
 

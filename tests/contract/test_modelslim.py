@@ -1,4 +1,4 @@
-"""ModelSlim folders hold what was read in the source of vllm-ascend 0.23.0; test_modelslim_ascend.py asks it."""
+"""ModelSlim folders have the form that vllm-ascend 0.23.0's source reads; test_modelslim_ascend.py runs that source."""
 
 import json
 from pathlib import Path

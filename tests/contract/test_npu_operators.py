@@ -1,8 +1,8 @@
-"""The Ascend kernels against stand-ins for torch_npu's operators: calls, dtypes, layouts, and blocks done again.
+"""The Ascend kernels with stand-ins for torch_npu's operators: calls, dtypes, layouts, and recomputed blocks.
 
-The stand-ins are registered with torch under the operators' published schemas, so that torch itself refuses a call
-which the real ones would refuse. They compute what hicann/ops-nn's kernels say (see `npu`), from the tests' own
-definition of the format, and leave nonsense where the kernels leave anything open. No hardware is involved.
+The stand-ins are registered with torch under the operators' published schemas, so torch rejects a call that the real
+operators would reject. They compute what the kernels of hicann/ops-nn do (see `npu`), from the tests' own definition of
+the format. Values that the kernels leave undefined are filled with nonsense. No hardware is involved.
 """
 
 import sys
@@ -25,7 +25,7 @@ DYNAMIC = (
 ANTI = "npu_anti_mx_quant(Tensor x, Tensor mxscale, *, int? axis=-1, int? dst_type=15, int? src_type=292) -> Tensor"
 
 
-# torch leaves out arguments that equal the schema's defaults.
+# torch omits arguments that equal the schema's defaults.
 def dynamic(
     input: Tensor, *, axis=-1, round_mode="rint", dst_type=296, block_size=32, scale_alg=0, dst_type_max=0.0
 ) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ def anti(x: Tensor, mxscale: Tensor, *, axis=-1, dst_type=15, src_type=292) -> T
 
 @pytest.fixture
 def torch_npu(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
-    """The module, with both operators, on an Ascend 950; ``calls`` holds the names of those called."""
+    """Provide the module with both operators, on an Ascend 950; ``calls`` lists the names of called operators."""
     calls: list[str] = []
 
     def recorded(name, implementation):
@@ -79,7 +79,7 @@ def torch_npu(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
 
 
 def inputs() -> Tensor:
-    """An odd number of bfloat16 blocks, of all magnitudes, with NaN, Inf, zeros and subnormals among them."""
+    """Return an odd number of bfloat16 blocks of all magnitudes, with NaN, Inf, zeros and subnormals."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(251, 32, generator=generator) * torch.exp2(torch.linspace(-140, 126, 251)).view(-1, 1)
     x[7, 3], x[8, 4], x[9] = float("nan"), float("-inf"), 0

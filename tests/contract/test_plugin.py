@@ -1,4 +1,4 @@
-"""A process in which the plugin is missing, or the versions are others, stops with a line that says so."""
+"""A process without the plugin, or with other versions, stops with one line that says so."""
 
 import os
 import subprocess

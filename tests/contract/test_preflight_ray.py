@@ -1,4 +1,4 @@
-"""What the checks before a run take for granted of vLLM, verl and Ray."""
+"""What the checks before a run assume about vLLM, verl and Ray."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def ray_env():
 
 
 def test_every_node_of_a_cluster_answers_as_this_machine_does(tmp_path, ray_env):
-    """A real Ray of one node, joined by the command as a run would."""
+    """The command joins a real Ray with one node, as a run would."""
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", HEAD], env=ray_env, stdin=pipe, stdout=pipe, text=True) as head:
         address = head.stdout.readline().strip()

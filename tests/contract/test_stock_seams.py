@@ -1,4 +1,4 @@
-"""Where `verl_aqn.stock` takes hold of stock verl: the order in which verl does things, and what it refuses by name."""
+"""The places where `verl_aqn.stock` hooks into stock verl: the order of verl's actions, and what it rejects by name."""
 
 import inspect
 import os
@@ -21,7 +21,7 @@ from tests.contract.test_stock_seams import composed
 
 
 def composed(*overrides: str):
-    """The config of `main_ppo` with these overrides."""
+    """Return the config of `main_ppo` with these overrides."""
     from pathlib import Path
 
     import verl
@@ -41,7 +41,7 @@ def composed(*overrides: str):
 
 
 def said(before: str, after: str) -> tuple[int, str]:
-    """Exit code and last line of a process in which the option is imported."""
+    """Return exit code and last line of a process that imports the option."""
     env = {**os.environ, "VERL_PLATFORM": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
     code = INSTALL.format(before=before, after=after)
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
@@ -66,7 +66,7 @@ def test_the_option_is_imported_after_the_trainer_is_made_and_before_its_data():
 
 
 def test_requests_get_the_adapter_where_the_engine_lists_it():
-    """What `listed` and the counted requests stand on."""
+    """`listed` and the counted requests depend on this."""
     from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
 
     source = inspect.getsource(vLLMHttpServer.generate)

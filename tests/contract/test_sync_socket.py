@@ -1,4 +1,4 @@
-"""Two runs on a machine must not meet: verl's socket is named by Ray's job, which is the same in both."""
+"""Two runs on one machine use different sockets, although verl names its socket by Ray's job, equal in both."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Tools: verl's agent loop with our calculator, what verl makes of a conversation, and what is refused before a run."""
+"""Tools: verl's agent loop with our calculator, verl's form of a conversation, and what is rejected before a run."""
 
 import asyncio
 from pathlib import Path
@@ -50,13 +50,15 @@ def test_integers_stay_exact():
 
 
 def test_what_a_tool_says_is_masked_and_everything_else_is_what_the_policy_sampled(items, monkeypatch):
-    """verl's own tool agent loop, with a server that answers from a script."""
+    """verl's own tool agent loop runs with a server that answers from a script."""
     from verl.experimental.agent_loop.agent_loop import ToolListWrap
     from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
     from verl.tools.function_tool import FUNCTION_TOOL_REGISTRY
     from verl.tools.tool_registry import load_all_tools
 
-    monkeypatch.delitem(FUNCTION_TOOL_REGISTRY, "calculator")  # of this file's own import: verl refuses a second
+    monkeypatch.delitem(
+        FUNCTION_TOOL_REGISTRY, "calculator"
+    )  # registered by this file's own import; verl rejects a second registration
     tokenizer = AutoTokenizer.from_pretrained(embedded_model(cache_dir() / "models"))
     config = load_recipe("multi_turn", ["profile=cpu"])
     prepare_tools(config, items)
@@ -80,7 +82,7 @@ def test_what_a_tool_says_is_masked_and_everything_else_is_what_the_policy_sampl
     kept = [token for token, own in zip(output.response_ids, output.response_mask, strict=True) if own]
     assert kept == [*sampled[0], *sampled[1]]
     masked = [token for token, own in zip(output.response_ids, output.response_mask, strict=True) if not own]
-    # verl knows no protocol of llama's and leaves out the template's line break after <|im_end|> (docs/workloads.md).
+    # verl has no parser for llama's format, and omits the template's line break after <|im_end|> (docs/workloads.md).
     assert tokenizer.decode(masked) == "<|im_start|>tool\n9<|im_end|>\n<|im_start|>assistant\n"
     own = torch.tensor(output.response_mask).bool()
     assert set(torch.tensor(output.response_logprobs)[own].tolist()) == {-0.5}
@@ -89,7 +91,7 @@ def test_what_a_tool_says_is_masked_and_everything_else_is_what_the_policy_sampl
 
 
 def made(cls, config, tokenizer, server, tools):
-    """`cls` of verl's agent loops as its worker makes it; returns how to run it."""
+    """Return a function that runs the agent loop `cls`, created as verl's worker creates it."""
     from verl.experimental.agent_loop.agent_loop import DictConfigWrap
     from verl.utils.dataset.rl_dataset import RLHFDataset
 

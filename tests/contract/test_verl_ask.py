@@ -1,4 +1,4 @@
-"""What verl itself is asked before a run: it refuses what it would refuse within, and takes every shipped recipe."""
+"""verl's own checks, called before a run: they reject what verl would reject later, and accept every shipped recipe."""
 
 import json
 import subprocess

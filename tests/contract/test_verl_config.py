@@ -1,4 +1,4 @@
-"""Every key of verl's config has an entry in `verl_keys.yaml`, and every entry is of a key that verl has."""
+"""Every key of verl's config has an entry in `verl_keys.yaml`, and every entry is a key of verl."""
 
 import pytest
 from omegaconf import OmegaConf

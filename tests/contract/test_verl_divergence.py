@@ -1,4 +1,4 @@
-"""A gradient that is not finite: verl goes on without that update, a run of ours stops and keeps the batch."""
+"""A gradient that is not finite: verl skips that update and goes on; our run stops and keeps the batch."""
 
 import json
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from verl_aqn.runs.folder import open_run
 
 
 def engine(gradient: float) -> AqnFSDPEngine:
-    """verl's engine as far as its optimiser step needs it, over one weight."""
+    """verl's engine, as far as its optimiser step needs it, with one weight."""
     made = object.__new__(AqnFSDPEngine)
     made.module = nn.Linear(1, 1, bias=False)
     made.module.weight.grad = torch.full((1, 1), gradient)

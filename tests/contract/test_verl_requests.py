@@ -1,4 +1,4 @@
-"""What verl's agent loop asks of the rollout for each answer: with a seed that its names alone decide."""
+"""What verl's agent loop sends to the rollout for each response: a seed that depends only on the response's names."""
 
 import asyncio
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""verl's reward managers with a function of the user's own: called as our check before a run calls it, and checked."""
+"""verl's reward managers with a user's function: our check before a run calls it as they do, and checks its result."""
 
 import asyncio
 import math
@@ -27,7 +27,7 @@ async def later(**told):
 def deep(**told):
     return int(told["solution_str"])
 """
-HERE = [name for name in REWARD_MANAGERS if name != "remote"]  # that one starts processes: tests/integration
+HERE = [name for name in REWARD_MANAGERS if name != "remote"]  # this manager starts processes: see tests/integration
 
 
 @pytest.fixture

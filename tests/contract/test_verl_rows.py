@@ -1,4 +1,4 @@
-"""What verl leaves out of the data, and answers that fail within its worker, as we tell of them."""
+"""Rows that verl leaves out of the data, and responses that fail within its worker, as we report them."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ def tokenizer(tmp_path_factory):
     from transformers import AutoTokenizer
 
     found = AutoTokenizer.from_pretrained(tiny_model(tmp_path_factory.mktemp("model") / "tiny"))
-    # As templates do that want turns to alternate.
+    # As in templates that require alternating turns.
     found.chat_template = (
         "{%- if messages[-1]['content'] == 'broken' -%}{{ raise_exception('no such turn') }}{%- endif -%}"
         + found.chat_template
@@ -64,7 +64,7 @@ def test_rows_that_verl_leaves_out_are_counted_by_reason_with_an_example_in_one_
     assert rows.too_long_example.startswith("row 7: ")
     assert rows.too_long_example.endswith("tokens of at most 512")
     assert capfd.readouterr().out.count("Error processing one of the samples") == 2
-    # The rows that are left are verl's own.
+    # verl itself keeps the same rows.
     stock = RLHFDataset(file, tokenizer, dataset.config)
     assert [one["index"] for one in dataset.dataframe["extra_info"]] == [
         one["index"] for one in stock.dataframe["extra_info"]
@@ -204,7 +204,7 @@ def test_failures_stop_a_run_by_their_share_of_this_attempt_s_answers(tmp_path):
     refuse_failures(folder, "val", 3, 16, 0.125)
     refuse_failures(folder, "train", 3, 16, 0.0)
     refuse_failures(folder, "val", 4, 16, 0.0)
-    # Those of an attempt that stopped by them are not those of the next, whose reward may have been mended.
+    # Failures that stopped one attempt do not count in the next one, because the reward may have been fixed.
     (tmp_path / "state.json").write_text(
         json.dumps({"status": "running", "created": "", "config_digest": "", "attempt": 2})
     )

@@ -1,4 +1,4 @@
-"""The answers of a validation as verl hands them to be written, and what becomes of them on record."""
+"""The responses of a validation as verl passes them to its writer, and the records that are made of them."""
 
 import json
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from verl_aqn.runs.folder import RunFolder
 
 @pytest.fixture
 def trainer(tmp_path, monkeypatch):
-    """verl's trainer with its own writer, in front of answers that are already there: `trainer.answers`."""
+    """verl's trainer with its own writer and responses that already exist: `trainer.answers`."""
     from verl.trainer.ppo.v1 import trainer_sync
 
     from verl_aqn.integrations.verl.trainer import AqnTrainer
@@ -29,7 +29,7 @@ def trainer(tmp_path, monkeypatch):
 
     def validate(self):
         outputs, truths, more = self.answers
-        if self.keys is None:  # one answer to each problem
+        if self.keys is None:  # one response per problem
             self.val_dataset, self.keys = truths, [f"uid-{n}_0_0" for n in range(len(outputs))]
         uids = dict.fromkeys(key.split("_")[0] for key in self.keys)
         self.agent_loop_manager = SimpleNamespace(row_of={uid: int(uid.split("-")[1]) for uid in uids})
@@ -81,7 +81,7 @@ def test_shares_by_data_source_where_there_are_several(trainer, capsys):
 
     kinds = ["sums", "words", "sums"]
     trainer.val_dataset = [{"data_source": kind} for kind in kinds]
-    trainer.keys = ["uid-0_0_0", "uid-2_0_0"]  # the answer to the words never came
+    trainer.keys = ["uid-0_0_0", "uid-2_0_0"]  # the response to this prompt never arrived
     trainer.answers = ["#### 1", "#### 2"], ["1", "3"], {"acc": [1.0, 0.0]}
     trainer._validate()
     (record,) = (one for one in trainer.folder.read("metrics.jsonl") if one["kind"] == "validation")
@@ -94,7 +94,7 @@ def test_shares_by_data_source_where_there_are_several(trainer, capsys):
 
 
 def several(trainer, problems, keys, acc):
-    """Answers to `problems`, two to each, as they arrived."""
+    """Return responses to `problems`, two for each, in the order of arrival."""
     trainer.config.actor_rollout_ref.rollout.val_kwargs.n = 2
     trainer.val_dataset, trainer.keys = list(range(problems)), keys
     trainer.answers = [f"answer {key}" for key in keys], ["–"] * len(keys), {"acc": acc}
@@ -158,7 +158,7 @@ def test_answers_of_a_step_count_against_those_asked_for(trainer):
     trainer.folder.append("failures.jsonl", record | {"stage": "reward", "reason": "/r.py:3: KeyError: 'a'"})
     with pytest.raises(RewardError, match=r"step 29: 1 of 8 .*: the reward of training item 3 \('How\?'\): /r"):
         trainer.refuse_failed("train")
-    trainer.asked = 16  # with those that replace thrown away groups
+    trainer.asked = 16  # including groups that replace discarded ones
     trainer.refuse_failed("train")
     trainer.refuse_failed("train", missing=1)
     with pytest.raises(RewardError, match="2 of 16"):

@@ -1,4 +1,4 @@
-"""What vLLM says when it is asked whether it can serve a model, and what a recipe is refused for."""
+"""vLLM's reply to whether it can serve a model, and the reasons for which a recipe is rejected."""
 
 import sys
 from pathlib import Path
@@ -51,9 +51,9 @@ def test_windows_in_all_layers_are_served_in_blocks_of_16(tmp_path, monkeypatch)
     fit_engine(config, answer)
     assert config.actor_rollout_ref.rollout.engine_kwargs.vllm.block_size == 16
     vllm._asked.clear()
-    monkeypatch.setattr(sys, "executable", "/bin/false")  # the answer is remembered, also by other processes
+    monkeypatch.setattr(sys, "executable", "/bin/false")  # the reply is cached, also for other processes
     assert vllm.ask(config, folder) == answer
-    assert vllm.ask(recipe(folder, profile="cuda"), folder) is None  # this vLLM is not the one for that
+    assert vllm.ask(recipe(folder, profile="cuda"), folder) is None  # this vLLM is not the right one for that device
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_tensor_that_vllm_has_no_parameter_for_is_named(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.0.input_norm.weight"] = tensors.pop("model.layers.0.input_layernorm.weight")
     save_file(tensors, tmp_path / "model.safetensors")
-    said = fix(recipe(tmp_path), tmp_path)  # the same config, but not the answer of before
+    said = fix(recipe(tmp_path), tmp_path)  # the same config, but not the earlier reply
     assert "cannot load" in said
     assert "input_norm" in said
     assert "publisher" in said

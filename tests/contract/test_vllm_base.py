@@ -1,4 +1,4 @@
-"""Every tensor of a base in vLLM's own models, compared with the folder, and one changed value of each kind caught."""
+"""Every tensor of a base in vLLM's models is compared with the folder, and one changed value of each kind is found."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from verl_aqn.integrations.verl.base_evidence import BaseRecords
 from verl_aqn.runs.judge.base_record import check_base, sentence
 
 pytest.importorskip("vllm")
-# What of each is loaded: the packed folder, its equal in bf16, or a base that is not quantised.
+# Which folder is loaded: the packed one, its bf16 equivalent, or an unquantised base.
 CASES = {
     "qwen2": ("packed", "dense", "source"),  # biases; a tied head
     "llama3": ("packed",),  # a head
@@ -39,7 +39,7 @@ GROUPS = {
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory) -> dict[tuple[str, str], tuple[Path, dict]]:
-    """By family and kind the folder that the actor loads, and what vLLM holds of the one that it loads."""
+    """By family and kind: the folder that the actor loads, and vLLM's report about the folder that it loads."""
     root = tmp_path_factory.mktemp("families")
     cases = [(family, kind) for family, kinds in CASES.items() for kind in kinds]
     for family in CASES:
@@ -76,14 +76,14 @@ def test_all_is_compared_and_one_value_of_each_kind_is_caught(answers, case):
     left = [(one["group"], one["code"]) for one in clean["not_compared"]]
     assert left == ([("other", "computed")] if case[0] == "falcon_h1" else [])
     holders = clean["holders"]["rollout 0"]
-    # A CPU's kernels take the weights of linear layers apart, routers among them.
+    # CPU kernels rearrange the weights of linear layers, including routers.
     assert all(one["live"] == one["tensors"] for group, one in holders.items() if group not in REARRANGED)
     groups = {made.disk.groups[name]: name for name in said["changed"]}
     assert groups.keys() >= GROUPS.get(case, {"norms"})
     for name, digest in said["changed"].items():
         tensors = said["clean"]["tensors"]
         answer = said["clean"] | {"tensors": tensors | {name: [digest, *tensors[name][1:]]}}
-        if name in said["clean"]["computed"]:  # not compared with the folder, but with the start
+        if name in said["clean"]["computed"]:  # compared with the start, not with the folder
             with pytest.raises(EvidenceError, match="at the end left of the base is not that of the start"):
                 check_base(record(answer, "end"), clean)
             continue

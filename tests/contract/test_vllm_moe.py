@@ -1,4 +1,4 @@
-"""Stock vLLM's MXFP4 method for MoE layers takes the experts that we write. Its kernels need a GPU; none runs here."""
+"""Stock vLLM's MXFP4 method for MoE layers accepts the experts that we write. Its kernels need a GPU."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from verl_aqn.checkpoints.loading import dequantize_checkpoint
 from verl_aqn.checkpoints.packing import quantize_checkpoint
 from verl_aqn.mxfp4 import dequantize
 
-SIZES = SMALL_MOE | {"intermediate_size": 32, "num_hidden_layers": 1}  # as the layer of vLLM below has them
+SIZES = SMALL_MOE | {"intermediate_size": 32, "num_hidden_layers": 1}  # like vLLM's layer below
 CONFIGS = {
     "mlp": (
         Qwen3MoeConfig(**SIZES, moe_intermediate_size=32, num_experts=4),

@@ -1,4 +1,4 @@
-"""The seams of vLLM that the plugin hangs on."""
+"""The places of vLLM that the plugin hooks into."""
 
 import inspect
 import os
@@ -78,7 +78,7 @@ def test_the_lora_patch_of_vllm_is_in_place():
 
 
 def test_lora_products_equal_vllm_s_own(monkeypatch):
-    """One adapter, tokens with and without it: the sum of the plain products is the gathered one's."""
+    """One adapter, tokens with and without it: the sum of plain products equals the gathered product."""
     import torch
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
@@ -107,7 +107,7 @@ def test_lora_products_equal_vllm_s_own(monkeypatch):
 
 
 def test_vllm_folds_the_scaling_into_b():
-    """The trainer's digest of what was sent does the same."""
+    """The trainer's digest of the sent adapter does the same."""
     from vllm.lora.lora_weights import LoRALayerWeights
 
     assert "self.lora_b *= self.scaling" in inspect.getsource(LoRALayerWeights.optimize)
@@ -132,7 +132,7 @@ def test_loader_s_hook_has_the_arguments_we_pass_on():
     original = inspect.getclosurevars(BaseModelLoader.load_model).nonlocals["load"]
     assert list(inspect.signature(original).parameters)[:3] == ["self", "vllm_config", "model_config"]
     source = inspect.getsource(original)
-    # What the base was loaded with is remembered between the two.
+    # The settings of the base's load are kept between the two calls.
     assert source.index("self.load_weights(model, model_config)") < source.index("process_weights_after_loading(model,")
 
 

@@ -1,4 +1,4 @@
-"""The pinned wheels of torch_npu and vllm-ascend, read as text: neither can be imported without an NPU."""
+"""The pinned wheels of torch_npu and vllm-ascend, read as text, because they cannot be imported without an NPU."""
 
 import ast
 import sys
@@ -13,14 +13,14 @@ FOLDER = Path(sys.prefix) / "contracts"  # scripts/setup.sh
 
 
 def read(file: str) -> str:
-    """A file of the wheels, from the site-packages' root."""
+    """Return the text of a file in the wheels; the path starts at site-packages."""
     if not FOLDER.is_dir():
         pytest.skip(f"no wheels in {FOLDER}: scripts/setup.sh puts them there for the profile cpu")
     return (FOLDER / file).read_text()
 
 
 def node(file: str, *path: str) -> Any:
-    """The syntax tree of a class or function of a file, by its name and the names of what it is in."""
+    """Return the syntax tree of a class or function, found by its name and the names of its parents."""
     found: Any = ast.parse(read(file))
     for name in path:
         found = next(child for child in found.body if getattr(child, "name", None) == name)
@@ -28,13 +28,13 @@ def node(file: str, *path: str) -> Any:
 
 
 def calls(tree: ast.AST, name: str) -> Iterator[ast.Call]:
-    """Every call of a function with this last name."""
+    """Return every call of a function with this last name."""
     for child in ast.walk(tree):
         if isinstance(child, ast.Call) and getattr(child.func, "attr", getattr(child.func, "id", None)) == name:
             yield child
 
 
 def pins(lock: str) -> dict[str, str]:
-    """Versions by package of a file in scripts/."""
+    """Return package → version from a requirements file in scripts/."""
     lines = [line for line in (ROOT / "scripts" / lock).read_text().splitlines() if line and line[0] != "#"]
     return dict(line.split("==") for line in lines)

@@ -1,4 +1,4 @@
-"""What ranks of the actor and of the rollout answer about a folder that they hold as it is, and the record of it."""
+"""Reports of actor and rollout ranks about a folder that they hold unchanged, and the base record of these reports."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def loaded(folder) -> nn.Module:
 
 
 def rollout_of(folder, slices: Slices | None = None) -> dict[str, Any]:
-    """A rank's answer that holds `slices` of the folder's tensors, and all else whole and unchanged."""
+    """Return the report of a rank that holds `slices` of some tensors, and all other tensors whole and unchanged."""
     disk, slices = DiskBase(folder), slices or {}
     parts = {
         name: Part(

@@ -1,4 +1,4 @@
-"""Recipes with overrides for tests that want many: composed once, as that takes most of a second."""
+"""Recipes with overrides, for tests that need many: each is composed once, because that takes almost a second."""
 
 import copy
 from functools import cache
@@ -14,7 +14,7 @@ def _composed(recipe: str, *chosen: str) -> DictConfig:
 
 
 def recipe_with(recipe: str, *overrides: str) -> DictConfig:
-    """The recipe on a CPU with `overrides` (of one key each), whose values are not checked as `load_recipe` does."""
+    """Return the recipe on a CPU with `overrides` (one key each), without the value checks of `load_recipe`."""
     groups = [one for one in overrides if one.startswith(("experiment=", "correction="))]
     config = copy.deepcopy(_composed(recipe, *groups))
     OmegaConf.set_struct(config, False)

@@ -1,4 +1,4 @@
-"""A reward by which no answer is better than another."""
+"""A reward that is equal for all responses."""
 
 
 def constant(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""verl's engines without verl's start: no process group, no FSDP, only what builds the module."""
+"""verl's engines without their start: no process group and no FSDP, only the code that builds the module."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ from verl_aqn.integrations.verl.packed_base import PackedBase
 
 
 def bare_engine(cls: type[PackedBase], model: Path, told: dict[str, Any], seed: int = 0) -> PackedBase:
-    """An engine of `cls` that has built nothing yet; `told` is the model's override_config."""
+    """Return an engine of class `cls` that has not built anything yet; `told` is the model's override_config."""
     engine = cls.__new__(cls)
     engine.use_remove_padding, engine.ulysses_sequence_parallel_size = False, 1
     engine.engine_config = SimpleNamespace(forward_only=False, seed=seed)

@@ -1,4 +1,4 @@
-"""Runs as `verl-aqn train` leaves them, with a checkpoint as verl's FSDP engine writes it, made without either."""
+"""Runs as `verl-aqn train` leaves them, with a checkpoint as verl's FSDP engine writes it, made without both."""
 
 import json
 from pathlib import Path
@@ -18,11 +18,11 @@ from verl_aqn.evaluation.export.trained_model import logprobs
 from verl_aqn.tasks.parquet import row, write_parquet
 from verl_aqn.tasks.smollm2 import tiny_model
 
-RANK, ALPHA = 6, 12  # no rank of vLLM's slots
+RANK, ALPHA = 6, 12  # not one of the ranks that vLLM supports
 
 
 def trained(base: Path, seed: int = 3, std: float = 0.3, **settings: Any) -> PeftModel:
-    """The actor's model after some training: random fp32 adapters on all linear layers of a packed base."""
+    """Return the actor's model after training: a packed base with random fp32 adapters on all linear layers."""
     torch.manual_seed(seed)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM", **settings)
     model = get_peft_model(load_model(base), config).eval()
@@ -35,18 +35,18 @@ def trained(base: Path, seed: int = 3, std: float = 0.3, **settings: Any) -> Pef
 
 
 def packed_base(root: Path) -> Path:
-    """A packed tiny model with SmolLM2's tokenizer, below `root`."""
+    """Make a packed tiny model with SmolLM2's tokenizer below `root`."""
     quantize_checkpoint(tiny_model(root / "tiny"), root / "packed")
     return root / "packed"
 
 
 def state_of(model: PeftModel) -> dict[str, torch.Tensor]:
-    """What `save_lora_only` saves."""
+    """Return the state dict that `save_lora_only` saves."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora_" in name}
 
 
 def adapter_of(state: dict[str, torch.Tensor]) -> Adapter:
-    """The adapter of a checkpoint's state, put together by another way than the exporter's."""
+    """Return the adapter of a checkpoint's state, assembled in a different way from the exporter's."""
     pairs = {
         name.removeprefix("base_model.model.").removesuffix(".lora_A.default.weight"): name
         for name in state
@@ -63,7 +63,7 @@ def adapter_of(state: dict[str, torch.Tensor]) -> Adapter:
 
 
 def write_actor(folder: Path, states: list[dict[str, torch.Tensor]]) -> Path:
-    """verl's checkpoint of an actor, a file for each rank's state."""
+    """Write verl's checkpoint of an actor, one file per rank."""
     folder.mkdir(parents=True)
     for rank, state in enumerate(states):
         torch.save(state, folder / f"model_world_size_{len(states)}_rank_{rank}.pt")
@@ -82,10 +82,11 @@ def write_run(
     problems: int = 4,
     peft: PeftModel | None = None,
 ) -> Path:
-    """A run under `experiment` with one checkpoint; `answers`: of its validation, by prompt as verl writes it down.
+    """Write a run under `experiment` with one checkpoint.
 
-    `problems`: how many its validation data have. `peft`: the actor's model, whose config is in the checkpoint as the
-    engine puts it there; what was sent is then what the engine sends.
+    `answers`: responses of its validation, by prompt as verl records it. `problems`: number of validation problems.
+    `peft`: the actor's model, whose config the checkpoint gets as from the engine; the recorded digest is then that of
+    what the engine sends.
     """
     run = experiment / "runs" / "20260101-000000-abcdef"
     write_actor(run / "checkpoints" / f"global_step_{step}" / "actor", [state])
@@ -117,8 +118,8 @@ def write_run(
 
 
 def sent_digest(base: Path, peft: PeftModel) -> str:
-    """Of the adapter as the engine sends it."""
-    from tests.helpers.outside_adapters import bare, sent
+    """Return the digest of the adapter as the engine sends it."""
+    from tests.outside_adapters import bare, sent
 
     engine = bare(base, rank=max(len(p) for n, p in peft.named_parameters() if "lora_A" in n))
     engine.module = peft
@@ -127,7 +128,7 @@ def sent_digest(base: Path, peft: PeftModel) -> str:
 
 
 def questions(number: int) -> list[dict[str, Any]]:
-    """Rows of validation data."""
+    """Return rows of validation data."""
     return [
         row(
             "verl_aqn/word_problems",
@@ -143,7 +144,7 @@ def questions(number: int) -> list[dict[str, Any]]:
 
 
 def transformers_engine(config, model, adapters, prompts, expected, scored, *, of_run):
-    """What stands in for vLLM here: the exported folder in plain transformers and plain PEFT."""
+    """Replace vLLM in these tests: load the exported folder by plain transformers and PEFT."""
     dense = model
     if of_run:
         dense = model.parent / "dense"

@@ -1,7 +1,7 @@
-"""Tiny random models of the families that transformers has in different layouts, made in well under a second each.
+"""Tiny random models of transformers families with different layouts, each made in well under a second.
 
-``FAMILIES`` maps a name to a builder, and `make` writes that model's folder as ``save_pretrained`` does: under the
-hub's names. Every K is a multiple of 32, one MXFP4 block, and every weight is far from zero: norms too.
+``FAMILIES`` maps a name to a builder. `make` writes the model's folder as ``save_pretrained`` does, with the hub's
+names. Every K is a multiple of 32, one MXFP4 block. No weight is close to zero, norms included.
 """
 
 import math
@@ -137,7 +137,7 @@ _family("lfm2", "Lfm2Config", layer_types=["conv", "full_attention"], block_auto
 _family("cohere2", "Cohere2Config", sliding_window=8, **_FOUR)
 _family("starcoder2", "Starcoder2Config", sliding_window=None, **_BASE)
 _family("gpt_neox", "GPTNeoXConfig", **{k: v for k, v in _BASE.items() if k != "num_key_value_heads"})
-# Multimodal folders, whose text part is trained.
+# Multimodal models, whose text part is trained.
 _family(
     "gemma3_vl",
     "Gemma3Config",

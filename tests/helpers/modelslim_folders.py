@@ -1,4 +1,4 @@
-"""Two tiny models, dense and MoE, written for Ascend and for vLLM."""
+"""Two tiny models, dense and MoE, each written for Ascend and for vLLM."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ LAYER = "model.layers.0."
 
 @pytest.fixture(scope="module", params=CONFIGS, name="folders")
 def modelslim_folders(request, tmp_path_factory) -> tuple[str, Path, Path]:
-    """(model type, ModelSlim's folder, compressed-tensors' folder of the same model)."""
+    """Return (model type, ModelSlim folder, compressed-tensors folder of the same model)."""
     root = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[request.param], dtype=torch.bfloat16)

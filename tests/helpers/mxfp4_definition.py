@@ -1,7 +1,7 @@
-"""MXFP4 quantisation once more, in NumPy and as the definition reads: what the kernels are compared with.
+"""A second MXFP4 quantisation in NumPy, written directly from the definition: the reference for the kernels.
 
-Slow, and on purpose without the codec's tricks: exponents come from frexp, quotients are float64, and rounding counts
-steps.
+It is slow and deliberately avoids the codec's methods: exponents come from frexp, quotients are float64, and rounding
+counts steps.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ GRID = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
 def quantize(x: np.ndarray, scale_rule: str, rounding: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Packed uint8 [B, 16] and scale uint8 [B] of float32 ``x`` [B, 32]."""
+    """Return packed uint8 [B, 16] and scale uint8 [B] of float32 ``x`` [B, 32]."""
     usable = np.isfinite(x).all(1)
     magnitude = np.where(usable[:, None], np.abs(x), 0)
     mantissa, exponent = np.frexp(magnitude.max(1))  # mantissa in [0.5, 1), or 0 for 0
@@ -30,14 +30,14 @@ def quantize(x: np.ndarray, scale_rule: str, rounding: str, seed: int = 0) -> tu
 
 
 def values(packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Float64 [B, 32], NaN under scale byte 255."""
+    """Return the values, float64 [B, 32]; NaN for scale byte 255."""
     codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), 32)
     signed = np.where(codes & 8, -GRID[codes & 7], GRID[codes & 7])
     return np.where(scale == 255, np.nan, np.ldexp(1.0, scale.astype(int) - 127))[:, None] * signed
 
 
 def round_codes(y: np.ndarray, rounding: str, u: np.ndarray | None = None) -> np.ndarray:
-    """Magnitude codes 0..7 of ``y`` >= 0, with ``u`` in [0, 1) for stochastic rounding."""
+    """Return magnitude codes 0..7 of ``y`` >= 0; ``u`` in [0, 1) is for stochastic rounding."""
     p = np.select([y < 2, y < 4], [1, 2], 4)
     t = y * 2 / p
     steps = np.floor(t)
@@ -50,24 +50,24 @@ def round_codes(y: np.ndarray, rounding: str, u: np.ndarray | None = None) -> np
 
 
 def squared_error(magnitude: np.ndarray, exponent: np.ndarray) -> np.ndarray:
-    """Sum of the squared errors of rounding to nearest, in units of the scale, float64 [B]."""
+    """Return the sum of squared errors of rounding to nearest, in units of the scale, float64 [B]."""
     # float32, as in every kernel: a quotient below 2^-126 is rounded, which can decide a tie between two scales.
     y = np.ldexp(magnitude.astype(np.float32), -exponent[:, None]).astype(np.float64)
     s = (y - GRID[round_codes(y, "nearest")]) ** 2
-    while s.shape[1] > 1:  # the tree that all backends use
+    while s.shape[1] > 1:  # the summation tree of all backends
         s = s[:, : s.shape[1] // 2] + s[:, s.shape[1] // 2 :]
     return s[:, 0]
 
 
 def uniform(n: int, seed: int) -> np.ndarray:
-    """The numbers of stochastic rounding for elements 0..n-1, float64 in [0, 1)."""
+    """Return the random numbers of stochastic rounding for elements 0..n-1, float64 in [0, 1)."""
     group = np.arange(-(-n // 4), dtype=np.uint64)
     counter = np.stack([group & 0xFFFFFFFF, group >> 32, group * 0, group * 0])
     return (philox(counter, seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF).T.reshape(-1)[:n] >> 8) * 2.0**-24
 
 
 def philox(counter: np.ndarray, k0: int, k1: int) -> np.ndarray:
-    """Philox4x32-10 of ``counter`` uint64 [4, N], each below 2^32 (Salmon et al. 2011; Random123)."""
+    """Return Philox4x32-10 of ``counter`` uint64 [4, N], each below 2^32 (Salmon et al. 2011; Random123)."""
     c0, c1, c2, c3 = counter.astype(np.uint64)
     word, half = np.uint64(0xFFFFFFFF), np.uint64(32)
     for i in range(10):

@@ -1,4 +1,4 @@
-"""Adapters as users bring them: random ones, saved by PEFT; and the actor's engine over them."""
+"""Adapters as users bring them: random adapters saved by PEFT, and the actor's engine with them."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ SERVED: dict[str, dict[str, Any]] = {
 def write_adapter(
     folder: Path, base: Path | PreTrainedModel, dtype: torch.dtype = torch.float32, **settings: Any
 ) -> Path:
-    """A random adapter over a model, or the bf16 one of a folder, saved by PEFT."""
+    """Save a random PEFT adapter for a model, or for the bf16 model in a folder."""
     torch.manual_seed(5)
     defaults = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16) if isinstance(base, Path) else base
@@ -43,7 +43,7 @@ def write_adapter(
 
 
 def built(base: Path, folder: Path, rank: int) -> Any:
-    """verl's engine with the adapter over the base, as a run builds it."""
+    """Return verl's engine with the adapter on the base, built as in a run."""
     engine = bare(base, rank)
     engine.model_config.lora_adapter_path = str(folder)
     engine.module = engine._build_lora_module(engine._build_module())
@@ -51,9 +51,9 @@ def built(base: Path, folder: Path, rank: int) -> Any:
 
 
 def bare(base: Path, rank: int) -> Any:
-    """verl's engine without a model, as much as it takes to send an adapter."""
-    from tests.helpers.engines import bare_engine
-    from verl_aqn.integrations.verl.engine import AqnFSDPEngine
+    """Return verl's engine without a model, with only what sending an adapter needs."""
+    from tests.engines import bare_engine
+    from verl_aqn.verl_api.engine import AqnFSDPEngine
 
     engine: Any = bare_engine(AqnFSDPEngine, base, {})
     engine.model_config.lora_rank = rank
@@ -64,7 +64,7 @@ def bare(base: Path, rank: int) -> Any:
 
 
 def sent(engine: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What the engine sends to the rollout: tensors, and the config beside them."""
-    with patch("verl.workers.engine.fsdp.transformer_impl.log_gpu_memory_usage"):  # of no GPU
+    """Return what the engine sends to the rollout: tensors and their config."""
+    with patch("verl.workers.engine.fsdp.transformer_impl.log_gpu_memory_usage"):  # there is no GPU
         tensors, config = engine.get_per_tensor_param(base_sync_done=True)
     return dict(tensors), config

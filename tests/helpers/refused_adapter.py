@@ -1,7 +1,7 @@
-"""`python -m tests.helpers.refused_adapter BUCKETS [before|within]`: a sync whose adapter vLLM refuses, over verl's own sender
-and receiver, or one whose receiver fails before it takes anything, or while it does.
+"""`python -m tests.refused_adapter BUCKETS [before|within]`: a sync that fails in the receiver.
 
-A process of its own: verl settles for good on which platform it runs. The answer is a line of JSON.
+verl's own sender and receiver are used. vLLM rejects the adapter, or the receiver fails before or while it receives
+anything. This runs in its own process, because verl chooses its platform only once. The result is one JSON line.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ def main(buckets: int, fails: str = "") -> dict:
     from verl_aqn.integrations.verl.worker_extension import AqnWorkerExtension
 
     folder = tempfile.mkdtemp(prefix="aqn-")
-    os.environ |= {"TMPDIR": folder, "VERL_AQN_ERRORS": f"{folder}/errors.jsonl"}  # as in a process of a run
+    os.environ |= {"TMPDIR": folder, "VERL_AQN_ERRORS": f"{folder}/errors.jsonl"}  # as in a run's process
     handle = f"ipc://{folder}/sync"
 
     class Worker(AqnWorkerExtension):
@@ -64,9 +64,9 @@ def main(buckets: int, fails: str = "") -> dict:
     thread = threading.Thread(target=send)
     thread.start()
     began = time.monotonic()
-    if fails == "before":  # nobody is there to take the first message
+    if fails == "before":  # no receiver takes the first message
         failed.append(RuntimeError("the rollout failed"))
-    elif fails == "within":  # somebody takes it and goes without an answer
+    elif fails == "within":  # a receiver takes the message and ends without answering
         taker = zmq.Context.instance().socket(zmq.REP)
         taker.connect(handle)
         taker.recv()

@@ -1,4 +1,4 @@
-"""Run folders with the records that the trainer writes, for tests of what reads them."""
+"""Run folders with the records that the trainer writes, for tests of code that reads them."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ BASE, CLEAN = "b" * 64, "c" * 64
 
 
 def metrics(step: int, sigma: float) -> dict[str, float]:
-    """Figures of one step under verl's names and ours."""
+    """Return the metrics of one step under verl's names and ours."""
     parity = {
         f"aqn/parity/{part}{name}": value / step
         for part in ("", "noise/", "kernels/")
@@ -53,10 +53,10 @@ def write_run(
     answers: Mapping[str, tuple[str, str, bool | None]] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> RunFolder:
-    """A run under `base`, validated before its first step and after its last.
+    """Write a run under `base` that was validated before its first step and after its last one.
 
-    `answers`, of the last validation: prompt → (right answer, what was said, whether it was right: None where the
-    reward did not tell).
+    `answers`, of the last validation: prompt → (right answer, response, whether it was right: None if the reward did
+    not return that).
     """
     run = open_run(base, {"of": name, "seed": seed}, fresh=True)
     settings = {
@@ -123,7 +123,7 @@ def write_run(
 
 
 def quantization() -> dict[str, Any]:
-    """`QuantReport.to_dict` of two layers, the second of which has two experts and a shared one."""
+    """Return `QuantReport.to_dict` of two layers, the second with two experts and a shared one."""
     parts = ["0.self_attn.q_proj", "1.self_attn.q_proj", "0.mlp.down_proj", "1.mlp.shared_experts.down_proj"]
     names = [f"model.layers.{part}" for part in (*parts, "1.mlp.experts.0.up_proj", "1.mlp.experts.1.up_proj")]
     modules = [

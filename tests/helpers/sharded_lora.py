@@ -1,4 +1,4 @@
-"""Rank files of a LoRA layer that FSDP2 has sharded, written by real ranks; light to import, as each of them does."""
+"""Rank files of a LoRA layer that FSDP2 has sharded, written by real ranks; light, because each rank imports it."""
 
 import socket
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import nn
 
 
 class Lora(nn.Module):
-    """A [6, 64] and B [25, 6] under PEFT's names; 25 rows are 13 and 12 on two ranks."""
+    """A [6, 64] and B [25, 6] under PEFT's names; two ranks hold 13 and 12 of the 25 rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class Lora(nn.Module):
 
 
 def save_sharded(folder: Path) -> None:
-    """`model_world_size_2_rank_<R>.pt` of a `Lora` called ``layer``, as verl saves it."""
+    """Write `model_world_size_2_rank_<R>.pt` of a `Lora` called ``layer``, as verl saves it."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Sizes of a random model that a test makes in milliseconds: every K is a multiple of 32, one MXFP4 block."""
+"""Sizes of random models that a test builds in milliseconds. Every K is a multiple of 32, one MXFP4 block."""
 
 from typing import Any
 
@@ -12,4 +12,4 @@ SMALL: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 SMALL_MOE = SMALL | {"num_experts_per_tok": 2}
-SMALL_ASCEND = SMALL | {"intermediate_size": 128}  # vllm-ascend takes scales in pairs: K is a multiple of 64
+SMALL_ASCEND = SMALL | {"intermediate_size": 128}  # vllm-ascend reads scales in pairs, so K is a multiple of 64

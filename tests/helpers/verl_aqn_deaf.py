@@ -1,6 +1,6 @@
-"""A vLLM worker whose norms hold the noise but compute without it, as with a graph that was made before.
+"""A vLLM worker whose norms hold the noise but compute without it, like a graph that was captured before.
 
-The plugin is for engines whose worker extension has verl_aqn in its name: hence that of this file.
+The plugin acts on engines whose worker extension has verl_aqn in its name, which explains this file's name.
 """
 
 from typing import Any
@@ -10,10 +10,10 @@ from verl_aqn.noise import find_norms
 
 
 class DeafToNoise(AqnWorkerExtension):
-    """Norms are written and read back as ever; their forward takes the weights that were there at the start."""
+    """A worker that writes and reads back norms as usual, but computes with their weights from the start."""
 
     def aqn_prepare(self, order: dict) -> dict:
-        """As ever, and from now on the forward of every norm uses its weight as it is now."""
+        """Prepare as usual, then make the forward of every norm use its present weight from now on."""
         answer = super().aqn_prepare(order)
         for norm in find_norms(self.model_runner.get_model()).values():
             _freeze(norm)

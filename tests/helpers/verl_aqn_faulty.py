@@ -1,8 +1,8 @@
-"""Errors and deaths in chosen functions of a run's processes. Each Python of it imports this, so it imports little.
+"""Errors and deaths in chosen functions of a run's processes. Every Python process of the run imports this module.
 
-`sabotage(folder, *plan)` returns the environment of a run with faults. A fault: `at` (a key of PLACES), `attempt` of
-the run, `how` ("raise" or the name of a signal), `text` of the error, `calls` of the function in one process that are
-to go well before, and how many `times` it fails then.
+So it imports little. `sabotage(folder, *plan)` returns the environment of a run with faults. The keys of a fault are
+`at` (a key of PLACES), `attempt` of the run, `how` ("raise" or the name of a signal), `text` of the error, `calls`
+(number of successful calls in one process before the fault) and `times` (number of failures after that).
 """
 
 import functools
@@ -38,8 +38,8 @@ PLACES = {
 
 
 def sabotage(folder: Path, *plan: dict) -> dict[str, str]:
-    """The environment of a run with these faults; `folder` is for what it needs."""
-    (folder / "sitecustomize.py").write_text("import tests.helpers.verl_aqn_faulty as f; f.install()\n")
+    """Return the environment of a run with these faults; `folder` stores the needed files."""
+    (folder / "sitecustomize.py").write_text("import tests.verl_aqn_faulty as f; f.install()\n")
     (folder / "plan.json").write_text(json.dumps(plan))
     root = Path(__file__).resolve().parents[2]
     return {"PYTHONPATH": os.pathsep.join([str(folder), str(root)]), PLAN: str(folder / "plan.json")}
@@ -52,7 +52,7 @@ def install() -> None:
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    """Finds the modules of the plan, by the finder for files, and changes them when they are run."""
+    """An import finder that changes the modules of the plan when they are executed."""
 
     def __init__(self, plan: list[dict]) -> None:
         self.plan = plan
@@ -73,13 +73,13 @@ class Finder(importlib.abc.MetaPathFinder):
 
 
 def attempt() -> int:
-    """Of the run that this process is of; 0: of none."""
+    """Return the attempt number of the run that this process belongs to; 0 outside a run."""
     place = os.environ.get("VERL_AQN_ERRORS")
     return json.loads((Path(place).parent / "state.json").read_text())["attempt"] if place else 0
 
 
 def change(module, name: str, fault: dict) -> None:
-    """Let a function of `module` fail as the fault says."""
+    """Make a function of `module` fail as the fault says."""
     *parts, last = name.split(".")
     owner = functools.reduce(getattr, parts, module)
     owner = getattr(owner, "__ray_actor_class__", owner)
@@ -89,7 +89,7 @@ def change(module, name: str, fault: dict) -> None:
     def fail_if_due() -> None:
         if attempt() != fault["attempt"]:
             return
-        calls[os.getpid()] = calls.get(os.getpid(), 0) + 1  # a zygote's children count for themselves
+        calls[os.getpid()] = calls.get(os.getpid(), 0) + 1  # each child of a zygote counts separately
         first = fault.get("calls", 0)
         if first < calls[os.getpid()] <= first + fault.get("times", 1 << 30):
             if fault["how"] != "raise":

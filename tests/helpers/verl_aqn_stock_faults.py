@@ -1,7 +1,7 @@
-"""Workers of vLLM that lose an adapter, for runs of stock verl.
+"""vLLM workers that lose an adapter, for runs of stock verl.
 
-The plugin watches engines whose worker extension has verl_aqn in its name, and leaves their norms alone where it has
-stock in it: hence the name of this file.
+The plugin watches engines whose worker extension has verl_aqn in its name, and does not touch their norms if the name
+has stock in it. This explains the name of this file.
 """
 
 from typing import Any
@@ -10,14 +10,14 @@ from verl_aqn.integrations.verl.worker_extension import StockWorkerExtension
 
 
 class SwallowsAll(StockWorkerExtension):
-    """Every adapter is received, and dropped without a word."""
+    """A worker that receives every adapter and silently drops it."""
 
     def _update_weights(self, weights: Any, peft_config: Any, base_sync_done: bool) -> None:
         pass
 
 
 class SwallowsUpdates(StockWorkerExtension):
-    """The first adapter is loaded; later ones are dropped."""
+    """A worker that loads the first adapter and drops later ones."""
 
     def _update_weights(self, weights: Any, peft_config: Any, base_sync_done: bool) -> None:
         if not getattr(self, "has_one", False):

@@ -1,7 +1,8 @@
-"""Models as vLLM's own classes load them from a folder on a CPU, observed as in a run, without an engine around them.
+"""Models loaded by vLLM's own classes on a CPU and observed as in a run, without an engine around them.
 
-`python -m tests.helpers.vllm_models FOLDER…` prints a JSON line for each folder: what `aqn_base` would answer, and again after
-one value of a tensor of each group was changed. A process of its own: vLLM sets up its process for good.
+`python -m tests.vllm_models FOLDER…` prints one JSON line per folder: the reply of `aqn_base`, first unchanged and then
+after one value of a tensor of each group was changed. This runs in its own process, because vLLM sets up its process
+only once.
 """
 
 import json
@@ -21,10 +22,10 @@ from verl_aqn.integrations.vllm.tensor_digests import describe_tensors
 
 
 def start(meeting: Path) -> None:
-    """vLLM's process groups, of one rank, for all models of this process."""
+    """Create vLLM's process groups with one rank, for all models of this process."""
     from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment, parallel_state
 
-    parallel_state.destroy_model_parallel()  # those of the last model may lack one for experts
+    parallel_state.destroy_model_parallel()  # the groups of the last model may lack one for experts
     init_distributed_environment(1, 0, f"file://{meeting}/store", 0, backend="gloo")
     ensure_model_parallel_initialized(1, 1)
 
@@ -39,7 +40,7 @@ def config_of(folder: Path) -> Any:
 
 
 def load(folder: Path, config: Any) -> torch.nn.Module:
-    """The model that a worker of a run has after loading: weights for its kernels, norms in float32."""
+    """Return the model that a worker of a run has after loading: weights for its kernels, norms in float32."""
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
     config.parallel_config.worker_extension_cls = "verl_aqn.integrations.verl.worker_extension.AqnWorkerExtension"
@@ -52,7 +53,7 @@ def answer(model: torch.nn.Module, modules: list[str]) -> dict[str, Any]:
 
 
 def change(model: torch.nn.Module, name: str) -> None:
-    """Change one value of what the model holds of the checkpoint's tensor `name`, where it is read live."""
+    """Change one value of what the model holds of the checkpoint's tensor `name`, if it is read live."""
     loaded = readback.loaded_of(model)
     parameter = readback.parameters_of(model)(loaded.pieces[name][0].place)
     flat = parameter.view(-1)
@@ -62,8 +63,8 @@ def change(model: torch.nn.Module, name: str) -> None:
 
 @contextmanager
 def loaded_wrong(names: list[str]) -> Iterator[None]:
-    """Models whose loader has got one value of each of the checkpoint's tensors `names` wrong."""
-    from verl_aqn.integrations.vllm import observe
+    """Yield models whose loader has changed one value in each of the checkpoint's tensors `names`."""
+    from verl_aqn.vllm_api import observe
 
     remember = observe.remember_base
 
@@ -110,7 +111,7 @@ def main(folders: list[Path]) -> None:
                 said["changed"] |= {name: wrong["tensors"][name][0] for name in unseen.values()}
             print("RESULT " + json.dumps(said), flush=True)
     sys.stdout.flush()
-    os._exit(0)  # vLLM's groups would complain at the interpreter's end
+    os._exit(0)  # otherwise vLLM's groups warn when the interpreter exits
 
 
 if __name__ == "__main__":

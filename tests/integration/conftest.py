@@ -1,4 +1,4 @@
-"""One tiny random model, made once; runs through the command line as a user starts them."""
+"""One tiny random model, made once, and runs through the command line as a user starts them."""
 
 import json
 import os
@@ -28,9 +28,9 @@ TINY = [
     "actor_rollout_ref.actor.ppo_mini_batch_size=2",
     "actor_rollout_ref.rollout.n=4",
     "actor_rollout_ref.actor.optim.lr=1e-2",
-    "actor_rollout_ref.actor.optim.lr_warmup_steps=0",  # with warm-up the first update has a rate of 0
+    "actor_rollout_ref.actor.optim.lr_warmup_steps=0",  # with warm-up the first update has learning rate 0
     "reward.reward_kwargs.overlong_buffer_cfg.len=4",
-    # E12's dynamic sampling, by a metric that always varies: its code runs, nothing is thrown away.
+    # E12's dynamic sampling with a metric that always varies: its code runs, but no group is discarded.
     "algorithm.filter_groups.enable=true",
     "algorithm.filter_groups.metric=score",
     "trainer.total_training_steps=3",
@@ -49,7 +49,7 @@ def tiny_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def warm_cache(tmp_path_factory) -> Path:
-    """Compiled once for all runs."""
+    """A cache with code that is compiled once for all runs."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -65,14 +65,14 @@ def train(tiny_model, warm_cache):
 
 
 def verl_aqn(*arguments: str, cache: Path | None = None) -> subprocess.Popen:
-    """The command, started as a user would."""
+    """Run the command as a user would."""
     env = {**os.environ, **({"VERL_AQN_CACHE": str(cache)} if cache else {})}
     command = [sys.executable, "-m", "verl_aqn.cli", *arguments]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def ask_vllm(module: str, *arguments, **variables: str) -> dict:
-    """What `python -m tests.integration.<module> ARGUMENTS`, an engine of its own, says in its line of JSON."""
+    """Return the JSON line that `python -m tests.integration.<module> ARGUMENTS`, a separate engine, prints."""
     result = start_engine(module, *arguments, **variables)
     lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, result.stderr[-3000:]
@@ -80,9 +80,9 @@ def ask_vllm(module: str, *arguments, **variables: str) -> dict:
 
 
 def start_engine(module: str, *arguments, **variables: str) -> subprocess.CompletedProcess:
-    """The same for a module that says nothing."""
+    """Do the same for a module that prints nothing."""
     env = {**os.environ, "VERL_PLATFORM": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    # The engine in the process that asks it: half the time.
+    # The engine runs in the calling process, which takes half the time.
     env |= variables | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "TORCHINDUCTOR_CACHE_DIR": str(cache_dir() / "torchinductor"),
@@ -100,7 +100,7 @@ def start_engine(module: str, *arguments, **variables: str) -> subprocess.Comple
 
 
 def finish(process: subprocess.Popen, base: Path) -> tuple[Path, str]:
-    """Folder and standard error of the newest run of `base`, which ends well."""
+    """Wait for the newest run of `base` to finish without error; return its folder and standard error."""
     _, err = process.communicate(timeout=800)
     run = newest(base)
     assert process.returncode == 0, err + (run / "training.log").read_text()[-3000:]
@@ -112,15 +112,15 @@ def descendants(pid: int) -> list[psutil.Process]:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """As a power cut ends it and all that it started."""
+    """Kill a run with all processes that it started, like a power cut."""
     for victim in [psutil.Process(process.pid), *descendants(process.pid)]:
-        with suppress(ProcessLookupError):  # it ended with another
+        with suppress(ProcessLookupError):  # it ended together with another process
             os.kill(victim.pid, signal.SIGKILL)
     process.communicate()
 
 
 def leftovers() -> set[str]:
-    """Processes, shared memory, sockets and folders that a run could leave behind, but not those of another pytest."""
+    """Return processes, shared memory, sockets and folders that a run may have left, except those of another pytest."""
     paths = [*Path("/dev/shm").iterdir(), *Path("/tmp").glob("aqn-*"), *Path("/tmp").glob("????????-????-????-*")]
     ours = descendants(os.getpid())
     used = (
@@ -140,7 +140,7 @@ def _is_of_pytest(process: psutil.Process) -> bool:
 
 
 def _uses(process: psutil.Process) -> str:
-    """Files that a process has mapped, by inode, its environment, and its sockets."""
+    """Return the files that a process has mapped (by inode), its environment, and its sockets."""
     with suppress(psutil.Error, OSError):
         maps = Path(f"/proc/{process.pid}/maps").read_text()
         return f"{maps} {process.environ()} {[place.laddr for place in process.net_connections('unix')]}"
@@ -148,19 +148,19 @@ def _uses(process: psutil.Process) -> str:
 
 
 def _inode(path: Path) -> str:
-    """A semaphore is mapped under another name than it has."""
+    """Return the inode, because a semaphore is mapped under a different name."""
     with suppress(FileNotFoundError):
         return f" {path.stat().st_ino} "
     return str(path)
 
 
 def newest(run_dir: Path) -> Path:
-    """The newest run's folder."""
+    """Return the folder of the newest run."""
     return (run_dir / "training.log").resolve().parent
 
 
 def lines(path: Path, kind: str | None = None) -> list[dict]:
-    """Whole lines of a JSON-lines file; records of the base with an entry for every rank."""
+    """Return complete lines of a JSON-lines file; records of the base get one entry for every rank."""
     if not path.exists():
         return []
     records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
@@ -169,7 +169,7 @@ def lines(path: Path, kind: str | None = None) -> list[dict]:
 
 
 def compared(run: Path) -> tuple[str, dict]:
-    """What a run's start and end say that they have compared of its base, judged anew, and the start's record."""
+    """Return what a run compared of its base at start and end, judged again, and the record of the start."""
     start, end = lines(run / "evidence.jsonl", "base")
     check_base(start, None)
     check_base(end, start)
@@ -180,6 +180,6 @@ def compared(run: Path) -> tuple[str, dict]:
 
 
 def lines_of(base: Path) -> list[dict]:
-    """Events so far of the one run under `base`."""
+    """Return the events so far of the only run under `base`."""
     found = list(base.glob("runs/*/events.jsonl"))
     return lines(found[0]) if found else []

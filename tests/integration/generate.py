@@ -1,8 +1,7 @@
-"""`python -m tests.integration.generate MODEL ADAPTER OUT [ACTIVATION]`: what vLLM answers and holds, as a JSON line.
+"""`python -m tests.integration.generate MODEL ADAPTER OUT [ACTIVATION]`: vLLM's responses and weights, as a JSON line.
 
-OUT is for what tests.integration.shards saves.
-
-A process of its own: an engine sets up its process for good.
+OUT is for the files that tests.integration.shards saves. This runs in its own process, because an engine sets up its
+process only once.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""`python -m tests.integration.held MODEL ADAPTER`: what vLLM holds of both and answers with them, as a JSON line.
+"""`python -m tests.integration.held MODEL ADAPTER`: vLLM's weights of both and its responses, as a JSON line.
 
-A process of its own: an engine sets up its process for good.
+This runs in its own process, because an engine sets up its process only once.
 """
 
 import json

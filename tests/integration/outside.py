@@ -1,7 +1,7 @@
 """`python -m tests.integration.outside MODEL SENT`: log-probs of vLLM with adapters as the actor sends them.
 
-SENT is a file of `torch.save`: {"tokens": [[token, …], …], "adapters": {name: (tensors, config)}}. Answers with a JSON
-line: {name: {"logprobs": of every token but the first of each line, "digest": of what the engine holds}}.
+SENT is a file of `torch.save`: {"tokens": [[token, …], …], "adapters": {name: (tensors, config)}}. The output is one
+JSON line: {name: {"logprobs": of every token but the first of each line, "digest": of what the engine holds}}.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""`python -m tests.integration.shards MODEL OUT`: each of two ranks of an engine writes noise and saves what it holds.
+"""`python -m tests.integration.shards MODEL OUT`: each of two ranks of an engine writes noise and saves its weights.
 
 OUT/rank<n>.pt: {name: {"spans": [(offset, numel), …], "clean": [numel], "noisy": [numel]}}, elements in order of spans.
-A process of its own: an engine sets up its process for good.
+This runs in its own process, because an engine sets up its process only once.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Rows that a run leaves out and answers that never come, in a run of its own: told, counted and on record."""
+"""A run that leaves out rows and misses responses: both are reported, counted and recorded."""
 
 import re
 
@@ -18,12 +18,15 @@ def compute_score(data_source, solution_str, ground_truth, extra_info, **kwargs)
 
 @pytest.fixture
 def files(tmp_path):
-    """Six validation problems: two whose reward raises, one that is too long; of the training rows one is too long."""
+    """Six validation problems and the training rows.
+
+    The reward raises for two of the problems, and one is too long; one training row is too long.
+    """
     for split in ("train", "test"):
         rows = []
         for number, one in enumerate(problems(6, split, 0)):
             text = one.question if number != 5 else "word " * 2000
-            # Of the training rows none has a number that the reward stumbles over.
+            # No training row has a number for which the reward raises.
             index = number if split == "test" else 100 + number
             rows.append(
                 row(SOURCE, prompt(text), one.truth, split=split, index=index, question=text, answer=one.answer)
@@ -50,7 +53,7 @@ def test_a_failed_answer_stops_a_run_that_may_go_on_and_is_counted(train, files)
     assert "aqn.run.allow_failed=0 allows 0" in line
     assert lines(newest(files / "run") / "failures.jsonl")
 
-    # The same run goes on from where it stopped, with leave for as many as fail.
+    # The same run resumes, with a limit that allows all of these failures.
     process = train(files / "run", *settings, "aqn.run.allow_failed=0.4", recipe="e6a")
     result, said = process.communicate(timeout=800)
     run = newest(files / "run")

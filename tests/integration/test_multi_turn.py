@@ -1,4 +1,4 @@
-"""The recipe `multi_turn`: the embedded model calls a calculator under noise; what the tool says is in no figure."""
+"""The recipe `multi_turn`: the embedded model calls a calculator under noise; tool outputs are in no metric."""
 
 import json
 
@@ -36,7 +36,7 @@ def test_a_calculator_is_called_and_its_words_are_in_no_figure(tmp_path, warm_ca
         sampled = answers * (metrics["response_length/mean"] - metrics["aqn/tool_tokens"])
         assert metrics["aqn/parity/tokens"] == pytest.approx(sampled)
         assert metrics["aqn/parity/rescored_tokens"] == pytest.approx(sampled)
-        # A token of the tool has no log-prob of the rollout: one such among them would show as several nats.
+        # A token of the tool has no log-prob of the rollout, so one of them would add several nats to the mismatch.
         assert metrics["aqn/parity/kernels/abs_dlogp_mean"] < 0.1
     clean, noisy = steps
     assert clean["aqn/parity/abs_dlogp_mean"] < 0.1 < noisy["aqn/parity/noise/abs_dlogp_mean"]

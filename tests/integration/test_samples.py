@@ -1,4 +1,4 @@
-"""`verl-aqn eval --samples` in the real rollout, and `compare` of what it wrote."""
+"""`verl-aqn eval --samples` in the real rollout, and `compare` of its results."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A real run whose rollout serves the packed base as its bf16 equal, as on an Ascend A2 or A3."""
+"""A real run whose rollout serves the bf16 equivalent of the packed base, as on an Ascend A2 or A3."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def test_a_packed_actor_and_a_bf16_rollout_hold_one_base(train, tmp_path):
         assert {record["disk"], *record["actor"]} == {checkpoint_digest(packed)}
         assert record["served"] == rollout["base_digest"] == checkpoint_digest(packed, form="bf16")
         assert (rollout["form"], rollout["layers"]) == ("bf16", 8)
-    # One arithmetic in both: their probabilities of the sampled tokens agree up to bf16 where there is no noise.
+    # Both use the same arithmetic, so without noise their probabilities of the sampled tokens agree up to bf16.
     first, second = (step["metrics"] for step in lines(run / "metrics.jsonl", "step"))
     assert first["training/rollout_actor_probs_pearson_corr"] > 0.98
     assert (first["aqn/sigma"], second["aqn/sigma"]) == (0.0, 0.05)

@@ -1,4 +1,4 @@
-"""Ratios measured side by side, and a run of `bench growth`: what they say of speed is in the README."""
+"""Speed ratios measured in turn, and a run of `bench growth`."""
 
 import json
 
@@ -18,7 +18,7 @@ def test_no_ratio_is_worse_than_the_recorded_one():
 
 
 def test_a_step_is_faster_than_stock_verl_s_with_the_same_settings(tiny_model, tmp_path, monkeypatch):
-    """Both with all of their processes, of a model so small that waiting and handing on are most of a step."""
+    """Both run all of their processes, with a model so small that waiting and transfers take most of a step."""
     monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path / "cache"))
     todo = step.overrides(str(tiny_model), 4, small=True)
     result = step.measure(todo, 4, 1, tmp_path / "runs", lambda _: None, step.ARMS[:2])
@@ -29,7 +29,7 @@ def test_a_step_is_faster_than_stock_verl_s_with_the_same_settings(tiny_model, t
 
 
 def test_prompts_shared_or_not_the_update_is_of_the_same_answers():
-    """The loss that `bench update` takes the time of is one loss in both layouts."""
+    """The loss that `bench update` measures is the same in both layouts."""
     model = update.build("135M", 2, "cpu", NAME).float()
     losses = []
     for inputs, (row, column, label), layout in update.batches(49_152, 2, 3, 20, 5, "cpu").values():

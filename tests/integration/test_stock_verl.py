@@ -1,4 +1,4 @@
-"""verl's own `main_ppo` with `external_lib=verl_aqn.stock`: evidence that holds, and an adapter that is lost."""
+"""verl's own `main_ppo` with `external_lib=verl_aqn.stock`: valid evidence, and detection of a lost adapter."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ CPU = [
     "trainer.device=cpu",
     "trainer.n_gpus_per_node=1",
     "ray_kwargs.ray_init.num_cpus=32",
-    "+ray_kwargs.ray_init.num_gpus=1",  # pretended
+    "+ray_kwargs.ray_init.num_gpus=1",  # simulated
     "+ray_kwargs.ray_init.include_dashboard=false",
     "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
     "actor_rollout_ref.model.use_remove_padding=false",
@@ -68,7 +68,7 @@ OPTION = "actor_rollout_ref.model.external_lib=verl_aqn.stock"
 
 @pytest.fixture(scope="module")
 def main_ppo(tiny_model, tmp_path_factory):
-    """`main_ppo(folder, *overrides)` → what verl's own command returned, started as a user of verl starts it."""
+    """`main_ppo(folder, *overrides)` → the result of verl's own command, started as a user of verl starts it."""
     data = tmp_path_factory.mktemp("data")
     files = prepare_word_problems(data, 16, 4)
 
@@ -97,7 +97,7 @@ def run_in(folder: Path) -> RunFolder:
 
 
 def rows(run: RunFolder) -> dict[str, tuple[bool | None, str]]:
-    """The report's table of evidence: (verdict, text) by row."""
+    """Return the report's table of evidence: (verdict, text) by row."""
     table = checks(read_runs([run.path]))
     return {row[0].text: (row[1].good, row[1].text) for row in table.rows}
 
@@ -113,7 +113,7 @@ def test_a_stock_run_is_proved(main_ppo, tmp_path):
     evidence = lines(run.path / "evidence.jsonl")
     adapters = [one for one in evidence if one["kind"] == "adapter"]
     assert [one["step"] for one in adapters] == [0, 1, 2]
-    assert len({one["sent"] for one in adapters}) == 3  # it was trained, and each reached the rollout
+    assert len({one["sent"] for one in adapters}) == 3  # it was trained, and each version reached the rollout
     assert adapters[0]["held"][0]["b_max"] == 0 < adapters[1]["held"][0]["b_max"]
     assert [one["requests"] for one in adapters] == [{"with": n, "without": 0} for n in (0, 8, 8)]
     mismatches = [one for one in evidence if one["kind"] == "mismatch"]
@@ -127,8 +127,8 @@ def test_a_stock_run_is_proved(main_ppo, tmp_path):
 
 
 def losing(name: str) -> str:
-    """The override for a worker of vLLM that loses adapters."""
-    worker = f"tests.helpers.verl_aqn_stock_faults.{name}"
+    """Return the override for a vLLM worker that loses adapters."""
+    worker = f"tests.verl_aqn_stock_faults.{name}"
     return f"+actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls={worker}"
 
 
@@ -140,7 +140,7 @@ def test_an_adapter_that_does_not_arrive_stops_the_run(main_ppo, tmp_path):
     assert fault in result.stderr
     assert run.state["status"] == "failed"
     assert fault in run.state["message"]
-    assert lines(run.path / "metrics.jsonl") == []  # nothing was learnt
+    assert lines(run.path / "metrics.jsonl") == []  # nothing was learned
     good, text = rows(run)["adapter in the rollout"]
     assert good is False
     assert fault in text

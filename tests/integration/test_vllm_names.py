@@ -1,4 +1,4 @@
-"""A family whose modules vLLM renames and fuses in its own way: base, adapter and answers are the trainer's."""
+"""A family whose modules vLLM renames and fuses differently: base, adapter and responses equal the trainer's."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_renamed_and_fused_modules_are_told_under_the_trainer_s_names(folders):
     record = BaseRecords(packed, "packed", "none", print).record(
         "start", [actor_of(loaded(packed), packed)], [said["base"]], {"actor": 1, "rollout": 1}
     )
-    check_base(record, None)  # behind LoRA's wrappers, in an engine that has answered
+    check_base(record, None)  # inside LoRA's wrappers, in an engine that has already responded
     norms = record["holders"]["rollout 0"]["norms"]
     assert norms["live"] == norms["tensors"] == 5
     assert [(one["code"], one["tensors"]) for one in record["not_compared"]] == [("computed", 2)]

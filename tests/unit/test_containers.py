@@ -1,4 +1,4 @@
-"""Containers and manifests by their linters and schemas. No engine is at hand: nothing is built or applied."""
+"""Containers and manifests checked by linters and schemas. Nothing is built or applied."""
 
 import json
 import re
@@ -19,7 +19,7 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["option
 
 
 def lint(tool: str, *arguments: str) -> str:
-    """What the linter says; nothing if all is well."""
+    """Return the linter's output, empty if there is no complaint."""
     command = [Path(sys.executable).parent / tool, *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
 
@@ -68,7 +68,7 @@ def test_images_have_the_versions_of_their_profile():
 
 
 def test_scripts_have_no_fault():
-    # SC2034: the experiments' toggles are read by experiment.sh, which they source.
+    # SC2034: experiment.sh, which these scripts source, reads their options.
     scripts = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "scripts").glob("*.sh"))]
     assert lint("shellcheck", "--severity=warning", "--exclude=SC2034", *scripts) == ""
 

@@ -1,4 +1,4 @@
-"""What must not be there: code out of checkpoints, models or answers, and secrets where others read."""
+"""What must not happen: code from checkpoints, models or responses that runs, and secrets that others can read."""
 
 import ast
 import os

@@ -345,7 +345,7 @@ def main() -> None:
     settle()
     try:
         if any("\udc80" <= letter <= "\udcff" for argument in sys.argv for letter in argument):
-            raise ConfigError("an argument is not valid UTF-8: rename the file or folder in question")
+            raise ConfigError("an argument is not UTF-8: rename the file or folder in question")
         try:
             os.getcwd()
         except FileNotFoundError:

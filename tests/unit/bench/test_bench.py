@@ -1,4 +1,4 @@
-"""The benchmarks run, compare what is comparable, and say so in the form that they promise."""
+"""The benchmarks run, compare what is comparable, and report in the documented form."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`bench attention` takes the time of three ways to the same values."""
+"""`bench attention` measures three ways to the same values."""
 
 import pytest
 import torch

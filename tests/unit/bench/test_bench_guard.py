@@ -1,4 +1,4 @@
-"""What the guard calls worse; its real measurement is in tests/integration/test_speed.py."""
+"""What the guard calls worse. Its real measurement is in tests/integration/test_speed.py."""
 
 import pytest
 

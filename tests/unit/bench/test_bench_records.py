@@ -1,4 +1,4 @@
-"""Many ranks and many answers: no record becomes large, and four times as much takes about four times as long."""
+"""With many ranks and responses no record becomes large, and four times as much takes about four times as long."""
 
 import json
 from pathlib import Path
@@ -10,10 +10,10 @@ from verl_aqn.bench.many_ranks import Sizes, simulate
 from verl_aqn.cli.main import app
 from verl_aqn.runs.folder import RunFolder
 
-pytest.importorskip("verl")  # whose processes put the base's record together
+pytest.importorskip("verl")  # the processes that build the base's record
 SMALL, LARGE = Sizes(64, 4096, 8, 64, 8), Sizes(256, 16_384, 8, 64, 8)
 LIMIT = 1_000_000
-TIMED_S = 0.1  # what is faster says nothing
+TIMED_S = 0.1  # being faster is no error
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_records_grow_no_faster_than_ranks_and_stay_small(rows):
         assert one.largest < LIMIT / 2, name  # four times as many ranks are 1,024
         assert one.bytes <= 4.2 * small[name].bytes, name
     base = large["base at the start"]
-    assert base.bytes < 2 * small["base at the start"].bytes  # ranks that hold the same cost their number
+    assert base.bytes < 2 * small["base at the start"].bytes  # ranks with equal content only add to a count
     assert (base.largest, large["noise of step 1"].bytes) < (30_000, 30_000)
 
 

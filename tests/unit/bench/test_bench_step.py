@@ -1,4 +1,4 @@
-"""`verl-aqn bench step`: what is made of the figures of its runs, which take minutes and are not in here."""
+"""`verl-aqn bench step`: the evaluation of its runs' metrics. The runs themselves take minutes and are not here."""
 
 import json
 

@@ -1,6 +1,6 @@
-"""The simulation of `compare`'s verdicts: that it has the differences it says, and what its rates are.
+"""The simulation of `compare`'s verdicts has the stated differences, and its error rates are in bounds.
 
-`verl-aqn bench verdicts` has more cases and trials; the README has its table.
+`verl-aqn bench verdicts` has more cases and trials.
 """
 
 import json
@@ -30,7 +30,7 @@ def test_the_arms_differ_and_the_seeds_scatter_as_much_as_is_said(difference, sp
     [(2, 100, 0.0, 0.75), (2, 384, 0.03, 0.75), (3, 384, 0.01, 0.93), (5, 384, 0.02, 0.75), (12, 384, 0.03, 0.75)],
 )
 def test_no_verdict_is_false_more_often_than_it_may_be(seeds, items, spread, accuracy):
-    """At 5 %, of which half is on each side; 200 trials scatter by some 1.5 points."""
+    """The limit is 5 %, half on each side; with 200 trials the rate varies by about 1.5 points."""
     none = rates(seeds, items, spread, 0.0, 200, accuracy)
     assert none[HELPS] + none[HURTS] <= 0.08
     five = rates(seeds, items, spread, 0.05, 200, accuracy)

@@ -1,4 +1,4 @@
-"""What an actor holds of its base when FSDP shards it over two ranks, with adapters around it."""
+"""An actor's base when FSDP shards it over two ranks, with adapters around it."""
 
 import socket
 from pathlib import Path
@@ -34,7 +34,7 @@ def check_fsdp2(rank: int, folder: Path) -> None:
     fully_shard(model, mp_policy=policy)
     assert_equal(held_base(model, folder), whole)
     assert_same_adapter(held_adapter(model), adapter)
-    if rank == 1:  # one value of its shard alone
+    if rank == 1:  # one value, only in its shard
         with torch.no_grad():
             layers[1].input_layernorm.weight.to_local()[0] += 1
     differs = [name for name, one in held_base(model, folder).tensors.items() if one != whole.tensors[name]]
@@ -45,7 +45,7 @@ def check_fsdp1(folder: Path) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
     from verl.utils.fsdp_utils import get_fsdp_wrap_policy
 
-    model = adapted(folder, torch.float32)  # FSDP1 wants one dtype
+    model = adapted(folder, torch.float32)  # FSDP1 needs a single dtype
     adapter = held_adapter(model)
     wrap = get_fsdp_wrap_policy(model, None, is_lora=True)
     model = FullyShardedDataParallel(model, auto_wrap_policy=wrap, device_id=torch.device("cpu"))

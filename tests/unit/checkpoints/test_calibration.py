@@ -1,4 +1,4 @@
-"""Calibration sees what each layer sees in the model's own forward pass, whatever its decoder hands to its layers."""
+"""Calibration sees each layer's inputs in the model's own forward pass, however the decoder calls its layers."""
 
 from pathlib import Path
 
@@ -96,7 +96,7 @@ def test_second_moments_are_those_of_an_ordinary_forward_pass(name: str, tmp_pat
 
 
 class Decoder(nn.Module):
-    """Layers called in some way."""
+    """Layers that are called in a given way."""
 
     def __init__(self, way: str, layers: int = 2):
         super().__init__()

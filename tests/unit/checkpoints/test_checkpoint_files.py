@@ -1,4 +1,4 @@
-"""Folders on disk: bounded memory, shards, damage that is named, writers that are killed."""
+"""Folders on disk: bounded memory, shards, damage that is reported by name, and writers that are killed."""
 
 import json
 import os
@@ -106,7 +106,7 @@ def test_killed_writers_leave_nothing_that_the_next_does_not_remove(source: Path
         assert writer.stdout.readline() == "half way\n"
         (half,) = target.parent.iterdir()
         assert half.name.startswith(".packed.")
-        # A living writer's folder is left alone; the faster one gets the name.
+        # The folder of a living writer is not touched; the faster writer gets the name.
         quantize_checkpoint(source, target)
         assert half.is_dir()
     finally:
@@ -116,7 +116,7 @@ def test_killed_writers_leave_nothing_that_the_next_does_not_remove(source: Path
     digest = checkpoint_digest(target)
     target.rename(tmp_path / "moved")
     other = target.parent / ".packed.note.tmp"
-    other.mkdir()  # no writer's: it never had a lock
+    other.mkdir()  # not a writer's folder, because it never had a lock
     quantize_checkpoint(source, target)
     assert checkpoint_digest(target) == digest
     assert sorted(target.parent.iterdir()) == [other, target]
@@ -150,7 +150,7 @@ print(growth(lambda: [tensor + 0 for tensor in load_file(large + "/model.safeten
 
 
 def test_memory_is_bounded_by_a_matrix_and_not_by_the_model(tmp_path: Path) -> None:
-    """A MoE of 76 MB whose fused stacks are 25 MB and whose largest matrix is 0.5 MB."""
+    """The MoE has 76 MB, fused stacks of 25 MB, and matrices of at most 0.5 MB."""
     from transformers import Qwen3MoeConfig
 
     for name, experts in (("small", 2), ("large", 48)):

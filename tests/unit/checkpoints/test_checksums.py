@@ -1,4 +1,4 @@
-"""A folder from the cache is not trusted by its name: one byte of it changed, and nothing starts on it."""
+"""The content of a cached folder is verified: if one byte has changed, nothing starts on it."""
 
 import hashlib
 import json
@@ -51,13 +51,13 @@ def packed(source, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def base(packed, tmp_path) -> Path:
-    """A packed folder of this test's own."""
+    """A packed folder of this test only."""
     shutil.copytree(packed, tmp_path / "base")
     return tmp_path / "base"
 
 
 def flip(file: Path, offset: int = -2) -> None:
-    """Change one bit of a file and nothing else; without ``offset`` one within the last values."""
+    """Change one bit of a file; without ``offset``, one within the last values."""
     content = bytearray(file.read_bytes())
     content[offset] ^= 1
     file.write_bytes(content)
@@ -77,7 +77,7 @@ def refused(match: str, function: Callable, *arguments) -> None:
 
 @pytest.mark.parametrize("name", [CODES, SCALES, *KEPT])
 def test_one_bit_of_any_tensor_of_a_cached_base(source, tmp_path, name):
-    """Disk, actor and rollout would all agree on it."""
+    """Disk, actor and rollout would all agree on the changed bit."""
     folder = quantized_cache(source, tmp_path)
     assert quantized_cache(source, tmp_path) == folder
     flip_tensor(folder, name)
@@ -101,7 +101,7 @@ def test_files_that_are_gone_or_were_added(base):
     (base / "notes.md").write_text("a model is not read from this")
     (base / ".hidden.json").write_text("nor from this")
     check_made(base)
-    # transformers and vLLM would prefer it to what is on record, or take more from it.
+    # transformers and vLLM would prefer this file to the recorded one, or read more from it.
     (base / "chat_template.jinja").write_text("{{ messages }}")
     refused(r"chat_template\.jinja was added", check_made, base)
 
@@ -142,8 +142,8 @@ def test_folders_of_earlier_versions_are_checked_as_far_as_they_say(base):
     flip_tensor(base, "model.norm.weight")  # outside the digest that they have
     check_made(base)
     flip_tensor(base, CODES)
-    refused(r"the packed weights of .*base do not match its quantization\.json", check_made, base)
-    (base / "quantization.json").unlink()  # as another tool packs
+    refused(r"the packed weights of .*base are not those of its quantization\.json", check_made, base)
+    (base / "quantization.json").unlink()  # as another tool packs it
     check_made(base)
 
 
@@ -183,7 +183,7 @@ def test_progress_is_told_by_file(packed):
 
 
 def test_the_record_is_about_the_folder_and_not_of_the_model(base, tmp_path):
-    """So a base is the one that it was for runs of earlier versions, and another folder does not inherit it."""
+    """So the base keeps its identity for runs of earlier versions, and another folder does not inherit the record."""
     digest = model_digest(base)
     assert base / FILE not in companions(base)
     dense = dequantized_cache(base, tmp_path / "cache")
@@ -193,7 +193,7 @@ def test_the_record_is_about_the_folder_and_not_of_the_model(base, tmp_path):
 
 
 def test_files_that_do_not_hold_what_was_written_get_no_name(source, tmp_path, monkeypatch):
-    """A record of them would bless the damage."""
+    """A record of them would confirm the damage."""
     write = checkpoint.write_model
 
     def damaging(folder: Path, *arguments) -> None:
@@ -232,7 +232,7 @@ def test_everything_is_on_disk_before_the_folder_has_its_name(source, tmp_path, 
 
 @pytest.fixture
 def hashed(tmp_path, monkeypatch) -> list[Path]:
-    """Files that were read to be hashed; nothing is known from this process."""
+    """The files that were read for hashing; this process has no cached results."""
     monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path / "cache"))
     read: list[Path] = []
 
@@ -257,7 +257,7 @@ def test_a_digest_is_kept_from_run_to_run_until_anything_about_the_file_changes(
     changes: list[Callable[[], Any]] = [
         lambda: file.write_bytes(b"b" * 100),
         lambda: os.utime(file, ns=(0, 0)),
-        lambda: (file.write_bytes(b"c" * 100), os.utime(file, ns=(0, 0))),  # as if it had not been written
+        lambda: (file.write_bytes(b"c" * 100), os.utime(file, ns=(0, 0))),  # as if the file had not been written
         lambda: file.write_bytes(b"c" * 101),
         lambda: shutil.copy2(file, tmp_path / "other") and os.replace(tmp_path / "other", file),
     ]

@@ -1,4 +1,4 @@
-"""Folders of many families: packed under their own names, loaded, and equal to what transformers makes of them."""
+"""Folders of many families: packed under their own names, loaded, and equal to what transformers computes."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ WORKING = [name for name in FAMILIES if name not in REFUSED]
 
 @pytest.fixture(scope="module", params=WORKING)
 def family(request, tmp_path_factory) -> Path:
-    """A folder with the family's source and what quantize makes of it, packed and dequantised."""
+    """A folder with the family's source, and the packed and dequantised folders that quantize makes of it."""
     root = tmp_path_factory.mktemp(request.param)
     make(request.param, root / "source")
     quantize_checkpoint(root / "source", root / "packed")
@@ -81,7 +81,7 @@ def test_loaded_model_computes_with_the_rounded_weights(family: Path) -> None:
 
 
 def test_source_loads_as_transformers_loads_it(family: Path) -> None:
-    """Through our names and, where the folder is multimodal, against the whole model on text alone."""
+    """Loaded by our names; a multimodal folder is compared with the whole model on text only."""
     config = AutoConfig.from_pretrained(family / "source")
     auto = AutoModelForCausalLM if config.get_text_config() is config else AutoModelForImageTextToText
     theirs = auto.from_pretrained(family / "source", dtype=torch.float32, attn_implementation="eager").eval()
@@ -143,7 +143,7 @@ def test_refused_in_one_line_before_any_work(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["gemma3_vl", "nemotron_h", "mixtral"])
 def test_folder_under_transformers_own_names(name: str, tmp_path: Path) -> None:
-    """What ``save_pretrained`` would rename back is packed under the hub's names."""
+    """Names that ``save_pretrained`` would change back are packed under the hub's names."""
     hub, own = make(name, tmp_path / "hub"), make(name, tmp_path / "own")
     model = AutoModelForCausalLM.from_pretrained(own, dtype=torch.bfloat16)
     tied = set(model.all_tied_weights_keys)

@@ -1,4 +1,4 @@
-"""Quark's and gpt-oss's checkpoints are rewritten bit by bit."""
+"""Quark's and gpt-oss's checkpoints are converted without changing a bit of their values."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ QUARK = {
 
 
 def quark(root: Path, config) -> tuple[Path, Path]:
-    """(a folder as Quark writes it, one of the same codes in compressed-tensors' form)."""
+    """(a folder as Quark writes it, a folder with the same codes in compressed-tensors' form)."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(root / "source")
     quantize_checkpoint(root / "source", root / "ours")
@@ -76,7 +76,7 @@ def test_quark_to_modelslim(tmp_path: Path) -> None:
 
 
 def gpt_oss(folder: Path) -> Path:
-    """A tiny model as openai/gpt-oss-* is on the hub: stacks of experts in blocks, the rest in bf16."""
+    """A tiny model in the form of openai/gpt-oss-* on the hub: stacks of experts in blocks, the rest in bf16."""
     torch.manual_seed(0)
     config = GptOssConfig(
         **SMALL_ASCEND, num_local_experts=3, num_experts_per_tok=2, head_dim=16, layer_types=["full_attention"] * 2

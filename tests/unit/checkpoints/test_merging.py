@@ -1,4 +1,4 @@
-"""Base and adapter in one bf16 model: names of every architecture, unquantised bases, and what has no place."""
+"""Base and adapter in one bf16 model: names of all architectures, unquantised bases, and weights without a place."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def make(folder: Path, name: str = "llama", dtype: torch.dtype = torch.bfloat16)
 
 
 def random_adapter(folder: Path, *kinds: str) -> Adapter:
-    """On every linear layer whose last name is in `kinds`, under the names of transformers' own model."""
+    """Write an adapter for every linear layer whose last name is in `kinds`, under transformers' names."""
     torch.manual_seed(2)
     matrices = {}
     for name, module in AutoModelForCausalLM.from_pretrained(folder).named_modules():
@@ -67,7 +67,7 @@ def test_merged_equals_peft_s_own_merge_of_the_dequantised_base(name, tmp_path):
     assert not (tmp_path / "merged/model.safetensors").exists()  # in shards
     for (name, a), (other, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert name == other
-        # One of the two adds in another order here and there, which a tie turns into bf16's last bit.
+        # The two add in a different order in places; at a tie this changes the last bit of bf16.
         assert (a != b).float().mean() < 1e-3, name
         torch.testing.assert_close(a, b, msg=name)
 

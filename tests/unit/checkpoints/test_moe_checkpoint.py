@@ -1,4 +1,4 @@
-"""MoE experts: packed from the hub's names and from fused stacks, loaded, dequantised and refused with a reason."""
+"""MoE experts: packed from the hub's names and from fused stacks, loaded, dequantised, and rejected with a reason."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Packed checkpoints: written, cached, digested, loaded, dequantised, and refused with a reason."""
+"""Packed checkpoints: written, cached, digested, loaded, dequantised, and rejected with a reason."""
 
 import json
 import subprocess
@@ -38,11 +38,11 @@ LINEARS = 14  # seven in each of two layers
 
 
 def make(folder: Path, config=None, dtype: torch.dtype = torch.bfloat16, **save) -> Path:
-    """A random model with a tokenizer file beside it."""
+    """Make a random model with a tokenizer file in its folder."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config or LlamaConfig(**SMALL, tie_word_embeddings=True), dtype=dtype)
     for name, p in model.named_parameters():
-        if "norm" in name or "bias" in name:  # else all ones and zeros, which nothing could mix up
+        if "norm" in name or "bias" in name:  # otherwise all ones and zeros, which would hide a mix-up
             nn.init.normal_(p, 1.0 if "norm" in name else 0.0, 0.1)
     model.generation_config = GenerationConfig(eos_token_id=[7, 9], pad_token_id=7)
     model.save_pretrained(folder, **save)
@@ -126,7 +126,7 @@ def test_report_and_folder(source: Path, tmp_path: Path) -> None:
 
 
 def test_compressed_tensors_decompresses_it(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its own decompressor, from what config.json says."""
+    """Its own decompressor is used, as config.json describes."""
     from compressed_tensors.compressors import ModelCompressor
     from transformers import CompressedTensorsConfig
 
@@ -259,7 +259,7 @@ def test_cache_loses_a_race_gracefully(source: Path, tmp_path: Path) -> None:
     rivals: list[Path] = []
 
     def progress(done: int, total: int, module: str) -> None:
-        if done == total:  # while ours is not published yet, the other one is
+        if done == total:  # the other folder is published before ours
             rivals.append(quantized_cache(source, cache))
 
     assert quantized_cache(source, cache, progress=progress) == rivals[0]

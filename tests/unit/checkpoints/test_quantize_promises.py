@@ -1,4 +1,4 @@
-"""What `quantize` publishes can be loaded here and in vLLM; what cannot is refused by name, in one line."""
+"""Folders that `quantize` publishes can be loaded here and in vLLM; others are rejected by name, in one line."""
 
 import json
 import resource
@@ -97,7 +97,7 @@ def test_the_structure_is_checked_without_values(source: Path, tmp_path: Path, m
     file = tmp_path / "out/model.safetensors"
     file.chmod(0o600)
     size = file.stat().st_size
-    with file.open("r+b") as stream:  # all values are gone, the header is there
+    with file.open("r+b") as stream:  # the values are missing, the header exists
         header = 8 + int.from_bytes(stream.read(8), "little")
         stream.truncate(header)
         stream.truncate(size)
@@ -207,7 +207,7 @@ def test_errors_of_other_files_pass(tmp_path: Path) -> None:
 def test_a_name_with_glob_characters(tmp_path: Path) -> None:
     other = tmp_path / ".ab.12345678.tmp"
     other.mkdir()
-    (other / ".lock").write_text("")  # looks like a dead writer's folder, but of another target
+    (other / ".lock").write_text("")  # looks like a dead writer's folder, but for another target
     for _ in range(2):
         with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "a[b]"):
             1 / 0  # noqa: B018

@@ -1,4 +1,4 @@
-"""What a tensor-parallel rank holds, compared slice by slice with the checkpoint and with the adapter that was sent."""
+"""A tensor-parallel rank's content, compared slice by slice with the checkpoint and with the adapter that was sent."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def packed(tmp_path_factory):
 
 
 class Rank(nn.Module):
-    """A fused and a row-parallel layer with their adapters, as vLLM has them on rank `rank` of two.
+    """A fused and a row-parallel layer with their adapters, as in vLLM on rank `rank` of two.
 
     The adapter of gate_up_proj is one tensor over both halves, of which a rank holds the halves' halves.
     """
@@ -88,7 +88,7 @@ def test_a_lost_copied_wrong_or_foreign_adapter_shows():
     model = Rank(0)
     model.other = nn.Module()
     model.other.lora_b_stacked = torch.zeros(1, 1, 8, R)
-    assert describe_adapter(model)["adapter_digest"] == whole  # a place without an adapter is no part of it
+    assert describe_adapter(model)["adapter_digest"] == whole  # a module without an adapter is not included
     model.other.lora_b_stacked[0, 0, 0] = 1
     with pytest.raises(EvidenceError, match=r"other\.lora_b_stacked\.0 that was not sent"):
         describe_adapter(model)
@@ -98,7 +98,7 @@ def test_a_lost_copied_wrong_or_foreign_adapter_shows():
 
 
 def halves(packed, rank: int) -> tuple[dict, str]:
-    """Slices of rank `rank` of two (rows of q, columns of o), and the digest of what it then loads."""
+    """Return the slices of rank `rank` of two (rows of q, columns of o), and the digest of what it then loads."""
     weights, slices, loaded = open_packed(packed), {}, []
     for module in packed_modules(weights):
         codes, scale = weights.read(module + PACKED), weights.read(module + SCALE)

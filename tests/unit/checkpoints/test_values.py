@@ -1,4 +1,4 @@
-"""One digest for the same values in every dtype that holds them."""
+"""One digest for the same values in every dtype that can represent them."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The command as a user types it: output, exit codes, and one line for every mistake."""
+"""The command as a user types it: output, exit codes, and a one-line message for every mistake."""
 
 import json
 import os
@@ -121,7 +121,7 @@ def test_mistakes_are_one_line(arguments, code, words):
 
 @pytest.fixture
 def told(monkeypatch, capsys):
-    """`told(*arguments)` → the one line of an error, of a command that runs in this process."""
+    """`told(*arguments)` → the one-line error of a command that runs in this process."""
 
     def run(*arguments, code: int = 2) -> str:
         monkeypatch.setattr(sys, "argv", ["verl-aqn", *map(str, arguments)])
@@ -231,7 +231,7 @@ def test_every_script_names_a_recipe_and_a_folder_of_its_own(script):
 
 
 def test_script_takes_devices_toggles_and_overrides(tmp_path):
-    folder = tmp_path / "lr=1,it's [x] (2)"  # Hydra names folders so, and would take such a value apart
+    folder = tmp_path / "lr=1,it's [x] (2)"  # Hydra names folders like this, and would split such a value
     result = subprocess.run(
         ["bash", "scripts/test_mxfp4_e6a.sh", "2", "data.seed=7", "--dry-run"],
         cwd=ROOT,

@@ -1,6 +1,6 @@
-"""The command where it is not welcome: places that cannot be written, no home, poor terminals, signals.
+"""The command in difficult surroundings: folders that are not writable, no home, limited terminals, signals.
 
-Each is told in one line with the right exit code, and nothing stays in the working folder or at home.
+Each case gives a one-line message and the right exit code, and leaves nothing in the working directory or at home.
 """
 
 import ast
@@ -23,8 +23,8 @@ from verl_aqn.cache import NO_HOME, cache_dir
 from verl_aqn.environment import drop_empty
 from verl_aqn.errors import EnvironmentFault
 
-ROOT = Path(__file__).resolve().parents[3]
-# Several commands in one process, as a shell would start them. A record separator after the words of each.
+ROOT = Path(__file__).resolve().parents[2]
+# Several commands in one process, as a shell would start them, separated by record separators.
 COMMANDS = """
 import json, os, sys
 from verl_aqn.cli.main import main as cli
@@ -36,21 +36,21 @@ for line in json.loads(os.environ["COMMANDS"]):
         code = ended.code
     print(chr(30) + str(code or 0), end=chr(30), file=sys.stderr, flush=True)
 """
-# The user's entry in /etc/passwd is not there, as in a container that is started for any user.
+# The user has no entry in /etc/passwd, as in a container that runs with an arbitrary user id.
 NOBODY = "import pwd\ndef none(uid): raise KeyError(uid)\npwd.getpwuid = none\n"
 OF_MATPLOTLIB = {".config", ".config/matplotlib", ".cache", ".cache/matplotlib"}  # wherever it is imported
-OF_ROOT = (1, 2)  # capabilities by which root passes over permissions
+OF_ROOT = (1, 2)  # capabilities that let root ignore permissions
 
 
 def as_a_user() -> None:
-    """In a child before it starts: root is refused what others are refused."""
+    """Drop root's capabilities in a child before it starts, so that root is denied what others are denied."""
     for capability in OF_ROOT:
-        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP; no one but root has them
+        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP; only root has these capabilities
 
 
 @pytest.fixture
 def place(tmp_path) -> Path:
-    """Folders: `cwd`, `home`, `locked` (nothing can be made in it), `source` of data, `nobody` for PYTHONPATH."""
+    """Folders: `cwd`, `home`, `locked` (nothing can be created in it), `source` of data, `nobody` for PYTHONPATH."""
     for name in ("cwd", "home", "locked", "source", "nobody"):
         (tmp_path / name).mkdir()
     (tmp_path / "locked").chmod(0o555)
@@ -63,9 +63,9 @@ def place(tmp_path) -> Path:
 
 
 def environment(place: Path, **variables: str | None) -> dict[str, str]:
-    """This one's, with another home; None takes a variable away."""
+    """Return this environment with another home; None removes a variable."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(place / "home"), **variables}
-    env.pop("LD_PRELOAD", None)  # vLLM's, where another test has imported it in this process
+    env.pop("LD_PRELOAD", None)  # set by vLLM, if another test has imported it in this process
     for name in ("VERL_AQN_CACHE", "XDG_CACHE_HOME", "RAY_ADDRESS", "PYTHONUTF8", "PYTHONIOENCODING"):
         if name not in variables:
             env.pop(name, None)
@@ -143,7 +143,7 @@ def test_every_refusal_is_one_line_wherever_the_command_runs(place, case):
 
 
 def test_a_user_s_own_folder_serves_where_there_is_no_home(place):
-    """And libraries that look for a home find one there, not in the working folder."""
+    """Libraries that look for a home find one there, not in the working directory."""
     told = {"HOME": None, "PYTHONPATH": f"{place}/nobody:{ROOT}", "VERL_AQN_CACHE": f"{place}/cache"}
     code = (
         "import getpass, os; from verl_aqn.environment import settle; settle(); print(getpass.getuser());"
@@ -181,7 +181,7 @@ def test_output_that_cannot_be_written(place, output, code, words):
 
 
 def test_a_full_disk_is_told_with_the_file_and_leaves_nothing(place):
-    """By a limit on the size of files, which the system tells as it tells a full disk."""
+    """A limit on file size stands for a full disk; the system reports both alike."""
     done = subprocess.run(
         [sys.executable, "-m", "verl_aqn.cli", "report", f"{place}/runs", "-o", f"{place}/cwd/r.html"],
         env=environment(place), capture_output=True, text=True,
@@ -189,7 +189,8 @@ def test_a_full_disk_is_told_with_the_file_and_leaves_nothing(place):
     )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr == (
-        f"error: cannot write {place}/cwd/r.html (File too large): free some space, or choose a folder on another disk\n"
+        f"error: cannot write {place}/cwd/r.html (File too large): "
+        "free some space, or choose a folder on another disk\n"
     )
     assert not list((place / "cwd").iterdir())
 
@@ -211,7 +212,7 @@ def test_names_that_are_no_text_and_a_working_folder_that_is_gone(place):
 
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
 def test_a_signal_ends_a_command_with_its_own_code(place, number, name):
-    """While it waits for a file that nobody writes."""
+    """The command waits for a file that nobody writes."""
     (place / "source" / "train.jsonl").unlink()
     os.mkfifo(place / "source" / "train.jsonl")
     command = ["data", "gsm8k", "--source", str(place / "source"), "--dst", str(place / "cwd" / "d")]
@@ -241,7 +242,7 @@ def test_libraries_write_into_the_cache_where_they_cannot_into_the_home_folder(p
 
 
 def test_the_example_of_the_documentation(place):
-    """Of values with quotes: as it stands there, in a shell."""
+    """The example shows quoted values; it runs unchanged in a shell."""
     (text,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/environment.md").read_text(encoding="utf-8"), re.S)
     command = text.replace("verl-aqn", f"{sys.executable} -m verl_aqn.cli")
     done = subprocess.run(["bash", "-c", command], env=environment(place), capture_output=True, text=True)
@@ -263,7 +264,7 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     usual = tmp_path / ".cache" / "verl-aqn"
     assert cache_dir() == usual
-    for said in ("", "relative/folder"):  # as the standard has it
+    for said in ("", "relative/folder"):  # as the standard says
         monkeypatch.setenv("XDG_CACHE_HOME", said)
         assert cache_dir() == usual
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))

@@ -1,4 +1,4 @@
-"""`verl-aqn quantize` in this process: a table, JSON, a picture, and one line for every mistake."""
+"""`verl-aqn quantize` in this process: a table, JSON, a picture, and a one-line message for every mistake."""
 
 import json
 import sys

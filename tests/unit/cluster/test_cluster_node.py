@@ -1,4 +1,4 @@
-"""What `ray start` is told on each kind of node, the token, and what of the environment goes with a job."""
+"""The options of `ray start` on each kind of node, the token, and the environment variables sent with a job."""
 
 import json
 import os
@@ -34,13 +34,13 @@ def test_a_head_is_on_loopback_unless_an_address_is_asked_for():
 
 
 def test_rays_folder_on_a_node_is_the_users_alone(tmp_path):
-    """Ray lets everybody write to what it makes in it."""
+    """Ray creates files in it that everybody may write to."""
     command, _ = ray_start(None, None, 6379, "cpu", None, [])
     folder = tmp_path / f"ray-{os.geteuid()}"
     assert option(command, "--temp-dir") == str(folder)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     folder.chmod(0o755)
-    with pytest.raises(EnvironmentFault, match="other users can access .*: chmod 700"):
+    with pytest.raises(EnvironmentFault, match=r"other users can access .*: chmod 700"):
         ray_start(None, None, 6379, "cpu", None, [])
     folder.rmdir()
     folder.symlink_to(tmp_path)

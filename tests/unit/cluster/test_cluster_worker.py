@@ -1,4 +1,4 @@
-"""What each worker of a run on a cluster does first: the run's temporary folder on its node, for this user alone."""
+"""The first action of each worker of a run on a cluster: create the run's temporary folder for this user only."""
 
 import os
 import stat
@@ -32,7 +32,7 @@ print("seen", f" {inode}\\n" in seen.read_text(), "umask", oct(os.umask(0)))
 
 @pytest.fixture
 def start(tmp_path):
-    """`start(folder)`: a worker of a run whose temporary folder is to be `folder`; → the run's folder and its end."""
+    """`start(folder)`: start a worker of a run with this temporary folder; → the run's folder and the result."""
     run = open_run(tmp_path / "base", {})
 
     def start(folder: Path) -> tuple[Path, subprocess.CompletedProcess]:

@@ -1,4 +1,4 @@
-"""A launch of verl's main_ppo becomes a recipe that composes, and nothing of the launch is lost without a word."""
+"""A launch of verl's main_ppo becomes a recipe that composes; nothing of the launch is lost silently."""
 
 import json
 from pathlib import Path
@@ -32,11 +32,11 @@ def said(made, key):
     [
         ("data.train_files", "kept", ["~/data/my set/train.parquet"]),
         ("data.max_prompt_length", "kept", 2048),
-        ("data.train_batch_size", "ours", 128),  # the last word counts, and base has the same
+        ("data.train_batch_size", "ours", 128),  # the last value counts, and equals the one in base
         ("trainer.save_freq", "kept", 7),
         ("data.reward_fn_key", "ours", "data_source"),
         (f"{ACTOR}.optim.lr_warmup_steps_ratio", "kept", 0.05),
-        (f"{ACTOR}.optim.lr_warmup_steps", "default", -1),  # base has 10, beside which the ratio would not be read
+        (f"{ACTOR}.optim.lr_warmup_steps", "default", -1),  # base has 10, and with that the ratio would be ignored
         (f"{ACTOR}.use_dynamic_bsz", "default", False),
         ("reward.reward_manager.name", None, None),
         ("algorithm.filter_groups.enable", "default", False),
@@ -88,7 +88,7 @@ def test_the_recipe_is_the_launch_and_verl_s_defaults(lora, tmp_path):
     assert config.actor_rollout_ref.actor.optim.clip_grad == 0.5
     assert config.reward.custom_reward_function.path == "rewards/mine.py"
     assert config.aqn.run.dir == "checkpoints/lora"
-    # Nothing of ours that trains otherwise than verl is left where the launch says nothing.
+    # For keys that the launch does not set, no value of ours that changes training remains.
     for key in (f"{ACTOR}.clip_ratio_high", f"{ACTOR}.optim.weight_decay", "algorithm.filter_groups.enable",
                 "trainer.total_training_steps", "data.filter_overlong_prompts"):  # fmt: skip
         assert OmegaConf.select(config, key) == OmegaConf.select(OmegaConf.create(compose_verl()), key), key

@@ -1,4 +1,4 @@
-"""What a shell would make of a script, told without running it."""
+"""How a shell would expand a script, computed without running it."""
 
 import shutil
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 from verl_aqn.config.convert.launch_script import Script
 from verl_aqn.errors import ConfigError
 
-# Each sets something up and ends with a command `say`; bash itself is asked what its words are.
+# Each script ends with a command `say`; bash itself gives the expected words.
 SAME_AS_BASH = [
     "A=1; B=$A$A; say k=$B ${A}x '$A' \"$A b\" \\$A",
     'A=${NOPE:-"x y"}; say "k=$A" k=$A k=${NOPE:-d}${A:+z}${NOPE:+z}',

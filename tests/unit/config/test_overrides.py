@@ -1,4 +1,4 @@
-"""Overrides as a user types them: what Hydra cannot read is told with the quotes that it needs."""
+"""Overrides as a user types them: for those that Hydra cannot read, the message shows the needed quotes."""
 
 import shlex
 

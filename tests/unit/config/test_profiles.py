@@ -1,4 +1,4 @@
-"""What a device's profile asks of verl and vLLM, and what it cannot have."""
+"""What a device's profile requires of verl and vLLM, and what it does not support."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ def test_npus_are_eager_and_sleep_too():
 
 
 def test_a_packed_base_needs_an_adapter():
-    """Otherwise verl discards the rollout's weights in its sleep (level 2) and sends others, in bf16, for them."""
+    """Otherwise verl discards the rollout's weights in its sleep (level 2) and replaces them by bf16 weights."""
     rank = "actor_rollout_ref.model.lora_rank=0"
     with pytest.raises(ConfigError, match=r"needs an adapter beside the packed base.*lora_rank"):
         tell_workers(load_recipe("e12", ["profile=cuda", rank]))

@@ -1,4 +1,4 @@
-"""Every recipe composes on every profile, means what the plan says, and a wrong one is refused in a line."""
+"""Every recipe composes on every profile and has its documented meaning; a wrong recipe is rejected in one line."""
 
 import subprocess
 import sys
@@ -52,7 +52,7 @@ def test_noise_of_the_plan(recipe):
     assert (noise.epoch_aware, noise.unit) == (epoch_aware, "absolute")
     assert (config.trainer.total_epochs, config.trainer.total_training_steps) == (epochs, steps)
     if epoch_aware:
-        # Every epoch starts with its own warm-up, and each has noise: in the fork σ was 0 throughout.
+        # Every epoch starts with its own warm-up, and each has noise; in the fork σ was always 0.
         table = schedule_of(config, steps).table()
         for epoch in range(epochs):
             part = table[epoch * 29 : (epoch + 1) * 29]
@@ -371,8 +371,8 @@ def test_four_bit_activations_reach_actor_and_rollout(profile, arithmetic):
     tell_workers(config)
     told, engine = config.actor_rollout_ref.model.override_config, config.actor_rollout_ref.rollout.engine_kwargs.vllm
     assert told.mxfp4_activation == arithmetic
-    assert told.mxfp4_cache_dequantized is True
-    assert engine.get("linear_backend") == ("auto" if profile == "cuda" else None)  # Marlin would leave them alone
+    assert told.mxfp4_keep_dense is True
+    assert engine.get("linear_backend") == ("auto" if profile == "cuda" else None)  # Marlin would not quantise them
     if profile == "cpu":
         assert engine.additional_config.mxfp4_activation == arithmetic
 
@@ -432,7 +432,7 @@ def test_a_key_of_a_recipe_s_file_that_nothing_reads_is_told(tmp_path, block, wo
 @pytest.mark.parametrize(
     "block",
     [
-        "actor_rollout_ref: {rollout: {engine_kwargs: {vllm: {block_size: 32}}}}",  # free in verl, filled by a profile
+        "actor_rollout_ref: {rollout: {engine_kwargs: {vllm: {block_size: 32}}}}",  # free in verl, set by a profile
         "actor_rollout_ref: {model: {override_config: {rope_theta: 1.0}}}\n"
         "aqn: {mxfp4: {enabled: false}, noise: {enabled: false}}",
         "reward: {reward_kwargs: {mine: 1}}",

@@ -1,4 +1,4 @@
-"""In which form the rollout holds the base, by device; the folders that this needs; and what it says of a chip."""
+"""The form of the base in the rollout, by device; the folders that this needs; and the config for each chip."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def cache(tmp_path, monkeypatch) -> None:
 
 
 def prepared(packed: Path, chip: str | None, *overrides: str):
-    """The config after `prepare_serving` on a machine with this chip."""
+    """Return the config after `prepare_serving` on a machine with this chip."""
 
     def name() -> str:
         assert chip, "the chip was asked for"
@@ -92,14 +92,14 @@ def test_without_mx_units_the_rollout_has_the_bf16_equal(packed, chip, overrides
 
 
 def test_the_bf16_equal_is_known_by_a_digest_that_is_made_of_the_packed_bytes(packed):
-    """What a run compares its rollout with: also where a tensor-parallel rank holds a part of a weight."""
-    config = prepared(packed, None, "profile=cpu", "aqn.mxfp4.rollout_weight_format=bf16")
+    """A run compares its rollout with this digest, also if a tensor-parallel rank holds a part of a weight."""
+    config = prepared(packed, None, "profile=cpu", "aqn.mxfp4.serve=bf16")
     weights = load_file(Path(config.actor_rollout_ref.model.override_config.served_path) / "model.safetensors")
     modules = packed_modules(open_packed(packed))
     digests = {module: values_digest(weights[f"{module}.weight"]) for module in modules}
     assert checkpoint_digest(packed, form="bf16") == combined_digest(digests.items())
     name = "model.layers.0.mlp.down_proj"
-    for column, columns in ((64, 64), (48, 80)):  # the second within a block
+    for column, columns in ((64, 64), (48, 80)):  # the second boundary is inside a block
         part = {name: [0, 64, column, columns]}  # row, rows, column, columns
         digests[name] = values_digest(weights[f"{name}.weight"][:, column:])
         assert checkpoint_digest(packed, part, "bf16") == combined_digest(digests.items())
@@ -131,7 +131,7 @@ def test_what_cannot_be_is_refused(packed):
 
 
 def test_a_config_is_told_anew_when_it_is_used_again(packed):
-    """An evaluation takes a run's config, and may ask for another form than the run had."""
+    """An evaluation uses a run's config and may request a different form."""
     config = prepared(packed, ASCEND_950, "profile=npu")
     OmegaConf.update(config, "aqn.mxfp4.enabled", False)
     prepare_serving(config, lambda: ASCEND_950)

@@ -1,4 +1,4 @@
-"""Settings that contradict each other are refused before anything runs, by the names of their keys."""
+"""Contradictory settings are rejected before anything runs, by the names of their keys."""
 
 import pytest
 
@@ -17,7 +17,7 @@ PROMPT, RESPONSE = "data.max_prompt_length", "data.max_response_length"
 
 
 def fault(recipe: str, *overrides: str, positions: int | None = 8192) -> str:
-    """The first fault, as `--dry-run` tells it."""
+    """Return the first fault, as `--dry-run` shows it."""
     config = recipe_with(recipe, *overrides)
     found = [f"{one.what}: {one.found}: {one.fix}" for one in check_settings(config, positions) if one.fix]
     return found[0] if found else ""
@@ -28,7 +28,7 @@ def test_shipped_recipes_take_any_length_of_response(recipe):
     for experiment in ("embedded", "gsm8k"):
         config = recipe_with(recipe, f"experiment={experiment}")
         for response in (64, 192, 1024):
-            config.data.max_response_length = response  # what follows it, follows
+            config.data.max_response_length = response  # values that depend on it follow
             assert [one for one in check_settings(config, 8192) if one.fix] == []
 
 

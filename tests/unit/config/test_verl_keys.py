@@ -1,4 +1,4 @@
-"""Nothing that a user says is ignored in silence: what a recipe or an override sets is heeded, or refused by name."""
+"""No setting is ignored silently: a recipe's or override's value is used, or rejected by name."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ def composed():
 
 
 def check(composed, overrides):
-    """As `load_recipe` does, which takes a second each time."""
+    """Check as `load_recipe` does, which takes a second each time."""
     config = composed.copy()
     for key, value in (override.lstrip("+").split("=", 1) for override in overrides):
         OmegaConf.update(config, key, yaml.safe_load(value))
@@ -158,7 +158,7 @@ def test_a_recipe_s_own_file_goes_over_profile_and_experiment(tmp_path):
         assert (config.data.train_files, config.data.train_batch_size) == ("/my/train.parquet", 77)
     assert load_recipe(str(tmp_path / "more.yaml"), ["profile=cpu"]).data.train_batch_size == 78
     assert load_recipe(str(file), ["profile=cpu", "data.train_batch_size=6"]).data.train_batch_size == 6
-    # A correction is chosen to be over the recipe.
+    # A chosen correction overrides the recipe.
     assert load_recipe(str(file), ["profile=cpu", "correction=tis"]).algorithm.rollout_correction.rollout_is == "token"
 
 
@@ -167,6 +167,6 @@ def test_a_recipe_s_file_may_name_its_experiment(tmp_path):
     config = load_recipe(str(file), ["profile=cpu"])
     assert config.actor_rollout_ref.rollout.max_model_len is None
     assert config.data.train_files.endswith("gsm8k/train.parquet")  # verl's own default
-    assert "experiment" not in config.aqn  # all that it brought is in the config
+    assert "experiment" not in config.aqn  # all of its values are in the config
     assert load_recipe(str(file), ["profile=cpu", "experiment=embedded"]).data.train_files == "embedded"
     assert load_recipe("e12", ["profile=cpu", "experiment=none"]).data.train_batch_size == 128

@@ -1,4 +1,4 @@
-"""What `verl-aqn eval` takes for its target, and what it makes of a run's config; the real thing is in test_run.py."""
+"""Targets of `verl-aqn eval`, and the config that it makes of a run's. The real evaluation is in test_run.py."""
 
 import json
 from dataclasses import replace
@@ -75,7 +75,7 @@ def test_a_run_is_validated_as_it_was_and_takes_no_step(run):
     assert (config.trainer.resume_mode, config.trainer.resume_from_path[-14:]) == ("resume_path", "global_step_10")
     assert config.actor_rollout_ref.actor.checkpoint.load_contents == ["model"]
     assert config.data.val_max_samples == 7
-    # Its noise stays in the config, so that evaluations of two arms differ in what the arms differ in.
+    # The noise stays in the config, so that evaluations of two arms differ in the same settings as the arms.
     assert (config.aqn.noise.sigma_end, config.aqn.noise.probe) == (5e-4, False)
     assert config.aqn.mxfp4.enabled
 
@@ -97,12 +97,12 @@ def test_what_follows_a_key_in_the_recipe_follows_its_override(run):
     rollout = config.actor_rollout_ref.rollout
     assert (rollout.response_length, config.reward.reward_kwargs.max_resp_len) == (48, 48)
     assert (rollout.prompt_length, config.data.val_max_samples) == (200, 100)
-    assert rollout.max_model_len is None  # of the run's 160 too little: `prepare_model` gives it another
+    assert rollout.max_model_len is None  # the run's 160 are too few, so `prepare_model` sets another value
     given = settings(find_target(run.path), [*overrides, "actor_rollout_ref.rollout.max_model_len=90"], None, None)
     assert given.actor_rollout_ref.rollout.max_model_len == 90
     assert {config.aqn.noise.seed, config.data.seed, rollout.seed} == {5}
     told = settings(find_target(run.path), ["data.val_max_samples=7", "embedded.items=100"], None, None)
-    assert told.data.val_max_samples == 7  # it was told something of its own
+    assert told.data.val_max_samples == 7  # it has its own setting
 
 
 def test_a_damaged_config_is_told(run):
@@ -149,7 +149,7 @@ def test_precision_is_one_of_two(model):
 
 @pytest.fixture(params=["cpu", "cuda", "npu"])
 def rounded(request, tmp_path, model):
-    """A run with 4-bit activations, whose config has what the workers were told of them; and that of one without."""
+    """A run with 4-bit activations, whose config has what the workers were told; and the config of a run without."""
     configs = []
     for wanted in (["aqn.mxfp4.activation=mxfp4", "aqn.mxfp4.cache_dequantized=true"], []):
         path = f"actor_rollout_ref.model.path={model}"
@@ -163,7 +163,7 @@ def rounded(request, tmp_path, model):
 
 
 def told(config):
-    """What a config says of the layers' arithmetic, and all that actor and engine are told."""
+    """Return what a config says about the layers' arithmetic, and everything that actor and engine are told."""
     actor_rollout = config.actor_rollout_ref
     engine = actor_rollout.rollout.engine_kwargs.vllm
     return parse_aqn(config).mxfp4.activation_arithmetic, actor_rollout.model.override_config, engine
@@ -194,7 +194,7 @@ def test_an_adapter_brings_its_size(run, tmp_path):
     with pytest.raises(DataError, match="no PEFT adapter folder"):
         settings(find_target(run.path), [], tmp_path, None)
     LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]).save_pretrained(tmp_path)
-    (tmp_path / "adapter_model.safetensors").touch()  # it is opened where the base is at hand
+    (tmp_path / "adapter_model.safetensors").touch()  # it is opened together with the base
     config = settings(find_target(run.path), [], tmp_path, None)
     model = config.actor_rollout_ref.model
     assert (model.lora_adapter_path, model.lora_rank, model.lora_alpha) == (str(tmp_path), 4, 8)
@@ -257,7 +257,7 @@ def test_of_several_answers_avg_and_pass_have_intervals_by_problem(run, monkeypa
         {"1": 0.5, "2": (1 + 0 + 1 + 0.5) / 4, "4": 0.75}
     )
     strict, flexible = found.scores["strict"].interval, found.scores["flexible"].interval
-    assert flexible == wilson(2, 4)  # the lines do not have it: the widest there can be
+    assert flexible == wilson(2, 4)  # the lines do not have it, so the widest possible interval is used
     assert wilson(8, 16)[0] > strict[0] > flexible[0]
     assert found.pass_at["1"].interval == pytest.approx(strict)
     monkeypatch.setattr(evaluate, "evaluate", lambda *given: found if given[-1] == 4 else None)
@@ -268,7 +268,7 @@ def test_of_several_answers_avg_and_pass_have_intervals_by_problem(run, monkeypa
 
 def test_another_adapter_than_the_run_s_is_told(run):
     result = Evaluation("x", "x", "x", 10, "mxfp4", 1, {"strict": Score(1.0, (0.2, 1.0))}, None, "other")
-    for sent in ({}, {"sent": None}, {"sent": ""}):  # a missing record passed without a word
+    for sent in ({}, {"sent": None}, {"sent": ""}):  # a missing record was silently accepted before
         assert check_adapter(run, result).startswith("not on record: ")
         run.append("evidence.jsonl", {"kind": "adapter", "step": 10, **sent})
     run.append("evidence.jsonl", {"kind": "adapter", "step": 10, "sent": "mine"})

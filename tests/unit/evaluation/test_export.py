@@ -1,4 +1,4 @@
-"""`verl-aqn export`: what it reads of a checkpoint, what it writes, how it proves it, and what it refuses."""
+"""`verl-aqn export`: what it reads from a checkpoint, what it writes, how it proves the result, what it rejects."""
 
 import json
 import math
@@ -49,13 +49,13 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def state(base) -> dict[str, torch.Tensor]:
-    """Of an adapter in fp32, as the trainer saves it."""
+    """The state of an fp32 adapter as the trainer saves it."""
     return state_of(trained(base))
 
 
 @pytest.fixture(scope="module")
 def rollout(base) -> PeftModel:
-    """The model with the adapter in bf16, as the rollout has it."""
+    """The model with the adapter in bf16, as in the rollout."""
     model = trained(base)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -190,7 +190,7 @@ def test_where_answers_part_and_how_near_a_tie():
     answer = [1, 2, 0]
     assert first_difference(answer, tops, "a c", decode) == Difference(1, 0.25)
     assert first_difference(answer, tops, "a", decode) == Difference(1, 2.5)  # it ended
-    assert first_difference(answer, tops, "aba", decode) == Difference(2, 1.0)  # it went on
+    assert first_difference(answer, tops, "aba", decode) == Difference(2, 1.0)  # it continued
     assert first_difference(answer, tops, "b", decode) == Difference(0, pytest.approx(1.9))
     assert first_difference(answer, tops, "xyz", decode) == Difference(0, None)
     assert first_difference(answer[:2], tops[:2], "abc", decode) == Difference(2, None)
@@ -225,7 +225,7 @@ def validated(run, rollout, base) -> Path:
 def test_the_proof_rests_on_32_prompts_those_with_a_recorded_answer_first(
     base, state, tmp_path, problems, recorded, asked, known
 ):
-    """All of them where there are fewer."""
+    """With fewer prompts, all are used."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     source = find_source(write_run(tmp_path / "many", base, state, problems=problems))
     everything = validation_prompts(source.config, tokenizer)
@@ -318,12 +318,12 @@ def test_a_merged_model_is_base_and_adapter_rounded_once(validated, state, base,
     ("settings", "written"),
     [
         ({"use_rslora": True}, (6, 12, True)),
-        # vLLM reads no patterns: the ranks are filled up, and what scaled a module is in its B.
+        # vLLM does not read patterns: ranks are padded, and a module's scaling is multiplied into its B.
         ({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.0.mlp.up_proj": 48}}, (6, 6, False)),
     ],
 )
 def test_an_export_is_scaled_as_the_run_was(base, engine, tmp_path, settings, written):
-    """Whatever reads it: PEFT, vLLM's own reckoning, the merged model."""
+    """This holds for every reader: PEFT, vLLM's own rule, the merged model."""
     model = trained(base, std=0.05, **settings)
     scalings = {n.removeprefix("base_model.model."): m.scaling["default"] for n, m in model.named_modules()
                 if isinstance(m, LoraLayer)}  # fmt: skip
@@ -358,7 +358,7 @@ def test_a_run_that_began_with_an_adapter_and_did_not_record_its_scaling_is_refu
 
 
 def test_a_small_update_is_said_to_be_lost_and_none_at_all_is_refused(base, engine, monkeypatch, tmp_path):
-    """bf16 keeps nothing below half of its last bit."""
+    """bf16 cannot represent a change below half of its last bit."""
     small = state_of(trained(base, std=2e-4))
     proof = export(write_run(tmp_path / "small", base, small), tmp_path / "out", merge=True)
     assert proof["merge"]["kept"] < 0.5
@@ -373,7 +373,10 @@ def test_a_small_update_is_said_to_be_lost_and_none_at_all_is_refused(base, engi
 
 
 def test_another_adapter_and_other_answers_are_found_out(validated, base, engine, tmp_path):
-    """The wrong checkpoint, and a right one whose folder answers otherwise; nothing is left of either."""
+    """A wrong checkpoint, and a right one whose folder gives different responses.
+
+    No files of either remain.
+    """
     file = validated / "checkpoints/global_step_3/actor/model_world_size_1_rank_0.pt"
     own = torch.load(file)
     torch.save(state_of(trained(base, seed=4)), file)

@@ -1,4 +1,4 @@
-"""What the proof of `verl-aqn export` finds out: wrong exports, answers that decide nothing, numbers that are none."""
+"""What the proof of `verl-aqn export` detects: wrong exports, responses that decide nothing, invalid numbers."""
 
 import json
 import math
@@ -54,7 +54,7 @@ def engine(monkeypatch) -> None:
 
 
 def effect_of(shown: list[list[float]], base: list[list[float]] | None = None) -> Effect:
-    """Of an adapter that changes three tokens by 1, −2 and 2 nats."""
+    """Return the effect of an adapter that changes three tokens by 1, −2 and 2 nats."""
     without, with_it = [[-3.0, -4.0], [-5.0]], [[-2.0, -6.0], [-3.0]]
     return measure(Reference([[1, 2], [3]], ["", ""], without, with_it), shown, base or without)
 
@@ -66,7 +66,7 @@ def test_the_effect_of_right_and_wrong_exports():
     assert (bare.shown, bare.error) == (0, 1)
     twice = effect_of([[-1.0, -8.0], [-1.0]])
     assert (twice.shown, twice.error) == (2, 1)
-    # Both implementations are off by as much on the base as on the export: that is no error of the export.
+    # Both implementations differ by as much on the base as on the export, so this is no error of the export.
     off = effect_of([[-1.5, -5.5], [-2.5]], [[-2.5, -3.5], [-4.5]])
     assert (off.error, off.apart) == (0, 0.5)
     assert off.floor == pytest.approx(math.sqrt(3) / 2 / 3)
@@ -141,7 +141,7 @@ def test_a_merged_model_may_part_anywhere_but_not_at_a_number_that_is_none():
 
 
 def test_gaps_within_their_bounds_do_not_make_up_for_answers_that_are_not_equal():
-    """Of 32 answers none was equal, all parted at what was called a near tie, and the export was proved."""
+    """None of 32 responses was equal, and all diverged at an apparent near tie, but the export was accepted."""
     near = [parted(0.24)] * 32
     needed = TRIAL.required
     with pytest.raises(EvidenceError, match=rf"only 0 of these \(at least {needed} are needed\)"):
@@ -220,7 +220,7 @@ def layers(adapter: Adapter, of: dict[int, int]) -> Adapter:
 
 
 def without(adapter: Adapter, *parts: str) -> Adapter:
-    """With B zeroed in the modules whose names have one of `parts`."""
+    """Return the state with B set to zero in the modules whose names have one of `parts`."""
     matrices = {
         name: (a, torch.zeros_like(b) if any(part in name for part in parts) else b)
         for name, (a, b) in adapter.matrices.items()
@@ -240,7 +240,7 @@ WRONG = {
 
 @pytest.fixture(scope="module")
 def asked(base, state, tmp_path_factory):
-    """(source, its questions, adapter, tokenizer) of a run without a recorded answer."""
+    """(source, its questions, adapter, tokenizer) of a run without a recorded response."""
     source = find_source(write_run(tmp_path_factory.mktemp("asked") / "run", base, state, problems=PROBLEMS))
     tokenizer = AutoTokenizer.from_pretrained(base)
     return source, read_questions(source, tokenizer), adapter_of(state), tokenizer
@@ -261,7 +261,7 @@ def test_the_right_export_is_told_from_the_base(asked, engine, tmp_path):
 
 @pytest.mark.parametrize("what", WRONG)
 def test_a_wrong_export_fails_though_no_answer_is_on_record(asked, engine, tmp_path, what):
-    """Both sides read the exported folder once, and agreed."""
+    """In an earlier version both sides read the exported folder, and agreed."""
     with pytest.raises(EvidenceError):
         tried(asked, WRONG[what](asked[2]), tmp_path / "out", engine)
 
@@ -338,7 +338,7 @@ def test_modules_that_rounding_gave_back_to_the_base_are_named(base, state, tmp_
 
 
 def test_a_proof_that_cannot_decide_ends_well_and_says_so(base, tmp_path, monkeypatch):
-    """An adapter that has hardly begun, and an engine with other kernels than the trainer's."""
+    """The adapter has hardly changed, and the engine's kernels differ from the trainer's."""
     turn = iter(range(10**6))
 
     def noisy(*arguments, **named):

@@ -1,4 +1,4 @@
-"""Disk, actor and rollout compared tensor by tensor: what differs, what is rounded, what is left out and why."""
+"""Disk, actor and rollout compared tensor by tensor: what differs, what is rounded, and what is left out and why."""
 
 import copy
 import os
@@ -19,7 +19,7 @@ from verl_aqn.runs.judge.base_record import check_base, sentence
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """glm4: norms, biases, an embedding and a head beside its linear layers; packed, and as it was."""
+    """glm4 has norms, biases, an embedding and a head besides its linear layers; packed folder and source."""
     root = tmp_path_factory.mktemp("base")
     make("glm4", root / "source")
     quantize_checkpoint(root / "source", root / "packed")
@@ -90,7 +90,7 @@ def test_what_one_side_lacks_is_no_reason_to_leave_it_out(folders):
         record = record_of(folder, [actor if side == "rollout" else without], [rollout if side == "actor" else without])
         with pytest.raises(EvidenceError, match=f"{name} in {side} .* does not"):
             check_base(record, None)
-    for one in (actor, rollout):  # neither computes with it: said, not an error
+    for one in (actor, rollout):  # neither computes with it: reported, but not an error
         del one["tensors"][name]
     record = record_of(folder, [actor], [rollout])
     check_base(record, None)
@@ -197,7 +197,7 @@ def test_rounding_to_the_served_dtype_is_done_on_disk_s_side_and_on_record(tmp_p
     check_base(record, None)
     assert record["converted"]["rollout 0"] == {"float32 → bfloat16": 21}
     assert "rounded to the dtype" in sentence(record)
-    exact = copy.deepcopy(rollout)  # says bfloat16, holds what is on disk
+    exact = copy.deepcopy(rollout)  # reports bfloat16, holds what is on disk
     name = "model.norm.weight"
     exact["tensors"][name][0] = disk.digests({name: [Part("float32")]})[0][(name, Part("float32"))]
     with pytest.raises(EvidenceError, match=r"model\.norm\.weight in rollout 0"):

@@ -1,4 +1,4 @@
-"""The critic's module: the base as the actor has it, adapters and a value head that alone are trained."""
+"""The critic's module: the actor's base, with adapters and a value head as the only trained parts."""
 
 import pytest
 import torch

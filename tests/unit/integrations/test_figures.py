@@ -1,4 +1,4 @@
-"""The figures of a step: each is told in docs/metrics.md, and what says nothing is not shown."""
+"""The metrics of a step: docs/metrics.md describes each, and metrics without meaning are not shown."""
 
 import re
 from fnmatch import fnmatchcase
@@ -15,7 +15,7 @@ REAL = ROOT / "tests/unit/runs/real_runs/rollout"
 
 
 def told() -> list[str]:
-    """Patterns in the first column of the tables."""
+    """Return the patterns in the first column of the tables."""
     rows = [
         line.split("|")[1] for line in (ROOT / "docs/metrics.md").read_text().splitlines() if line.startswith("| `")
     ]

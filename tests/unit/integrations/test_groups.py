@@ -1,4 +1,4 @@
-"""Groups whose rewards do not differ: counted, and a run that meets nothing else is ended with a reason."""
+"""Groups with equal rewards are counted, and a run with only such groups ends with a reason."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -69,7 +69,7 @@ class Data(dict):
 
 
 def step_figures(monkeypatch, rewards: list[float], *, critic: bool = False) -> tuple[dict, list[str]]:
-    """What the trainer writes and warns of for two prompts with two answers each, three groups thrown away before."""
+    """Return the trainer's metrics and warnings for two prompts × two responses, after three discarded groups."""
     responses = torch.nested.nested_tensor([torch.ones(2)] * 4, layout=torch.jagged)
     scores = torch.tensor([[0.0, reward] for reward in rewards])
     data = Data(responses=responses, rm_scores=scores, response_mask=torch.ones(4, 2))
@@ -87,7 +87,7 @@ def step_figures(monkeypatch, rewards: list[float], *, critic: bool = False) -> 
 def test_what_the_filter_threw_away_is_counted_too(monkeypatch):
     figures, warned = step_figures(monkeypatch, [1.0, 0.0, 1.0, 1.0])
     counts = {"aqn/groups": 2 + 3 + 1, "aqn/groups_without_variance": 1 + 3}
-    assert figures == counts | {"response_length/clip_ratio": 0}  # of 8 tokens the answers have 2
+    assert figures == counts | {"response_length/clip_ratio": 0}  # the responses have 2 of 8 tokens
     assert not warned
 
 

@@ -1,4 +1,4 @@
-"""Parity figures against sums written out token by token, and what the split means."""
+"""Mismatch figures against sums written out token by token, and the meaning of their parts."""
 
 import math
 import re
@@ -86,14 +86,14 @@ def test_split_gives_each_cause_its_own():
 
 
 def test_step_reads_response_tokens_only_and_finds_rescored_samples_by_name():
-    nan = float("nan")  # what stands beside the mask must not matter
+    nan = float("nan")  # values outside the mask must not matter
     data = {
         "response_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
         "rollout_log_probs": torch.tensor([[-1.0, -2.0, nan], [-1.0, -1.0, -3.0]]),
         "old_log_probs": torch.tensor([[-1.0, -2.0, nan], [-1.0, -1.5, -3.0]]),
         "entropy": torch.tensor([[1.0, 1.0, nan], [1.0, 1.0, 6.0]]),
     }
-    found = step_metrics(data, ["a", "b"], {"b": [-1.0, -1.4]}, CLIP)  # the last token had no room to be scored
+    found = step_metrics(data, ["a", "b"], {"b": [-1.0, -1.4]}, CLIP)  # there was no room to score the last token
     assert found["aqn/parity/tokens"] == 5
     assert found["aqn/parity/abs_dlogp_mean"] == pytest.approx(0.1)
     assert found["aqn/parity/trainer_entropy"] == pytest.approx(2.0)

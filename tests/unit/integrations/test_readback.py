@@ -1,4 +1,4 @@
-"""What a model with fused layers holds, told under the trainer's names, whatever its kernel has made of it."""
+"""The content of a model with fused layers, reported under the trainer's names, whatever its kernel did with it."""
 
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ from verl_aqn.mxfp4 import dequantize, quantize
 
 
 def loaded_model(layers: dict[str, nn.Module], tensors: dict[str, torch.Tensor], load) -> nn.Module:
-    """A model of `layers`, observed while `load(model, tensors by name)` fills them."""
+    """Return a model of `layers`, observed while `load(model, tensors by name)` fills them."""
     model = nn.Module()
     for name, layer in layers.items():
         parent = model
@@ -42,7 +42,7 @@ ENDS = {"packed": ".weight_packed", "scale": ".weight_scale"}
 
 
 def fused_model(parts):
-    """One layer as vLLM has it after loading: the parts' rows below each other, under another name for its parent."""
+    """Return one layer as vLLM has it after loading: the parts' rows stacked, under a different parent name."""
     layer = nn.Module()
     rows = sum(len(part.packed) for part in parts)
     layer.weight_packed, layer.weight_scale = frozen(rows, 32), frozen(rows, 2)
@@ -57,7 +57,7 @@ def fused_model(parts):
             begin += len(part.packed)
 
     model = loaded_model({"attn.inner.qkv_proj": layer}, tensors, load)
-    # A kernel that rearranges: nothing of the packed layout is left to read.
+    # The kernel rearranges weights, so the packed layout cannot be read any more.
     layer.weight = nn.Parameter(layer.weight_packed.data.flip(0).contiguous(), requires_grad=False)
     del layer.weight_packed
     return model
@@ -73,7 +73,7 @@ def test_digest_is_the_trainer_s_although_the_kernel_has_rearranged_the_weights(
 
 
 def plain_model(parts, excluded):
-    """The bf16 equal of `parts` as vLLM loads it, with a layer beside it that the packed base leaves in bf16."""
+    """Return the bf16 equivalent of `parts` as vLLM loads it, with a layer that the packed base leaves in bf16."""
     layers = {"attn.qkv_proj": nn.Module(), "head": nn.Module()}
     for layer, rows in zip(layers.values(), (16, len(excluded)), strict=True):
         layer.weight = frozen(rows, 64, dtype=torch.bfloat16)
@@ -100,7 +100,7 @@ def test_a_bf16_base_is_known_by_the_values_of_the_packed_one(tmp_path):
     weight = model.attn.qkv_proj.weight
     weight.data[0, 0] += 1
     assert describe_base(model, NAMES)["weights_equal_base"] is False
-    # vLLM's CPU platform packs the weight away: what cannot be read is not vouched for.
+    # vLLM's CPU platform repacks the weight: what cannot be read is not confirmed.
     model.attn.qkv_proj.weight = nn.Parameter(torch.empty(0), requires_grad=False)
     gone = describe_base(model, NAMES)
     assert gone["base_digest"] == said["base_digest"]
@@ -124,8 +124,8 @@ def test_every_tensor_is_read_where_it_is_now_or_else_as_it_was_loaded():
     said = describe_tensors(model, [])
     assert said["tensors"] == {name: [digest, "bfloat16", True, None] for name, digest in digests.items()}
     assert (said["computed"], said["lost"], said["kernel_digest"]) == ({}, {}, None)
-    model.norm.weight.data[3] += 2**-12  # a change that bfloat16 could not hold
-    model.o_proj.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # a kernel took it away
+    model.norm.weight.data[3] += 2**-12  # a change too small for bfloat16
+    model.o_proj.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # a kernel removed it
     again = describe_tensors(model, [])["tensors"]
     assert again["norm.weight"][0] != digests["norm.weight"]
     assert again["o_proj.weight"] == [digests["o_proj.weight"], "bfloat16", False, None]
@@ -147,7 +147,7 @@ def test_one_changed_weight_shows_between_two_moments():
 
 
 def test_a_swapped_part_is_found_although_all_shapes_fit():
-    """A loader that puts k where v belongs."""
+    """The loader puts k into the place of v."""
     torch.manual_seed(0)
     parts = [quantize(torch.randn(n, 64)) for n in (8, 4, 4)]
     swapped = fused_model([parts[0], parts[2], parts[1]])
@@ -198,7 +198,7 @@ def named_kernel(name: str, **attributes):
 
 
 def test_every_kernel_is_known_by_how_it_rounds_activations():
-    """The trap of Blackwell: a weight-only checkpoint runs as W4A4 there (`verl_aqn.runs.judge.base_record` compares)."""
+    """On Blackwell a weight-only checkpoint runs as W4A4 (`verl_aqn.judge.base` compares)."""
     names = ("FlashInferMxFp4LinearKernel", "MarlinMxFp4LinearKernel", "NewKernel")
     assert [kernel_activation(named_kernel(name)) for name in names] == ["rceil/nearest", "none", "unknown"]
     assert kernel_activation(named_kernel("CpuMxfp4LinearKernel", activation=None)) == "none"

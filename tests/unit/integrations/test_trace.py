@@ -1,4 +1,4 @@
-"""Which region of which tensor a loader wrote where, however it is written."""
+"""Which region of which tensor a loader wrote to which place, however it writes."""
 
 import gc
 import weakref
@@ -14,7 +14,7 @@ from verl_aqn.integrations.vllm.trace import Trace
 
 
 def load(loader, tensors: dict, **shapes) -> tuple[Loaded, dict]:
-    """What `loader(parameters, tensors)` does with parameters of these shapes, and the parameters."""
+    """Return what `loader(parameters, tensors)` does with parameters of these shapes, and the parameters."""
     parameters = {name: nn.Parameter(torch.zeros(shape), requires_grad=False) for name, shape in shapes.items()}
     with Trace() as trace:
         loader(parameters, dict(trace.watch(tensors.items())))
@@ -26,7 +26,7 @@ def tensor(*shape) -> torch.Tensor:
 
 
 def rows_and_columns(p, t):
-    """A rank's part: rows of q and k below each other, columns of o."""
+    """A rank's part: rows of q and k stacked, columns of o."""
     p["qk"].data.narrow(0, 0, 4).copy_(t["q"].narrow(0, 4, 4))
     p["qk"].data.narrow(0, 4, 2).copy_(t["k"][2:4])
     p["o"].data.copy_(t["o"].chunk(2, dim=1)[1])
@@ -127,7 +127,7 @@ def test_what_is_overwritten_is_not_held_and_what_cannot_be_followed_is_told():
 
 
 def test_nothing_keeps_a_weight_alive_and_no_address_is_taken_for_another():
-    """A loader sees tensors one at a time; the memory of one is that of the next."""
+    """A loader sees tensors one at a time, and the next tensor may reuse the memory of the last."""
     gone = []
 
     def tensors():
@@ -150,8 +150,8 @@ def test_nothing_keeps_a_weight_alive_and_no_address_is_taken_for_another():
 
 
 def test_boxes_that_touch_only_in_part():
-    """A window of a flat buffer against rows of a matrix that lies in it."""
-    view = Box(10, 0, ((4, 8, 3), (3, 1, 1)))  # 4 rows of 3 out of rows of 8, from row 1, column 2 on
+    """A window of a flat buffer against rows of a matrix inside it."""
+    view = Box(10, 0, ((4, 8, 3), (3, 1, 1)))  # 4 rows of 3 out of rows of 8, starting at row 1, column 2
     known = Box(16, 100, ((2, 8, 8), (8, 1, 1)))  # rows 2 and 3
     assert compose(view, known) == [Box(3, 102, ((2, 3, 8), (3, 1, 1)))]
     assert compose(view, Box(0, 0, ((8, 1, 1),))) == []  # row 0
@@ -172,7 +172,7 @@ def test_what_was_computed_with_on_its_way_is_noted_and_copies_are_not():
 
 
 def test_a_vector_in_another_order_is_read_back_in_its_own():
-    def loader(p, t):  # GPT-NeoX: q, k and v of each head side by side
+    def loader(p, t):  # GPT-NeoX stores q, k and v of each head next to each other
         p["bias"].data.copy_(t["bias"].view(2, 3, 4).transpose(0, 1).reshape(24))
 
     vector = torch.arange(24.0)

@@ -1,4 +1,4 @@
-"""The tripwire: which comparison a step allows, what is measured, and when a run is warned of or stopped."""
+"""The tripwire: which comparison a step allows, what is measured, and when a run warns or stops."""
 
 import math
 
@@ -37,7 +37,7 @@ def found(mean: float, tokens: int = 64, error: float = 0.0) -> dict:
         ({"top_p": 0.9}, 0.0, False, "rescored"),
         ({"top_p": 0.9, "temperature": 0.8}, 0.0, False, None),
         ({"top_k": 20}, 0.0, True, "rescored"),
-        ({"top_k": 20}, 0.05, True, None),  # the noisy rollout cannot be scored by a clean one
+        ({"top_k": 20}, 0.05, True, None),  # samples with noise cannot be compared with a rollout without
         ({"calculate_log_probs": False}, 0.0, False, "rescored"),
     ],
 )
@@ -46,7 +46,7 @@ def test_a_step_is_compared_by_what_is_comparable_in_it(change, sigma, noisy_act
 
 
 def batch() -> dict[str, torch.Tensor]:
-    nan = float("nan")  # beside the mask
+    nan = float("nan")  # outside the mask
     return {
         "response_mask": torch.tensor([[1, 1, 0], [1, 0, 1]]),  # the second has a tool's token in its middle
         "rollout_log_probs": torch.tensor([[-1.0, -2.0, nan], [-1.0, nan, -3.0]]),

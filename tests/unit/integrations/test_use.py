@@ -1,4 +1,4 @@
-"""Whether a forward of the rollout used its noise: what is measured and predicted, and what is held against a run."""
+"""Whether a forward of the rollout used its noise: measured and predicted values, and when a run is stopped."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ STRENGTH = {"kind": "strength", "noisy": {"sigma": 0.05, "dlogp": 0.4}, "clean":
 
 
 def batch(shift: float) -> dict[str, torch.Tensor]:
-    """Sampled log-probs that lie `shift` beside those without noise."""
+    """Return sampled log-probs that differ by `shift` from those without noise."""
     return {
         "response_mask": torch.ones(2, 3),
         "rollout_log_probs": torch.full((2, 3), -1.0 + shift),
@@ -62,12 +62,14 @@ def test_a_prediction_from_another_step_scales_and_is_not_held_against_the_run()
     with pytest.raises(EvidenceError):
         check_effect(record(use, 0.0, 0.025, noisy=0.2))
     resumed = UseOfNoise([STRENGTH, {"kind": "use", "sigma": 0.05, "effect": 0.4}])
-    assert record(resumed, 0.0, 0.05)["here"] is False  # the probe's was of the policy before training
+    assert record(resumed, 0.0, 0.05)["here"] is False  # the probe measured the policy before training
 
 
 def test_what_is_too_small_to_be_seen_is_no_fault():
     use = UseOfNoise([])
-    assert record(use, 0.05, 0.0, mismatch=0.0)["floor"] == pytest.approx(0.05)  # decoding against scoring
+    assert record(use, 0.05, 0.0, mismatch=0.0)["floor"] == pytest.approx(
+        0.05
+    )  # difference between decoding and scoring
     small = record(use, 0.0, 0.05, noisy=0.15)
     assert small["here"]
     assert not falls_short(small)
@@ -78,7 +80,7 @@ def test_a_policy_that_became_sure_moves_less():
     reference = {"sigma": 0.05, "effect": 0.4, "surprisal": 1.0}
     assert predicted_effect(0.05, 0.25, reference) == pytest.approx(0.1)
     assert predicted_effect(0.05, 2.0, reference) == pytest.approx(0.4)
-    assert predicted_effect(0.1, 1.0, reference) == pytest.approx(0.4)  # not beyond what was measured
+    assert predicted_effect(0.1, 1.0, reference) == pytest.approx(0.4)  # not outside the measured range
     assert predicted_effect(0.05, 1.0, None) == 0
     assert UseOfNoise([STRENGTH]).by == PROBE
 

@@ -1,4 +1,4 @@
-"""The line of a run that failed is the first error, in whatever process, and never one that was handled."""
+"""The message of a failed run is its first error, in any process, and never an error that was handled."""
 
 import pytest
 
@@ -15,12 +15,12 @@ def fault(time: float, process: str, type: str, text: str, **more) -> Fault:
 
 
 def end(time: float, type: str, text: str, full: str = "", **more) -> Fault:
-    """What the driver says."""
-    return Fault(time, "verl_aqn.launch.driver", 1, type, text, full=full or f"{type}: {text}", **more)
+    """Return the driver's error."""
+    return Fault(time, "verl_aqn.verl_api.run", 1, type, text, full=full or f"{type}: {text}", **more)
 
 
 def remote(process: str, type: str, text: str) -> str:
-    """As Ray tells an error of another process."""
+    """Return a record as Ray passes on an error of another process."""
     return f"RayTaskError({type}): {process}.method() (pid={PIDS[process]}, ip=10.0.0.1)\n  File …\n{type}: {text}"
 
 
@@ -42,7 +42,7 @@ def test_a_creation_that_failed_is_behind_a_dead_actor():
 
 
 def test_behind_a_dead_engine_is_its_workers_error():
-    """Worker → engine → server → agent loop → trainer; each says less than the one before."""
+    """Worker → engine → server → agent loop → trainer: each error says less than the one before."""
     boom = fault(5, WORKER, "ValueError", "boom", where="mine/model.py:9", ends=True)
     engine = fault(5.1, ENGINE, "RuntimeError", "Worker failed with error 'boom', please check …", ends=True)
     server = fault(5.2, SERVER, "EngineDeadError", DEAD_ENGINE)
@@ -70,7 +70,7 @@ def test_a_process_that_was_killed_is_the_cause_of_what_missed_it():
 
 
 def test_deaths_that_were_noticed_at_once_are_told_apart_by_who_said_why():
-    """Without a zygote nobody knows the signals, and the time is that of the last look."""
+    """Without a zygote the signals are unknown, and the time is that of the last check."""
     worker, engine = death(4, WORKER, PIDS[WORKER], None), death(4, ENGINE, PIDS[ENGINE], None)
     said = fault(5.1, ENGINE, "RuntimeError", "Executor failed.", ends=True)
     assert find_cause(end(6, "EngineDeadError", DEAD_ENGINE), [engine, worker, said]) == worker
@@ -90,7 +90,7 @@ def test_a_dead_actor_is_named_with_its_signal_whoever_died_in_the_end():
     end(9, "ProcessFault", "sync of step 3 has taken 600 s: the run hangs", ours=True),
 ], ids=lambda last: last.type)  # fmt: skip
 def test_an_error_that_was_handled_is_never_the_cause(last):
-    """However many there are, in the very process that dies later, and however shortly before the end."""
+    """This holds for many errors, in the process that dies later, and shortly before the end."""
     handled = [
         fault(1, REWARD, "ValueError", "no opinion on this answer"),
         fault(8.9, ACTOR, "ConnectionError", "try again"),
@@ -169,7 +169,8 @@ def test_an_actor_of_whose_death_nobody_knows_is_named_by_what_ray_says():
     full = "ray::AqnTaskRunner.run() (pid=7, ip=10.0.0.1)\n…\n\tclass_name: WorkerDict\n\tpid: 3204\n\tip: 10.0.0.7\n"
     found = find_cause(end(6, "ActorDiedError", "The actor died unexpectedly before finishing this task.", full), [])
     assert found.told() == (
-        "actor (ray::WorkerDict, process 3204) died without an error message: killed, out of memory, or a crash in native code"
+        "actor (ray::WorkerDict, process 3204) died without an error message: killed, out of memory, or a crash in "
+        "native code"
     )
 
 
@@ -202,7 +203,7 @@ def test_a_trainer_that_aborts_itself_has_missed_an_actor(silent):
 
 
 def test_a_death_that_ray_tells_may_be_collected_later():
-    """Others that die after the end have been ended with the run."""
+    """Other processes that die after the end were ended with the run."""
     killed, ended = death(6.4, ACTOR, PIDS[ACTOR], -9), death(6.2, REWARD, PIDS[REWARD], -15)
     full = f"RayTaskError: run() (pid={PIDS[REWARD]}, ip=10.0.0.1)\n\tclass_name: WorkerDict\n\tpid: {PIDS[ACTOR]}\n"
     assert find_cause(end(6, "ActorDiedError", "The actor died unexpectedly …", full), [killed, ended]) == killed

@@ -1,4 +1,4 @@
-"""What a person reads of validations: a line while the run goes on, a table at its end, also of older records."""
+"""Validations in the console: a line during the run and a table at its end, also for older records."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Plans: what is refused before the first run, the order of runs, what is skipped, tried again, or not worth trying."""
+"""Plans: what is rejected before the first run, the order of runs, and what is skipped, retried or left out."""
 
 import json
 from dataclasses import replace
@@ -114,7 +114,7 @@ def test_order_is_seed_by_seed_and_conditional_arms_come_last():
 
 @pytest.fixture
 def light(monkeypatch, tmp_path):
-    """Recipes are composed but no model is quantised; a run is what `outcomes` says of it."""
+    """Recipes are composed but no model is quantised; `outcomes` gives the result of each run."""
     outcomes, taken = {}, []
     model = tmp_path / "model"
     model.mkdir()
@@ -184,7 +184,7 @@ def test_two_processes_at_one_plan_run_nothing_twice(light, tmp_path, capsys):
     outcomes |= {"noisy-1": [1, 1, 1, 1]}
     first, second = series(tmp_path, arms=arms), series(tmp_path, arms=arms)
     assert first.run_one("control", 0)
-    assert first.run_one("noisy", 1)  # its promise is that of both processes' runs
+    assert first.run_one("noisy", 1)  # its condition depends on the runs of both processes
     del taken[:]
     assert second.run() == 0
     assert taken == ["noisy-0", "control-1", "c-0", "c-1"]

@@ -1,4 +1,4 @@
-"""A run that does not end as it should: by what is noted and seen of its processes, in seconds, with one line.
+"""A run with an abnormal end is reported from what its processes record and show, in seconds and in one line.
 
 The processes are small ones that write what a run's would.
 """
@@ -35,7 +35,7 @@ HANDLED = 'title("ray::WorkerDict"); note(ValueError("try again"))\n'
 
 @pytest.fixture
 def end(tmp_path, monkeypatch):
-    """`end(program)`: how a run ends whose training process runs the program, and after how many seconds."""
+    """`end(program)`: outcome of a run whose training process runs the program, and the seconds it took."""
     run = open_run(tmp_path / "runs of a test", {})
     OmegaConf.save(load_recipe("e12", ["profile=cuda", "experiment=embedded"]), run.path / "launch.yaml")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -65,7 +65,7 @@ def test_a_rank_that_failed_while_all_wait_for_it_ends_the_run(end):
     assert (outcome.status, outcome.again) == ("failed", True), log
     assert outcome.message.startswith("rollout worker (VLLM::Worker_TP1, process ")
     assert outcome.message.endswith("ValueError: boom of rank 1")
-    assert seconds < 120  # on a busy machine; the others wait for ten minutes
+    assert seconds < 120  # on a busy machine; the other processes wait for ten minutes
 
 
 def test_what_the_driver_saw_is_not_what_happened_first(end):
@@ -92,7 +92,7 @@ def test_a_driver_that_is_killed_is_named(end):
     ("os.kill(os.getpid(), signal.SIGKILL)", "died without an error message: "),
 ])  # fmt: skip
 def test_a_child_that_dies_is_named(end, how, text):
-    """Its driver does not notice. Without a zygote only a crash tells how it died."""
+    """Its driver does not notice. Without a zygote, only a crash leaves a description of the death."""
     outcome, seconds, log = end(
         "if os.fork() == 0:\n"
         "    listen(); import psutil, setproctitle; setproctitle.setproctitle('ray::WorkerDict.update_actor')\n"

@@ -1,4 +1,4 @@
-"""Nothing stays behind: no process, however deep and stubborn, and no shared memory of the dead."""
+"""Child processes are always cleaned up, however deep and stubborn, and so is the shared memory of dead ones."""
 
 import mmap
 import os
@@ -17,7 +17,7 @@ from verl_aqn.runs.processes import SharedMemory
 
 def test_orphans_that_ignore_sigterm_are_ended():
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
-    # A child that starts a deaf grandchild in a session of its own and dies: the grandchild becomes an orphan.
+    # The child starts a grandchild that ignores signals, in its own session, and dies: the grandchild is an orphan.
     launcher = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {code!r}], start_new_session=True)"
     program = (
         "import subprocess, sys, time; from verl_aqn import processes\n"
@@ -43,7 +43,7 @@ MAKE = (
 
 @contextmanager
 def a_process_with_shared_memory():
-    """→ it, and what it has in /dev/shm; it is killed without cleaning up."""
+    """Return a process and its files in /dev/shm; it is killed without cleaning up."""
     process = subprocess.Popen([sys.executable, "-c", MAKE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     path = Path("/dev/shm") / process.stdout.readline().strip()
     try:
@@ -67,12 +67,12 @@ def test_shared_memory_of_the_dead_is_removed_and_that_of_the_living_is_not(tmp_
         assert not left.exists()
         assert theirs.exists()
         living.communicate("x")
-        SharedMemory(tmp_path).remove(started - 1)  # by another process, of what this one has seen
+        SharedMemory(tmp_path).remove(started - 1)  # another process removes what this one has seen
         assert not theirs.exists()
 
 
 def test_shared_memory_that_no_process_of_the_run_had_mapped_stays(tmp_path):
-    """As of a container that shares /dev/shm: its processes cannot be seen from here."""
+    """It may belong to a container that shares /dev/shm, whose processes cannot be seen from here."""
     started, memory = time.time(), SharedMemory(tmp_path)
     with a_process_with_shared_memory() as (other, theirs):
         memory.look([psutil.Process()])
@@ -82,7 +82,7 @@ def test_shared_memory_that_no_process_of_the_run_had_mapped_stays(tmp_path):
 
 
 def test_a_semaphore_is_known_by_what_its_maker_has_mapped(tmp_path):
-    """Its maker has it mapped under a name that is gone: the C library links it to its own name afterwards."""
+    """The C library maps it under a temporary name and links it to its own name afterwards."""
     started, memory = time.time(), SharedMemory(tmp_path)
     code = (
         "import multiprocessing as m, sys, os; lock = m.get_context('spawn').Lock();"

@@ -1,4 +1,4 @@
-"""A run that hangs or lost a process is noticed, and every process tells where it stands."""
+"""A run that hangs or has lost a process is detected, and every process reports its stacks."""
 
 import os
 import re
@@ -16,21 +16,21 @@ from verl_aqn.runs import stacks
 from verl_aqn.runs.phases import ENDING, TRACKERS
 from verl_aqn.runs.processes import title
 
-PASSING = "vllm.model_executor.models.registry"  # looks at an architecture that vLLM meets first, and ends
+PASSING = "vllm.model_executor.models.registry"  # inspects an architecture that is new to vLLM, and ends
 
 # Hangs in C with the interpreter's lock held, so that no Python code of the process can ever run again.
 HANGING = (
     "from verl_aqn.runs.stacks import listen; import ctypes, sys; listen()\n"
     "def the_place_where_it_hangs():\n"
     "    print('up', flush=True)\n"
-    "    while True: ctypes.PyDLL(None).sleep(100)\n"  # a signal cuts it short
+    "    while True: ctypes.PyDLL(None).sleep(100)\n"  # a signal shortens it
     "the_place_where_it_hangs()\n"
 )
 
 
 @pytest.fixture
 def hanging(tmp_path):
-    """A process that promised its stacks to tmp_path, and hangs."""
+    """A process that writes its stacks to tmp_path on request, and hangs."""
     env = {**os.environ, stacks.FOLDER: str(tmp_path)}
     process = subprocess.Popen([sys.executable, "-c", HANGING], env=env, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"up\n"
@@ -54,9 +54,9 @@ def clock() -> Clock:
     return Clock()
 
 
-def blind(hang_timeout_factor: float, tmp_path, clock: Clock, **more) -> Watchdog:
-    """A watchdog that does not look at processes: each look goes through all of the machine."""
-    dog = Watchdog(hang_timeout_factor, tmp_path, clock=clock, **more)
+def blind(patience: float, tmp_path, clock: Clock, **more) -> Watchdog:
+    """A watchdog that does not check processes, because each check reads all processes of the machine."""
+    dog = Watchdog(patience, tmp_path, clock=clock, **more)
     dog.look = lambda: None
     return dog
 
@@ -67,7 +67,7 @@ def begin(dog: Watchdog, phase: str, step: int | None = None) -> None:
 
 
 def wait(dog: Watchdog, clock: Clock, seconds: float, work: bool = False) -> str:
-    """What the watchdog says first in so many seconds, asked every 10 s; `work`: a process of the run is busy."""
+    """Return the watchdog's first fault within this time, asked every 10 s; `work`: a process of the run is busy."""
     end = clock.now + seconds
     while clock.now < end:
         clock.now = min(end, clock.now + 10)
@@ -79,7 +79,7 @@ def wait(dog: Watchdog, clock: Clock, seconds: float, work: bool = False) -> str
 
 
 def steps(dog: Watchdog, clock: Clock, *durations: float, phase: str = "update") -> None:
-    """Steps of two phases; each `durations` seconds long, the other one second. The last of `phase` begins."""
+    """Record steps of two phases: `phase` takes `durations` seconds, the other one second. The last `phase` begins."""
     for step, seconds in enumerate(durations):
         begin(dog, phase, step)
         wait(dog, clock, seconds)
@@ -100,7 +100,7 @@ def test_ten_times_the_usual_is_late(tmp_path, clock):
 
 
 def test_what_refills_a_batch_is_no_generation_of_its_own(tmp_path, clock):
-    """Groups without variance are drawn anew one by one; the last of them may take as long as generation ever takes."""
+    """Groups without variance are drawn again one by one; the last one may take as long as a whole generation."""
     dog = blind(10, tmp_path, clock)
     for step in (1, 2):
         for _ in range(100):
@@ -119,7 +119,7 @@ def test_a_first_phase_of_hours_is_left_alone_as_long_as_something_works(tmp_pat
     for _ in range(5):
         assert wait(dog, clock, 3600, work=True) == ""
         told += [dog.warning(), dog.warning()]
-    assert [text[:33] for text in told if text] == [f"loading the actor has taken {hour} h; " for hour in range(1, 6)]
+    assert [text[:33] for text in told if text] == [f"loading the actor has taken {hour} h. " for hour in range(1, 6)]
     begin(dog, "generation", 1)
     assert dog.warning() == ""
 
@@ -140,7 +140,7 @@ def test_a_first_phase_in_which_nothing_works_for_an_hour_hangs(tmp_path, clock)
 def test_a_busy_process_and_an_idle_one_are_told_apart(tmp_path, clock, hanging):
     dog = Watchdog(10, tmp_path, clock=clock)
     wait(dog, clock, WEIGH_S)
-    for _ in range(5):  # the import of `hanging` was work, and on a busy machine it may wait for a disk
+    for _ in range(5):  # the imports of `hanging` were work, and on a busy machine they may wait for a disk
         began = dog.worked
         wait(dog, clock, WEIGH_S)
         if dog.worked == began:
@@ -158,7 +158,10 @@ def test_a_busy_process_and_an_idle_one_are_told_apart(tmp_path, clock, hanging)
 
 
 def test_the_last_check_of_the_base_is_as_long_as_the_first_and_not_as_a_checkpoint(tmp_path, clock):
-    """As the trainer says it: the base at the start, steps whose last phase is short, the base at the end."""
+    """The records are the trainer's.
+
+    The base is checked at the start and at the end; the last phase of each step is short.
+    """
     dog = blind(10, tmp_path, clock)
     begin(dog, "base", 0)
     wait(dog, clock, 400)
@@ -185,7 +188,7 @@ def test_trackers_and_checkpoints_wait_for_what_is_outside(tmp_path, clock):
 
 
 def test_a_machine_that_was_asleep_has_lost_no_time(tmp_path, clock):
-    """Ctrl-Z, or a virtual machine that was paused: watchdog and run stood still together."""
+    """After Ctrl-Z or a paused virtual machine, watchdog and run were stopped together."""
     dog = blind(10, tmp_path, clock)
     steps(dog, clock, 1, 1, 1)
     wait(dog, clock, 50)

@@ -1,4 +1,4 @@
-"""What is known of a run's end: when a noted error must end it, and which deaths are believed."""
+"""What is known about a run's end: when a recorded error must end it, and which deaths count as causes."""
 
 import json
 import shutil
@@ -56,8 +56,8 @@ def test_the_zygote_knows_how_a_process_died_and_when(seen, dog, tmp_path):
     ends = [{"pid": 41, "status": -9, "time": 150.0}, {"pid": 42, "status": 0, "time": 140.0},
             {"pid": 43, "status": -9, "time": 130.0}]  # fmt: skip
     (tmp_path / ENDS).write_text("".join(json.dumps(one) + "\n" for one in ends) + '{"pid": 44, "sta')
-    dog.vital = {41: "VLLM::Worker", 42: "ray::WorkerDict", 45: "ray::RewardLoopWorker"}  # 43: nobody needs it
-    dog.missed, dog.seen = {45: 160.0}, {45: 155.0}  # 45: it is still being collected
+    dog.vital = {41: "VLLM::Worker", 42: "ray::WorkerDict", 45: "ray::RewardLoopWorker"}  # 43: the run does not need it
+    dog.missed, dog.seen = {45: 160.0}, {45: 155.0}  # 45: its end is not collected yet
     cause = seen.cause(last())
     assert (
         seen.told(cause)
@@ -68,8 +68,8 @@ def test_the_zygote_knows_how_a_process_died_and_when(seen, dog, tmp_path):
 def test_without_a_zygote_a_death_is_silent(seen, dog):
     dog.vital, dog.missed, dog.seen = {45: "ray::RewardLoopWorker"}, {45: 260.0}, {45: 255.0}
     assert seen.told(seen.cause(last())) == (
-        "reward worker (ray::RewardLoopWorker, process 45) died without an error message: killed, out of memory, or a crash in "
-        "native code during update of step 3"
+        "reward worker (ray::RewardLoopWorker, process 45) died without an error message: killed, out of memory, or a "
+        "crash in native code during update of step 3"
     )
 
 
@@ -92,7 +92,7 @@ def test_a_hang_is_told_as_such(seen):
 
 
 def test_when_a_process_was_missed_is_told_by_the_clock_of_errors(seen, dog):
-    """The watchdog's own clock begins anywhere, and would make nothing late."""
+    """The watchdog's own clock has an arbitrary start, so that no death would be late."""
     with subprocess.Popen(["gcs_server", "60"], executable=shutil.which("sleep")) as process:
         dog.look()
         process.kill()
@@ -103,7 +103,7 @@ def test_when_a_process_was_missed_is_told_by_the_clock_of_errors(seen, dog):
 
 
 def test_ray_s_servers_that_are_missed_as_the_run_ends_are_not_blamed(seen, dog, tmp_path):
-    """The driver ends them at once, before anybody looks."""
+    """The driver ends them at once, before the watchdog checks."""
     (tmp_path / ENDS).write_text(json.dumps({"pid": 41, "status": -9, "time": 150.0}) + "\n")
     dog.vital = {41: "ray::WorkerDict", 46: "raylet"}
     dog.missed, dog.seen = {46: time.time() + 0.5}, {46: 145.0}

@@ -1,4 +1,4 @@
-"""Answers in batches are those of one prompt at a time, in models whose caches share and in those whose cannot."""
+"""Responses generated in batches equal those of one prompt at a time, with and without shared caches."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ KINDS = (
 
 
 def one_by_one(model, prompt: list[int], ends: set[int], tokens: int) -> list[int]:
-    """Greedy, without a cache."""
+    """Generate greedily, without a cache."""
     ids = list(prompt)
     while len(ids) < len(prompt) + tokens and not (len(ids) > len(prompt) and ids[-1] in ends):
         ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
@@ -26,11 +26,11 @@ def one_by_one(model, prompt: list[int], ends: set[int], tokens: int) -> list[in
 def test_answers_are_those_of_one_prompt_at_a_time(kind):
     model = make(kind)
     told = attention_of(model)
-    use_attention(model, "eager")  # sdpa would leave out Gemma2's cap
+    use_attention(model, "eager")  # sdpa would ignore Gemma2's soft cap
     generator = torch.Generator().manual_seed(0)
     start = torch.randint(3, V, (8,), generator=generator).tolist()
     prompts = [start + torch.randint(3, V, (n,), generator=generator).tolist() for n in (2, 5, 5, 9)]
-    ends = {one_by_one(model, prompts[0], set(), 3)[2]}  # so that an answer ends early
+    ends = {one_by_one(model, prompts[0], set(), 3)[2]}  # so that a response ends early
     want = [[one_by_one(model, prompt, ends, 8)] * 2 for prompt in prompts]
     use_attention(model, told)
     assert len({len(answer) for group in want for answer in group}) > 1

@@ -1,4 +1,4 @@
-"""Shared prompts in a model that FSDP2 shards over two ranks, of which one has its weights on meta when it decides."""
+"""Shared prompts in a model that FSDP2 shards over two ranks; one has its weights on meta at the decision."""
 
 import socket
 

@@ -1,4 +1,4 @@
-"""The layout that a model is given yields the log-probs and gradients of each sample alone, in every family."""
+"""The chosen layout gives the same log-probs and gradients as each sample alone, in every family."""
 
 import re
 from types import SimpleNamespace
@@ -186,7 +186,7 @@ def make(kind: str, **more) -> transformers.PreTrainedModel:
 
 
 def engine_of(model: nn.Module, remove_padding: bool = False) -> AqnFSDPEngine:
-    """An engine as it is after building `model`, without adapters and FSDP."""
+    """Return an engine as it is after building `model`, without adapters and FSDP."""
     engine = bare_engine(AqnFSDPEngine, "", {})
     engine.use_remove_padding, engine.use_ulysses_sp, engine.pad_to_length = remove_padding, False, False
     engine.engine_config = SimpleNamespace(forward_only=False, seed=0, entropy_checkpointing=False)
@@ -196,7 +196,7 @@ def engine_of(model: nn.Module, remove_padding: bool = False) -> AqnFSDPEngine:
 
 
 def batch(prompts: list[torch.Tensor], responses: list[torch.Tensor], remove_padding: bool = False) -> TensorDict:
-    """A micro-batch as verl's trainer makes it."""
+    """Return a micro-batch as verl's trainer makes it."""
 
     def jagged(rows: list[torch.Tensor]) -> torch.Tensor:
         return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
@@ -217,7 +217,7 @@ def batch(prompts: list[torch.Tensor], responses: list[torch.Tensor], remove_pad
 
 
 def samples() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Groups of three, two and one, mixed; prompts shorter and longer than a window; responses of 1 to 13 tokens."""
+    """Return mixed groups of 3, 2 and 1; prompts shorter and longer than a window; responses of 1 to 13 tokens."""
     generator = torch.Generator().manual_seed(1)
     a, b, c = (torch.randint(3, V, (n,), generator=generator) for n in (4, 17, 9))
     prompts = [b, a, a, c, b, a]
@@ -225,7 +225,7 @@ def samples() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 
 
 def log_probs(engine: AqnFSDPEngine, prompts, responses, remove_padding: bool = False) -> torch.Tensor:
-    """Of every response token, by the engine's own way, [N]."""
+    """Return log-probs of all response tokens, computed by the engine, [N]."""
     micro_batch = batch(prompts, responses, remove_padding)
     inputs, arguments = engine.prepare_model_inputs(micro_batch)
     output = engine.module(**inputs, use_cache=False)
@@ -236,7 +236,7 @@ def log_probs(engine: AqnFSDPEngine, prompts, responses, remove_padding: bool = 
 
 
 def alone(model, prompts, responses) -> torch.Tensor:
-    """The same, each sample in a forward of its own with transformers' eager attention."""
+    """Return the same, each sample in its own forward with transformers' eager attention."""
     before = attention_of(model)
     if decide(model).together:
         assert use_attention(model, "eager")
@@ -249,7 +249,7 @@ def alone(model, prompts, responses) -> torch.Tensor:
 
 
 def check(model, engine, remove_padding: bool = False) -> None:
-    """Log-probs, and gradients of all parameters by gradient checkpointing, as of samples alone."""
+    """Check log-probs, and gradients of all parameters with gradient checkpointing, against samples alone."""
     given = samples()
     weights = torch.randn(sum(map(len, given[1])), generator=torch.Generator().manual_seed(2))
     want = alone(model, *given)
@@ -314,7 +314,7 @@ def test_sequence_parallelism_is_refused_for_a_model_that_needs_separate_rows():
 
 
 class Wrapped(nn.Module):
-    """An attention layer with something around it."""
+    """An attention layer inside a wrapper."""
 
     def __init__(self, layer: nn.Module, before=lambda states: states, **arguments):
         super().__init__()
@@ -325,7 +325,7 @@ class Wrapped(nn.Module):
 
 
 def shifted(states: torch.Tensor) -> torch.Tensor:
-    """Each token, and half of the one before: a convolution that no name gives away."""
+    """Add half of the previous token to each token: a convolution that no name reveals."""
     return states + 0.5 * nn.functional.pad(states, (0, 0, 1, 0))[:, :-1]
 
 
@@ -334,7 +334,7 @@ def shifted(states: torch.Tensor) -> torch.Tensor:
     [
         ({"bias_of_position": torch.ones(1)}, "attention has the argument bias_of_position"),
         ({"is_causal": False}, "attention has the argument is_causal"),
-        # What reaches the token after is seen by no structure: the trial finds it.
+        # An influence on the next token is not visible in the structure; the trial finds it.
         ({"before": shifted}, "its logits differ by .* from those of separate rows"),
         ({"before": lambda x: x + 0.1 * torch.arange(x.shape[1])[:, None]}, "counts the tokens of a row"),
     ],
@@ -343,7 +343,7 @@ def test_what_attention_does_not_know_and_what_leaks_past_it_needs_separate_rows
     model = make("llama")
     layer = model.model.layers[1]
     layer.self_attn = Wrapped(layer.self_attn, **arguments)
-    if "before" in arguments:  # and nothing else is odd about it
+    if "before" in arguments:  # and nothing else is unusual about it
         assert decide(make("llama")).together
     found = decide(model)
     assert not found.together
@@ -352,7 +352,7 @@ def test_what_attention_does_not_know_and_what_leaks_past_it_needs_separate_rows
 
 
 def test_separate_rows_take_eager_attention_where_sdpa_gives_other_values():
-    """Doge's sdpa forgets causality in rows without padding."""
+    """Doge's sdpa ignores causality in rows without padding."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(transformers.DogeConfig(**GQA), dtype=torch.float32).eval()
     engine = engine_of(model)
@@ -364,8 +364,8 @@ def test_separate_rows_take_eager_attention_where_sdpa_gives_other_values():
 def test_a_model_that_mixes_padding_in_is_refused():
     model = make("llama")
     layer = model.model.layers[1]
-    layer.self_attn = Wrapped(layer.self_attn, lambda x: x + 0.5 * x.roll(1, 1))  # the last token goes first
-    with pytest.raises(ModelError, match="other logits for padded rows than for single rows"):
+    layer.self_attn = Wrapped(layer.self_attn, lambda x: x + 0.5 * x.roll(1, 1))  # the last token comes first
+    with pytest.raises(ModelError, match="padded rows other logits than the same rows alone"):
         decide(model)
 
 
@@ -390,7 +390,7 @@ def test_equal_prompts_stand_once_and_nothing_is_padded():
 
 
 def test_ordinary_rows_go_through_the_same_attention():
-    """Batches that cannot share (images, fused kernels) are verl's rows, of the same model."""
+    """Batches that cannot share (images, fused kernels) are verl's rows in the same model."""
     model = make("gemma2")
     want = alone(model, *samples())
     engine = engine_of(model)

@@ -1,4 +1,4 @@
-"""The four parts of the error: they add up, and each is what its name says."""
+"""The four parts of the error add up, and each is what its name says."""
 
 import pytest
 import torch
@@ -58,14 +58,14 @@ def test_each_part_by_hand() -> None:
     split = one_block([7.5, -6.5])
     assert (split.clipped, split.saturated) == (1.5**2 + 0.5**2, 2)
     assert (split.scale_bias, split.grid_noise, split.dead) == (0, 0, 0)
-    # amax 6 has its ideal scale, 1: all that is left is the grid's, 5.5 rounds to 6 and 1.2 to 1.
+    # amax 6 has its ideal scale, 1. Only the grid's error remains: 5.5 rounds to 6, and 1.2 to 1.
     split = one_block([6.0, 5.5, 1.2])
     assert split.grid_noise == pytest.approx(0.5**2 + 0.2**2, rel=1e-6)
     assert (split.deadzone, split.clipped, split.scale_bias) == (0, 0, 0)
-    # amax 5 is exact under 5/6 but not under 1, where it rounds to 4: all of it is the scale's.
+    # amax 5 is exact under 5/6 but not under 1, where it rounds to 4: the whole error is the scale's.
     split = one_block([5.0])
     assert (split.scale_bias, split.grid_noise) == (1.0, pytest.approx(0, abs=1e-24))
-    # 4 is exact under 1 but not under 5/6 (4.8, which rounds to 4): there the power of two is the better one.
+    # 4 is exact under 1 but not under 5/6 (4.8, which rounds to 4): here the power of two is better.
     split = one_block([5.0, 4.0])
     assert split.grid_noise == pytest.approx((4 - 4 * 5 / 6) ** 2)
     assert split.scale_bias == pytest.approx(1 - split.grid_noise)

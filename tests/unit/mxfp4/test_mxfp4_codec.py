@@ -1,4 +1,4 @@
-"""The codec against the format's definition. (Other people's implementations: test_mxfp4_oracles.py.)"""
+"""The codec against the format's definition. (Independent implementations: test_mxfp4_oracles.py.)"""
 
 import pytest
 import torch
@@ -15,13 +15,13 @@ SMALLEST_NORMAL_AMAX = 2.0**-124  # below it the scale would have to be smaller 
 
 
 def all_finite_bf16() -> Tensor:
-    """Every finite bfloat16 value, -0 and subnormals included [65280]."""
+    """Return every finite bfloat16 value, including -0 and subnormals [65280]."""
     values = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     return values[values.isfinite()]
 
 
 def blocks_with_amax(amax: float) -> Tensor:
-    """Every bfloat16 value of magnitude at most ``amax``, 31 to a block, with ``amax`` itself as the block's first."""
+    """Return every bfloat16 value up to ``amax`` in magnitude, 31 per block, each block starting with ``amax``."""
     amax = torch.tensor(amax).bfloat16()
     values = all_finite_bf16()
     values = values[values.abs() <= amax]
@@ -35,7 +35,7 @@ def random_blocks() -> Tensor:
     return torch.cat([x, torch.zeros(1, 256)]).bfloat16()
 
 
-# Mantissas on each side of what the rules compare with (1.5, 1.75), at exponents low, usual and high.
+# Mantissas on each side of the rules' thresholds (1.5, 1.75), at low, usual and high exponents.
 AMAX = [m * 2.0**e for e in (-120, -6, 0, 100) for m in (1.0, 1.4921875, 1.5, 1.5078125, 1.7421875, 1.75, 1.9921875)]
 
 
@@ -45,13 +45,13 @@ def every_input(amax: list[float] = AMAX) -> Tensor:
 
 @pytest.fixture(params=["native", "reference"], autouse=True)
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test of the codec holds for the compiled and for the plain kernels."""
+    """Run every test of the codec with the compiled and with the plain kernels."""
     if request.param == "reference":
         monkeypatch.setattr(native, "available", lambda: False)
 
 
 def test_layout_and_all_bytes() -> None:
-    """Every (scale byte, code byte) pair dequantises to what the format's definition says, in float64."""
+    """Every (scale byte, code byte) pair dequantises to the value in the format's definition, in float64."""
     codes = torch.arange(256, dtype=torch.uint8).view(1, 256).expand(256, 256)
     scale = torch.arange(256, dtype=torch.uint8).view(256, 1).expand(256, 16)
     low, high = (codes & 15).long(), (codes >> 4).long()

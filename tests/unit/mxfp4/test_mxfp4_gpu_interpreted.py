@@ -1,4 +1,4 @@
-"""The GPU's tests under Triton's interpreter, in a process of their own: triton reads the variable when imported."""
+"""The GPU tests under Triton's interpreter, in a separate process, because triton reads the variable at import."""
 
 import os
 import re

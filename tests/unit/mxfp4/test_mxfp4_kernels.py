@@ -1,4 +1,4 @@
-"""The compiled kernels against the plain ones, the roundings against their definition, and life without a compiler."""
+"""The compiled kernels against the plain ones, rounding against its definition, and fallback without a compiler."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ from verl_aqn.mxfp4.kernels import native, reference
 
 
 def hard_inputs() -> Tensor:
-    """Float32 blocks: around every tie, any bit pattern at all, subnormals, and ordinary weights."""
+    """Return float32 blocks: around every tie, arbitrary bit patterns, subnormals, and ordinary weights."""
     generator = torch.Generator().manual_seed(1)
     patterns = torch.randint(-(1 << 31), 1 << 31, (20_000, 32), generator=generator).to(torch.int32)
     tiny = torch.randint(0, 0x01000000, (500, 32), generator=generator, dtype=torch.int32)
@@ -38,7 +38,7 @@ def run(kernel, x: Tensor, rule: str, rounding: str) -> tuple[Tensor, Tensor, Te
 
 
 def assert_same_bits(a: Tensor, b: Tensor) -> None:
-    nan = a.isnan()  # a NaN's payload is nobody's business
+    nan = a.isnan()  # the payload of a NaN is not compared
     assert torch.equal(nan, b.isnan())
     bits = {2: torch.int16, 4: torch.int32}[a.itemsize]
     assert torch.equal(a[~nan].view(bits), b[~nan].view(bits))
@@ -70,7 +70,7 @@ def test_threads_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> list[int]:
-    """Philox4x32-10 in Python's integers."""
+    """Compute Philox4x32-10 with Python's integers."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -94,7 +94,7 @@ def test_random_numbers_are_philox() -> None:
 @pytest.mark.parametrize("rounding", ["half_away", "stochastic"])
 @pytest.mark.parametrize("rule", SCALE_RULES)
 def test_rounding_by_definition(rule: str, rounding: str) -> None:
-    """Codes from the two grid points around every value, in float64."""
+    """Codes follow from the two grid points around every value, in float64."""
     x = hard_inputs()
     x = x[x.isfinite().all(-1)]
     packed, scale = quantize(x, rule, rounding, seed=3)
@@ -115,7 +115,7 @@ def test_stochastic_rounding_is_unbiased() -> None:
     x = torch.randn(64, generator=torch.Generator().manual_seed(0)).expand(20_000, 64)
     rounded = fake_quantize(x, "rceil", "stochastic", seed=11).double()
     error = (rounded.mean(0) - x[0].double()) / (rounded.std(0) / 20_000**0.5).clamp(min=1e-12)
-    assert error.abs().max() < 4.5  # 64 standard normal numbers: beyond it once in 2,000
+    assert error.abs().max() < 4.5  # 64 standard normal numbers exceed it once in 2,000
     assert not torch.equal(rounded, fake_quantize(x, "rceil", "stochastic", seed=12).double())
     assert torch.equal(rounded, fake_quantize(x, "rceil", "stochastic", seed=11).double())
 
@@ -138,7 +138,7 @@ def test_fake_quantize_of_any_length(k: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("k", [32, 64])
 def test_slices_are_read_as_they_are_seen(k: int) -> None:
-    """Rows with a stride of their own: kernels that take pointers must not read past the slice."""
+    """Rows have their own stride: kernels that take pointers must not read past the slice."""
     wide = torch.randn(40, 4 * k, generator=torch.Generator().manual_seed(0))
     for x in (wide[:, k : 2 * k], wide[:k].t()[:, :32] if k == 32 else wide[::2, :k]):
         plain = x.contiguous()

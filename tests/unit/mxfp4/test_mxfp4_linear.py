@@ -1,4 +1,4 @@
-"""The packed linear layer: the same function as its dequantised twin, under PEFT, autocast, checkpointing and FSDP2."""
+"""The packed linear layer: same function as its dequantised twin, under PEFT, autocast, checkpointing and FSDP2."""
 
 import copy
 import socket
@@ -48,7 +48,10 @@ class Net(nn.Module):
 
 
 def lora_net(seed: int = 0) -> nn.Module:
-    from peft import LoraConfig, get_peft_model  # here, since a spawned rank that needs no PEFT imports this file too
+    from peft import (
+        LoraConfig,
+        get_peft_model,
+    )  # imported here, because spawned ranks without PEFT import this file, too
 
     torch.manual_seed(seed)
     model = get_peft_model(Net(seed), LoraConfig(r=32, target_modules=["up", "down"], init_lora_weights=False))
@@ -93,7 +96,7 @@ def test_memory_of_the_base() -> None:
 
 
 def test_four_bit_activations() -> None:
-    """W4A4: the product of two rounded factors; the gradient as if the activation had not been rounded."""
+    """W4A4: the product of two rounded factors; the gradient ignores the rounding of the activation."""
     layer = packed_layer()
     layer.activation = Activation("floor", "half_away")
     assert str(layer.activation) == "floor/half_away"
@@ -124,7 +127,7 @@ def test_dense_copy_changes_nothing_but_the_memory(activation: Activation | None
     assert set(kept.state_dict()) == set(model.state_dict())
     x = torch.randn(4, 64)
     with torch.inference_mode():
-        kept(x)  # as a first forward: what it leaves behind must not be in training's way
+        kept(x)  # as a first forward: what it leaves behind must not affect training
     for net in (model, kept):
         net(x).square().sum().backward()
     for (name, p), q in zip(model.named_parameters(), kept.parameters(), strict=True):
@@ -144,7 +147,7 @@ def test_dense_copy_follows_the_state_dict() -> None:
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True}], ids=lambda options: next(iter(options)))
 def test_kinds_of_lora(options: dict[str, bool]) -> None:
-    """Weight-decomposed and rank-stabilised adapters: the same output and gradients as over the dense twin."""
+    """Weight-decomposed and rank-stabilised adapters give the same output and gradients as over the dense twin."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
@@ -291,7 +294,7 @@ def test_refuses_what_mxfp4_cannot_hold() -> None:
 
 
 def _train(model: nn.Module, x: Tensor, steps: int = 2) -> list[Tensor]:
-    """Outputs of ``steps`` SGD steps on ``x``."""
+    """Return outputs of ``steps`` SGD steps on ``x``."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     outputs = []
     for _ in range(steps):
@@ -333,7 +336,7 @@ def _fsdp_worker(rank: int, world: int, port: int, make: Callable[[], nn.Module]
                 for a, b in zip(sharded, _train(twin, x), strict=True):
                     torch.testing.assert_close(a, b)
             elif policy.param_dtype is None:
-                # The first output knows nothing of the other rank; the second saw the mean of both gradients.
+                # The first output is independent of the other rank; the second follows the mean of both gradients.
                 torch.testing.assert_close(sharded[0], _train(twin, x)[0])
                 whole = torch.randn(world, 4, 64, generator=torch.Generator().manual_seed(1)).flatten(0, 1)
                 twin = make()

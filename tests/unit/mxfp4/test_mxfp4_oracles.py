@@ -1,7 +1,7 @@
-"""The codec against other people's implementations, scale bytes and codes, to the last bit.
+"""The codec against independent implementations: scale bytes and codes, to the last bit.
 
-Blocks compared: for each of 149 block maxima, every finite bfloat16 value up to it; random blocks; every tie. `SPECIAL`
-holds the blocks on which implementations differ, and `DIFFERENCES` who differs there, and why.
+Compared blocks: for each of 149 block maxima, every finite bfloat16 value up to it; random blocks; every tie. `SPECIAL`
+has the blocks on which implementations differ, and `DIFFERENCES` says which differ there, and why.
 """
 
 import os
@@ -18,7 +18,7 @@ from verl_aqn.mxfp4 import dequantize, quantize
 
 ROOT = Path(__file__).parents[3]
 
-# Every mantissa at one exponent; at others those on each side of what the rules compare with (1.5, 1.75).
+# Every mantissa at one exponent; at others, those on each side of the rules' thresholds (1.5, 1.75).
 AMAX = [1 + m / 128 for m in range(128)] + [
     m * 2.0**e for e in (-120, -6, 100) for m in (1.0, 1.4921875, 1.5, 1.5078125, 1.7421875, 1.75, 1.9921875)
 ]
@@ -26,7 +26,7 @@ VALUES = {torch.bfloat16: 5_110_688, torch.float32: 1_916_544}  # compared with 
 
 
 def ties() -> Tensor:
-    """Every tie, and its neighbours, with each sign, under amax 4, 6 and 7 at many exponents: bfloat16 [B, 32]."""
+    """Return every tie and its neighbours, both signs, under amax 4, 6 and 7 at many exponents: bfloat16 [B, 32]."""
     tie = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
     near = torch.cat([tie * (1 - 2**-8), tie, tie * (1 + 2**-7)])
     blocks = [
@@ -40,7 +40,7 @@ def ties() -> Tensor:
 
 @pytest.fixture(scope="module")
 def inputs() -> Tensor:
-    """Bfloat16 [B, 32]."""
+    """Return bfloat16 [B, 32]."""
     return torch.cat([*(blocks_with_amax(amax) for amax in AMAX), random_blocks().view(-1, 32), ties()])
 
 
@@ -66,22 +66,22 @@ SPECIAL = {
 }
 NOT_FINITE = {"NaN", "Inf", "-Inf"}
 DIFFERENCES = {
-    # NaN gets its scale byte there, but codes as well; Inf becomes the largest value there is. (Ours: NaN for both.)
+    # NaN gets its scale byte, but also codes; Inf becomes the largest value. (Ours: NaN for both.)
     # Under scale byte 0, values are divided by 2^-126, twice what the byte says (even, floor), or are lost (rceil).
     ("torchao", "even"): NOT_FINITE | {"amax 2^-125", "amax 2^-126", "amax 2^-127"},
     ("torchao", "floor"): NOT_FINITE | {"amax 2^-125", "amax 1.9 * 2^-125", "amax 2^-126", "amax 2^-127"},
     ("torchao", "rceil"): NOT_FINITE | {"amax 2^-125", "amax 2^-126", "amax 2^-127"},
-    # -0 loses its sign there, though not a negative value that rounds to zero. NaN, Inf and 2^128 give scale byte
+    # -0 loses its sign, but a negative value that rounds to zero keeps it. NaN, Inf and 2^128 give scale byte
     # 127 and arbitrary codes.
     ("compressed-tensors", "even"): NOT_FINITE | {"negative zeros", "amax 1.9 * 2^127"},
-    # A maximum that passes over NaN. Inf and 2^128 get scale byte 254; ours for 2^128 is 253, with elements twice as
+    # A maximum that ignores NaN. Inf and 2^128 get scale byte 254; ours for 2^128 is 253, with elements twice as
     # large (both come back as Inf). And 2^-127 is lost by Triton's interpreter, which reads subnormal bfloat16 as 0.
     ("vLLM", "even"): NOT_FINITE | {"amax 1.9 * 2^127", "amax 2^-127"},
 }
 
 
 def assert_equal_but_for(x: Tensor, rule: str, theirs: tuple[Tensor, Tensor], special: tuple[Tensor, Tensor], who: str):
-    """``theirs`` (packed, scale) of ``x`` are ours; ``special``, theirs of `SPECIAL`, differ where it is known."""
+    """Check that ``theirs`` (packed, scale) equals ours for ``x``, except for the known cases in ``special``."""
     assert x.numel() == VALUES[x.dtype]
     packed, scale = quantize(x, rule)
     assert torch.equal(scale, theirs[1])
@@ -97,7 +97,7 @@ def special_blocks() -> Tensor:
 
 @pytest.fixture(scope="module")
 def torchao():
-    """It lies outside the environment, where PEFT would import it into every process (scripts/setup.sh)."""
+    """torchao is outside the environment, where PEFT would import it into every process (scripts/setup.sh)."""
     folder = str(Path(sys.prefix) / "oracles")
     sys.path.insert(0, folder)
     from torchao.prototype.mx_formats.config import ScaleCalculationMode

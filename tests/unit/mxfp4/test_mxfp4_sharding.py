@@ -1,9 +1,9 @@
-"""Packed parameters under FSDP2 of the torch that the GPU and NPU profiles pin: what those call, called here.
+"""Packed parameters under FSDP2 of the torch versions that the GPU and NPU profiles pin: what those call, called here.
 
-With the files of `torch/distributed/fsdp/_fully_shard` out of the wheels of 2.10.0 and 2.11.0 in the place of 2.13's, a
-gloo rank (with 2.11.0 two) refused packed parameters: "only Tensors of floating point dtype can require gradients".
-After `allow_packed_shards` it sharded them, and its outputs were the whole model's to the last bit, with and without
-bfloat16 mixed precision. tests/unit/mxfp4/test_mxfp4_linear.py shards them on 2.13.
+The files of `torch/distributed/fsdp/_fully_shard` from the wheels of 2.10.0 and 2.11.0 were put in place of 2.13's. One
+gloo rank (with 2.11.0 two) rejected packed parameters: "only Tensors of floating point dtype can require gradients".
+After `allow_packed_shards` the ranks sharded them, and the outputs equalled the whole model's to the last bit, with and
+without bfloat16 mixed precision. tests/unit/test_mxfp4_linear.py shards them on 2.13.
 """
 
 from types import SimpleNamespace
@@ -20,13 +20,13 @@ PACKED = torch.arange(64, dtype=torch.uint8).view(2, 32)
 
 
 def older_init_dtype_attrs(self, mp_policy) -> None:
-    """As in 2.10 and 2.11, of integers too: what is gathered is cast to the policy's dtype."""
+    """Behave as 2.10 and 2.11, also for integers: gathered tensors are cast to the policy's dtype."""
     self.orig_dtype = self.sharded_param.dtype
     self.param_dtype = None if mp_policy.param_dtype == self.orig_dtype else mp_policy.param_dtype
 
 
 def gathered_as(parameter: torch.Tensor) -> torch.dtype | None:
-    """What FSDP2 casts a parameter to under bfloat16 mixed precision; None: nothing."""
+    """Return the dtype that FSDP2 casts a parameter to under bfloat16 mixed precision; None: no cast."""
     param = SimpleNamespace(sharded_param=parameter)
     _fsdp_param.FSDPParam.init_dtype_attrs(param, MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     return param.param_dtype
@@ -34,7 +34,7 @@ def gathered_as(parameter: torch.Tensor) -> torch.dtype | None:
 
 @pytest.fixture
 def version(monkeypatch):
-    """`version(text)`: this torch says that it is another, and its FSDP2 is restored afterwards."""
+    """`version(text)`: make torch report another version. Its FSDP2 is restored afterwards."""
     monkeypatch.setattr(_fsdp_param, "nn", nn)
     monkeypatch.setattr(_fsdp_param.FSDPParam, "init_dtype_attrs", older_init_dtype_attrs)
     return lambda text: monkeypatch.setattr(torch, "__version__", text)

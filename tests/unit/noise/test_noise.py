@@ -1,4 +1,4 @@
-"""Keyed noise, the clean store, and evidence; each old failure is rebuilt as a broken injector that must be caught."""
+"""Keyed noise, clean weights, and evidence. Each old failure is rebuilt as a broken injector that must be caught."""
 
 import json
 from dataclasses import replace
@@ -50,7 +50,7 @@ TINY = {
 
 
 def make_model(modules: int = 8, width: int = 256, dtype: torch.dtype = torch.float32) -> nn.ModuleDict:
-    """Norms as a trained model has them: sizes from 0.03 to 1.8 (SmolLM2-135M)."""
+    """Return norms like those of a trained model: sizes from 0.03 to 1.8 (SmolLM2-135M)."""
     model = nn.ModuleDict({f"norm_{i}": LlamaRMSNorm(width) for i in range(modules)})
     generator = torch.Generator().manual_seed(0)
     for size, norm in zip(np.geomspace(0.03, 1.8, modules), model.values(), strict=True):
@@ -166,7 +166,7 @@ def test_restore_is_bit_exact_and_noise_never_accumulates():
 
 
 def test_apply_writes_into_the_same_storage():
-    """A captured graph reads the address that it was captured with."""
+    """A captured graph reads the address with which it was captured."""
     model = make_model()
     injector = NoiseInjector(model)
     before = [p.data_ptr() for p in model.parameters()]
@@ -176,7 +176,7 @@ def test_apply_writes_into_the_same_storage():
 
 
 def test_a_compiled_model_sees_noise_come_and_go():
-    """Compiled graphs read the weights' storage at every call, which is why noise is written in place."""
+    """Compiled graphs read the weights' storage at every call, so noise is written in place."""
     model = make_model(2, 64)
     injector = NoiseInjector(model)
     forward = torch.compile(lambda x: model["norm_1"](model["norm_0"](x)), backend="aot_eager", fullgraph=True)
@@ -194,7 +194,7 @@ def test_a_compiled_model_sees_noise_come_and_go():
     "norm", [LlamaRMSNorm(64), nn.LayerNorm(64), nn.LayerNorm(64, bias=False), CohereLayerNorm(64)]
 )
 def test_a_promoted_norm_keeps_the_activations_dtype(norm):
-    """Alone, Llama's norm with float32 weights would return float32, and torch's LayerNorm would raise."""
+    """Without this, Llama's norm with float32 weights returns float32, and torch's LayerNorm raises."""
     torch.manual_seed(0)
     model, x = nn.ModuleDict({"n": norm.to(torch.bfloat16)}), torch.randn(8, 64, dtype=torch.bfloat16)
     before = norm(x)
@@ -208,7 +208,7 @@ def test_a_promoted_norm_keeps_the_activations_dtype(norm):
 
 
 class Raises(nn.LayerNorm):
-    """A norm that cannot be tried: it wants another argument, a device, a custom op."""
+    """A norm that cannot be tried: it needs another argument, a device, or a custom operator."""
 
     def forward(self, x, *args):
         raise NotImplementedError("no native forward")
@@ -255,7 +255,7 @@ def test_a_model_without_norms_runs_without_noise():
 )
 @pytest.mark.parametrize("beside", [False, True])
 def test_units_count_in_what_the_model_multiplies_with(norm, offset, beside):
-    """In Gemma's norms that is 1 + w, and of what is asked that must be in the weights of actor and rollout."""
+    """In Gemma's norms the effective weight is 1 + w; this must hold for actor and rollout weights."""
     module = norm(4096)
     module.weight.data.normal_(0.3, 0.1)
     effective = module.weight.detach().clone() + offset

@@ -1,4 +1,4 @@
-"""Noise in the actor's forward: the rollout's to the last bit, while the parameters stay as they are."""
+"""Noise in the actor's forward equals the rollout's to the last bit, while the parameters stay unchanged."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_actor_s_noise_is_the_rollout_s(kind):
-    """The digests of an engine whose norms were promoted in place, and the outputs of a model that holds such norms."""
+    """Compare digests with an engine whose norms were promoted in place, and outputs with a model with such norms."""
     rollout, actor = make(kind, torch.float32), make(kind)
     engine, injector = NoiseInjector(rollout), NoiseInjector(actor, beside=True)
     assert injector.clean_digest == engine.clean_digest
@@ -112,7 +112,7 @@ def test_recomputed_activations_see_the_noise_of_the_forward():
 
 
 def build(tmp_path, seed: int = 0) -> AqnFSDPEngine:
-    """verl's engine with a tiny model and a fresh adapter."""
+    """Build verl's engine with a tiny model and a new adapter."""
     make().save_pretrained(tmp_path)
     engine = bare_engine(AqnFSDPEngine, tmp_path, {"noise_in_actor": True}, seed)
     engine.module = engine._build_lora_module(engine._build_module()).eval()
@@ -134,7 +134,7 @@ def test_an_adapter_begins_as_its_seed_says(tmp_path):
 
 @pytest.fixture
 def engine(tmp_path):
-    """An engine whose adapter does something."""
+    """An engine whose adapter has an effect."""
     engine = build(tmp_path)
     for name, parameter in engine.module.named_parameters():
         if "lora_B" in name:

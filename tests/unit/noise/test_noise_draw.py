@@ -1,4 +1,4 @@
-"""The generator: a pure function of its key and index, standard normal as far as tests can see, and pinned."""
+"""The generator is a pure function of key and index, standard normal as far as tests can see, and pinned."""
 
 import subprocess
 import sys
@@ -42,7 +42,7 @@ def test_draw_is_float32_on_the_cpu_and_depends_on_each_part_of_its_key():
 
 
 def test_draw_is_pinned_to_the_bit():
-    """Runs made before and after a change would not be comparable; on every platform the bits are these."""
+    """Otherwise runs before and after a change could not be compared. The bits are the same on every platform."""
     first = [x.hex() for x in draw(0, 0, "a", 3).tolist()]
     assert first == ["-0x1.5cd3660000000p+1", "0x1.37a7f60000000p-2", "0x1.bed6240000000p-4"]
     other = [x.hex() for x in draw(1, 29, "model.norm", 3, offset=5).tolist()]
@@ -62,7 +62,7 @@ def test_a_table_of_another_machine_is_refused(monkeypatch):
 
 
 def test_quantiles_are_those_of_the_normal_distribution():
-    """Over random words, and over the 4,000 of the utmost tails, where a table would be wrong first."""
+    """Checked on random words, and on the 4,000 of the extreme tails, where a table would be wrong first."""
     words = np.concatenate(
         [
             np.random.default_rng(0).integers(0, 2**32, 10**6, dtype=np.uint32),
@@ -79,7 +79,7 @@ def test_quantiles_are_those_of_the_normal_distribution():
 
 @pytest.fixture(scope="module")
 def sample() -> np.ndarray:
-    """Four million: 2,000 names of 1,000 at two steps."""
+    """Four million values: 2,000 names with 1,000 each at two steps."""
     spans = [Span(f"model.layers.{i}.norm", 0, 1000) for i in range(2000)]
     return torch.cat([draw_spans(0, step, spans) for step in (0, 1)]).double().numpy()
 
@@ -89,7 +89,7 @@ def test_distribution(sample):
 
 
 def test_moments(sample):
-    """Four standard errors each: sqrt(1/n) of the mean, 2/n of the variance, 6/n of the skewness, 24/n of kurtosis."""
+    """Bounds of four standard errors: sqrt(1/n) for the mean, 2/n variance, 6/n skewness, 24/n kurtosis."""
     n = len(sample)
     for value, variance in (
         (sample.mean(), 1),

@@ -1,6 +1,6 @@
-"""Every failure that an earlier project had with noise, rebuilt: each is caught, by config or by evidence.
+"""Every noise failure of an earlier project, rebuilt: config or evidence catches each of them.
 
-One test for each, named after it. The classes here are injectors that are broken in one way.
+Each failure has a test with its name. The classes are injectors that are broken in one way.
 """
 
 import json
@@ -28,7 +28,7 @@ ORDER = NoiseOrder(3, 0, 0.05, "rms")
 
 
 def make_model(modules: int = 8, width: int = 256, dtype: torch.dtype = torch.float32) -> nn.ModuleDict:
-    """Norms as a trained model has them: sizes from 0.03 to 1.8 (SmolLM2-135M)."""
+    """Return norms like those of a trained model: sizes from 0.03 to 1.8 (SmolLM2-135M)."""
     model = nn.ModuleDict({f"layers_{i}": nn.ModuleDict({f"{i}": LlamaRMSNorm(width)}) for i in range(modules)})
     generator = torch.Generator().manual_seed(0)
     norms = [module for module in model.modules() if isinstance(module, LlamaRMSNorm)]
@@ -48,7 +48,7 @@ def caught(injector: NoiseInjector, order: NoiseOrder, says: str) -> None:
 
 
 class EngineNorm(nn.Module):
-    """As vLLM's class was to the fork: another class of the same name, which isinstance does not know."""
+    """A different class with the same name, like vLLM's for the fork: isinstance does not recognise it."""
 
     def __init__(self):
         super().__init__()
@@ -77,7 +77,7 @@ def test_failure_a_worker_that_matches_0_modules_does_not_pass():
 
 
 class StepZeroOfOne(NoiseInjector):
-    """The fork's epoch_aware: its injector was called with step 0 of 1, which is warm-up for ever."""
+    """The fork's epoch_aware: its injector was called with step 0 of 1, which is always warm-up."""
 
     def _write(self, order, chosen):
         super()._write(replace(order, sigma=SigmaSchedule(0.05, 1e-5, 10, 1).sigma(0)), chosen)
@@ -118,7 +118,7 @@ class SkipsOneModule(NoiseInjector):
 
 
 def test_failure_one_module_left_out_of_many():
-    """One of 400: too few elements to show in the share of them that changed."""
+    """One of 400 modules: too few elements to be visible in the fraction of changed elements."""
     caught(SkipsOneModule(make_model(400, 64)), ORDER, r"nothing of layers_0\.0 changed")
 
 
@@ -127,27 +127,27 @@ def test_failure_noise_lost_in_bfloat16():
     caught(injector, NoiseOrder(27, 0, 1e-5, "absolute"), "dtype cannot hold")
 
 
-# ---------------------------------------------------------------- other noise than was ordered
+# ---------------------------------------------------------------- noise that differs from the order
 
 TARGETED = replace(ORDER, layers=Layers("targeted", modules=("0-3",), multiplier=0.3))
 
 
 class NoSuchField(NoiseInjector):
-    """The fork's rollout config had no field for multipliers: they were dropped on the way."""
+    """The fork's rollout config had no field for multipliers, so they were dropped."""
 
     def apply(self, order):
         return super().apply(replace(order, layers=Layers()))
 
 
 class IgnoresMultipliers(NoiseInjector):
-    """The order arrives whole, and what writes it does not look."""
+    """The order arrives complete, but the writer ignores it."""
 
     def _select(self, order):
         return [(target, 1.0) for target, _ in super()._select(order)]
 
 
 class WritesWithoutMultipliers(NoiseInjector):
-    """Worse: it also believes that it had looked."""
+    """Worse: the evidence claims the multipliers, too."""
 
     def _write(self, order, chosen):
         super()._write(order, [(target, 1.0) for target, _ in chosen])
@@ -186,7 +186,7 @@ def test_failure_unit_dropped_on_the_way(unit):
 
 
 class AddsInPlace(NoiseInjector):
-    """With adapter-only sync the base is never rewritten, and noise that is added to it piles up."""
+    """With adapter-only sync the base is never rewritten, so noise added to it accumulates."""
 
     def _put(self, target, sigma, unit, z):
         target.write(target.data().cpu().float() + sigma * target.unit(unit) * z)
@@ -218,7 +218,7 @@ class EachRankItsOwn(NoiseInjector):
 
 
 def test_failure_ranks_with_different_noise():
-    """Each passes alone; together they do not."""
+    """Each rank alone is valid; together they are not."""
     sound, other = NoiseInjector(make_model()), EachRankItsOwn(make_model())
     one, two = sound.apply(ORDER), other.apply(ORDER)
     check_evidence(two, ORDER, other.clean_digest)
@@ -242,7 +242,7 @@ def test_failure_an_actor_whose_forward_goes_another_way():
     check_used({"uses": injector.uses(), **injector.restore()}, ORDER.sigma)
 
 
-# ---------------------------------------------------------------- noise where there must be none
+# ---------------------------------------------------------------- noise in the wrong place
 
 
 class StaysOnInValidation(NoiseInjector):
@@ -290,7 +290,7 @@ def test_failure_warm_up_with_noise_left_from_before():
 
 
 class RouterNormByName(NoiseInjector):
-    """The fork's rule went by names, and was inverted: it left alone all but the router's norm."""
+    """The fork's rule used names and was inverted: it skipped all norms except the router's."""
 
     def _routers(self):
         return set(self.names) - super()._routers()
@@ -346,7 +346,7 @@ def test_failure_patterns_that_match_nothing_ignored():
 
 
 def test_failure_hidden_logs_are_not_what_tells(caplog):
-    """σ and what it did are in the record of every step, whatever the log level."""
+    """σ and its effect are in the record of every step, whatever the log level."""
     with caplog.at_level(logging.CRITICAL):
         evidence = NoiseInjector(make_model()).apply(ORDER)
     assert evidence["sigma_realised"] == pytest.approx(0.05, rel=0.1)

@@ -51,7 +51,7 @@ def llama() -> nn.Module:
 
 
 def noisy(injector: NoiseInjector, order: NoiseOrder) -> dict[str, float]:
-    """Multiplier of every module that has noise, after the evidence was found good."""
+    """Return the multiplier of every module that has noise, after checking the evidence."""
     evidence = injector.apply(order)
     check_evidence(json.loads(json.dumps(evidence)), order, injector.clean_digest)
     return {name: group["multiplier"] for group in evidence["groups"] for name in group["modules"]}
@@ -80,7 +80,7 @@ def test_a_pattern_that_matches_nothing_names_the_nearest(key):
 def test_what_an_earlier_order_touched_is_clean_under_the_next():
     injector = NoiseInjector(llama())
     noisy(injector, ORDER)
-    assert len(noisy(injector, replace(ORDER, include=("norm",)))) == 1  # check_evidence looks at the others too
+    assert len(noisy(injector, replace(ORDER, include=("norm",)))) == 1  # check_evidence checks the other modules, too
 
 
 # ---------------------------------------------------------------- multipliers by layer
@@ -220,7 +220,7 @@ def test_norms_in_front_of_routers_are_left_alone_by_default(name):
     assert set(noisy(injector, ORDER)) == set(norms) - set(wanted)
     assert injector.describe(ORDER)["router_norms"] == wanted
     assert set(noisy(injector, replace(ORDER, router_norms=True))) == set(norms)
-    assert "forward" not in model.layers[0].__dict__ | model.layers[0].self_attn.__dict__  # the stand-ins are gone
+    assert "forward" not in model.layers[0].__dict__ | model.layers[0].self_attn.__dict__  # the stand-ins are removed
 
 
 def test_q_and_k_norms_get_noise_of_their_own_width():
@@ -236,7 +236,7 @@ class Expert(nn.Module):
 
 
 class OtherNames(nn.Module):
-    """A layer in which no name says what is what: sandwich norms, a residual in between, experts in a list."""
+    """A layer whose names say nothing: sandwich norms, a residual in between, experts in a list."""
 
     def __init__(self):
         super().__init__()
@@ -281,7 +281,7 @@ class Block(nn.Module):
 
 
 class Sandwich(nn.Module):
-    """Names that mislead: `post_attention_layernorm` follows the attention, `first` feeds the router."""
+    """Misleading names: `post_attention_layernorm` follows the attention, `first` feeds the router."""
 
     def __init__(self):
         super().__init__()
@@ -294,7 +294,10 @@ class Sandwich(nn.Module):
 
 
 def test_the_norm_is_found_by_what_it_feeds_and_not_by_its_name():
-    """post_attention_layernorm reaches the experts only through `first`; as long as it runs, what feeds is `first`."""
+    """post_attention_layernorm reaches the experts only through `first`.
+
+    While `first` runs, it is the norm that feeds them.
+    """
     model = nn.ModuleList([Sandwich()])
     assert router_norms(model, find_norms(model)) == {"0.first"}
 
@@ -309,7 +312,7 @@ def test_including_a_norm_that_is_left_alone_is_an_error():
 
 
 class Engine(nn.Module):
-    """A norm and two packed layers as vLLM's CPU kernel has them on rank `rank` of `world`."""
+    """A norm and two packed layers as in vLLM's CPU kernel on rank `rank` of `world`."""
 
     HEADS, HIDDEN, INNER = {"q_proj": 64, "k_proj": 32, "v_proj": 32}, 128, 256
 
@@ -318,7 +321,7 @@ class Engine(nn.Module):
         torch.manual_seed(0)
         shapes = {name: (n, self.HIDDEN) for name, n in self.HEADS.items()} | {"down_proj": (self.HIDDEN, self.INNER)}
         whole = {name: quantize(torch.randn(shape) * 0.05) for name, shape in shapes.items()}
-        # As many k/v heads as ranks at most: with more ranks, two hold the same head.
+        # There are at most as many k/v heads as ranks; with more ranks, two hold the same head.
         replicas = max(1, world // 2)
         kv = world // replicas
         cuts = {
@@ -425,7 +428,7 @@ def test_linear_noise_without_packed_layers_is_refused():
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_two_ranks_noise_put_together_is_the_noise_of_one(world):
-    order = replace(LINEAR, sigma=1.0, targets=("norm", "linear"))  # large: seen whole in bf16
+    order = replace(LINEAR, sigma=1.0, targets=("norm", "linear"))  # large enough to be visible in bf16
 
     def noise(rank: int, of: int) -> dict[str, torch.Tensor]:
         model = Engine(rank, of)

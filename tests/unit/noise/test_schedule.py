@@ -1,4 +1,4 @@
-"""The schedule against the plan's table, QeRL's formula, and every way in which it broke before."""
+"""The schedule against the plan's table, QeRL's formula, and all of its earlier failures."""
 
 import dataclasses
 import itertools
@@ -136,7 +136,7 @@ def test_negative_step_is_an_error():
         SigmaSchedule(0.05, 1e-5, 10, 29).sigma(-1)
 
 
-KINDS_AT = {  # f(x) for σ 1 -> 0.1, written out anew
+KINDS_AT = {  # f(x) for σ 1 -> 0.1, written independently
     "exponential": lambda x: 0.1**x,
     "linear": lambda x: 1 - 0.9 * x,
     "cosine": lambda x: 0.55 + 0.45 * math.cos(math.pi * x),
@@ -230,7 +230,7 @@ def test_noise_never_rises_but_for_leaving_a_warm_up(schedule):
 @given(schedules)
 def test_both_ends_are_hit_where_there_are_steps_for_them(schedule):
     stages = schedule._stages * schedule._parts
-    # A warm-up leaves one step at least for a noisy stage; half of a part may go to it.
+    # A warm-up leaves at least one step for a noisy stage, and takes at most half of a part.
     assume(schedule.total_steps >= 2 * stages and (schedule.warmup or 0) <= 0.5)
     sigma = [row["sigma"] for row in schedule.table()]
     assert max(sigma) == schedule.sigma_start
@@ -240,7 +240,7 @@ def test_both_ends_are_hit_where_there_are_steps_for_them(schedule):
 
 @given(schedules, st.integers(0, 80), st.integers(0, 80))
 def test_sigma_is_a_pure_function_of_the_step(schedule, step, before):
-    """A run that is resumed at a step has the σ of one that came to it."""
+    """A run resumed at a step has the same σ as one that reached it without a break."""
     resumed = dataclasses.replace(schedule)
     schedule.sigma(before)
     assert (resumed.sigma(step), resumed.stage(step)) == (schedule.sigma(step), schedule.stage(step))

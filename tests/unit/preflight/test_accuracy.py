@@ -1,4 +1,4 @@
-"""Whether an answer is right: one judgement, asked before a run, in it and of its records."""
+"""Whether a response is right: one definition, checked before a run and used in the run and its records."""
 
 import json
 
@@ -89,7 +89,7 @@ number = 7
 
 
 def ask(tmp_path, body, arguments="data_source, solution_str, ground_truth, extra_info", more=()):
-    """Prepare a run of the embedded task with a reward of the user's own."""
+    """Prepare a run of the embedded task with a reward of the user."""
     file = tmp_path / "reward.py"
     file.write_text(REWARD.format(body=body, arguments=arguments))
     return prepare_data(recipe_with("e6a", f"reward.custom_reward_function.path={file}", *more)).rows
@@ -108,13 +108,13 @@ def test_a_reward_that_tells_right_from_wrong_is_taken(tmp_path, body):
 @pytest.mark.parametrize(
     ("body", "said"),
     [("return 1.0 if ground_truth in solution_str else -1.0", r"returned -1\.0"),
-     ("return 0.5 * (ground_truth in solution_str)", r"returned 0\.5"),  # shows only where the answer is right
+     ("return 0.5 * (ground_truth in solution_str)", r"returned 0\.5"),  # visible only if the answer is right
      ("return {'score': 1.0}", "without 'acc'"), ("return {'score': 1.0, 'acc': None}", "acc=None"),
      ("return {'score': 1.0, 'acc': 0.5}", r"acc=0\.5"),
      ("return {'score': 1.0, 'acc': 1, 'flexible': 0.5}", "flexible"),
      ("return {'acc': 1}", "no finite number is the reward"),
      ("return {'score': float('nan'), 'acc': 1}", "no finite number"), ("return {'score': '1', 'acc': 1}", "no finite"),
-     ("extra_info['num_turns']; return 0", "KeyError: 'num_turns'"),  # verl's dapo does not tell it
+     ("extra_info['num_turns']; return 0", "KeyError: 'num_turns'"),  # verl's dapo does not return it
      ("return None", "returned None"),
      ("return float(solution_str)", r"reward\.py:4: ValueError: .*row 0 of .*parquet"),
      ("sys.nothing", "AttributeError: ")],
@@ -127,7 +127,7 @@ def test_a_reward_that_does_not_is_refused_before_anything_starts(tmp_path, body
 
 
 def test_a_reward_is_asked_about_the_first_row_of_every_file(tmp_path):
-    """Files of several sources are judged by one function, which may not know one of them."""
+    """One function judges files of several sources, and may not know one of them."""
     body = "assert data_source != 'new', 'what is new?'; return float(ground_truth in solution_str)"
     files = [
         write_parquet(
@@ -149,7 +149,7 @@ def test_a_reward_is_asked_with_its_own_settings(tmp_path, monkeypatch):
     assert ask(tmp_path, "return bonus", "bonus, **told", more)
     with pytest.raises(ConfigError, match="returned 2"):
         ask(tmp_path, "return bonus", "bonus, **told", [f"+{KEY}.reward_kwargs.bonus=2"])
-    # In verl they win over what it tells itself.
+    # In verl these override the reward's own values.
     with pytest.raises(ConfigError, match="returned 3"):
         ask(tmp_path, "return data_source", more=[f"+{KEY}.reward_kwargs.data_source=3"])
     for manager in ("naive", "remote"):

@@ -1,4 +1,4 @@
-"""Adapters from outside: what is served has PEFT's answers, and what is more than plain LoRA is refused by name."""
+"""Adapters from outside: the served adapter gives PEFT's outputs; anything beyond plain LoRA is rejected by name."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ TOKENS = torch.arange(24).view(2, 12)
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """A packed model; beside it `dense`, its equal in bf16, and `untied`, which has a head of its own."""
+    """A packed model; next to it `dense`, its bf16 equivalent, and `untied`, which has a separate head."""
     root = tmp_path_factory.mktemp("base")
     for name, tied in (("source", True), ("untied", False)):
         torch.manual_seed(0)
@@ -48,7 +48,7 @@ def composed() -> DictConfig:
 
 
 def recipe(base: Path, adapter: Path | None, *overrides: str) -> DictConfig:
-    """One that begins with the adapter, on the base as it is."""
+    """A recipe that starts with the adapter, on the base as it is."""
     config = composed().copy()
     model = config.actor_rollout_ref.model
     model.path, model.lora_adapter_path = str(base), str(adapter) if adapter else None
@@ -58,7 +58,7 @@ def recipe(base: Path, adapter: Path | None, *overrides: str) -> DictConfig:
 
 
 def peft_model(base: Path, folder: Path) -> PeftModel:
-    """The adapter in PEFT over the base's bf16 equal, all in float32."""
+    """The adapter in PEFT on the base's bf16 equivalent, all in float32."""
     model = AutoModelForCausalLM.from_pretrained(base.parent / "dense", dtype=torch.float32)
     return PeftModel.from_pretrained(model, str(folder)).eval()
 
@@ -85,14 +85,14 @@ def test_every_module_has_peft_s_rank_and_scaling(base, tmp_path, kind, dtype):
 
 @pytest.mark.parametrize("kind", SERVED)
 def test_what_is_sent_to_the_rollout_answers_as_peft_does(base, tmp_path, kind):
-    """The tensors that the engine sends, with the config that it sends, in PEFT and by vLLM's reckoning of scalings."""
+    """Tensors and config that the engine sends, loaded in PEFT and with vLLM's rule for scalings."""
     folder = write_adapter(tmp_path / "adapter", base.parent / "source", **SERVED[kind])
     adapter = read_folder(folder, base)
     engine = built(base, folder, adapter.widest)
     tensors, config = sent(engine)
     assert engine.sent_adapters == (adapter.digest(),)
     assert engine.sent_bytes == sum(tensor.nbytes for tensor in tensors.values())
-    # vLLM: one rank and one scaling for all, whatever the folder said.
+    # vLLM uses one rank and one scaling for all modules, whatever the folder says.
     helper = PEFTHelper.from_dict(config)
     assert (helper.r, helper.vllm_lora_scaling_factor) == (adapter.widest, 1.0)
     assert {t.shape[0] for n, t in tensors.items() if "lora_A" in n} == {adapter.widest}
@@ -107,7 +107,7 @@ def test_what_is_sent_to_the_rollout_answers_as_peft_does(base, tmp_path, kind):
 
 
 def test_the_actor_multiplies_as_peft_does_and_drops_nothing(base, tmp_path):
-    """In training too: a dropout that the folder brings would part the update from what the rollout sampled."""
+    """This holds in training, too: dropout from the folder would make the update differ from what was sampled."""
     folder = write_adapter(tmp_path / "adapter", base.parent / "source", **SERVED["dropout"], **PATTERNS)
     engine = built(base, folder, 8)
     engine.module.train()
@@ -116,7 +116,7 @@ def test_the_actor_multiplies_as_peft_does_and_drops_nothing(base, tmp_path):
     expected = logits(peft_model(base, folder))
     with engine.disable_adapter():
         effect = (logits(engine.module).float() - expected).norm()
-    assert (logits(engine.module).float() - expected).norm() < 0.05 * effect  # all of the actor is in bf16
+    assert (logits(engine.module).float() - expected).norm() < 0.05 * effect  # the whole actor is in bf16
 
 
 def test_one_rank_and_one_alpha_say_the_same(base, tmp_path):
@@ -132,13 +132,13 @@ def test_one_rank_and_one_alpha_say_the_same(base, tmp_path):
 
 
 def test_plain_digests_are_those_of_earlier_versions():
-    """Of α/r·B in bf16 under the modules' names: recorded runs stay comparable."""
+    """The digest is over α/r·B in bf16 under the modules' names, so that old runs stay comparable."""
     torch.manual_seed(0)
     a, b = torch.randn(6, 64).bfloat16(), torch.randn(25, 6).bfloat16()
     assert Adapter({"m.q_proj": (a, b)}, 6, 7).digest().startswith("462d3860bebabdcff76d0d34")
 
 
-# ---- refused ----
+# ---- rejected ----
 
 REFUSED = {
     "dora": ({"use_dora": True}, "use_dora=true is not plain LoRA"),
@@ -163,7 +163,7 @@ OTHERS = {
 
 
 def refuse(match: str, folder: Path, base: Path, error: type[AqnError] = ModelError) -> None:
-    """What `prepare_model` (train, its dry run, eval) and doctor call, in one line."""
+    """Return the one-line error of `prepare_model` (train, its dry run, eval) and doctor."""
     config = recipe(base, folder)
     with pytest.raises(error, match=match) as said:
         take_adapter(config, base)
@@ -265,7 +265,7 @@ def test_an_adapter_of_another_model_is_refused(base, folder, tmp_path):
     for name, more in (("wide", {"intermediate_size": 128}), ("deep", {"num_hidden_layers": 3})):
         LlamaConfig(**SMALL | more).save_pretrained(tmp_path / name)
     refuse("size mismatch", folder, tmp_path / "wide")
-    # With target_modules of last names PEFT looks for an adapter in the third layer too.
+    # With last names as target_modules, PEFT looks for an adapter in the third layer, too.
     edit(folder, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
     refuse("lacks model.layers.2.mlp.down_proj", folder, tmp_path / "deep")
 
@@ -302,7 +302,7 @@ def test_beside_experts_only_attention_may_be_changed(tmp_path, monkeypatch):
             assert config.actor_rollout_ref.rollout.engine_kwargs.vllm.lora_target_modules == ["q_proj"]
 
 
-# ---- what the recipe is told ----
+# ---- changes to the recipe ----
 
 
 def test_rank_alpha_and_layers_of_a_recipe_are_the_adapter_s(base, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Questions to a host in a process of its own: what is no answer is a fault, and only fitting answers are kept."""
+"""Questions to a host in a separate process: an invalid reply is an error, and only valid replies are cached."""
 
 import os
 
@@ -14,7 +14,7 @@ def fits(answer) -> bool:
 
 @pytest.fixture
 def ask(tmp_path):
-    """`ask(code)` → the answer of a module with this code; `timeout` in seconds."""
+    """`ask(code)` → the reply of a module with this code; `timeout` in seconds."""
 
     def asked(code: str, *arguments: str, timeout: float = 60, text: str | None = None):
         (tmp_path / "host.py").write_text(code)
@@ -61,7 +61,7 @@ def test_answers_are_kept_where_they_fit(tmp_path):
         file.write_text(other)
         assert kept(file, fits) is None
     (tmp_path / "file").write_text("")
-    keep(tmp_path / "file" / "answer.json", {"good": 1})  # a place that cannot be written: it is asked again
+    keep(tmp_path / "file" / "answer.json", {"good": 1})  # the cache is not writable, so the host is asked again
 
 
 def test_the_first_package_that_is_installed_counts():

@@ -1,4 +1,4 @@
-"""The memory estimate: formulas against numbers worked out by hand, files, and autograd's own account."""
+"""The memory estimate: formulas against numbers computed by hand, files, and autograd's own account."""
 
 import json
 from dataclasses import replace
@@ -37,7 +37,7 @@ QWEN_MOE = {
 
 
 def folder(path: Path, config: dict) -> Path:
-    """A model of which there is nothing but its config.json."""
+    """A model folder that contains only its config.json."""
     (path / "config.json").write_text(json.dumps(config))
     return path
 
@@ -51,7 +51,7 @@ def recipe(*overrides: str, profile: str = "cuda") -> Sizes:
 
 
 def test_a_dense_model_s_numbers_are_those_of_its_paper(tmp_path):
-    """Qwen2.5-1.5B: 1.54 B parameters, 1.31 B of them outside the embedding, which is the head too."""
+    """Qwen2.5-1.5B has 1.54 B parameters, 1.31 B without the embedding, which is also the head."""
     shape = qwen(tmp_path)
     assert shape.linears == 28 * (1536 * (1536 + 2 * 256) + 1536 * 1536 + 3 * 1536 * 8960) == 1_310_195_712
     assert shape.kept == 151936 * 1536 + 57 * 1536 + 28 * (1536 + 2 * 256)  # embedding, norms, biases of q, k, v
@@ -60,7 +60,7 @@ def test_a_dense_model_s_numbers_are_those_of_its_paper(tmp_path):
 
 
 def test_a_mixture_of_experts_counts_all_experts_and_computes_with_those_of_a_token(tmp_path):
-    """Qwen3-30B-A3B: 30.5 B parameters; its experts are packed, its routers and their adapters are not."""
+    """Qwen3-30B-A3B has 30.5 B parameters. Its experts are packed, its routers and their adapters are not."""
     shape = shape_of(folder(tmp_path, QWEN_MOE), EXCLUDE)
     experts = 128 * 3 * 2048 * 768
     attention = 2048 * (4096 + 2 * 512) + 4096 * 2048
@@ -81,7 +81,7 @@ def test_the_base_is_as_large_as_the_files_that_quantize_writes(tmp_path, packed
 
 
 def test_parts_of_an_actor_rank_by_hand(tmp_path):
-    """GRPO of Qwen2.5-1.5B on 8 ranks: 128 prompts × 8 answers, 2,048 tokens each, micro-batches of 16,384."""
+    """GRPO of Qwen2.5-1.5B on 8 ranks: 128 prompts × 8 responses, 2,048 tokens each, micro-batches of 16,384."""
     shape, given = qwen(tmp_path), recipe()
     found = memory.actor(shape, given, DEVICE)
     adapter = 32 * shape.adapted
@@ -114,7 +114,7 @@ def test_parts_of_a_rollout_rank_by_hand(tmp_path):
 
 
 def test_heads_of_keys_are_not_halved_below_one(tmp_path):
-    """Two heads on four ranks: each rank has a whole one in its cache, and the weights of it."""
+    """Two heads on four ranks: each rank has one whole head in its cache, and the weights of it."""
     shape, given = qwen(tmp_path), recipe("actor_rollout_ref.rollout.tensor_model_parallel_size=4")
     assert memory.cache_bytes(shape, given) == 2 * 2 * 28 * 128
     twice = 2 * 28 * 1536 * (128 - 256 // 4)  # elements that another rank has too
@@ -145,10 +145,10 @@ def test_ppo_holds_its_critic_in_the_same_process(tmp_path):
 
 def test_micro_batches_are_verl_s():
     given = recipe("experiment=embedded", profile="cpu")
-    # 6 prompts of 128 × 8 answers of 24 tokens in one micro-batch: each prompt stands once, each answer reads it.
+    # 6 prompts of 128 × 8 responses of 24 tokens in one micro-batch: each prompt is stored once.
     one = 6 * 128 + 48 * 24
     assert micro_batch(given, 6, 16384) == MicroBatch(one, one, 6 * 128 + 48 * 152, 48 * 24 * 152, 48 * 24, 48 * 24)
-    # Half of the tokens: 24 of the 48 answers, which may be of any of the prompts.
+    # Half of the tokens: 24 of the 48 responses, which may belong to any of the prompts.
     half = 6 * 128 + 24 * 24
     assert micro_batch(given, 6, 48 * 152 // 2) == MicroBatch(
         half, half, 6 * 128 + 24 * 152, 24 * 24 * 152, 24 * 24, 24 * 24
@@ -162,7 +162,7 @@ def test_micro_batches_are_verl_s():
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_saved_activations_are_what_autograd_keeps(tmp_path, kind):
-    """The actor's layers as they are in a run (bf16 adapters of FSDP, autocast, its layout), by autograd's hooks."""
+    """The actor's layers as in a run (bf16 adapters of FSDP, autocast, its layout), counted by autograd's hooks."""
     source = tiny_model(tmp_path / "tiny", layers=4, hidden=128)
     if kind == "qwen3":
         source = as_qwen3(source, tmp_path / "qwen3")
@@ -196,7 +196,7 @@ def test_saved_activations_are_what_autograd_keeps(tmp_path, kind):
     given = replace(recipe("experiment=embedded", profile="cpu"), rank=8)
     shape = shape_of(tmp_path / "packed", EXCLUDE)
     assert shape.head_norms == (kind == "qwen3")
-    forward = prompts * prompt + len(ids) * (response - 1)  # the last token of an answer predicts nothing
+    forward = prompts * prompt + len(ids) * (response - 1)  # the last token of a response predicts nothing
     keys = prompts * prompt + len(ids) * (prompt + response - 1)
     masked = len(ids) * (response - 1) * (prompt + response - 1)
     one = memory.saved_activations(shape, given, MicroBatch(forward, forward, keys, masked, 0, 0))
@@ -205,7 +205,7 @@ def test_saved_activations_are_what_autograd_keeps(tmp_path, kind):
 
 
 def as_qwen3(source: Path, target: Path) -> Path:
-    """A random model of the same sizes with norms on the heads of queries and keys."""
+    """Return a random model of the same sizes with norms on the query and key heads."""
     from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
 
     sizes_of = AutoConfig.from_pretrained(source)
@@ -230,7 +230,7 @@ def test_the_plan_takes_more_devices_where_they_are_smaller(tmp_path):
 
 
 def test_micro_batches_are_halved_where_no_number_of_devices_would_do(tmp_path):
-    """Logits of 16,384 tokens and 152 thousand words are 15 GB on each device, however many there are."""
+    """Logits of 16,384 tokens and 152 thousand words take 15 GB on each device, whatever the number of devices."""
     found = fewest(qwen(tmp_path), recipe(), int(16e9))
     assert not found.fault
     assert found.sizes.update_tokens < 16384
@@ -258,7 +258,7 @@ def test_the_machine_of_a_tiny_model_needs_less_and_ppo_more(tmp_path):
     }  # fmt: skip
     shape = shape_of(folder(tmp_path, embedded), EXCLUDE)
     whole = sum(memory.machine(config, shape, 1 << 30).values())
-    assert whole == pytest.approx(11.9e9, rel=0.15)  # README: the most that was in use on the machine
+    assert whole == pytest.approx(11.9e9, rel=0.15)  # measured: the most memory in use on the machine
     critic = sum(memory.machine(load_recipe("ppo", ["profile=cpu"]), shape, 1 << 30).values())
     assert critic > whole
 

@@ -1,4 +1,4 @@
-"""A recipe whose model is a mixture of experts: how it is served, where its adapter goes, and what is refused."""
+"""A recipe with a mixture of experts: how it is served, where its adapter goes, and what is rejected."""
 
 from pathlib import Path
 
@@ -89,7 +89,7 @@ def test_what_a_bf16_base_cannot_do_is_refused(root, override, words):
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen2", "mixtral"])
 def test_the_adapter_goes_to_attention_in_actor_and_rollout(root, name):
-    """Not to shared experts, dense layers and routers, whatever PEFT and vLLM would make of `all-linear`."""
+    """It does not go to shared experts, dense layers and routers, whatever PEFT and vLLM would do with `all-linear`."""
     config = recipe(root / name)
     keep_adapter_off_experts(config)
     keep_adapter_off_experts(config)  # an evaluation's config is that of a run

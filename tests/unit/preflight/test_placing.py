@@ -1,4 +1,4 @@
-"""Which layers an adapter goes to, where PEFT or vLLM cannot adapt all of them."""
+"""The layers that an adapter goes to if PEFT or vLLM cannot adapt all of them."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Checks before a run: each fault is found, in one line that says what to do."""
+"""Checks before a run: each fault is found and reported in one line that says what to do."""
 
 import json
 import socket
@@ -27,7 +27,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def shape() -> Shape:
-    """Of `tiny_model`: two layers of 64 features, two heads, embedding and head of SmolLM2's vocabulary."""
+    """The shape of `tiny_model`: two layers of 64 features, two heads, embedding and head of SmolLM2's vocabulary."""
     layer, outside = 4 * 64 * 64 + 3 * 64 * 128, 2 * 49152 * 64
     return Shape(
         layers=2, hidden=64, query=64, key_value=64, heads=2, key_value_heads=2, inner=128, experts=0, vocabulary=49152,
@@ -119,7 +119,7 @@ def test_disk_is_that_of_the_folder_that_will_be(tmp_path):
 
 
 def test_devices():
-    assert not checks.check_devices(config("trainer.n_gpus_per_node=2"), 0).fix  # pretended
+    assert not checks.check_devices(config("trainer.n_gpus_per_node=2"), 0).fix  # simulated
     on_cuda = config("trainer.n_gpus_per_node=8", profile="cuda")
     assert "no cuda device answers" in checks.check_devices(on_cuda, 0).fix
     assert checks.check_devices(on_cuda, 4).fix == "set trainer.n_gpus_per_node to at most 4"
@@ -133,7 +133,7 @@ def test_attention_heads_are_shared_out_evenly(shape):
 
 
 def test_heads_of_keys_and_values_are_shared_out_or_had_by_several_ranks(shape):
-    """As vLLM's attention layers assert it (`LlamaAttention`)."""
+    """vLLM's attention layers assert the same (`LlamaAttention`)."""
     grouped = replace(shape, heads=32, key_value_heads=8, key_value=8 * 128)
     assert [parts for parts in range(1, 33) if grouped.divides_heads(parts)] == [1, 2, 4, 8, 16, 32]
     assert [grouped.key_value_of_rank(parts) for parts in (1, 4, 8, 16, 32)] == [1024, 256, 128, 128, 128]
@@ -158,7 +158,7 @@ def test_a_schedule_that_the_data_do_not_last_for():
 
 
 def test_memory_is_judged_by_the_recipe_at_hand(shape):
-    """What a tiny model needs is not what the embedded one does; PPO needs more than GRPO."""
+    """A tiny model needs less than the embedded one; PPO needs more than GRPO."""
     (enough,) = checks.check_memory(config(), shape, 11 * 10**9, [])
     assert not enough.fix
     (little,) = checks.check_memory(config(), shape, 5 * 10**9, [])

@@ -1,4 +1,4 @@
-"""What σ does to the policy: exactness, keys, the search for a KL, and the command."""
+"""The effect of σ on the policy: exactness, keys, the search for a KL, and the command."""
 
 import json
 from pathlib import Path
@@ -122,7 +122,7 @@ def test_the_model_is_clean_afterwards_bit_for_bit(held):
 
 
 def test_a_policy_that_begins_with_an_adapter_is_measured_with_it(todo, held, tmp_path):
-    """Noise has the names that it has without: the rollout's."""
+    """The noise has the same names as without an adapter, which are the rollout's."""
     config = todo.config.copy()
     base = Path(config.actor_rollout_ref.model.path)
     adapter = write_adapter(tmp_path / "adapter", load_model(base), use_rslora=True, target_modules=["q_proj"])
@@ -138,11 +138,11 @@ def test_a_policy_that_begins_with_an_adapter_is_measured_with_it(todo, held, tm
 
 
 def test_batches_do_not_change_what_is_sampled_or_measured(todo, held, monkeypatch):
-    """Shared beginning, left padding and dropped rows against one prompt at a time from its first token."""
+    """Shared prefix, left padding and dropped rows against one prompt at a time from its first token."""
     monkeypatch.setattr(measure, "_TOGETHER", 1)
     alone = Probe(todo.config, todo.steps, 4, 2)
     pairs = [pair for groups in zip(alone.answers, held.answers, strict=True) for pair in zip(*groups, strict=True)]
-    # A random model's distribution is so flat that rounding may move a draw to the next token.
+    # A random model's distribution is so flat that rounding may change a draw to the next token.
     assert sum(one == other for one, other in pairs) >= len(pairs) - 1
     assert alone.measure(0.05).kl[0] == pytest.approx(held.measure(0.05).kl[0], rel=1e-3)
     ids = held.prompts[0].ids + held.answers[0][0][:-1]
@@ -213,13 +213,13 @@ def test_a_sigma_that_leaves_nothing_names_the_largest_that_does():
     nothing = SimpleNamespace(**{**vars(fake), "measure": lambda sigma: row(sigma, 0)})
     with pytest.raises(StrengthError, match="has none either"):
         check_strength(nothing, [row(0), row(0.05, 0)], 0.05)
-    check_strength(fake, [row(0, -1), row(0.05)], 0.05)  # the clean policy teaches nothing either
+    check_strength(fake, [row(0, -1), row(0.05)], 0.05)  # the clean policy has no reward variance either
 
 
 def test_command(overrides, capsys, tmp_path, monkeypatch):
     small = [*overrides, "--sigma", "0.01", "--prompts", "3", "--samples", "2"]
     arguments = ["probe", "e12_aggressive_1ep", *small]
-    monkeypatch.setattr(probe, "check_strength", lambda measured, rows, sigma: None)  # by chance, with so few answers
+    monkeypatch.setattr(probe, "check_strength", lambda measured, rows, sigma: None)  # by chance, with so few responses
     app([*arguments, "--json", "--plot", str(tmp_path / "p.png")], standalone_mode=False)
     found = json.loads(capsys.readouterr().out)
     assert [row["sigma"] for row in found["rows"]] == [0, 0.01, 0.05]
@@ -260,7 +260,7 @@ def test_a_run_measures_its_start_once_and_says_so(todo, overrides, tmp_path, ca
 
 
 def test_no_rewards_are_measured_where_the_answers_need_tools(todo, capsys):
-    """A call of a tool is no answer: judged as one it would be wrong, and a good σ would be refused."""
+    """A tool call is no final answer. It would be scored as wrong, and a good σ would be rejected."""
     config = todo.config.copy()
     config.actor_rollout_ref.rollout.agent.default_agent_loop = "tool_agent"
     clean, noisy = measure_start(config, todo.steps)
@@ -272,7 +272,7 @@ def test_no_rewards_are_measured_where_the_answers_need_tools(todo, capsys):
 
 @pytest.fixture(scope="module")
 def too_strong(overrides):
-    """Logits so large that all samples of a prompt are one answer: no group has variance."""
+    """Logits so large that all samples of a prompt are equal: no group has variance."""
     return [*overrides, "aqn.noise.sigma_start=400", "reward.custom_reward_function.name=never_nothing"]
 
 
@@ -281,12 +281,12 @@ def test_a_run_whose_sigma_leaves_nothing_ends_before_anything_is_started(too_st
     monkeypatch.setattr(train, "supervise", lambda run, console: pytest.fail("Ray would have been started"))
     runs = []
     monkeypatch.setattr(train, "open_run", lambda *args, **kwargs: runs.append(open_run(*args, **kwargs)) or runs[-1])
-    for _ in range(2):  # the second time the dead run is resumed, and refused as well
+    for _ in range(2):  # the second time the dead run is resumed, and rejected as well
         with pytest.raises(
             StrengthError, match=r"sigma_start=400 \(rms\) leaves nothing.* σ with reward variance is about"
         ) as error:
             train.train("e12_aggressive_1ep", [*too_strong, f"aqn.run.dir={tmp_path}"])
-        runs[-1].close()  # a process runs one run, and holds its lock to its end
+        runs[-1].close()  # a process has only one run, and holds its lock to the end
     (state,) = [json.loads(path.read_text()) for path in tmp_path.glob("runs/*/state.json")]
     assert (state["status"], state["attempt"], state["message"]) == ("failed", 2, str(error.value))
     largest = float(str(error.value).split()[-1])
@@ -300,10 +300,10 @@ def test_a_critic_is_not_refused_flat_groups(too_strong):
 
 
 def test_a_few_flat_groups_are_no_reason_to_stop(todo, monkeypatch):
-    """None of 8 under noise: more are taken, and only a clear difference among those counts."""
+    """With noise none of 8 groups varies: more are sampled, and only a clear difference in those counts."""
 
     def start(clean: dict[int, int], noisy: dict[int, int]) -> list[Strength]:
-        """`measure_start` where so many groups have variance, by the number of groups."""
+        """Return `measure_start` with this many groups with variance, by the number of groups."""
 
         class Fake:
             order = SimpleNamespace(sigma=0.05, unit="rms")
@@ -319,7 +319,7 @@ def test_a_few_flat_groups_are_no_reason_to_stop(todo, monkeypatch):
         monkeypatch.setattr(strength, "Probe", Fake)
         return measure_start(todo.config, todo.steps)
 
-    assert start({8: 0}, {8: 0})[1].variance[0] == 0  # the clean policy teaches nothing either
+    assert start({8: 0}, {8: 0})[1].variance[0] == 0  # the clean policy has no reward variance either
     assert start({8: 1}, {8: 1})[1].variance[0] == 1 / 8
     assert start({8: 8, 32: 32}, {8: 0, 32: 1})[1].variance[0] == 1 / 32
     assert start({8: 2, 32: CLEAR_GROUPS - 1}, {8: 0, 32: 0})[1].variance[0] == 0

@@ -1,4 +1,4 @@
-"""The example of docs/rewards.md, as a reader would use it."""
+"""The example of docs/rewards.md, used as a reader would."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How far two runs gave the same answers, from their records."""
+"""How far two runs gave the same responses, according to their records."""
 
 import json
 
@@ -10,7 +10,7 @@ from verl_aqn.runs.stats.agreement import agreement, main, table
 
 
 def run(path, steps, validations=None):
-    """A run with digests `steps` {step: {answer: digest}} and `validations` {step: {(item, sample): text}}."""
+    """Write a run with digests `steps` {step: {answer: digest}} and `validations` {step: {(item, sample): text}}."""
     path.mkdir()
     folder = RunFolder(path)
     for step, answers in steps.items():

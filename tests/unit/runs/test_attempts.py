@@ -1,4 +1,4 @@
-"""A run that is carried on: what it was asked is on record whenever it died, and a change of versions shows."""
+"""A resumed run: its request is recorded whenever it died, and a change of versions is visible."""
 
 import json
 import signal
@@ -37,7 +37,7 @@ def test_a_run_that_died_before_its_launch_gets_all_its_records_from_the_next_at
     config, versions = records_of(run.path)
     assert config["aqn"]["noise"]["sigma_end"] == 5e-4
     assert versions == json.loads((run.path / "versions.json").read_text())
-    assert (run.path / "schedule.json").read_text() == "[]"  # what is there is left alone
+    assert (run.path / "schedule.json").read_text() == "[]"  # existing records are not changed
     run.close()
 
 
@@ -96,7 +96,7 @@ def test_a_run_that_a_signal_ended_is_on_record_and_has_the_signal_s_exit_code(
 
 @pytest.mark.parametrize(("val_only", "validates"), [(False, False), (True, True)])
 def test_a_run_that_only_validates_does_so_however_often_it_is_carried_on(tmp_path, todo, val_only, validates):
-    """verl trains where val_only is not followed by a validation before training."""
+    """If val_only is not followed by a validation before training, verl trains."""
     todo.config.trainer.val_only = val_only
     run = open_run(tmp_path / "base", {})
     launch(run, todo)

@@ -1,4 +1,4 @@
-"""Statistics of `verl-aqn compare` against scipy and on simulated runs, and the verdicts on them."""
+"""Statistics of `verl-aqn compare` against scipy and on simulated runs, and the resulting verdicts."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ SAME = "equivalent within ±5 points"
 
 
 def simulate(seeds, items, seed_sd, rng, effect=0.0):
-    """(treated, control), [seeds, items]: logits of items, of items in an arm, of seeds, and chance."""
+    """Return (treated, control), [seeds, items]: logits of items, of items in an arm, and of seeds, then sampling."""
     shared = rng.normal(0.8, 1.5, items)
     return tuple(
         rng.random((count, items))
@@ -72,7 +72,7 @@ def test_of_pairs_with_endless_items_it_is_the_paired_t_test():
 
 
 def simulate_pairs(seeds, items, seed_sd, common_sd, rng):
-    """As `simulate`, of no effect, where a seed moves both arms by `common_sd` and each by `seed_sd` of its own."""
+    """Simulate no effect: a seed shifts both arms by `common_sd`, and each arm separately by `seed_sd`."""
     problems, common = rng.normal(0.8, 1.5, items), rng.normal(0, common_sd, (seeds, 1))
     return tuple(
         rng.random((seeds, items))
@@ -94,7 +94,7 @@ def test_pairs_of_seeds_keep_five_percent_and_find_more_where_seeds_have_much_in
 
 @pytest.mark.parametrize(
     ("seeds", "seed_sd", "low", "high"),
-    # Careful where seeds hardly differ (no test knows that from a few), near 5 % where they do.
+    # Conservative if seeds hardly differ (few seeds cannot show that), near 5 % if they differ.
     [((2, 2), 0.3, 0.02, 0.08), ((3, 3), 0.0, 0.002, 0.06), ((3, 3), 0.3, 0.025, 0.08), ((5, 5), 0.3, 0.025, 0.08)],
 )
 def test_false_positives_are_near_five_percent(seeds, seed_sd, low, high):
@@ -111,7 +111,7 @@ def test_a_test_of_items_alone_would_take_seeds_for_the_method():
 
 
 def test_mcnemar_of_one_seed_each_keeps_five_percent():
-    """Of two runs of one policy on the same items: the null that it tests."""
+    """Two runs of one policy on the same items are the null hypothesis of this test."""
     rng = np.random.default_rng(5)
     ps = 1 / (1 + np.exp(-rng.normal(0.8, 1.5, 192)))
     runs = (1.0 * (rng.random((2, 192)) < ps) for _ in range(1000))
@@ -122,7 +122,7 @@ def test_mcnemar_of_one_seed_each_keeps_five_percent():
 @pytest.mark.parametrize(("seeds", "seed_sd"), [((2, 2), 0.3), ((3, 3), 0.1), ((5, 5), 0.3)])
 def test_intervals_cover_the_true_difference(seeds, seed_sd):
     rng, effect = np.random.default_rng(6), 0.6
-    # The true difference: over all items and seeds there could be.
+    # The true difference, over all possible items and seeds.
     logits = np.random.default_rng(8).normal(0.8, math.sqrt(1.5**2 + 0.5**2 + seed_sd**2), 1_000_000)
     truth = np.mean(1 / (1 + np.exp(-logits - effect)) - 1 / (1 + np.exp(-logits)))
     intervals = [spread(*simulate(seeds, 192, seed_sd, rng, effect)).interval() for _ in range(800)]
@@ -134,7 +134,9 @@ def test_seeds_needed_is_the_least_number_that_does():
     needed = seeds_needed(1e-5, per_seed, items, 0.05)
     halves = [stats.t.isf(0.025, 2 * (n - 1)) * math.sqrt(1e-5 + sum(per_seed) / n) for n in (needed - 1, needed + 1)]
     assert halves[0] > 0.05 > halves[1]
-    assert seeds_needed(0.03**2, per_seed, items, 0.05) is None  # items alone blur more than 5 points
+    assert (
+        seeds_needed(0.03**2, per_seed, items, 0.05) is None
+    )  # the items alone cause more than 5 points of uncertainty
     assert seeds_needed(0.0, [0.0, 0.0], items, 0.05) == 2
 
 
@@ -144,7 +146,7 @@ def test_seeds_needed_is_the_least_number_that_does():
     st.lists(st.sampled_from([0.0, 0.05, 0.3]), min_size=2, max_size=2), st.booleans(),
 )  # fmt: skip
 def test_so_many_seeds_are_needed_as_make_the_interval_so_narrow(seed, seeds, items, seed_sds, paired):
-    """Whatever arms scatter: the seeds that were run are enough for their own interval, and for no narrower one."""
+    """For any variance, the reported seeds suffice for the run's own interval, and for no narrower one."""
     rng = np.random.default_rng(seed)
     shares = rng.random(items)
     treated, control = (rng.random((seeds, items)) < shares + rng.normal(0, sd, (seeds, 1)) for sd in seed_sds)
@@ -183,7 +185,7 @@ def _verdict(seeds, items, seed_sd, effect, seed=0):
     [
         ((0.001, 0.3), "helps"),
         ((-0.3, -0.001), "hurts"),
-        ((0.001, 0.02), "helps"),  # of less than 5 points, and there all the same
+        ((0.001, 0.02), "helps"),  # below 5 points, but significant
         ((-0.05, 0.05), SAME),
         ((-0.01, 0.0501), "not enough data"),
         ((-0.0501, 0.01), "not enough data"),
@@ -235,7 +237,7 @@ def test_interval_p_verdict_and_seeds_never_contradict_each_other(seed, seeds, i
 
 
 def test_seeds_that_are_there_and_not_enough_are_not_named_as_enough():
-    # All seeds agree: of items there are too few, and more seeds would add nothing.
+    # All seeds agree: there are too few items, and more seeds would not help.
     right = np.arange(40) < np.full((4, 1), 30)
     found = compare(_arms(right, right)).arms[0]
     assert (found.verdict, found.seeds_for_verdict) == ("not enough data", None)
@@ -243,7 +245,10 @@ def test_seeds_that_are_there_and_not_enough_are_not_named_as_enough():
 
 
 def test_few_changed_items_on_which_all_seeds_agree_are_not_called_equivalent():
-    """Two of 100 gained: by the t-distribution at most 4.8 points, but 5 % would gain so few in one case of eight."""
+    """Two of 100 items gained.
+
+    The t-distribution gives at most 4.8 points, but a true gain of 5 % would look like this in one of eight cases.
+    """
     control = np.zeros((3, 100))
     treated = np.tile(np.arange(100) < 2, (3, 1))
     assert max(spread(treated, control).interval()) < 0.05
@@ -324,7 +329,7 @@ def test_scores_of_several_answers_are_compared_by_the_same_test():
     assert (single.arms[0].test, single.arms[0].verdict) == ("score test over items", "not enough data")
     low, high = single.control.interval
     assert low < control[0].mean() < high
-    # Eight answers tell more of a problem than one does, and less than eight problems would.
+    # Eight responses per problem give more information than one, but less than eight problems.
     share = control[0].mean()
     assert np.ptp(wilson(share * 8 * 384, 8 * 384)) < high - low < np.ptp(wilson(share * 384, 384))
 

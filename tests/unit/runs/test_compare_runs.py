@@ -1,4 +1,4 @@
-"""Runs that `verl-aqn compare` reads: how they become arms, what is refused, table and JSON."""
+"""Runs that `verl-aqn compare` reads: how they become arms, what is rejected, table and JSON."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ from verl_aqn.runs.stats.crossed import spread
 
 
 def write_run(base, name, right, *, seed=0, status="finished", prompts=None, config=None, **noise):
-    """A finished run as `verl-aqn train` leaves it, under `base`; the newest of it."""
+    """Write a finished run as `verl-aqn train` leaves it, under `base`; return its newest run."""
     folder = base / "runs" / name
     (folder / "validation").mkdir(parents=True)
     (folder / "training.log").touch()
@@ -45,7 +45,7 @@ def write_run(base, name, right, *, seed=0, status="finished", prompts=None, con
 
 @pytest.fixture
 def experiment(tmp_path):
-    """Two seeds without noise, two with; the answers of each in an order of its own."""
+    """Two seeds without noise and two with noise; each run has its responses in a different order."""
     rng = np.random.default_rng(15)
     control, treated = rng.random((2, 200)) < 0.6, rng.random((2, 200)) < 0.7
     folders = {}

@@ -1,4 +1,4 @@
-"""A process writes down its own errors: what it logs, what ends it or a thread, once each, and never in the way."""
+"""A process records its own errors: what it logs, and what ends it or a thread, once each and without side effects."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""What control groups leave of a machine: read from trees as kernels and containers show them."""
+"""Limits of control groups on a machine's memory and cores, read from files as kernels and containers show them."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ GB = 10**9
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
-    """`tree(mounts, cgroup, files)` → the /proc/self of a process in it, on a machine of 64 GB with 50 free, 16 cores.
+    """`tree(mounts, cgroup, files)` → the /proc/self of a process on a machine of 64 GB (50 free) and 16 cores.
 
     `mounts`: lines "kind root folder options"; `files`: content by path below `tmp_path`.
     """
@@ -46,7 +46,7 @@ def test_no_control_groups_at_all(tmp_path, tree):
 
 
 def test_a_container_sees_its_own_group_as_the_root(tree):
-    """Docker, Kubernetes: version 2 with a name space of its own."""
+    """Docker, Kubernetes: version 2 with its own namespace."""
     files = {"c/memory.max": 8 * GB, "c/memory.current": 3 * GB, "c/cpu.max": "250000 100000",
              "c/memory.stat": f"anon 1\ninactive_file {GB}"}  # fmt: skip
     proc = tree(["cgroup2 / c rw"], ["0::/"], files)
@@ -62,7 +62,7 @@ def test_no_limit_is_the_machine(tree):
 
 
 def test_the_narrowest_of_nested_groups_counts(tree):
-    """A job of Slurm or systemd: a limit on the user's slice, another on the job, none on the step."""
+    """A job of Slurm or systemd: one limit on the user's slice, another on the job, none on the step."""
     files = {"c/user/memory.max": 20 * GB, "c/user/memory.current": 19 * GB, "c/user/cpu.max": "400000 100000",
              "c/user/job/memory.max": 10 * GB, "c/user/job/memory.current": 2 * GB, "c/user/job/cpu.max": "max 100000",
              "c/user/job/step/memory.max": "max", "c/user/job/step/memory.current": 2 * GB}  # fmt: skip
@@ -72,7 +72,7 @@ def test_the_narrowest_of_nested_groups_counts(tree):
 
 
 def test_version_1_with_a_path_of_the_host(tree):
-    """Docker on version 1: the path is the host's, and the mount begins at it."""
+    """Docker on version 1: the path is the host's, and the mount starts at it."""
     files = {"m/memory.limit_in_bytes": 4 * GB, "m/memory.usage_in_bytes": 3 * GB,
              "m/memory.stat": f"inactive_file 5\ntotal_inactive_file {2 * GB}",
              "p/cpu.cfs_quota_us": 150000, "p/cpu.cfs_period_us": 100000}  # fmt: skip
@@ -97,7 +97,7 @@ def test_a_process_outside_of_its_name_space_is_no_endless_walk(tree):
 
 
 def test_engines_have_as_many_threads_as_the_group_has_cores(monkeypatch, tmp_path):
-    """Bound to cores only where all of them are the run's."""
+    """They are bound to cores only if the run has all of them."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
     for name in ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND"):
         monkeypatch.delenv(name, raising=False)

@@ -1,4 +1,4 @@
-"""The judge of records: whatever is done to the records of a real run, something is found to be wrong with them."""
+"""The judge of records: any change to the records of a real run is reported as a fault."""
 
 import copy
 import json
@@ -26,7 +26,7 @@ from verl_aqn.runs.stats.arms import read_run
 
 # Records of real runs on a tiny model (tests/integration/conftest.py's settings), one with noise in the actor too.
 REAL = sorted((Path(__file__).parent / "real_runs").iterdir())
-# What only describes: nothing else on record says what it should be. The chain of records guards it.
+# Descriptive fields: no other record determines their value. Only the chain of records protects them.
 DESCRIBED = {
     "placed": {"actor_nodes[0]", "rollout_nodes[0]"},
     "layout": {"layout"},
@@ -69,7 +69,7 @@ def alike(record: dict) -> dict:
 
 @pytest.fixture
 def folder(tmp_path):
-    """`folder(run, records)` → that run with other evidence, linked anew: the chain finds nothing."""
+    """`folder(run, records)` → that run with other evidence, linked again so that the chain finds nothing."""
 
     def make(run: Path, records: list[dict], link: bool = True) -> RunFolder:
         copied = tmp_path / "run"
@@ -102,7 +102,7 @@ def name_of(path: tuple) -> str:
 
 
 def mutations(record: dict) -> Iterator[tuple[str, str, dict]]:
-    """(what was done, to which field, the changed record)."""
+    """Yield (description of the change, field, changed record)."""
     for path in paths({key: value for key, value in record.items() if key != LINK}):
         inner = record
         for key in path[:-1]:
@@ -135,7 +135,7 @@ def mutations(record: dict) -> Iterator[tuple[str, str, dict]]:
 
 
 def lines_of(records: list[dict], link: bool = True) -> list[bytes]:
-    """Lines of evidence.jsonl; linked anew the chain finds nothing."""
+    """Return lines of evidence.jsonl, linked again so that the chain finds nothing."""
     lines = [b""]
     for record in records:
         lines.append(json.dumps(linked(lines[-1], record) if link else record).encode())
@@ -144,7 +144,7 @@ def lines_of(records: list[dict], link: bool = True) -> list[bytes]:
 
 @pytest.mark.parametrize("run", REAL, ids=lambda run: run.name)
 def test_records_of_all_kinds_are_one_table(run, tmp_path):
-    """A field has one type in all of them: pyarrow and pandas read them so."""
+    """A field has one type in all records, as pyarrow and pandas require."""
     assert pyarrow.json.read_json(run / EVIDENCE).num_rows == len(records_of(run))
     (tmp_path / EVIDENCE).write_bytes(b"".join(line + b"\n" for line in lines_of(records_of(run, FORMS[1]))))
     assert pyarrow.json.read_json(tmp_path / EVIDENCE).num_rows == len(records_of(run))
@@ -153,7 +153,7 @@ def test_records_of_all_kinds_are_one_table(run, tmp_path):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("run", REAL, ids=lambda run: run.name)
 def test_a_changed_field_is_found_without_the_chain(run, form):
-    """`DESCRIBED` aside, by what it says and not by its link."""
+    """Fields outside `DESCRIBED` are checked by their values, not by the chain."""
     records, passed = records_of(run, form), []
     expected = expected_of(RunFolder(run), lines_of(records))
     for at, record in enumerate(records):
@@ -301,7 +301,7 @@ def test_runs_whose_evidence_does_not_hold_are_neither_compared_nor_exported(fol
 
 
 def test_a_resumed_run_may_take_steps_again(folder):
-    """Attempts begin with a record of where they run; within one nothing may be there twice."""
+    """Attempts begin with a record of where they run; within one attempt nothing may occur twice."""
     records = records_of(REAL[0])
     start = [one for one in records if one["kind"] in ("placed", "layout", "rollout")]
     start += [one for one in records if (one["kind"], one.get("when")) == ("base", "start")]

@@ -1,4 +1,4 @@
-"""The judge of the base's records: whatever is deleted, emptied, nulled or changed in one of them is noticed."""
+"""The judge of the base's records: any deleted, emptied, null or changed field is detected."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ from verl_aqn.errors import EvidenceError
 from verl_aqn.runs.judge.base_record import check_base, is_old, sentence
 from verl_aqn.runs.judge.ranks import grouped_base, wide_base
 
-# Fields whose value says nothing about equality at the start; they must be there, and at the end be the same.
+# Fields that do not show equality at the start. They must exist, and must be the same at the end.
 FREE = {
     "bytes",
     "kernel",
@@ -39,9 +39,9 @@ NULLABLE = {"weights_digest", "kernel_digest", "weights_equal_base"}
 
 @pytest.fixture(scope="module", params=["packed", "source", "parts", "written", "written in parts"])
 def pair(request, tmp_path_factory) -> tuple[dict, dict]:
-    """The records of start and end of an attempt: packed, not quantised, and on two ranks that hold halves.
+    """The records of start and end of an attempt: packed, not quantised, and on two ranks with halves.
 
-    Two as they are written: of three ranks of which two hold the same.
+    Two more are in the written form: of three ranks, two hold the same.
     """
     root = tmp_path_factory.mktemp("judge")
     make("glm4" if request.param != "source" else "gemma3_vl", root / "source")
@@ -61,7 +61,7 @@ def pair(request, tmp_path_factory) -> tuple[dict, dict]:
 
 
 def other(value: Any) -> Any:
-    """Another value of the same kind."""
+    """Return another value of the same kind."""
     if isinstance(value, bool) or value is None:
         return value is None or not value
     if isinstance(value, int | float):
@@ -80,7 +80,7 @@ def other(value: Any) -> Any:
 
 
 def changed(record: dict, path: tuple, how: str) -> dict | None:
-    """The record with one change, None where it would be none."""
+    """Return the record with one change, None if that would change nothing."""
     record = copy.deepcopy(record)
     at: Any = record
     for key in path[:-1]:

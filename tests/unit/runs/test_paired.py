@@ -1,4 +1,4 @@
-"""One test for p and interval of paired answers: against its definition, published tables and exact rates."""
+"""One test for p-value and interval of paired answers: against its definition, published tables and exact rates."""
 
 import math
 
@@ -15,7 +15,7 @@ BOUND = stats.norm.isf(0.025)
 
 
 def by_definition(gained, lost, n, difference):
-    """The score statistic, with the share of lost items that is most likely under `difference` found by search."""
+    """Compute the score statistic; search for the most likely fraction of lost items under `difference`."""
 
     def unlikely(q):
         cells = ((gained, q + difference), (lost, q), (n - gained - lost, 1 - 2 * q - difference))
@@ -33,7 +33,7 @@ def test_the_statistic_is_the_score_test_by_its_definition(table, difference):
 
 
 def test_the_interval_of_a_published_table():
-    """Airway hyper-responsiveness, table 1 of Fagerland et al. 2014, who give Tango's interval as 0.026 to 0.517."""
+    """Airway hyper-responsiveness, table 1 of Fagerland et al. 2014: Tango's interval is 0.026 to 0.517."""
     assert Changes(7, 1, 21).interval() == pytest.approx((0.026, 0.517), abs=5e-4)
 
 
@@ -48,7 +48,7 @@ def test_p_is_mcnemars_without_correction(gained, lost, equal):
     st.integers(0, 80), st.integers(0, 80), st.integers(0, 400), st.floats(1e-4, 0.5), st.floats(0.3, 1.0),
 )  # fmt: skip
 def test_interval_and_p_agree_at_every_level(gained, lost, equal, level, part):
-    """Also of counts that are fractions, and of the strictest of two tests."""
+    """This holds for fractional counts and for the strictest of two tests, too."""
     found = Changes(part * gained, part * lost, gained + lost + equal + 1)
     both = Strictest((found, Changes(gained, lost, gained + lost + equal + 1)))
     for one in (found, both):
@@ -60,14 +60,14 @@ def test_interval_and_p_agree_at_every_level(gained, lost, equal, level, part):
 
 
 def test_the_line_that_contradicted_itself_does_not_any_more():
-    """+31.2 points with an interval of +4.4 to +51.2 beside p = 0.062: 16 items, five gained, none lost."""
+    """The line was +31.2 points, interval +4.4 to +51.2, p = 0.062: 16 items, five gained, none lost."""
     found = Changes(5, 0, 16)
     assert found.value == 0.3125
     assert (found.interval()[0] > 0) == (found.p_value < 0.05)
 
 
 def statistics(gained, lost, n, difference):
-    """`Changes.statistic` of arrays."""
+    """Return `Changes.statistic` of arrays."""
     b = (2 * n - gained + lost) * difference - gained - lost
     root = np.sqrt(np.maximum(b * b + 8 * n * lost * difference * (1 - difference), 0))
     spread = n * ((root - b) / (2 * n) + difference * (1 - difference))
@@ -77,7 +77,7 @@ def statistics(gained, lost, n, difference):
 
 
 def rejected(n, gain, loss):
-    """How often the true difference is rejected at 5 %, over all tables there can be: no simulation."""
+    """Return how often the true difference is rejected at 5 %, over all possible tables: no simulation."""
     changed = gain + loss
     ends = [int(stats.binom.ppf(tail, n, changed)) for tail in (1e-9, 1 - 1e-9)]
     rate = 0.0
@@ -130,7 +130,7 @@ def test_scores_between_keep_mean_and_variance():
 
 @pytest.mark.parametrize("effect", [0.0, 0.05])
 def test_of_several_answers_the_interval_is_clustered_by_problem(effect):
-    """Eight answers to each of 200 problems: as if all 1600 were problems, the interval would cover too little."""
+    """Eight responses to each of 200 problems: counted as 1600 problems, the interval would cover too little."""
     rng = np.random.default_rng(1)
 
     def drawn(problems):

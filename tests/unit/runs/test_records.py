@@ -1,8 +1,8 @@
-"""Records outlive the code that wrote them: read by other programs, and by later versions of this one.
+"""Records outlive the code that wrote them: other programs and later versions of this one read them.
 
-`old_run/` is a small run in the form of commit e5c6b7d (the first whole one), its values made up: no seed of its own,
-no commit, device or data in versions.json, no order in the evidence, NaN as Python writes it, `started` of a folder a
-number.
+`old_run/` is a small run in the form of commit e5c6b7d (the first complete one) with made-up values. It has no separate
+seed, no commit, device or data in versions.json, no order in the evidence, NaN as Python writes it, and a number as
+`started` of a folder.
 """
 
 import json
@@ -69,7 +69,7 @@ def test_an_old_run_is_compared(old):
 
 
 def test_an_old_run_is_carried_on(old):
-    """What its killed attempt left behind is looked for, under the name that it was recorded by."""
+    """What its killed attempt left behind is looked for under the recorded name."""
     digest = open_run(old.path.parents[2] / "other", {}).state["config_digest"]
     state = old.state | {"status": "failed", "config_digest": digest}
     (old.path / "state.json").write_text(json.dumps(state))
@@ -81,7 +81,7 @@ def test_an_old_run_is_carried_on(old):
     assert shown(result_table(run))[-1][1:4] == ["100.0 [51.0, 100.0]", "–", "100.0 [51.0, 100.0]"]
 
 
-@pytest.mark.parametrize("key", ["since", "started"])  # the second: its name before
+@pytest.mark.parametrize("key", ["since", "started"])  # the second uses an older name of the key
 def test_the_folder_of_a_killed_attempt_is_removed(tmp_path, key):
     run = open_run(tmp_path / "base", {})
     left, lock = temporary.make(run.path)
@@ -127,7 +127,7 @@ def test_a_temporary_folder_that_another_user_made_first_is_refused(tmp_path):
 
 @pytest.fixture
 def mixed(tmp_path) -> Path:
-    """Every kind of record that a run writes, as the trainer and the supervisor do."""
+    """Every kind of record that a run writes, written as by trainer and supervisor."""
     run = open_run(tmp_path / "base", {})
     noise = {
         "sigma_asked": 0.05,

@@ -1,4 +1,4 @@
-"""`verl-aqn report`: what is on the page, and that whatever lies in a run's folder gives one."""
+"""`verl-aqn report`: the content of the page, and that every run folder, whatever it contains, gives a page."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from verl_aqn.runs.report.sections import NESTED, OUTSIDE, PHASES, accuracy, bas
 
 
 class Text(HTMLParser):
-    """What a reader sees, and every tag with its attributes."""
+    """The text that a reader sees, and every tag with its attributes."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -161,7 +161,7 @@ def test_runs_that_cannot_be_compared_are_shown_with_the_reason(tmp_path):
     assert "No paired test was made:" in page.text
     assert "is failed: only finished runs are compared" in page.text
     assert "out of memory" in page.text
-    assert f"e12, seed 0 ({one.name[-6:]})" in page.text  # labels are told apart
+    assert f"e12, seed 0 ({one.name[-6:]})" in page.text  # labels are distinct
 
 
 @pytest.mark.parametrize("status", ["failed", "interrupted", None])
@@ -255,7 +255,7 @@ def test_sqnr_belongs_to_the_base_by_digest(tmp_path):
     file.write_text(file.read_text().replace(BASE, "another"))
     assert bases(read_runs([run.path]))[0] == []
     assert "no quantization.json of this base" in page_of(run.path).text
-    # Beside the packed checkpoint it is as good: a run of an older version did not copy it.
+    # The file beside the packed checkpoint is used, too: older versions did not copy it to the run.
     packed = tmp_path / "packed"
     packed.mkdir()
     (packed / QUANTIZATION).write_text(file.read_text().replace("another", BASE))
@@ -276,12 +276,12 @@ def test_the_file_name_is_that_of_the_quantiser():
 
 def test_every_second_is_counted_once(tmp_path):
     folder = write_run(tmp_path)
-    for seconds in (3.0, 2.0):  # of a step that was taken twice the later one counts
+    for seconds in (3.0, 2.0):  # if a step was run twice, the later record counts
         folder.append("events.jsonl", {"kind": "checkpoint", "step": 4, "bytes": 1, "seconds": seconds})
     (run,), table, chart = times(read_runs([folder.path]))
     seconds = {name: mean for name, mean, _, _ in run.parts}
     assert seconds == {
-        "generation": 7.0,  # scoring again runs within it
+        "generation": 7.0,  # this time includes rescoring
         "scoring again without noise": 1.0,
         "old log-probs": 4.0,
         "actor's update": 7.0,

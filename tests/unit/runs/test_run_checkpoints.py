@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, however their writer is killed and whatever becomes of their files."""
+"""Checkpoints are complete or absent, however their writer is killed and whatever happens to their files."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, harm):
     (tmp_path / "global_step_1" / "data.pt").unlink()
     with pytest.raises(DataError, match="no older checkpoint is whole: move"):
         newest_whole(tmp_path)
-    write(tmp_path, 2)  # taken again: the damaged one is replaced
+    write(tmp_path, 2)  # saved again: the damaged one is replaced
     assert newest_whole(tmp_path) == (2, [])
 
 
@@ -74,7 +74,7 @@ def test_checkpoints_of_older_versions_have_no_digests(tmp_path):
 
 
 def test_killed_at_any_call_the_last_whole_one_is_found(tmp_path):
-    """A writer is killed before its first, second, … call that changes the disk, until one gets through."""
+    """A writer is killed before its first, second, … call that changes the disk, until one completes."""
     program = (
         "import os, signal, sys; from pathlib import Path; from verl_aqn.runs import checkpoints as c\n"
         "left, place = int(sys.argv[1]), Path(sys.argv[2])\n"

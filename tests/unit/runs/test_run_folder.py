@@ -1,4 +1,4 @@
-"""Run folders: nothing overwritten, dead runs resumed, live ones left alone, whatever kills the process."""
+"""Run folders: nothing is overwritten, dead runs are resumed, live ones are not touched, however a process dies."""
 
 import errno
 import json
@@ -64,7 +64,7 @@ def test_a_new_run_is_complete(base):
 
 
 def test_after_a_finished_run_comes_a_new_one_and_the_old_log_stays(base):
-    """Fixed output folders were overwritten before: seven logs were lost."""
+    """Fixed output folders were overwritten before, which lost seven logs."""
     runs = []
     for n in range(4):
         run = open_run(base, CONFIG)
@@ -80,7 +80,7 @@ def test_a_dead_run_of_the_same_config_is_resumed(base, status):
     first = open_run(base, CONFIG)
     first.append("metrics.jsonl", {"step": 0})
     end(first, status)
-    again = open_run(base, dict(reversed(CONFIG.items())))  # the order of keys is no other config
+    again = open_run(base, dict(reversed(CONFIG.items())))  # a different order of keys is the same config
     assert again.path == first.path
     assert again.resumed
     assert "attempt 2" in again.note
@@ -142,7 +142,7 @@ def test_a_relative_base_is_the_same_from_any_working_directory(tmp_path, monkey
     run = open_run(Path("runs/a"), CONFIG)
     assert run.path.is_absolute()
     assert run.path.parent == tmp_path / "runs/a/runs"
-    stay_here({}, run.path, 1)  # MLflow's place is a URI
+    stay_here({}, run.path, 1)  # MLflow's location is a URI
 
 
 def test_written_texts_are_not_overwritten(base):
@@ -348,7 +348,7 @@ def write_until_killed(path, writer, done, kilobytes):
         done[writer] = n + 1
 
 
-@pytest.mark.parametrize("kilobytes", [1, 1500])  # the kernel stops a killed write between pages: long lines tear
+@pytest.mark.parametrize("kilobytes", [1, 1500])  # the kernel stops a killed write between pages, so long lines are cut
 def test_ten_writers_killed_at_random_lose_no_finished_record(base, kilobytes):
     run, rng = open_run(base, CONFIG), np.random.default_rng(kilobytes)
     context = multiprocessing.get_context("fork")
@@ -362,7 +362,7 @@ def test_ten_writers_killed_at_random_lose_no_finished_record(base, kilobytes):
     while min(done) < 1 and time.monotonic() < deadline:
         time.sleep(0.001)
     for writer in rng.permutation(10):
-        time.sleep(rng.uniform(0, 0.02))  # those that are left go on writing behind the dead
+        time.sleep(rng.uniform(0, 0.02))  # the remaining processes continue writing after the dead one
         writers[writer].kill()
     for writer in writers:
         writer.join()
@@ -374,7 +374,7 @@ def test_ten_writers_killed_at_random_lose_no_finished_record(base, kilobytes):
         assert found == list(range(len(found)))
         assert finished <= len(found) <= finished + 1
         assert finished
-    # Whole lines, for every other program too.
+    # Complete lines, also for other programs.
     assert [json.loads(line) for line in (run.path / "evidence.jsonl").read_text().splitlines()] == records
 
 
@@ -388,7 +388,7 @@ def test_a_torn_line_in_front_of_a_living_writer_does_not_spoil_its_record(base)
 
 
 def test_of_ten_starters_one_gets_the_run(base):
-    """Threads suffice: each open file has its own flock."""
+    """Threads are enough, because each open file has its own flock."""
 
     def start(_):
         try:

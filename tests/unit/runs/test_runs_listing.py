@@ -1,4 +1,4 @@
-"""`verl-aqn runs`, and what a run records of where it came from."""
+"""`verl-aqn runs`, and a run's record of where it came from."""
 
 import hashlib
 import io
@@ -172,7 +172,7 @@ def test_a_base_is_told_apart_by_what_decides_its_answers(tmp_path, file, decide
 @pytest.mark.parametrize(
     ("tool", "says", "device_on_record"),
     [
-        # What a card of one chip and one of two dies were published to print; no NPU was at hand.
+        # Published output for a card with one chip and one with two dies. Not tested on an NPU.
         (
             "npu-smi",
             "\tNPU ID  Chip ID  Chip Logic ID  Chip Name  \n\t0  0  0  Ascend 910B3   \n\t0  1  -  Mcu  \n",

@@ -1,4 +1,4 @@
-"""Several answers to each problem, where runs are shown: `runs`, the console, a plan's lines, the page."""
+"""Several responses per problem, wherever runs are shown: `runs`, the console, a plan's lines, the page."""
 
 import json
 
@@ -30,7 +30,7 @@ def shown(view) -> str:
 
 @pytest.fixture
 def sampled(tmp_path):
-    """Two finished runs of four answers to each of four problems, two of which are alike, and one of one answer."""
+    """Two finished runs with four responses to each of four problems, two of them alike, and one with one response."""
     prompts = ["1 + 1?", "2 + 2?", "1 + 1?", "3 + 3?"]
     runs = []
     for name, noise, answers in (("e6a", False, TABLE), ("e12", True, [[1] * 4, [0, 1, 0, 0], [1] * 4, [1] * 4])):

@@ -1,4 +1,4 @@
-"""Answers of a validation by problem: several to each, problems that are alike, records of older versions."""
+"""Validation responses by problem: several per problem, equal problems, and records of older versions."""
 
 import json
 
@@ -21,7 +21,7 @@ def line(prompt, acc, item=None, sample=None, gts="1"):
 
 
 def lines_of(table, prompts=None):
-    """Lines of [problems][samples] answers, the samples of all problems in turn."""
+    """Return lines of [problems][samples] responses, samples of all problems in turn."""
     prompts = prompts or [f"{number} + 1?" for number in range(len(table))]
     return [
         line(prompts[item], table[item][sample], item, sample)

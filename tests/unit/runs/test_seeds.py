@@ -1,4 +1,4 @@
-"""Names, order and seeds of prompts and answers: the same in every process, different for everything else."""
+"""Names, order and seeds of prompts and responses: the same in every process, different for different things."""
 
 import os
 import random
@@ -32,7 +32,7 @@ def test_a_million_requests_have_a_million_seeds_of_63_bits():
 
 
 def test_a_seed_is_the_same_in_every_process_and_version():
-    """The number itself: who changes the derivation changes every run."""
+    """The test has the number itself, because a change of the derivation would change every run."""
     wanted = request_seed(3, "train", 12, "417+1", 5)
     assert wanted == 576803837238611455
     code = "from verl_aqn.runs.request_seeds import request_seed; print(request_seed(3, 'train', 12, '417+1', 5))"

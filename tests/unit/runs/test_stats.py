@@ -30,7 +30,7 @@ def test_wilson_is_statsmodels(count, confidence):
 
 @pytest.mark.parametrize("n", [192, 1319])
 def test_wilson_covers_the_true_share(n):
-    """Exactly, from the binomial distribution: near 95 % at each share, and 95 % over all of them."""
+    """Exact, from the binomial distribution: coverage near 95 % for each fraction, and 95 % on average."""
     shares, successes = np.linspace(0.05, 0.95, 181), np.arange(n + 1)
     low, high = np.array([wilson(count, n) for count in successes]).T
     within = (low <= shares[:, None]) & (shares[:, None] <= high)
@@ -96,7 +96,10 @@ def test_ratio_interval():
 
 @pytest.mark.parametrize(("items", "least"), [(60, 0.91), (16, 0.86)])
 def test_ratio_interval_covers_the_truth_as_often_as_it_says(items, least):
-    """Skewed values that all tokens of an item share, items of different length; with few items it covers less."""
+    """Skewed values that all tokens of an item share, and items of different length.
+
+    With few items the coverage is lower.
+    """
     rng, covered = np.random.default_rng(0), 0
     for seed in range(400):
         counts = rng.integers(5, 25, items).astype(float)

@@ -1,4 +1,4 @@
-"""Evidence of a stock run: what its judge finds, what its settings allow, and the adapter that an actor holds."""
+"""Evidence of a stock run: the judge's findings, the allowed settings, and the adapter that an actor holds."""
 
 import copy
 import inspect
@@ -83,7 +83,7 @@ def test_records_of_a_whole_run_hold():
 def test_a_record_that_is_not_there_is_missed(place):
     records = good()
     left_out = records.pop(place)
-    assert bool(faults(records)) == (left_out["kind"] != "adapter use")  # which steps have one, the trainer decides
+    assert bool(faults(records)) == (left_out["kind"] != "adapter use")  # the trainer decides which steps have one
 
 
 NOT_IN_ROLLOUT = {
@@ -119,7 +119,7 @@ def test_a_rollout_that_answers_as_the_base_model_is_told():
     records = good()
     records[6] = use(2, effect=0.4, to_adapter=0.4, to_base=0.01)
     assert any("answers as the base model without the adapter" in fault for fault in faults(records))
-    records[6] = use(2, effect=0.01, to_adapter=0.02, to_base=0.02)  # too small to tell
+    records[6] = use(2, effect=0.01, to_adapter=0.02, to_base=0.02)  # too small to decide
     assert not is_visible(records[6])
     assert faults(records) == []
     records[6] = use(2) | {"nearer": 0.0}

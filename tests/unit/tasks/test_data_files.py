@@ -1,4 +1,4 @@
-"""Files of a user's own: how they are read, counted and refused, and rows that prompts are made of."""
+"""Data files of a user: how they are read, counted and rejected, and the rows that prompts are made of."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Preparing GSM8K from a folder, and the check of a parquet file, on rows of our own in GSM8K's form."""
+"""Preparing GSM8K from a folder, and the check of a parquet file, on our own rows in GSM8K's form."""
 
 import json
 
@@ -138,7 +138,7 @@ def test_no_rows_leave_the_old_file(source, tmp_path):
 
 
 def with_truths(path, truths):
-    """A file like the good one at `path`, beside it, whose rows have `truths` (an Arrow array)."""
+    """Write a copy of the good file next to `path`, with `truths` (an Arrow array) in its rows."""
     table, bad = pq.read_table(path), path.with_name("bad.parquet")
     table = pa.concat_tables([table] * len(truths)).slice(0, len(truths))
     structs = pa.StructArray.from_arrays([pa.array(["rule"] * len(truths)), truths], ["style", "ground_truth"])

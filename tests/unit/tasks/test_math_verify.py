@@ -1,4 +1,4 @@
-"""What math-verify says of answers labelled by hand, and that no answer can hang, exhaust or use the machine."""
+"""math-verify's result for hand-labelled responses; no response can hang it, exhaust memory or use the machine."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ LABELLED = [
     ("#### 72kg", "72", 1),
     ("#### 72 clips", "72", 1),
     ("#### 5\nNo, wait.\n#### 7", "7", 1),
-    # What a rule with marks or last numbers cannot read.
+    # Responses that a rule with markers or last numbers cannot read.
     ("\\boxed{72}", "72", 1),
     ("#### \\boxed{72}", "72", 1),
     ("The answer is $\\boxed{72}$.", "72", 1),
@@ -49,12 +49,12 @@ LABELLED = [
     ("\\boxed{x = 72}", "72", 1),
     ("\\boxed{71, 72}", "72", 0),
     ("\\boxed{72.001}", "72", 0),
-    ("\\boxed{72}, or rather #### 71", "72", 1),  # a box goes before everything
+    ("\\boxed{72}, or rather #### 71", "72", 1),  # a box has priority over everything
     ("#### **72**", "72", 1),
     ("### 72", "72", 1),
     ("#### 72 = 3 * 24", "72", 1),
     ("The answer is 72. It took 2 steps", "72", 1),
-    # Where it is not the judge that one would wish for.
+    # Cases in which its result is not the desired one.
     ("#### 72 clips in 3 days", "72", 0),  # the last number
     ("#### 72 clips in 3 days", "3", 1),
     ("#### 50%", "50", 1),  # both
@@ -114,7 +114,7 @@ def test_hostile_texts_are_wrong_within_a_bound_and_the_rest_is_judged(tmp_path)
     found = scores(["#### 72", *texts, "#### 72"], ["72"] * (len(texts) + 2))
     assert found == [1.0, *[0.0] * len(texts), 1.0]
     assert not touched.exists()
-    # By the clock's limit, which a machine busy with other work needs; alone it takes 8 s.
+    # The limit is on wall time; alone it takes 8 s, but a busy machine needs more.
     assert time.monotonic() - began < 30 + WALL_S * len(texts)
 
 

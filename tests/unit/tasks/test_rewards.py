@@ -1,4 +1,4 @@
-"""The scorer against answers labelled by hand."""
+"""The scorer against hand-labelled responses."""
 
 import inspect
 import re
@@ -109,7 +109,7 @@ LABELLED = [
     ("#### 1e1000", "1", 0, 0),
     ("#### 1e", "1", 0, 0),
     ("#### 2 1/2", "2", 0, 0),
-    ("#### 2 1/2", "2.5", 0, 0),  # nothing is calculated
+    ("#### 2 1/2", "2.5", 0, 0),  # expressions are not evaluated
     ("#### 1/2", "2", 0, 0),
     ("#### 2½", "2", 0, 0),
     ("#### 2 ½", "2", 0, 0),
@@ -175,7 +175,7 @@ def test_any_text_scores_0_or_1(text, method):
 
 
 VALUES = st.decimals(allow_nan=False, allow_infinity=False, places=3, min_value=-(10**9), max_value=10**9)
-# As people write them: sign, currency before and after, separator of thousands, and what stands around.
+# As people write numbers: sign, currency before or after, thousands separator, and surrounding text.
 MINUSES = "-", "\N{MINUS SIGN}", "\N{EN DASH}", "\N{NON-BREAKING HYPHEN}", "\uff0d"
 BEFORE = "", "$", "€", "£", "¥", "₹", "$ ", "USD ", "EUR\N{NO-BREAK SPACE}", "US$", "Rs. "
 SEPARATORS = "", ",", " ", "\N{NO-BREAK SPACE}", "\N{NARROW NO-BREAK SPACE}", "\N{THIN SPACE}", "'", "’"
@@ -198,7 +198,7 @@ GROUPED = re.compile(r"[1-9][0-9]{0,2}([, '])[0-9]{3}(?:\1[0-9]{3})*(?:\.[0-9]+)
 
 
 def understood(text):
-    """What a text of digits and marks is worth, by rules that share nothing with the scorer; None for no number."""
+    """Return the value of a text of digits and marks by rules that are independent of the scorer; None: no number."""
     if match := GROUPED.fullmatch(text.strip()):
         text = text.replace(match[1], "")
     try:
