@@ -52,7 +52,7 @@ def test_anything_else_is_refused_with_what_to_return(value):
         with pytest.raises(ConfigError, match=r"return \{'score': REWARD, 'acc': 1 if") as caught:
             acc_in(result)
         assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match=r"acc=.* for 2 of 3 answers"):
+    with pytest.raises(ConfigError, match=r"acc=.* for 2 of 3 responses"):
         judged([1, value, value])
 
 
@@ -122,7 +122,7 @@ def test_a_reward_that_tells_right_from_wrong_is_taken(tmp_path, body):
 def test_a_reward_that_does_not_is_refused_before_anything_starts(tmp_path, body, said):
     with pytest.raises(ConfigError, match=said) as caught:
         ask(tmp_path, body)
-    assert "return a reward for any text" in str(caught.value)
+    assert ": return " in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -167,7 +167,7 @@ def test_a_reward_is_asked_with_its_own_settings(tmp_path, monkeypatch):
 def test_what_filters_groups_has_to_be_told(tmp_path):
     groups = ["algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=score"]
     assert ask(tmp_path, "return {'score': 1, 'acc': 1}", more=groups)
-    with pytest.raises(ConfigError, match="returned no 'score', which algorithm"):
+    with pytest.raises(ConfigError, match="returned no 'score', which is algorithm"):
         ask(tmp_path, "return 1.0", more=groups)
 
 
