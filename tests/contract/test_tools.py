@@ -138,13 +138,13 @@ def test_masked_tokens_are_in_no_loss(mode):
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        ([f"{ROLLOUT}.multi_turn.function_tool_path=/nowhere.py"], "/nowhere.py: there is no such file"),
-        ([f"{ROLLOUT}.multi_turn.function_tool_path=pkg://verl_aqn.nothing"], "there is no module verl_aqn.nothing"),
+        ([f"{ROLLOUT}.multi_turn.function_tool_path=/nowhere.py"], "/nowhere.py: this file does not exist"),
+        ([f"{ROLLOUT}.multi_turn.function_tool_path=pkg://verl_aqn.nothing"], "module verl_aqn.nothing does not exist"),
         ([f"{ROLLOUT}.multi_turn.function_tool_path=pkg://verl_aqn.errors"], "has no tool: put @function_tool"),
         ([f"{ROLLOUT}.multi_turn.function_tool_path=null"], "default_agent_loop=tool_agent has no tool"),
         ([f"{ROLLOUT}.multi_turn.format=herms"], "multi_turn.format=herms is not known: verl has"),
         ([f"{ROLLOUT}.agent.default_agent_loop=tools"], "there is no agent loop 'tools': verl has single_turn_agent"),
-        ([f"{ROLLOUT}.agent.default_agent_loop=single_turn_agent"], "answers once and calls no tool"),
+        ([f"{ROLLOUT}.agent.default_agent_loop=single_turn_agent"], "generates one response and calls no tool"),
     ],
 )
 def test_tools_that_would_fail_or_never_be_called_are_refused(items, overrides, text):

@@ -215,7 +215,7 @@ def test_items_without_verl_are_verl_s_items(model, tokenizer, tmp_path):
 def test_a_column_of_another_name_or_form_is_told_with_the_columns_and_a_way(model, tmp_path):
     file = lines(tmp_path / "a.jsonl", [row(key="messages")] * 3)
     text = fault(recipe(model, file))
-    assert "a.jsonl: there is no column 'prompt', which data.prompt_key names, but data_source, reward_model, " in text
+    assert "a.jsonl: there is no column 'prompt' (data.prompt_key); the columns are data_source, reward_model, " in text
     assert answer(recipe(model, file, None, "data.prompt_key=messages")) == {"rows": None, "warnings": []}
     text = fault(recipe(model, lines(tmp_path / "b.jsonl", [row("1 + 1?")] * 3)))
     assert "b.jsonl: no row is left (row 0: the column 'prompt' holds text where verl takes a list of mess" in text
@@ -282,8 +282,8 @@ def test_prompts_that_are_too_long(model, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [({"reward_model": None}, "row 2: the column 'reward_model' is missing"),
-     ({"reward_model": {"style": "rule"}}, "row 2: the column 'reward_model' holds no ground_truth"),
-     ({"reward_model": "2"}, "row 2: the column 'reward_model' holds no ground_truth")],
+     ({"reward_model": {"style": "rule"}}, "row 2: the column 'reward_model' has no ground_truth"),
+     ({"reward_model": "2"}, "row 2: the column 'reward_model' has no ground_truth")],
 )  # fmt: skip
 def test_a_row_without_what_a_reward_is_told(model, tmp_path, changes, words):
     table = pa.Table.from_pylist([row()] * 2 + [row() | changes] * 7) if changes["reward_model"] is None else None
@@ -388,7 +388,7 @@ def test_verl_is_asked_in_its_own_process_once(model, tmp_path, monkeypatch):
 def test_the_doctor_tells_what_is_wrong_with_the_data(model, tmp_path, monkeypatch):
     monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(rows, "_ask", answer)
-    assert checks.check_rows(load_recipe("e6a", ["profile=cuda"])).found == "not read: gsm8k is not on disk yet"
+    assert checks.check_rows(load_recipe("e6a", ["profile=cuda"])).found == "not checked: gsm8k is not on disk yet"
     good = lines(tmp_path / "a.jsonl", [row()] * 5)
     assert checks.check_rows(recipe(model, good)).found == "5 rows for training, 5 for validation"
     for changes, words in (({"prompt": "text"}, "no row is left"), (

@@ -92,7 +92,7 @@ def test_a_function_that_raises_is_told_with_its_line(manager, name, function, t
 @pytest.mark.parametrize("name", HERE)
 @pytest.mark.parametrize("body", ["None", "'1.0'", "float('nan')", "{'acc': 1}", "{'score': None, 'acc': 1}", "[1.0]"])
 def test_what_is_no_reward_is_refused_as_it_is_returned(manager, name, body):
-    with pytest.raises(RewardError, match="no finite number is the reward"):
+    with pytest.raises(RewardError, match="has no finite number as the reward"):
         score(manager(name, body)[1])
 
 

@@ -180,7 +180,7 @@ def test_a_reward_that_tells_no_accuracy_is_refused_in_a_line(trainer):
 @pytest.mark.parametrize("value", [None, -1.0, 0.5, float("nan"), "1", 2])
 def test_a_reward_whose_accuracy_is_neither_0_nor_1_is_refused_with_what_to_return(trainer, column, value):
     trainer.answers = ["#### 1", "#### 2"], ["1", "2"], {"acc": [1.0, 0.0], "flexible": [1, 1]} | {column: [1.0, value]}
-    with pytest.raises(ConfigError, match=rf"{column}=.* for 1 of 2 answers.*'acc': 1 if the answer is right else 0"):
+    with pytest.raises(ConfigError, match=rf"{column}=.* for 1 of 2 responses.*'acc': 1 if the answer is right else 0"):
         trainer._validate()
     assert not list(trainer.folder.read("metrics.jsonl"))
 

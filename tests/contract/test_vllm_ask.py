@@ -59,9 +59,12 @@ def test_windows_in_all_layers_are_served_in_blocks_of_16(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (GPTNeoXConfig(**{k: v for k, v in SMALL.items() if k != "num_key_value_heads"}), "takes no LoRA adapters for"),
+        (
+            GPTNeoXConfig(**{k: v for k, v in SMALL.items() if k != "num_key_value_heads"}),
+            "does not support LoRA adapters for",
+        ),
         (DeepseekV3Config(**SMALL_MOE, **LATENT, n_routed_experts=4, n_group=1, topk_group=1), "cannot build"),
-        (MistralConfig(**SMALL, head_dim=48, sliding_window=None), "does not take heads of 48"),
+        (MistralConfig(**SMALL, head_dim=48, sliding_window=None), "does not support heads of 48"),
     ],
 )
 def test_what_vllm_cannot_serve_is_refused_by_name(tmp_path, config, words):
@@ -80,7 +83,7 @@ def test_a_question_that_crashes_is_no_yes(tmp_path, monkeypatch):
     assert fix(recipe(folder), folder)
     monkeypatch.setattr(vllm, "vllm_version", lambda: None)
     (finding,) = vllm.check_served(recipe(folder), folder)
-    assert (finding.found.startswith("not asked"), finding.fix) == (True, "")
+    assert (finding.found.startswith("not checked"), finding.fix) == (True, "")
 
 
 def test_a_tensor_that_vllm_has_no_parameter_for_is_named(tmp_path):

@@ -47,4 +47,4 @@ def test_a_calculator_is_called_and_its_words_are_in_no_figure(tmp_path, warm_ca
     assert any(one["acc"] == 1 for one in conversations if "<tool_call>" in one["output"])
     page = tmp_path / "report.html"
     write_report([run], page)
-    assert "Tokens of tools" in page.read_text()
+    assert "Tool tokens" in page.read_text()

@@ -14,7 +14,7 @@ from typing import Any
 
 from verl_aqn.errors import ConfigError
 
-REMEDY = "return {'score': REWARD, 'acc': 1 if the answer is right else 0} from it"
+REMEDY = "return {'score': REWARD, 'acc': 1 if the answer is right else 0}"
 
 
 def is_right(acc: object) -> bool | None:

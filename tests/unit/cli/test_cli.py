@@ -103,7 +103,7 @@ def test_dry_run_prints_the_resolved_config_and_starts_nothing(tmp_path):
         (["train", "missing.yaml"], 2, "no recipe file missing.yaml"),
         (["train", "e12", "profile=cpu", "aqn.noise.sgima_end=0"], 2, "unknown key aqn.noise.sgima_end"),
         (["train", "e12", "profile=cpu", "aqn.noise.sigma_end=1"], 2, "sigma"),
-        (["train", "e12", "profile=cpu", "actor_rollout_ref.model.path=/nowhere"], 1, "no model folder /nowhere"),
+        (["train", "e12", "profile=cpu", "actor_rollout_ref.model.path=/nowhere"], 1, "model folder /nowhere does"),
         (["train", "e12", "profile=cpu", "data.train_files=/nowhere.parquet"], 1, "/nowhere.parquet"),
         (["train", "e12", "profile=cpu", "data.train_max_samples=16"], 2, "give 2 steps"),
         (["train", "e12", "profile=cpu", "data.train_batch_size=9"], 2, "not a multiple"),
@@ -188,7 +188,7 @@ def test_too_little_memory(monkeypatch):
     from verl_aqn.runs import host
 
     monkeypatch.setattr(host, "memory", lambda: host.Memory(2 * 10**9, 10**9))
-    with pytest.raises(EnvironmentFault, match=r"GB of memory are free, the run of embedded needs 1\d\.\d GB"):
+    with pytest.raises(EnvironmentFault, match=r"GB of memory are free, but the run of embedded needs 1\d\.\d GB"):
         checks.check_machine(load_recipe("e12", ["profile=cpu"]))
 
 
@@ -252,8 +252,8 @@ def test_wrong_arguments_do_not_wait_for_heavy_packages(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text("{}")
     mistakes = {
-        f"export {tmp_path}/nothere {tmp_path}/dst": "nothere holds no run",
-        f"export {taken} {taken}": "already exists",
+        f"export {tmp_path}/nothere {tmp_path}/dst": "nothere contains no run",
+        f"export {taken} {taken}": "exists already",
         f"quantize {tmp_path}/nothere {tmp_path}/dst": "nothere is not a Hugging Face model folder",
         f"quantize {tmp_path}/model {tmp_path}/dst --plot x.doc": "cannot write a picture to x.doc",
         "bench update --shape foo": "--shape foo is not known",
@@ -280,7 +280,7 @@ def test_wrong_arguments_do_not_wait_for_heavy_packages(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "words", "code"),
-    [(["--model", "nothere"], "no model folder nothere", 1), (["data.sed=1"], "unknown key data.sed", 2)],
+    [(["--model", "nothere"], "model folder nothere does not exist", 1), (["data.sed=1"], "unknown key data.sed", 2)],
 )
 def test_bench_step_refuses_before_the_first_arm(told, monkeypatch, arguments, words, code):
     from verl_aqn.bench import step

@@ -78,7 +78,7 @@ REFUSED = {
     "train e12 profile=cpu aqn.run.dir=/a=b": (2, """write 'aqn.run.dir="/a=b"'"""),
     "train e12 profile=cpu aqn.run.dir={place}/locked/r": (1, "run's folder: {place}/locked cannot be written"),
     """train e12 profile=cpu aqn.run.dir="~nosuchuser/r" """: (2, "a path begins with ~"),
-    "runs {place}/nowhere": (1, "{place}/nowhere is not there"),
+    "runs {place}/nowhere": (1, "{place}/nowhere does not exist"),
     "data gsm8k --source {place}/source --dst {place}/locked/d": (1, "(Permission denied)"),
     "data gsm8k --source {place}/source --dst {place}/dangling": (1, "{place}/dangling/train.parquet cannot be"),
     "report {place}/runs -o {place}/locked/r.html": (1, "{place}/locked/r.html (Permission denied)"),

@@ -80,7 +80,7 @@ def test_every_setting_of_the_launch_is_told_once(lora):
 def test_the_recipe_is_the_launch_and_verl_s_defaults(lora, tmp_path):
     (file := tmp_path / "lora.yaml").write_text(lora.recipe())
     with pytest.raises(
-        ConfigError, match=r"lora\.yaml leaves actor_rollout_ref\.rollout\.max_num_seqs open \(\?\?\?\): set it"
+        ConfigError, match=r"lora\.yaml has no value for actor_rollout_ref\.rollout\.max_num_seqs \(\?\?\?\): set it"
     ):
         load_recipe(str(file), ["profile=cuda"])
     config = load_recipe(str(file), ["profile=cuda", f"{ROLLOUT}.max_num_seqs=64"])
@@ -132,8 +132,8 @@ def test_a_resolved_config_becomes_the_same_recipe(tmp_path):
         (["nothing.sh"], "nothing.sh is neither a file nor a command with verl.trainer.main_ppo"),
         (["two.sh"], r"two.sh has 2 launches of verl.trainer.main_ppo \(lines 1, 2\)"),
         (["sft.sh"], r"sft.sh has no launch of verl.trainer.main_ppo \(it starts verl.trainer.sft_trainer\)"),
-        (["ours.yaml"], "ours.yaml is a config of verl-aqn already"),
-        (["list.yaml"], "is no config of verl's main_ppo"),
+        (["ours.yaml"], "ours.yaml is already a config of verl-aqn"),
+        (["list.yaml"], "is not a config of verl's main_ppo"),
         (["open.sh"], "not closed"),
     ],
 )
@@ -157,7 +157,7 @@ def test_the_command_writes_a_new_file_and_tells_machines_all(tmp_path, capsys):
     assert out.read_text() == told["recipe"]
     (refused,) = [one for one in told["settings"] if one["status"] == "refused"]
     assert (refused["key"], refused["why"]) == ("trainer.balance_batch", "verl's V1 trainer always balances")
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists already"):
         command(words, out, True)
-    with pytest.raises(ConfigError, match=r"ends in \.yaml"):
+    with pytest.raises(ConfigError, match=r"must end in \.yaml"):
         command(words, tmp_path / "made.yml", False)

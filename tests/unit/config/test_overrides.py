@@ -27,7 +27,7 @@ def test_a_value_that_wants_quotes_is_shown_with_them(value):
 def test_several_values_are_a_list_or_want_quotes():
     with pytest.raises(ConfigError) as error:
         check_overrides(["aqn.run.dir=a,b"])
-    text = "aqn.run.dir=a,b gives several values: write 'aqn.run.dir=[a,b]' for a list, or 'aqn.run.dir=\"a,b\"'"
+    text = "aqn.run.dir=a,b contains several values: write 'aqn.run.dir=[a,b]' for a list, or 'aqn.run.dir=\"a,b\"'"
     assert str(error.value) == text
 
 

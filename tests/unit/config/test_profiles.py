@@ -31,7 +31,7 @@ def test_npus_are_eager_and_sleep_too():
 def test_a_packed_base_needs_an_adapter():
     """Otherwise verl discards the rollout's weights in its sleep (level 2) and replaces them by bf16 weights."""
     rank = "actor_rollout_ref.model.lora_rank=0"
-    with pytest.raises(ConfigError, match=r"needs an adapter beside the packed base.*lora_rank"):
+    with pytest.raises(ConfigError, match=r"needs an adapter on the packed base.*lora_rank"):
         tell_workers(load_recipe("e12", ["profile=cuda", rank]))
     tell_workers(load_recipe("e12", ["profile=cuda", rank, "aqn.mxfp4.enabled=false"]))
 

@@ -66,7 +66,7 @@ def test_what_is_no_target(tmp_path, make):
         find_target(path)
     assert "\n" not in str(error.value)
     if make in ("nothing", "empty"):
-        assert str(error.value).startswith(f"{path} is no run, no checkpoint and no model folder (no config.json)")
+        assert str(error.value).startswith(f"{path} is not a run, a checkpoint or a model folder (no config.json)")
 
 
 def test_a_run_is_validated_as_it_was_and_takes_no_step(run):
@@ -112,7 +112,7 @@ def test_a_damaged_config_is_told(run):
 
 
 def test_a_number_is_checked_as_a_recipe_s(run):
-    with pytest.raises(ConfigError, match=r"data\.train_batch_size=abc: give a whole number that is 1 or more"):
+    with pytest.raises(ConfigError, match=r"data\.train_batch_size=abc: give an integer of 1 or more"):
         settings(find_target(run.path), ["data.train_batch_size=abc"], None, None)
 
 
@@ -268,10 +268,10 @@ def test_of_several_answers_avg_and_pass_have_intervals_by_problem(run, monkeypa
 
 def test_another_adapter_than_the_run_s_is_told(run):
     result = Evaluation("x", "x", "x", 10, "mxfp4", 1, {"strict": Score(1.0, (0.2, 1.0))}, None, "other")
-    for sent in ({}, {"sent": None}, {"sent": ""}):  # a missing record was silently accepted before
-        assert check_adapter(run, result).startswith("not on record: ")
+    for sent in ({}, {"sent": None}, {"sent": ""}):  # a missing record passed without a word
+        assert check_adapter(run, result).startswith("unknown: ")
         run.append("evidence.jsonl", {"kind": "adapter", "step": 10, **sent})
     run.append("evidence.jsonl", {"kind": "adapter", "step": 10, "sent": "mine"})
-    with pytest.raises(EvidenceError, match="another adapter than the one on record after step 10"):
+    with pytest.raises(EvidenceError, match="another adapter than the one recorded after step 10"):
         check_adapter(run, result)
-    assert check_adapter(run, replace(result, adapter="mine")) == f"the one on record after step 10 of {run.path}"
+    assert check_adapter(run, replace(result, adapter="mine")) == f"the one recorded after step 10 of {run.path}"

@@ -133,13 +133,13 @@ def test_bad_sources_are_refused(run, base, tmp_path):
         with pytest.raises(error, match=match):
             find_source(path)
 
-    refused("holds no run", tmp_path)
+    refused("contains no run", tmp_path)
     stray = tmp_path / "checkpoints/global_step_3"
     stray.mkdir(parents=True)
-    refused("holds no run", stray)
-    refused("not written to its end: the last whole checkpoint is global_step_3", run / "checkpoints/global_step_4")
+    refused("contains no run", stray)
+    refused("not written completely: the last complete checkpoint is global_step_3", run / "checkpoints/global_step_4")
     refused("newest ones are kept", run / "checkpoints/global_step_2")
-    refused("is no checkpoint of", run / "elsewhere/global_step_3")
+    refused("is not a checkpoint of", run / "elsewhere/global_step_3")
     config = run / "config.yaml"
     text = config.read_text()
     config.write_text(text.replace(str(base), "/nowhere/packed"))

@@ -54,12 +54,12 @@ def test_refills_without_end_stop_with_one_line(thrown_away, sigma, noise, words
 
 def test_no_limit_is_refused_before_the_run():
     recipe = load_recipe("e12", ["profile=cuda", "algorithm.filter_groups.max_num_gen_batches=0"])
-    with pytest.raises(ConfigError, match="would draw prompts for ever"):
+    with pytest.raises(ConfigError, match="would draw prompts without limit"):
         check_steps(recipe, 7473)
     check_steps(load_recipe("e12", ["profile=cuda"]), 7473)
     failing = ["algorithm.filter_groups.enable=false", "trainer.v1.sampler.sync_refill_failed_groups=true"]
     recipe = load_recipe("e12", ["profile=cuda", "algorithm.filter_groups.max_num_gen_batches=0", *failing])
-    with pytest.raises(ConfigError, match="would draw prompts for ever"):
+    with pytest.raises(ConfigError, match="would draw prompts without limit"):
         check_steps(recipe, 7473)
 
 

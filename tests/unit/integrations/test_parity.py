@@ -135,7 +135,7 @@ TOP_P, TOP_K = "actor_rollout_ref.rollout.top_p=0.9", "actor_rollout_ref.rollout
         ([TOP_P, "correction=tis"], "top_p=0.9: .*ratio of rollout_correction.rollout_is is biased"),
         ([TOP_K, "correction=tis"], "top_k=20: .*biased"),
         ([TOP_P, "algorithm.rollout_correction.bypass_mode=true"], "bypass_mode is biased"),
-        ([TOP_P], "noise is not told from kernels"),
+        ([TOP_P], "noise cannot be separated from kernels"),
     ],
 )
 def test_cut_off_sampling_is_warned_of(overrides, words):

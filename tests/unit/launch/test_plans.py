@@ -70,7 +70,7 @@ def test_what_a_plan_cannot_say(tmp_path, changes, words):
 @pytest.mark.parametrize("content", [b"arms: [", b"\xff\xfe"])
 def test_a_file_that_is_no_yaml(tmp_path, content):
     (tmp_path / "plan.yaml").write_bytes(content)
-    with pytest.raises(ConfigError, match="is no YAML"):
+    with pytest.raises(ConfigError, match="is not YAML"):
         read_plan(tmp_path / "plan.yaml", [])
 
 
@@ -83,7 +83,7 @@ def test_seeds_and_overrides_of_the_command_line_come_last(tmp_path):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("seeds=[0,1", r"seeds=\[0,1 is not a YAML list: give seeds=\[0,1,2\]"),
+        ("seeds=[0,1", r"seeds=\[0,1 is not YAML list: give seeds=\[0,1,2\]"),
         ("seeds=3", "seeds must be a list of whole numbers, got 3"),
     ],
 )

@@ -324,8 +324,8 @@ def test_rank_alpha_and_layers_of_a_recipe_are_the_adapter_s(base, tmp_path, mon
     ("override", "match"),
     [
         ("lora.rank=64", r"model\.lora\.rank=64 is for Megatron, .*: set actor_rollout_ref.model.lora_rank, .* to 0"),
-        ("lora.alpha=64", r"set actor_rollout_ref\.model\.lora_alpha, and this back to 32"),
-        ("lora.type=dora", r"model\.lora\.type=dora is for Megatron, .*: set it back to lora"),
+        ("lora.alpha=64", r"set actor_rollout_ref\.model\.lora_alpha, and reset this key to 32"),
+        ("lora.type=dora", r"model\.lora\.type=dora is for Megatron, .*: reset it to lora"),
         ("lora.dropout=0.1", r"model\.lora\.dropout=0\.1 is for Megatron"),
         ("lora.adapter_path=/x", "set actor_rollout_ref.model.lora_adapter_path"),
         ("lora_alpha=0", r"model\.lora_alpha=0 is not a number above 0"),

@@ -32,10 +32,10 @@ def test_the_last_line_is_the_answer(ask):
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        ("", "exit code 0: it said nothing"),
-        ("print('no JSON')", "exit code 0: it said nothing"),
-        ("print('{\"other\": 1}')", "exit code 0: it said nothing"),
-        ("print('[]')", "exit code 0: it said nothing"),
+        ("", "exit code 0: it printed nothing"),
+        ("print('no JSON')", "exit code 0: it printed nothing"),
+        ("print('{\"other\": 1}')", "exit code 0: it printed nothing"),
+        ("print('[]')", "exit code 0: it printed nothing"),
         ("raise SystemExit('out of luck')", "exit code 1: out of luck"),
     ],
 )
@@ -48,7 +48,7 @@ def test_what_is_no_answer_is_a_fault_in_one_line(ask, code, words):
 
 
 def test_an_answer_that_does_not_come_is_a_fault(ask):
-    with pytest.raises(EnvironmentFault, match=r"^host did not say within 0\.5 s what it says$"):
+    with pytest.raises(EnvironmentFault, match=r"^host did not answer within 0\.5 s what it says$"):
         ask("import time; time.sleep(60)", timeout=0.5)
 
 

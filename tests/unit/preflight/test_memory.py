@@ -235,13 +235,13 @@ def test_micro_batches_are_halved_where_no_number_of_devices_would_do(tmp_path):
     assert not found.fault
     assert found.sizes.update_tokens < 16384
     hopeless = fewest(qwen(tmp_path), recipe(), int(4e9))
-    assert "takes" in hopeless.fault or "keeps" in hopeless.fault or "no room" in hopeless.fault
+    assert "needs" in hopeless.fault or "keeps" in hopeless.fault or "no room" in hopeless.fault
 
 
 def test_a_device_says_what_is_too_much(tmp_path):
     shape = qwen(tmp_path)
-    assert "the actor's log-probs takes" in fit(shape, recipe(), int(12e9)).fault
-    assert "beside the rollout's 99%" in fit(shape, replace(recipe(), utilization=0.99), int(80e9)).fault
+    assert 'in its phase "log-probs"' in fit(shape, recipe(), int(12e9)).fault
+    assert "in addition to the rollout's 99%" in fit(shape, replace(recipe(), utilization=0.99), int(80e9)).fault
 
 
 def test_the_machine_of_a_tiny_model_needs_less_and_ppo_more(tmp_path):

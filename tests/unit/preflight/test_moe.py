@@ -142,7 +142,7 @@ def test_doctor_says_how_many_experts_there_are_and_in_which_form(root):
         recipe(root / "qwen2", "actor_rollout_ref.rollout.expert_parallel_size=2", *TWO), shape
     )
     assert not finding.fix
-    assert finding.found.startswith("4 in a layer, shared out among 2 ranks, in bf16 in the rollout")
+    assert finding.found.startswith("4 per layer, divided among 2 ranks, in bf16 in the rollout")
     (finding,) = checks.check_experts(recipe(root / "qwen2", profile="cuda"), shape)
-    assert finding.found == "4 in a layer"
+    assert finding.found == "4 per layer"
     assert not list(checks.check_experts(recipe(root / "dense"), shape_of(root / "dense", ())))

@@ -61,16 +61,16 @@ def test_a_shipped_recipe_has_no_fault(shape):
     [
         (["actor_rollout_ref.model.lora_rank=513"], "LoRA rank", "lora_rank to 1 to 512"),
         (["actor_rollout_ref.model.lora_rank=0"], "LoRA rank", "lora_rank to 1 to 512"),
-        (["trainer.n_gpus_per_node=5"], "actor's batches", "48 answers do not divide by 5 ranks"),
+        (["trainer.n_gpus_per_node=5"], "actor's batches", "48 responses are not divisible by 5 ranks"),
         (["actor_rollout_ref.actor.ppo_mini_batch_size=12"], "actor's batches", "at most 6"),
         (
             ["trainer.n_gpus_per_node=2", "actor_rollout_ref.rollout.tensor_model_parallel_size=3"],
             "rollout's ranks",
             "divisor of 2",
         ),
-        ([f"{VAL}.n=4"], "validation's answers", "all be the same"),
-        ([f"{VAL}.n=4", f"{VAL}.do_sample=true"], "validation's answers", "temperature=0 and do_sample=false"),
-        ([f"{VAL}.temperature=0.7"], "validation's answers", f"set {VAL}.do_sample=true"),
+        ([f"{VAL}.n=4"], "validation's responses", "all be the same"),
+        ([f"{VAL}.n=4", f"{VAL}.do_sample=true"], "validation's responses", "temperature=0 and do_sample=false"),
+        ([f"{VAL}.temperature=0.7"], "validation's responses", f"set {VAL}.do_sample=true"),
     ],
 )
 def test_faults_of_a_recipe(overrides, what, words):
@@ -162,7 +162,7 @@ def test_memory_is_judged_by_the_recipe_at_hand(shape):
     (enough,) = checks.check_memory(config(), shape, 11 * 10**9, [])
     assert not enough.fix
     (little,) = checks.check_memory(config(), shape, 5 * 10**9, [])
-    assert "5.0 GB of memory are free, the run of embedded needs" in little.found
+    assert "5.0 GB of memory are free, but the run of embedded needs" in little.found
     (small,) = checks.check_memory(config(profile="cuda"), shape, 0, [80 * 10**9])
     assert not small.fix
     assert "sequence(s) of" in small.found

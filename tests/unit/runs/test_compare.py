@@ -213,7 +213,7 @@ def test_not_enough_data_says_how_many_seeds_would_be():
     found = _verdict(2, 1319, 0.3, 0.0, seed=1)
     assert found.verdict == "not enough data"
     assert found.seeds_for_verdict > 2
-    assert f"{found.seeds_for_verdict} seeds an arm would narrow it to ±2.5 points, which is a verdict" in found.text
+    assert f"{found.seeds_for_verdict} seeds an arm would narrow it to ±2.5 points, which gives a verdict" in found.text
 
 
 @settings(max_examples=60, deadline=None)
@@ -241,7 +241,7 @@ def test_seeds_that_are_there_and_not_enough_are_not_named_as_enough():
     right = np.arange(40) < np.full((4, 1), 30)
     found = compare(_arms(right, right)).arms[0]
     assert (found.verdict, found.seeds_for_verdict) == ("not enough data", None)
-    assert "for a verdict take more items, however many the seeds" in found.text
+    assert "a verdict needs more items, whatever the number of seeds" in found.text
 
 
 def test_few_changed_items_on_which_all_seeds_agree_are_not_called_equivalent():
@@ -276,14 +276,14 @@ def test_one_seed_is_never_a_verdict_on_the_method():
     assert found.p_value < 1e-6
     assert (found.verdict, found.test) == ("not enough data", "McNemar")
     assert "These two runs differ beyond chance" in found.text
-    assert f"A verdict takes at least {found.seeds_for_verdict} seeds an arm" in found.text
+    assert f"A verdict needs at least {found.seeds_for_verdict} seeds an arm" in found.text
 
 
 def test_one_seed_against_several_is_not_tested():
     treated, control = simulate((1, 3), 192, 0.1, np.random.default_rng(13))
     found = compare(_arms(control, treated)).arms[0]
     assert (found.p_value, found.corrected, found.test, found.verdict) == (None, None, "none", "not enough data")
-    assert "One of the arms has one seed" in found.text
+    assert "One of the arms has only one seed" in found.text
     assert found.interval == of_items(treated[0] - control.mean(0)).interval()
 
 
@@ -297,7 +297,7 @@ def test_intervals_and_p_of_several_contrasts_hold_together():
         assert one.simultaneous == spread(scores, control).interval(0.05 / 3)
         assert one.interval == spread(scores, control).interval()
     assert "95 % interval, corrected for 3 contrasts, " in report.arms[0].text
-    assert table(report).title.endswith("; differences and p corrected for 3 contrasts, which hold together at 95 %")
+    assert table(report).title.endswith(" for 3 contrasts, so that all intervals together hold at 95 %")
     assert compare(_arms(control, treated[0])).correction == ""
 
 

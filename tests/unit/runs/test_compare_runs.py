@@ -108,7 +108,7 @@ def test_more_than_the_factor_is_refused_unless_named(tmp_path):
         arms([one, two])
     assert len(arms([one, two], any_difference=True)) == 2
     assert len(arms([one, two], ["aqn.noise", "actor_rollout_ref.actor.optim"])) == 2
-    with pytest.raises(ConfigError, match=r"factor aqn\.nois: no key"):
+    with pytest.raises(ConfigError, match=r"factor aqn\.nois: these runs have no key"):
         arms([one, two], ["aqn.nois"])
     (two / "versions.json").write_text(json.dumps({"torch": "2.12.0"}))
     with pytest.raises(ConfigError, match=r"versions.torch"):
@@ -145,7 +145,7 @@ def test_an_answer_of_which_it_is_not_on_record_whether_it_is_right_is_refused_b
     assert arms(runs)[1].scores.tolist() == [[1, 1, 0, 1]], "as a bool"
     lines[2]["acc"] = acc
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(DataError, match=r"29\.jsonl has acc=.* for 1 of 4 answers.*not on record") as caught:
+    with pytest.raises(DataError, match=r"29\.jsonl has acc=.* for 1 of 4 responses.*the record does not") as caught:
         arms(runs)
     assert "\n" not in str(caught.value)
     del lines[2]["acc"]
@@ -156,19 +156,19 @@ def test_an_answer_of_which_it_is_not_on_record_whether_it_is_right_is_refused_b
 
 @pytest.mark.parametrize("status", ["running", "failed", "interrupted"])
 def test_an_unfinished_run_is_refused(tmp_path, status):
-    with pytest.raises(DataError, match=f"is {status}: only finished runs are compared"):
+    with pytest.raises(DataError, match=f"is {status}: only finished runs can be compared"):
         read_run(write_run(tmp_path, "a", [1, 0], status=status))
 
 
 def test_what_is_no_run_or_has_no_answers_is_refused(tmp_path):
-    with pytest.raises(DataError, match="holds no run"):
+    with pytest.raises(DataError, match="contains no run"):
         read_run(tmp_path)
     folder = write_run(tmp_path, "a", [1, 0])
     (folder / "validation/29.jsonl").unlink()
-    with pytest.raises(DataError, match=r"no answers of a validation \(validation/29.jsonl\)"):
+    with pytest.raises(DataError, match=r"no validation responses \(validation/29.jsonl\)"):
         read_run(folder)
     (folder / "metrics.jsonl").unlink()
-    with pytest.raises(DataError, match="no answers of a validation"):
+    with pytest.raises(DataError, match="no validation responses"):
         read_run(folder)
 
 
@@ -193,15 +193,15 @@ def test_other_items_and_repeated_prompts_are_refused(tmp_path):
 
 def test_one_run_twice_is_told_so(tmp_path):
     folder = write_run(tmp_path, "a", [1, 0])
-    with pytest.raises(ConfigError, match=f"{folder} is named twice: leave one out"):
+    with pytest.raises(ConfigError, match=f"{folder} is given twice: remove one of them"):
         arms([folder, tmp_path])
 
 
 def test_one_seed_twice_and_one_arm_alone_are_refused(tmp_path):
     runs = [write_run(tmp_path / name, name, [1, 0], seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
-    with pytest.raises(DataError, match="one config and one seed"):
+    with pytest.raises(DataError, match="the same config and the same seed"):
         arms(runs)
-    with pytest.raises(ConfigError, match="of one config"):
+    with pytest.raises(ConfigError, match="all with the same config"):
         arms(runs[1:])
 
 

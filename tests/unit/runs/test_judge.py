@@ -219,8 +219,8 @@ def test_all_records_of_a_kind_may_not_vanish(folder):
         ("noise", {"sigma_realised": 1.0}, "noise in the rollout's weights"),
         ("noise", {"sigma_asked": 7.0}, "noise in the rollout's weights"),
         ("base", {"actor": [], "rollout": []}, "base on disk, in actor and rollout"),
-        ("use", {"effect": 0.0, "error": 0.0}, "noise in the rollout's forward"),
-        ("mismatch", {"abs_dlogp_mean": 1.5}, "trainer against the rollout without noise"),
+        ("use", {"effect": 0.0, "error": 0.0}, "noise in the rollout's forward pass"),
+        ("mismatch", {"abs_dlogp_mean": 1.5}, "trainer and rollout without noise"),
     ],
 )
 def test_the_row_of_what_is_wrong_says_so(kind, change, row, folder):
@@ -259,8 +259,8 @@ def test_a_run_that_was_stopped_by_its_evidence_shows_it(folder):
     records = [*records_of(REAL[0]), {"kind": "stopped", "reason": "norms are not the clean ones"}]
     run = folder(REAL[0], records)
     rows = {row[0].text: row[1] for row in checks(read_runs([run.path])).rows}
-    assert rows["stopped by its own evidence"].good is False
-    assert "norms are not the clean ones" in rows["stopped by its own evidence"].text
+    assert rows["stopped because of its own evidence"].good is False
+    assert "norms are not the clean ones" in rows["stopped because of its own evidence"].text
 
 
 def test_a_run_that_an_older_version_began_and_a_newer_one_went_on_with_is_judged_as_an_old_one(folder):
@@ -294,9 +294,9 @@ def test_noise_on_linear_layers_makes_clean_readings_larger():
 
 def test_runs_whose_evidence_does_not_hold_are_neither_compared_nor_exported(folder):
     run = folder(REAL[0], records_of(REAL[0])[:-1])
-    with pytest.raises(EvidenceError, match=r"does not hold: no record of base for when end"):
+    with pytest.raises(EvidenceError, match=r"has a fault: no record of base for when end"):
         read_run(run.path)
-    with pytest.raises(EvidenceError, match="does not hold"):
+    with pytest.raises(EvidenceError, match="has a fault"):
         check_proved(run)  # as export does first
 
 

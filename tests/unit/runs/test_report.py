@@ -48,10 +48,10 @@ def test_one_run(tmp_path):
         "44.4 % [18.9, 73.3]",  # Wilson's of 4 of 9
         "rollout.top_p=0.9: biased",
         "0.0 % -> 44.4 % on the same 9 items",
-        "Reward Mean over a step's answers, under the step's noise. Reward 0.4",
-        "as the schedule has it in 4 of 4 readings, in 5 modules; σ within its 95 % sampling interval in 3 of 3",
+        "Reward Mean over a step's responses, under the step's noise. Reward 0.4",
+        "as scheduled in 4 of 4 readings, in 5 modules; σ within its 95 % sampling interval in 3 of 3",
         "equal in 4 of 4 syncs",
-        "bit for bit those of the start in 2 of 2 readings",
+        "bitwise equal to those at the start in 2 of 2 readings",
         f"packed modules {BASE[:12]} on disk = actor = rollout (start and end)",
         "Scale rule mse, 6 matrices, 18.90 dB over all",
         "9 of 9 validation problems",
@@ -138,9 +138,9 @@ def test_an_answer_that_the_reward_told_no_accuracy_of_is_not_on_record_everywhe
     answers = {"1 + 1?": ("2", "#### 2", True), "2 + 2?": ("4", "four", None)}
     runs = [write_run(tmp_path / name, name, noise=name == "b", answers=answers).path for name in ("a", "b")]
     page = page_of(*runs)
-    assert "acc=null for 1 of 2 answers, which is neither 0 nor 1" in page.text
+    assert "acc=null for 1 of 2 responses, which is neither 0 nor 1" in page.text
     assert "on the same 2 items" not in page.text
-    assert "b, seed 0, after step 4 not on record four" in page.text
+    assert "b, seed 0, after step 4 not recorded four" in page.text
     assert "b, seed 0, after step 4 ✓ right #### 2" in page.text
 
 
@@ -151,15 +151,15 @@ def test_answers_that_failed_are_in_the_table_and_not_on_record_in_older_runs(tm
     run.append("metrics.jsonl", steps[new] | {"answered": 6, "failed": 3})
     _, table = accuracy(read_runs([run.path]))
     told = {row[1].text: row[5].text for row in table.rows}
-    assert told == {str(old): "not on record", str(new): "3"}
+    assert told == {str(old): "not recorded", str(new): "3"}
 
 
 def test_runs_that_cannot_be_compared_are_shown_with_the_reason(tmp_path):
     one = write_run(tmp_path / "a", "e12").path
     two = write_run(tmp_path / "b", "e12", status="failed", message="out of memory").path
     page = page_of(one, two)
-    assert "No paired test was made:" in page.text
-    assert "is failed: only finished runs are compared" in page.text
+    assert "There is no paired test:" in page.text
+    assert "is failed: only finished runs can be compared" in page.text
     assert "out of memory" in page.text
     assert f"e12, seed 0 ({one.name[-6:]})" in page.text  # labels are distinct
 
@@ -172,7 +172,7 @@ def test_a_run_that_wrote_nothing_gives_a_page(tmp_path, status):
     page = page_of(run.path)
     run.close()
     assert (status or "running") in page.text
-    for text in ("No validation", "No step", "No evidence", "No answers", "No config", "not come as far as loading"):
+    for text in ("No validation", "No step", "No evidence", "No responses", "No config", "stopped before it loaded"):
         assert text in page.text
     if not status:
         assert "it was killed" in page_of(run.path).text
@@ -239,7 +239,7 @@ def test_slices_of_tensor_parallel_ranks_are_no_difference(tmp_path):
     run.append("evidence.jsonl", {"kind": "base", "when": "end", "disk": BASE, "actor": [BASE], "rollout": ranks})
     cell = checks(read_runs([run.path])).rows[0][1]
     assert cell.good
-    assert "ranks of the rollout hold slices" in cell.text
+    assert "the rollout's ranks have slices" in cell.text
 
 
 def test_sqnr_belongs_to_the_base_by_digest(tmp_path):
@@ -281,12 +281,12 @@ def test_every_second_is_counted_once(tmp_path):
     (run,), table, chart = times(read_runs([folder.path]))
     seconds = {name: mean for name, mean, _, _ in run.parts}
     assert seconds == {
-        "generation": 7.0,  # this time includes rescoring
-        "scoring again without noise": 1.0,
+        "generation": 7.0,  # scoring again runs within it
+        "rescoring without noise": 1.0,
         "old log-probs": 4.0,
-        "actor's update": 7.0,
+        "actor update": 7.0,
         "checkpoint": 0.5,
-        "adapter to the rollout": 0.5,
+        "adapter sync to the rollout": 0.5,
         "rest of the step": pytest.approx(0.5),
     }
     assert run.total == 82
@@ -345,11 +345,11 @@ def test_command_takes_a_base_folder_and_overwrites_nothing(tmp_path):
 
 def test_mistakes_are_one_line(tmp_path):
     run = write_run(tmp_path / "base")
-    with pytest.raises(DataError, match="holds no run"):
+    with pytest.raises(DataError, match="contains no run"):
         write_report([tmp_path], tmp_path / "page.html")
-    with pytest.raises(ConfigError, match="is no folder"):
+    with pytest.raises(ConfigError, match="is not a folder"):
         write_report([run.path], tmp_path / "missing" / "page.html")
-    with pytest.raises(ConfigError, match="is named twice"):
+    with pytest.raises(ConfigError, match="is given twice"):
         write_report([run.path, tmp_path / "base"], tmp_path / "page.html")
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write("{broken\n")

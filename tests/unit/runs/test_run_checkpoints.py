@@ -58,7 +58,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, harm):
     point_to(tmp_path, step)
     assert (tmp_path / LATEST).read_text() == "1"
     (tmp_path / "global_step_1" / "data.pt").unlink()
-    with pytest.raises(DataError, match="no older checkpoint is whole: move"):
+    with pytest.raises(DataError, match="there is no undamaged older checkpoint: move"):
         newest_whole(tmp_path)
     write(tmp_path, 2)  # saved again: the damaged one is replaced
     assert newest_whole(tmp_path) == (2, [])

@@ -287,7 +287,7 @@ def test_kill_9_frees_the_lock_and_loses_no_record(base):
     process.stdout.close()
     run = open_run(base, {"seed": 1})
     assert run.resumed
-    assert "ended without a word" in run.note
+    assert "ended without a status" in run.note
     steps = [record["step"] for record in run.read("metrics.jsonl")]
     assert steps == list(range(len(steps)))
     assert len(steps) >= 20

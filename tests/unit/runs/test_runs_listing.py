@@ -85,7 +85,7 @@ def test_runs_are_found_from_above_and_from_within_oldest_first(tmp_path):
     assert [run.path for run in find_runs(second.path)] == [second.path]
     (tmp_path / "c").mkdir()
     (tmp_path / "e").touch()
-    says = {"c": "holds no runs", "d": "is not there", "e": "is no folder"}
+    says = {"c": "contains no runs", "d": "does not exist", "e": "is not a folder"}
     for name, what in says.items():
         with pytest.raises(DataError, match=what):
             find_runs(tmp_path / name)

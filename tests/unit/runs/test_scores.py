@@ -36,7 +36,7 @@ def test_several_answers_are_counted_by_problem():
     assert list(found.scores().values()) == [0.75, 0.0]
     assert list(found.scores("pass@2").values()) == [pass_at_k(3, 4, 2), 0.0]
     assert found.metrics == ["avg", "pass@1", "pass@2", "pass@4"]
-    with pytest.raises(ConfigError, match="pass@8 takes 8 answers to each problem, and there are 4"):
+    with pytest.raises(ConfigError, match="pass@8 needs 8 responses to each problem, but there are 4"):
         found.scores("pass@8")
     for metric in ("pass@0", "pass@", "maj@4", "avg@4"):
         with pytest.raises(ConfigError, match="neither avg nor pass@K"):
@@ -64,13 +64,13 @@ def test_records_of_older_versions_are_one_answer_each_and_pair_with_new_ones():
     ],
 )
 def test_answers_that_cannot_be_told_apart_are_refused(lines):
-    with pytest.raises(DataError, match="each problem needs the same number of answers"):
+    with pytest.raises(DataError, match="each problem needs the same number of responses"):
         answers_in(lines)
 
 
 @pytest.mark.parametrize("acc", [-1, 0.5, "1", 2, None, float("nan")])
 def test_what_is_neither_right_nor_wrong_is_refused(acc):
-    with pytest.raises(DataError, match=r"^has acc=.* for 1 of 1 answers, which is neither 0 nor 1"):
+    with pytest.raises(DataError, match=r"^has acc=.* for 1 of 1 responses, which is neither 0 nor 1"):
         answers_in([line("a", acc)])
 
 
@@ -132,5 +132,5 @@ def test_a_validation_in_words():
     assert validation_text({"accuracy": 0.75, "items": 4}) == "75.0 % (3 of 4; 95 % interval 30.1–95.4 %)"
     record = {"accuracy": 0.5, "items": 100, "samples": 8, "pass_at": {"1": 0.5, "2": 0.6, "8": 0.8125}}
     assert validation_text(record) == (
-        "avg@8 50.0 % (100 problems × 8 answers; 95 % interval at most 40.4–59.6 %), pass@8 81.2 %"
+        "avg@8 50.0 % (100 problems × 8 responses; 95 % interval at most 40.4–59.6 %), pass@8 81.2 %"
     )

@@ -45,7 +45,7 @@ def test_a_file_that_cannot_be_read_is_told_by_its_first_bad_line(tmp_path, name
 
 
 def test_names_of_files(tmp_path):
-    for name, words in ((tmp_path / ("x" * 300), "no such file"), (tmp_path, "a folder"), ("hdfs://a/b", "on a disk")):
+    for name, words in ((tmp_path / ("x" * 300), "no such file"), (tmp_path, "a folder"), ("hdfs://a/b", "local disk")):
         with pytest.raises(DataError, match=words):
             count_rows(name)
     config = load_recipe("e6a", ["profile=cpu"])

@@ -117,7 +117,7 @@ def test_tiny_model(tmp_path, tokenizer):
     assert (same / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     with pytest.raises(ModelError, match="multiple of 32"):
         smollm2.tiny_model(tmp_path / "odd", hidden=48)
-    with pytest.raises(ModelError, match="is there already"):
+    with pytest.raises(ModelError, match="exists already"):
         smollm2.tiny_model(folder)
 
 

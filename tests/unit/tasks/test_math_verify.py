@@ -159,7 +159,7 @@ def test_without_math_verify_it_says_what_to_install(monkeypatch):
 
 def test_a_judge_that_dies_is_an_error_with_its_last_words(monkeypatch):
     monkeypatch.setattr(math_verify.sys, "executable", "/bin/false")
-    with pytest.raises(EnvironmentFault, match="does not run here: exit code 1"):
+    with pytest.raises(EnvironmentFault, match="does not run on this machine: exit code 1"):
         scores(["#### 7"], ["7"])
 
 
