@@ -108,7 +108,7 @@ def test_norms_keep_their_weight_and_hand_it_to_operators_as_it_is():
 
 
 def test_those_operators_want_weights_in_the_activations_dtype():
-    """Float32 norms need our own forward (verl_aqn/vllm_api/ascend_norm.py)."""
+    """Float32 norms need our own forward (verl_aqn/integrations/vllm/ascend_norm.py)."""
     folder = "vllm_ascend/_cann_ops_custom/vendors/custom_transformer/op_impl/ai_core/tbe/config/ascend910b"
     table = json.loads(read(f"{folder}/aic-ascend910b-ops-info.json"))["AddRmsNormBias"]
     x, residual, gamma = (table[f"input{number}"]["dtype"].split(",") for number in range(3))

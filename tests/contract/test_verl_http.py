@@ -32,7 +32,7 @@ def test_answers_are_asked_for_through_ray(file):
 @pytest.fixture
 def serve(monkeypatch):
     """`serve(…)`: the server after its start, without verl's start of the engine, and the address where it listened."""
-    from verl_aqn.verl_api import rollout
+    from verl_aqn.integrations.verl import rollout
 
     real, listened = rollout.vLLMHttpServer.run_server, []
     assert "run_uvicorn" in real.__code__.co_names, "the name that is replaced in verl's module"

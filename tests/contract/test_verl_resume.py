@@ -24,7 +24,7 @@ def write(checkpoints, step):
 @pytest.fixture
 def trainer(tmp_path):
     """verl's trainer of a run in tmp_path that started from step 5 of another run; `loaded`: what it must load."""
-    from verl_aqn.verl_api.saving import SavingTrainer
+    from verl_aqn.integrations.verl.checkpointing import SavingTrainer
 
     made, made_by = SavingTrainer.__new__(SavingTrainer), write(tmp_path / "other", 5)
     settings = {

@@ -33,7 +33,7 @@ def warm(tmp_path_factory):
     env.pop(
         "PYTHONDONTWRITEBYTECODE", None
     )  # as in supervise.environment; otherwise it would be an argument of spawned processes
-    with subprocess.Popen([sys.executable, "-m", "verl_aqn.zygote.server", str(server)], env=env) as process:
+    with subprocess.Popen([sys.executable, "-m", "verl_aqn.launch.forkserver.server", str(server)], env=env) as process:
         while not server.exists():
             assert process.poll() is None
             time.sleep(0.1)

@@ -119,7 +119,7 @@ def write_run(
 
 def sent_digest(base: Path, peft: PeftModel) -> str:
     """Return the digest of the adapter as the engine sends it."""
-    from tests.outside_adapters import bare, sent
+    from tests.helpers.outside_adapters import bare, sent
 
     engine = bare(base, rank=max(len(p) for n, p in peft.named_parameters() if "lora_A" in n))
     engine.module = peft

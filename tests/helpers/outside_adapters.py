@@ -52,8 +52,8 @@ def built(base: Path, folder: Path, rank: int) -> Any:
 
 def bare(base: Path, rank: int) -> Any:
     """Return verl's engine without a model, with only what sending an adapter needs."""
-    from tests.engines import bare_engine
-    from verl_aqn.verl_api.engine import AqnFSDPEngine
+    from tests.helpers.engines import bare_engine
+    from verl_aqn.integrations.verl.engine import AqnFSDPEngine
 
     engine: Any = bare_engine(AqnFSDPEngine, base, {})
     engine.model_config.lora_rank = rank

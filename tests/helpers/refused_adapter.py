@@ -1,4 +1,4 @@
-"""`python -m tests.refused_adapter BUCKETS [before|within]`: a sync that fails in the receiver.
+"""`python -m tests.helpers.refused_adapter BUCKETS [before|within]`: a sync that fails in the receiver.
 
 verl's own sender and receiver are used. vLLM rejects the adapter, or the receiver fails before or while it receives
 anything. This runs in its own process, because verl chooses its platform only once. The result is one JSON line.

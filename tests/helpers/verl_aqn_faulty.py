@@ -39,7 +39,7 @@ PLACES = {
 
 def sabotage(folder: Path, *plan: dict) -> dict[str, str]:
     """Return the environment of a run with these faults; `folder` stores the needed files."""
-    (folder / "sitecustomize.py").write_text("import tests.verl_aqn_faulty as f; f.install()\n")
+    (folder / "sitecustomize.py").write_text("import tests.helpers.verl_aqn_faulty as f; f.install()\n")
     (folder / "plan.json").write_text(json.dumps(plan))
     root = Path(__file__).resolve().parents[2]
     return {"PYTHONPATH": os.pathsep.join([str(folder), str(root)]), PLAN: str(folder / "plan.json")}

@@ -1,6 +1,6 @@
 """Models loaded by vLLM's own classes on a CPU and observed as in a run, without an engine around them.
 
-`python -m tests.vllm_models FOLDER…` prints one JSON line per folder: the reply of `aqn_base`, first unchanged and then
+`python -m tests.helpers.vllm_models FOLDER…` prints one JSON line per folder: the reply of `aqn_base`, first unchanged and then
 after one value of a tensor of each group was changed. This runs in its own process, because vLLM sets up its process
 only once.
 """
@@ -64,7 +64,7 @@ def change(model: torch.nn.Module, name: str) -> None:
 @contextmanager
 def loaded_wrong(names: list[str]) -> Iterator[None]:
     """Yield models whose loader has changed one value in each of the checkpoint's tensors `names`."""
-    from verl_aqn.vllm_api import observe
+    from verl_aqn.integrations.vllm import observe
 
     remember = observe.remember_base
 

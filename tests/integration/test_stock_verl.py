@@ -128,7 +128,7 @@ def test_a_stock_run_is_proved(main_ppo, tmp_path):
 
 def losing(name: str) -> str:
     """Return the override for a vLLM worker that loses adapters."""
-    worker = f"tests.verl_aqn_stock_faults.{name}"
+    worker = f"tests.helpers.verl_aqn_stock_faults.{name}"
     return f"+actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls={worker}"
 
 

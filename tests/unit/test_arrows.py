@@ -1,11 +1,10 @@
 """The import rules between packages, read from the source: who imports which package, and who imports a host."""
 
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
-import pytest
+from verl_aqn import cache
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTRACTS = {

@@ -235,9 +235,12 @@ def test_whole_numbers_are_checked_before_anything_reckons_with_them(composed, k
 @pytest.mark.parametrize(
     ("block", "words"),
     [
-        ({"run": {"patience": -1.0}}, r"aqn\.run\.patience is -1\.0: give 0 or more; 0 disables it"),
+        (
+            {"run": {"hang_timeout_factor": -1.0}},
+            r"aqn\.run\.hang_timeout_factor is -1\.0: give 0 or more; 0 disables it",
+        ),
         ({"run": {"restarts": -1}}, r"aqn\.run\.restarts is -1: give 0 or more"),
-        ({"parity": {"rescore": -3}}, r"aqn\.parity\.rescore is -3: give 0 or more; 0 disables it"),
+        ({"mismatch": {"rescore": -3}}, r"aqn\.mismatch\.rescore is -3: give 0 or more; 0 disables it"),
     ],
 )
 def test_what_cannot_be_negative(block, words):
@@ -368,7 +371,7 @@ def test_four_bit_activations_reach_actor_and_rollout(profile, arithmetic):
     tell_workers(config)
     told, engine = config.actor_rollout_ref.model.override_config, config.actor_rollout_ref.rollout.engine_kwargs.vllm
     assert told.mxfp4_activation == arithmetic
-    assert told.mxfp4_keep_dense is True
+    assert told.mxfp4_cache_dequantized is True
     assert engine.get("linear_backend") == ("auto" if profile == "cuda" else None)  # Marlin would not quantise them
     if profile == "cpu":
         assert engine.additional_config.mxfp4_activation == arithmetic

@@ -93,7 +93,7 @@ def test_without_mx_units_the_rollout_has_the_bf16_equal(packed, chip, overrides
 
 def test_the_bf16_equal_is_known_by_a_digest_that_is_made_of_the_packed_bytes(packed):
     """A run compares its rollout with this digest, also if a tensor-parallel rank holds a part of a weight."""
-    config = prepared(packed, None, "profile=cpu", "aqn.mxfp4.serve=bf16")
+    config = prepared(packed, None, "profile=cpu", "aqn.mxfp4.rollout_weight_format=bf16")
     weights = load_file(Path(config.actor_rollout_ref.model.override_config.served_path) / "model.safetensors")
     modules = packed_modules(open_packed(packed))
     digests = {module: values_digest(weights[f"{module}.weight"]) for module in modules}

@@ -198,7 +198,7 @@ def named_kernel(name: str, **attributes):
 
 
 def test_every_kernel_is_known_by_how_it_rounds_activations():
-    """On Blackwell a weight-only checkpoint runs as W4A4 (`verl_aqn.judge.base` compares)."""
+    """On Blackwell a weight-only checkpoint runs as W4A4 (`verl_aqn.runs.judge.base_record` compares)."""
     names = ("FlashInferMxFp4LinearKernel", "MarlinMxFp4LinearKernel", "NewKernel")
     assert [kernel_activation(named_kernel(name)) for name in names] == ["rceil/nearest", "none", "unknown"]
     assert kernel_activation(named_kernel("CpuMxfp4LinearKernel", activation=None)) == "none"

@@ -16,7 +16,7 @@ def fault(time: float, process: str, type: str, text: str, **more) -> Fault:
 
 def end(time: float, type: str, text: str, full: str = "", **more) -> Fault:
     """Return the driver's error."""
-    return Fault(time, "verl_aqn.verl_api.run", 1, type, text, full=full or f"{type}: {text}", **more)
+    return Fault(time, "verl_aqn.launch.driver", 1, type, text, full=full or f"{type}: {text}", **more)
 
 
 def remote(process: str, type: str, text: str) -> str:

@@ -54,9 +54,9 @@ def clock() -> Clock:
     return Clock()
 
 
-def blind(patience: float, tmp_path, clock: Clock, **more) -> Watchdog:
+def blind(hang_timeout_factor: float, tmp_path, clock: Clock, **more) -> Watchdog:
     """A watchdog that does not check processes, because each check reads all processes of the machine."""
-    dog = Watchdog(patience, tmp_path, clock=clock, **more)
+    dog = Watchdog(hang_timeout_factor, tmp_path, clock=clock, **more)
     dog.look = lambda: None
     return dog
 

@@ -3,7 +3,7 @@
 The files of `torch/distributed/fsdp/_fully_shard` from the wheels of 2.10.0 and 2.11.0 were put in place of 2.13's. One
 gloo rank (with 2.11.0 two) rejected packed parameters: "only Tensors of floating point dtype can require gradients".
 After `allow_packed_shards` the ranks sharded them, and the outputs equalled the whole model's to the last bit, with and
-without bfloat16 mixed precision. tests/unit/test_mxfp4_linear.py shards them on 2.13.
+without bfloat16 mixed precision. tests/unit/mxfp4/test_mxfp4_linear.py shards them on 2.13.
 """
 
 from types import SimpleNamespace

@@ -30,7 +30,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(cache):
     """The model, converted by two processes at once."""
-    code = "import sys; from verl_aqn.data.smollm2 import embedded_model; print(embedded_model(sys.argv[1]))"
+    code = "import sys; from verl_aqn.tasks.smollm2 import embedded_model; print(embedded_model(sys.argv[1]))"
     command = [sys.executable, "-c", code, str(cache)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ)) for _ in range(2)]
     folders = {process.communicate()[0].strip() for process in both}
