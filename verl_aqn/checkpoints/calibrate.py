@@ -96,7 +96,7 @@ class Calibration:
         self.check([name])
         name = self._modules[name]
         index = int(name.removeprefix(self._prefix + ".").split(".")[0])
-        assert index >= self._at, "layers are asked for in the model's order"
+        assert index >= self._at, "request layers in the order of the model"
         while self._at < index:
             self._advance()
         if name not in self._moments:
@@ -166,7 +166,7 @@ class Calibration:
         for name in module.state_dict():
             sources = self._sources[f"{prefix}.{name}"]
             if len(sources) != 1 or f"{prefix}.{name}" in self._converted:
-                raise ModelError(f"cannot calibrate {prefix}: the checkpoint stores {name} in another form")
+                raise ModelError(f"cannot calibrate {prefix}: the checkpoint stores {name} in another layout")
             tensor = self._weights.read(sources[0])
             state[name] = tensor.to(self._dtype) if tensor.is_floating_point() else tensor
         module.load_state_dict(state, assign=True)

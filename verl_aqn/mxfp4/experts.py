@@ -32,7 +32,7 @@ def why_not_packable(experts: nn.Module) -> str:
     down, with or without biases. transformers describes these layouts by flags (``use_experts_implementation``).
     """
     if not hasattr(experts, "has_gate") or not hasattr(experts, "_apply_gate"):
-        return "transformers does not say how they compute"
+        return "transformers does not describe their computation"
     return "" if experts.has_gate else "they have no gate"
 
 

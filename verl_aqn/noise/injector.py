@@ -68,7 +68,7 @@ class NoiseInjector:
             else:
                 self._norms[name] = norm
         self._norms = dict(sorted(self._norms.items()))
-        #: Module names of the RMSNorms with a float32 weight, which an engine's own kernel must support.
+        #: Module names of the RMSNorms; an engine's own kernel must be told about their float32 weights.
         self.rms_norms = [own for own, form in surveyed.found.items() if not form.centred and names(own) in self._norms]
         self._layers = count_layers(self._norms)
         self._touched: dict[str, Target] = {}  # linear weights that may not be clean

@@ -191,7 +191,7 @@ def test_activations_are_rounded_as_in_the_run_unless_told_otherwise(rounded):
 
 
 def test_an_adapter_brings_its_size(run, tmp_path):
-    with pytest.raises(DataError, match="no PEFT adapter folder"):
+    with pytest.raises(DataError, match="not a PEFT adapter folder"):
         settings(find_target(run.path), [], tmp_path, None)
     LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]).save_pretrained(tmp_path)
     (tmp_path / "adapter_model.safetensors").touch()  # it is opened together with the base

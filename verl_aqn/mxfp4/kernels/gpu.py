@@ -324,6 +324,6 @@ def _shift(bits, BY: tl.constexpr):
 
 @triton.jit
 def _scale(exponent):
-    """Float32: 2^(exponent - 127) of int32 ``exponent``; 0 is the subnormal 2^-127 and 255 is NaN."""
+    """Return the float32 value 2^(exponent - 127) of int32 ``exponent``; 0 is the subnormal 2^-127 and 255 is NaN."""
     bits = tl.where(exponent == 0, 0x00400000, exponent << 23)
     return tl.where(exponent == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)

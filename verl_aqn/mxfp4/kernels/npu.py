@@ -11,8 +11,8 @@ NOT YET TESTED ON AN NPU. The module is written from published sources and teste
 According to these sources, for bfloat16, ``scale_alg=0`` is the ``floor`` rule, and ``scale_alg=2`` with
 ``dst_type_max=0`` is ``rceil``: the kernel adds 0x3F to the bit pattern of amax, so that mantissas above 1.5 carry.
 (``dst_type_max=7`` adds 0x1F, for mantissas above 1.75, but ``even`` includes 1.75.) ``round_mode`` "rint" rounds a tie
-to the even code, "round" rounds a tie away from zero. The operators are not used for float16 and float32, because these
-are first rounded to bfloat16, which was not checked here.
+to the even code, "round" rounds a tie away from zero. The operators are not used for float16 and float32, because they
+round these to bfloat16 as an additional step, whose results were not checked here.
 
 At the ends of the range of scales the operators give other bits, or may do so: codes under scale byte 0 are 0, codes
 under the NaN scale are unspecified, and the treatment of subnormals is not documented. `reference` computes these
