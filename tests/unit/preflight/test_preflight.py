@@ -162,7 +162,7 @@ def test_memory_is_judged_by_the_recipe_at_hand(shape):
     (enough,) = checks.check_memory(config(), shape, 11 * 10**9, [])
     assert not enough.fix
     (little,) = checks.check_memory(config(), shape, 5 * 10**9, [])
-    assert "5.0 GB of memory are free, but the run of embedded needs" in little.found
+    assert "5.0 GB of memory are free, the run of embedded needs" in little.found
     (small,) = checks.check_memory(config(profile="cuda"), shape, 0, [80 * 10**9])
     assert not small.fix
     assert "sequence(s) of" in small.found
