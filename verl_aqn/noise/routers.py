@@ -6,7 +6,7 @@ Noise there changes the routing (measured in the fork: 92.7 % → 33.6 % on a 30
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import product
 from typing import Any
@@ -139,7 +139,9 @@ def _arguments(layer: nn.Module, x: torch.Tensor) -> dict[str, Any]:
 
 
 @contextmanager
-def _stubs(parts: dict[str, nn.Module], norms: dict[str, nn.Module], block: str, tested: str, answer: Any):
+def _stubs(
+    parts: dict[str, nn.Module], norms: dict[str, nn.Module], block: str, tested: str, answer: Any
+) -> Iterator[None]:
     """Put a stand-in for the forward of every part, and take it away again."""
 
     def first(args: tuple, kwargs: dict) -> torch.Tensor:
@@ -152,7 +154,7 @@ def _stubs(parts: dict[str, nn.Module], norms: dict[str, nn.Module], block: str,
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         raise _Reached(any(bool(tensor.isnan().any()) for tensor in tensors))
 
-    def norm(fill: float):
+    def norm(fill: float) -> Callable[..., Any]:
         def forward(x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
             if not isinstance(x, torch.Tensor):
                 raise TypeError(f"a norm was called with a {type(x).__name__}")
