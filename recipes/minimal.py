@@ -1,7 +1,7 @@
 """The whole algorithm on one page: GRPO with LoRA on a packed MXFP4 base, and annealed noise while the policy explores.
 
-    python recipes/minimal.py            # a random tiny model learns to prefer the letters a to m: some seconds
-    python recipes/minimal.py embedded   # SmolLM2-135M-Instruct learns word problems: some minutes
+    python recipes/minimal.py            # a random tiny model learns to prefer the letters a to m, in half a minute
+    python recipes/minimal.py embedded   # SmolLM2-135M-Instruct and word problems; a step takes minutes on one core
 
 The two rules that matter: the base is frozen, so its packed bytes never change; and noise is a function of (seed, step,
 parameter name), written as clean + noise for the rollout and taken away again for the update and for validation.
