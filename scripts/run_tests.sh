@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Runs all checks: lint, types, unit, contract and integration tests. Needs no accelerator.
-#   bash scripts/run_tests.sh [pytest arguments]
+# Everything that must hold: lint, types, unit, contract and integration tests. Needs no accelerator.
+#   bash scripts/run_tests.sh                      everything
+#   bash scripts/run_tests.sh quick                lint, types, and the unit tests that tests/slow.txt does not name
+#   bash scripts/run_tests.sh PYTEST_ARGUMENTS     lint, types, and the tests that the arguments name
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -9,6 +11,9 @@ bash scripts/setup.sh
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 unset PYTHONDONTWRITEBYTECODE
+if [[ ${1:-} == quick ]]; then
+    OMP_NUM_THREADS=1 exec .venv/bin/pytest -n logical --dist loadfile --quick tests/unit "${@:2}"
+fi
 if (($#)); then exec .venv/bin/pytest "$@"; fi
 # The report's test opens the report in a browser.
 if ! command -v chromium chromium-browser google-chrome > /dev/null; then

@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.leftovers import Leftovers
 from verl_aqn.bench import letters
 from verl_aqn.cache import cache_dir
 from verl_aqn.runs.judge.base_record import check_base, sentence
@@ -38,6 +40,21 @@ TINY = [
     "aqn.noise.num_stages=3",
     "aqn.noise.probe=false",  # seconds that one run of test_run.py takes for all
 ]
+
+
+_left: Leftovers | None = None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_traces(tmp_path_factory) -> Iterator[None]:
+    """Follow from the start of the session what its runs make."""
+    global _left
+    temporary = Path("/tmp")
+    patterns = [(Path("/dev/shm"), "*"), (temporary, "aqn-*"), (temporary, "????????-????-????-*")]
+    _left = Leftovers(patterns, tmp_path_factory.getbasetemp())
+    _left.start()
+    yield
+    _left.stop()
 
 
 @pytest.fixture(scope="session")
@@ -120,38 +137,9 @@ def kill(process: subprocess.Popen) -> None:
 
 
 def leftovers() -> set[str]:
-    """Return processes, shared memory, sockets and folders that a run may have left, except those of another pytest."""
-    paths = [*Path("/dev/shm").iterdir(), *Path("/tmp").glob("aqn-*"), *Path("/tmp").glob("????????-????-????-*")]
-    ours = descendants(os.getpid())
-    used = (
-        [_uses(other) for other in psutil.process_iter() if other not in ours and _is_of_pytest(other)] if paths else []
-    )
-    left = {str(path) for path in paths if not any(_inode(path) in use or str(path) in use for use in used)}
-    return {*left, *(f"process {child.pid}" for child in ours)}
-
-
-def _is_of_pytest(process: psutil.Process) -> bool:
-    with suppress(psutil.Error):
-        parents = process.parents()
-        return os.getpid() not in [one.pid for one in parents] and any(
-            "pytest" in str(one.cmdline()) for one in parents
-        )
-    return False
-
-
-def _uses(process: psutil.Process) -> str:
-    """Return the files that a process has mapped (by inode), its environment, and its sockets."""
-    with suppress(psutil.Error, OSError):
-        maps = Path(f"/proc/{process.pid}/maps").read_text()
-        return f"{maps} {process.environ()} {[place.laddr for place in process.net_connections('unix')]}"
-    return ""
-
-
-def _inode(path: Path) -> str:
-    """Return the inode, because a semaphore is mapped under a different name."""
-    with suppress(FileNotFoundError):
-        return f" {path.stat().st_ino} "
-    return str(path)
+    """Return the processes, shared memory, sockets and folders that runs of this pytest have left until now."""
+    assert _left is not None
+    return _left.found()
 
 
 def newest(run_dir: Path) -> Path:

@@ -40,7 +40,7 @@ compute the same result, and plain PyTorch otherwise. All of them give the same 
 
 from importlib.util import find_spec
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -151,13 +151,13 @@ def fake_quantize(
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, scale_rule: str, rounding: str, seed: int, out: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale_rule: str, rounding: str, seed: int, out: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling() and out is None:
             return torch.ops.verl_aqn.mxfp4_fake_quantize(x, scale_rule, rounding, seed)
         return _fake_quantize(x, scale_rule, rounding, seed, out)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad, None, None, None, None
 
 

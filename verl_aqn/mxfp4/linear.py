@@ -1,7 +1,7 @@
 """A linear layer whose frozen weight stays packed in MXFP4; modules around it (LoRA, norms) can be trained."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -116,11 +116,11 @@ class Mxfp4Linear(nn.Linear):
         codes, scale = whole(self.weight_packed), whole(self.weight_scale)
         return torch.equal(self._dense, dequantize(codes, scale, self._dense.dtype))
 
-    def _apply(self, fn, recurse: bool = True) -> Self:
-        self._dense = None  # made again after the parameters moved or changed dtype
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._dense = None  # made anew where the parameters go
         return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._dense = None
         super()._load_from_state_dict(*args, **kwargs)
 
@@ -145,13 +145,13 @@ class PackedProduct(torch.autograd.Function):
     """The product x W^T + b; it saves the codes of W for backward, and not W."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(packed, scale)
         return F.linear(x, dequantize(packed, scale, x.dtype), bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             packed, scale = ctx.saved_tensors

@@ -7,7 +7,7 @@ Noise on these norms changes the routing (measured in the fork, where a rule by 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import product
 from typing import Any
@@ -146,8 +146,10 @@ def _arguments(layer: nn.Module, x: torch.Tensor) -> dict[str, Any]:
 
 
 @contextmanager
-def _stubs(parts: dict[str, nn.Module], norms: dict[str, nn.Module], block: str, tested: str, answer: Any):
-    """Replace the forward of every part by a stub within the block, and restore it afterwards."""
+def _stubs(
+    parts: dict[str, nn.Module], norms: dict[str, nn.Module], block: str, tested: str, answer: Any
+) -> Iterator[None]:
+    """Put a stand-in for the forward of every part, and take it away again."""
 
     def first(args: tuple, kwargs: dict) -> torch.Tensor:
         x = next(value for value in (*args, *kwargs.values()) if not _is_index(value))
@@ -159,7 +161,7 @@ def _stubs(parts: dict[str, nn.Module], norms: dict[str, nn.Module], block: str,
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         raise _Reached(any(bool(tensor.isnan().any()) for tensor in tensors))
 
-    def norm(fill: float):
+    def norm(fill: float) -> Callable[..., Any]:
         def forward(x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
             if not isinstance(x, torch.Tensor):
                 raise TypeError(f"a norm was called with a {type(x).__name__}")

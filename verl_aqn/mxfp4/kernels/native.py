@@ -70,7 +70,9 @@ def dequantize(packed: Tensor, scale: Tensor, out: Tensor) -> None:
     )
 
 
-def _call_quantize(x: Tensor, scale_rule: str, rounding: str, seed: int, packed, scale, fake) -> None:
+def _call_quantize(
+    x: Tensor, scale_rule: str, rounding: str, seed: int, packed: int | None, scale: int | None, fake: int | None
+) -> None:
     library = _library()[0]
     assert library is not None
     blocks = x.shape[0]
