@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from verl_aqn.bench import letters
 from verl_aqn.cache import cache_dir
-from verl_aqn.data.smollm2 import embedded_model, tiny_model
-from verl_aqn.data.word_problems import problems, prompt
 from verl_aqn.mxfp4 import Mxfp4Linear
 from verl_aqn.noise import NoiseInjector, NoiseOrder
-from verl_aqn.rewards import gsm8k
-from verl_aqn.schedule import SigmaSchedule
+from verl_aqn.noise.schedule import SigmaSchedule
+from verl_aqn.tasks import gsm8k
+from verl_aqn.tasks.smollm2 import embedded_model, tiny_model
+from verl_aqn.tasks.word_problems import problems, prompt
 
 PROMPTS, RESPONSES, UPDATES = 4, 8, 2  # prompts a step, responses to a prompt (a group), updates with one batch
 CLIP_LOW, CLIP_HIGH = 0.2, 0.25  # how far the policy may move from the one that is updated first

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.leftovers import Leftovers
+from tests.helpers.leftovers import Leftovers
 from verl_aqn.bench import letters
 from verl_aqn.cache import cache_dir
 from verl_aqn.runs.judge.base_record import check_base, sentence

@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 
-from tests.leftovers import MARK, Leftovers
+from tests.helpers.leftovers import MARK, Leftovers
 
 # Makes a file or a socket, or only names it in its environment, and waits.
 HOLD = """

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from verl_aqn.config import load_recipe, parse_aqn, plan_names, recipe_names
+from verl_aqn.config.compose import load_recipe, plan_names, recipe_names
+from verl_aqn.config.schema import parse_aqn
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
 TEXT = (FOLDER / "README.md").read_text()

@@ -1,5 +1,6 @@
 """Read a run's data files as verl's own data set class does: parquet, JSON, and JSON lines."""
 
+from collections.abc import Iterator
 import codecs
 import json
 import os
@@ -210,7 +211,7 @@ def sources_of(path: str | Path) -> set[Any]:
 
 
 @contextmanager
-def _silent():
+def _silent() -> Iterator[None]:
     """Disable the progress bars of `datasets`, and the error that it logs in addition to raising it."""
     import datasets
 

@@ -1,9 +1,9 @@
-"""Right or wrong, for answers in GSM8K's form: a chain of thought that ends in `#### N`.
+"""Score responses in GSM8K's format: a chain of thought that ends in `#### N`.
 
-Standard library only: verl loads this module by its name in every reward worker.
+Standard library only, because verl loads this module by name in every reward worker.
 
-What is read as one number, and what is none. A number is understood whole or not at all: the beginning of a longer
-number, of an expression or of a list is never taken for the answer.
+The table shows what is read as one number and what is not. A number is read completely or not at all: the beginning of
+a longer number, of an expression or of a list is never used as the answer.
 
 | written                                             | read as                                                      |
 |-----------------------------------------------------|--------------------------------------------------------------|
@@ -18,12 +18,12 @@ number, of an expression or of a list is never taken for the answer.
 | `1,2` `1.234.567` `1.234,5` `1,00,000` `0,123`      | no number: not in groups of three, or not one separator      |
 | `1 2 3` `5, 6` `5 or 6` `5 to 6`                    | no number: several                                           |
 | `3 million` `5 dozen` `5k` `2 and a half` `3.33...` | no number: more than its digits                              |
-| `(72)`                                              | no number: accountants write -72 so                          |
+| `(72)`                                              | no number: accountants write -72 like this                   |
 | `\\boxed{72}` `1{,}000` `\\frac{1}{2}`              | no number: LaTeX is not interpreted                          |
 | `seven` `NaN` `0x1F`, digits of other scripts       | no number                                                    |
 
-The rule for the whole text (`flexible`) takes the last number in it, and finds none where what holds the last digits
-is no number.
+The rule for the whole text (`flexible`) uses the last number in it, and finds none if the last digits belong to
+something that is not a number.
 """
 
 import re
@@ -36,16 +36,16 @@ _CURRENCY = (
     r"(?:(?<![^\W\d_])(?:(?:US|AU?|CA?|HK|NZ|S|R)\$|USD|EUR|GBP|JPY|CNY|RMB|INR|CHF|CAD|AUD|NZD|HKD|SGD|KRW|BRL|MXN"
     r"|SEK|NOK|DKK|PLN|Rs\.?)|[$¢-¥฿₠-⃏＄￡￥])"
 )
-# A sign counts only where no word, number or bracket stands before it (7-3 is a difference). What `*+` and `++` took
-# they do not give back, so that a long text of digits and commas is read in one pass.
+# A sign counts only if no word, number or bracket precedes it (7-3 is a difference). `*+` and `++` do not backtrack, so
+# that a long text of digits and commas is read in one pass.
 _NUMBER = re.compile(
     rf"(?:(?<![\w.)\]}}])(?P<sign>[-+]))?(?:{_CURRENCY} ?(?P<inner>[-+])?)?"
     r"(?P<digits>(?:[1-9][0-9]{0,2}(?P<mark>[, '’])[0-9]{3}(?![0-9])(?:(?P=mark)[0-9]{3}(?![0-9]))*+|[0-9]++)"
     r"(?:\.[0-9]++)?|\.[0-9]++)(?P<exponent>[eE][-+]?[0-9]{1,3}(?![0-9]))?"
 )
 _TRUTH = re.compile(rf"{_NUMBER.pattern}(?: ?{_CURRENCY})?")
-# Marks, signs and the letters x and e (times, exponent): where they lead to a digit, number and digit belong together.
-# A bracket does that without a space before it: what follows "72 (" is a remark.
+# Marks, signs and the letters x and e (times, exponent): if they lead to a digit, number and digit belong together. The
+# same is true for a bracket without a space before it; the text after "72 (" is a remark.
 _BETWEEN = re.compile(rf"(?:[\s.,;:'\"’”»`´_*/^+~%‰)\]}}×÷·⁄∕—xXeE-]|(?<!\s)\(|{_CURRENCY})*+")
 _GOES_ON = re.compile(
     r"\.{2,}|…"  # 3.33...
@@ -56,7 +56,7 @@ _GOES_ON = re.compile(
     r"|\s++(?i:and\s++(?:a|an|one|two|three)[\s-]++(?:half|third|quarter|fourth|fifth))"
     r"|[\s-]*+(?i:hundred|thousand|million|billion|trillion|dozen|lakh|crore|mln|mio|bn|tn)s?\b|[kKMB](?![^\W\d_])"
 )
-# What stands before digits that are only the end of something else.
+# Text before digits that are only the end of something else.
 _BEGAN = re.compile(
     r"(?:[0-9][.,'’_:]|[0-9]\s*[/÷⁄∕]\s*|[0-9]\*\*|\^\s*[{(]?|\}\s*\{\s*|[0-9][^\W\d_]+|[0-9][eE][-+]|\\[,;:! ]|\{,\})$"
 )
@@ -69,14 +69,12 @@ _PLAIN = str.maketrans({**dict.fromkeys(_DASHES, "-"), **dict.fromkeys(_SPACES, 
 
 
 def score(text: str, answer: object, method: str = "strict") -> float:
-    """1.0 where the number that `text` gives equals `answer` (72.0 equals 72), else 0.0.
+    """Return 1.0 if the number in `text` equals `answer` (72.0 equals 72), else 0.0.
 
-    `strict` takes the number right behind the last "#### ", on the same line. `flexible` takes the last number in the
-    text. The table above says what is read as a number.
+    `strict` uses the number directly after the last "#### ", on the same line. `flexible` uses the last number in the
+    text. The table above defines what is read as a number.
 
-    Raises:
-        DataError: `answer` is not a number.
-        ConfigError: `method` is neither.
+    Raises: DataError: `answer` is not a number. ConfigError: `method` is neither of the two.
     """
     if method not in ("strict", "flexible"):
         raise ConfigError(f"score: method={method!r} is not known: use 'strict' or 'flexible'")
@@ -90,19 +88,20 @@ def score(text: str, answer: object, method: str = "strict") -> float:
 def compute_score(
     data_source: str, solution_str: str, ground_truth: object, extra_info: dict | None = None, **kwargs: object
 ) -> dict[str, float]:
-    """verl's `custom_reward_function`: both scores of one answer; the reward of the run is the strict one.
+    """Return both scores of one response, as verl's `custom_reward_function`; the reward of the run is the strict one.
 
     `acc` repeats the reward because DAPO's group filtering and verl's validation look for that name, and because the
-    dapo reward manager adds its overlong penalty to the reward only. The other arguments are verl's and not used.
+    dapo reward manager adds its overlong penalty only to the reward. The other arguments are passed by verl and not
+    used.
     """
     strict = score(solution_str, ground_truth)
     return {"score": strict, "acc": strict, "flexible": score(solution_str, ground_truth, "flexible")}
 
 
 def number(answer: object) -> Decimal | None:
-    """The number that a ground truth is: an int, a float, a Decimal, or a text that is a number as a whole.
+    """Return a ground truth as a number: an int, a float, a Decimal, or a text that is a number as a whole.
 
-    None for anything else, such as a text that holds a number among other things, NaN, a bool, or nothing.
+    Returns None for anything else, such as a text that contains a number among other things, NaN, a bool, or nothing.
     """
     if isinstance(answer, Real | Decimal) and not isinstance(answer, bool):
         exact = answer if isinstance(answer, Decimal) else None
@@ -136,7 +135,7 @@ def _last_number(text: str) -> Decimal | None:
 
 
 def _goes_on(text: str, end: int) -> bool:
-    """Whether what follows makes the number that ends at `end` a part of something larger."""
+    """Return whether the text after `end` makes the number that ends there a part of something larger."""
     between = _BETWEEN.match(text, end)
     after = between.end() if between else end
     return text[after : after + 1].isnumeric() or _GOES_ON.match(text, end) is not None

@@ -5,6 +5,7 @@ shell knows (the output of a command, a branch, a variable that is not set) stay
 reason.
 """
 
+from typing import Any
 import ast
 import os
 import re
@@ -203,7 +204,7 @@ class Script:
                 elements += self._word(Command())
         raise ConfigError("an array ( is not closed")
 
-    def _quoted(self, fields, add, line: int) -> None:
+    def _quoted(self, fields: list[Word], add: Any, line: int) -> None:
         self._take()
         while True:
             char = self._next()
@@ -222,7 +223,7 @@ class Script:
                 add(self._take())
 
     @staticmethod
-    def _put(value: Value | tuple[str, str], fields: list[Word], add, *, split: bool) -> None:
+    def _put(value: Value | tuple[str, str], fields: list[Word], add: Any, *, split: bool) -> None:
         """Add the value of a $ expression.
 
         A list is one field per element, also in quotes; unquoted text splits at blanks.

@@ -24,7 +24,7 @@ class Leftovers:
     Args:
         patterns: the folders to look into, each with the pattern of the names that a run may make there.
         runs: the folder that all runs of this pytest are in. A temporary folder that says in its file `run` that it
-            belongs to one of them is ours, as `verl_aqn.temporary` writes it.
+            belongs to one of them is ours, as `verl_aqn.runs.temporary` writes it.
     """
 
     def __init__(self, patterns: list[tuple[Path, str]], runs: Path):
