@@ -121,7 +121,7 @@ def test_a_stock_run_is_proved(main_ppo, tmp_path):
     (use,) = [one for one in evidence if one["kind"] == "adapter use"]
     assert use["to_base"] > 2 * use["to_adapter"]  # the rollout answers with the adapter
     assert {one["when"] for one in evidence if one["kind"] == "base"} == {"start", "end"}
-    assert "rollout.load_format=safetensors in place of dummy" in result.stdout
+    assert "rollout.load_format=safetensors instead of dummy" in result.stdout
     assert "evidence holds" in result.stdout
     assert write_report([run.path], tmp_path / "page.html")
 
@@ -158,7 +158,7 @@ def test_a_run_told_to_warn_goes_on_and_every_check_sees_the_base_model_answer(m
         "trainer against the rollout without noise",
     }  # fmt: skip
     assert "after step 1 the rollout does not list the adapter" in told["adapter in the rollout"][1]
-    assert "step 2: the rollout answers as the base model" in told["adapter in the rollout's forward"][1]
+    assert "step 2: the rollout responds like the base model" in told["adapter in the rollout's forward"][1]
     adapters = [one for one in lines(run.path / "evidence.jsonl") if one["kind"] == "adapter"]
     assert [one["requests"] for one in adapters] == [
         {"with": 0, "without": 0}, {"with": 8, "without": 0}, {"with": 0, "without": 8},

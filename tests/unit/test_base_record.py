@@ -45,7 +45,7 @@ def test_every_tensor_is_compared_and_the_sentence_says_what(folders, kind):
     (file,) = folder.glob("*.safetensors")
     os.utime(file)
     assert record_of(folder, [actor], [rollout], "end", made)["files"]["read"] == "now"
-    with pytest.raises(EvidenceError, match="no record of the base at the start"):
+    with pytest.raises(EvidenceError, match="no record of the base from the start"):
         check_base(end, None)
 
 
@@ -66,7 +66,7 @@ def test_one_value_of_the_actor_is_caught(folders, kind, name):
     with torch.no_grad():
         model.get_parameter(name).view(-1)[3] += 1
     record = record_of(folder, [actor_of(model, folder)], [rollout_of(folder)])
-    with pytest.raises(EvidenceError, match=f"at the start: {name} in actor is not what the folder holds"):
+    with pytest.raises(EvidenceError, match=f"at the start: {name} in actor differs from the folder"):
         check_base(record, None)
 
 
@@ -155,7 +155,7 @@ def test_tensor_parallel_ranks_hold_parts_and_together_all(folders):
     check_base(record, None)
     assert record["files"]["tensors"] == 29  # each was read once for all parts
     again = record_of(folder, actor, [rollout_of(folder, halves[0])] * 2, made=made)
-    with pytest.raises(EvidenceError, match=r"do not hold the whole of model\.(embed_tokens|layers\.0)"):
+    with pytest.raises(EvidenceError, match=r"do not hold all of model\.(embed_tokens|layers\.0)"):
         check_base(again, None)
     swapped = [rollout_of(folder, slices) for slices in halves]
     for one, other in zip(swapped, halves[::-1], strict=True):
@@ -196,7 +196,7 @@ def test_rounding_to_the_served_dtype_is_done_on_disk_s_side_and_on_record(tmp_p
     record = record_of(folder, [actor_of(loaded(folder), folder)], [rollout])
     check_base(record, None)
     assert record["converted"]["rollout 0"] == {"float32 → bfloat16": 21}
-    assert "rounded to the dtype" in sentence(record)
+    assert "after rounding to the dtype" in sentence(record)
     exact = copy.deepcopy(rollout)  # says bfloat16, holds what is on disk
     name = "model.norm.weight"
     exact["tensors"][name][0] = disk.digests({name: [Part("float32")]})[0][(name, Part("float32"))]
