@@ -136,7 +136,7 @@ def test_an_adapter_that_does_not_arrive_stops_the_run(main_ppo, tmp_path):
     result = main_ppo(tmp_path, OPTION, losing("SwallowsAll"))
     assert result.returncode != 0
     run = run_in(tmp_path)
-    fault = "at the start the adapter is not in the rollout (rank 0): the rollout has not got an adapter"
+    fault = "at the start the adapter is not in the rollout (rank 0): the rollout has no adapter"
     assert fault in result.stderr
     assert run.state["status"] == "failed"
     assert fault in run.state["message"]

@@ -87,7 +87,7 @@ def test_a_record_that_is_not_there_is_missed(place):
 
 
 NOT_IN_ROLLOUT = {
-    "nothing came": ({"held": [{"fault": "the rollout has not got an adapter"}]}, "is not in the rollout (rank 0)"),
+    "nothing came": ({"held": [{"fault": "the rollout has no adapter"}]}, "is not in the rollout (rank 0)"),
     "another": ({"held": [adapter(1, "other")["held"][0]]}, "the adapter in the rollout is not the actor's"),
     "that of the step before": (
         {"held": adapter(0)["held"]},
