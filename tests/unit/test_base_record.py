@@ -270,7 +270,7 @@ def test_tables_are_asked_for_once_and_are_those_that_were_told(folders):
     record = record_of(folder, actor, held)
     check_base(record, None)
     assert {**record, "seconds": 0} == {**record_of(folder, actor, whole * 3), "seconds": 0}
-    with pytest.raises(EvidenceError, match="rank 0 of replica 0 told other tensors when it was asked again"):
+    with pytest.raises(EvidenceError, match="rank 0 of replica 0 reported other tensors when it was asked again"):
         with_tables([told] * 3, lambda replica: tables[::-1])
     changed = copy.deepcopy(tables)
     changed[1]["tensors"]["model.norm.weight"][0] = "0" * 64

@@ -38,9 +38,9 @@ def test_groups_that_fail_without_end_stop_a_run_too():
     [
         ({0.0: 40}, 0.05, {}, r"sigma_start \(0\.05 absolute; `verl-aqn probe`.* set aqn\.noise\.target_kl=.* easier"),
         ({0.0: 40}, 0.05, {"unit": "rms"}, r"lower aqn\.noise\.sigma_start \(0\.05 rms;"),
-        ({0.0: 40}, 0.05, {"target_kl": 0.3}, r": lower aqn\.noise\.target_kl \(0\.3 nats a token\), or give easier"),
-        ({0.0: 40}, 0.0, {}, r"mean acc 0\.000, .*: give easier prompts"),
-        ({1.0: 38, 0.0: 2}, 0.05, {}, r"mean acc 0\.950.*give harder prompts"),
+        ({0.0: 40}, 0.05, {"target_kl": 0.3}, r": lower aqn\.noise\.target_kl \(0\.3 nats per token\), or use easier"),
+        ({0.0: 40}, 0.0, {}, r"mean acc 0\.000, .*: use easier prompts"),
+        ({1.0: 38, 0.0: 2}, 0.05, {}, r"mean acc 0\.950.*use harder prompts"),
     ],
 )
 def test_refills_without_end_stop_with_one_line(thrown_away, sigma, noise, words):

@@ -117,7 +117,7 @@ class SkipsOneModule(NoiseInjector):
 
 def test_failure_one_module_left_out_of_many():
     """One of 400: too few elements to show in the share of them that changed."""
-    caught(SkipsOneModule(make_model(400, 64)), ORDER, r"nothing of layers_0\.0 changed")
+    caught(SkipsOneModule(make_model(400, 64)), ORDER, r"layers_0\.0 did not change")
 
 
 def test_failure_noise_lost_in_bfloat16():
@@ -154,7 +154,7 @@ class WritesWithoutMultipliers(NoiseInjector):
 @pytest.mark.parametrize(
     ("broken", "says"),
     [
-        (NoSuchField, "order said layers"),
+        (NoSuchField, "order has layers"),
         (IgnoresMultipliers, "multipliers did not reach"),
         (WritesWithoutMultipliers, r"multiplier 0\.3.* is in the weights"),
     ],
@@ -193,13 +193,13 @@ class AddsInPlace(NoiseInjector):
 def test_failure_noise_added_in_place_accumulates():
     injector = AddsInPlace(make_model())
     check_evidence(injector.apply(ORDER), ORDER, injector.clean_digest)
-    caught(injector, replace(ORDER, step=4), "piled up")
+    caught(injector, replace(ORDER, step=4), "was added more than once")
 
 
 def test_failure_noise_added_in_place_keeps_sigma_from_decaying():
     injector = AddsInPlace(make_model())
     injector.apply(ORDER)
-    caught(injector, replace(ORDER, step=6, sigma=0.0172), "piled up")
+    caught(injector, replace(ORDER, step=6, sigma=0.0172), "was added more than once")
 
 
 def test_failure_clean_weights_taken_while_noise_is_on():
@@ -273,7 +273,7 @@ class IgnoresPatterns(NoiseInjector):
 
 
 def test_failure_noise_on_what_is_excluded():
-    caught(IgnoresPatterns(make_model()), replace(ORDER, exclude=("layers_0.0",)), "leave it out")
+    caught(IgnoresPatterns(make_model()), replace(ORDER, exclude=("layers_0.0",)), "do not select it")
 
 
 def test_failure_warm_up_with_noise_left_from_before():
