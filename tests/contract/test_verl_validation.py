@@ -172,7 +172,7 @@ def test_problems_of_which_no_answer_came_count(trainer):
 
 def test_a_reward_that_tells_no_accuracy_is_refused_in_a_line(trainer):
     trainer.answers = ["#### 1"], ["1"], {"reward": [0.3]}
-    with pytest.raises(ConfigError, match=r"reward\.custom_reward_function tells no accuracy"):
+    with pytest.raises(ConfigError, match=r"reward\.custom_reward_function returns no accuracy"):
         trainer._validate()
 
 

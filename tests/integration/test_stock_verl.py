@@ -122,7 +122,7 @@ def test_a_stock_run_is_proved(main_ppo, tmp_path):
     assert use["to_base"] > 2 * use["to_adapter"]  # the rollout answers with the adapter
     assert {one["when"] for one in evidence if one["kind"] == "base"} == {"start", "end"}
     assert "rollout.load_format=safetensors instead of dummy" in result.stdout
-    assert "evidence holds" in result.stdout
+    assert "evidence valid" in result.stdout
     assert write_report([run.path], tmp_path / "page.html")
 
 
@@ -149,7 +149,7 @@ def test_an_adapter_that_does_not_arrive_stops_the_run(main_ppo, tmp_path):
 def test_a_run_told_to_warn_goes_on_and_every_check_sees_the_base_model_answer(main_ppo, tmp_path):
     result = main_ppo(tmp_path, OPTION, losing("SwallowsUpdates"), "+verl_aqn.on_fault=warn")
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
-    assert "evidence does NOT hold" in result.stdout
+    assert "evidence NOT valid" in result.stdout
     run = run_in(tmp_path)
     assert run.state["status"] == "finished"
     told = rows(run)

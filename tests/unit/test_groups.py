@@ -93,7 +93,7 @@ def test_what_the_filter_threw_away_is_counted_too(monkeypatch):
 def test_a_step_that_teaches_nothing_is_warned_of_unless_there_is_a_critic(monkeypatch):
     _, (warning,) = step_figures(monkeypatch, [0.0] * 4)
     assert warning.startswith(
-        "step 7: in no group do the rewards differ, so it teaches nothing (σ 0.05, mean reward 0.000)"
+        "step 7: the rewards differ in no group, so there is no gradient (σ 0.05, mean reward 0.000)"
     )
     assert "lower aqn.noise.sigma_start (0.05 absolute;" in warning
     assert not step_figures(monkeypatch, [0.0] * 4, critic=True)[1]
