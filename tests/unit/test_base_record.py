@@ -127,10 +127,10 @@ def test_a_tensor_in_another_form_than_the_folder_s_and_faults_of_other_ranks_ar
     packed = loaded(folders / "packed")
     rollout = rollout_of(folder)
     foreign = actor_of(packed, folders / "packed") | {"activations": []}
-    with pytest.raises(EvidenceError, match=r"q_proj in actor .* does not hold it"):
+    with pytest.raises(EvidenceError, match=r"q_proj in actor .* does not have this tensor"):
         check_base(record_of(folder, [foreign], [rollout]), None)
     rollout["tensors"]["model.norm.weight"][1] = "packed"
-    with pytest.raises(EvidenceError, match=r"model\.norm\.weight in rollout 0 .* does not hold it as packed"):
+    with pytest.raises(EvidenceError, match=r"model\.norm\.weight in rollout 0 .* does not have this tensor as packed"):
         check_base(record_of(folder, [actor_of(loaded(folder), folder)], [rollout]), None)
     actor = actor_of(loaded(folder), folder)
     second = actor | {"faults": ["model.norm.weight is trained"]}
@@ -215,7 +215,7 @@ def test_what_vllm_computes_on_loading_is_named_and_never_a_norm(tmp_path):
     rollout["computed"][name] = "exp, neg"
     record = record_of(folder, actor, [rollout])
     check_base(record, None)
-    assert f"1 other tensor in the rollout ({name}: vLLM makes another tensor of it: exp, neg)" in sentence(record)
+    assert f"1 other tensor in the rollout ({name}: vLLM computes another tensor from it: exp, neg)" in sentence(record)
     name = "model.final_layernorm.weight"
     rollout["tensors"][name][0], rollout["computed"][name] = "0" * 64, "add"
     with pytest.raises(EvidenceError, match=f"{name} in rollout 0"):
@@ -239,7 +239,7 @@ def test_a_tied_head_that_the_folder_holds_is_the_embedding(tmp_path):
     del rollout["tensors"]["lm_head.weight"]
     record = record_of(folder, [actor_of(loaded(folder), folder)], [rollout])
     check_base(record, None)
-    assert "1 head in the actor (lm_head.weight: it is model.embed_tokens.weight)" in sentence(record)
+    assert "1 head in the actor (lm_head.weight: tied to model.embed_tokens.weight)" in sentence(record)
 
 
 def test_the_parts_of_a_multimodal_folder_that_are_no_text_are_named(tmp_path):

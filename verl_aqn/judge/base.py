@@ -98,7 +98,8 @@ def _check(record: Mapping[str, Any], first: Mapping[str, Any] | None) -> None:
         _get(record, name, where) for name in ("quantised", "form", "ranks", "expected")
     )
     _must(
-        isinstance(quantised, bool) and form in ("packed", "bf16"), f"{where}quantised and form of the base are unclear"
+        isinstance(quantised, bool) and form in ("packed", "bf16"),
+        f"{where}the record does not say whether and how the base is quantised",
     )
     _must(quantised or form == "bf16", f"{where}a base that is not quantised cannot be packed")
     _must(
@@ -111,7 +112,10 @@ def _check(record: Mapping[str, Any], first: Mapping[str, Any] | None) -> None:
         and all(g in GROUPS and _count(n) for g, n in expected.items()),
         f"{where}the record does not say what the folder holds",
     )
-    _must(bool(expected.get("packed")) == quantised, f"{where}packed matrices are counted wrongly on disk")
+    _must(
+        bool(expected.get("packed")) == quantised,
+        f"{where}the number of packed matrices on disk does not fit the field quantised",
+    )
     _must(any(expected.get(g) for g in ("packed", "matrices")), f"{where}the folder holds no matrix")
     _check_differences(record, where)
     _check_holders(record, expected, ranks, where)

@@ -502,10 +502,7 @@ class Judge:
             wanted += [("base", "end")]
             ends = {key[2] for key in self.seen if key[:2] == ("clean", END)}
             last = max([*done.steps, *done.validations], default=0)
-            if not ends or not {one - last for one in ends} <= {
-                0,
-                1,
-            }:  # verl's step counter may be one past the last step
+            if not ends or not {one - last for one in ends} <= {0, 1}:  # verl's counter may be one ahead
                 yield "clean", "no record of clean norms at the end of the run"
         yield from self._absent(wanted)
 

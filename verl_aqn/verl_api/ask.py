@@ -106,7 +106,7 @@ def _manager(config: DictConfig) -> None:
     cls = resolve_reward_manager_cls(config)
     if manager.source == "importlib":
         if not (isinstance(cls, type) and issubclass(cls, RewardManagerBase)):
-            raise TypeError(f"{manager.name} is not a class on {RewardManagerBase.__module__}.RewardManagerBase")
+            raise TypeError(f"{manager.name} is not a subclass of {RewardManagerBase.__module__}.RewardManagerBase")
     elif manager.name != "remote":
         load_reward_manager(config, object())
 

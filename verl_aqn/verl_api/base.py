@@ -85,7 +85,7 @@ class BaseRecords:
                     continue
                 del of[name]
                 how = f" as {part.form}" if name in disk.groups else ""
-                tell(holder, name, f"the folder does not hold it{how}")
+                tell(holder, name, f"the folder does not have this tensor{how}")
         for name, group in disk.groups.items():
             whole = {WHOLE, Part(self.form)} if group == "packed" else {Part(disk.dtypes[name])}
             if group in ("packed", "head", "embeddings"):
@@ -247,24 +247,24 @@ class _Left:
             tied = embeddings.get(digests[(name, Part(disk.dtypes[name]))]) if group == "head" else None
             if not in_actor:
                 if tied:
-                    self.of["actor"][name] = ("tied", f"it is {tied}")
+                    self.of["actor"][name] = ("tied", f"tied to {tied}")
                 elif name in passed:
-                    self.of["actor"][name] = ("other part", "it is no part of the text model")
+                    self.of["actor"][name] = ("other part", "not a part of the text model")
                 elif converted:
-                    self.of["actor"][name] = ("converted", f"transformers makes another tensor of it: {converted}")
+                    self.of["actor"][name] = ("converted", f"transformers converts it into another tensor: {converted}")
                 elif holders or lost:
-                    self._miss("actor", name, "the rollout holds it and the actor does not")
+                    self._miss("actor", name, "the rollout holds it, but the actor does not")
                 else:
                     self.of["actor"][name] = ("unused", "neither the actor nor the rollout holds it")
             if not holders:
                 if tied:
-                    self.of["rollout"][name] = ("tied", f"it is {tied}")
+                    self.of["rollout"][name] = ("tied", f"tied to {tied}")
                 elif lost:
                     self.of["rollout"][name] = ("lost", f"its way into vLLM cannot be followed ({lost})")
                 elif name in passed:
-                    self.of["rollout"][name] = ("other part", "it is no part of the text model")
+                    self.of["rollout"][name] = ("other part", "not a part of the text model")
                 elif in_actor or converted:
-                    self._miss("rollout", name, "the actor holds it and the rollout does not")
+                    self._miss("rollout", name, "the actor holds it, but the rollout does not")
                 else:
                     self.of["rollout"][name] = ("unused", "neither the actor nor the rollout holds it")
                 continue
@@ -275,7 +275,7 @@ class _Left:
                 if rollout[int(holder.split()[1])]["tensors"][name][0] != digests[(name, ranks[holder][name])]
             ]
             if wrong and None not in how and group in ("other", "biases"):
-                self.of["rollout"][name] = ("computed", f"vLLM makes another tensor of it: {sorted(how)[0]}")
+                self.of["rollout"][name] = ("computed", f"vLLM computes another tensor from it: {sorted(how)[0]}")
 
     def _miss(self, side: str, name: str, fault: str) -> None:
         self.missing.append({"holder": side, "name": name, "fault": fault})
@@ -353,5 +353,5 @@ def _sliced(slices: Mapping[str, Sequence[int]]) -> dict[str, Any]:
 
 
 def _fault(digest: str, part: Part) -> str:
-    held = f"rows and columns {list(part.slice)} of it" if part.slice else "it"
-    return f"it holds {held} as {digest[:12]}… ({part.form})" if len(digest) == 64 else digest
+    held = f"rows and columns {list(part.slice)} of the tensor" if part.slice else "the tensor"
+    return f"it holds {held} with the digest {digest[:12]}… ({part.form})" if len(digest) == 64 else digest

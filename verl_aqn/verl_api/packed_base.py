@@ -120,7 +120,7 @@ class PackedBase(FSDPEngineWithLMHead):
         if not self.taken.together:
             if ulysses:
                 key = "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size"
-                raise ConfigError(f"{key} must be 1: each sequence needs a row of its own, because {self.taken.reason}")
+                raise ConfigError(f"{key} must be 1: each sequence needs its own row, because {self.taken.reason}")
             self.layout = f"{SEPARATE}: {self.taken.reason}"
         elif self.use_remove_padding and (flash or ulysses):
             self.layout = PACKED
@@ -146,7 +146,7 @@ class PackedBase(FSDPEngineWithLMHead):
         for param in module.parameters():
             if param.requires_grad:
                 param.data = param.data.float()
-        # A loaded adapter has the dropout of its own training. With dropout, the update's probabilities would differ
+        # A loaded adapter has the dropout of its earlier training. With it, the update's probabilities would differ
         # from those that the rollout sampled from.
         for layer in module.modules():
             if isinstance(layer, LoraLayer):

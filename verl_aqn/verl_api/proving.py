@@ -71,7 +71,7 @@ class ProvingTrainer(ValidatingTrainer):
         self.check_adapter()
         linears = f" and {norms['linears']} linear weights" if norms["linears"] else ""
         alone = f" ({len(norms['router_norms'])} of routers stay clean)" if norms["router_norms"] else ""
-        self.event(f"{norms['norms']} norms{linears} found{alone}, adapter equal in actor and rollout")
+        self.event(f"{norms['norms']} norms{linears} found{alone}; adapter equal in actor and rollout")
         self.event(compared)
 
     def check_all_evidence(self) -> None:

@@ -1,4 +1,4 @@
-"""The training process: `python -m verl_aqn.verl_api.run RUN_FOLDER`, started and watched by `verl_aqn.supervise`."""
+"""The training process: `python -m verl_aqn.verl_api.run RUN_FOLDER`. `verl_aqn.supervise` starts and watches it."""
 
 import os
 import sys

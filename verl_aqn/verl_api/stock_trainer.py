@@ -68,7 +68,7 @@ class StockTrainer(PPOTrainerSync):
         with self.ending():
             self.base = BaseRecords(model_folder(self.config.actor_rollout_ref.model.path), "bf16", "none", self.tell)
             if self.base.disk.quantised:
-                raise ConfigError(f"{OPTION} checks 16-bit bases, and {self.base.disk.path} is packed MXFP4")
+                raise ConfigError(f"{OPTION} checks only 16-bit bases, but {self.base.disk.path} is packed MXFP4")
             servers = self.servers()
             addresses = ray.get([server.get_server_address.remote() for server in servers])
             nodes, size = self.actor_rollout_wg.node(), self.actor_rollout_wg.world_size

@@ -32,9 +32,7 @@ class _Storage:
         self.alive = StorageWeakRef(storage)  # keeps the storage's address from being reused, but not its memory
         self.itemsize = itemsize
         self.boxes: dict[tuple, tuple[str, Box]] = {}
-        self._ends: dict[
-            tuple, tuple[int, int]
-        ] = {}  # first and last element; for speed, as a stack of experts has hundreds
+        self._ends: dict[tuple, tuple[int, int]] = {}  # first and last element: faster, as experts have hundreds
 
     def add(self, source: str, box: Box) -> None:
         """Add a box; it replaces an earlier box of the same region."""
