@@ -23,7 +23,7 @@ def test_all_is_well_on_the_cpu_platform():
 def test_plugin_switched_off():
     code, line = last_line(CODE, VERL_PLATFORM="cpu", VERL_USE_EXTERNAL_PLUGINS="none")
     assert code == 1
-    assert "actor: VERL_USE_EXTERNAL_PLUGINS=none keeps verl-aqn out" in line
+    assert "actor: VERL_USE_EXTERNAL_PLUGINS=none excludes verl-aqn" in line
 
 
 def test_entry_point_not_installed():

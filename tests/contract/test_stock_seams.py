@@ -116,7 +116,7 @@ REFUSED = {
     "trainer.v1.trainer_mode=colocate_async": "trainer.v1.trainer_mode=colocate_async: set it to sync",
     "actor_rollout_ref.actor.strategy=fsdp_turbo": "actor.strategy=fsdp_turbo: set it to fsdp or fsdp2",
     "actor_rollout_ref.rollout.name=sglang": "rollout.name=sglang: set it to vllm",
-    "actor_rollout_ref.model.lora.merge=true": "model.lora.merge=True: set it to false: merged weights hold no adapter",
+    "actor_rollout_ref.model.lora.merge=true": "model.lora.merge=True: set it to false: merged weights have no adapter",
     "actor_rollout_ref.model.lora_rank=0": "model.lora_rank=0: set it to 1 or more: a sync of full weights",
     "actor_rollout_ref.rollout.quantization=fp8": "rollout.quantization=fp8: set it to null",
     "actor_rollout_ref.rollout.data_parallel_size=2": "rollout.data_parallel_size=2: set it to 1",
@@ -134,7 +134,7 @@ def test_what_cannot_be_checked_is_refused_by_its_key(override):
     with pytest.raises(ConfigError) as refused:
         check_supported(composed(override))
     assert REFUSED[override] in str(refused.value)
-    assert "leave actor_rollout_ref.model.external_lib out" in str(refused.value)
+    assert "remove actor_rollout_ref.model.external_lib" in str(refused.value)
 
 
 def test_the_steps_that_are_looked_at_without_the_adapter():

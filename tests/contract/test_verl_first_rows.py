@@ -218,7 +218,7 @@ def test_a_column_of_another_name_or_form_is_told_with_the_columns_and_a_way(mod
     assert "a.jsonl: there is no column 'prompt' (data.prompt_key); the columns are data_source, reward_model, " in text
     assert answer(recipe(model, file, None, "data.prompt_key=messages")) == {"rows": None, "warnings": []}
     text = fault(recipe(model, lines(tmp_path / "b.jsonl", [row("1 + 1?")] * 3)))
-    assert "b.jsonl: no row is left (row 0: the column 'prompt' holds text where verl takes a list of mess" in text
+    assert "b.jsonl: no row is left (row 0: the column 'prompt' holds text where verl needs a list of mess" in text
     assert '[{"role": "user", "content": ' in text
     # A template may treat the letters of a text as messages; such data must be rejected all the same.
     loose = "actor_rollout_ref.model.custom_chat_template='{% for m in messages %}{{ m.content }}{% endfor %}.'"

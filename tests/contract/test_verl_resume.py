@@ -53,7 +53,7 @@ def test_a_run_that_died_goes_on_from_its_own(trainer, tmp_path):
 
 def test_a_damaged_one_is_refused_where_the_run_has_none_of_its_own(trainer, tmp_path):
     (tmp_path / "other/global_step_5/data.pt").write_bytes(b"other")
-    with pytest.raises(DataError, match="give another checkpoint"):
+    with pytest.raises(DataError, match="use another checkpoint"):
         trainer._load_checkpoint()
 
 

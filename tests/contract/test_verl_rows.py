@@ -178,11 +178,11 @@ def test_the_reason_of_a_session_that_fails_is_on_record_and_told(tmp_path):
     folder = RunFolder(tmp_path)
     text = failure_text(folder, "val", 3, 16, 3)
     assert text == (
-        "validation after step 3: 3 of 16 answers failed: the generation of validation item 17 ('How many?'): "
+        "validation after step 3: 3 of 16 responses failed: the generation of validation item 17 ('How many?'): "
         "ValueError: no float: a (2 times, and 1 other reason(s))"
     )
     assert "training.log" in failure_text(folder, "val", 4, 16, 3)
-    assert "step 3: 1 of 64 answers failed: the generation of training item 17" in failure_text(
+    assert "step 3: 1 of 64 responses failed: the generation of training item 17" in failure_text(
         folder, "train", 3, 64, 1
     )
 
@@ -196,10 +196,10 @@ def test_failures_stop_a_run_by_their_share_of_this_attempt_s_answers(tmp_path):
     folder = RunFolder(tmp_path)
     refuse_failures(folder, "val", 3, 16, 0.0)
     record(folder, 0, "generation")
-    with pytest.raises(ProcessFault, match=r"1 of 16 answers failed: the generation of validation item 2: /r\.py:3"):
+    with pytest.raises(ProcessFault, match=r"1 of 16 responses failed: the generation of validation item 2: /r\.py:3"):
         refuse_failures(folder, "val", 3, 16, 0.0)
     record(folder, 1)
-    with pytest.raises(RewardError, match=r"2 of 16 .*mend the reward.*allow_failed=0\.1 allows 1"):
+    with pytest.raises(RewardError, match=r"2 of 16 .*fix the reward function.*allow_failed=0\.1 allows 1"):
         refuse_failures(folder, "val", 3, 16, 0.1)
     refuse_failures(folder, "val", 3, 16, 0.125)
     refuse_failures(folder, "train", 3, 16, 0.0)

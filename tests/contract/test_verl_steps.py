@@ -66,7 +66,7 @@ def test_rows_that_verl_drops_are_told_in_the_trainer(monkeypatch):
     """The file has enough rows. With those left after filtering, verl would stop early and not validate."""
     made, base, rows = trainer(6, rows=17)
     monkeypatch.setattr(base, "create_rl_dataset", lambda *args, **kwargs: rows)
-    with pytest.raises(ConfigError, match=r"17 training rows that are left .* give 4 steps in 2 epoch"):
+    with pytest.raises(ConfigError, match=r"17 training rows that remain .* give 4 steps in 2 epoch"):
         made._init_dataloader()
 
 

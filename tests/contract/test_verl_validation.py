@@ -133,7 +133,7 @@ def test_a_missing_answer_is_wrong_and_told(trainer):
     assert record["pass_at"] == {"1": 0.75, "2": 1.0}
     (warning,) = trainer.folder.read("events.jsonl")
     assert warning["text"] == (
-        "validation after step 29: 1 of 4 answers failed, for a reason that training.log has; they count as wrong"
+        "validation after step 29: 1 of 4 responses failed; see training.log for the reason; they count as wrong"
     )
     assert (record["answered"], record["failed"]) == (3, 1)
 
@@ -143,7 +143,7 @@ def test_a_missing_answer_stops_a_run_that_does_not_allow_for_it(trainer, allowe
     trainer.config.aqn.run.allow_failed = allowed
     arguments = trainer, 2, ["uid-1_1_0", "uid-0_0_0", "uid-0_1_0"], [1.0, 1.0, 1.0]
     if stops:
-        with pytest.raises(ProcessFault, match=r"1 of 4 answers failed.*aqn\.run\.allow_failed"):
+        with pytest.raises(ProcessFault, match=r"1 of 4 responses failed.*aqn\.run\.allow_failed"):
             several(*arguments)
         assert not list(trainer.folder.read("metrics.jsonl"))
     else:
@@ -172,7 +172,7 @@ def test_problems_of_which_no_answer_came_count(trainer):
 
 def test_a_reward_that_tells_no_accuracy_is_refused_in_a_line(trainer):
     trainer.answers = ["#### 1"], ["1"], {"reward": [0.3]}
-    with pytest.raises(ConfigError, match=r"reward\.custom_reward_function tells no accuracy"):
+    with pytest.raises(ConfigError, match=r"reward\.custom_reward_function returns no accuracy"):
         trainer._validate()
 
 

@@ -83,11 +83,11 @@ def test_all_is_compared_and_one_value_of_each_kind_is_caught(answers, case):
     for name, digest in said["changed"].items():
         tensors = said["clean"]["tensors"]
         answer = said["clean"] | {"tensors": tensors | {name: [digest, *tensors[name][1:]]}}
-        if name in said["clean"]["computed"]:  # compared with the start, not with the folder
-            with pytest.raises(EvidenceError, match="at the end left of the base is not that of the start"):
+        if name in said["clean"]["computed"]:  # not compared with the folder, but with the start
+            with pytest.raises(EvidenceError, match="at the end left of the base differs from the start"):
                 check_base(record(answer, "end"), clean)
             continue
-        with pytest.raises(EvidenceError, match=f"at the start: {name} in rollout 0 is not what the folder holds"):
+        with pytest.raises(EvidenceError, match=f"at the start: {name} in rollout 0 differs from the folder"):
             check_base(record(answer), None)
     check_base(record(said["clean"], "end"), clean)
     assert sentence(clean).startswith("base equal on disk, in the actor and in the rollout: ")

@@ -158,7 +158,7 @@ def test_a_run_whose_groups_never_differ_stops_and_says_why(run):
     limits = ["algorithm.filter_groups.max_num_gen_batches=2", "reward.reward_kwargs.overlong_buffer_cfg.enable=false"]
     code, err, folder = run("dapo", *ONE_STEP, *constant, *limits)
     assert code == 1
-    assert "groups had no variance in score and were thrown away (σ 0.05, mean score 0.000" in err
+    assert "groups had no variance in score and were discarded (σ 0.05, mean score 0.000" in err
     assert "lower aqn.noise.sigma_start" in err
     assert "Traceback" not in err
     assert not lines(folder / "metrics.jsonl", "step")

@@ -47,7 +47,7 @@ def test_a_failed_answer_stops_a_run_that_may_go_on_and_is_counted(train, files)
     said = process.communicate(timeout=800)[1]
     assert process.returncode == 1, said
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert re.search(r"validation after step 0: [12] of 5 answers failed: the reward of validation item [23] ", line)
+    assert re.search(r"validation after step 0: [12] of 5 responses failed: the reward of validation item [23] ", line)
     assert f"{files}/reward.py:4: ValueError: no opinion on row 0" in line
     assert "nor on others" not in line
     assert "aqn.run.allow_failed=0 allows 0" in line
@@ -67,7 +67,7 @@ def test_a_failed_answer_stops_a_run_that_may_go_on_and_is_counted(train, files)
     for step, record in zip((0, 1), lines(run / "metrics.jsonl", "validation"), strict=True):
         assert record["step"] == step
         assert (record["items"], record["answered"], record["failed"], record["accuracy"]) == (5, 3, 2, 1 / 5)
-        assert f"validation after step {step}: 2 of 5 answers failed: the reward of validation item" in said
+        assert f"validation after step {step}: 2 of 5 responses failed: the reward of validation item" in said
     assert "no opinion on row 0 (2 times); they count as wrong" in said
     assert [one["metrics"]["aqn/answers_failed"] for one in lines(run / "metrics.jsonl", "step")] == [0]
     failed = [one for one in lines(run / "failures.jsonl") if one["attempt"] == 2]

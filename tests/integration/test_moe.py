@@ -128,7 +128,7 @@ def test_one_weight_of_one_expert_on_one_rank_stops_the_run(train, mixtral, tmp_
     run = newest(tmp_path)
     assert process.returncode == 1
     name = "model.layers.1.block_sparse_moe.experts.3.w2"
-    assert f"at the start: {name} in rollout 1 is not what the folder holds" in " ".join(err.split())
+    assert f"at the start: {name} in rollout 1 differs from the folder" in " ".join(err.split())
     assert "Traceback" not in err
     (record,) = lines(run / "evidence.jsonl", "base")
     holders = [record["holders"][f"rollout {rank}"]["packed"] for rank in range(2)]

@@ -121,8 +121,8 @@ def test_a_stock_run_is_proved(main_ppo, tmp_path):
     (use,) = [one for one in evidence if one["kind"] == "adapter use"]
     assert use["to_base"] > 2 * use["to_adapter"]  # the rollout answers with the adapter
     assert {one["when"] for one in evidence if one["kind"] == "base"} == {"start", "end"}
-    assert "rollout.load_format=safetensors in place of dummy" in result.stdout
-    assert "evidence holds" in result.stdout
+    assert "rollout.load_format=safetensors instead of dummy" in result.stdout
+    assert "evidence valid" in result.stdout
     assert write_report([run.path], tmp_path / "page.html")
 
 
@@ -136,7 +136,7 @@ def test_an_adapter_that_does_not_arrive_stops_the_run(main_ppo, tmp_path):
     result = main_ppo(tmp_path, OPTION, losing("SwallowsAll"))
     assert result.returncode != 0
     run = run_in(tmp_path)
-    fault = "at the start the adapter is not in the rollout (rank 0): the rollout has not got an adapter"
+    fault = "at the start the adapter is not in the rollout (rank 0): the rollout has no adapter"
     assert fault in result.stderr
     assert run.state["status"] == "failed"
     assert fault in run.state["message"]
@@ -149,7 +149,7 @@ def test_an_adapter_that_does_not_arrive_stops_the_run(main_ppo, tmp_path):
 def test_a_run_told_to_warn_goes_on_and_every_check_sees_the_base_model_answer(main_ppo, tmp_path):
     result = main_ppo(tmp_path, OPTION, losing("SwallowsUpdates"), "+verl_aqn.on_fault=warn")
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
-    assert "evidence does NOT hold" in result.stdout
+    assert "evidence NOT valid" in result.stdout
     run = run_in(tmp_path)
     assert run.state["status"] == "finished"
     told = rows(run)
@@ -158,7 +158,7 @@ def test_a_run_told_to_warn_goes_on_and_every_check_sees_the_base_model_answer(m
         "trainer and rollout without noise",
     }  # fmt: skip
     assert "after step 1 the rollout does not list the adapter" in told["adapter in the rollout"][1]
-    assert "step 2: the rollout answers as the base model" in told["adapter in the rollout's forward pass"][1]
+    assert "step 2: the rollout responds like the base model" in told["adapter in the rollout's forward"][1]
     adapters = [one for one in lines(run.path / "evidence.jsonl") if one["kind"] == "adapter"]
     assert [one["requests"] for one in adapters] == [
         {"with": 0, "without": 0}, {"with": 8, "without": 0}, {"with": 0, "without": 8},

@@ -1,4 +1,4 @@
-"""The training process: `python -m verl_aqn.launch.driver RUN_FOLDER`, started and watched by `verl_aqn.launch.supervise`."""
+"""The training process: `python -m verl_aqn.verl_api.run RUN_FOLDER`. `verl_aqn.supervise` starts and watches it."""
 
 import os
 import sys
@@ -21,7 +21,7 @@ from verl_aqn.runs.stacks import listen
 
 @ray.remote(num_cpus=1)
 class AqnTaskRunner:
-    """verl's task runner with our trainer in verl's place."""
+    """verl's task runner, with `AqnTrainer` instead of verl's trainer."""
 
     def run(self, config: DictConfig) -> None:
         """Train from the first step, or the last checkpoint, to the last step."""
@@ -64,11 +64,11 @@ class AqnTaskRunner:
 
 
 def start(config: DictConfig, records: RunFolder) -> None:
-    """By verl's own way, on a new Ray or the cluster at RAY_ADDRESS."""
-    from verl_aqn.integrations.verl.verl_plugin import assert_loaded
+    """Start training with verl's `run_ppo`, on a new Ray or on the cluster at RAY_ADDRESS."""
+    from verl_aqn.verl_api.plugin import assert_loaded
 
     assert_loaded("driver")
-    # Only now: verl chooses its platform while these are imported.
+    # Import only now, because verl chooses its platform during this import.
     from verl.trainer.main_ppo import run_ppo
 
     if os.environ.get("RAY_ADDRESS"):
@@ -79,7 +79,7 @@ def start(config: DictConfig, records: RunFolder) -> None:
 
 
 def main(folder: Path) -> int:
-    """Run the resolved config of a run folder. Exit code 0 when it finished, 1 when it did not."""
+    """Run the resolved config of a run folder. Return exit code 0 if the run finished, otherwise 1."""
     records = RunFolder(folder)
     listen()
     watch()
@@ -89,7 +89,7 @@ def main(folder: Path) -> int:
         text = f"joining the Ray cluster at {cluster}" if cluster else "starting Ray"
         records.append("events.jsonl", {"kind": "phase", "text": text, "time": time.time()})
         if python := os.environ.get(PYTHON):
-            # verl's `run_ppo` but for importing verl, for which Ray would have to wait.
+            # The same as verl's `run_ppo`, but without importing verl here, so that Ray starts earlier.
             settings: Any = OmegaConf.to_container(config.ray_kwargs.ray_init, resolve=True)
             settings["runtime_env"]["py_executable"] = python
             ray.init(**settings)
@@ -101,10 +101,10 @@ def main(folder: Path) -> int:
         traceback.print_exc()
         cause = root_cause(error)
         text = str(cause) if isinstance(cause, AqnError) else f"{type(cause).__name__}: {cause}"
-        line = (text.strip().splitlines() or ["no word"])[0][:500]
-        # `supervise` looks for what it came from among the errors of all processes.
+        line = (text.strip().splitlines() or ["no message"])[0][:500]
+        # `supervise` looks for the cause of this error among the errors of all processes.
         fault = describe(error) | ({"text": line} if isinstance(cause, AqnError) else {})
-        # What a user has to mend comes again at the next attempt; what happened to a process need not.
+        # An error that the user must fix would occur again in the next attempt; a failed process may be a chance event.
         if isinstance(cause, EvidenceError):
             records.add_evidence({"kind": "stopped", "reason": line})
         again = not isinstance(cause, AqnError) or isinstance(cause, ProcessFault)

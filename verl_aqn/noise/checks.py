@@ -1,4 +1,4 @@
-"""Whether the noise that was measured in a worker is the noise that was ordered."""
+"""Check that the noise that was measured in a worker is the noise that was ordered."""
 
 from __future__ import annotations
 
@@ -11,55 +11,58 @@ from verl_aqn.errors import EvidenceError
 from verl_aqn.noise.spec import NoiseOrder
 
 TOLERANCE = 1.2
-"""By this factor σ in the weights may lie outside of its sampling interval."""
+"""σ in the weights may lie outside its sampling interval by up to this factor."""
 
 
 def sigma_interval(sigma: float, n: int) -> tuple[float, float]:
-    """Where the root mean square of n draws of N(0, σ²) lies with 95 % probability.
+    """Return the interval in which the root mean square of n draws of N(0, σ²) lies with 95 % probability.
 
-    σ · sqrt(χ²_n / n) at 2.5 % and 97.5 %, with Wilson and Hilferty's cube for the quantiles (1931): within 0.5 % of
-    the exact ones at n = 10, closer above.
+    The bounds are σ · sqrt(χ²_n / n) at 2.5 % and 97.5 %, with Wilson and Hilferty's cube (1931) for the quantiles.
+    They are within 0.5 % of the exact values at n = 10, and closer for larger n.
     """
     low, high = ((1 - 2 / (9 * n) + z * math.sqrt(2 / (9 * n))) ** 1.5 for z in (-1.959964, 1.959964))
     return sigma * low, sigma * high
 
 
 def check_evidence(evidence: Mapping[str, Any], order: NoiseOrder | None, clean_digest: str) -> None:
-    """Raises EvidenceError unless `evidence` is what `order` asks for (None: clean weights, as `restore` leaves them).
+    """Raise EvidenceError unless `evidence` is what `order` asks for (None: clean weights, as `restore` leaves them).
 
-    `clean_digest` is the digest of the clean norms when the run began. σ is checked in every group of modules with one
-    multiplier. It may be off by the sampling interval, by rounding, and by a fifth: neighbouring stages differ by a
-    factor of 1.5 at least, noise added twice by 1.4.
+    `clean_digest` is the digest of the clean norms at the start of the run. σ is checked in every group of modules with
+    the same multiplier. σ may be off by the sampling interval, by rounding, and by a fifth: neighbouring stages differ
+    by a factor of at least 1.5, and noise that is added twice is larger by a factor of 1.4.
     """
     sigma = order.sigma if order else 0.0
     _check_reading(evidence, sigma, clean_digest, order)
     if order:
         _check_order(evidence["order"], order)
     elif evidence.get("step") is not None or evidence.get("order") is not None:
-        raise EvidenceError("clean weights were asked for, but the worker reports a noise order: stale evidence?")
+        raise EvidenceError(
+            "clean weights were expected, but the worker reports a noise order: the evidence may be old"
+        )
     if order and sigma:
         _check_groups(evidence, order)
     _check_sums(evidence, sigma)
     _check_realised(evidence, sigma)
     if order and sigma and "norm" in order.targets and evidence["weights_digest"] == clean_digest:
-        raise EvidenceError(f"noise of σ {sigma:g} was ordered, but the norms are the clean ones; restart the rollout")
+        raise EvidenceError(f"noise of σ {sigma:g} was ordered, but the norms are still clean; restart the rollout")
 
 
 def _check_groups(evidence: Mapping[str, Any], order: NoiseOrder) -> None:
-    """Raise unless every module with noise was to have it, with its multiplier, and σ is right in each group."""
+    """Raise unless every module with noise should have it, with its multiplier, and σ is right in each group."""
     for group in evidence["groups"]:
         for name in group["modules"]:
             if name in evidence["router_norms"] and not order.router_norms:
                 raise EvidenceError(
-                    f"{name} feeds a router and has noise, which the order does not allow: it changes the routing"
+                    f"{name} is the norm of a router and has noise, which the order does not allow: the noise would "
+                    "change the routing"
                 )
             if not order.selects(name):
-                raise EvidenceError(f"{name} has noise, but the order's include and exclude leave it out")
+                raise EvidenceError(f"{name} has noise, but the order's include and exclude do not select it")
             wanted = order.layers.multiplier_of(name, evidence["layers"], order.share)
             if not math.isclose(group["multiplier"], wanted, rel_tol=1e-9):
                 raise EvidenceError(
-                    f"{name} was to have σ times {wanted:g}, the worker gave it {group['multiplier']:g}: "
-                    "multipliers are lost on the way"
+                    f"{name} should have σ times {wanted:g}, but the worker gave it σ times {group['multiplier']:g}: "
+                    "the multipliers did not reach the worker"
                 )
         _check_group(group, order.sigma)
 
@@ -68,44 +71,46 @@ OLD_FIELDS = ("sigma_asked", "sigma_realised", "modules", "changed_outside", "cl
 
 
 def check_old_reading(evidence: Mapping[str, Any], sigma: float, clean_digest: str | None) -> None:
-    """Raises EvidenceError where a record of an older version shows other noise than of `sigma`.
+    """Raise EvidenceError if a record of an older version shows noise that is not of `sigma`.
 
-    The oldest ones have neither groups nor an order, and any field may be missing: what is there must be right.
-    `clean_digest` is None where it is not on record.
+    The oldest records have neither groups nor an order, and any field may be missing. The fields that are present must
+    be right. `clean_digest` is None if it is not recorded.
     """
     told = {key: value for key in (*OLD_FIELDS, "sigma_interval") if (value := evidence.get(key)) is not None}
     rounding = evidence.get("sigma_rounding") or 0.0
     if told.get("sigma_asked", sigma) != sigma:
-        raise EvidenceError(f"the schedule has σ {sigma:g}, the worker was asked for {told['sigma_asked']:g}")
+        raise EvidenceError(f"the schedule has σ {sigma:g}, but the worker was asked for σ {told['sigma_asked']:g}")
     if told.get("changed_outside"):
-        raise EvidenceError(f"{told['changed_outside']} weights changed that were to be clean at σ {sigma:g}")
+        raise EvidenceError(f"{told['changed_outside']} weights changed that should be clean at σ {sigma:g}")
     if sigma and told.get("modules") == 0:
         raise EvidenceError("noise matched 0 modules: the rollout ran without noise")
     for key in ("clean_digest", *(() if sigma else ("weights_digest",))):
         if clean_digest and told.get(key, clean_digest) != clean_digest:
-            raise EvidenceError(f"{key} is not that of the clean norms with which the run began")
+            raise EvidenceError(f"{key} is not that of the clean norms at the start of the run")
     low, high = told.get("sigma_interval") or ((0.0, 0.0) if sigma == 0 else (sigma, sigma))
     realised = told.get("sigma_realised", low)
     if not low <= sigma <= high:
-        raise EvidenceError(f"σ {sigma:g} was ordered, and its interval is told to be {low:.3g} to {high:.3g}")
+        raise EvidenceError(f"σ {sigma:g} was ordered, but its interval is recorded as {low:.3g} to {high:.3g}")
     if not low / TOLERANCE - rounding <= realised <= high * TOLERANCE + rounding:
-        raise EvidenceError(f"σ {sigma:g} was ordered, {realised:.3g} is in the weights")
+        raise EvidenceError(f"σ {sigma:g} was ordered, but σ {realised:.3g} is in the weights")
 
 
 def _check_reading(
     evidence: Mapping[str, Any], sigma: float, clean_digest: str, order: NoiseOrder | None = None
 ) -> None:
-    """Raise unless one reading is of noise of `sigma` and of nothing else."""
+    """Raise unless a reading shows noise of `sigma` and nothing else."""
     asked = evidence["sigma_asked"]
     if (evidence["modules"] == 0 or evidence["elements"] == 0) and (sigma or (order and order.targets)):
         raise EvidenceError("noise matched 0 modules: the rollout runs without noise; check the model class")
     if evidence["clean_digest"] != clean_digest:
         raise EvidenceError(
-            "the clean norm weights are not those the run began with: something rewrote them or read them while noise "
-            "was on; restart the run"
+            "the clean norm weights are not those from the start of the run: something rewrote them, or read them "
+            "while noise was on; restart the run"
         )
     if asked != sigma:
-        raise EvidenceError(f"noise of σ {sigma:g} was ordered, but the worker was asked for {asked:g}: stale order?")
+        raise EvidenceError(
+            f"noise of σ {sigma:g} was ordered, but the worker was asked for σ {asked:g}: it may have an old order"
+        )
     if order and (evidence["step"], evidence["unit"]) != (order.step, order.unit):
         raise EvidenceError(
             f"noise was ordered for step {order.step} in unit {order.unit}, but the worker reports step "
@@ -113,15 +118,15 @@ def _check_reading(
         )
     if evidence["changed_outside"]:
         raise EvidenceError(
-            f"{evidence['changed_outside']} weights that were to be clean differ from clean at σ {sigma:g}: noise of "
-            "an earlier step stayed on, or went where it was not ordered; restart the rollout"
+            f"{evidence['changed_outside']} weights that should be clean are not clean at σ {sigma:g}: noise of an "
+            "earlier step was not removed, or noise was written to the wrong weights; restart the rollout"
         )
     if sigma == 0 and evidence["weights_digest"] != clean_digest:
-        raise EvidenceError("σ is 0, but the norms are not the clean ones bit for bit; restart the rollout")
+        raise EvidenceError("σ is 0, but the norms are not bit for bit clean; restart the rollout")
 
 
 def _check_realised(evidence: Mapping[str, Any], sigma: float) -> None:
-    """Raise unless σ over all that was measured lies where sampling and rounding allow it to be."""
+    """Raise unless the measured σ lies within the interval that sampling and rounding allow."""
     interval, realised, rounding = (evidence[f"sigma_{key}"] for key in ("interval", "realised", "rounding"))
     if sigma == 0:
         if realised != 0 or list(interval) != [0.0, 0.0]:
@@ -131,18 +136,19 @@ def _check_realised(evidence: Mapping[str, Any], sigma: float) -> None:
     if not all(math.isclose(one, other, rel_tol=1e-6) for one, other in zip(interval, expected, strict=True)):
         raise EvidenceError(
             f"the interval of σ {sigma:g} over {evidence['elements']} elements is {expected[0]:.3g} to "
-            f"{expected[1]:.3g}, the worker reports {interval[0]:.3g} to {interval[1]:.3g}: it measured something else"
+            f"{expected[1]:.3g}, but the worker reports {interval[0]:.3g} to {interval[1]:.3g}: it measured something "
+            "else"
         )
     low, high = expected
     if not low / TOLERANCE - rounding <= realised <= high * TOLERANCE + rounding:
         raise EvidenceError(
-            f"σ {sigma:g} was ordered, {realised:.3g} is in the weights (expected {low:.3g} to {high:.3g}): noise is "
-            "missing or has piled up; restart the rollout"
+            f"σ {sigma:g} was ordered, but σ {realised:.3g} is in the weights (expected {low:.3g} to {high:.3g}): "
+            "noise is missing or was added more than once; restart the rollout"
         )
 
 
 def _check_sums(evidence: Mapping[str, Any], sigma: float) -> None:
-    """Raise where a reading's own figures do not agree with each other: a part of it is missing or is of another."""
+    """Raise if the figures of a reading contradict each other: a part is missing or belongs to another reading."""
     groups, elements = evidence["groups"], evidence["elements"]
     if sigma == 0:
         figures = {"sigma_realised": 0.0, "sigma_rounding": 0.0, "unchanged_share": 1.0}
@@ -150,7 +156,7 @@ def _check_sums(evidence: Mapping[str, Any], sigma: float) -> None:
             raise EvidenceError("σ is 0, but the worker measured noise in modules; restart the rollout")
     else:
         if not groups or not elements:
-            raise EvidenceError(f"noise of σ {sigma:g} was ordered, but the worker measured no module: is it there?")
+            raise EvidenceError(f"noise of σ {sigma:g} was ordered, but the worker measured no noise in any module")
         parts = [(group, group["elements"] / elements) for group in groups]
         figures = {
             "elements": sum(group["elements"] for group in groups),
@@ -168,7 +174,7 @@ def _check_sums(evidence: Mapping[str, Any], sigma: float) -> None:
 
 
 def check_equal_noise(holders: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises EvidenceError unless all `holders`, evidence by name ("rollout 0", "actor 1"), have the same norms."""
+    """Raise EvidenceError unless all `holders`, evidence by name ("rollout 0", "actor 1"), have the same norms."""
     (first, evidence), *others = holders.items()
     for name, other in others:
         if other["weights_digest"] != evidence["weights_digest"]:
@@ -178,7 +184,7 @@ def check_equal_noise(holders: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def check_used(evidence: Mapping[str, Any], sigma: float) -> None:
-    """Raises EvidenceError where noise of `sigma` was in an actor, but its forwards, `uses` of them, had none of it."""
+    """Raise EvidenceError if an actor had noise of `sigma`, but none of its forwards (`uses` counts them) used it."""
     if sigma > 0 and not evidence["uses"] > 0:
         raise EvidenceError(f"noise of σ {sigma:g} was given to the actor, but its forward did not use it")
     if sigma == 0 and evidence["uses"] != 0:
@@ -190,8 +196,8 @@ def _check_order(held: Mapping[str, Any], order: NoiseOrder) -> None:
     for key in wanted.keys() | received.keys():
         if received.get(key) != wanted.get(key):
             raise EvidenceError(
-                f"the noise order said {key} = {wanted.get(key)}, the worker received {received.get(key)}: it is lost "
-                "on the way"
+                f"the noise order has {key} = {wanted.get(key)}, but the worker received {received.get(key)}: the "
+                "value was lost on its way"
             )
 
 
@@ -201,7 +207,7 @@ def _check_group(group: Mapping[str, Any], sigma: float) -> None:
         f" with multiplier {group['multiplier']:g}" if group["multiplier"] != 1 else ""
     )
     unchanged, rounding = group["unchanged_share"], group["sigma_rounding"]
-    # A draw is lost when it is below half a spacing: with probability spacing · φ(0) / σ = 1.4 · rounding / σ at most.
+    # A draw is lost if it is below half a spacing. The probability is at most spacing · φ(0) / σ = 1.4 · rounding / σ.
     lost = min(1.0, 1.4 * rounding / sigma)
     if unchanged > 0.5 and lost > 0.1:
         raise EvidenceError(
@@ -210,8 +216,8 @@ def _check_group(group: Mapping[str, Any], sigma: float) -> None:
         )
     if group["silent"] and lost < 0.5:
         raise EvidenceError(
-            f"nothing of {group['silent'][0]} changed at σ {sigma:g}: the noise was not written to all of the modules "
-            f"({len(group['silent'])} of {what} are still clean); restart the rollout"
+            f"{group['silent'][0]} did not change at all at σ {sigma:g}: the noise was not written to all of the "
+            f"modules ({len(group['silent'])} of {what} are still clean); restart the rollout"
         )
     if unchanged > lost + 4 * math.sqrt(lost / group["elements"]) + 0.005:
         raise EvidenceError(
@@ -221,15 +227,15 @@ def _check_group(group: Mapping[str, Any], sigma: float) -> None:
     realised, (low, high) = group["sigma_realised"], sigma_interval(sigma, group["elements"])
     if not low / TOLERANCE - rounding <= realised <= high * TOLERANCE + rounding:
         raise EvidenceError(
-            f"σ {sigma:g} was ordered for {what}, {realised:.3g} is in the weights (expected {low:.3g} to {high:.3g}): "
-            "noise is missing or has piled up; restart the rollout"
+            f"σ {sigma:g} was ordered for {what}, but σ {realised:.3g} is in the weights (expected {low:.3g} to "
+            f"{high:.3g}): noise is missing or was added more than once; restart the rollout"
         )
 
 
 def check_norms(expected: Collection[str], ranks: Collection[Mapping[str, Any]], order: NoiseOrder) -> None:
-    """Raise EvidenceError unless every rank of the rollout has the `expected` norms, as far as `order` needs them.
+    """Raise EvidenceError unless every rank of the rollout has exactly the `expected` norms that `order` selects.
 
-    `ranks`: what `NoiseInjector.describe` says in each.
+    `ranks`: the result of `NoiseInjector.describe` on each rank.
     """
     if "norm" not in order.targets:
         return
@@ -237,12 +243,12 @@ def check_norms(expected: Collection[str], ranks: Collection[Mapping[str, Any]],
     for rank, answer in enumerate(ranks):
         held = {name for name in answer["names"] if order.selects(name)}
         for names, fault in (
-            (wanted - held, "the model in its folder has it, but not rollout rank {}: vLLM fuses it or leaves it out"),
-            (held - wanted, "rollout rank {} has it, but not the model in its folder: vLLM adds or renames it"),
+            (wanted - held, "the model folder has it, but rollout rank {} does not: vLLM fuses it or leaves it out"),
+            (held - wanted, "rollout rank {} has it, but the model folder does not: vLLM adds or renames it"),
         ):
             if names:
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
                 raise EvidenceError(
                     f"norm {min(names)}{more}: {fault.format(rank)} ({len(held)} found, {len(wanted)} expected): "
-                    "exclude it in aqn.noise.exclude, or take `norm` out of aqn.noise.targets"
+                    "exclude it in aqn.noise.exclude, or remove `norm` from aqn.noise.targets"
                 )

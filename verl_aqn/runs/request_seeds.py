@@ -1,14 +1,15 @@
-"""Names of prompts and answers that two runs of one seed share, and the seed that each request for an answer gets.
+"""Names of prompts and responses that are the same in two runs with one seed, and the seed of each generation request.
 
-verl names prompts by random UUIDs and takes answers as they arrive, so that nothing there can be told apart from run to
-run. Here a prompt's name says which row of the data it is, and order and random numbers follow from names alone.
+verl names prompts by random UUIDs and takes responses in the order in which they arrive, so two runs cannot be matched
+sample by sample. Here the name of a prompt contains its row in the data, and the order of samples and their random
+numbers depend on these names alone.
 
 ========  =============================  ==============================================================
 what      form                           example
 ========  =============================  ==============================================================
 prompt    ROW, or ROW+TIMES              `417`; `417+1`: the same row for the second time in one step
-uid       STEP-PLACE-PROMPT              `12-3-417`: fourth (from 0) of step 12
-key       UID_SESSION_INDEX (verl's)     `12-3-417_5_0`: its sixth answer, first output of that session
+uid       STEP-PLACE-PROMPT              `12-3-417`: place 3 (from 0) of step 12
+key       UID_SESSION_INDEX (verl's)     `12-3-417_5_0`: session 5 (from 0), first output of that session
 ========  =============================  ==============================================================
 """
 
@@ -16,31 +17,31 @@ import hashlib
 from collections import Counter
 
 PROMPT = "aqn_prompt"
-"""Column of a batch: the prompt's name within its step."""
+"""Name of a batch's column: the name of the prompt within its step."""
 
 
 def seed_of(*parts: int | str) -> int:
     """Return a number from 0 to 2^63 - 1 that depends on `parts` alone: not on the process, the machine or the time.
 
-    The first 63 bits of SHA-256 over the parts as text, each behind its length and type, so that no two lists of parts
-    give one text.
+    The number is the first 63 bits of SHA-256 over the parts as text. Each part is preceded by its type and length, so
+    that two different lists of parts never give the same text.
     """
     text = "".join(f"{type(part).__name__}{len(str(part))}:{part};" for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def request_seed(run_seed: int, part: str, step: int, prompt: str, sample: int) -> int:
-    """Return the seed of one request: of the run's seed, `train` or `val`, RL step, prompt and number of the answer."""
+    """Return the seed of one request, from the run's seed, `train` or `val`, RL step, prompt and sample number."""
     return seed_of("request", run_seed, part, step, prompt, sample)
 
 
 def turn_seed(seed: int, tokens: int) -> int:
-    """Return the seed of one turn of a request, told from its other turns by the `tokens` before it."""
+    """Return the seed of one turn of a request; `tokens`, the number of tokens before it, differs from turn to turn."""
     return seed_of("turn", seed, tokens)
 
 
 class StepPrompts:
-    """The prompts of a step by name, in the order in which they are taken from the data."""
+    """Names for the prompts of one step, in the order in which they are taken from the data."""
 
     def __init__(self) -> None:
         self.step = -1
@@ -64,23 +65,23 @@ class StepPrompts:
 
 
 def place_of(uid: str) -> int:
-    """Return which prompt of its step (from 0) `uid` is."""
+    """Return the place (from 0) of the prompt `uid` within its step."""
     return int(uid.split("-")[1])
 
 
 def order_of_key(key: str) -> tuple[int, int, int]:
-    """Return what puts the keys of one step in order: place of the prompt, session and index."""
+    """Return the sort key for the keys of one step: place of the prompt, session and index."""
     uid, session, index = key.rsplit("_", 2)
     return place_of(uid), int(session), int(index)
 
 
 def answer_name(key: str) -> str:
-    """Return a key without step and place, which other prompts of the step may change: `417_5_0`."""
+    """Return a key without its step and place, for example `417_5_0`; the place depends on the step's other prompts."""
     return key.split("-", 2)[2]
 
 
 def last_outputs(keys: list[str]) -> dict[tuple[str, int], int]:
-    """Return {(uid, session): where in `keys` its last output is}: a session of several turns may have several."""
+    """Return {(uid, session): index in `keys` of its last output}; a session with several turns has several outputs."""
     newest: dict[tuple[str, int], tuple[int, int]] = {}
     for at, key in enumerate(keys):
         uid, session, index = key.rsplit("_", 2)
@@ -90,9 +91,9 @@ def last_outputs(keys: list[str]) -> dict[tuple[str, int], int]:
 
 
 def digest_of(answers: dict[str, list[int]]) -> tuple[str, dict[str, str]]:
-    """Return a SHA-256 over keys and tokens of a step's `answers` {key: tokens} in the order of keys, and one for each.
+    """Return one SHA-256 over all of a step's `answers` {key: tokens}, in the order of keys, and one for each of them.
 
-    The second holds 12 hexadecimal digits by `answer_name`.
+    The second value maps `answer_name` of each key to the first 12 hexadecimal digits of its SHA-256.
     """
     whole, each = hashlib.sha256(), {}
     for key in sorted(answers, key=order_of_key):

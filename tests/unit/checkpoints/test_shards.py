@@ -90,7 +90,7 @@ def test_a_lost_copied_wrong_or_foreign_adapter_shows():
     model.other.lora_b_stacked = torch.zeros(1, 1, 8, R)
     assert describe_adapter(model)["adapter_digest"] == whole  # a module without an adapter is not included
     model.other.lora_b_stacked[0, 0, 0] = 1
-    with pytest.raises(EvidenceError, match=r"other\.lora_b_stacked\.0 that was not sent"):
+    with pytest.raises(EvidenceError, match=r"other\.lora_b_stacked\.0 that were not sent"):
         describe_adapter(model)
     del model.other, model.aqn_adapter.pieces["base_model.model.down_proj.lora_B.weight"]
     with pytest.raises(EvidenceError, match="no place for the adapter of down_proj"):

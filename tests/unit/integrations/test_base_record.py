@@ -45,7 +45,7 @@ def test_every_tensor_is_compared_and_the_sentence_says_what(folders, kind):
     (file,) = folder.glob("*.safetensors")
     os.utime(file)
     assert record_of(folder, [actor], [rollout], "end", made)["files"]["read"] == "now"
-    with pytest.raises(EvidenceError, match="no record of the base at the start"):
+    with pytest.raises(EvidenceError, match="no record of the base from the start"):
         check_base(end, None)
 
 
@@ -66,7 +66,7 @@ def test_one_value_of_the_actor_is_caught(folders, kind, name):
     with torch.no_grad():
         model.get_parameter(name).view(-1)[3] += 1
     record = record_of(folder, [actor_of(model, folder)], [rollout_of(folder)])
-    with pytest.raises(EvidenceError, match=f"at the start: {name} in actor is not what the folder holds"):
+    with pytest.raises(EvidenceError, match=f"at the start: {name} in actor differs from the folder"):
         check_base(record, None)
 
 
@@ -127,10 +127,10 @@ def test_a_tensor_in_another_form_than_the_folder_s_and_faults_of_other_ranks_ar
     packed = loaded(folders / "packed")
     rollout = rollout_of(folder)
     foreign = actor_of(packed, folders / "packed") | {"activations": []}
-    with pytest.raises(EvidenceError, match=r"q_proj in actor .* does not hold it"):
+    with pytest.raises(EvidenceError, match=r"q_proj in actor .* does not have this tensor"):
         check_base(record_of(folder, [foreign], [rollout]), None)
     rollout["tensors"]["model.norm.weight"][1] = "packed"
-    with pytest.raises(EvidenceError, match=r"model\.norm\.weight in rollout 0 .* does not hold it as packed"):
+    with pytest.raises(EvidenceError, match=r"model\.norm\.weight in rollout 0 .* does not have this tensor as packed"):
         check_base(record_of(folder, [actor_of(loaded(folder), folder)], [rollout]), None)
     actor = actor_of(loaded(folder), folder)
     second = actor | {"faults": ["model.norm.weight is trained"]}
@@ -155,7 +155,7 @@ def test_tensor_parallel_ranks_hold_parts_and_together_all(folders):
     check_base(record, None)
     assert record["files"]["tensors"] == 29  # each was read once for all parts
     again = record_of(folder, actor, [rollout_of(folder, halves[0])] * 2, made=made)
-    with pytest.raises(EvidenceError, match=r"do not hold the whole of model\.(embed_tokens|layers\.0)"):
+    with pytest.raises(EvidenceError, match=r"do not hold all of model\.(embed_tokens|layers\.0)"):
         check_base(again, None)
     swapped = [rollout_of(folder, slices) for slices in halves]
     for one, other in zip(swapped, halves[::-1], strict=True):
@@ -196,8 +196,8 @@ def test_rounding_to_the_served_dtype_is_done_on_disk_s_side_and_on_record(tmp_p
     record = record_of(folder, [actor_of(loaded(folder), folder)], [rollout])
     check_base(record, None)
     assert record["converted"]["rollout 0"] == {"float32 → bfloat16": 21}
-    assert "rounded to the dtype" in sentence(record)
-    exact = copy.deepcopy(rollout)  # reports bfloat16, holds what is on disk
+    assert "after rounding to the dtype" in sentence(record)
+    exact = copy.deepcopy(rollout)  # says bfloat16, holds what is on disk
     name = "model.norm.weight"
     exact["tensors"][name][0] = disk.digests({name: [Part("float32")]})[0][(name, Part("float32"))]
     with pytest.raises(EvidenceError, match=r"model\.norm\.weight in rollout 0"):
@@ -215,7 +215,7 @@ def test_what_vllm_computes_on_loading_is_named_and_never_a_norm(tmp_path):
     rollout["computed"][name] = "exp, neg"
     record = record_of(folder, actor, [rollout])
     check_base(record, None)
-    assert f"1 other tensor in the rollout ({name}: vLLM makes another tensor of it: exp, neg)" in sentence(record)
+    assert f"1 other tensor in the rollout ({name}: vLLM computes another tensor from it: exp, neg)" in sentence(record)
     name = "model.final_layernorm.weight"
     rollout["tensors"][name][0], rollout["computed"][name] = "0" * 64, "add"
     with pytest.raises(EvidenceError, match=f"{name} in rollout 0"):
@@ -239,7 +239,7 @@ def test_a_tied_head_that_the_folder_holds_is_the_embedding(tmp_path):
     del rollout["tensors"]["lm_head.weight"]
     record = record_of(folder, [actor_of(loaded(folder), folder)], [rollout])
     check_base(record, None)
-    assert "1 head in the actor (lm_head.weight: it is model.embed_tokens.weight)" in sentence(record)
+    assert "1 head in the actor (lm_head.weight: tied to model.embed_tokens.weight)" in sentence(record)
 
 
 def test_the_parts_of_a_multimodal_folder_that_are_no_text_are_named(tmp_path):
@@ -270,7 +270,7 @@ def test_tables_are_asked_for_once_and_are_those_that_were_told(folders):
     record = record_of(folder, actor, held)
     check_base(record, None)
     assert {**record, "seconds": 0} == {**record_of(folder, actor, whole * 3), "seconds": 0}
-    with pytest.raises(EvidenceError, match="rank 0 of replica 0 told other tensors when it was asked again"):
+    with pytest.raises(EvidenceError, match="rank 0 of replica 0 reported other tensors when it was asked again"):
         with_tables([told] * 3, lambda replica: tables[::-1])
     changed = copy.deepcopy(tables)
     changed[1]["tensors"]["model.norm.weight"][0] = "0" * 64

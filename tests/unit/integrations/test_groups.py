@@ -39,9 +39,9 @@ def test_groups_that_fail_without_end_stop_a_run_too():
     [
         ({0.0: 40}, 0.05, {}, r"sigma_start \(0\.05 absolute; `verl-aqn probe`.* set aqn\.noise\.target_kl=.* easier"),
         ({0.0: 40}, 0.05, {"unit": "rms"}, r"lower aqn\.noise\.sigma_start \(0\.05 rms;"),
-        ({0.0: 40}, 0.05, {"target_kl": 0.3}, r": lower aqn\.noise\.target_kl \(0\.3 nats a token\), or give easier"),
-        ({0.0: 40}, 0.0, {}, r"mean acc 0\.000, .*: give easier prompts"),
-        ({1.0: 38, 0.0: 2}, 0.05, {}, r"mean acc 0\.950.*give harder prompts"),
+        ({0.0: 40}, 0.05, {"target_kl": 0.3}, r": lower aqn\.noise\.target_kl \(0\.3 nats per token\), or use easier"),
+        ({0.0: 40}, 0.0, {}, r"mean acc 0\.000, .*: use easier prompts"),
+        ({1.0: 38, 0.0: 2}, 0.05, {}, r"mean acc 0\.950.*use harder prompts"),
     ],
 )
 def test_refills_without_end_stop_with_one_line(thrown_away, sigma, noise, words):
@@ -94,7 +94,7 @@ def test_what_the_filter_threw_away_is_counted_too(monkeypatch):
 def test_a_step_that_teaches_nothing_is_warned_of_unless_there_is_a_critic(monkeypatch):
     _, (warning,) = step_figures(monkeypatch, [0.0] * 4)
     assert warning.startswith(
-        "step 7: in no group do the rewards differ, so it teaches nothing (σ 0.05, mean reward 0.000)"
+        "step 7: the rewards differ in no group, so there is no gradient (σ 0.05, mean reward 0.000)"
     )
     assert "lower aqn.noise.sigma_start (0.05 absolute;" in warning
     assert not step_figures(monkeypatch, [0.0] * 4, critic=True)[1]

@@ -47,7 +47,7 @@ def test_behind_a_dead_engine_is_its_workers_error():
     engine = fault(5.1, ENGINE, "RuntimeError", "Worker failed with error 'boom', please check …", ends=True)
     server = fault(5.2, SERVER, "EngineDeadError", DEAD_ENGINE)
     last = end(
-        6, "ProcessFault", f"step 2: every answer to 2 problems failed: EngineDeadError: {DEAD_ENGINE}", ours=True
+        6, "ProcessFault", f"step 2: all responses to 2 problems failed: EngineDeadError: {DEAD_ENGINE}", ours=True
     )
     assert find_cause(last, [boom, engine, server]) == boom
     assert find_cause(server, [boom, engine]) == boom
@@ -117,10 +117,10 @@ def test_the_same_text_of_another_process_is_not_taken_for_the_error_that_came()
 
 def test_ours_says_more_than_what_it_quotes_and_tells_where_that_was():
     boom = fault(5, REWARD, "ValueError", "boom", where="mine/reward.py:3")
-    text = "step 1: every answer to 2 problems failed: ValueError: boom (8 times)"
+    text = "step 1: all responses to 2 problems failed: ValueError: boom (8 times)"
     last = end(6, "ProcessFault", text, remote(TRAINER, "ProcessFault", text), ours=True)
     assert find_cause(last, [boom]).told() == (
-        "step 1: every answer to 2 problems failed: ValueError: boom (8 times) "
+        "step 1: all responses to 2 problems failed: ValueError: boom (8 times) "
         "[reward worker (ray::RewardLoopWorker, process 100), mine/reward.py:3]"
     )
 

@@ -252,15 +252,15 @@ def test_the_same_noise_in_two_steps_is_found(folder):
     one, two = (record for record in records if record["kind"] == "noise" and record["sigma_asked"])
     two["weights_digest"] = one["weights_digest"]
     (fault,) = judge_run(folder(REAL[1], records)).faults
-    assert fault == "the noise of step 2 is that of step 1: it was not drawn anew"
+    assert fault == "step 2 has the noise of step 1: no new noise was drawn"
 
 
 def test_a_run_that_was_stopped_by_its_evidence_shows_it(folder):
-    records = [*records_of(REAL[0]), {"kind": "stopped", "reason": "norms are not the clean ones"}]
+    records = [*records_of(REAL[0]), {"kind": "stopped", "reason": "norms are not bit for bit clean"}]
     run = folder(REAL[0], records)
     rows = {row[0].text: row[1] for row in checks(read_runs([run.path])).rows}
-    assert rows["stopped because of its own evidence"].good is False
-    assert "norms are not the clean ones" in rows["stopped because of its own evidence"].text
+    assert rows["stopped by its own evidence"].good is False
+    assert "norms are not bit for bit clean" in rows["stopped by its own evidence"].text
 
 
 def test_a_run_that_an_older_version_began_and_a_newer_one_went_on_with_is_judged_as_an_old_one(folder):

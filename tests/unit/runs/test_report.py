@@ -229,7 +229,7 @@ def test_evidence_is_checked_anew(tmp_path):
     (read,) = read_runs([run.path])
     table = checks([read])
     assert [row[1].good for row in table.rows] == [False] * 4
-    assert "2 weights changed that were to be clean" in table.rows[2][1].text
+    assert "2 weights changed that should be clean" in table.rows[2][1].text
     assert [row[4].good for row in noise_table(read).rows] == [None, True, True, False]
 
 

@@ -87,7 +87,7 @@ def test_a_record_that_is_not_there_is_missed(place):
 
 
 NOT_IN_ROLLOUT = {
-    "nothing came": ({"held": [{"fault": "the rollout has not got an adapter"}]}, "is not in the rollout (rank 0)"),
+    "nothing came": ({"held": [{"fault": "the rollout has no adapter"}]}, "is not in the rollout (rank 0)"),
     "another": ({"held": [adapter(1, "other")["held"][0]]}, "the adapter in the rollout is not the actor's"),
     "that of the step before": (
         {"held": adapter(0)["held"]},
@@ -95,10 +95,10 @@ NOT_IN_ROLLOUT = {
     ),
     "not listed": ({"listed": [False]}, "does not list the adapter"),
     "no replica": ({"listed": []}, "does not list the adapter"),
-    "no rank": ({"held": [], "wanted": []}, "0 ranks of 1 told their adapter"),
+    "no rank": ({"held": [], "wanted": []}, "0 of 1 ranks reported their adapter"),
     "fewer modules": ({"modules": 15}, "an adapter on [14] modules, the actor on 15"),
-    "a part": ({"sent": "whole"}, "holds a part of the adapter"),
-    "not covered": ({"uncovered": ["q_proj.A"]}, "do not hold the whole adapter of q_proj.A"),
+    "a part": ({"sent": "whole"}, "holds just a part of the adapter"),
+    "not covered": ({"uncovered": ["q_proj.A"]}, "do not hold all of the adapter of q_proj.A"),
     "not sent": ({"faults": ["lora_magnitude_vector is trained"]}, "lora_magnitude_vector is trained"),
     "some without": ({"requests": {"with": 7, "without": 1}}, "1 of 8 requests were answered without the adapter"),
     "no request": ({"requests": {"with": 0, "without": 0}}, "no request to the rollout was seen"),
@@ -118,12 +118,12 @@ def test_an_adapter_that_is_not_the_actors_is_told(case):
 def test_a_rollout_that_answers_as_the_base_model_is_told():
     records = good()
     records[6] = use(2, effect=0.4, to_adapter=0.4, to_base=0.01)
-    assert any("answers as the base model without the adapter" in fault for fault in faults(records))
-    records[6] = use(2, effect=0.01, to_adapter=0.02, to_base=0.02)  # too small to decide
+    assert any("responds like the base model without the adapter" in fault for fault in faults(records))
+    records[6] = use(2, effect=0.01, to_adapter=0.02, to_base=0.02)  # too small to tell
     assert not is_visible(records[6])
     assert faults(records) == []
     records[6] = use(2) | {"nearer": 0.0}
-    assert any("do not agree" in fault for fault in faults(records))
+    assert any("contradict each other" in fault for fault in faults(records))
 
 
 def test_a_last_validation_without_the_adapter_is_told():

@@ -1,6 +1,6 @@
-"""Ask verl whether it can load agent loops and tools: `python -m verl_aqn.integrations.verl.ask_tools QUESTION_JSON`.
+"""Check whether verl can load agent loops and tools: `python -m verl_aqn.verl_api.tools QUESTION_JSON`.
 
-The last line of standard output is {"fault": "", "tools": [name, …]} as JSON (`verl_aqn.preflight.agent_tools` asks).
+The last line of standard output is {"fault": "", "tools": [name, …]} as JSON, which `verl_aqn.preflight.tools` reads.
 """
 
 import json
@@ -14,7 +14,7 @@ from verl_aqn.errors import first_line
 
 
 def answer(question: dict[str, Any]) -> dict[str, Any]:
-    """Load what `question` names as verl's workers do. The fault begins with the key that is at fault."""
+    """Load what `question` names as verl's workers do. A fault begins with the key of the wrong setting."""
     from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
     from verl.experimental.agent_loop.tool_parser import ToolParser
     from verl.tools.tool_registry import load_all_tools
@@ -23,7 +23,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     paths = {key: question[key] for key in ("tool_config_path", "function_tool_path")}
     try:
         names = sorted(tool.name for tool in load_all_tools(**paths))
-    except Exception as error:  # whatever the user's file does as it is imported
+    except Exception as error:  # the user's file may raise any error during its import
         key = next(key for key, path in paths.items() if path)
         return {"fault": f"multi_turn.{key}={paths[key]} cannot be loaded: {type(error).__name__}: {first_line(error)}"}
     known = set(_agent_loop_registry)
@@ -36,7 +36,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
         return {"fault": f"agent: there is no agent loop {unknown[0]!r}: verl has {', '.join(sorted(known))}"}
     if question["format"] not in ToolParser._registry:
         formats = ", ".join(sorted(ToolParser._registry))
-        return {"fault": f"multi_turn.format={question['format']} is not known: verl has {formats}"}
+        return {"fault": f"multi_turn.format={question['format']} is not known: verl knows {formats}"}
     if not names and any(paths.values()):
         key = next(key for key, path in paths.items() if path)
         return {"fault": f"multi_turn.{key}={paths[key]} has no tool: put @function_tool before a function"}

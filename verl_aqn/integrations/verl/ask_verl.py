@@ -1,8 +1,8 @@
-"""Ask the installed verl what it would refuse of a config, before anything starts: `python -m verl_aqn.integrations.verl.ask_verl`.
+"""Check which settings of a config the installed verl rejects, before a run: `python -m verl_aqn.verl_api.ask`.
 
-The resolved config comes as JSON on standard input; the last line of standard output is the answer as JSON (see
-`verl_aqn.preflight.verl_says`). verl's own objects are made as its trainer and workers make them, and its own functions are
-called on a few made-up numbers: what raises here would raise within the run.
+Standard input is the resolved config as JSON; the last line of standard output is the answer as JSON (see
+`verl_aqn.preflight.verl`). The module creates verl's own objects as verl's trainer and workers do, and calls verl's own
+functions with a few invented numbers. An error here would also occur in the run.
 """
 
 import json
@@ -39,11 +39,14 @@ from verl.utils.config import omega_conf_to_dataclass, validate_config
 from verl_aqn.errors import first_line
 
 Fault = dict[str, str]
-_NAMED = "change the setting that this names"
+_NAMED = "change the setting that the message names"
 
 
 def faults(config: DictConfig) -> list[Fault]:
-    """Return what verl refuses of a resolved `config`: {what, found, fix} as of a `Finding`, in the order of a run."""
+    """Return the settings of a resolved `config` that verl rejects, in the order in which a run would meet them.
+
+    Each fault is {what, found, fix}, as in a `Finding`.
+    """
     algorithm, loss = config.algorithm, config.actor_rollout_ref.actor.policy_loss.loss_mode
     questions: list[tuple[str, Callable[[], Any], str]] = [
         ("actor_rollout_ref, critic, data and trainer", partial(_validate, config), _NAMED),
@@ -60,28 +63,28 @@ def faults(config: DictConfig) -> list[Fault]:
     ]
     if _corrects(config):
         questions.append(("algorithm.rollout_correction", partial(_correction, config), _NAMED))
-    found: dict[str, Fault] = {}  # one setting may stop several of verl's objects, by the same words
+    found: dict[str, Fault] = {}  # one setting may cause the same error in several of verl's objects
     for what, ask, fix in questions:
         if said := _fault_of(ask):
-            found.setdefault(said, {"what": what, "found": f"verl refuses it: {said}", "fix": fix})
+            found.setdefault(said, {"what": what, "found": f"verl rejects it: {said}", "fix": fix})
     if said := _fault_of(partial(_advantage, config)):
         able = [name for name in sorted(ADV_ESTIMATOR_REGISTRY) if not _fault_of(partial(_advantage, config, name))]
         found[said] = {
             "what": f"algorithm.adv_estimator={algorithm.adv_estimator}",
-            "found": f"verl cannot compute it here: {said}",
+            "found": f"verl cannot compute it with these settings: {said}",
             "fix": f"choose one that works with these settings: {', '.join(able)}",
         }
     return list(found.values())
 
 
 def _fault_of(ask: Callable[[], Any]) -> str:
-    """Return what verl says as it refuses, in one line; "" where it does not."""
+    """Call `ask` and return the error that verl raises, in one line, or "" if it raises none."""
     try:
         ask()
-    except Exception as error:  # whatever verl raises is the answer
+    except Exception as error:  # any error of verl is the answer
         while isinstance(error, InstantiationException) and isinstance(error.__cause__, Exception):
             error = error.__cause__
-        if not str(error).strip():  # verl's line of code says more than its error
+        if not str(error).strip():  # an error without a message: return verl's line of code
             return traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
         line = first_line(error)
         return line if isinstance(error, AssertionError | ValueError) else f"{type(error).__name__}: {line}"
@@ -93,23 +96,23 @@ def _validate(config: DictConfig) -> None:
 
 
 def _trainer(config: DictConfig) -> None:
-    """Construct verl's trainer, with its sampler and its pools of devices; Ray has no part in that yet."""
+    """Construct verl's trainer, with its sampler and its pools of devices; this does not need Ray."""
     PPOTrainerSync(config)._init_resource_pool_mgr()
 
 
 def _manager(config: DictConfig) -> None:
-    """Construct the reward manager; one of the user's own is only looked up, `remote` starts Ray's processes."""
+    """Construct the reward manager, except a user's own (only looked up) and `remote` (it starts Ray's processes)."""
     manager = config.reward.reward_manager
     cls = resolve_reward_manager_cls(config)
     if manager.source == "importlib":
         if not (isinstance(cls, type) and issubclass(cls, RewardManagerBase)):
-            raise TypeError(f"{manager.name} is not a class on {RewardManagerBase.__module__}.RewardManagerBase")
+            raise TypeError(f"{manager.name} is not a subclass of {RewardManagerBase.__module__}.RewardManagerBase")
     elif manager.name != "remote":
         load_reward_manager(config, object())
 
 
 def _of_kl(config: DictConfig) -> Iterator[tuple[str, Callable[[], Any], str]]:
-    """The names of KL terms and of their control, where the recipe has one."""
+    """Yield the checks of the KL terms' names and of their controller, if the recipe uses them."""
     algorithm, actor, data = config.algorithm, config.actor_rollout_ref.actor, _proto(config)
     kinds = "set kl, abs, mse or low_var_kl"
     if algorithm.use_kl_in_reward:
@@ -140,7 +143,7 @@ def _loss(config: DictConfig) -> None:
     actor.global_batch_info.update(
         dp_size=1, batch_num_tokens=None, global_batch_size=None, loss_scale_factor=actor.loss_scale_factor
     )
-    # In bypass mode verl puts another loss in this one's place, with the correction's settings (its `ppo_loss`).
+    # In bypass mode verl uses another loss, with the settings of the correction (its `ppo_loss`).
     get_policy_loss_fn(actor.policy_loss.loss_mode)(
         old_log_prob=data["old_log_probs"],
         log_prob=data["ref_log_prob"],
@@ -162,7 +165,7 @@ def _correction(config: DictConfig) -> None:
 
 
 def _advantage(config: DictConfig, estimator: str = "") -> None:
-    """Compute advantages of what verl's V1 trainer has at hand there (its `_compute_advantage`)."""
+    """Compute advantages from the fields that verl's V1 trainer has at that point (its `_compute_advantage`)."""
     samples = int(config.actor_rollout_ref.rollout.n)
     data, algorithm = _proto(config), config.algorithm
     compute_advantage_for_multi_trajectories(
@@ -178,7 +181,7 @@ def _advantage(config: DictConfig, estimator: str = "") -> None:
 
 
 def _batch(config: DictConfig) -> dict[str, torch.Tensor]:
-    """Two groups of answers of three tokens, every other one right: the fields of a batch, [B, R]."""
+    """Return the fields [B, R] of an invented batch: two groups of three-token responses, every second one right."""
     count, chance = 2 * int(config.actor_rollout_ref.rollout.n), torch.Generator().manual_seed(0)
 
     def log_probs() -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Put together what disk, actor and rollout hold of the base, as one record of kind `base` (`verl_aqn.runs.judge.base_record`)."""
+"""Build the records of kind `base` (`verl_aqn.judge.base`) from what disk, actor and rollout hold of the base."""
 
 import hashlib
 import json
@@ -15,16 +15,18 @@ from verl_aqn.errors import EvidenceError
 from verl_aqn.runs.judge.base_record import GROUPS, SHOWN, SIDES
 
 TABLES = ("tensors", "computed", "lost", "slices")
-"""What a rank of the rollout tells of every tensor. Most ranks tell the same, so that few of these have to travel."""
+"""Fields of a rollout rank's answer with an entry for every tensor. Most ranks have equal tables, so few are sent."""
 WHOLE = Part("packed")
 PACKED_FORMS = ("packed", "bf16")
 
 
 class BaseRecords:
-    """The records of one attempt: the folder's digests of its start serve its end too while the files are the same.
+    """The builder of one attempt's records.
 
-    `form`: in which form the rollout holds a packed base, "packed" or "bf16". `activation`: as
-    `MxConfig.activation_arithmetic`. `report` is told how far a long comparison is.
+    The digests of the folder from the start are used again at the end if the files have not changed.
+
+    `form`: the form in which the rollout holds a packed base, "packed" or "bf16". `activation`: see
+    `MxConfig.activation_arithmetic`. `report` is called with the progress of a long comparison.
     """
 
     def __init__(self, path: str | Path, form: str, activation: str, report: Callable[[str], None]):
@@ -35,7 +37,7 @@ class BaseRecords:
 
     @property
     def packed(self) -> list[str]:
-        """The folder's packed modules."""
+        """Return the names of the folder's packed modules."""
         return [name for name, group in self.disk.groups.items() if group == "packed"]
 
     def record(
@@ -46,11 +48,11 @@ class BaseRecords:
         ranks: Mapping[str, int],
         began: float | None = None,
     ) -> dict[str, Any]:
-        """Return the record of this moment, from the answers of every rank of the actor and of the rollout.
+        """Return the record for one moment, from the answers of all ranks of the actor and of the rollout.
 
-        Ranks of the rollout whose tables (`TABLES`) are the same are compared once.
+        Ranks of the rollout with equal tables (`TABLES`) are compared only once.
 
-        `began`: the time (`time.monotonic`) at which these were asked; `seconds` counts from then.
+        `began`: the time (`time.monotonic`) at which the ranks were asked; the record's `seconds` counts from then.
         """
         began = time.monotonic() if began is None else began
         disk = self.disk
@@ -83,7 +85,7 @@ class BaseRecords:
                     continue
                 del of[name]
                 how = f" as {part.form}" if name in disk.groups else ""
-                tell(holder, name, f"the folder does not hold it{how}")
+                tell(holder, name, f"the folder does not have this tensor{how}")
         for name, group in disk.groups.items():
             whole = {WHOLE, Part(self.form)} if group == "packed" else {Part(disk.dtypes[name])}
             if group in ("packed", "head", "embeddings"):
@@ -169,9 +171,9 @@ class BaseRecords:
         left: "_Left",
         kernel: bool,
     ) -> dict[str, dict[str, Any]]:
-        """By group what ``holder`` holds of it, beside what the folder holds of the same parts.
+        """Return for each group what ``holder`` holds, and what the folder holds of the same parts.
 
-        ``kernel``: whether its kernels were seen to compute with the packed weights that were loaded.
+        ``kernel``: whether its kernels were found to compute with the packed weights that were loaded.
         """
         side, _, way = holder.partition(" ")
         groups: dict[str, dict[str, Any]] = {}
@@ -203,7 +205,7 @@ class BaseRecords:
         return dict(changes)
 
     def _uncovered(self, held: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Tensors that some rank of the rollout holds, and the ranks together not whole."""
+        """Return the first tensor that the ranks of the rollout hold only in part, as a list, or []."""
         names = dict.fromkeys(name for tensors in held for name in tensors)
         slices: list[Slices] = [
             {name: part for name in names if (part := tensors[name][3] if name in tensors else NOTHING)}
@@ -214,7 +216,10 @@ class BaseRecords:
 
 
 class _Left:
-    """What is not compared, and why. `of`: by side {name: (code, reason)}. `missing`: what one side alone holds."""
+    """The tensors that are not compared, with reasons.
+
+    `of`: for each side {name: (code, reason)}. `missing`: faults for tensors that only one side holds.
+    """
 
     def __init__(
         self,
@@ -242,24 +247,24 @@ class _Left:
             tied = embeddings.get(digests[(name, Part(disk.dtypes[name]))]) if group == "head" else None
             if not in_actor:
                 if tied:
-                    self.of["actor"][name] = ("tied", f"it is {tied}")
+                    self.of["actor"][name] = ("tied", f"tied to {tied}")
                 elif name in passed:
-                    self.of["actor"][name] = ("other part", "it is no part of the text model")
+                    self.of["actor"][name] = ("other part", "not a part of the text model")
                 elif converted:
-                    self.of["actor"][name] = ("converted", f"transformers makes another tensor of it: {converted}")
+                    self.of["actor"][name] = ("converted", f"transformers converts it into another tensor: {converted}")
                 elif holders or lost:
-                    self._miss("actor", name, "the rollout holds it and the actor does not")
+                    self._miss("actor", name, "the rollout holds it, but the actor does not")
                 else:
                     self.of["actor"][name] = ("unused", "neither the actor nor the rollout holds it")
             if not holders:
                 if tied:
-                    self.of["rollout"][name] = ("tied", f"it is {tied}")
+                    self.of["rollout"][name] = ("tied", f"tied to {tied}")
                 elif lost:
                     self.of["rollout"][name] = ("lost", f"its way into vLLM cannot be followed ({lost})")
                 elif name in passed:
-                    self.of["rollout"][name] = ("other part", "it is no part of the text model")
+                    self.of["rollout"][name] = ("other part", "not a part of the text model")
                 elif in_actor or converted:
-                    self._miss("rollout", name, "the actor holds it and the rollout does not")
+                    self._miss("rollout", name, "the actor holds it, but the rollout does not")
                 else:
                     self.of["rollout"][name] = ("unused", "neither the actor nor the rollout holds it")
                 continue
@@ -270,14 +275,14 @@ class _Left:
                 if rollout[int(holder.split()[1])]["tensors"][name][0] != digests[(name, ranks[holder][name])]
             ]
             if wrong and None not in how and group in ("other", "biases"):
-                self.of["rollout"][name] = ("computed", f"vLLM makes another tensor of it: {sorted(how)[0]}")
+                self.of["rollout"][name] = ("computed", f"vLLM computes another tensor from it: {sorted(how)[0]}")
 
     def _miss(self, side: str, name: str, fault: str) -> None:
         self.missing.append({"holder": side, "name": name, "fault": fault})
         self.of[side][name] = ("missing", fault)
 
     def listed(self) -> list[dict[str, Any]]:
-        """By side, group and reason: how many, and the first names."""
+        """Return the tensors that are not compared, by side, group and reason: their number and the first names."""
         found: dict[tuple[str, str, str, str], list[str]] = {}
         for side, names in self.of.items():
             for name, (code, reason) in names.items():
@@ -296,7 +301,7 @@ class _Left:
 
 
 def table_digest(answer: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) over the tables of a rank's answer."""
+    """Return the SHA-256 (hex) of the tables in a rank's answer."""
     tables = {key: answer[key] for key in TABLES}
     return hashlib.sha256(json.dumps(tables, sort_keys=True, default=list).encode()).hexdigest()
 
@@ -304,14 +309,14 @@ def table_digest(answer: Mapping[str, Any]) -> str:
 def with_tables(
     replicas: Sequence[Sequence[Mapping[str, Any]]], tables_of: Callable[[int], Sequence[Mapping[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """Return the answers of all ranks, each with the tables that it told the digest of.
+    """Return the answers of all ranks, each with its tables.
 
     Args:
-        replicas: the answers of each replica's ranks, without tables; `told` is the digest of their tables.
-        tables_of: gives the tables of a replica's ranks; asked of replicas that tell what none before has told.
+        replicas: the answers of each replica's ranks, without tables; `told` is the digest of a rank's tables.
+        tables_of: returns the tables of a replica's ranks; called only for replicas with a digest that is still new.
 
     Raises:
-        EvidenceError: tables are not those that were told.
+        EvidenceError: the tables do not have the digest that the rank reported.
     """
     known: dict[str, Mapping[str, Any]] = {}
     for replica, answers in enumerate(replicas):
@@ -319,13 +324,13 @@ def with_tables(
             continue
         for rank, (answer, tables) in enumerate(zip(answers, tables_of(replica), strict=True)):
             if table_digest(tables) != answer["told"]:
-                raise EvidenceError(f"rank {rank} of replica {replica} told other tensors when it was asked again")
+                raise EvidenceError(f"rank {rank} of replica {replica} reported other tensors when it was asked again")
             known.setdefault(answer["told"], tables)
     return [{**answer, **known[answer["told"]]} for answers in replicas for answer in answers]
 
 
 def _ways(rollout: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
-    """Which of the different tables that of every rank is, and the first rank with each of these."""
+    """Return for every rank the number of its distinct table, and for every distinct table its first rank."""
     ways: dict[str, int] = {}
     way_of, first_ranks = [], []
     for rank, answer in enumerate(rollout):
@@ -338,7 +343,7 @@ def _ways(rollout: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
 
 
 def _of_ranks(by_way: Mapping[str, Any], way_of: Sequence[int]) -> dict[str, Any]:
-    """What is known of the actor and of every way, for the actor and every rank."""
+    """Expand values of the actor and of every distinct table to values of the actor and of every rank."""
     return {"actor": by_way["actor"]} | {f"rollout {r}": by_way[f"rollout {way}"] for r, way in enumerate(way_of)}
 
 
@@ -348,5 +353,5 @@ def _sliced(slices: Mapping[str, Sequence[int]]) -> dict[str, Any]:
 
 
 def _fault(digest: str, part: Part) -> str:
-    held = f"rows and columns {list(part.slice)} of it" if part.slice else "it"
-    return f"it holds {held} as {digest[:12]}… ({part.form})" if len(digest) == 64 else digest
+    held = f"rows and columns {list(part.slice)} of the tensor" if part.slice else "the tensor"
+    return f"it holds {held} with the digest {digest[:12]}… ({part.form})" if len(digest) == 64 else digest

@@ -1,4 +1,4 @@
-"""A calculator for verl's tool agent loop: `rollout.multi_turn.function_tool_path` of a recipe names this file."""
+"""A calculator for verl's tool agent loop. A recipe names this file in `rollout.multi_turn.function_tool_path`."""
 
 import ast
 import operator
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from verl.tools.function_tool import function_tool
 
 LONGEST = 64
-"""Characters of an expression."""
+"""Maximum number of characters in an expression."""
 
 _BINARY: dict[type, Callable] = {
     ast.Add: operator.add,
@@ -34,10 +34,11 @@ def calculator(expression: str) -> str:
 
 
 def value_of(expression: str) -> int | float:
-    """Return the value of `expression`. Nothing but the four operations on numbers is ever run.
+    """Return the value of `expression`. Only the four operations on numbers are ever executed.
 
     Raises:
-        ValueError, SyntaxError: it is not such an expression, or longer than `LONGEST`. ZeroDivisionError.
+        ValueError, SyntaxError: the expression is not arithmetic, or is longer than `LONGEST`.
+        ZeroDivisionError: the expression divides by zero.
     """
     if not isinstance(expression, str) or len(expression) > LONGEST:
         raise ValueError(f"give an expression of at most {LONGEST} characters")

@@ -1,4 +1,4 @@
-"""verl's checkpoints, made whole: a step is on record before it is saved, and what is loaded is what was saved."""
+"""Complete checkpoints: a step is recorded before it is saved, and only undamaged checkpoints are loaded."""
 
 import json
 import shutil
@@ -17,29 +17,31 @@ PUT_BACK = "put_back.json"
 
 
 class SavingTrainer(PPOTrainerSync):
-    """verl saves within a step, before it validates and before its metrics are written: a run that is killed there
-    would resume after a step of which nothing is known, and never validate the last one. Here saving comes last.
+    """A trainer that saves a checkpoint at the end of a step.
+
+    verl saves before it validates and before it writes the metrics. A run that is killed in between would resume after
+    a step without metrics, and would never validate the last step. Here saving comes last.
     """
 
     checkpoint_callback: CheckpointCallback
     folder: RunFolder
     save_due = False
     put_back: deque[int] = deque()  # noqa: RUF012  replaced, and never added to
-    """Rows of the data that were taken and are to be taken again: verl's loader, whose place is saved, is past them."""
+    """Rows of the data that were taken and must be taken again; the saved position of verl's loader is after them."""
 
     def _save_checkpoint(self):
         self.save_due = True
 
     def save(self) -> None:
-        """To be called where `save_due`, once the step's metrics and validation are on record."""
+        """Save a checkpoint. Call this if `save_due`, after the step's metrics and validation are recorded."""
         self.save_due, began = False, time.monotonic()
         trainer = self.config.trainer
         place, was = Path(trainer.default_local_dir), trainer.copy()
-        shutil.rmtree(place / WRITING, ignore_errors=True)  # of an attempt that was killed at it
-        # verl forgets old checkpoints by the paths that it wrote to, and `publish` moves them: it does both.
+        shutil.rmtree(place / WRITING, ignore_errors=True)  # left by an attempt that was killed during a save
+        # verl deletes old checkpoints by their first paths, but `publish` moves them; therefore `publish` deletes too.
         aside = {"default_local_dir": str(place / WRITING)}
         trainer.merge_with(aside | {"max_actor_ckpt_to_keep": None, "max_critic_ckpt_to_keep": None})
-        # The user's callback is told of the checkpoint once it has its place.
+        # The user's callback is called after the checkpoint has been moved to its final place.
         callback = self.checkpoint_callback
         self.checkpoint_callback = CheckpointCallback()
         super()._save_checkpoint()
@@ -62,15 +64,15 @@ class SavingTrainer(PPOTrainerSync):
         place = Path(trainer.default_local_dir)
         step, wrong = newest_whole(place) if trainer.resume_mode != "disable" else (0, [])
         for text in wrong:
-            self.folder.append("events.jsonl", {"kind": "warning", "text": f"{text}: going back to step {step}"})
+            self.folder.append("events.jsonl", {"kind": "warning", "text": f"{text}: resuming from step {step}"})
         if step:
             point_to(place, step)
-            trainer.resume_mode = "auto"  # resume_path says where a run begins, not where it goes on
+            trainer.resume_mode = "auto"  # resume_path sets where a run begins, not where it resumes
         elif trainer.resume_mode == "resume_path" and (damage := damage_of(Path(trainer.resume_from_path))):
-            raise DataError(f"{damage}: name another checkpoint")
+            raise DataError(f"{damage}: use another checkpoint")
         with weights_only():
             super()._load_checkpoint()
         if self.global_steps:
             loaded = place / f"global_step_{step}" if step else Path(trainer.resume_from_path)
-            if (file := loaded / PUT_BACK).exists():  # older checkpoints have none
+            if (file := loaded / PUT_BACK).exists():  # older checkpoints do not have this file
                 self.put_back = deque(json.loads(file.read_text()))

@@ -1,9 +1,9 @@
-"""A run on a Ray cluster that others started: what each of its nodes needs before, and gives back after.
+"""Set-up and clean-up of the nodes for a run on an existing Ray cluster.
 
-On one machine every process of a run inherits its environment from `verl_aqn.launch.supervise`. Those of a cluster descend
-from `ray start`, so they get it from `verl_aqn.cluster.worker_setup`.
-`python -m verl_aqn.integrations.verl.cluster_nodes clean RUN TEMPORARY …` cleans all nodes after a run, and `stacks RUN TEMPORARY`
-prints where its processes stand on each.
+On one machine every process of a run inherits its environment from `verl_aqn.supervise`. On a cluster the processes
+are children of `ray start`, so they get their environment from `verl_aqn.cluster.worker`.
+`python -m verl_aqn.verl_api.nodes clean RUN TEMPORARY …` cleans all nodes after a run, and `stacks RUN TEMPORARY`
+prints the stack traces of its processes on each node.
 """
 
 import importlib.util
@@ -30,12 +30,12 @@ from verl_aqn.runs.processes import GRACE_S, SharedMemory, title
 from verl_aqn.runs.stacks import collect, folder_in, listening
 from verl_aqn.runs.temporary import remove
 
-# What describes a cluster that is to be started; Ray refuses some of it beside an address.
+# Settings for starting a new cluster; Ray rejects some of them together with an address.
 _OF_A_NEW_CLUSTER = ("num_cpus", "num_gpus", "resources", "object_store_memory", "include_dashboard", "dashboard_port")
 
 
 def join(config: DictConfig, folder: RunFolder) -> None:
-    """Make `config.ray_kwargs.ray_init` that of a job on the cluster at RAY_ADDRESS."""
+    """Change `config.ray_kwargs.ray_init` so that the run becomes a job on the cluster at RAY_ADDRESS."""
     settings = config.ray_kwargs.ray_init
     for key in _OF_A_NEW_CLUSTER:
         settings.pop(key, None)
@@ -46,10 +46,10 @@ def join(config: DictConfig, folder: RunFolder) -> None:
 
 
 def check_nodes(config: DictConfig) -> None:
-    """Every node sees the run's files and has the same code; each puts itself on record as evidence.
+    """Check that every node sees the run's files and has the same code; each node is recorded in the evidence.
 
     Raises:
-        EnvironmentFault: which node does not, and what to do.
+        EnvironmentFault: a node does not; the message names the node and the fix.
     """
     aqn = parse_aqn(config)
     assert aqn.run.dir is not None
@@ -63,8 +63,8 @@ def check_nodes(config: DictConfig) -> None:
     nodes = on_every_node(_describe_node, folder, needed, module, check)
     if len({(node["verl_aqn"], *node["versions"].values()) for node in nodes}) > 1:
         told = "; ".join(f"{n['address']}: verl-aqn {n['verl_aqn']}, {n['versions']}" for n in nodes)
-        raise EnvironmentFault(f"the nodes have other versions, run scripts/setup.sh on each: {told}")
-    # They wrote into the folder that they see: a copy of it, or a folder of the same name, shows here.
+        raise EnvironmentFault(f"the nodes have different versions: run scripts/setup.sh on each of them ({told})")
+    # Each node wrote into the folder that it sees. A node with another folder of the same name is missing here.
     seen = {record["address"] for record in folder.read("evidence.jsonl") if record.get("check") == check}
     if other := {node["address"] for node in nodes} - seen:
         raise EnvironmentFault(
@@ -82,7 +82,7 @@ def _describe_node(folder: RunFolder, needed: list[Path], module: str, check: st
         )
     if module and not _importable(module):
         raise EnvironmentFault(f"node {address} has no module {module} (the reward function's): install it there")
-    (Path(os.environ[TEMPORARY]) / "since").write_text(str(time.time()))  # by this node's clock
+    (Path(os.environ[TEMPORARY]) / "since").write_text(str(time.time()))  # in this node's time
     node = {"address": address, "host": platform.node(), "verl_aqn": __version__, "versions": check_versions()}
     folder.add_evidence({"kind": "node", "check": check, **node})
     return node
@@ -91,7 +91,7 @@ def _describe_node(folder: RunFolder, needed: list[Path], module: str, check: st
 def _importable(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package that it is in
+    except ModuleNotFoundError:  # the parent package is missing too
         return False
 
 
@@ -118,7 +118,7 @@ def _clean_node(run: str, temporaries: list[str]) -> None:
 def _temporary_of(process: psutil.Process) -> str | None:
     try:
         return process.environ().get(TEMPORARY)
-    except psutil.Error:  # gone meanwhile, or another user's
+    except psutil.Error:  # the process has ended, or belongs to another user
         return None
 
 
@@ -129,8 +129,11 @@ def _stacks_of_node(temporary: str) -> str:
 
 
 def main(task: str, run: str, *temporaries: str) -> None:
-    """On every node of runs with these temporary folders: `clean` ends what they left running and removes their files,
-    `stacks` prints the stacks of the first one's processes."""
+    """Run a task on every node, for runs with these temporary folders.
+
+    `clean` stops the processes that the runs left behind and removes their files; `stacks` prints the stack traces of
+    the processes that use the first folder.
+    """
     ray.init(log_to_driver=False)
     if task == "clean":
         on_every_node(_clean_node, run, list(temporaries))

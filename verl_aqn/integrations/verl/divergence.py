@@ -1,4 +1,4 @@
-"""Keep the batch that a gradient was not finite on, for whoever has to find out why."""
+"""Save the batch for which a gradient was not finite, so that the cause can be investigated."""
 
 import json
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ from verl_aqn.runs.folder import RunFolder
 
 @contextmanager
 def saved_where_it_diverges(batch: Any, folder: RunFolder, step: int) -> Iterator[None]:
-    """Where the update within ends in a TrainingError, the step's batch goes to FOLDER/diverged-<step>.safetensors.
+    """Save the step's batch to FOLDER/diverged-<step>.safetensors if the update inside raises a TrainingError.
 
-    A field of texts of unequal length is two tensors: `<field>` [all tokens] and `<field>.offsets` [n + 1]; `keys`, the
-    samples in their order, is in the file's metadata.
+    A field with samples of different lengths becomes two tensors: `<field>` [all tokens] and `<field>.offsets` [n + 1].
+    The file's metadata has `keys`, the keys of the samples in order.
     """
     try:
         yield

@@ -1,6 +1,6 @@
-"""verl's FSDP engine over a packed MXFP4 base.
+"""verl's FSDP engine with a packed MXFP4 base.
 
-Imported by verl through `actor_rollout_ref.model.external_lib`, so that processes without a model stay light.
+verl imports this module through `actor_rollout_ref.model.external_lib`, so that processes without a model stay light.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -31,19 +31,19 @@ from verl_aqn.noise import NoiseInjector
 
 
 class AqnFSDPEngine(PackedBase):
-    """The actor: packed base (uint8), LoRA in fp32 master weights that compute and travel in bf16.
+    """The actor's engine: a packed base (uint8), and LoRA with fp32 master weights that is used and sent in bf16.
 
-    `noise` is set where the recipe has noise on norms: for the forwards of a whole step where it wants it in the actor
-    too, else for one measurement of what it does. `slicings`: parts of the adapter that
-    ranks of the rollout hold ({}: all of it), known once they have one. `sent_adapters`: the digest of each part when
-    the adapter was last sent. `sent_bytes`: the bytes that went to each replica then.
+    `noise` is set if the recipe has noise on norms: for all forwards of a step if the recipe wants the noise in the
+    actor too, otherwise for one measurement of its effect. `slicings`: the parts of the adapter that ranks of the
+    rollout hold ({} stands for the whole adapter), known after the first sync. `sent_adapters`: the digest of each of
+    these parts at the last sync. `sent_bytes`: the bytes that were sent to each replica at the last sync.
     """
 
     slicings: tuple[Slices, ...] = ()
     sent_adapters: tuple[str, ...] = ()
     sent_bytes: int = 0
     noise: NoiseInjector | None = None
-    _served: tuple[tuple[str, torch.Tensor], ...] = ()  # what was sent first, until it is known in which parts
+    _served: tuple[tuple[str, torch.Tensor], ...] = ()  # the first adapter that was sent, until `slicings` is known
 
     def _build_module(self):
         told = self.model_config.override_config
@@ -51,32 +51,32 @@ class AqnFSDPEngine(PackedBase):
         noisy = noisy and not self.engine_config.forward_only
         if not is_packed(self.model_config.local_path) and not noisy and not self.text_part:
             if self.model_config.override_config.get("attn_implementation") == "sdpa":
-                # transformers' choice: sdpa, or eager for the models that sdpa cannot serve
+                # Let transformers choose: sdpa, or eager for models that do not support sdpa.
                 self.model_config.hf_config._attn_implementation = None
             module = super()._build_module()
         else:
             module = self._finished(self._causal_model(noisy=bool(noisy)))
         self._decide_layout(module, share=True)
         if noisy:
-            # Here the norms have the rollout's names and are whole; PEFT and FSDP wrap them afterwards.
+            # At this point the norms are whole and have the rollout's names; PEFT and FSDP wrap them later.
             self.noise = NoiseInjector(module, beside=True)
         return module
 
     @cached_property
     def text_part(self) -> bool:
-        """Whether this is the text part of a multimodal folder, which vLLM serves with the names of the whole."""
+        """Return whether the actor is the text part of a multimodal model, which vLLM serves under the full names."""
         return is_multimodal(Path(self.model_config.local_path))
 
     @contextmanager
     def disable_adapter(self):
-        """The reference policy: neither adapter nor noise."""
+        """Switch adapter and noise off, which gives the reference policy."""
         with super().disable_adapter(), self.noise.paused() if self.noise else nullcontext():
             yield
 
     def get_per_tensor_param(self, layered_summon=False, base_sync_done=False, **kwargs):
-        """Adapter tensors in bf16 for the rollout, and the digests that its ranks must show afterwards.
+        """Return the adapter's tensors in bf16 for the rollout, and keep the digests that its ranks must show later.
 
-        Scalings are in B already: vLLM has one for a whole adapter, and is told that it is 1.
+        B already contains each layer's scaling. vLLM has only one scaling for a whole adapter, and gets 1.
         """
         params, peft_config = super().get_per_tensor_param(layered_summon, base_sync_done, **kwargs)
         if peft_config is None or not base_sync_done:
@@ -93,21 +93,22 @@ class AqnFSDPEngine(PackedBase):
         return iter(adapter), peft_config | one
 
     def _scalings(self) -> dict[str, float]:
-        """What PEFT multiplies B·A by in every adapted layer, by the name under which that B is sent."""
+        """Return PEFT's scaling of B·A for every adapted layer, by the name under which B is sent."""
         layers = ((name, layer) for name, layer in self.module.named_modules() if isinstance(layer, LoraLayer))
         scalings = {f"{unwrapped(name)}.lora_B.weight": layer.scaling["default"] for name, layer in layers}
         return convert_weight_keys(scalings, getattr(self.module, "_fsdp_wrapped_module", self.module))
 
     def expect_slices(self, slicings: tuple[Slices, ...]) -> None:
-        """From now on `sent_adapters` has a digest for each of `slicings`; also that of what was sent first."""
+        """Make `sent_adapters` have a digest for each of `slicings` from now on, also for the adapter sent first."""
         self.slicings = slicings
         if self._served:
             self.sent_adapters, self._served = _digests(self._served, slicings), ()
 
     def base(self, every: bool) -> dict[str, Any]:
-        """`mxfp4.held_base.Held` of this process as it is now, all ranks at once; without its tensors unless `every`.
+        """Return the current `mxfp4.held_base.Held` of this process, without its tensors unless `every`.
 
-        `activations`: how the packed layers round their inputs, one entry where all do the same.
+        All ranks must call this together. `activations`: how the packed layers round their inputs, with one entry if
+        all do the same.
         """
         held = held_base(self.module, self.model_config.local_path)._asdict()
         rounding = sorted({str(layer.activation or "none") for layer in packed_layers(self.module)})
@@ -116,16 +117,16 @@ class AqnFSDPEngine(PackedBase):
         }
 
     def prepare_model_inputs(self, micro_batch):
-        """Each prompt once for all of its samples, if the model can take that; otherwise verl's own rows."""
+        """Prepare each prompt once for all of its samples if the model supports that, or else verl's own rows."""
         if not self._shares_prompts(micro_batch):
             lay_out(None)
             return super().prepare_model_inputs(micro_batch)
         shared = share_prompts(list(micro_batch["prompts"].unbind()), list(micro_batch["responses"].unbind()))
-        lay_out(shared)  # for the forward that comes now
+        lay_out(shared)  # for the forward that follows
         return shared_inputs(shared, self.taken.keeps), {"shared": shared}
 
     def prepare_model_outputs(self, output, output_args, micro_batch, logits_processor_func):
-        """log_probs (and entropy) jagged like input_ids, as verl's; 0 at prompt positions, which nothing reads."""
+        """Return log_probs (and entropy), jagged like input_ids as in verl; prompt positions are 0 and never read."""
         if not self._shares_prompts(micro_batch):
             return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
         lay_out(None)
@@ -160,12 +161,12 @@ class AqnFSDPEngine(PackedBase):
 
 
 def _digests(served: tuple[tuple[str, torch.Tensor], ...], slicings: tuple[Slices, ...]) -> tuple[str, ...]:
-    """The digest of an adapter's parts for each way to hold them."""
+    """Return the digest of an adapter's parts for each of `slicings`."""
     return tuple(tensor_digest((name, cut(tensor, slices.get(name))) for name, tensor in served) for slices in slicings)
 
 
 def _register() -> None:
-    """Put the engines before verl's own where this module is imported: by vendor, which verl looks up first."""
+    """Register the engines so that verl uses them instead of its own: by vendor, which verl looks up first."""
     for model_type, engine in (("language_model", AqnFSDPEngine), ("value_model", AqnValueEngine)):
         register = partial(EngineRegistry.register, model_type=model_type, backend=["fsdp", "fsdp2"])
         register(device="cpu")(engine)
@@ -174,6 +175,6 @@ def _register() -> None:
 
 
 _register()
-# Checkpoints are loaded as weights only (`runs.checkpoints`). Beside tensors verl's hold numpy's random state.
+# Checkpoints are loaded with weights_only (`runs.checkpoints`). verl's also contain numpy's random state.
 _RANDOM_STATE: list[Any] = [np.empty(0).__reduce__()[0], np.ndarray, np.dtype, type(np.dtype(np.uint32))]
 torch.serialization.add_safe_globals(_RANDOM_STATE)

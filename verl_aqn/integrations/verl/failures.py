@@ -1,8 +1,8 @@
-"""Why an answer never came: noted by a worker that has `NotingFailures`, and judged by the trainer.
+"""Reasons for missing responses: a worker with `NotingFailures` records them, and the trainer decides about the run.
 
-A session that fails (its generation, or the reward of its answer, raised) leaves nothing in verl's queue: verl's worker
-logs the error and goes on. Here the run stops, unless the recipe allows a share of the answers to fail
-(`aqn.run.allow_failed`, of each step and of each validation).
+If a session fails (its generation or its reward raises an error), verl's worker logs the error and continues, and the
+session adds nothing to verl's queue. Here the run stops, unless the recipe allows a share of the responses of each step
+and each validation to fail (`aqn.run.allow_failed`).
 """
 
 from collections import Counter
@@ -19,12 +19,12 @@ from verl_aqn.runs.request_seeds import PROMPT
 from verl_aqn.tasks.user_lines import user_line
 
 FILE = "failures.jsonl"
-"""A line for each session that failed: set (train or val), RL step, attempt at the run, uid, session, item (row of the
-set), prompt (its beginning), stage (generation or reward), reason."""
+"""The file has one line for each failed session: set (train or val), RL step, attempt at the run, uid, session, item
+(row of the set), prompt (its beginning), stage (generation or reward), reason."""
 
 
 class NotingFailures:
-    """Goes before verl's worker among the bases of a class: a session that fails is on record with its reason."""
+    """A mixin that goes before verl's worker in a class, and records each failed session with its reason."""
 
     async def _run_agent_loop(self, sampling_params, trajectory, **kwargs):
         try:
@@ -35,9 +35,9 @@ class NotingFailures:
 
 
 def note(config: Any, trajectory: dict, prompt: dict, error: Exception) -> None:
-    """Write one line; where the run's folder is not to be had, the log alone has the error."""
+    """Write one line about a failed session; if the run folder cannot be written, only the log has the error."""
     cause, folder = root_cause(error), RunFolder(Path(str(parse_aqn(config).run.dir)))
-    # A reward manager of the user's own raises what it likes, in verl's reward worker.
+    # A user's own reward manager may raise any error, in verl's reward worker.
     reward = isinstance(cause, RewardError) or "compute_score" in str(getattr(error, "function_name", ""))
     place = user_line(error, str(config.reward.custom_reward_function.path or "")) if reward else ""
     reason = f"{f'{place}: ' if place else ''}{type(cause).__name__}: {first_line(cause)}"
@@ -57,7 +57,7 @@ def note(config: Any, trajectory: dict, prompt: dict, error: Exception) -> None:
 
 
 def beginning_of(messages: Any) -> str:
-    """Return the first words of a prompt's last message, for a person to know it by."""
+    """Return the first words of a prompt's last message, so that a person can recognise the prompt."""
     try:
         text = " ".join(str(messages[-1]["content"]).split())
     except (TypeError, KeyError, IndexError):
@@ -66,7 +66,7 @@ def beginning_of(messages: Any) -> str:
 
 
 def attempt_of(folder: RunFolder) -> int:
-    """Return which attempt at the run this is: a step that stopped one may come again in the next."""
+    """Return the number of the current attempt at the run; the same step may occur in several attempts."""
     try:
         return int(folder.state.get("attempt", 1))
     except AqnError:
@@ -74,7 +74,10 @@ def attempt_of(folder: RunFolder) -> int:
 
 
 def answered(keys: Sequence[str]) -> int:
-    """How many sessions gave an answer; one with several outputs counts once. `keys`: verl's, UID_SESSION_INDEX."""
+    """Return how many sessions gave a response; a session with several outputs counts once.
+
+    `keys`: verl's keys, UID_SESSION_INDEX.
+    """
     return len({key.rsplit("_", 1)[0] for key in keys})
 
 
@@ -90,14 +93,14 @@ def failures_of(folder: RunFolder, part: str, step: int) -> list[dict]:
 
 
 def refuse_failures(folder: RunFolder, part: str, step: int, asked: int, allowed: float, missing: int = 0) -> None:
-    """Stop a run of whose answers more failed than a recipe allows.
+    """Stop a run if more responses failed than the recipe allows.
 
     Args:
-        part: train or val. asked: how many answers were asked for. allowed: the share of them that may fail.
-        missing: how many did not come, where that is known; else those on record count.
+        part: train or val. asked: how many responses were requested. allowed: the share of them that may fail.
+        missing: how many responses are missing, if this is known; otherwise the recorded failures count.
 
     Raises:
-        RewardError: a reward failed. ProcessFault: a generation did, which another attempt need not meet.
+        RewardError: a reward failed. ProcessFault: only generations failed, which another attempt may avoid.
     """
     records = failures_of(folder, part, step)
     count = max(missing, len(records))
@@ -106,8 +109,8 @@ def refuse_failures(folder: RunFolder, part: str, step: int, asked: int, allowed
     text = failure_text(folder, part, step, asked, count)
     share = f"aqn.run.allow_failed={allowed:g} allows {int(allowed * asked):,}"
     if any(record["stage"] == "reward" for record in records):
-        raise RewardError(f"{text}: mend the reward, or let more of them fail ({share})")
-    raise ProcessFault(f"{text}: see training.log, or let more of them fail ({share})")
+        raise RewardError(f"{text}: fix the reward function, or allow more failures ({share})")
+    raise ProcessFault(f"{text}: see training.log, or allow more failures ({share})")
 
 
 def moment(part: str, step: int) -> str:
@@ -116,19 +119,19 @@ def moment(part: str, step: int) -> str:
 
 
 def failure_text(folder: RunFolder, part: str, step: int, asked: int, count: int) -> str:
-    """Say that `count` of `asked` answers of a step failed, with the most frequent reason where one is known.
+    """Say that `count` of `asked` responses of a step failed, with the most frequent reason if one is known.
 
     `part` is train or val.
     """
-    told = f"{moment(part, step)}: {count:,} of {asked:,} answers failed"
+    told = f"{moment(part, step)}: {count:,} of {asked:,} responses failed"
     reason = failure_reason(folder, part, step, count)
-    return f"{told}: {reason}" if reason else f"{told}, for a reason that training.log has"
+    return f"{told}: {reason}" if reason else f"{told}; see training.log for the reason"
 
 
 def failure_reason(folder: RunFolder, part: str, step: int, count: int) -> str:
-    """Say what failed most often of a step's answers, of which item and how often; "" where nothing is known.
+    """Return the most frequent failure of a step's responses, with its item and its number, or "" if none is known.
 
-    `count` answers failed in all.
+    `count` responses failed in total.
     """
     records = failures_of(folder, part, step)
     if not records:

@@ -1,7 +1,7 @@
-"""Ask verl's data set class, or the user's own, for the first rows of a run's data, before anything is started.
+"""Read the first rows of a run's data with verl's data set class, or the user's own, before anything is started.
 
-`python -m verl_aqn.integrations.verl.first_rows` reads a recipe's config from standard input; the last line of standard output
-is the answer as JSON (`verl_aqn.preflight.data_rows`). What the class reads is right; what it does not is told in one line.
+`python -m verl_aqn.verl_api.first_rows` reads a recipe's config from standard input; the last line of standard output
+is the answer as JSON (`verl_aqn.preflight.rows`). A fault is reported in one line.
 """
 
 import json
@@ -21,12 +21,14 @@ from verl_aqn.preflight.run_data import KEYS, LIMITS, has_own_class, needs_truth
 from verl_aqn.tasks.data_files import check_name, check_told, no_column, no_rows, unreadable
 
 FIRST = 8
-"""Rows of each file that are looked at; all of a file's where verl would leave these out."""
+"""How many rows of each file are checked; if verl would leave out all of these, the whole file is checked."""
 
 
 def answer(config: DictConfig) -> dict[str, Any]:
-    """Return `rows`, how many a class of the user's own has of each set (None: verl's class, whose rows are those of
-    the files), and `warnings`; or `fault`, what is wrong in one line, with `kind`, the name of its class of error.
+    """Return the result of the check as plain values.
+
+    `rows`: how many rows a user's own class has in each set (None for verl's class, which has the rows of the files),
+    and `warnings`. If a check fails: `fault`, in one line, and `kind`, the name of the error's class.
     """
     try:
         look = FirstRows(config)
@@ -37,8 +39,10 @@ def answer(config: DictConfig) -> dict[str, Any]:
 
 
 def own_items(config: DictConfig, part: str) -> Any:
-    """Return the data set of the user's own class for a set (train or test), of which nothing is left out for its
-    length. Raises as `FirstRows` and its `read`.
+    """Return the user's own data set for a set (train or test), without leaving out long prompts.
+
+    Raises:
+        DataError, ConfigError, ModelError: as `FirstRows` and `FirstRows.read`.
     """
     look = FirstRows(config)
     files, name = look.files(part)
@@ -46,13 +50,13 @@ def own_items(config: DictConfig, part: str) -> Any:
 
 
 class FirstRows:
-    """What a recipe's data set class and chat template do with the first rows of its data.
+    """Checks of the first rows of a recipe's data with its data set class and chat template.
 
     `config.data` names files, and `actor_rollout_ref.model.path` (or `tokenizer_path`) a folder with a tokenizer.
 
     Raises:
         ModelError: as `Template`.
-        ConfigError: a class of the user's own that cannot be loaded.
+        ConfigError: the user's own class cannot be loaded.
     """
 
     def __init__(self, config: DictConfig) -> None:
@@ -60,24 +64,26 @@ class FirstRows:
         self.warnings: list[str] = []
         self.key = str(self.data.get("prompt_key", "prompt"))
         self.template = Template(config)
-        # An agent loop of the user's own may make of a prompt what it likes.
+        # A user's own agent loop may use a prompt in any way, so rendering is not checked then.
         self.renders = OmegaConf.select(config, "actor_rollout_ref.rollout.agent.agent_loop_config_path") is None
         if self.renders:
             self.template.check()
         try:
             self.cls: Any = get_dataset_class(self.data)
-        except Exception as error:  # whatever the user's module does as it is imported
+        except Exception as error:  # the user's module may raise any error during its import
             named = self.data.custom_cls
             raise ConfigError(
                 f"data.custom_cls: {named.name} of {named.path} cannot be loaded: {first_line(error)}"
             ) from error
 
     def check(self, part: str) -> int:
-        """Check the first rows of each file of a set; of a class of the user's own, which may take its files as it
-        likes, those of the whole set. Returns the number of rows of such a class.
+        """Check the first rows of each file of a set, or of the whole set if the user's own class reads the files.
+
+        Returns:
+            The number of rows in the user's own data set, or 0 for verl's class.
 
         Raises:
-            DataError: what is wrong with which row.
+            DataError: a row is wrong; the message names the row and the fault.
         """
         files, name = self.files(part)
         limit = int(self.data.get(LIMITS[part], -1))
@@ -92,7 +98,7 @@ class FirstRows:
         columns = self.join(files, name, [dataset for dataset, _ in read])
         left_out = []
         for file, (dataset, items) in zip(files, read, strict=True):
-            # A column that another file has is here too, and holds nothing.
+            # verl joins the files, so a column of another file exists here too, with null in it.
             items = [dict.fromkeys(columns) | item for item in items]
             left_out += [text] if (text := self.check_rows(dataset, items, [file], limit)) else []
         if len(left_out) == len(files):
@@ -101,19 +107,22 @@ class FirstRows:
         return 0
 
     def files(self, part: str) -> tuple[list[str], str]:
-        """The files of a set, and the key that names them."""
+        """Return the files of a set, and the config key that names them."""
         value = self.data[KEYS[part]]
         return [value] if isinstance(value, str) else list(value), f"data.{KEYS[part]}"
 
     def dataset(self, files: Sequence[str], rows: int, *, filtered: bool, cls: Any = None) -> Any:
-        """The class's data set of the first `rows` of files (-1: of all), filtered as the recipe has it, or not."""
+        """Return the class's data set of the first `rows` rows (-1: all).
+
+        `filtered`: whether long prompts are left out if the recipe says so.
+        """
         data = self.data.copy()
         with open_dict(data):
             data.shuffle = False
             if not filtered:
                 data.filter_overlong_prompts = False
             if rows == FIRST or data.get("filter_overlong_prompts_workers") == 1:
-                data.filter_overlong_prompts_workers = None  # a pool of one process takes seconds to start
+                data.filter_overlong_prompts_workers = None  # starting a pool for one process takes seconds
         return (cls or self.cls)(
             data_files=ListConfig(list(files)),
             tokenizer=self.template.tokenizer,
@@ -123,7 +132,7 @@ class FirstRows:
         )
 
     def read(self, files: Sequence[str], where: str, rows: int) -> tuple[Any, list[dict]]:
-        """Return the data set, of which nothing is left out, and its first items."""
+        """Return the data set, without leaving anything out, and its first items."""
         try:
             dataset = self.dataset(files, rows, filtered=False)
             size = len(dataset)
@@ -143,14 +152,14 @@ class FirstRows:
                 row = dict(dataset.dataframe[place])
                 if self.key not in row:
                     raise DataError(no_column(where, self.key, list(row))) from error
-                items.append(row | {"raw_prompt": row[self.key]})  # null, for example, which verl may leave out
+                items.append(row | {"raw_prompt": row[self.key]})  # for example null, a row that verl may leave out
         return dataset, items
 
     def _own_raises(self, error: Exception) -> str:
         return f"the class {self.cls.__name__} of data.custom_cls raises {type(error).__name__} ({first_line(error)})"
 
     def join(self, files: Sequence[str], name: str, sets: Sequence[Any]) -> list[str]:
-        """Return the columns of a set's files taken together, as verl does that; raises DataError if it cannot."""
+        """Return the columns of a set's files after joining them as verl does; raise DataError if verl cannot."""
         try:
             return list(self.dataset(files, 1, filtered=False).dataframe.column_names)
         except Exception as error:
@@ -160,16 +169,18 @@ class FirstRows:
                     if column in kinds and kind != kinds[column]:
                         raise DataError(
                             f"{name}: verl cannot join its files: the column {column!r} is {_short(kind)} in {file}, "
-                            f"but {_short(kinds[column])} in {files[0]}: write both with one type"
+                            f"but {_short(kinds[column])} in {files[0]}: write both with the same type"
                         ) from error
             raise DataError(f"{name}: verl cannot join its files: {first_line(error)[:200]}") from error
 
     def check_rows(self, dataset: Any, items: list[dict], files: Sequence[str], limit: int) -> str:
-        """Check that the first items have what a reward is given, and can be rendered. Returns why no row at all is
-        left, or "".
+        """Check that the first items have the fields that the reward needs, and can be rendered.
+
+        Returns:
+            The reason why no row is left, or "" if rows are left.
 
         Raises:
-            DataError: a row for which that is not so, and which the class does not leave out.
+            DataError: a row fails the check, and the class does not leave it out.
         """
         where = files[0] if len(files) == 1 else ", ".join(Path(file).name for file in files)
         if needs_truth(self.config):
@@ -181,13 +192,13 @@ class FirstRows:
         if not failed and not long:
             return ""
         kept = len(self.dataset(files, limit if self.own else FIRST, filtered=True))
-        stay = len(failed) + len(long) - (len(dataset) - kept)  # of the bad rows
+        stay = len(failed) + len(long) - (len(dataset) - kept)  # the bad rows that are not left out
         first = min(failed | long)
         why, do = f"row {first}: {(failed | long)[first]}", remedy(failed.values())
         if failed and stay > len(long):
             raise DataError(f"{where}: row {min(failed)} cannot be rendered ({failed[min(failed)]}): {do}")
         if kept and stay > 0:
-            self.warnings.append(f"{where}: the beginning of long prompts is cut ({why}): {do}")
+            self.warnings.append(f"{where}: the beginning of long prompts is cut off ({why}): {do}")
         elif kept:
             self.warnings.append(f"{where}: rows are left out ({why}): {do}")
         elif self.own or _is_text(dataset, self.key):
@@ -201,7 +212,7 @@ class FirstRows:
         return ""
 
     def _render(self, items: list[dict], where: str, tools: Any) -> tuple[dict[int, str], dict[int, str]]:
-        """Return the items that cannot be rendered and those that are too long, each with the reason, by place."""
+        """Return the items that cannot be rendered, and those that are too long, each as {place: reason}."""
         failed: dict[int, str] = {}
         long: dict[int, str] = {}
         limit = int(self.data.get("max_prompt_length", 1024))
@@ -225,7 +236,7 @@ class FirstRows:
 
 
 def _is_text(dataset: Any, key: str) -> bool:
-    """Whether every prompt of the file is text, by the type of the column."""
+    """Return whether every prompt of the file is plain text, by the type of the column."""
     return dataset.dataframe.features[key] == datasets.Value("string")
 
 

@@ -1,8 +1,8 @@
-"""Prompts, requests and batches that follow from names and not from chance: the same seed gives the same samples.
+"""Reproducible prompts, requests and batches: two runs with the same seed get the same samples.
 
-verl names prompts by random UUIDs, requests carry no seed, and a batch is in the order in which answers arrived. Here
-each request has a seed of its own (`verl_aqn.runs.request_seeds`), a batch is in the order of its keys, and where groups are
-filtered the first ones in the order of the data are taken, however many more had been asked for.
+In verl, prompts have random UUIDs, requests have no seed, and a batch is in the order in which responses arrived. Here
+each request has its own seed (`verl_aqn.seeds`), and a batch is in the order of its keys. If groups are filtered, the
+first groups in the order of the data are used, also if more were requested.
 """
 
 from collections import deque
@@ -20,11 +20,11 @@ from verl_aqn.integrations.verl.failures import NotingFailures
 from verl_aqn.runs.request_seeds import PROMPT, StepPrompts, digest_of, place_of, request_seed
 from verl_aqn.runs.samples import FILE, sample_records
 
-_Worker: Any = AgentLoopWorkerTQ.__ray_actor_class__  # without Ray around it
+_Worker: Any = AgentLoopWorkerTQ.__ray_actor_class__  # the class without Ray's wrapper
 
 
 class _SeededWorker(_Worker):
-    """Runs the sessions of a batch; each asks with the seed of its step, prompt and sample."""
+    """Runs the sessions of a batch; each request has a seed from its step, prompt and sample."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -40,11 +40,11 @@ class _SeededWorker(_Worker):
 
 
 class AqnAgentLoopWorker(NotingFailures, _SeededWorker):
-    """A session that fails is on record."""
+    """The worker with seeds, which also records failed sessions."""
 
 
 class AqnAgentLoopManager(AgentLoopManagerTQ):
-    """Hands batches to our workers, and remembers which row of the data is behind a uid of validation, a random one."""
+    """Passes batches to `AqnAgentLoopWorker`, and remembers the data row of each (random) uid of a validation."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -58,9 +58,10 @@ class AqnAgentLoopManager(AgentLoopManagerTQ):
 
 
 def number_rows(dataset: Any) -> None:
-    """Let each item of a map-style `dataset` tell which row it is, in the column PROMPT.
+    """Add the column PROMPT, with the number of the row, to each item of a map-style `dataset`.
 
-    verl's items do not say so, and its loader holds the object that it was given: the object gets another class.
+    verl's items do not have their row number, and verl's loader keeps the object that it was given. Therefore this
+    function changes the class of that object.
     """
     cls = type(dataset)
     if hasattr(cls, PROMPT):
@@ -73,7 +74,7 @@ def number_rows(dataset: Any) -> None:
 
 
 class KeyedTrainer(SavingTrainer):
-    """verl's trainer with names for prompts that two runs of one seed share."""
+    """verl's trainer with names for prompts that are the same in two runs with one seed."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -98,8 +99,9 @@ class KeyedTrainer(SavingTrainer):
     def on_sample_end(self):
         buffer = self.replay_buffer
         if self.config.algorithm.filter_groups.enable:
-            # How many prompts were asked for depends on which answers came first; what they are does not, as long as
-            # those behind the last one that is used are taken again. verl throws their answers away, too.
+            # The number of requested prompts depends on the order in which responses arrived. To keep the data order
+            # the same in every run, the prompts after the last used one are taken again in the next step. verl discards
+            # their responses too.
             self.put_back = deque([*self.prompts.after(place_of(buffer.selected[-1])), *self.put_back])
         keys = buffer.taken.keys
         data = transfer_queue.kv_batch_get(keys=keys, partition_id="train", select_fields=["responses"])

@@ -1,6 +1,6 @@
-"""Rows of the data that a run leaves out: counted, with the reason and an example.
+"""Counts of the data rows that a run leaves out, with the reason and an example.
 
-verl's data set leaves out prompts that are too long, and counts those that it cannot render as such.
+verl's data set leaves out prompts that are too long, and treats prompts that it cannot render as too long.
 """
 
 import sys
@@ -18,9 +18,10 @@ from verl_aqn.tasks.data_files import count_rows
 
 @dataclass(frozen=True)
 class Rows:
-    """What became of the rows of a set's files. `drawn`: as many as `max_samples` let through.
+    """Counts of the rows in a set's files: `files` in all, and `kept` in the data set.
 
-    `too_long` and `failed` are left out of those; `failed` ones could not be rendered. Examples name the first row.
+    `drawn`: rows that remain after `max_samples`. `too_long` and `failed`: drawn rows that are left out; `failed` rows
+    could not be rendered. The examples name the first such row.
     """
 
     files: int
@@ -33,7 +34,7 @@ class Rows:
 
     @property
     def text(self) -> str:
-        """For example: 2,048 rows, 2 too long (row 7: 1,203 tokens of at most 1,024), 2,046 kept."""
+        """Return the counts in one line: 2,048 rows, 2 too long (row 7: 1,203 tokens of at most 1,024), 2,046 kept."""
         parts = [f"{self.files:,} rows"]
         if self.drawn < self.files:
             parts.append(f"{self.drawn:,} drawn (max_samples)")
@@ -47,10 +48,11 @@ class Rows:
 
 
 class _Limit(int):
-    """`max_prompt_length`, which notes what verl does with it for one row: verl's own pass says no more than yes or no.
+    """A `max_prompt_length` that records the length or the error of a row, because verl's filter returns only a bool.
 
-    verl compares `length <= limit`, which asks the limit first, as its type is the more special one. Where rendering
-    raised, verl takes `limit + 1` for the length within its `except`, so that the error is at hand.
+    verl compares `length <= limit`. Python then calls the limit's method first, because its type is a subclass of int.
+    If rendering raises an error, verl uses `limit + 1` as the length inside its `except` block, where the error can be
+    read.
     """
 
     length: int = -1
@@ -67,7 +69,7 @@ class _Limit(int):
 
 
 class _OnePass:
-    """Stands for verl's table while verl filters it: one pass that keeps lengths and errors beside yes and no."""
+    """Replaces verl's table while verl filters it: one pass that keeps lengths and errors beside verl's decisions."""
 
     def __init__(self, table: Any, limit: _Limit) -> None:
         self.table, self.limit = table, limit
@@ -81,7 +83,7 @@ class _OnePass:
             limit.length, limit.error = -1, ""
             return {"keep": bool(keep(row)), "length": limit.length, "error": limit.error}
 
-        several = num_proc if num_proc and num_proc > 1 else None  # a pool of one process takes seconds to start
+        several = num_proc if num_proc and num_proc > 1 else None  # starting a pool for one process takes seconds
         found = self.table.map(look, remove_columns=self.table.column_names, num_proc=several, desc=desc)
         self.lengths, self.errors = list(found["length"]), list(found["error"])
         return self.table.select([place for place, kept in enumerate(found["keep"]) if kept])
@@ -91,7 +93,7 @@ class _OnePass:
 
 
 class ToldDataset(RLHFDataset):
-    """verl's data set, which also tells what it left out, as `rows`."""
+    """verl's data set, which also counts in `rows` what it left out."""
 
     rows: Rows
     max_prompt_length: int
@@ -120,7 +122,7 @@ class ToldDataset(RLHFDataset):
         return kept
 
     def _where(self, place: int, sizes: Sequence[int], drawn: bool) -> str:
-        """Name a row, counted from 0: within its file, or among those drawn where they were drawn by chance."""
+        """Name a row, counted from 0: within its file, or among the drawn rows if these were drawn at random."""
         if drawn:
             return f"row {place:,} of those drawn"
         for file, size in zip(self.data_files, sizes, strict=True):
@@ -132,7 +134,7 @@ class ToldDataset(RLHFDataset):
 
 @contextmanager
 def told_rows(config: DictConfig) -> Iterator[None]:
-    """Let verl make its data sets of `ToldDataset`, unless the recipe names a class of the user's own."""
+    """Make verl use `ToldDataset` for its data sets, unless the recipe names the user's own class."""
     before = config.data.get("custom_cls")
     if before and before.get("path") is not None:
         yield
@@ -149,11 +151,11 @@ def told_rows(config: DictConfig) -> Iterator[None]:
 
 
 def rows_of(dataset: Any, files: Sequence[str]) -> Rows:
-    """What became of the rows; of a data set of another class only how many there were and are."""
+    """Return the counts of a data set; for other classes than `ToldDataset` only the rows before and after."""
     if (rows := getattr(dataset, "rows", None)) is not None:
         return rows
     try:
         held = sum(map(count_rows, files))
-    except DataError:  # a form that only that class knows
+    except DataError:  # a file format that only the user's class can read
         held = len(dataset)
     return Rows(held, held, len(dataset))

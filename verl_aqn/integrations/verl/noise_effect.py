@@ -1,4 +1,4 @@
-"""What noise does to the rollout's log-probabilities, measured in each step on the samples that are scored again."""
+"""The effect of noise on the rollout's log-probs, measured in each step on the samples that are scored again."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,11 +16,11 @@ Logp = Mapping[str, Tensor]
 
 
 class UseOfNoise:
-    """The effect of noise by step, and what is predicted for it. `evidence`: of the run's earlier attempts."""
+    """The measured and the predicted effect of noise, by step. `evidence`: records of the run's earlier attempts."""
 
     def __init__(self, evidence: Sequence[Mapping[str, Any]]) -> None:
         self.reference: dict[str, float] | None = None
-        self.by = ""  # what the reference is from
+        self.by = ""  # the source of the reference
         for record in evidence:
             if record["kind"] == "strength" and (noisy := record["noisy"]).get("dlogp"):
                 surprisal = record["clean"]["entropy"][0]
@@ -38,17 +38,17 @@ class UseOfNoise:
         mismatch: float,
         noisy_trainer: Tensor | None = None,
     ) -> dict[str, Any] | None:
-        """Return a step's record `use` but for its step, as `verl_aqn.runs.judge.noise_use.check_effect` takes it.
+        """Return a step's record `use`, without its field `step`, for `verl_aqn.judge.use.check_effect`.
 
         Args:
-            data: of the step. keys: names of the B samples.
-            clean_logp: the rollout's log-probs without noise of some of them, from the first response token on.
-            sigma: σ of the step. mismatch: mean |Δ log p| of trainer and rollout without noise.
-            noisy_trainer: the trainer's log-probs [B, R] with the rollout's noise, where they were computed; `data` has
-                those without noise, unless the trainer has noise in every step.
+            data: the fields of the step. keys: names of the B samples.
+            clean_logp: the rollout's log-probs without noise for some of them, from the first response token on.
+            sigma: σ of the step. mismatch: mean |Δ log p| between trainer and rollout without noise.
+            noisy_trainer: the trainer's log-probs [B, R] with the rollout's noise, if they were computed. `data` has
+                its log-probs without noise, unless the trainer has noise in every step.
 
         Returns:
-            None where no token was scored again.
+            The record, or None if no token was scored again.
         """
         clean, scored = align(keys, clean_logp, data["response_mask"].bool())
         if not scored.any():

@@ -1,4 +1,4 @@
-"""What actor and critic share: a packed MXFP4 base under adapters with fp32 master weights."""
+"""The common engine of actor and critic: a packed MXFP4 base, and adapters with fp32 master weights."""
 
 import math
 
@@ -31,41 +31,44 @@ from verl_aqn.noise.norms import find_norms
 
 
 def norm_tensors(model: PreTrainedModel) -> list[str]:
-    """Names of the parameters of all norms that can carry noise."""
+    """Return the names of the parameters of all norms that can have noise."""
     norms = find_norms(model)
     return [f"{name}.{leaf}" for name, norm in norms.items() for leaf, _ in norm.named_parameters()]
 
 
 class PackedBase(FSDPEngineWithLMHead):
-    """verl's FSDP engine, whose model may be a packed one.
+    """verl's FSDP engine, whose model may be packed.
 
-    `layout`: how batches are laid out, and why not otherwise, in one line; `taken`: what the model can take.
+    `layout`: the layout of batches, with the reason, in one line; `taken`: the layouts that the model supports.
     """
 
     layout: str = SEPARATE
     taken: Layout = Layout(together=False)
 
     def optimizer_step(self) -> float:
-        """As verl's, which leaves out an update whose gradient is not finite and goes on; here the run stops."""
+        """Update the weights as verl does, but stop the run if the gradient is not finite.
+
+        verl would skip such an update and continue.
+        """
         norm = super().optimizer_step()
         if not math.isfinite(norm):
             raise TrainingError(
-                f"the gradient is not finite (norm {norm}): nothing was updated; lower the learning rate"
+                f"the gradient is not finite (norm {norm}): the weights were not updated; lower the learning rate"
             )
         return norm
 
     def _causal_model(self, noisy: bool = False) -> PreTrainedModel:
-        """The base as a causal language model: packed, or in bf16 where the recipe leaves it unquantised.
+        """Load the base as a causal language model: packed, or in bf16 if the recipe does not quantise it.
 
-        Only the first rank reads it: under FSDP2 verl has the others' shards sent from there, and theirs may be on
-        meta. Norms are read everywhere where the model is ``noisy``. Tied weights would not stay tied on their way
-        from meta (verl does not do it either): such a model is read by every rank.
+        Under FSDP2 only the first rank reads the weights: verl sends the other ranks their shards, so their model may
+        be on the meta device. If the model is ``noisy``, every rank reads the norms. Tied weights do not stay tied when
+        they are moved from the meta device, so every rank reads such a model (as in verl).
         """
-        told = self.model_config.override_config  # by verl_aqn.preflight.prepare.tell_workers
+        told = self.model_config.override_config  # set by verl_aqn.prepare.tell_workers
         path = self.model_config.local_path
         attention = told.get("attn_implementation")
         if attention == "sdpa":
-            attention = None  # transformers' choice: sdpa, or eager for the models that sdpa cannot serve
+            attention = None  # transformers chooses: sdpa, or eager for models that do not support sdpa
         packed = is_packed(path)
         if packed:
             allow_packed_shards()
@@ -91,7 +94,7 @@ class PackedBase(FSDPEngineWithLMHead):
         return module
 
     def _finished(self, module: PreTrainedModel) -> PreTrainedModel:
-        """With what verl does to every model that it loads."""
+        """Apply the changes that verl applies to every model that it loads, and return the model."""
         apply_monkey_patch(
             model=module,
             use_remove_padding=self.use_remove_padding,
@@ -102,9 +105,12 @@ class PackedBase(FSDPEngineWithLMHead):
         return module
 
     def _decide_layout(self, module: PreTrainedModel, share: bool) -> None:
-        """Decide how batches are laid out. `share`: each prompt once for its samples where the model can take it.
+        """Decide the layout of batches.
 
-        Raises ConfigError where sequence parallelism is asked for a model whose sequences cannot stand in one row.
+        `share`: whether samples may share their prompt, if the model supports it.
+
+        Raises:
+            ConfigError: sequence parallelism is set, but the model does not support several sequences in one row.
         """
         found = decide(module)
         self.taken = agreed(found)
@@ -114,7 +120,7 @@ class PackedBase(FSDPEngineWithLMHead):
         if not self.taken.together:
             if ulysses:
                 key = "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size"
-                raise ConfigError(f"{key} must be 1: each sequence needs a row of its own, because {self.taken.reason}")
+                raise ConfigError(f"{key} must be 1: each sequence needs its own row, because {self.taken.reason}")
             self.layout = f"{SEPARATE}: {self.taken.reason}"
         elif self.use_remove_padding and (flash or ulysses):
             self.layout = PACKED
@@ -125,30 +131,30 @@ class PackedBase(FSDPEngineWithLMHead):
             self.layout = SEPARATE
 
     def prepare_model_inputs(self, micro_batch):
-        """As verl's; in rows of their own unless the layout is of packed rows."""
+        """Prepare the inputs as verl does, with one row per sequence unless the layout has packed rows."""
         if self.layout != PACKED:
             tu.assign_non_tensor(micro_batch, use_remove_padding=False)
         return super().prepare_model_inputs(micro_batch)
 
     def _build_lora_module(self, module):
-        # Adapters begin as random numbers, which verl leaves to a generator that nobody has seeded.
+        # Adapters start with random numbers; verl draws them from a generator without a seed.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.engine_config.seed)
             module = super()._build_lora_module(module)
-        # verl casts adapters to the dtype of the first frozen parameter (bf16 here): an Adam step of 1e-5 on a
-        # weight of 0.02 is below half of bf16's spacing there and would be lost.
+        # verl casts adapters to the dtype of the first frozen parameter (bf16 here). An Adam step of 1e-5 on a weight
+        # of 0.02 is below half of bf16's spacing there and would be lost.
         for param in module.parameters():
             if param.requires_grad:
                 param.data = param.data.float()
-        # An adapter from outside brings the dropout of its own training: the update's probabilities would not be those
-        # that the rollout sampled from.
+        # A loaded adapter has the dropout of its earlier training. With it, the update's probabilities would differ
+        # from those that the rollout sampled from.
         for layer in module.modules():
             if isinstance(layer, LoraLayer):
                 layer.lora_dropout["default"] = torch.nn.Identity()
         return module
 
     def save_checkpoint(self, local_path: str, *arguments, **named) -> None:
-        """As verl's, and PEFT's own config: verl's lora_train_meta.json knows neither rsLoRA nor patterns."""
+        """Save as verl does, and add PEFT's own config: verl's lora_train_meta.json lacks rsLoRA and patterns."""
         super().save_checkpoint(local_path, *arguments, **named)
         peft = getattr(getattr(self.module, "_fsdp_wrapped_module", self.module), "peft_config", None)
         if peft and torch.distributed.get_rank() == 0:

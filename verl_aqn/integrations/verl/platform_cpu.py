@@ -1,4 +1,4 @@
-"""A CPU as a verl platform: what verl 0.9.1 asks of a device, answered for a machine without an accelerator."""
+"""A verl platform for CPUs: the device functions that verl 0.9.1 calls, for a machine without an accelerator."""
 
 import types
 from contextlib import contextmanager
@@ -12,12 +12,12 @@ from verl_aqn.runs import host
 
 
 def _peak_bytes(*_args: Any) -> int:
-    """Peak resident memory of this process in bytes: the CPU's equal of `max_memory_allocated`."""
+    """Return the peak resident memory of this process in bytes, as `max_memory_allocated` does for a GPU."""
     return peak_bytes()
 
 
 def _free_and_total() -> tuple[int, int]:
-    """Bytes of memory free and in all: the CPU's equal of `mem_get_info`."""
+    """Return the free and the total memory in bytes, as `mem_get_info` does for a GPU."""
     memory = host.memory()
     return memory.available, memory.total
 
@@ -51,10 +51,10 @@ _device.__dict__.update(
 
 
 def accept_one_backend() -> None:
-    """Make verl open its process group with the one backend that a CPU has.
+    """Make verl open its process group with gloo, the only backend for a CPU.
 
-    verl names a backend for "cpu" and one for its device; where both are the CPU torch refuses ("Duplicate device type
-    cpu in backend string"). To be called before verl's workers are imported, which take the function by its name.
+    verl names one backend for "cpu" and one for its device. If both are the CPU, torch raises "Duplicate device type
+    cpu in backend string". Call this before verl's workers are imported, because they import the function by name.
     """
     from verl.utils import distributed
 
@@ -67,7 +67,7 @@ def accept_one_backend() -> None:
 
 
 class PlatformCPU(PlatformBase):
-    """Chosen by `VERL_PLATFORM=cpu`; see `PlatformBase` for the meaning of each method."""
+    """The platform that `VERL_PLATFORM=cpu` selects; see `PlatformBase` for the meaning of each method."""
 
     device_name = "cpu"
     vendor_name = "generic"
@@ -77,10 +77,10 @@ class PlatformCPU(PlatformBase):
         return True
 
     def is_platform_available(self, use_smi_check: bool = False) -> bool:
-        return False  # never detected, only asked for: on a GPU box the GPU is meant
+        return False  # the CPU must be selected explicitly, so that a machine with a GPU uses its GPU
 
     def current_device(self) -> Any:
-        return "cpu"  # verl passes this to Tensor.to(); an index would mean an accelerator
+        return "cpu"  # verl passes this to Tensor.to(); an index would select an accelerator
 
     def device_count(self) -> int:
         return 1
@@ -117,13 +117,13 @@ class PlatformCPU(PlatformBase):
     def profiler_stop(self) -> None: ...
 
     def ray_resource_name(self) -> str:
-        return "GPU"  # verl places workers by GPU or NPU only; the cpu profile declares a pretended one
+        return "GPU"  # verl places workers only by GPU or NPU; the cpu profile declares a virtual GPU
 
     def ray_noset_envvars(self) -> list[str]:
         return []
 
     def is_ipc_supported(self) -> bool:
-        return False  # selects shared memory for the adapter's way to the rollout
+        return False  # then the adapter is sent to the rollout through shared memory
 
     def cudart(self) -> Any:
         return None

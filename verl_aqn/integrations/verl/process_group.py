@@ -1,4 +1,4 @@
-"""The process group of the actor's ranks, whose store is open to nobody else where it can be."""
+"""The process group of the actor's ranks, with a store that other users cannot reach if possible."""
 
 import os
 import socket
@@ -10,18 +10,19 @@ from verl.utils.device import get_device_name, get_nccl_backend
 from verl_aqn.cluster.worker_setup import TEMPORARY
 
 TIMEOUT = timedelta(minutes=30)
-"""How long ranks wait for each other, first at the store and then in the group: nodes load a model at different speeds.
+"""Maximum wait of ranks for each other, first at the store and then in the group: nodes load models at unequal speeds.
 
 torch's own defaults differ: 5 minutes for a store, 10 for NCCL, 30 for gloo.
 """
 
 
 def open_process_group() -> None:
-    """Make the group before verl does, which keeps one that exists.
+    """Create the process group before verl does; verl keeps an existing group.
 
-    On one machine its store is a file in the run's own temporary folder. On several it is a server on the first rank,
-    which knows no password: torch binds it to every address of the machine, this one is bound to the address at which
-    verl has the ranks meet. On a CPU verl's backend would be "cpu:gloo,cpu:gloo", which torch refuses.
+    On one machine the store is a file in the run's own temporary folder. On several machines the store is a server on
+    the first rank, without a password. torch would bind this server to all addresses of the machine; here it is bound
+    only to the address at which verl lets the ranks meet. On a CPU verl's backend would be "cpu:gloo,cpu:gloo", which
+    torch rejects.
     """
     if dist.is_initialized():
         return

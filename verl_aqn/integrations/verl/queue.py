@@ -1,8 +1,8 @@
-"""TransferQueue's sockets, which unpickle what comes in, speak only with processes that have Ray's token.
+"""Protection of TransferQueue's sockets: only processes with Ray's token can connect.
 
-They listen on loopback, or on a node's address, where anybody may connect. ZeroMQ's own means against that is CURVE:
-here the servers' key is made from the token that Ray asks for: who may not speak with Ray may not with the queue
-either. Without the key a client cannot even greet a server: what it sends is dropped before it is looked at.
+These sockets unpickle incoming data, and they listen on loopback or on a node's address, where anybody may connect.
+ZeroMQ's protection is CURVE. Here the servers' key is derived from Ray's token, so a process that may not use Ray may
+not use the queue either. Without the key, a client's handshake fails and the server drops its messages unread.
 """
 
 import hashlib
@@ -25,15 +25,15 @@ _create = zmq_utils.create_zmq_socket
 
 
 def guard() -> None:
-    """Have TransferQueue make guarded sockets in this process, and in the actors that it starts."""
+    """Make TransferQueue create protected sockets in this process and in the actors that it starts."""
     for module in USERS:
         module.create_zmq_socket = create_guarded_socket
 
 
 def create_guarded_socket(ctx: zmq.Context, socket_type: Any, *arguments: Any, **named: Any) -> zmq.Socket:
-    """TransferQueue's `create_zmq_socket` for a socket that takes and gives nothing without the key.
+    """Create a socket as TransferQueue's `create_zmq_socket` does, but one that requires the key.
 
-    Where Ray asks for no token, in a cluster that others started so, the queue asks for no key.
+    If Ray requires no token (in an existing cluster without one), the queue requires no key.
 
     Raises:
         EnvironmentFault: ZeroMQ was built without CURVE.
@@ -50,17 +50,17 @@ def create_guarded_socket(ctx: zmq.Context, socket_type: Any, *arguments: Any, *
 
 
 def _keys() -> tuple[bytes, bytes] | None:
-    """The public and the secret key of all that may speak: None where Ray asks for no token."""
+    """Return the public and the secret key that all allowed processes share, or None if Ray requires no token."""
     if not (token := _token()):
         return None
     if not zmq.has("curve"):
-        raise EnvironmentFault("this pyzmq has no CURVE, which guards TransferQueue: install pyzmq from PyPI")
+        raise EnvironmentFault("this pyzmq has no CURVE, which protects TransferQueue: install pyzmq from PyPI")
     secret = z85.encode(hashlib.sha256(b"verl-aqn TransferQueue " + token).digest())
     return zmq.curve_public(secret), secret
 
 
 def _token() -> bytes:
-    """Ray's token, as Ray itself finds it; b"" where it asks for none."""
+    """Return Ray's token, from the place where Ray itself reads it, or b"" if Ray requires none."""
     if os.environ.get("RAY_AUTH_MODE") != "token":
         return b""
     if token := os.environ.get("RAY_AUTH_TOKEN"):

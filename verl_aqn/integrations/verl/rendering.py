@@ -1,4 +1,4 @@
-"""A recipe's chat template, as verl's data set and agent loop render prompts with it."""
+"""Rendering of prompts with a recipe's chat template, as verl's data set and agent loop do it."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,19 +10,19 @@ from verl_aqn.errors import ModelError, first_line
 from verl_aqn.tasks.data_files import HELP
 
 TEMPLATE_KEY = "actor_rollout_ref.model.custom_chat_template"
-NO_SYSTEM = "takes no system turn"
-NO_LIST = "where verl takes a list of messages"
+NO_SYSTEM = "does not accept a system turn"
+NO_LIST = "where verl needs a list of messages"
 
 
 class NotRendered(Exception):
-    """The chat template does not take a prompt; the text says why."""
+    """The chat template cannot render a prompt; the message says why."""
 
 
 class Template:
-    """Renders prompts. `tokenizer` and `processor` (None without pictures) are what verl loads.
+    """Renders prompts with the `tokenizer` and `processor` (None for a text model) that verl loads.
 
     Raises:
-        ModelError: no tokenizer, or neither it nor the recipe has a chat template.
+        ModelError: the tokenizer cannot be loaded.
     """
 
     def __init__(self, config: DictConfig) -> None:
@@ -32,7 +32,7 @@ class Template:
         try:
             self.tokenizer: Any = hf_tokenizer(folder, trust_remote_code=False)
             self.processor: Any = hf_processor(folder, trust_remote_code=False)
-        except Exception as error:  # whatever transformers raises of a folder's files
+        except Exception as error:  # transformers may raise any error for the files of a folder
             raise ModelError(f"{folder}: its tokenizer cannot be loaded: {first_line(error)[:300]}") from error
         self.renderer = self.processor or self.tokenizer
         custom = model.get("custom_chat_template")
@@ -42,18 +42,18 @@ class Template:
             self.processor.chat_template = self.tokenizer.chat_template
 
     def check(self) -> None:
-        """Check that there is a chat template at all; raises ModelError."""
+        """Raise ModelError unless the tokenizer or the recipe has a chat template."""
         if not getattr(self.renderer, "chat_template", None):
             raise ModelError(
-                f"{self.name}: its tokenizer has no chat template, so that no prompt can be rendered: set "
-                f"{TEMPLATE_KEY}, or take the model that was tuned to follow instructions"
+                f"{self.name}: its tokenizer has no chat template, so no prompt can be rendered: set "
+                f"{TEMPLATE_KEY}, or use the instruction-tuned model"
             )
 
     def render(self, messages: list[dict], tools: list[dict] | None = None) -> str:
         """Return the text of a prompt as the rollout gets it.
 
         Raises:
-            NotRendered: the template does not take it.
+            NotRendered: the template cannot render it.
         """
         try:
             return self._apply(messages, tools)
@@ -65,7 +65,7 @@ class Template:
             raise NotRendered(said) from error
 
     def tokens(self, text: str) -> int:
-        """Return how many tokens a rendered prompt of text alone has."""
+        """Return the number of tokens in a rendered text-only prompt."""
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _apply(self, messages: list[dict], tools: list[dict] | None) -> str:
@@ -84,7 +84,7 @@ class Template:
 
 
 def fault_of(messages: Any, key: str) -> str:
-    """Say what `messages`, the prompt of a row, are in place of a list of messages; "" where they are one."""
+    """Say what `messages`, the prompt of a row, is instead of a list of messages; "" if it is such a list."""
     if isinstance(messages, list) and all(isinstance(one, dict) for one in messages):
         return "" if messages else f"the column {key!r} holds no messages"
     kind = "text" if isinstance(messages, str) else "null" if messages is None else type(messages).__name__
@@ -92,7 +92,7 @@ def fault_of(messages: Any, key: str) -> str:
 
 
 def remedy(reasons: Iterable[str]) -> str:
-    """Say what to do about rows that cannot be rendered for these reasons, or, without any, are too long."""
+    """Say how to fix rows that cannot be rendered for these `reasons`; without reasons, rows that are too long."""
     reasons = list(reasons)
     if any(reason.endswith(NO_LIST) for reason in reasons):
         return f'write messages such as [{{"role": "user", "content": "What is 2 + 3?"}}]; {HELP}'

@@ -1,8 +1,8 @@
-"""verl's reward managers, which say what failed: this module has a class by the name of each (`rewarding.dapo`).
+"""verl's reward managers with better errors: this module has a class for each, by verl's name (`rewarding.dapo`).
 
-verl takes a manager from a module (`reward.reward_manager.source=importlib`). Ours is verl's own, but an error of the
-reward function comes with the line of the user's file, and a reward that is not a finite number is refused, which verl
-would take into the gradients.
+verl can load a manager from a module (`reward.reward_manager.source=importlib`). The classes here are subclasses of
+verl's. An error of the reward function names the line in the user's file, and a reward that is not a finite number
+raises an error; verl would use it in the gradients.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from verl_aqn.tasks.user_lines import user_line
 
 
 def use_telling_manager(config: DictConfig) -> None:
-    """Let verl take the recipe's reward manager from here; one of the user's own stays what it is."""
+    """Make verl load the recipe's reward manager from this module; a user's own manager is not changed."""
     manager = config.reward.reward_manager
     if manager.source == "register":
         with open_dict(manager):
@@ -29,7 +29,7 @@ def use_telling_manager(config: DictConfig) -> None:
 
 
 def __getattr__(name: str) -> type:
-    """Return the telling form of the manager that verl has under `name`."""
+    """Return the class with better errors for verl's manager `name`."""
     if name not in REWARD_MANAGER:
         raise AttributeError(name)
     return _telling(name)
@@ -47,7 +47,7 @@ def _telling(name: str) -> type:
 
         async def run_single(self, data: Any) -> dict[str, Any]:
             found = await super().run_single(data)
-            if "error" in found["reward_extra_info"] and name == "rate_limited":  # which makes a 0 of it
+            if "error" in found["reward_extra_info"] and name == "rate_limited":  # this manager would return 0 instead
                 raise RewardError(found["reward_extra_info"]["error"])
             return found
 
@@ -56,19 +56,19 @@ def _telling(name: str) -> type:
 
 
 def _checked(function: Callable[..., Any], path: str, **told: Any) -> Any:
-    """Call the reward function and return what it returns.
+    """Call the reward function and return its result.
 
     Raises:
-        RewardError: it raises, or returns what holds no finite number.
+        RewardError: the function raises an error, or its result has no finite number.
     """
     try:
         return _sound(function(**told))
-    except Exception as error:  # whatever the user's function raises
+    except Exception as error:  # the user's function may raise any error
         raise _told(error, path) from None
 
 
 async def _checked_async(function: Callable[..., Any], path: str, **told: Any) -> Any:
-    """As `_checked`."""
+    """Do the same as `_checked` for an asynchronous reward function."""
     try:
         return _sound(await function(**told))
     except Exception as error:

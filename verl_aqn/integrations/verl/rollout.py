@@ -1,4 +1,4 @@
-"""verl's vLLM replica with a way to ask the engine's workers and get their answers."""
+"""verl's vLLM replica, extended so that a run can call the engine's workers and get their answers."""
 
 import asyncio
 import inspect
@@ -18,21 +18,21 @@ from verl_aqn.runs.request_seeds import turn_seed
 
 
 class AqnHttpServer(vLLMHttpServer):
-    """verl's `collective_rpc` drops the answers; this one returns them."""
+    """verl's server, extended by calls that return the workers' answers; verl's `collective_rpc` drops them."""
 
-    _server_address: str  # where verl's own servers listen: the node's address
+    _server_address: str  # the address at which verl's own servers listen: the node's
     asked_by_http = False
 
     def __init__(self, *args, **kwargs):
         assert_loaded("rollout server")
         super().__init__(*args, **kwargs)
-        # verl has one path for actor and rollout; the base may be served in another form than the actor trains on.
+        # verl has one path for actor and rollout, but the rollout may hold the base in another form than the actor.
         self.model_config.local_path = self.model_config.override_config.get(SERVED, self.model_config.local_path)
 
     async def run_server(self, args):
-        """Without verl's HTTP server, which answers anybody: a run asks the engine through Ray.
+        """Start the engine without verl's HTTP server, which would serve anybody; a run calls the engine through Ray.
 
-        Only what collects metrics and a reward model are asked by HTTP; then it listens on loopback alone.
+        The HTTP server is needed only for metrics collectors and for a reward model; then it listens only on loopback.
         """
         asked = self.asked_by_http or self.config.prometheus.enable or RLInsightLogger.enabled()
         address, self._server_address = self._server_address, "127.0.0.1"
@@ -43,10 +43,10 @@ class AqnHttpServer(vLLMHttpServer):
             await super().run_server(args)
         finally:
             vllm_async_server.run_uvicorn = verls
-            self._server_address = address  # which is also the replica's name, and that of its ranks' group
+            self._server_address = address  # verl also uses it in the name of the replica and of its ranks' group
 
     async def generate(self, *args, **kwargs):
-        """As verl's; each turn of a session with a seed draws random numbers of its own."""
+        """Generate as verl does, but with a separate seed for each turn of a session that has a seed."""
         asked = inspect.signature(super().generate).bind(*args, **kwargs).arguments
         if (seed := asked["sampling_params"].get("seed")) is not None:
             asked["sampling_params"] = asked["sampling_params"] | {"seed": turn_seed(seed, len(asked["prompt_ids"]))}
@@ -56,7 +56,7 @@ class AqnHttpServer(vLLMHttpServer):
         """Call `method` on every rank of the engine.
 
         Args:
-            clear_cache: also drop cached prefixes, which were computed with the weights of before.
+            clear_cache: also drop cached prefixes, which were computed with the earlier weights.
         """
         answers = await self.engine.collective_rpc(method=method, args=args)
         if clear_cache:
@@ -65,21 +65,21 @@ class AqnHttpServer(vLLMHttpServer):
         return answers
 
     async def check_prefixes(self) -> None:
-        """EvidenceError where vLLM keeps prefixes, as it does while one is in use: verl drops what it answers."""
-        for _ in range(20):  # those of an answer that has just come may be given back a moment later
+        """Raise EvidenceError if vLLM keeps cached prefixes because a request uses them; verl does not check this."""
+        for _ in range(20):  # vLLM may free the prefixes of a finished request a moment later
             if await self.engine.reset_prefix_cache(reset_connector=True):
                 return
             await asyncio.sleep(0.1)
-        raise EvidenceError("vLLM keeps prefixes that were computed with other weights: requests are under way")
+        raise EvidenceError("vLLM keeps prefixes that were computed with other weights: requests are still running")
 
 
 async def _serve_nobody(app: Any, args: Any, address: str) -> tuple[int, None]:
-    """In the place of verl's `run_uvicorn`; the port, a part of the replica's name, is another number of its own."""
+    """Replace verl's `run_uvicorn`; instead of the port, which is part of the replica's name, return the process id."""
     return os.getpid(), None
 
 
 class AqnRewardServer(AqnHttpServer):
-    """verl's router asks a reward model by HTTP."""
+    """The server of a reward model, which verl's router calls by HTTP."""
 
     asked_by_http = True
 

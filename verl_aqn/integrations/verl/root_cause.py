@@ -1,4 +1,4 @@
-"""Why a call of Ray's failed. Light: the driver imports it."""
+"""The causes of failed Ray calls. The driver imports this module, so it must stay light."""
 
 from typing import Any
 
@@ -8,24 +8,25 @@ from verl_aqn.runs.faults import in_run, note
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The first error behind Ray's wrappers."""
+    """Return the original error inside Ray's wrappers."""
     while isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, BaseException):
         error = error.cause
     return error
 
 
 def note_task_errors() -> None:
-    """Note each error that a task or an actor's method of this process raises, before Ray makes an answer of it.
+    """Record every error that a Ray task or actor method in this process raises, before Ray sends it to the caller.
 
-    On its way Ray may lose it: where it cannot be pickled, or where an actor's creation fails and the caller is told no
-    more than that the actor died. Every such answer is a RayTaskError, made where the error was raised.
+    Ray may lose the error on the way: if the error cannot be pickled, or if the creation of an actor fails and the
+    caller only learns that the actor died. Ray always wraps such an error in a RayTaskError in the process that raised
+    it, so this function patches RayTaskError's constructor.
     """
     make: Any = ray.exceptions.RayTaskError.__init__
     if getattr(make, "notes", False) or not in_run():
         return
 
     def noting(self: Any, function_name: str, traceback_str: str, cause: Any, *args: Any, **named: Any) -> None:
-        # One that comes from another process has more arguments; one that is passed on has lost its traceback.
+        # An error from another process has more arguments; an error that is passed on has lost its traceback.
         if not args and isinstance(cause, Exception) and cause.__traceback__ is not None:
             note(cause, ends=function_name == "__init__")
         make(self, function_name, traceback_str, cause, *args, **named)

@@ -1,4 +1,4 @@
-"""How far trainer, rollout and rollout without noise are apart in each step: a mismatch, and whether noise is used."""
+"""Comparison of log-probs in each step: the train–rollout mismatch, and whether the rollout uses its noise."""
 
 import math
 from dataclasses import asdict
@@ -21,12 +21,12 @@ from verl_aqn.runs.judge.records import RESCORING
 
 
 class ComparingTrainer(ProvingTrainer):
-    """Log-probabilities of a step's samples by trainer and rollout, with noise and without."""
+    """A trainer that compares the log-probs of a step's samples by trainer and rollout, with and without noise."""
 
     def __init__(self, config: DictConfig):
         super().__init__(config)
-        self.clean_logp: dict[str, list[float]] = {}  # of the rollout's own sequences, scored again without noise
-        # Mean |Δ log-prob| between trainer and rollout of each compared step, those of earlier attempts first.
+        self.clean_logp: dict[str, list[float]] = {}  # the rollout's samples, scored again without noise
+        # Mean |Δ log-prob| between trainer and rollout in each compared step, with the earlier attempts first.
         evidence = list(self.folder.read(EVIDENCE))
         self.mismatches: list[float] = [
             record["abs_dlogp_mean"] for record in evidence if record["kind"] == "mismatch" and record.get("source")
@@ -40,8 +40,8 @@ class ComparingTrainer(ProvingTrainer):
         correction = self.config.algorithm.rollout_correction
         if correction and correction.get("bypass_mode"):
             if self.compared and noisy is None:
-                self.uncompared("algorithm.rollout_correction.bypass_mode=true takes the rollout's log-probs")
-            else:  # the trainer's log-probs are computed for these checks alone
+                self.uncompared("algorithm.rollout_correction.bypass_mode=true uses the rollout's log-probs")
+            else:  # the trainer's log-probs are computed only for these checks
                 self.check_mismatch(self.trainer_log_probs(batch))
             self.check_use(batch, noisy)
             return super()._compute_old_log_prob(batch, metrics)
@@ -51,11 +51,11 @@ class ComparingTrainer(ProvingTrainer):
         return batch
 
     def score_without_noise(self, keys: list[str]) -> dict[str, list[float]]:
-        """Log-probabilities that the rollout, with this step's adapter and clean norms, gives to its own responses."""
+        """Return the log-probs that the rollout, with this step's adapter and clean norms, gives to its responses."""
         self.restore_clean(RESCORING)
         data = transfer_queue.kv_batch_get(keys=keys, partition_id="train", select_fields=["prompts", "responses"])
         servers, asked = self.servers(), []
-        longest = self.config.actor_rollout_ref.rollout.max_model_len - 1  # the engine wants room for one token more
+        longest = self.config.actor_rollout_ref.rollout.max_model_len - 1  # the engine needs room for one more token
         for n, (prompt, response) in enumerate(zip(data["prompts"].unbind(), data["responses"].unbind(), strict=True)):
             tokens = [*prompt.tolist(), *response.tolist()]
             params = {"prompt_logprobs": 0, "max_tokens": 1}
@@ -63,22 +63,22 @@ class ComparingTrainer(ProvingTrainer):
             asked.append((keys[n], len(prompt), request))
         found = {}
         for key, start, request in asked:
-            scores = ray.get(request).extra_fields["prompt_logprobs"]  # of tokens 1, 2, …; the last is a filler
+            scores = ray.get(request).extra_fields["prompt_logprobs"]  # of tokens 1, 2, …; the last one is padding
             found[key] = [score for (score,) in scores[start - 1 : -1]]
         return found
 
     def check_mismatch(self, batch: Any) -> None:
-        """Hold the trainer's log-probs of this step against the rollout's, before anything is learnt from them."""
+        """Compare the trainer's log-probs of this step with the rollout's, before the update uses them."""
         actor_rollout, sigma = self.config.actor_rollout_ref, self.noise_metrics["aqn/sigma"]
         source = tripwire.source_of(actor_rollout.rollout, sigma, self.aqn.noise.in_actor)
         if source is None:
             reason = f"temperature {actor_rollout.rollout.temperature:g}, top_p {actor_rollout.rollout.top_p:g}"
             self.uncompared(f"{reason}, σ {sigma:g}")
             if not self.mismatches and not self.told_uncompared:
-                self.told_uncompared = True  # once
+                self.told_uncompared = True  # warn only once
                 self.warn(
-                    f"step {self.global_steps}: log-probs of trainer and rollout are not compared ({reason}, σ "
-                    f"{sigma:g}): a difference would not be noticed before a step that can be"
+                    f"step {self.global_steps}: log-probs of trainer and rollout cannot be compared ({reason}, σ "
+                    f"{sigma:g}): a mismatch stays unnoticed until a step in which they can be compared"
                 )
             return
         fields = ["response_mask", "old_log_probs", *(["rollout_log_probs"] if source == "sampled" else [])]
@@ -91,23 +91,23 @@ class ComparingTrainer(ProvingTrainer):
         bounds = {key: value if math.isfinite(value) else "none" for key, value in asdict(limits).items()}
         record = {"step": self.global_steps, "warn": bounds["warn"], "stop": bounds["stop"], **found}
         self.folder.add_evidence({"kind": "mismatch", **record})
-        text = tripwire.judge(found, self.global_steps, self.mismatches, limits, self.layout)  # names likely causes
+        text = tripwire.judge(found, self.global_steps, self.mismatches, limits, self.layout)  # with likely causes
         self.check_record("mismatch", record)
         if text:
             self.warn(text)
         elif not self.compared:
             self.event(
-                f"trainer and rollout within {found['abs_dlogp_mean']:.2g} nats a token ({found['tokens']:,} tokens)"
+                f"trainer and rollout within {found['abs_dlogp_mean']:.2g} nats per token ({found['tokens']:,} tokens)"
             )
         self.compared = True
         self.mismatches.append(found["abs_dlogp_mean"])
 
     def uncompared(self, reason: str) -> None:
-        """Put on record that the log-probs of this step are not compared, and why."""
+        """Record that the log-probs of this step are not compared, with the reason."""
         self.record("mismatch", step=self.global_steps, source=None, reason=reason)
 
     def trainer_log_probs(self, batch: Any) -> Any:
-        """Compute the trainer's own log-probs, whatever the run learns from, and return the batch with them."""
+        """Compute the trainer's own log-probs, also in bypass mode, and return the batch with them."""
         correction = self.config.algorithm.rollout_correction
         bypass = correction and correction.get("bypass_mode")
         if bypass:
@@ -118,9 +118,10 @@ class ComparingTrainer(ProvingTrainer):
         return batch
 
     def log_probs_with_noise(self, batch: Any, again: bool = False) -> torch.Tensor | None:
-        """Compute the trainer's log-probs [B, R] with the rollout's noise: in the first step with any, or `again`.
+        """Compute the trainer's log-probs [B, R] with the rollout's noise, in the first step with noise or if `again`.
 
-        In the batch they replace those without noise. None in other steps, and where the actor cannot carry this noise.
+        They replace the log-probs without noise in the batch. Return None in other steps, and if the actor cannot carry
+        this noise.
         """
         sigma, done = self.noise_metrics["aqn/sigma"], self.use.by == TRAINER and not again
         if self.aqn.noise.in_actor or sigma == 0 or done or not self.use_can_be_seen():
@@ -134,25 +135,28 @@ class ComparingTrainer(ProvingTrainer):
                 noisy = fields_of(batch, ["old_log_probs"]).to_padded_tensor()["old_log_probs"]
                 if all(one["uses"] for one in self.actor_rollout_wg.restore_clean()):
                     return noisy
-                reason = "its forward did not use it"
+                reason = "its forward did not use the noise"
             else:
                 self.actor_rollout_wg.restore_clean()
-                reason = "its norms with noise are not those of the rollout"
+                reason = "its norms with noise differ from the rollout's"
         if not self.told_unpredicted:
             self.told_unpredicted = True
-            self.warn(f"what noise does was not measured in the actor ({reason}): a rollout that ignores it may pass")
+            self.warn(
+                f"the effect of noise was not measured in the actor ({reason}): a rollout that ignores its noise may "
+                "go unnoticed"
+            )
         return None
 
     def use_can_be_seen(self) -> bool:
-        """Return whether samples of this step were scored again, and are comparable."""
+        """Return whether samples of this step were scored again and can be compared."""
         return bool(self.clean_logp) and can_rescore(self.config.actor_rollout_ref.rollout)
 
     def check_use(self, batch: Any, noisy_trainer: torch.Tensor | None) -> None:
-        """Check that this step's noise moved the rollout's log-probs, where some of its samples were scored again."""
+        """Check that this step's noise moved the rollout's log-probs, if some of its samples were scored again."""
         if not self.use_can_be_seen():
             return
         sigma, noisy = self.noise_metrics["aqn/sigma"], self.aqn.noise.in_actor
-        # In bypass mode the trainer's are there only where something was to be compared with them.
+        # In bypass mode the trainer's log-probs exist only if a comparison needed them.
         trainer = ["old_log_probs"] if noisy_trainer is not None or noisy else []
         data = fields_of(batch, ["response_mask", "rollout_log_probs", *trainer]).to_padded_tensor()
         if noisy and sigma:
@@ -161,10 +165,10 @@ class ComparingTrainer(ProvingTrainer):
         told = (real_keys(batch), self.clean_logp, sigma, mismatch)
         found = self.use.measure(data, *told, noisy_trainer)
         if found and not found["here"] and falls_short(found):
-            # By a prediction from another step: measure it in this one before the run is held against it.
+            # The prediction is scaled from another step: measure the effect in this step before it may stop the run.
             noisy_trainer = self.log_probs_with_noise(batch, again=True)
             if noisy_trainer is not None:
-                self.trainer_log_probs(batch)  # without noise, as they were
+                self.trainer_log_probs(batch)  # without noise, as before
                 data = fields_of(batch, ["response_mask", "rollout_log_probs", "old_log_probs"]).to_padded_tensor()
                 found = self.use.measure(data, *told, noisy_trainer)
         if found:

@@ -1,7 +1,7 @@
-"""Have verl's own trainer checked: what `verl_aqn.stock`, a model's external_lib, does in each process.
+"""Checks for verl's own trainer: what `verl_aqn.stock`, as a model's external_lib, does in each process.
 
-There is one runtime patch: verl imports an external_lib while its trainer is being set up, and from then on
-`PPOTrainer._init_dataloader`, the next thing that verl calls, turns that trainer into a `StockTrainer`.
+There is one runtime patch. verl imports the external_lib while it sets up its trainer. After that,
+`PPOTrainer._init_dataloader`, the next method that verl calls, turns the trainer into a `StockTrainer`.
 """
 
 import sys
@@ -16,13 +16,13 @@ V0 = "verl.trainer.main_ppo_v0"
 
 
 def install() -> None:
-    """Have a trainer of this process checked, where verl's trainer is loaded in it.
+    """Patch verl's trainer in this process, if it is loaded, so that it is checked.
 
     Raises:
-        ConfigError: it is verl's older trainer.
-        EnvironmentFault: verl is of a version whose seams were not checked.
+        ConfigError: the process uses verl's older trainer.
+        EnvironmentFault: the version of verl is not supported.
     """
-    check_versions(["verl"])  # of the others a stock run uses what verl uses
+    check_versions(["verl"])  # a stock run uses the versions of the other packages that verl itself uses
     if V0 in sys.modules:
         raise ConfigError(f"{OPTION} cannot check verl's older trainer: set trainer.use_v1=true")
     module = sys.modules.get(TRAINER)
@@ -42,10 +42,10 @@ def install() -> None:
 
 
 def become_checked(trainer: Any) -> None:
-    """Turn verl's own trainer, of which nothing is set up but its tokenizer, into a checked one.
+    """Turn verl's own trainer, which has set up only its tokenizer so far, into a checked trainer.
 
     Raises:
-        ConfigError: a run that cannot be checked.
+        ConfigError: the run cannot be checked.
     """
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 

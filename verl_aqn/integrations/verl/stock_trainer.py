@@ -1,4 +1,4 @@
-"""verl's own synchronous trainer, with a record of what reached its rollout after each of its steps."""
+"""verl's own synchronous trainer, with a record of what reached the rollout after each step."""
 
 import math
 import time
@@ -33,9 +33,9 @@ from verl_aqn.runs.judge.stock_records import StockJudge
 
 
 class StockTrainer(PPOTrainerSync):
-    """verl's own steps. It is never made: a trainer of verl's becomes one (`verl_aqn.integrations.verl.stock_hook`).
+    """verl's trainer with checks. `verl_aqn.verl_api.stock` turns an object of verl's into this class.
 
-    `changed`: what was set in the config for the checks.
+    `changed`: the settings that were changed in the config for the checks.
     """
 
     settings: StockSettings
@@ -43,7 +43,7 @@ class StockTrainer(PPOTrainerSync):
     folder: RunFolder
 
     def begin_evidence(self) -> None:
-        """Make the run's folder, as soon as the number of steps is known."""
+        """Create the run's folder. Called as soon as the number of steps is known."""
         self.judge = StockJudge()
         self.warned = False
         asked = self.config.copy()
@@ -68,7 +68,7 @@ class StockTrainer(PPOTrainerSync):
         with self.ending():
             self.base = BaseRecords(model_folder(self.config.actor_rollout_ref.model.path), "bf16", "none", self.tell)
             if self.base.disk.quantised:
-                raise ConfigError(f"{OPTION} checks 16-bit bases, and {self.base.disk.path} is packed MXFP4")
+                raise ConfigError(f"{OPTION} checks only 16-bit bases, but {self.base.disk.path} is packed MXFP4")
             servers = self.servers()
             addresses = ray.get([server.get_server_address.remote() for server in servers])
             nodes, size = self.actor_rollout_wg.node(), self.actor_rollout_wg.world_size
@@ -105,21 +105,21 @@ class StockTrainer(PPOTrainerSync):
     def fit(self, agent_loop_manager):
         with self.ending():
             super().fit(agent_loop_manager)
-            self.record("requests", when="end", **self.requests())  # of a validation after the last sync
+            self.record("requests", when="end", **self.requests())  # for a validation after the last sync
             rollout = self.ask("aqn_base", self.base.packed)
             self.checkpoint_manager.sleep_replicas()  # room for the actor
             self.check_base("end", self.actor_rollout_wg.base(), rollout)
             faults = judge_run(self.folder, finished=True).faults
             if faults and self.settings.on_fault == "stop":
-                raise EvidenceError(f"the run's evidence does not hold: {faults[0]}")
+                raise EvidenceError(f"the evidence of the run has a fault: {faults[0]}")
             self.folder.set_status("finished", f"faults: {faults[0]}" if faults else "")
             self.folder.close()
-            text = f"evidence does NOT hold: {faults[0]}" if faults else "evidence holds: adapter, base and mismatch"
+            text = f"evidence NOT valid: {faults[0]}" if faults else "evidence valid: adapter, base and mismatch"
             self.tell(f"{text} ({self.folder.path})")
 
     @contextmanager
     def ending(self) -> Iterator[None]:
-        """Put on record how the run ends where it ends with an error."""
+        """Record the error if the run ends with one."""
         try:
             yield
         except Exception as error:
@@ -133,14 +133,14 @@ class StockTrainer(PPOTrainerSync):
             self.folder.close()
             raise
 
-    # ---- what is asked of the processes ----
+    # ---- calls to the run's processes ----
 
     def servers(self) -> list[Any]:
-        """The server of every replica."""
+        """Return the server of every replica."""
         return [replica.servers[0] for replica in self.llm_server_manager.get_replicas()]
 
     def ask(self, method: str, *args: Any) -> list[dict]:
-        """Answers of every rank of every replica."""
+        """Call `method` on every rank of every replica, and return the answers."""
         answers = ray.get([server.aqn_call.remote(method, *args) for server in self.servers()])
         return [answer for replica in answers for answer in replica]
 
@@ -151,14 +151,14 @@ class StockTrainer(PPOTrainerSync):
         return {"listed": [one["listed"] for one in told], "requests": counts}
 
     def check_base(self, when: str, actor: list[dict], rollout: list[dict]) -> None:
-        """Hold every frozen tensor of actor and rollout against the checkpoint on disk."""
+        """Compare every frozen tensor of actor and rollout with the checkpoint on disk."""
         size = self.actor_rollout_wg.world_size
         record = self.base.record(when, actor, rollout, {"actor": size, "rollout": size})
         if self.record("base", **grouped_base(record)):
             self.tell(sentence(record))
 
     def check_adapter(self) -> None:
-        """Hold what the rollout multiplies with against the adapter in the actor."""
+        """Compare the adapter that the rollout multiplies with to the adapter in the actor."""
         held = self.ask("aqn_adapter_or_fault")
         slices, sizes = ([answer.pop(key, {}) for answer in held] for key in ("slices", "sizes"))
         slicings, of_rank = distinct(slices)
@@ -183,25 +183,25 @@ class StockTrainer(PPOTrainerSync):
     # ---- log-probs ----
 
     def looks_at_use(self) -> bool:
-        """Whether this step is compared with the actor without its adapter, which costs a forward: 2, 4, 8, … and last.
+        """Return whether this step's log-probs are also computed without the adapter: steps 2, 4, 8, … and the last.
 
-        In the first step a new adapter is still zero.
+        This costs one more forward. In the first step a new adapter is still zero.
         """
         step = self.global_steps
         comparable = self.uncomparable() == ""
         return comparable and ((step > 1 and step & (step - 1) == 0) or step == self.total_training_steps)
 
     def uncomparable(self) -> str:
-        """Why log-probs of actor and rollout cannot be compared; "" where they can."""
+        """Return why log-probs of actor and rollout cannot be compared, or "" if they can."""
         rollout = self.config.actor_rollout_ref.rollout
         if (self.config.algorithm.get("rollout_correction") or {}).get("bypass_mode"):
-            return "algorithm.rollout_correction.bypass_mode=true takes the rollout's log-probs for the actor's"
+            return "algorithm.rollout_correction.bypass_mode=true uses the rollout's log-probs as the actor's"
         if truncates(rollout):
-            return f"top_p {rollout.top_p:g} and top_k {rollout.top_k} leave tokens out of the rollout's log-probs"
+            return f"top_p {rollout.top_p:g} and top_k {rollout.top_k} exclude tokens from the rollout's log-probs"
         return ""
 
     def log_probs_without_adapter(self, batch: Any) -> Any:
-        """Compute the actor's log-probs [B, R] with its adapter switched off; those of the batch are computed later."""
+        """Compute the actor's log-probs [B, R] without its adapter; the log-probs of the batch are computed later."""
         temperature = self.config.actor_rollout_ref.rollout.temperature
         told = {"calculate_entropy": False, "compute_loss": False, "no_lora_adapter": True, "temperature": temperature}
         batch.extra_info.update(told)
@@ -212,7 +212,7 @@ class StockTrainer(PPOTrainerSync):
         return data.to_padded_tensor()["log_probs"]
 
     def check_mismatch(self, batch: Any, metrics: dict, unadapted: Any) -> None:
-        """Hold the actor's log-probs against those with which the rollout sampled, before anything is learnt."""
+        """Compare the actor's log-probs with those at which the rollout sampled, before the update uses them."""
         step, settings = self.global_steps, self.settings
         if reason := self.uncomparable():
             self.record("mismatch", step=step, source=None, reason=reason)
@@ -222,15 +222,15 @@ class StockTrainer(PPOTrainerSync):
         clip = clip_range(self.config.actor_rollout_ref.actor)
         found = tripwire.measure(data, keys, {}, "sampled", clip)
         if found is None:
-            self.record("mismatch", step=step, source=None, reason="the step has no token of an answer")
+            self.record("mismatch", step=step, source=None, reason="the step has no response token")
             return
         metrics.update(step_metrics(data, keys, {}, clip))
         good = self.record("mismatch", step=step, warn=settings.warn, stop=settings.stop, **found)
         if good and least(found) > settings.warn and not self.warned:
-            self.warned = True  # once
+            self.warned = True  # warn only once
             mean = found["abs_dlogp_mean"]
             self.warn(
-                f"step {step}: actor and rollout differ by {mean:.3g} nats a token (verl_aqn.warn={settings.warn:g})"
+                f"step {step}: actor and rollout differ by {mean:.3g} nats per token (verl_aqn.warn={settings.warn:g})"
             )
         if unadapted is not None:
             self.record("adapter use", step=step, **use_of_adapter(data, unadapted))
@@ -238,7 +238,7 @@ class StockTrainer(PPOTrainerSync):
     # ---- records ----
 
     def record(self, kind: str, **evidence: Any) -> bool:
-        """Put evidence on record, and say whether it holds; where it does not, the run stops or is warned."""
+        """Record evidence, and return whether it is right; for a fault, stop the run or warn, as `on_fault` says."""
         record = {"kind": kind, **evidence}
         self.folder.add_evidence(record)
         fault = self.judge.add(record)
@@ -249,21 +249,21 @@ class StockTrainer(PPOTrainerSync):
         return not fault
 
     def tell(self, text: str) -> None:
-        """Put a line on record, and print it."""
+        """Record a line, and print it."""
         self.folder.append("events.jsonl", {"kind": "phase", "text": text, "time": time.time()})
         print(f"[verl-aqn] {text}", flush=True)
 
     def warn(self, text: str) -> None:
-        """Put a warning on record, and print it."""
+        """Record a warning, and print it."""
         self.folder.append("events.jsonl", {"kind": "warning", "text": text})
         print(f"[verl-aqn] warning: {text}", flush=True)
 
 
 def use_of_adapter(data: Any, unadapted: Any) -> dict[str, float]:
-    """Return the record `adapter use` (`verl_aqn.runs.judge.stock_records`) of a step but for its step.
+    """Return the record `adapter use` (`verl_aqn.judge.stock`) of a step, without its field `step`.
 
     Args:
-        data: `response_mask`, `old_log_probs` (the actor's with its adapter) and `rollout_log_probs`, each [B, R].
+        data: `response_mask`, `old_log_probs` (the actor's, with its adapter) and `rollout_log_probs`, each [B, R].
         unadapted: the actor's log-probs [B, R] without its adapter.
     """
     mask = data["response_mask"].bool()

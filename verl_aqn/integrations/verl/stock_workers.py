@@ -1,4 +1,4 @@
-"""Of a stock run: verl's actor worker and vLLM server, with what they must tell about themselves and nothing else."""
+"""verl's actor worker and vLLM server for a stock run, extended only by methods that report their state."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,25 +23,25 @@ from verl_aqn.digest import tensor_digest
 
 
 class StockActorWorker(ActorRolloutRefWorker):
-    """Actor and its side of the rollout, as verl has them."""
+    """verl's worker for the actor and its side of the rollout, extended by readings of base and adapter."""
 
     held: HeldAdapter
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self):
-        """As verl's; on a CPU with verl's own engine, which verl registers for accelerators only."""
+        """Initialise the model as verl does; on a CPU use verl's own engine, which verl registers for accelerators."""
         if get_device_name() == "cpu":
             _register_engine_for_cpu()
         super().init_model()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def node(self) -> str:
-        """Address of the node that this rank is on."""
+        """Return the address of this rank's node."""
         return ray.util.get_node_ip_address()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def base(self) -> dict[str, Any]:
-        """What this rank holds of the base; the first rank tells every tensor."""
+        """Return what this rank holds of the base; only the first rank lists every tensor."""
         engine = self.actor.engine
         with on_device(engine):
             held = held_base(engine.module, model_folder(engine.model_config.local_path))._asdict()
@@ -50,13 +50,13 @@ class StockActorWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def remember_adapter(self) -> None:
-        """Copy this actor's adapter to the CPU, to be held against the rollout's after the sync that comes now."""
+        """Copy this actor's adapter to the CPU, to compare it with the rollout's after the sync that follows."""
         with on_device(self.actor.engine):
             self.held = held_adapter(self.actor.engine.module)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def adapter(self, dtype: str, slicings: list[Slices]) -> dict[str, Any]:
-        """Return the digest of the adapter that was remembered, in ``dtype``, and one for each of ``slicings``."""
+        """Return the digest of the remembered adapter in ``dtype``, and the digest of each of ``slicings``."""
         module = self.actor.engine.module
         named = convert_weight_keys(
             self.held.served(getattr(torch, dtype)), getattr(module, "_fsdp_wrapped_module", module)
@@ -73,7 +73,7 @@ class StockActorWorker(ActorRolloutRefWorker):
 
 @contextmanager
 def on_device(engine: Any) -> Iterator[None]:
-    """Bring the weights of ``engine`` back to its device where it keeps them off it between steps."""
+    """Move the weights of ``engine`` to its device for the block, if the engine offloads them between steps."""
     if not engine.is_param_offload_enabled:
         yield
         return
@@ -92,10 +92,10 @@ def _register_engine_for_cpu() -> None:
 
 
 class StockHttpServer(vLLMHttpServer):
-    """verl's server, which also counts requests with and without the adapter, and returns answers of its workers."""
+    """verl's server, which also counts requests with and without the adapter, and returns its workers' answers."""
 
     async def run_server(self, args):
-        """As verl's, with a look at every request on its way into the engine."""
+        """Start the server as verl does, and count every request to the engine."""
         self.requests = {"with": 0, "without": 0}
         await super().run_server(args)
         generate = self.engine.generate
@@ -111,7 +111,7 @@ class StockHttpServer(vLLMHttpServer):
         return await self.engine.collective_rpc(method=method, args=args)
 
     async def aqn_requests(self) -> dict[str, Any]:
-        """Whether the engine lists an adapter for requests, and how many came with and without since the last call."""
+        """Return whether the engine lists an adapter, and how many requests had one or not since the last call."""
         asked, self.requests = self.requests, {"with": 0, "without": 0}
         return {"listed": bool(await self.engine.list_loras()), **asked}
 
@@ -126,5 +126,5 @@ class StockReplica(vLLMReplica):
 
 
 def register_replica() -> None:
-    """Have verl make replicas of ours from now on, in this process."""
+    """Make verl create replicas of class `StockReplica` in this process from now on."""
     RolloutReplicaRegistry.register("vllm", lambda: StockReplica)

@@ -1,7 +1,7 @@
-"""The actor's side of a sync: it waits for the rollout's answer only as long as the rollout is at it.
+"""The actor's side of a sync, which stops waiting for the rollout if the rollout has failed.
 
-verl's sender waits for each answer without end. Where the rollout fails before it has taken all of the adapter, no
-answer comes, and its error, which is the answer to another call, is not looked at before the sender is done.
+verl's sender waits for each answer for ever. If the rollout fails before it has received the whole adapter, no answer
+comes. Its error is the result of another call, which verl checks only after the sender has finished.
 """
 
 import os
@@ -22,28 +22,28 @@ from verl_aqn.runs.faults import in_run
 from verl_aqn.runs.processes import SharedMemory
 
 LOOK_MS = 500
-TIMEOUT_S = 600  # for one answer
+TIMEOUT_S = 600  # the longest wait for one answer
 
 
 class WatchedSocket:
-    """A ZMQ socket that, while it waits, calls `check` every `LOOK_MS` ms, which may raise."""
+    """A ZMQ socket that calls `check`, which may raise an error, every `LOOK_MS` ms while it waits."""
 
     def __init__(self, socket: zmq.Socket, check: Callable[[], None]) -> None:
         self._socket = socket
         self._check = check
 
     def send_pyobj(self, value: Any) -> None:
-        """As the socket's, once somebody is there to take it."""
+        """Send the object as soon as the other side can receive it."""
         self._wait(zmq.POLLOUT)
         self._socket.send_pyobj(value)
 
     def recv(self) -> bytes:
-        """As the socket's, once there is an answer."""
+        """Receive the next answer as soon as there is one."""
         self._wait(zmq.POLLIN)
         return self._socket.recv()
 
     def close(self) -> None:
-        """What nobody took is dropped."""
+        """Close the socket, and drop messages that were not received."""
         self._socket.close(linger=0)
 
     def _wait(self, event: int) -> None:
@@ -52,12 +52,12 @@ class WatchedSocket:
             self._check()
             if time.monotonic() > deadline:
                 raise ProcessFault(
-                    f"the rollout did not take the adapter within {TIMEOUT_S} s: its worker has failed (see the log)"
+                    f"the rollout did not receive the adapter within {TIMEOUT_S} s: its worker has failed (see the log)"
                 )
 
 
 class WatchedSender(BucketedWeightSender):
-    """verl's sender over such a socket."""
+    """verl's sender with a `WatchedSocket`."""
 
     def __init__(self, *args: Any, check: Callable[[], None], **options: Any) -> None:
         super().__init__(*args, **options)
@@ -65,7 +65,7 @@ class WatchedSender(BucketedWeightSender):
 
     def _init_buffer(self) -> None:
         super()._init_buffer()
-        if in_run():  # it may be gone before the next look, or be left behind by a kill
+        if in_run():  # record the buffer now: it may be removed before the next look, or stay after a kill
             SharedMemory(Path(os.environ["TMPDIR"])).look([psutil.Process()])
 
     def _init_socket(self) -> None:
@@ -74,9 +74,9 @@ class WatchedSender(BucketedWeightSender):
 
 
 class WatchingAdapter(vllm_rollout.ServerAdapter):
-    """verl's adapter of a rollout, which keeps what will be the server's answer to a sync."""
+    """verl's adapter of a rollout server, which keeps the reference to the server's answer to a sync."""
 
-    answer: ray.ObjectRef | None = None  # a replica's first rank asks for all of them
+    answer: ray.ObjectRef | None = None  # only the first rank of a replica calls the server
 
     async def _execute_method(self, method, *args, **named):
         found = await super()._execute_method(method, *args, **named)
@@ -85,13 +85,13 @@ class WatchingAdapter(vllm_rollout.ServerAdapter):
         return found
 
     def check(self) -> None:
-        """Raise what the rollout's side of the sync raised, if it has failed."""
+        """Raise the error of the rollout's side of the sync, if that has failed."""
         if self.answer is not None and ray.wait([self.answer], timeout=0)[0]:
             ray.get(self.answer)
 
 
 def watch_sync(rollout: Any) -> None:
-    """Let verl's rollout adapter, which verl made by itself, send like that."""
+    """Change the class of verl's existing rollout adapter, so that it sends with `WatchedSender`."""
     assert type(rollout) is vllm_rollout.ServerAdapter, type(rollout)
     rollout.__class__ = WatchingAdapter
     vllm_rollout.BucketedWeightSender = partial(WatchedSender, check=rollout.check)

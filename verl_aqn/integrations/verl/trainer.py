@@ -1,6 +1,7 @@
 """verl's synchronous trainer with noise by schedule, and evidence of everything that reaches the rollout.
 
-One place decides σ: `on_step_begin` here. The rollout is told, and what it answers is checked there and then.
+σ is decided in one place, `on_step_begin` in this module. The rollout gets the noise order, and its answer is checked
+at once.
 """
 
 from dataclasses import asdict
@@ -30,7 +31,7 @@ from verl_aqn.runs.phases import TRACKERS
 
 
 class AqnTrainer(ComparingTrainer):
-    """Hooks of one run; records go to the run folder `aqn.run.dir`."""
+    """The trainer of a run. It writes its records to the run folder `aqn.run.dir`."""
 
     def _init_resource_pool_mgr(self):
         super()._init_resource_pool_mgr()
@@ -42,7 +43,7 @@ class AqnTrainer(ComparingTrainer):
         with told_rows(self.config):
             super()._init_dataloader()
         self.tell_rows()
-        left = " that are left of the file (too long ones are filtered)"
+        left = " that remain of the file (too long ones are filtered)"
         assert check_steps(self.config, len(self.train_dataset), left) == self.total_training_steps
 
     def _build_replay_buffer(self):
@@ -51,7 +52,7 @@ class AqnTrainer(ComparingTrainer):
         buffer.on_failure = self.refuse_failed
         buffer.folder = RunFolder(Path(str(self.config.aqn.run.dir)))
         buffer.begin()  # prompts are added before the first sample is taken
-        buffer.poll_interval = 0.1  # verl looks every 2 s whether the answers are there
+        buffer.poll_interval = 0.1  # verl checks for finished responses only every 2 s
         return buffer
 
     def _add_prompts_to_generate(self, num_prompts):
@@ -60,7 +61,7 @@ class AqnTrainer(ComparingTrainer):
         return super()._add_prompts_to_generate(num_prompts)
 
     def _submit_batch_to_rollout(self, *args, **kwargs):
-        self.doing("generation")  # anew for what refills thrown away groups: a sign of life
+        self.doing("generation")  # also for a refill of discarded groups, so that the watchdog sees progress
         count = super()._submit_batch_to_rollout(*args, **kwargs)
         self.asked += count * self.config.actor_rollout_ref.rollout.n
         return count
@@ -68,7 +69,7 @@ class AqnTrainer(ComparingTrainer):
     def on_init_end(self):
         self.event("rollout ready")
         self.begin_evidence()
-        super().on_init_end()  # wakes the replicas (verl put them to sleep) and sends the adapter
+        super().on_init_end()  # wakes the replicas, which verl put to sleep, and sends the adapter
         self.check_start()
 
     def on_step_begin(self):
@@ -90,7 +91,7 @@ class AqnTrainer(ComparingTrainer):
             keys = scored_again(taken, max(1, len(taken) // tripwire.FIRST_SAMPLES))
         with marked_timer("rescore", self.timing_raw):
             self.clean_logp = self.score_without_noise(keys) if keys else {}
-        super().on_sample_end()  # puts the rollout to sleep on devices that can
+        super().on_sample_end()  # puts the rollout to sleep if the device supports it
         if self.aqn.noise.in_actor:
             self.apply_actor_noise(self.global_steps - 1)
 
@@ -123,7 +124,7 @@ class AqnTrainer(ComparingTrainer):
 
     def on_validate_end(self):
         super().on_validate_end()
-        self.doing(TRACKERS)  # the validation before training goes to them next
+        self.doing(TRACKERS)  # verl sends the validation before training to them next
 
     def fit(self, agent_loop_manager):
         super().fit(agent_loop_manager)
@@ -137,7 +138,7 @@ class AqnTrainer(ComparingTrainer):
 
     def _compute_metrics(self, batch, metrics, timing_raw, global_steps, epoch):
         self.doing("metrics")
-        timing_raw.pop("save_checkpoint", None)  # that is only due yet
+        timing_raw.pop("save_checkpoint", None)  # the checkpoint is saved later
         super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)
         metrics.update(self.noise_metrics)
         metrics["aqn/synced_bytes"] = self.synced_bytes
@@ -148,10 +149,10 @@ class AqnTrainer(ComparingTrainer):
         if self.save_due:
             self.doing("checkpoint")
             self.save()
-        self.doing(TRACKERS)  # where verl sends the metrics next
+        self.doing(TRACKERS)  # verl sends the metrics to them next
 
     def group_and_parity_metrics(self, batch: Any, metrics: dict) -> dict[str, float]:
-        """`aqn/groups…` and `aqn/parity/…` of a step; see verl_api/parity.py for what each figure is."""
+        """Return `aqn/groups…` and `aqn/parity/…` of a step; verl_api/parity.py explains each figure."""
         keys = real_keys(batch)
         fields = ["responses", "rm_scores", "response_mask", "rollout_log_probs", "old_log_probs", "entropy"]
         data = fields_of(batch, fields)
@@ -162,7 +163,7 @@ class AqnTrainer(ComparingTrainer):
         if groups and flat == groups and not self.use_critic:
             sigma, mean = self.noise_metrics["aqn/sigma"], sum(rewards) / len(rewards)
             self.warn(
-                f"step {self.global_steps}: in no group do the rewards differ, so it teaches nothing (σ {sigma:g}, "
+                f"step {self.global_steps}: the rewards differ in no group, so there is no gradient (σ {sigma:g}, "
                 f"mean reward {mean:.3f}): {remedy(sigma, mean, self.aqn.noise)}"
             )
         refused = self.replay_buffer.thrown_away.total()
@@ -171,15 +172,15 @@ class AqnTrainer(ComparingTrainer):
         if self.config.actor_rollout_ref.rollout.multi_turn.enable:
             found["aqn/tool_tokens"] = (lengths.sum().item() - data["response_mask"].sum().item()) / len(keys)
         found["response_length/clip_ratio"] = cut_share(lengths, self.config.data.max_response_length)
-        if {"rollout_log_probs", "old_log_probs", "entropy"} <= set(data.keys()):  # bypass mode has one of them only
+        if {"rollout_log_probs", "old_log_probs", "entropy"} <= set(data.keys()):  # bypass mode has only one of them
             clip = clip_range(self.config.actor_rollout_ref.actor)
-            # What only the check of the mismatch scored again is not comparable with what top_p left over.
+            # With top_p or top_k, log-probs that were scored only for the mismatch check are not comparable here.
             rescored = self.clean_logp if can_rescore(self.config.actor_rollout_ref.rollout) else {}
             found |= step_metrics(data, keys, rescored, clip, self.aqn.noise.in_actor)
         return found
 
     def tell_rows(self) -> None:
-        """What became of the rows of both sets' files, on record and told."""
+        """Record and report how many rows of both sets' files are used and left out."""
         sets = {"train": (self.train_dataset, "training data"), "val": (self.val_dataset, "validation data")}
         for part, (dataset, name) in sets.items():
             rows = rows_of(dataset, [str(file) for file in data_files(self.config, f"{part}_files")])

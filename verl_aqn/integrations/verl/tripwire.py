@@ -1,14 +1,14 @@
 """Stop a run whose trainer and rollout do not compute the same model, before it learns from wrong log-probabilities.
 
-The check needs no knowledge of architectures: at the same tokens, the trainer's log-probabilities are held against the
-rollout's without noise. What can be compared depends on the step:
+The check works for every architecture: it compares the trainer's log-probabilities of the same tokens with the
+rollout's without noise. The tokens that can be compared depend on the step:
 
 ========  ============================================================  ===========================================
 source    tokens                                                        when
 ========  ============================================================  ===========================================
-sampled   all of the step, with the log-probs that the rollout sampled  σ is 0, or the actor has the same noise; and
-          them with                                                     sampling keeps the whole vocabulary
-rescored  those that the rollout scored again without noise             the temperature is 1, and the actor is clean
+sampled   all tokens of the step, with the rollout's log-probs at       σ is 0, or the actor has the same noise; and
+          sampling                                                      sampling uses the whole vocabulary
+rescored  the tokens that the rollout scored again without noise        the temperature is 1, and the actor is clean
 ========  ============================================================  ===========================================
 """
 
@@ -26,15 +26,15 @@ from verl_aqn.integrations.verl.token_mismatch import align, gap, truncates
 from verl_aqn.runs.judge.mismatch import least
 
 FIRST_SAMPLES = 16
-"""Samples that are scored again in the first step, where the rollout has noise and the actor has none."""
+"""How many samples are scored again in the first step if the rollout has noise and the actor has none."""
 
 BASELINE_STEPS = 3
-"""Compared steps whose median is what later steps are held against."""
+"""How many compared steps form the baseline (their median) for later steps."""
 
 GROWTH, GROWTH_FLOOR = 4.0, 0.05
-"""A later step is worth a warning above so many times the baseline, and above so many nats a token."""
+"""A later step gives a warning above GROWTH times the baseline and above GROWTH_FLOOR nats per token."""
 
-CAUSES = "a layer that one of them computes otherwise (window, state, router), another base or adapter, one's settings"
+CAUSES = "a layer that one of them computes differently (window, state, router), another base or adapter, settings"
 
 
 def source_of(rollout: DictConfig, sigma: float, noisy_actor: bool) -> str | None:
@@ -57,11 +57,11 @@ def measure(
     source: str,
     clip: tuple[float, float],
 ) -> dict[str, Any] | None:
-    """Return the mismatch of one step, in nats a token; None where no token can be compared.
+    """Return the mismatch of one step, in nats per token, or None if no token can be compared.
 
     Args:
         data: `old_log_probs` (the trainer's), `response_mask` and, for "sampled", `rollout_log_probs`, each [B, R].
-        keys: names of the B samples. clean_logp: log-probs without noise of some of them, from the first response
+        keys: names of the B samples. clean_logp: log-probs without noise for some of them, from the first response
             token on. clip: PPO's clip range below and above 1.
 
     Returns:
@@ -84,31 +84,32 @@ def measure(
 def judge(
     found: Mapping[str, Any], step: int, earlier: Sequence[float], limits: MismatchConfig, layout: str = ""
 ) -> str | None:
-    """Return a warning about the mismatch of `step` (from 1), or None where there is nothing to say.
+    """Return a warning about the mismatch of `step` (from 1), or None if the mismatch is small.
 
-    The lower end of the mean's interval counts, so that a few tokens of a rescored sample do not end a run.
+    The lower end of the mean's interval is compared with the bounds, so that a few tokens of a rescored sample do not
+    stop a run.
 
     Args:
-        found: as `measure` returns it. earlier: mean mismatches of the steps compared before. limits: bounds.
-        layout: how the actor lays out a batch, for the message.
+        found: the result of `measure`. earlier: mean mismatches of the steps compared before. limits: the bounds.
+        layout: the layout of the actor's batches, for the message.
 
     Raises:
         EvidenceError: the mismatch is above `limits.stop`, or not a number.
     """
     mean, error, lowest = found["abs_dlogp_mean"], found["abs_dlogp_error"], least(found)
     text = (
-        f"step {step}: trainer and rollout without noise differ by {mean:.3g} ± {error:.2g} nats a token on the same "
+        f"step {step}: trainer and rollout without noise differ by {mean:.3g} ± {error:.2g} nats per token on the same "
         f"{found['tokens']:,} tokens ({found['clipped_share']:.0%} of the ratios outside PPO's clip range)"
     )
     causes = f"likely causes: {CAUSES}" + (f"; layout of a batch: {layout}" if layout else "")
     if not lowest <= limits.stop:  # NaN, too
         raise EvidenceError(
-            f"{text}, above aqn.mismatch.stop={limits.stop:g}: nothing was updated; {causes}; does it stay with "
-            "aqn.mxfp4.enabled=false?"
+            f"{text}, above aqn.parity.stop={limits.stop:g}: the weights were not updated; {causes}; try "
+            "aqn.mxfp4.enabled=false"
         )
     usual = statistics.median(earlier[:BASELINE_STEPS]) if len(earlier) >= BASELINE_STEPS else math.inf
     if lowest > max(GROWTH * usual, GROWTH_FLOOR):
         return f"{text}, {mean / usual:.1f} times that of the first steps ({usual:.3g}): {causes}"
-    if lowest > limits.warn and not any(value > limits.warn for value in earlier):  # told once
-        return f"{text}, above aqn.mismatch.warn={limits.warn:g}: {causes}"
+    if lowest > limits.warn and not any(value > limits.warn for value in earlier):  # warn only once
+        return f"{text}, above aqn.parity.warn={limits.warn:g}: {causes}"
     return None

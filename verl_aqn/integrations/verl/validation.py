@@ -1,4 +1,4 @@
-"""Validation: each problem of the set is answered once or several times, and every answer is on record by its place."""
+"""Validation: every problem of the set gets one or several responses, and every response is recorded by its place."""
 
 from collections import Counter
 from functools import cached_property
@@ -14,27 +14,27 @@ from verl_aqn.tasks import math_verify
 from verl_aqn.tasks.gsm8k import number
 
 RULES = {"accuracy": "acc", "flexible": "flexible", "math_verify": "math_verify"}
-"""Name of a share in the record of a validation: the column of its answers."""
+"""Names of the shares in the record of a validation, with the column of the responses that each one uses."""
 
 
 class ValidatingTrainer(KeyedTrainer):
-    """verl's validation, on record.
+    """A trainer that records verl's validation.
 
-    `validation/<step>.jsonl` holds a line for each answer, in the order of `item` (row of the validation set) and
-    `sample` (0 to n - 1); metrics.jsonl holds the shares of right answers. Both are of `items` × `samples` answers: one
-    that never came (a session that failed) has no line, is wrong, and is told. Of a session with several outputs the
-    last one is the answer.
+    `validation/<step>.jsonl` has a line for each response, in the order of `item` (row of the validation set) and
+    `sample` (0 to n - 1); metrics.jsonl has the shares of right responses. Both cover `items` × `samples` responses. A
+    missing response (its session failed) has no line, counts as wrong, and is reported. If a session has several
+    outputs, the last one is the response.
     """
 
-    shares: dict[str, float]  # of the last validation: of right answers, by rule
-    pass_at: dict[str, float]  # and that one of k answers is right, by k
-    failed: int  # how many answers never came
-    asked: int = 0  # answers of this step that were asked for, refills too
-    by_source: dict[str, dict[str, float]]  # problems and shares of each data source; {} where there is one alone
+    shares: dict[str, float]  # share of right responses in the last validation, by rule
+    pass_at: dict[str, float]  # probability that at least one of k responses is right, by k
+    failed: int  # number of missing responses
+    asked: int = 0  # number of responses requested in this step, with refills
+    by_source: dict[str, dict[str, float]]  # problems and shares of each data source; {} if there is only one
 
     def _validate(self) -> dict[str, float]:
         metrics = super()._validate()
-        for lines_on_disk in self._dump_futures:  # before the record that speaks of them
+        for lines_on_disk in self._dump_futures:  # finish these files before the record that refers to them
             lines_on_disk.result()
         items, samples = len(self.val_dataset), self.samples
         sizes = {"items": items, "samples": samples, "pass_at": self.pass_at}
@@ -47,12 +47,12 @@ class ValidatingTrainer(KeyedTrainer):
 
     @property
     def samples(self) -> int:
-        """How many answers each problem of the validation set gets."""
+        """Return the number of responses to each problem of the validation set."""
         return self.config.actor_rollout_ref.rollout.val_kwargs.n
 
     @cached_property
     def sources(self) -> list[str]:
-        """The data source of each problem of the validation set."""
+        """Return the data source of each problem of the validation set."""
         items = (self.val_dataset[place] for place in range(len(self.val_dataset)))
         return [str(item.get("data_source")) if isinstance(item, dict) else "" for item in items]
 
@@ -60,7 +60,7 @@ class ValidatingTrainer(KeyedTrainer):
         if dump_path != self.config.trainer.validation_data_dir:
             return super()._dump_generations(inputs, outputs, gts, scores, reward_extra_infos_dict, dump_path)
         if "acc" not in reward_extra_infos_dict:
-            raise ConfigError(f"reward.custom_reward_function tells no accuracy: {REMEDY}")
+            raise ConfigError(f"reward.custom_reward_function returns no accuracy: {REMEDY}")
         places = places_of(reward_extra_infos_dict["uid"], self.agent_loop_manager.row_of)
         inputs, outputs, gts, scores = (
             [values[at] for at in places.values()] for values in (inputs, outputs, gts, scores)
@@ -71,16 +71,16 @@ class ValidatingTrainer(KeyedTrainer):
             if name != "uid"
         }
         columns |= {"item": [item for item, _ in places], "sample": [sample for _, sample in places]}
-        # Only a number can be looked for in an answer, and only some rewards have a flexible rule.
+        # math-verify is used only if all ground truths are numbers.
         if all(number(truth) is not None for truth in gts):
             columns["math_verify"] = math_verify.scores(outputs, [str(truth) for truth in gts])
         self.count_right(columns)
         super()._dump_generations(inputs, outputs, gts, scores, columns, dump_path)
 
     def count_right(self, columns: dict[str, list]) -> None:
-        """Set the shares of right answers, by rule and as pass@k, and tell how many answers are missing."""
+        """Set the shares of right responses, by rule and as pass@k, and report missing responses."""
         items, wanted = len(self.val_dataset), len(self.val_dataset) * self.samples
-        # Of all problems, whatever data they come from: one without an answer (a session that failed) is wrong.
+        # The shares are over all problems of all data sources; a missing response (its session failed) is wrong.
         right_by = {name: judged(columns[rule], rule) for name, rule in RULES.items() if rule in columns}
         self.shares = {name: sum(right) / wanted for name, right in right_by.items()}
         self.by_source = shares_by_source(self.sources, columns["item"], right_by, self.samples)
@@ -91,9 +91,9 @@ class ValidatingTrainer(KeyedTrainer):
         self.tell_failed("val", wanted, self.failed)
 
     def refuse_failed(self, part: str, missing: int = 0) -> None:
-        """Stop the run where more answers of this step or validation failed than it allows. `part`: train or val.
+        """Stop the run if more responses of this step or validation failed than it allows. `part`: train or val.
 
-        `missing`: how many never came, where that is known.
+        `missing`: the number of missing responses, if it is known.
 
         Raises:
             RewardError, ProcessFault: as `refuse_failures`.
@@ -106,14 +106,14 @@ class ValidatingTrainer(KeyedTrainer):
         refuse_failures(self.folder, part, self.global_steps, asked, allowed, missing)
 
     def tell_failed(self, part: str, asked: int, failed: int) -> None:
-        """Stop for answers that never came, or warn of them where so many may. `part`: train or val.
+        """Stop the run for missing responses, or warn if the run allows that many. `part`: train or val.
 
         Raises:
             RewardError, ProcessFault: as `refuse_failures`.
         """
         self.refuse_failed(part, failed)
         if failed:
-            counted = "they count as wrong" if part == "val" else "their groups teach less"
+            counted = "they count as wrong" if part == "val" else "their groups are smaller"
             text = f"{failure_text(self.folder, part, self.global_steps, asked, failed)}; {counted}"
             self.folder.append("events.jsonl", {"kind": "warning", "text": text})
 
@@ -121,13 +121,13 @@ class ValidatingTrainer(KeyedTrainer):
 def shares_by_source(
     sources: list[str], items: list[int], right_by: dict[str, list[bool]], samples: int
 ) -> dict[str, dict[str, float]]:
-    """Return, for each data source, its number of problems (`items`) and the share of right answers by rule.
+    """Return, for each data source, its number of problems (`items`) and the share of right responses by rule.
 
-    {} of one source alone. Answers that never came are wrong.
+    Return {} if there is only one source. Missing responses count as wrong.
 
     Args:
-        sources: of each problem. items: the problem of each answer. right_by: whether each answer is right, by rule.
-            samples: answers asked for to each problem.
+        sources: the source of each problem. items: the problem of each response.
+        right_by: whether each response is right, by rule. samples: number of responses requested for each problem.
     """
     counts = Counter(sources)
     if len(counts) < 2:
@@ -141,9 +141,9 @@ def shares_by_source(
 
 
 def places_of(keys: list[str], row_of: dict[str, int]) -> dict[tuple[int, int], int]:
-    """Return {(item, sample): where in `keys` its answer is} in the order of item and sample.
+    """Return {(item, sample): index in `keys` of its response} in the order of item and sample.
 
     Args:
-        keys: verl's, UID_SESSION_INDEX. row_of: row of the validation set by uid.
+        keys: verl's keys, UID_SESSION_INDEX. row_of: row of the validation set by uid.
     """
     return dict(sorted(((row_of[uid], sample), at) for (uid, sample), at in last_outputs(keys).items()))

@@ -1,7 +1,7 @@
-"""What verl imports in the driver and in every Ray worker (entry point `verl.plugins`).
+"""The plugin that verl imports in the driver and in every Ray worker (entry point `verl.plugins`).
 
-verl swallows an error in here (it logs it at DEBUG), so nothing relies on having been imported: each process calls
-`assert_loaded` and stops with a plain message where something is missing.
+verl ignores errors during this import (it logs them at DEBUG). Therefore no code relies on the import: each process
+calls `assert_loaded`, which stops it with a plain message if something is missing.
 """
 
 import importlib.metadata
@@ -26,17 +26,17 @@ if os.environ.get("VERL_PLATFORM", "").lower() == "cpu":
 listen()
 watch()
 note_task_errors()
-if FOLDER in os.environ:  # in the processes of a run of ours; those of a stock one may lack this package elsewhere
-    from verl_aqn.integrations.verl.queue import guard
+if FOLDER in os.environ:  # not in a stock run, where other nodes may lack this package
+    from verl_aqn.verl_api.queue import guard
 
     guard()
 
 
 def check_versions(names: Iterable[str] = tuple(SUPPORTED)) -> dict[str, str]:
-    """Versions of what this project stands on, or of those of it that are named.
+    """Return the versions of the packages in `names`, by default of all in `SUPPORTED`.
 
     Raises:
-        EnvironmentFault: one of a version whose seams were not checked.
+        EnvironmentFault: a version is not among those in `SUPPORTED`.
     """
     versions = {name: importlib.metadata.version(name) for name in names}
     for name, version in versions.items():
@@ -47,20 +47,25 @@ def check_versions(names: Iterable[str] = tuple(SUPPORTED)) -> dict[str, str]:
 
 
 def assert_loaded(process: str) -> None:
-    """Stop this process unless the plugin is in place and verl uses the platform that was asked for.
+    """Stop this process unless the plugin is loaded and verl uses the requested platform.
 
     Args:
-        process: what the process is, for the message.
+        process: name of the process, for the message.
+
+    Raises:
+        EnvironmentFault: the plugin is not loaded, or the platform is another one.
     """
     check_versions()
     policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
     if policy != "auto" and "verl_aqn" not in policy.split(","):
-        raise EnvironmentFault(f"{process}: VERL_USE_EXTERNAL_PLUGINS={policy} keeps verl-aqn out: unset it")
+        raise EnvironmentFault(f"{process}: VERL_USE_EXTERNAL_PLUGINS={policy} excludes verl-aqn: unset it")
     if not importlib.metadata.entry_points(group="verl.plugins", name="verl_aqn"):
         raise EnvironmentFault(f"{process}: verl-aqn's entry points are not installed: run `bash scripts/setup.sh`")
     wanted = os.environ.get("VERL_PLATFORM", "").lower()
     if wanted == "cpu" and PlatformRegistry.get("cpu") is not PlatformCPU:
-        raise EnvironmentFault(f"{process}: another package registered a cpu platform with verl: uninstall it")
+        raise EnvironmentFault(
+            f"{process}: another package has registered a cpu platform with verl: uninstall that package"
+        )
     platform = get_platform()
     if wanted == "cpu" and platform.device_name != "cpu":
         raise EnvironmentFault(f"{process}: verl chose platform {platform.device_name} before the plugin was loaded")

@@ -1,8 +1,8 @@
-"""Ask the installed vLLM whether it can serve a model: `python -m verl_aqn.integrations.vllm.ask_vllm FOLDER OPTIONS_JSON`.
+"""Check whether the installed vLLM can serve a model: `python -m verl_aqn.vllm_api.ask FOLDER OPTIONS_JSON`.
 
-vLLM builds the model of FOLDER/config.json on the meta device, and slots for adapters beside it: no weights are read,
-and the size of the model does not matter. The last line of standard output is the answer as JSON
-(`verl_aqn.preflight.vllm_says`).
+vLLM builds the model of FOLDER/config.json, with its slots for adapters, on the meta device. It reads no weights, so
+the size of the model does not matter. The last line of standard output is the answer as JSON, which
+`verl_aqn.preflight.vllm` reads.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 from verl_aqn.checkpoints.building import linear_layers
 
 COPIED = ("*.json", "*.jinja", "*.txt", "*.model")
-RANK = 8  # of the slots that are made to see whether they can be
+RANK = 8  # rank of the adapter slots in this check
 
 
 def main() -> None:
@@ -24,13 +24,14 @@ def main() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     print(json.dumps(answer(folder, options)), flush=True)
     sys.stdout.flush()
-    os._exit(0)  # vLLM's groups would complain at the interpreter's end
+    os._exit(0)  # vLLM's process groups print warnings at a normal exit
 
 
 def answer(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """What vLLM says of the model in `folder`.
+    """Return what vLLM can do with the model in `folder`.
 
-    `options`: of vLLM's engine. `platform` is always in the answer; `fault` says why vLLM cannot build the model.
+    `options`: arguments of vLLM's engine. The answer always has `platform`; `fault` says why vLLM cannot build the
+    model.
     """
     from vllm.platforms import current_platform
 
@@ -38,18 +39,21 @@ def answer(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         "platform": "npu" if current_platform.device_name == "npu" else current_platform.device_type
     }
     if said["platform"] != "cpu":
-        # Not tried on such a machine: only what can be told without a device.
+        # Not yet tested on an accelerator: return only what is known without using the device.
         return said | _class_of(folder)
     with TemporaryDirectory() as copy:
         _copy_without_weights(folder, Path(copy))
         try:
             return said | _build(Path(copy), options, folder)
-        except Exception as error:  # whatever vLLM raises is the answer
+        except Exception as error:  # any error of vLLM is the answer
             return said | {"fault": reason(error)}
 
 
 def _copy_without_weights(folder: Path, copy: Path) -> None:
-    """The base is served packed or in bf16; either way vLLM's class is that of an unquantised config."""
+    """Link the folder's small files into `copy`, with a config.json that names no quantisation.
+
+    A packed base may be served packed or in bf16; vLLM uses the class of the unquantised config for both.
+    """
     for file in (file for pattern in COPIED for file in folder.glob(pattern)):
         if file.stat().st_size < 1 << 26 and not file.name.endswith(".index.json"):
             (copy / file.name).symlink_to(file.resolve())
@@ -83,11 +87,11 @@ def _build(folder: Path, options: dict[str, Any], weights: Path) -> dict[str, An
     from vllm.model_executor.models import ModelRegistry, registry
     from vllm.model_executor.models.interfaces import supports_lora
 
-    # vLLM looks at classes in a process of its own, to spare its own one; this is one already.
+    # vLLM inspects classes in a subprocess, to keep its own process clean; this process is already separate.
     registry._run_in_subprocess = lambda look: look()
     for name in json.loads((folder / "config.json").read_text()).get("architectures") or []:
         if name in ModelRegistry.models:
-            ModelRegistry.models[name].load_model_cls()  # its own error, which vLLM hides behind one about "inspecting"
+            ModelRegistry.models[name].load_model_cls()  # raises the real error, which vLLM would hide
     hf_linears = linear_layers(folder)
     config: Any = EngineArgs(
         model=str(folder),
@@ -121,8 +125,19 @@ def _build(folder: Path, options: dict[str, Any], weights: Path) -> dict[str, An
     return said
 
 
+def linear_layers(folder: Path) -> list[str]:
+    """Return the names of the linear layers that get adapters with PEFT's `all-linear`; reads only config.json."""
+    from torch import nn
+
+    from verl_aqn.mxfp4.model import empty_model
+
+    model = empty_model(folder)
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+
+
 def _attention(config: Any) -> dict[str, Any]:
-    """Windows of the attention layers, and head sizes that their backend does not take."""
+    """Return whether all attention layers have a window, and the head sizes that their backend does not support."""
     windows, unfit = set(), set()
     for layer in config.compilation_config.static_forward_context.values():
         backend, size = getattr(layer, "attn_backend", None), getattr(layer, "head_size", None)
@@ -131,12 +146,12 @@ def _attention(config: Any) -> dict[str, Any]:
         windows.add(getattr(layer, "sliding_window", None))
         sizes = backend.get_supported_head_sizes()
         if sizes and size not in sizes:
-            unfit.add(f"heads of {size} (it takes {', '.join(map(str, sizes))})")
+            unfit.add(f"heads of {size} (it supports {', '.join(map(str, sizes))})")
     return {"all_windowed": bool(windows) and None not in windows, "unfit": sorted(unfit)}
 
 
 def _head_is_embedding(model: Any) -> bool:
-    """Whether logits are computed with an embedding that vLLM would wrap (Cohere's class fails then)."""
+    """Return whether logits are computed with an embedding that vLLM would wrap for LoRA; Cohere's class then fails."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     modules = list(model.modules())
@@ -145,9 +160,10 @@ def _head_is_embedding(model: Any) -> bool:
 
 
 def refused_tensor(model: Any, folder: Path) -> str | None:
-    """Return what vLLM says of a tensor of `folder` that its model has no place for; no values are read.
+    """Return vLLM's error about a tensor of `folder` for which its model has no parameter; reads no values.
 
-    The model loads tensors on meta. Only words about names count: what else goes wrong may be due to meta.
+    The model loads tensors on the meta device. Only errors about names count, because other errors may be caused by the
+    meta device.
     """
     import torch
 
@@ -173,9 +189,9 @@ def refused_tensor(model: Any, folder: Path) -> str | None:
 
 
 def sent_names(folder: Path, linears: list[str]) -> dict[str, str]:
-    """Map transformers' names of linear layers to those under which the actor sends their adapters."""
-    from verl_aqn.checkpoints.building import is_multimodal
-    from verl_aqn.checkpoints.naming import Naming
+    """Map transformers' names of linear layers to the names under which the actor sends their adapters."""
+    from verl_aqn.mxfp4.building import is_multimodal
+    from verl_aqn.mxfp4.names import Naming
 
     if not is_multimodal(folder):
         return {name: name for name in linears}
@@ -184,7 +200,10 @@ def sent_names(folder: Path, linears: list[str]) -> dict[str, str]:
 
 
 def without_slot(model: Any, config: Any, linears: dict[str, str]) -> list[str]:
-    """Those of transformers' linear layers for whose adapter, under the name that it is sent by, vLLM has no place."""
+    """Return the linear layers whose adapter has no place in vLLM.
+
+    `linears` maps transformers' names of layers to the names under which their adapters are sent.
+    """
     import torch
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.utils import parse_fine_tuned_lora_name
@@ -212,11 +231,11 @@ def without_slot(model: Any, config: Any, linears: dict[str, str]) -> list[str]:
 
 
 def reason(error: BaseException) -> str:
-    """The first sentence of what went wrong, with its kind."""
+    """Return the first line of an error's message, with the error's type."""
     if hasattr(error, "errors") and callable(error.errors):  # pydantic's
         return str(error.errors()[0].get("msg", error)).split("\n")[0]
     text = (str(error).strip() or "no message").splitlines()[0]
-    text = re.sub(r" \(/[^)]*\)$", "", text)  # an ImportError's file
+    text = re.sub(r" \(/[^)]*\)$", "", text)  # the file in an ImportError's message
     return f"{type(error).__name__}: {text}"
 
 

@@ -1,4 +1,7 @@
-"""Dense MXFP4 on vLLM's CPU platform, which has no kernel for it: W4A16 or W4A4, weights dequantised once at load."""
+"""A kernel for dense MXFP4 layers on vLLM's CPU platform, which has none: W4A16 or W4A4.
+
+The weights are dequantised once, when the model is loaded.
+"""
 
 from typing import Any
 
@@ -13,11 +16,12 @@ from verl_aqn.mxfp4.linear import Activation
 
 
 class CpuMxfp4LinearKernel(MxFp4LinearKernel):
-    """Weights [N, K] from packed codes [N, K/2] and scales [N, K/32].
+    """Linear layer with weights [N, K] from packed codes [N, K/2] and scales [N, K/32].
 
-    vLLM's compressed-tensors scheme asks for dynamic MXFP4 activations whatever the checkpoint says. Like its Marlin
-    kernel this one leaves them alone, unless the engine's ``additional_config`` holds ``mxfp4_activation``: then they
-    are rounded as it says and as the actor does. MXFP4 values are exact in bf16, so the products are those of 4 bits.
+    vLLM's compressed-tensors scheme requests dynamic MXFP4 activations for every checkpoint. Like vLLM's Marlin kernel,
+    this kernel does not round activations, unless the engine's ``additional_config`` has ``mxfp4_activation``. Then it
+    rounds them in that way, as the actor does. MXFP4 values are exact in bf16, so the products are the same as with
+    4-bit weights.
     """
 
     def __init__(self, config: MxFp4LinearLayerConfig) -> None:
@@ -26,23 +30,23 @@ class CpuMxfp4LinearKernel(MxFp4LinearKernel):
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
-        """On CPUs only."""
+        """Return whether the platform is a CPU, and the reason if it is not."""
         return current_platform.is_cpu(), "only for CPUs"
 
     @classmethod
     def can_implement(cls, config: MxFp4LinearLayerConfig) -> tuple[bool, str | None]:
-        """Any MXFP4 linear layer."""
+        """Accept every MXFP4 linear layer."""
         return True, None
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Keep the packed bytes beside the dequantised weight: they are what a run reads back as its base."""
+        """Dequantise the weight, and keep the packed bytes too: a run reads these back as its base."""
         layer.mxfp4_packed = layer.weight.data
         layer.weight_scale = Parameter(layer.weight_scale.data, requires_grad=False)
         weight = dequantize(layer.mxfp4_packed, layer.weight_scale.data, layer.params_dtype)
         layer.weight = Parameter(weight, requires_grad=False)
 
     def apply_weights(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [T, K] → [T, N]."""
+        """Apply the layer to x [T, K] and return [T, N]."""
         if self.activation is not None:
             x = fake_quantize(x, *self.activation)
         return torch.nn.functional.linear(x, layer.weight, bias)

@@ -1,7 +1,8 @@
 """LoRA products on vLLM's CPU platform for an engine that holds one adapter.
 
 vLLM's own CPU operators gather a copy of A and B for every token (`weights[token_indices]`), which costs more than
-the model itself. With `max_loras=1` every token of a batch has that adapter or none, so plain products do.
+the model itself. With `max_loras=1` every token of a batch has that adapter or none, so plain matrix products are
+enough.
 """
 
 import torch
@@ -9,7 +10,7 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 
 class SingleAdapterPunicaWrapper(PunicaWrapperCPU):
-    """`y += (x Aᵀ) Bᵀ` for the one adapter; the parent's operators where there are more."""
+    """Computes `y += (x Aᵀ) Bᵀ` for one adapter, and uses the parent's operators for several adapters."""
 
     def add_lora_linear(
         self,
@@ -23,9 +24,10 @@ class SingleAdapterPunicaWrapper(PunicaWrapperCPU):
         buffer: tuple[torch.Tensor, ...] | None = None,
         **kwargs,
     ) -> None:
-        """In place on y [T, N]; x [T, K], A [1, 1, r, K] and B [1, 1, n, r] for each of the layer's slices.
+        """Add the adapter's product to y [T, N] in place.
 
-        B holds the adapter's scaling already (vLLM folds it in when it loads the adapter).
+        x is [T, K]; A [1, 1, r, K] and B [1, 1, n, r] are given for each of the layer's slices. B already contains the
+        adapter's scaling: vLLM multiplies it in when it loads the adapter.
         """
         if lora_a_stacked[0].shape[0] != 1:
             super().add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, buffer=buffer, **kwargs)
@@ -54,7 +56,9 @@ class SingleAdapterPunicaWrapper(PunicaWrapperCPU):
         buffer: torch.Tensor | None = None,
         **kwargs,
     ) -> None:
-        """As the parent's, but nothing where the head has no adapter (A is zero): its product over the whole
-        vocabulary took a quarter of the generation's time."""
+        """Add the head's adapter to the logits as the parent does, but do nothing if the head has none (A is zero).
+
+        The product over the whole vocabulary took a quarter of the generation time.
+        """
         if bool(lora_a_stacked.any()):
             super().add_lora_logits(y, x, lora_a_stacked, lora_b_stacked, scale, buffer=buffer, **kwargs)

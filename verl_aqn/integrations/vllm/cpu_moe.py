@@ -1,7 +1,8 @@
-"""Unquantised MoE layers on vLLM's CPU platform, where two things keep vLLM 0.28 from using its own kernel for them.
+"""Unquantised MoE layers on vLLM's CPU platform, where two problems stop vLLM 0.28 from using its own kernel for them.
 
-In an engine with LoRA it takes Triton's kernel, which a CPU has not. And under expert parallelism it gives the kernel
-experts by the numbers that they have in the whole model: out of the bounds of a rank's own (segmentation fault).
+First, in an engine with LoRA it selects the Triton kernel, which does not run on a CPU. Second, under expert
+parallelism it passes the experts' indices in the whole model to the kernel. These are out of bounds for the experts of
+one rank (segmentation fault).
 """
 
 from dataclasses import replace
@@ -13,7 +14,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 
 
 class CpuMoEMethod(UnquantizedFusedMoEMethod):
-    """In place of vLLM's method. Its experts have no adapter: `lora_target_modules` must leave them out."""
+    """Replaces vLLM's method. The experts must not have an adapter: `lora_target_modules` must leave them out."""
 
     experts_cls: Any
 
@@ -23,7 +24,7 @@ class CpuMoEMethod(UnquantizedFusedMoEMethod):
 
 
 class _LocalExperts:
-    """Before an experts class of vLLM's CPU platform: of the chosen experts, a rank computes those that it holds."""
+    """A mixin before an experts class of vLLM's CPU platform: a rank computes only the experts that it holds."""
 
     _held: Tensor | None = None
 
@@ -32,9 +33,9 @@ class _LocalExperts:
         self._held = layer.expert_map
 
     def _select_experts(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Weights [T, k] in float32 and experts [T, k] in int32, by their places on this rank.
+        """Return weights [T, k] in float32 and the experts' indices on this rank [T, k] in int32.
 
-        Others get a weight of 0 and the place of the first; the ranks' outputs are summed.
+        Experts of other ranks get weight 0 and index 0. The outputs of all ranks are summed afterwards.
         """
         weights, experts = super()._select_experts(*args, **kwargs)  # type: ignore[misc]
         if self._held is None:

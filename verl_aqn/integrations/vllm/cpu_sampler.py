@@ -1,10 +1,10 @@
 """Sampling on vLLM's CPU platform for requests that carry a seed.
 
-vLLM 0.28 gives each such request a `torch.Generator`, which on a CPU has three faults: it fills a vocabulary of random
-numbers one by one (1.7 ms a token of SmolLM2's 49,152 entries, more than the embedded model needs for its layers), it
-cannot be set back, so that the engine dies where a seeded prompt is read in chunks, and in a batch in which a single
-request has no seed those of all others are ignored. Here the random numbers of a token are a function of the request's
-seed, of how many tokens it has sampled and of the entry of the vocabulary.
+vLLM 0.28 gives each such request a `torch.Generator`. On a CPU this has three problems. The generator draws the random
+numbers of the vocabulary one by one (1.7 ms per token for SmolLM2's 49,152 entries, more than the embedded model needs
+for its layers). It cannot be set back, so the engine dies when a seeded prompt is processed in chunks. And if one
+request of a batch has no seed, the seeds of all other requests are ignored. Here the random numbers of a token are a
+function of the request's seed, the number of tokens that it has sampled and the index in the vocabulary.
 """
 
 import hashlib
@@ -20,27 +20,27 @@ _MIX = (0x85EBCA6B - (1 << 32), 0xC2B2AE35 - (1 << 32))  # MurmurHash3's finalis
 
 
 class KeyedGenerator:
-    """Where a request is in its random numbers: a `torch.Generator` as vLLM uses one, of seed and counter."""
+    """The random state of one request: a seed and a counter, with the methods of `torch.Generator` that vLLM uses."""
 
     def __init__(self, seed: int):
         self.seed, self.draws = seed, 0
 
     def get_offset(self) -> int:
-        """Return four times the tokens drawn, as vLLM counts for a CUDA generator."""
+        """Return four times the number of tokens drawn: vLLM assumes the counting of a CUDA generator."""
         return 4 * self.draws
 
     def set_offset(self, offset: int) -> None:
-        """Go back to an earlier offset: vLLM does so where it throws a token away."""
+        """Go back to an earlier offset; vLLM does this when it discards a token."""
         self.draws = offset // 4
 
     def key(self) -> bytes:
-        """Return 8 bytes that stand for the next token, and count it."""
+        """Return the 8-byte key of the next token, and count the token."""
         self.draws += 1
         return hashlib.blake2b(f"{self.seed}/{self.draws}".encode(), digest_size=8).digest()
 
 
 def exponentials(keys: Tensor, width: int) -> Tensor:
-    """Return float32 [B, width] with Exp(1) variates, each a function of its row's key and its column.
+    """Return Exp(1) variates, float32 [B, width], each a function of its row's key and its column.
 
     Two rounds of MurmurHash3's 32-bit finaliser over column and key give a uniform number of 31 bits.
 
@@ -60,12 +60,12 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _right(x: Tensor, shift: int) -> Tensor:
-    """Shift int32 to the right with zeros coming in, whatever the sign."""
+    """Shift int32 to the right and fill with zeros, also for negative numbers (logical shift)."""
     return (x >> shift) & ((1 << (32 - shift)) - 1)
 
 
 def sample(logits: Tensor, keys: Tensor) -> Tensor:
-    """Return int64 [B] drawn from softmax(`logits` [B, V]) by the exponential race that vLLM's own sampler runs."""
+    """Return int64 [B] drawn from softmax(`logits` [B, V]) by the exponential race, as vLLM's own sampler does."""
     probs = logits.softmax(dim=-1, dtype=torch.float32)
     return probs.div(exponentials(keys, logits.shape[-1])).argmax(dim=-1).view(-1)
 
@@ -74,7 +74,7 @@ _compiled_sample = torch.compile(sample, dynamic=True)
 
 
 def keys_of(generators: dict[int, KeyedGenerator], rows: int) -> Tensor:
-    """Return int32 [rows, 2]: a key for the next token of each row, by chance for a row without a generator."""
+    """Return int32 [rows, 2]: a key for the next token of each row; the key is random for a row without a generator."""
     if len(generators) == rows:
         data = b"".join(generators[row].key() for row in range(rows))
         return torch.frombuffer(bytearray(data), dtype=torch.int32).view(rows, 2)
@@ -85,7 +85,7 @@ def keys_of(generators: dict[int, KeyedGenerator], rows: int) -> Tensor:
 
 
 def patch() -> None:
-    """Put `KeyedGenerator` in the place of generators, and this sampler in that of vLLM's where a batch has some."""
+    """Replace the generators of requests by `KeyedGenerator`, and vLLM's sampler by this one for batches with some."""
     init, forward = CachedRequestState.__post_init__, topk_topp_sampler.TopKTopPSampler.forward_cpu
 
     def post_init(self: Any) -> None:

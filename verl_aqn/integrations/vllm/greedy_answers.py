@@ -1,14 +1,17 @@
-"""`python -m verl_aqn.integrations.vllm.greedy_answers REQUEST RESULT`: greedy answers of stock vLLM to prompts, for `verl-aqn export`.
+"""Greedy responses of stock vLLM, for `verl-aqn export`: `python -m verl_aqn.vllm_api.answers REQUEST RESULT`.
 
-A process of its own, since an engine sets up its process for good. REQUEST and RESULT are JSON files:
+It runs in its own process, because the setup of an engine cannot be undone in a process. REQUEST and RESULT are JSON
+files.
 
-request: `model`, `adapters` (a list: PEFT folders, and null for the model alone; each is asked everything in turn),
-`rank` (of their slot), `engine` (arguments of `vllm.LLM`), `max_tokens`, `prompts` [[token, …], …], for each prompt an
-`expected` text, and `scored`, tokens of an answer whose probabilities are wanted (may be empty).
-result: `said`, for each of `adapters` {"answers", "logprobs"}. `answers`: for each prompt {"tokens", "text"}, and
-"tops" where the text is not the expected one: for each token of the answer the likeliest tokens at its place, {token:
-log-probability}. `logprobs`: for each prompt the log-probabilities of its scored tokens, of as many as the engine's
-context has room for.
+Fields of the request: `model`; `adapters`, a list of PEFT folders, with null for the model without an adapter (every
+entry gets all prompts); `rank`, the maximum LoRA rank; `engine`, arguments of `vllm.LLM`; `max_tokens`; `prompts`
+[[token, …], …]; `expected`, a text for each prompt; and `scored`, for each prompt the tokens of a response whose
+log-probabilities are wanted (may be empty).
+
+The result has one field `said`: for each of `adapters` {"answers", "logprobs"}. `answers`: for each prompt {"tokens",
+"text"}, and also "tops" if the text is not the expected one: for each token of the response the most likely tokens at
+its position, {token: log-probability}. `logprobs`: for each prompt the log-probabilities of its scored tokens, as many
+as fit into the engine's context.
 """
 
 import json
@@ -16,11 +19,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-TOPS = 20  # what vLLM gives without being asked to allow more
+TOPS = 20  # the most that vLLM returns by default (max_logprobs)
 
 
 def answers(request: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the model says with each of ``request["adapters"]``; see the module."""
+    """Return the responses and log-probabilities of the model with each of ``request["adapters"]``.
+
+    The format is that of `said` in the module's docstring.
+    """
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
@@ -56,7 +62,7 @@ def _generate(llm: Any, request: dict[str, Any], lora: Any) -> list[dict[str, An
 def _score(llm: Any, request: dict[str, Any], lora: Any) -> list[list[float]]:
     from vllm import SamplingParams
 
-    # One token is made after those that are scored, and there must be room for it.
+    # vLLM generates one token after the scored ones, so the context needs room for it.
     room = llm.llm_engine.model_config.max_model_len - 1
     asked = {
         number: (prompt, [*prompt, *answer][:room])

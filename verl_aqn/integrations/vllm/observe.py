@@ -1,4 +1,4 @@
-"""Watch vLLM load the base and take adapters (`verl_aqn.integrations.vllm.trace`); what was seen is kept on the model.
+"""Observe how vLLM loads the base and adapters (`verl_aqn.vllm_api.trace`), and keep the results on the model.
 
 `model.aqn_loaded`: which regions of its parameters came from which tensors of the checkpoint. `model.aqn_names`: the
 checkpoint's name of every parameter that is one tensor. `model.aqn_adapter`: the same as `aqn_loaded` for the adapter
@@ -15,7 +15,7 @@ from verl_aqn.integrations.vllm.trace import Trace
 
 
 def observe_load(loader: Any) -> None:
-    """Make `loader`, which loads one model, leave `aqn_loaded` and `aqn_names` on it, and digests of what it loaded."""
+    """Make `loader`, which loads one model, set `aqn_loaded` (with digests of the weights) and `aqn_names` on it."""
     load_weights = loader.load_weights
 
     def load_and_remember(model: Any, *args: Any, **kwargs: Any) -> None:
@@ -36,10 +36,10 @@ def observe_load(loader: Any) -> None:
 
 
 def keep(model: Any, trace: Trace) -> None:
-    """Keep on `model` what `trace` saw of its loading, and its digests before kernels rearrange the weights."""
+    """Keep on `model` what `trace` recorded, and the digests of the weights before kernels rearrange them."""
     named = dict(model.named_parameters(remove_duplicate=False))
     owned = {parameter.untyped_storage().data_ptr() for parameter in named.values()}
-    # Buffers too, but for other views of a parameter (Mamba's convolutions).
+    # Add buffers too, except those that are views of a parameter (Mamba's convolutions).
     named |= {name: b for name, b in model.named_buffers() if b.untyped_storage().data_ptr() not in owned}
     model.aqn_loaded = trace.loaded(named.items())
     model.aqn_names = model.aqn_loaded.names()
@@ -49,9 +49,10 @@ def keep(model: Any, trace: Trace) -> None:
 
 
 def _correct_packing(model: Any, loaded: Loaded) -> None:
-    """Where the model's `packed_modules_mapping` splits what the checkpoint has in one tensor, say so.
+    """Correct the model's `packed_modules_mapping` where it splits a module that is one tensor in the checkpoint.
 
-    vLLM's LoRA layers go by that mapping: GLM4 names gate_proj and up_proj, its checkpoints gate_up_proj alone.
+    vLLM's LoRA layers use this mapping. For GLM4 it names gate_proj and up_proj, but the checkpoints have only
+    gate_up_proj.
     """
     mapping: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
     wrong: set[str] = set()
@@ -66,7 +67,7 @@ def _correct_packing(model: Any, loaded: Loaded) -> None:
 
 
 def observe_adapters() -> None:
-    """Make vLLM leave `aqn_adapter` on models that `observe_load` watched whenever it takes an adapter."""
+    """Make vLLM set `aqn_adapter` on a model that `observe_load` observed, each time it loads an adapter."""
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
 
@@ -92,7 +93,7 @@ def observe_adapters() -> None:
                     added = bool(add(self, request))
                 finally:
                     watching.pop()
-            if trace.sources:  # else the adapter was there already
+            if trace.sources:  # otherwise the adapter was loaded before
                 model.aqn_adapter = trace.loaded(lora_buffers(model))
             return added
 

@@ -1,8 +1,8 @@
 """Read back what a vLLM model really holds, under the checkpoint's names.
 
 vLLM fuses q, k, v (and gate, up, and the experts of a MoE layer) into one parameter, renames modules and splits them
-over ranks. Which region of a parameter came from which tensor was observed while it was loaded (`model.aqn_loaded`, see
-`verl_aqn.integrations.vllm.trace`); here these regions are read and put together again. Nothing in this file imports vLLM.
+over ranks. While the model was loaded, `verl_aqn.vllm_api.trace` observed which region of a parameter came from which
+tensor (`model.aqn_loaded`). This module reads these regions and joins them again. Nothing in this file imports vLLM.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -20,8 +20,8 @@ from verl_aqn.digest import tensor_digest
 from verl_aqn.errors import EvidenceError
 from verl_aqn.mxfp4 import dequantize
 
-# How vLLM's kernels round activations; the scheme asks all of them for MXFP4 and only some comply. What is written here
-# of kernels for GPUs was read in vLLM 0.28 (FlashInfer and B12X quantise as NVIDIA's hardware does), not measured.
+# How vLLM's kernels round activations. The scheme requests MXFP4 from all of them, but only some do it. The entries for
+# GPU kernels come from reading vLLM 0.28 (FlashInfer and B12X quantise as NVIDIA's hardware does), not from a test.
 KERNEL_ACTIVATIONS = {
     "MarlinMxFp4LinearKernel": "none",
     "HummingMxFp4LinearKernel": "none",
@@ -31,7 +31,7 @@ KERNEL_ACTIVATIONS = {
     "AiterMxfp4LinearKernel": "even/nearest",
     "XPUMxFp4LinearKernel": "unknown",
 }
-# The same of what is no kernel of vLLM's registry: weights in bf16, packed experts, and vllm-ascend's scheme (0.23.0).
+# The same for methods outside vLLM's kernel registry: bf16 weights, packed experts and vllm-ascend's scheme (0.23.0).
 METHOD_ACTIVATIONS = {
     "UnquantizedLinearMethod": "none",
     "AscendUnquantizedLinearMethod": "none",
@@ -43,14 +43,14 @@ METHOD_ACTIVATIONS = {
 
 
 def kernel_activation(kernel: Any) -> str:
-    """How ``kernel`` rounds activations: "none" (W4A16), "RULE/ROUNDING" (W4A4), or "unknown"."""
+    """Return how ``kernel`` rounds activations: "none" (W4A16), "RULE/ROUNDING" (W4A4), or "unknown"."""
     if type(kernel).__name__ == "CpuMxfp4LinearKernel":
         return str(kernel.activation or "none")
     return (KERNEL_ACTIVATIONS | METHOD_ACTIVATIONS).get(type(kernel).__name__, "unknown")
 
 
 def kernel_of(layer: Any) -> Any:
-    """What a layer multiplies with: a kernel of vLLM's, vllm-ascend's scheme, or the method for bf16."""
+    """Return the object that computes a layer's product: vLLM's kernel, vllm-ascend's scheme, or the bf16 method."""
     if is_experts(layer):
         packed = hasattr(layer, "mxfp4_digests")
         return layer.quant_method.moe_kernel.fused_experts if packed else layer.quant_method
@@ -60,14 +60,15 @@ def kernel_of(layer: Any) -> Any:
 
 
 def is_experts(layer: Any) -> bool:
-    """Whether `layer` holds routed experts as vLLM keeps them: w13 [E, 2I, H] and w2 [E, H, I] of E experts."""
+    """Return whether `layer` holds routed experts in vLLM's form: w13 [E, 2I, H] and w2 [E, H, I] of E experts."""
     return hasattr(layer, "w13_weight") or hasattr(layer, "w13_weight_packed")
 
 
 def remember_base(model: torch.nn.Module) -> None:
-    """Keep the digests of all that the model was loaded with, before kernels rearrange it (most do).
+    """Keep the digests of everything that was loaded into the model, before kernels rearrange it (most kernels do).
 
-    Of packed modules by the checkpoint's module, of other tensors by name. `mxfp4_digests` marks packed layers.
+    The keys are the checkpoint's module names for packed modules, and tensor names for the others. Packed layers also
+    get an attribute `mxfp4_digests`.
     """
     loaded = loaded_of(model)
     parameter = parameters_of(model)
@@ -77,7 +78,7 @@ def remember_base(model: torch.nn.Module) -> None:
     loaded.parameters = {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in held.items()}
     for module, names in packed.items():
         if not (pieces := [piece for name in names for piece in loaded.pieces.get(name, ())]):
-            continue  # another rank's
+            continue  # another rank holds it
         if (weights := _read(loaded, names, parameter)) is None:
             continue
         loaded.digests[module] = module_digest(*weights)
@@ -91,7 +92,7 @@ def remember_base(model: torch.nn.Module) -> None:
 
 
 def _read(loaded: Loaded, names: tuple[str, ...], parameter: Callable[[str], Tensor]) -> list[Tensor] | None:
-    """What the model holds of these tensors; None, and why, on record, where they cannot be put together again."""
+    """Return what the model holds of these tensors, or None if they cannot be joined; `loaded.lost` has the reason."""
     try:
         return [loaded.read(name, parameter) for name in names]
     except EvidenceError as error:
@@ -103,21 +104,21 @@ def loaded_of(model: torch.nn.Module) -> Loaded:
     loaded: Loaded | None = getattr(model, "aqn_loaded", None)
     if loaded is None or not loaded.sources:
         raise EvidenceError(
-            f"how {type(model).__name__} was loaded was not seen: set vLLM's load_format to one that calls the model's "
-            "load_weights (safetensors)"
+            f"the loading of {type(model).__name__} was not observed: set vLLM's load_format to one that calls the "
+            "model's load_weights (safetensors)"
         )
     return loaded
 
 
 def parameters_of(model: torch.nn.Module) -> Callable[[str], Tensor]:
-    """A parameter or buffer as it is now by the name that it had when it was loaded: without LoRA's wrapper."""
+    """Return a function from a name at loading, without LoRA's wrapper, to the current parameter or buffer."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     held = {name.replace(".base_layer.", "."): parameter.data for name, parameter in named}
     return held.__getitem__
 
 
 def _modules(loaded: Loaded) -> list[str]:
-    """Modules of the checkpoint that have a weight, and stacks of experts, in order of loading."""
+    """Return the checkpoint's modules that have a weight, and its stacks of experts, in the order of loading."""
     ends = (".weight", *(weight for weight, _ in FORMATS.values()))
     found: dict[str, None] = {}
     for name, source in loaded.sources.items():
@@ -128,12 +129,12 @@ def _modules(loaded: Loaded) -> list[str]:
 
 
 def weight_name(loaded: Loaded, module: str) -> str:
-    """Name of the tensor with a module's values; a stack of experts [E, K, N] has the module's own name."""
+    """Return the name of the tensor with a module's values; a stack of experts [E, K, N] has the module's name."""
     return module if module in loaded.sources else f"{module}.weight"
 
 
 def _packed_names(loaded: Loaded, module: str) -> tuple[str, str] | None:
-    """Names of a packed module's codes and scales; None for one that is not packed."""
+    """Return the names of a packed module's codes and scales, or None if the module is not packed."""
     for weight, scale in FORMATS.values():
         names = (module + weight, module + scale)
         if all(name in loaded.sources and loaded.sources[name].dtype == "uint8" for name in names):
@@ -142,7 +143,7 @@ def _packed_names(loaded: Loaded, module: str) -> tuple[str, str] | None:
 
 
 def slice_of(loaded: Loaded, module: str) -> list[int] | None:
-    """The `Slice` of a module's weight [N, K] that this rank holds."""
+    """Return the `Slice` of a module's weight [N, K] that this rank holds, or None for the whole weight."""
     names = _packed_names(loaded, module) if loaded.packed else None
     region = loaded.region(names[0] if names else weight_name(loaded, module))
     if region is None or not names:
@@ -151,25 +152,27 @@ def slice_of(loaded: Loaded, module: str) -> list[int] | None:
 
 
 def kept_by(layer: Any) -> dict[str, torch.Tensor]:
-    """What a layer's kernel computes with, by the end of its name; without what was taken out of the layer."""
+    """Return the weights that a layer's kernel computes with, by the end of their names; skip removed weights."""
     names = ("w13_weight", "w2_weight") if is_experts(layer) else ("weight",)
     weights = {name: getattr(layer, name, None) for name in names}
     return {n.removesuffix("weight"): w.data for n, w in weights.items() if isinstance(w, Tensor) and w.numel()}
 
 
 def describe_base(model: torch.nn.Module, modules: Collection[str]) -> dict:
-    """What the layers that hold `modules` were loaded with, and what they compute with now.
+    """Return what was loaded into the layers that hold `modules`, and what they compute with now.
 
-    `modules`: the checkpoint's names of those that are MXFP4 on disk, experts' matrices among them. `layers`,
-    `experts`: how many layers of vLLM's, and how many matrices of experts. `form`: "packed" where these bytes were
-    loaded, "bf16" where their values were. `base_digest`: of what was loaded, under the checkpoint's names. `slices`:
-    the `Slices` of the weights that a rank holds in part or not at all; the digest is then of these parts.
-    `weights_digest`: of the weights as the kernel keeps them, to be compared between two moments, as far as they can be
-    read (bf16 linear layers on a CPU cannot); None where none can. `weights_equal_base`: whether those are bit for bit
-    the ones that were loaded; None where a kernel keeps them in an order of its own. `activations`: what the kernels
-    round their inputs to.
+    `modules`: the checkpoint's names of the modules that are MXFP4 on disk, with the experts' matrices.
 
-    Raises EvidenceError where one of `modules` was loaded in a way that could not be followed.
+    `layers`, `experts`: numbers of vLLM's layers and of expert matrices. `form`: "packed" if the packed bytes were
+    loaded, "bf16" if their values were. `base_digest`: digest of what was loaded, under the checkpoint's names.
+    `slices`: the `Slices` of the weights that the rank holds in part or not at all; the digest is then of these parts.
+    `weights_digest`: digest of the weights in the kernel's layout, to be compared between two moments; it covers the
+    weights that can be read (not bf16 linear layers on a CPU), and is None if there are none. `weights_equal_base`:
+    whether the weights are bit for bit those that were loaded; None if a kernel stores them in its own layout.
+    `activations`: how the kernels round their inputs. `kernel`: the names of their classes.
+
+    Raises:
+        EvidenceError: one of `modules` could not be followed while it was loaded.
     """
     loaded = loaded_of(model)
     named = {name.removesuffix(".base_layer"): layer for name, layer in model.named_modules()}
@@ -210,7 +213,7 @@ def describe_base(model: torch.nn.Module, modules: Collection[str]) -> dict:
 
 
 def _check_followed(model: torch.nn.Module, loaded: Loaded, module: str) -> None:
-    """Raise EvidenceError where `module` disappeared on its way into the model; a rank may hold nothing of it."""
+    """Raise EvidenceError if the trace lost `module` while it was loaded; a module of another rank is no error."""
     for name, how in loaded.lost.items():
         if name == module or name.startswith(f"{module}."):
             loader = f"{type(model).__module__}.{type(model).__name__}.load_weights"
@@ -218,11 +221,11 @@ def _check_followed(model: torch.nn.Module, loaded: Loaded, module: str) -> None
 
 
 def equals_loaded(loaded: Loaded, layer: Any, modules: list[str], parameter: Callable[[str], Tensor]) -> bool | None:
-    """Whether the weight that a layer computes with is what it was loaded with; None where that cannot be told."""
+    """Return whether a layer computes with the weight that was loaded, or None if this cannot be determined."""
     if is_experts(layer) or not hasattr(layer, "weight"):
         return None
     weight = layer.weight.data
-    if hasattr(layer, "mxfp4_packed"):  # our own kernel's
+    if hasattr(layer, "mxfp4_packed"):  # set by this package's CPU kernel
         return torch.equal(weight, dequantize(layer.mxfp4_packed, layer.weight_scale.data, weight.dtype))
     sources = [f"{module}.weight" for module in modules]
     if loaded.packed or weight.dim() != 2 or any(_outgrown(loaded, source, parameter) for source in sources):
@@ -231,7 +234,7 @@ def equals_loaded(loaded: Loaded, layer: Any, modules: list[str], parameter: Cal
 
 
 def _outgrown(loaded: Loaded, source: str, parameter: Callable[[str], Tensor]) -> bool:
-    """Whether a parameter no longer has the elements that `source` was loaded into."""
+    """Return whether a parameter has become too small to hold the elements that `source` was loaded into."""
     return any(
         piece.here + sum((size - 1) * step for size, step, _ in piece.dims) >= parameter(piece.place).numel()
         for piece in loaded.pieces[source]
@@ -239,16 +242,18 @@ def _outgrown(loaded: Loaded, source: str, parameter: Callable[[str], Tensor]) -
 
 
 def describe_adapter(model: torch.nn.Module) -> dict:
-    """`{"modules", "adapter_digest", "b_max", "slices", "sizes"}` of the adapter that the engine multiplies with.
+    """Return `{"modules", "adapter_digest", "b_max", "slices", "sizes"}` of the adapter that the engine uses.
 
-    What was sent is read back from the LoRA layers' own buffers, under the names and in the shapes in which it was
-    sent; `slices`: the `Slices` of the tensors that a tensor-parallel rank holds in part; `sizes`: elements of these.
+    The tensors are read back from the buffers of the LoRA layers, under the names and in the shapes in which they were
+    sent. `slices`: the `Slices` of the tensors that a tensor-parallel rank holds in part; `sizes`: numbers of elements
+    of these whole tensors.
 
-    Raises EvidenceError where a module that was sent is found nowhere, or a buffer holds what was not sent.
+    Raises:
+        EvidenceError: a module that was sent is in no buffer, or a buffer holds something that was not sent.
     """
     sent: Loaded | None = getattr(model, "aqn_adapter", None)
     if sent is None or not sent.sources:
-        raise EvidenceError("the rollout has not got an adapter: nothing was sent since it started")
+        raise EvidenceError("the rollout has no adapter: nothing was sent since it started")
     buffers = dict(lora_buffers(model))
     homeless = sorted({split_name(name)[0] for name in sent.sources if name not in sent.pieces})
     if homeless:
@@ -259,7 +264,7 @@ def describe_adapter(model: torch.nn.Module) -> dict:
         )
     foreign = [place for place, buffer in buffers.items() if place not in sent.held_in and bool(buffer.any())]
     if foreign:
-        raise EvidenceError(f"vLLM multiplies with an adapter in {foreign[0]} that was not sent")
+        raise EvidenceError(f"vLLM multiplies with adapter values in {foreign[0]} that were not sent")
     tensors: list[tuple[str, Tensor]] = []
     slices: Slices = {}
     sizes: dict[str, int] = {}
@@ -278,7 +283,7 @@ def describe_adapter(model: torch.nn.Module) -> dict:
 
 
 def lora_buffers(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The buffers of vLLM's LoRA layers (`lora_a_stacked`, `w13_lora_b_stacked`, …) by name."""
+    """Yield the buffers of vLLM's LoRA layers (`lora_a_stacked`, `w13_lora_b_stacked`, …) by name."""
     for name, layer in model.named_modules():
         for attribute, value in vars(layer).items():
             if "lora_" in attribute and attribute.endswith("_stacked"):

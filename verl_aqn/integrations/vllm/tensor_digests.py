@@ -1,4 +1,4 @@
-"""Every tensor of the base as a rank of vLLM holds it: what was loaded, and what can be read there again.
+"""Readings of every tensor of the base that a rank of vLLM holds: as it was loaded, or as it is now.
 
 Nothing in this file imports vLLM.
 """
@@ -16,15 +16,19 @@ from verl_aqn.integrations.vllm.readback import is_experts, kept_by, loaded_of, 
 
 
 def describe_tensors(model: torch.nn.Module, modules: Collection[str]) -> dict[str, Any]:
-    """Return `{"tensors", "computed", "lost", "kernel_digest"}` of all of the checkpoint's tensors that a rank holds.
+    """Return `{"tensors", "computed", "lost", "kernel_digest"}` for all of the checkpoint's tensors that a rank holds.
 
-    `modules`: the checkpoint's names of those that are MXFP4 on disk. `tensors`: by module for these, by name for all
-    others, [digest, form, live, slice]. `digest` is of what the parameter holds now where it can be read there
-    (`live`), else of what was loaded, because a kernel keeps the weight in an order of its own. `form`: "packed" or
-    "bf16" of one of `modules`, else the dtype that it was loaded in. `slice`: its `Slice`, None for the whole.
-    `computed`: names of those whose values were computed with while they were loaded, and how; `lost`: of those whose
-    way could not be followed. `kernel_digest`: of the weights of layers outside `modules` that their kernels have
-    rearranged, to be compared between two moments; None where there are none that can be read.
+    `modules`: the checkpoint's names of the modules that are MXFP4 on disk.
+
+    `tensors`: [digest, form, live, slice] for each tensor, by module for `modules` and by name for all others. If
+    `live`, `digest` is of what the parameter holds now; otherwise a kernel stores the weight in its own layout, and
+    `digest` is of what was loaded. `form`: "packed" or "bf16" for `modules`, otherwise the dtype at loading. `slice`:
+    the `Slice` that the rank holds, None for the whole tensor.
+
+    `computed`: names of tensors whose values were changed by operations while they were loaded, and the operations.
+    `lost`: names of tensors that could not be followed into the model, and why. `kernel_digest`: digest of the weights
+    outside `modules` that their kernels have rearranged, to be compared between two moments; None if there are none
+    that can be read.
     """
     loaded, parameter = loaded_of(model), parameters_of(model)
     layers = {name.replace(".base_layer", ""): layer for name, layer in model.named_modules()}
@@ -32,7 +36,7 @@ def describe_tensors(model: torch.nn.Module, modules: Collection[str]) -> dict[s
     found: dict[str, list[Any]] = {}
     for module in modules:
         key = module if loaded.packed else weight_name(loaded, module)
-        if key in loaded.digests:  # what the kernel computes with, `describe_base` compares
+        if key in loaded.digests:  # `describe_base` compares what the kernel computes with
             form = "packed" if loaded.packed else "bf16"
             found[module] = [loaded.digests[key], form, False, slice_of(loaded, module)]
     for name in loaded.pieces:
@@ -44,7 +48,7 @@ def describe_tensors(model: torch.nn.Module, modules: Collection[str]) -> dict[s
         if live:
             try:
                 digest = plain_digest(loaded.read(name, parameter))
-            except EvidenceError as error:  # it is held twice, and the two differ
+            except EvidenceError as error:  # the model holds it twice, and the copies differ
                 digest = str(error)
         found[name] = [digest, loaded.parameters[next(iter(places))][1], live, loaded.region(name)]
     rearranged = {
@@ -59,10 +63,10 @@ def describe_tensors(model: torch.nn.Module, modules: Collection[str]) -> dict[s
 
 
 def _readable(loaded: Loaded, layers: dict[str, Any], parameter: Any, place: str) -> bool:
-    """Whether a parameter still has the shape that it was loaded in, and no kernel keeps it in an order of its own."""
+    """Return whether a parameter still has its shape from loading, and no kernel stores it in its own layout."""
     layer = layers.get(place.rpartition(".")[0])
     try:
         now = parameter(place)
-    except KeyError:  # a kernel took it out of the layer
+    except KeyError:  # a kernel has removed it from the layer
         return False
     return tuple(now.shape) == loaded.parameters[place][0] and not (layer is not None and is_experts(layer))

@@ -1,9 +1,9 @@
-"""Watch a loader at work: which region of which named tensor ends up in which region of which parameter.
+"""Trace a model loader: which region of which named tensor ends up in which region of which parameter.
 
-While a `Trace` is entered, torch shows it every operation. Copies are followed from the named tensors through views,
-casts, clones and concatenations to whatever they are written into; the storages are known by weak references, so that
-no weight is kept alive and no address is mistaken for another's. Nothing in this file imports vLLM, and nothing depends
-on how a model's loader is written.
+Inside `with Trace()`, torch passes every operation to the trace. The trace follows copies from the named tensors
+through views, casts, clones and concatenations to the storages that they are written into. It knows storages by weak
+references, so it keeps no weight alive and never mistakes a reused address for an old storage. Nothing in this file
+imports vLLM, and nothing depends on how a model's loader is written.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from verl_aqn.checkpoints.slices import Loaded, Piece, Source
 aten = torch.ops.aten
 _JOINS = {aten.cat.default, aten.stack.default}
 _COPIES = {"_to_copy", "clone", "contiguous", "_reshape_copy", "detach", "alias", "lift_fresh", "view", "empty_like"}
-_ERASERS = {"fill_", "zero_", "normal_", "uniform_", "random_", "copy_"}  # what was written before is gone
+_ERASERS = {"fill_", "zero_", "normal_", "uniform_", "random_", "copy_"}  # these overwrite all earlier values
 
 
 class _Storage:
-    """What is known of one storage: boxes of it (here) against named tensors (there)."""
+    """The known content of one storage: boxes that map its regions (here) to regions of named tensors (there)."""
 
     def __init__(self, storage: torch.UntypedStorage, itemsize: int):
-        self.alive = StorageWeakRef(storage)  # keeps the address from being used again, not the memory
+        self.alive = StorageWeakRef(storage)  # keeps the storage's address from being reused, but not its memory
         self.itemsize = itemsize
         self.boxes: dict[tuple, tuple[str, Box]] = {}
-        self._ends: dict[tuple, tuple[int, int]] = {}  # first and last element; a stack of experts has hundreds
+        self._ends: dict[tuple, tuple[int, int]] = {}  # first and last element: faster, as experts have hundreds
 
     def add(self, source: str, box: Box) -> None:
-        """What was written last into a region replaces what was there."""
+        """Add a box; it replaces an earlier box of the same region."""
         key = (box.here, tuple(sorted(dim[:2] for dim in box.dims)))
         self.boxes[key], self._ends[key] = (source, box), (box.here, box.end)
 
     def erase(self, region: Box) -> None:
-        """Forget what lies within `region`."""
+        """Forget the boxes that lie completely within `region`."""
         first, last = region.here, region.end
         within = [key for key, (begin, end) in self._ends.items() if first <= begin and end <= last]
         for key in within:
@@ -51,23 +51,23 @@ class _Storage:
 
 
 class Trace(TorchDispatchMode):
-    """`with Trace() as trace: load(trace.watch(weights))`, then `trace.loaded(parameters)`."""
+    """A trace of one loading: `with Trace() as trace: load(trace.watch(weights))`, then `trace.loaded(parameters)`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sources: dict[str, Source] = {}
         self._storages: dict[int, _Storage] = {}
-        self._lost: dict[str, str] = {}  # source -> the operation that it disappeared into
+        self._lost: dict[str, str] = {}  # source -> the operation after which it could not be followed
         self._computed_by: dict[str, dict[str, None]] = {}  # source -> the operations that changed its values
 
     def watch(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The same weights; from here on each tensor is known by its name."""
+        """Yield the same weights, and follow each tensor under its name."""
         for name, tensor in weights:
             self.name(name, tensor)
             yield name, tensor
 
     def name(self, name: str, tensor: Tensor) -> None:
-        """Follow `tensor` under `name`; a loader may use its memory again for another."""
+        """Follow `tensor` under `name`; the loader may later reuse its memory for another tensor."""
         self.sources[name] = Source(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
         held, box = self._storage(tensor, create=True), _box(tensor)
         if held.itemsize != tensor.element_size():
@@ -77,7 +77,7 @@ class Trace(TorchDispatchMode):
         held.add(name, box)
 
     def loaded(self, parameters: Iterable[tuple[str, Tensor]]) -> Loaded:
-        """What `parameters`, by name, hold of the named tensors."""
+        """Return which parts of the named tensors `parameters`, given by name, hold."""
         pieces: dict[str, list[Piece]] = {}
         for place, parameter in parameters:
             known = self._storage(parameter)
@@ -114,15 +114,15 @@ class Trace(TorchDispatchMode):
             self._join(func, args, out)
         else:
             for one in _tensors([out]):
-                if not self._known(one):  # a view is known already
+                if not self._known(one):  # a view shares a known storage
                     self._computed(func, one, known)
         return out
 
     def _computed(self, func: Any, out: Tensor, known: list[Tensor]) -> None:
-        """A new tensor: element by element of the one that it was computed from, or lost.
+        """Follow a new tensor if it corresponds element by element to its only input; otherwise its inputs are lost.
 
-        Whether the values are still the source's is for digests to say; here only the places count, and the operation
-        is noted where it is no copy.
+        Only positions matter here, and an operation that is not a copy is noted. The digests show later whether the
+        values are still those of the source.
         """
         self._note(func, known)
         names = {self._one_of(tensor) for tensor in known}
@@ -147,7 +147,7 @@ class Trace(TorchDispatchMode):
             self._erase(target)
 
     def _note(self, func: Any, known: list[Tensor]) -> None:
-        """Values that were computed with need not be the source's any more."""
+        """Note an operation that may have changed the values of its inputs."""
         name = func._schema.name.removeprefix("aten::")
         if name in _COPIES:
             return
@@ -170,7 +170,7 @@ class Trace(TorchDispatchMode):
                 self._copy(target, tensor, str(func))
 
     def _copy(self, target: Tensor, tensor: Tensor, how: str) -> None:
-        """`target` has got the values of `tensor`, element by element."""
+        """Record that the values of `tensor` were copied to `target`, element by element."""
         known = self._storage(tensor)
         assert known is not None
         if known.itemsize != tensor.element_size() or tensor.dim() > target.dim():
@@ -191,7 +191,7 @@ class Trace(TorchDispatchMode):
         return None
 
     def _erase(self, target: Tensor) -> None:
-        """Forget what lay in the region of `target` before."""
+        """Forget the earlier content of the region of `target`."""
         held = self._storage(target)
         if held is not None:
             held.erase(_box(target))
@@ -215,7 +215,7 @@ class Trace(TorchDispatchMode):
 
 
 def _box(tensor: Tensor, target: Tensor | None = None) -> Box:
-    """The storage of `tensor` (here) against its elements in row-major order, or against the storage of `target`."""
+    """Return the box from `tensor`'s storage (here) to its elements in row-major order, or to `target`'s storage."""
     there = contiguous_strides(tensor.shape) if target is None else target.stride()
     dims = tuple(zip(tensor.shape, tensor.stride(), there, strict=True))
     return Box(int(tensor.storage_offset()), 0 if target is None else int(target.storage_offset()), dims)

@@ -1,10 +1,10 @@
-"""What vLLM calls in each of its processes (entry point `vllm.general_plugins`).
+"""The plugin that vLLM calls in each of its processes (entry point `vllm.general_plugins`).
 
-In our engines it remembers what the base was loaded with, and readies the norms for noise. On a CPU it adds what vLLM
+In engines of a run it records how the base was loaded, and prepares the norms for noise. On a CPU it adds what vLLM
 0.28 lacks there: a dense MXFP4 kernel, LoRA products that do not gather a copy of the adapter for every token, MoE
-layers beside LoRA and under expert parallelism, and sampling by the seeds of requests; and queues wait without taking a
-core. This file puts all runtime patches of vLLM in place; tests/contract/test_vllm_seams.py and test_vllm_sampler.py
-hold what they rely on.
+layers together with LoRA and under expert parallelism, and sampling by the seeds of requests. It also makes queues wait
+without using a whole core. This file applies all runtime patches of vLLM; tests/contract/test_vllm_seams.py and
+test_vllm_sampler.py check what the patches rely on.
 """
 
 import importlib.metadata
@@ -16,16 +16,16 @@ from verl_aqn.runs.stacks import listen
 
 SUPPORTED_VLLM = ("0.23", "0.24", "0.28")
 
-POLL_S = 1e-4  # between looks at a queue on a CPU
+POLL_S = 1e-4  # time between two checks of a queue on a CPU
 
 _registered = False
 
 
 def check_version() -> str:
-    """The installed vLLM's version.
+    """Return the version of the installed vLLM.
 
     Raises:
-        EnvironmentFault: vLLM is missing, or of a version whose seams were not checked.
+        EnvironmentFault: vLLM is missing, or its version is not among `SUPPORTED_VLLM`.
     """
     try:
         version = importlib.metadata.version("vllm")
@@ -37,7 +37,7 @@ def check_version() -> str:
 
 
 def register() -> None:
-    """Register the kernels and put the patches in place. vLLM may call this more than once in a process."""
+    """Register the kernels and apply the patches. vLLM may call this more than once in a process."""
     global _registered
     if _registered:
         return
@@ -61,11 +61,11 @@ def register() -> None:
 
         cpu_sampler.patch()
 
-        # An engine spins while it waits for its worker's answer, on the cores that this needs for its threads.
+        # An engine waits in a busy loop for its worker's answer, and so takes a core from the worker's threads.
         shm_broadcast.sched_yield = lambda: time.sleep(POLL_S)
         register_linear_kernel(CpuMxfp4LinearKernel, PlatformEnum.CPU, "mxfp4")
         UnquantizedFusedMoEMethod.register_oot(CpuMoEMethod)
-        # The platform names its LoRA wrapper by a string; there is no registry.
+        # The platform names its LoRA wrapper in a string; there is no registry.
         if "PunicaWrapperCPU" not in type(current_platform).get_punica_wrapper():
             raise EnvironmentFault(
                 "vLLM's CPU platform no longer names PunicaWrapperCPU: this version is not supported"
@@ -77,10 +77,10 @@ def register() -> None:
 
 
 def _patch_loading() -> None:
-    """What can only be done while a model is loaded, where vLLM has no hook; for engines with our worker extension.
+    """Patch vLLM's loading of models, where vLLM has no hook, for engines with a worker extension of this package.
 
-    Other engines in the environment, and a draft model, are left alone. An engine of a stock run is only watched:
-    its norms stay what they are.
+    Other engines in the environment, and draft models, are not changed. An engine of a stock run is only observed:
+    its norms are not changed.
     """
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader as Loader
     from vllm.platforms import current_platform
@@ -98,8 +98,8 @@ def _patch_loading() -> None:
         model = load(self, vllm_config, model_config, *args, **kwargs)
         if "stock" in extension.lower():
             return model
-        # Before the model is compiled or captured in a graph: norms in fp32 have a storage of their own, which both
-        # then hold on to.
+        # This must happen before the model is compiled or captured in a graph, because both keep the storage of the
+        # norms, and fp32 norms get a new storage here.
         model.aqn_injector = injector = NoiseInjector(model)
         if current_platform.device_name == "npu":
             from verl_aqn.integrations.vllm.ascend_norm import compute_in_float32
@@ -111,5 +111,5 @@ def _patch_loading() -> None:
 
 
 def is_registered() -> bool:
-    """Whether `register` ran in this process."""
+    """Return whether `register` has run in this process."""
     return _registered

@@ -1,28 +1,30 @@
-"""Judge a record of kind `base`: do disk, actor and rollout hold the same frozen tensors? Nothing here needs torch.
+"""Check of a record of kind `base`: do disk, actor and rollout hold the same frozen tensors? Torch is not needed here.
 
-The trainer judges each record when it writes it, and `report` judges it again. Fields of a record:
+The trainer checks each record when it writes it, and `report` checks it again. Fields of a record:
 
-- `when`: "start" or "end" of an attempt; `seconds` that the comparison took.
-- `quantised`: whether the base is packed MXFP4; `form`: how the rollout holds it, "packed" or "bf16".
-- `ranks`: {"actor": n, "rollout": n}, how many there are.
-- `expected`: by group (`GROUPS`) how many tensors the folder holds; a packed module counts as one.
-- `holders`: by "actor" and "rollout 0", … and by group: `tensors` that were compared, `elsewhere` those of other ranks,
-  `live` those that were read where the model computes with them (the others: as they were loaded), and combined
-  digests: `held` by the process, and `disk` of the same parts of the same tensors.
-- `converted`: by holder, how many tensors were rounded to the dtype that the process holds them in, by "from → to".
+- `when`: "start" or "end" of an attempt; `seconds`: how long the comparison took.
+- `quantised`: whether the base is packed MXFP4; `form`: the form in which the rollout holds it, "packed" or "bf16".
+- `ranks`: {"actor": n, "rollout": n}, the number of ranks.
+- `expected`: for each group (`GROUPS`) the number of tensors in the folder; a packed module counts as one.
+- `holders`: for each of "actor", "rollout 0", … and each group: `tensors`, how many were compared; `elsewhere`, how
+  many other ranks hold; `live`, how many were read where the model computes with them (the others were compared as they
+  were loaded); and two combined digests: `held`, of what the process holds, and `disk`, of the same parts of the same
+  tensors on disk.
+- `converted`: for each holder, how many tensors were rounded to the dtype of the process, by "from → to".
 - `not_compared`: list of {"side", "group", "code" (`CODES`), "reason", "tensors", "names"}.
-- `left`: by holder the digest of what it holds of these; at the end it must be that of the start.
-- `differ`: list of {"holder", "name", "fault"}; `uncovered`: tensors that the rollout's ranks together do not hold the
-  whole of. Both must be empty.
-- `actor_digests`: of everything that each rank of the actor holds: all the same.
-- `files`: what was read from disk, and whether "now" or "at the start" of the attempt.
-- `activation`: how activations are to be rounded; `actor_activations` and `rollout[].activations`: how they are.
-- `disk`, `served`, `actor`, of a quantised base: digests of its packed modules, of the form that the rollout holds, and
-  of every rank of the actor.
-- `rollout`: what every rank says (`verl_aqn.integrations.vllm.readback.describe_base`), with `sliced` for its `slices`: how many
-  matrices the rank holds in part or not at all (`matrices`), and a digest of the parts. Older records have `slices`.
+- `left`: for each holder the digest of the tensors in `not_compared` that it holds; it must not change until the end.
+- `differ`: list of {"holder", "name", "fault"}; `uncovered`: tensors that the rollout's ranks together do not hold
+  completely. Both must be empty.
+- `actor_digests`: for each rank of the actor the digest of everything that it holds; all must be equal.
+- `files`: what was read from disk, and whether it was read "now" or "at the start" of the attempt.
+- `activation`: the expected rounding of activations; `actor_activations` and `rollout[].activations`: the actual one.
+- `disk`, `served`, `actor` (of a quantised base): digests of its packed modules on disk, of the form that the rollout
+  holds, and of every rank of the actor.
+- `rollout`: the reading of every rank (`verl_aqn.vllm_api.readback.describe_base`), with `sliced` instead of its
+  `slices`: the number of matrices that the rank holds in part or not at all (`matrices`), and a digest of the parts.
+  Older records have `slices`.
 
-In the file ranks that say the same stand together (`verl_aqn.runs.judge.ranks.grouped_base`).
+In the file, ranks with equal readings are one entry (`verl_aqn.judge.ranks.grouped_base`).
 """
 
 from __future__ import annotations
@@ -45,15 +47,15 @@ GROUPS = {
 }
 CODES = {
     "tied": tuple(GROUPS),  # the same values as a tensor that is compared
-    "other part": tuple(GROUPS),  # of a model for images or sound, which the actor does not have
-    "unused": tuple(GROUPS),  # by the actor and by the rollout
-    "computed": ("other", "biases"),  # vLLM makes another tensor of it
-    "converted": ("matrices", "other"),  # transformers makes another tensor of it
+    "other part": tuple(GROUPS),  # the part of a multimodal model for images or sound, which the actor does not have
+    "unused": tuple(GROUPS),  # neither the actor nor the rollout holds it
+    "computed": ("other", "biases"),  # vLLM computes another tensor from it
+    "converted": ("matrices", "other"),  # transformers converts it into another tensor
     "lost": ("matrices", "other"),  # its way into vLLM cannot be followed
 }
-"""Why a tensor may be left out, and in which groups; nothing else may be."""
-KERNELS = ("weights_digest", "kernel_digest")  # of weights that kernels keep in an order of their own
-SHOWN = 8  # names of tensors that were not compared for one reason; the rest is counted
+"""The reasons for which a tensor may be left out of the comparison, each with the groups that it is valid for."""
+KERNELS = ("weights_digest", "kernel_digest")  # digests of weights whose kernels store them in their own layout
+SHOWN = 8  # how many names of tensors that were not compared are listed for one reason
 NEW = (
     "left",
     "expected",
@@ -67,19 +69,19 @@ NEW = (
     "converted",
     "form",
 )
-AGAIN = "start again; if it stays, write to the authors with evidence.jsonl"
-EMPTY_DIGEST = "4f53cda18c2baa0c0354bb5f9a3ecbe5ed12ab4d8e11ba873c2f11161202b945"  # of no tensor at all
+AGAIN = "start the run again; if this happens again, report it to the authors with evidence.jsonl"
+EMPTY_DIGEST = "4f53cda18c2baa0c0354bb5f9a3ecbe5ed12ab4d8e11ba873c2f11161202b945"  # the digest of no tensors
 
 
 def is_old(record: Mapping[str, Any]) -> bool:
-    """Whether an older version wrote the record, which compared packed modules only."""
+    """Return whether an older version, which compared packed modules only, wrote the record."""
     return not any(name in record for name in NEW)
 
 
 def check_base(record: Mapping[str, Any], first: Mapping[str, Any] | None) -> None:
-    """Raise EvidenceError unless ``record`` shows that disk, actor and rollout hold one and the same base.
+    """Raise EvidenceError unless ``record`` shows that disk, actor and rollout hold the same base.
 
-    ``first``: the record of the start of the same attempt; it is needed for that of the end.
+    ``first``: the record from the start of the same attempt; it is required for a record from the end.
     """
     try:
         _check(wide_base(record), first and wide_base(first))
@@ -89,16 +91,17 @@ def check_base(record: Mapping[str, Any], first: Mapping[str, Any] | None) -> No
 
 def _check(record: Mapping[str, Any], first: Mapping[str, Any] | None) -> None:
     when = record.get("when")
-    _must(when in ("start", "end"), "the base's record does not say when it was made (when: start or end)")
+    _must(when in ("start", "end"), "the base's record does not say when it was written (when: start or end)")
     where = f"at the {when}: "
-    _must(when == "start" or bool(first), f"{where}there is no record of the base at the start to compare with")
+    _must(when == "start" or bool(first), f"{where}there is no record of the base from the start to compare with")
     quantised, form, ranks, expected = (
         _get(record, name, where) for name in ("quantised", "form", "ranks", "expected")
     )
     _must(
-        isinstance(quantised, bool) and form in ("packed", "bf16"), f"{where}quantised and form of the base are unclear"
+        isinstance(quantised, bool) and form in ("packed", "bf16"),
+        f"{where}the record does not say whether and how the base is quantised",
     )
-    _must(quantised or form == "bf16", f"{where}a base that is not quantised cannot be held packed")
+    _must(quantised or form == "bf16", f"{where}a base that is not quantised cannot be packed")
     _must(
         isinstance(ranks, Mapping) and all(_count(ranks.get(side)) for side in ("actor", "rollout")),
         f"{where}the record does not say how many ranks the actor and the rollout have",
@@ -109,7 +112,10 @@ def _check(record: Mapping[str, Any], first: Mapping[str, Any] | None) -> None:
         and all(g in GROUPS and _count(n) for g, n in expected.items()),
         f"{where}the record does not say what the folder holds",
     )
-    _must(bool(expected.get("packed")) == quantised, f"{where}packed matrices are counted wrongly on disk")
+    _must(
+        bool(expected.get("packed")) == quantised,
+        f"{where}the number of packed matrices on disk does not fit the field quantised",
+    )
     _must(any(expected.get(g) for g in ("packed", "matrices")), f"{where}the folder holds no matrix")
     _check_differences(record, where)
     _check_holders(record, expected, ranks, where)
@@ -121,7 +127,7 @@ def _check(record: Mapping[str, Any], first: Mapping[str, Any] | None) -> None:
 
 
 def sentence(record: Mapping[str, Any]) -> str:
-    """What a record that `check_base` accepts has compared, in one line."""
+    """Say in one line what was compared, for a record that `check_base` accepts."""
     record = wide_base(record)
     expected, left = record["expected"], record["not_compared"]
     compared = {}
@@ -138,9 +144,9 @@ def sentence(record: Mapping[str, Any]) -> str:
     ]
     if loaded:
         names = " and ".join(GROUPS[group][1] for group in loaded)
-        text += f" ({names} of the rollout as they were loaded, where its kernels keep them in another order)"
+        text += f" ({names} of the rollout as they were loaded, because its kernels store them in another layout)"
     rounded = sum(sum(counts.values()) for counts in record["converted"].values())
-    text += f"; {rounded} of them rounded to the dtype in which they are held" if rounded else ""
+    text += f"; {rounded} of them after rounding to the dtype of the process" if rounded else ""
     reasons = [
         f"{_counted(one['group'], one['tensors'])} in the {one['side']} ({', '.join(one['names'][:2])}"
         f"{', …' if one['tensors'] > 2 else ''}: {one['reason']})"
@@ -185,7 +191,7 @@ def _slice(value: Any) -> bool:
 
 
 def holds_parts(answer: Mapping[str, Any]) -> bool:
-    """Whether a rank of the rollout holds less than the whole of some matrix."""
+    """Return whether a rank of the rollout holds only a part of some matrix."""
     return bool(answer["sliced"]["matrices"] if "sliced" in answer else answer["slices"])
 
 
@@ -210,15 +216,15 @@ def _check_differences(record: Mapping[str, Any], where: str) -> None:
         one = differ[0]
         more = f" (and {len(differ) - 1} more)" if len(differ) > 1 else ""
         raise EvidenceError(
-            f"{where}{one.get('name')} in {one.get('holder')} is not what the folder holds: {one.get('fault')}{more}; "
+            f"{where}{one.get('name')} in {one.get('holder')} differs from the folder: {one.get('fault')}{more}; "
             "see evidence.jsonl, and quantise the base again if its files were changed"
         )
     if uncovered:
-        raise EvidenceError(f"{where}the rollout's ranks together do not hold the whole of {uncovered[0]}")
+        raise EvidenceError(f"{where}the rollout's ranks together do not hold all of {uncovered[0]}")
 
 
 def _left_out(record: Mapping[str, Any], expected: Mapping[str, int], where: str) -> dict[tuple[str, str], int]:
-    """By (side, group) how many tensors were not compared, each for a reason that counts."""
+    """Return for each (side, group) how many tensors were left out; raise unless each has a valid reason."""
     left = record.get("not_compared")
     _must(isinstance(left, list), f"{where}the record does not say what was not compared")
     assert isinstance(left, list)
@@ -226,7 +232,7 @@ def _left_out(record: Mapping[str, Any], expected: Mapping[str, int], where: str
     for one in left:
         _must(isinstance(one, Mapping), f"{where}not_compared is damaged")
         side, group, code, names = (one.get(key) for key in ("side", "group", "code", "names"))
-        fault = f"{where}what was not compared ({group} of the {side}) is not told with names and a reason"
+        fault = f"{where}the tensors that were not compared ({group} of the {side}) have no names or no reason"
         _must(side in SIDES and group in expected and bool(one.get("reason")) and isinstance(one["reason"], str), fault)
         _must(isinstance(names, list) and bool(names) and all(isinstance(n, str) and n for n in names), fault)
         _must(_count(one.get("tensors")), fault)
@@ -248,7 +254,8 @@ def _check_holders(
     alone = _get(record, "left", where)
     wanted = ["actor", *(f"rollout {rank}" for rank in range(ranks["rollout"]))]
     _must(
-        isinstance(holders, Mapping) and sorted(holders) == sorted(wanted), f"{where}not every rank told what it holds"
+        isinstance(holders, Mapping) and sorted(holders) == sorted(wanted),
+        f"{where}not every rank reported what it holds",
     )
     _must(
         isinstance(converted, Mapping)
@@ -258,7 +265,7 @@ def _check_holders(
     )
     _must(
         sorted(alone) == sorted(wanted) and all(map(_digest, alone.values())),
-        f"{where}the record does not say what is held beside what was compared",
+        f"{where}the record has no digests of the tensors that were not compared",
     )
     for name in wanted:
         side = name.split()[0]
@@ -277,11 +284,11 @@ def _check_holders(
                 tensors + elsewhere + out == expected[group]
                 and live <= tensors
                 and not (side == "actor" and elsewhere),
-                f"{what}: {tensors} compared, {elsewhere} on other ranks and {out} left out of {expected[group]}",
+                f"{what}: {tensors} compared, {elsewhere} on other ranks and {out} left out, of {expected[group]}",
             )
             _must(_digest(one.get("held")) and one.get("held") == one.get("disk"), f"{what} differ from the folder's")
             _must(
-                (one["held"] == EMPTY_DIGEST) == (tensors == 0), f"{what} have the digest of another number of tensors"
+                (one["held"] == EMPTY_DIGEST) == (tensors == 0), f"{what} have a digest that does not fit their number"
             )
             _must(
                 live == tensors or (side == "rollout" and group != "norms"),
@@ -292,7 +299,7 @@ def _check_holders(
         _must(held or left.get(("rollout", group), 0) == count, f"{where}no rank of the rollout holds {group}")
     _must(
         isinstance(digests, list) and len(digests) == ranks["actor"] and all(map(_digest, digests)),
-        f"{where}not every rank of the actor told what it holds",
+        f"{where}not every rank of the actor reported what it holds",
     )
     _must(len(set(digests)) == 1, f"{where}the ranks of the actor hold different tensors")
 
@@ -308,13 +315,13 @@ def _ranks_of(record: Mapping[str, Any], ranks: Mapping[str, int], where: str) -
 
 
 def _check_packed(record: Mapping[str, Any], quantised: bool, form: str, ranks: Mapping[str, int], where: str) -> None:
-    """The packed modules by the digests that older versions wrote, and what their kernels compute with."""
+    """Check the digests of the packed modules, and what their kernels compute with."""
     held = _ranks_of(record, ranks, where)
     for rank, one in enumerate(held):
-        # A kernel that keeps weights in an order of its own gives None: there they must be what they were at the start.
+        # None means that the kernel stores the weights in its own layout; then they must not change after the start.
         _must(
             "weights_equal_base" in one and one["weights_equal_base"] in (True, None),
-            f"{where}rollout rank {rank} computes with other weights than those of its base",
+            f"{where}rollout rank {rank} computes with weights that are not those of its base",
         )
         _must(
             all(key in one and (one[key] is None or _digest(one[key])) for key in KERNELS)
@@ -324,7 +331,7 @@ def _check_packed(record: Mapping[str, Any], quantised: bool, form: str, ranks: 
         name = f"rollout {rank}"
         _must(
             one.get("form") == form,
-            f"{where}{name} holds its base as {one.get('form')}, not as aqn.mxfp4.rollout_weight_format={form}",
+            f"{where}{name} holds its base as {one.get('form')}, expected aqn.mxfp4.serve={form}",
         )
         _must(_tells_parts(one), f"{where}{name} does not say which parts it holds")
     if not quantised:
@@ -342,7 +349,7 @@ def _check_packed(record: Mapping[str, Any], quantised: bool, form: str, ranks: 
         packed = record["holders"][name]["packed"]
         _must(
             packed["live"] == (packed["tensors"] if one["weights_equal_base"] else 0),
-            f"{where}what {name} computes with is told in two ways",
+            f"{where}the record contradicts itself about what {name} computes with",
         )
         wanted = packed["disk"] if holds_parts(one) else served
         _must(
@@ -353,11 +360,11 @@ def _check_packed(record: Mapping[str, Any], quantised: bool, form: str, ranks: 
 
 
 def _check_activations(record: Mapping[str, Any], ranks: Mapping[str, int], where: str) -> None:
-    """How both sides round what they multiply packed weights with."""
+    """Check how both sides round the activations that they multiply packed weights with."""
     asked, actor = _get(record, "activation", where), _get(record, "actor_activations", where)
     _must(
         isinstance(actor, list) and len(actor) == ranks["actor"],
-        f"{where}not every rank of the actor told its rounding",
+        f"{where}not every rank of the actor reported its rounding",
     )
     if not record["quantised"]:
         rounding = [*actor, *(one.get("activations") for one in record["rollout"])]
@@ -390,8 +397,8 @@ def _check_files(record: Mapping[str, Any], first: Mapping[str, Any] | None, whe
 
 
 def _check_unchanged(record: Mapping[str, Any], first: Mapping[str, Any]) -> None:
-    """At the end everything is what it was at the start."""
-    _must(first.get("when") == "start", "the record that the end is compared with is not that of a start")
+    """Check that everything at the end is what it was at the start."""
+    _must(first.get("when") == "start", "the record that the end is compared with is not from a start")
     for name in (
         "quantised",
         "form",
@@ -403,22 +410,20 @@ def _check_unchanged(record: Mapping[str, Any], first: Mapping[str, Any]) -> Non
         "actor_digests",
         "left",
     ):
-        _must(record.get(name) == first.get(name), f"at the end {name} of the base is not that of the start")
+        _must(record.get(name) == first.get(name), f"at the end {name} of the base differs from the start")
     for key in ("files", "bytes"):
-        _must(
-            record["files"][key] == first["files"].get(key), f"at the end the folder has other {key} than at the start"
-        )
+        _must(record["files"][key] == first["files"].get(key), f"at the end the folder's {key} differ from the start")
     if record["quantised"]:
-        _must(record["disk"] == first.get("disk"), "at the end the MXFP4 base on disk is not that of the start")
+        _must(record["disk"] == first.get("disk"), "at the end the MXFP4 base on disk differs from the start")
     for name, groups in _pairs(record["holders"], first.get("holders")):
         for group, one, before in groups:
-            _must(one == before, f"at the end the {GROUPS[group][1]} of {name} are not those of the start")
+            _must(one == before, f"at the end the {GROUPS[group][1]} of {name} differ from the start")
     for rank, one in enumerate(record["rollout"]):
         before = ((first.get("rollout") or [])[rank:][:1] or [{}])[0]
         for key in (*KERNELS, "layers", "experts", "kernel", "activations", "slices", "sliced", "weights_equal_base"):
             _must(
                 one.get(key, ...) == before.get(key, ...),
-                f"at the end the weights that rollout rank {rank} computes with ({key}) are not those of the start",
+                f"at the end the weights that rollout rank {rank} computes with ({key}) differ from the start",
             )
 
 

@@ -1,4 +1,4 @@
-"""Whether trainer and rollout compute the same model, by the log-probabilities of each step."""
+"""Check of the train–rollout mismatch: whether both compute the same model, by the log-probabilities of each step."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from verl_aqn.errors import EvidenceError
 
 
 def least(record: Mapping[str, Any]) -> float:
-    """Return the lower end of the mean mismatch, in nats a token: a few tokens of a sample end no run."""
+    """Return the lower end of the mean mismatch's interval, in nats per token: a few tokens must not stop a run."""
     mean, error = record["abs_dlogp_mean"], record["abs_dlogp_error"]
     return mean - error if math.isfinite(mean) else mean
 
 
 def bound(record: Mapping[str, Any], key: str) -> float:
-    """Return the bound `warn` or `stop` of a record in nats a token: "none", as JSON has no infinity, is infinity."""
+    """Return the bound `warn` or `stop` of a record in nats per token; "none" stands for infinity, which JSON lacks."""
     return math.inf if record[key] == "none" else record[key]
 
 
 def check_mismatch(record: Mapping[str, Any]) -> None:
-    """Raise EvidenceError where a step's mismatch is above `stop`, or is no measurement."""
+    """Raise EvidenceError if a step's mismatch is above `stop`, or is not a valid measurement."""
     step, mean, error = record["step"], record["abs_dlogp_mean"], record["abs_dlogp_error"]
     if record["tokens"] < 1:
-        raise EvidenceError(f"step {step}: trainer and rollout were compared on no token")
+        raise EvidenceError(f"step {step}: trainer and rollout were not compared on any token")
     if not (math.isfinite(mean) and mean >= 0 and math.isfinite(error) and error >= 0):
-        raise EvidenceError(f"step {step}: trainer and rollout differ by {mean} ± {error} nats a token: no measurement")
+        raise EvidenceError(f"step {step}: the mismatch is {mean} ± {error} nats per token, which is not a measurement")
     if not (record["abs_dlogp_p99"] >= 0 and record["kl_k3"] >= -1e-6 and 0 <= record["clipped_share"] <= 1):
-        raise EvidenceError(f"step {step}: a figure of the mismatch is none that log-probs can give")
+        raise EvidenceError(f"step {step}: a figure of the mismatch is impossible for log-probs")
     warn, stop = (bound(record, key) for key in ("warn", "stop"))
     if not 0 < warn <= stop:
-        raise EvidenceError(f"step {step}: the bounds of the mismatch are {warn:g} and {stop:g}: no bounds")
+        raise EvidenceError(f"step {step}: the bounds of the mismatch, {warn:g} and {stop:g}, are not valid")
     if not least(record) <= stop:
         raise EvidenceError(
-            f"step {step}: trainer and rollout without noise differ by {mean:.3g} ± {error:.2g} nats a token, above "
+            f"step {step}: trainer and rollout without noise differ by {mean:.3g} ± {error:.2g} nats per token, above "
             f"{stop:g}"
         )

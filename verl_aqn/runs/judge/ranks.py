@@ -1,4 +1,4 @@
-"""Ranks that say the same, told once: records stay small however many ranks there are. Nothing here needs torch."""
+"""Grouping of ranks with equal readings, so that records stay small with many ranks. Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BESIDE = ("holders", "converted", "left")
 
 
 def grouped(answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the different ones of ``answers`` (plain JSON values, by rank), each with the `ranks` that gave it."""
+    """Return the distinct values among ``answers`` (plain JSON values, by rank), each with the `ranks` that gave it."""
     ranks: dict[str, list[int]] = {}
     for rank, answer in enumerate(answers):
         ranks.setdefault(json.dumps(answer, sort_keys=True, default=lambda scalar: scalar.item()), []).append(rank)
@@ -21,9 +21,12 @@ def grouped(answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def by_rank(groups: Iterable[Mapping[str, Any]], what: str) -> list[dict[str, Any]]:
-    """Return the answer of every rank, in the order of ranks: what `grouped` was given.
+    """Return the answer of every rank, in the order of ranks: the inverse of `grouped`.
 
-    Raises EvidenceError where a rank is missing or is there twice. ``what``: the side, for the message.
+    ``what``: the side, for the message.
+
+    Raises:
+        EvidenceError: a rank is missing or occurs twice.
     """
     found: dict[int, dict[str, Any]] = {}
     count = 0
@@ -32,16 +35,16 @@ def by_rank(groups: Iterable[Mapping[str, Any]], what: str) -> list[dict[str, An
         for rank in group["ranks"]:
             found[rank], count = answer, count + 1
     if count != len(found) or any(type(rank) is not int or not 0 <= rank < count for rank in found):
-        raise EvidenceError(f"a rank of the {what} is missing or is there twice: ranks {sorted(map(str, found))[:8]}")
+        raise EvidenceError(f"a rank of the {what} is missing or occurs twice: ranks {sorted(map(str, found))[:8]}")
     return [found[rank] for rank in range(count)]
 
 
 def grouped_base(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record of the base as it is written: ranks that hold the same are one entry.
+    """Return a record of the base in the form that is written to the file: ranks with equal values are one entry.
 
-    `actor_ranks` and `rollout_ranks` stand for the lists `actor`, `actor_digests`, `actor_activations` and `rollout`,
-    and for what `holders`, `converted` and `left` say of "rollout 0", …; `rank_counts` is `ranks`, which in
-    other records is a list.
+    `actor_ranks` and `rollout_ranks` replace the lists `actor`, `actor_digests`, `actor_activations` and `rollout`, and
+    the entries for "rollout 0", … in `holders`, `converted` and `left`. `rank_counts` replaces `ranks`, because `ranks`
+    is a list in other records.
     """
     told = {short: record[key] for key, short in _ACTOR.items() if key in record}
     actor = [dict(zip(told, values, strict=True)) for values in zip(*told.values(), strict=True)]
@@ -60,9 +63,12 @@ def grouped_base(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def wide_base(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a record of the base with an entry for every rank, which is what `grouped_base` was given.
+    """Return a record of the base with an entry for every rank: the inverse of `grouped_base`.
 
-    One that has them already, as those of older versions, stays as it is. Raises what `by_rank` does.
+    A record that has these entries already, as those of older versions, is returned unchanged.
+
+    Raises:
+        EvidenceError: a rank is missing or occurs twice.
     """
     if "rollout_ranks" not in record:
         return record

@@ -1,7 +1,7 @@
-"""The judge of a run's evidence: the same for the trainer, record by record, and for what reads the records later.
+"""The judge of a run's evidence. The trainer uses it for each new record, and `report` and others use it afterwards.
 
-`Judge.add` says what is wrong with a record, `Judge.missing` what should be on record and is not. A record is right
-only where every field that it must have is there, is what was asked for, and agrees with the records before it.
+`Judge.add` says what is wrong with a record; `Judge.missing` lists records that should exist and do not. A record is
+right only if it has all required fields, with the expected values, and agrees with the records before it.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from verl_aqn.runs.judge.noise_use import check_effect, floor_of
 from verl_aqn.runs.judge.ranks import by_rank, wide_base
 
 VERSION = 2
-"""Of the evidence: 1 (no field `evidence` in `placed`) lacks what `Judge.missing` asks for."""
+"""Version of the evidence. Version 1 (no field `evidence` in `placed`) lacks some records that `Judge.missing` wants.
+"""
 
 Record = Mapping[str, Any]
 VALIDATION, RESCORING, END = "validation", "rescoring", "end"
-"""When the rollout's norms are written back clean."""
+"""The moments at which the clean norms are written back to the rollout."""
 
 IDENTITY: dict[str, tuple[str, ...]] = {
     "placed": (),
@@ -50,21 +51,21 @@ IDENTITY: dict[str, tuple[str, ...]] = {
     "strength": (),
     "stopped": ("reason",),
 }
-"""Kinds of records that are judged, and what tells two of a kind apart within one attempt.
+"""The kinds of records that are judged, and the fields that identify a record of each kind within one attempt.
 
-A record with `ranks`, a list, in the place of `rank` is of all of these: they read the same.
+A record with a list `ranks` instead of `rank` stands for all of these ranks, whose readings are equal.
 """
 
 START = ("placed", "layout", "rollout", "base", "adapter")
-"""What is on record before anything is generated."""
+"""The kinds of records that must exist before anything is generated."""
 
 
 class Missing(KeyError):
-    """A field that a record must have and has not."""
+    """A record lacks a required field."""
 
 
 class Fields(dict[str, Any]):
-    """A record whose fields must be there: None is not there either."""
+    """A record that raises `Missing` for a field that is absent or None."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         super().__init__({key: _fields(value) for key, value in values.items()})
@@ -87,7 +88,7 @@ def _fields(value: Any) -> Any:
 
 @dataclass
 class Tally:
-    """Records of one kind: how many were right, what was wrong with the others, how many cannot be judged."""
+    """Result for the records of one kind: how many were right, the faults of the others, how many cannot be judged."""
 
     right: int = 0
     faults: list[str] = field(default_factory=list)
@@ -96,7 +97,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Done:
-    """What a run did by other records than its evidence; steps count from 1."""
+    """What a run did according to its other records, not its evidence; steps count from 1."""
 
     steps: Collection[int]
     validations: Collection[int]
@@ -105,14 +106,14 @@ class Done:
 
 
 class Judge:
-    """The records of one run, in the order in which they were written.
+    """Judges the records of one run, in the order in which they were written.
 
     Args:
-        order_at: what the run's config orders for RL step n (from 0); None where that is not known.
-        stage_at: the stage of RL step n; None where that is not known.
-        sigmas: σ by RL step as the run's schedule has it, for records of older versions.
+        order_at: returns the noise order of the run's config for RL step n (from 0); None if the config is not known.
+        stage_at: returns the stage of RL step n; None if it is not known.
+        sigmas: σ by RL step from the run's schedule, for records of older versions.
         noisy_actor: whether the actor has the rollout's noise.
-        whole: whether the records are of `VERSION`. In older ones a field or a record that is not there is no fault.
+        whole: whether the records are of `VERSION`. In older records an absent field or record is not a fault.
     """
 
     def __init__(
@@ -128,30 +129,30 @@ class Judge:
         self.order_at, self.stage_at, self.sigmas = order_at, stage_at, sigmas
         self.noisy_actor, self.whole = noisy_actor, whole
         self.tallies: dict[str, Tally] = {}
-        self.seen: set[tuple] = set()  # of all attempts
-        self._attempt: set[tuple] = set()  # of the last one
-        self._started = False  # whether all that `START` names is on record of it
+        self.seen: set[tuple] = set()  # identities of the records of all attempts
+        self._attempt: set[tuple] = set()  # and those of the last attempt
+        self._started = False  # whether the last attempt has all records that `START` names
         self.rollout_ranks = self.actor_ranks = 0
         self.clean_digest: str | None = None
         self._names: set[str] = set()
-        self._sizes: dict[str, int] = {}  # of what was read back clean
-        self._first_base: Record | None = None  # of the run
-        self._base_at_start: Record | None = None  # of the attempt
+        self._sizes: dict[str, int] = {}  # sizes of the clean readings
+        self._first_base: Record | None = None  # the first of the run
+        self._base_at_start: Record | None = None  # the one at the start of this attempt
         self._last_adapter: Record | None = None
-        self._last_sync: int | None = None  # of the attempt
+        self._last_sync: int | None = None  # step of the last sync in this attempt
         self._bounds: tuple | None = None
         self._last_mismatch = 0.0
-        self._quiet: list[float] = []  # effects of σ = 0
+        self._quiet: list[float] = []  # effects at σ = 0
         self._readings: dict[str, dict[int, Record]] = {"noise": {}, "actor noise": {}}
         self._digest_of_step: dict[str, int] = {}
 
     def add(self, record: Record) -> str | None:
-        """Return what is wrong with the next record, in one line; None where nothing is."""
+        """Judge the next record. Return its fault in one line, or None if it has none."""
         kind = str(record.get("kind"))
         if kind not in IDENTITY:
             return None
         tally = self.tallies.setdefault(kind, Tally())
-        # The base's own judge tells null from absent.
+        # The judge of the base distinguishes null from absent.
         fault = self._fault(kind, dict(record) if kind == "base" else Fields(record))
         if fault is None:
             tally.right += 1
@@ -163,7 +164,7 @@ class Judge:
         return fault
 
     def _fault(self, kind: str, record: Record) -> str | None:
-        """What is wrong with a record; "" where an old one does not say."""
+        """Return the fault of a record, None if it has none, or "" if a record of an older version lacks the fields."""
         try:
             if kind == "placed":
                 self._begin()
@@ -178,11 +179,11 @@ class Judge:
         return None
 
     def _begin(self) -> None:
-        """A new attempt at the run; the one before came at least to its first adapter."""
+        """Begin a new attempt; raise if the attempt before has no record but `placed`."""
         before, self._attempt, self._base_at_start, self._last_sync = self._attempt, set(), None, None
         self._started = False
         if self.whole and before == {("placed",)}:
-            raise EvidenceError("the record of where the run ran is there twice")
+            raise EvidenceError("the record of the run's nodes (placed) occurs twice")
 
     def _once(self, kind: str, record: Record) -> None:
         keys = self._keys(kind, record)
@@ -190,14 +191,14 @@ class Judge:
             self.seen |= keys
             return
         if keys & self._attempt:
-            raise EvidenceError(f"{_name(kind, record)} is there twice: one of them is of another step or rank")
+            raise EvidenceError(f"{_name(kind, record)} occurs twice: one of them belongs to another step or rank")
         if kind not in (*self.start, "strength", "stopped") and (lacking := self._lacking_at_start()):
             raise EvidenceError(f"{_name(kind, record)} comes before the first record of {lacking}")
         self._attempt |= keys
         self.seen |= keys
 
     def _keys(self, kind: str, record: Record) -> set[tuple]:
-        """What tells the record from others of its kind, for each of its ranks."""
+        """Return the record's identities among the records of its kind, one for each of its ranks."""
         parts = IDENTITY[kind]
         if "rank" not in parts:
             return {(kind, *(record.get(part) if not self.whole else record[part] for part in parts))}
@@ -205,7 +206,7 @@ class Judge:
         ranks = _ranks(record) if self.whole or "ranks" in record else [record.get("rank")]
         keys = {(kind, *(rank if part == "rank" else told[part] for part in parts)) for rank in ranks}
         if not keys or len(keys) < len(ranks):
-            raise EvidenceError(f"{_name(kind, record)} is of no rank, or of one of them twice")
+            raise EvidenceError(f"{_name(kind, record)} names no rank, or one rank twice")
         return keys
 
     def _lacking_at_start(self) -> str:
@@ -227,23 +228,23 @@ class Judge:
     def _on_placed(self, record: Fields) -> None:
         nodes = record["actor_nodes"], record["rollout_nodes"]
         if not all(names and all(isinstance(name, str) and name for name in names) for names in nodes):
-            raise EvidenceError("the record of the run's places names no node of the actor or of the rollout")
+            raise EvidenceError("the record of the run's nodes names no node of the actor or of the rollout")
         self.actor_ranks = len(record["actor_nodes"])
         if self.whole and record["evidence"] != VERSION:
-            raise EvidenceError(f"the evidence is of version {record['evidence']}, and of {VERSION} elsewhere")
+            raise EvidenceError(f"the evidence of this attempt has version {record['evidence']}, expected {VERSION}")
 
     def _on_layout(self, record: Fields) -> None:
         if not isinstance(record["layout"], str) or not record["layout"]:
-            raise EvidenceError("the record of the layout does not say how the actor lays out a batch")
+            raise EvidenceError("the record of the layout does not name the layout of the actor's batches")
 
     def _on_rollout(self, record: Fields) -> None:
         digest = self.clean_digest or record["clean_digest"]
         if record["clean_digest"] != digest:
-            raise EvidenceError("the ranks or attempts of the rollout began with different clean norms")
+            raise EvidenceError("the ranks or attempts of the rollout started with different clean norms")
         self.clean_digest = digest
         names = record["names"]
         if record["norms"] > len(names) or record["norms"] < 0:
-            raise EvidenceError(f"the rollout counts {record['norms']} norms and names {len(names)}")
+            raise EvidenceError(f"the rollout counts {record['norms']} norms, but names {len(names)}")
         order = self.order_at(0) if self.order_at else None
         if order and ("expected_norms" in record or self.whole):
             check_norms(record["expected_norms"], [record], order)
@@ -256,15 +257,15 @@ class Judge:
             told = all(isinstance(text, str) and text for text in texts) and record["linears"] >= 0
             told &= all(value > 0 for value in multipliers) and bool(multipliers or not (order and order.targets))
             if not told or not set(record["router_norms"]) <= set(names):
-                raise EvidenceError(f"rollout rank {rank} does not say what it would do with an order")
+                raise EvidenceError(f"rollout rank {rank} does not say what it would do with a noise order")
             if not _are_of(record, ranks) or (self.rollout_ranks and self.rollout_ranks != ranks):
-                raise EvidenceError(f"rollout rank {rank} says that there are {ranks} ranks, others say otherwise")
+                raise EvidenceError(f"rollout rank {rank} reports {ranks} ranks, which contradicts the other ranks")
             self.rollout_ranks = ranks
 
     def _on_base(self, record: Record) -> None:
         when = record["when"]
         if when not in ("start", "end"):
-            raise EvidenceError(f"the base was compared at the {when!r}: it is to be at the start and at the end")
+            raise EvidenceError(f"the base was compared at {when!r}, expected 'start' or 'end'")
         if not self.whole and is_old(record):
             _check_packed_base(Fields(record))
             return
@@ -275,17 +276,17 @@ class Judge:
             raise EvidenceError(f"at the {when} the base was compared on {dict(record['ranks'])} ranks, not on all")
         first = self._first_base = self._first_base or record
         if any(record.get(key) != first.get(key) for key in ("expected", "disk", "actor_digests")):
-            raise EvidenceError(f"at the {when} the base is not that of the run's first attempt")
+            raise EvidenceError(f"at the {when} the base differs from that of the run's first attempt")
         if when == "start":
             self._base_at_start = record
 
     def _on_adapter(self, record: Fields) -> None:
         sent, held = record["sent"], record["held"]
         if not held:
-            raise EvidenceError(f"after step {record['step']} no rank of the rollout told its adapter")
+            raise EvidenceError(f"after step {record['step']} no rank of the rollout reported its adapter")
         digests = [answer["adapter_digest"] for answer in held]
         if not self.whole:
-            # Only the first rank surely holds what `sent` is the digest of: others may hold other slices.
+            # `sent` is the digest of what the first rank holds; other ranks may hold other slices.
             if digests[0] != sent:
                 raise EvidenceError(f"after step {record['step']} the rollout's adapter is not the one that was sent")
             return
@@ -296,13 +297,13 @@ class Judge:
         else:
             wanted = record["wanted"]
         if step < 0 or (self._last_sync is not None and step != self._last_sync + 1):
-            raise EvidenceError(f"a sync is on record for step {step}, the one before was of step {self._last_sync}")
+            raise EvidenceError(f"there is a sync of step {step}, but the sync before it was of step {self._last_sync}")
         self._last_sync = step
         if self.rollout_ranks == 1 and not record["whole"]:
-            raise EvidenceError(f"after step {step} the only rank of the rollout holds a part of the adapter")
+            raise EvidenceError(f"after step {step} the only rank of the rollout holds just a part of the adapter")
         if len(held) != self.rollout_ranks or len(wanted) != self.rollout_ranks:
             raise EvidenceError(
-                f"after step {record['step']} {len(held)} ranks of {self.rollout_ranks} told their adapter"
+                f"after step {record['step']} {len(held)} of {self.rollout_ranks} ranks reported their adapter"
             )
         if digests != wanted or (record["whole"] and set(wanted) != {sent}):
             raise EvidenceError(f"after step {record['step']} the rollout's adapter is not the one that was sent")
@@ -311,7 +312,7 @@ class Judge:
         if min(modules) < 1 or record["bytes"] < 1 or len(modules) > 1:
             raise EvidenceError(f"after step {record['step']} the adapter in the rollout has {sorted(modules)} modules")
         if before and (before["held"][0]["modules"] not in modules or before["bytes"] != record["bytes"]):
-            raise EvidenceError(f"after step {record['step']} the adapter has another size than before")
+            raise EvidenceError(f"after step {record['step']} the size of the adapter has changed")
         if not all(0 <= answer["b_max"] < float("inf") for answer in held):
             raise EvidenceError(f"after step {record['step']} the adapter in the rollout is not finite")
         self._last_adapter = record
@@ -322,11 +323,13 @@ class Judge:
             self._old_reading(record, self.sigmas[step] if step < len(self.sigmas) else record["sigma_asked"])
             return
         if self.order_at is None:
-            raise EvidenceError(f"step {step} has noise, but what the run's config orders is not known")
+            raise EvidenceError(f"step {step} has noise, but the noise settings of the run's config are not known")
         order = self.order_at(step)
         self._check_rank(record, self.actor_ranks if kind == "actor noise" else self.rollout_ranks)
         if kind == "noise" and self.stage_at and record["stage"] != self.stage_at(step):
-            raise EvidenceError(f"step {step} is of stage {self.stage_at(step)}, the record says {record['stage']}")
+            raise EvidenceError(
+                f"step {step} belongs to stage {self.stage_at(step)}, but the record says stage {record['stage']}"
+            )
         check_evidence(record, order, self._clean_digest())
         self._check_modules(record, order)
         same = self._readings[kind].setdefault(step, record)
@@ -336,14 +339,16 @@ class Judge:
         if order.sigma and "norm" in order.targets:
             other = self._digest_of_step.setdefault(record["weights_digest"], step)
             if other != step:
-                raise EvidenceError(f"the noise of step {step} is that of step {other}: it was not drawn anew")
+                raise EvidenceError(f"step {step} has the noise of step {other}: no new noise was drawn")
 
     def _check_modules(self, record: Fields, order: NoiseOrder) -> None:
-        """Every norm that the order selects has noise, and where σ is 0 every norm was looked at."""
+        """Check that exactly the norms that the order selects have noise, or, if σ is 0, that every norm was read."""
         self._check_layers(record)
         routers = set() if order.router_norms else set(record["router_norms"])
         if not routers <= self._names:
-            raise EvidenceError(f"{min(routers - self._names)} feeds a router, but the rollout has no such norm")
+            raise EvidenceError(
+                f"the record names {min(routers - self._names)} as a router's norm, but the rollout has no such norm"
+            )
         expected = {
             name
             for name in self._names - routers
@@ -355,30 +360,32 @@ class Judge:
             linear = "linear" in order.targets
             count = len(expected) or len(self._names)
             if record["modules"] < count or (record["modules"] > count and not linear):
-                raise EvidenceError(f"{record['modules']} modules were looked at, {count} norms were to be")
-            if not linear:  # a reading of linear layers too has as many of them as had noise before
+                raise EvidenceError(f"{record['modules']} modules were read, expected {count} norms")
+            if not linear:  # with linear layers, a reading contains those that had noise before, so its size varies
                 self._same("elements of all norms", record["elements"])
             return
         held = [name for group in record["groups"] if group["kind"] == "norm" for name in group["modules"]]
         if sorted(held) != sorted(expected):
             name = min(set(held) ^ expected, default="one norm")
             raise EvidenceError(
-                f"step {record['step']}: {name} is to have noise and has none, or the other way round ({len(held)} "
+                f"step {record['step']}: {name} should have noise and has none, or the other way round ({len(held)} "
                 f"norms with noise, {len(expected)} expected)"
             )
 
     def _check_layers(self, record: Fields) -> None:
         if record["layers"] != (layers := count_layers(self._names)):
-            raise EvidenceError(f"the norms are told to be of {record['layers']} layers, their names say {layers}")
+            raise EvidenceError(
+                f"the record counts {record['layers']} layers, but the names of the norms give {layers}"
+            )
 
     def _same(self, what: str, count: int) -> None:
-        """The same count as in all readings before."""
+        """Check that a count is the same as in all readings before."""
         if self._sizes.setdefault(what, count) != count or (count < 1 and self._names):
-            raise EvidenceError(f"{count} {what} were read back, and {self._sizes[what]} before")
+            raise EvidenceError(f"{count} {what} were read back, but {self._sizes[what]} before")
 
     def _check_rank(self, record: Fields, ranks: int) -> None:
         if not _are_of(record, ranks):
-            raise EvidenceError(f"{_name(record['kind'], record)} is of a rank that is none of {ranks}")
+            raise EvidenceError(f"{_name(record['kind'], record)} names a rank that is not among the {ranks} ranks")
 
     def _check_clean(self, record: Fields, ranks: int) -> None:
         self._check_rank(record, ranks)
@@ -404,7 +411,7 @@ class Judge:
             self._old_reading(record, 0.0)
             return
         if record["when"] not in (VALIDATION, RESCORING, END):
-            raise EvidenceError(f"clean norms are on record for {record['when']!r}: no such moment")
+            raise EvidenceError(f"a reading of clean norms is from an unknown moment: {record['when']!r}")
         self._check_clean(record, self.rollout_ranks)
 
     def _on_actor_clean(self, record: Fields) -> None:
@@ -413,7 +420,7 @@ class Judge:
             return
         sigma = record["sigma_used"]
         if self.order_at and sigma != self.order_at(record["at"] - 1).sigma:
-            raise EvidenceError(f"the actor's noise of step {record['at']} was σ {sigma:g}, which was not ordered")
+            raise EvidenceError(f"the actor's noise of step {record['at']} had σ {sigma:g}, which was not ordered")
         check_used(record, sigma)
         self._check_clean(record, self.actor_ranks)
 
@@ -425,28 +432,28 @@ class Judge:
     def _on_mismatch(self, record: Fields) -> None:
         source = record.get("source")
         if "source" in record and source is None and record["reason"]:
-            return  # a step that cannot be compared, and why
+            return  # a step that cannot be compared, with the reason
         if self.whole and source not in ("sampled", "rescored"):
-            raise EvidenceError(f"step {record['step']}: trainer and rollout were compared on tokens of {source!r}")
+            raise EvidenceError(f"step {record['step']}: the tokens of the mismatch have an unknown source: {source!r}")
         check_mismatch(record)
         bounds = record["warn"], record["stop"]
         if self._bounds not in (None, bounds):
             raise EvidenceError(
-                f"step {record['step']}: the bounds of the mismatch are {bounds}, before {self._bounds}"
+                f"step {record['step']}: the bounds of the mismatch are {bounds}, but were {self._bounds} before"
             )
         self._bounds, self._last_mismatch = bounds, record["abs_dlogp_mean"]
 
     def _on_use(self, record: Fields) -> None:
         if self.order_at and self.order_at(record["step"] - 1).sigma != record["sigma"]:
-            raise EvidenceError(f"the use of noise in step {record['step']} was measured at another σ than was ordered")
+            raise EvidenceError(f"the use of noise in step {record['step']} was measured at a σ that was not ordered")
         check_effect(record)
         if record["sigma"] == 0:
             self._quiet.append(record["effect"])
         floor = floor_of(self._last_mismatch, self._quiet)
         if not math.isclose(record["floor"], floor, rel_tol=1e-6, abs_tol=1e-9):
             raise EvidenceError(
-                f"step {record['step']}: the noise is held against {record['floor']:g} nats a token, the records give "
-                f"{floor:g}"
+                f"step {record['step']}: the noise is compared with {record['floor']:g} nats per token, but the "
+                f"records give {floor:g}"
             )
 
     def _on_strength(self, record: Fields) -> None:
@@ -454,20 +461,20 @@ class Judge:
             for key in ("kl", "entropy"):
                 middle, low, high = one[key]
                 if not low <= high or not -1e-6 <= middle < float("inf"):
-                    raise EvidenceError(f"the probe's {key} is {middle} [{low}, {high}]: no measurement")
+                    raise EvidenceError(f"the probe's {key} is {middle} [{low}, {high}], which is not a measurement")
 
     def _on_stopped(self, record: Fields) -> None:
         raise EvidenceError(f"the run was stopped: {record['reason']}")
 
     def _clean_digest(self) -> str:
         if self.clean_digest is None:
-            raise EvidenceError("what the rollout's clean norms are is not on record")
+            raise EvidenceError("there is no record of the rollout's clean norms")
         return self.clean_digest
 
-    # ---- what is not there ----
+    # ---- missing records ----
 
     def missing(self, done: Done) -> Iterator[tuple[str, str]]:
-        """Yield (kind, what) for everything that should be on record and is not."""
+        """Yield (kind, what) for every record that should exist and does not."""
         if not self.whole:
             yield from self._old_missing(done)
             return
@@ -477,7 +484,7 @@ class Judge:
         yield from self._missing_later(done)
 
     def _missing_later(self, done: Done) -> Iterator[tuple[str, str]]:
-        """Yield what should be on record of steps, validations and the end."""
+        """Yield the missing records of steps, validations and the end of the run."""
         rollout, actor = range(max(1, self.rollout_ranks)), range(max(1, self.actor_ranks))
         wanted: list[tuple] = []
         for step in done.steps:
@@ -495,12 +502,12 @@ class Judge:
             wanted += [("base", "end")]
             ends = {key[2] for key in self.seen if key[:2] == ("clean", END)}
             last = max([*done.steps, *done.validations], default=0)
-            if not ends or not {one - last for one in ends} <= {0, 1}:  # verl counts on behind the last step
+            if not ends or not {one - last for one in ends} <= {0, 1}:  # verl's counter may be one ahead
                 yield "clean", "no record of clean norms at the end of the run"
         yield from self._absent(wanted)
 
     def _old_missing(self, done: Done) -> Iterator[tuple[str, str]]:
-        """Yield what older versions recorded too. Their clean readings do not say when they were made."""
+        """Yield the missing records that older versions wrote too; their clean readings have no moment."""
         wanted: list[tuple] = [("base", "start")] if done.steps or done.validations else []
         wanted += [("base", "end")] if done.finished else []
         for step in done.steps:
@@ -508,7 +515,7 @@ class Judge:
         yield from self._absent(wanted)
         tally = self.tallies.get("clean", Tally())
         if (read := tally.right + tally.unknown + len(tally.faults)) < len(done.validations):
-            yield "clean", f"{read} readings of clean norms in {len(done.validations)} validations"
+            yield "clean", f"{read} readings of clean norms for {len(done.validations)} validations"
 
     def _absent(self, wanted: Iterable[tuple]) -> Iterator[tuple[str, str]]:
         for key in wanted:
@@ -519,31 +526,31 @@ class Judge:
 
 
 def _check_packed_base(record: Fields) -> None:
-    """Raise unless a record of an older version, which compares packed modules only, shows them to be equal."""
+    """Raise unless a record of an older version, which compared packed modules only, shows them to be equal."""
     if record.get("quantised") is False:
         raise Missing("a comparison of the 16-bit base")
     disk, actor, held = record["disk"], record["actor"], record["rollout"]
     served = record.get("served") or disk
     if not actor or not held or set(actor) != {disk}:
-        raise EvidenceError(f"at the {record['when']} the MXFP4 base of the actor is not that on disk")
+        raise EvidenceError(f"at the {record['when']} the MXFP4 base of the actor differs from the one on disk")
     if any(one.get("base_digest") != served for one in held if not one.get("slices")):
-        raise EvidenceError(f"at the {record['when']} the MXFP4 base of the rollout is not that on disk")
+        raise EvidenceError(f"at the {record['when']} the MXFP4 base of the rollout differs from the one on disk")
     if any(one.get("weights_equal_base") is False for one in held):
-        raise EvidenceError(f"at the {record['when']} the rollout computes with other weights than its MXFP4 base")
+        raise EvidenceError(f"at the {record['when']} the rollout computes with weights that are not its MXFP4 base")
 
 
 def _ranks(record: Record) -> list[int]:
-    """The ranks that a record is of."""
+    """Return the ranks that a record stands for."""
     return record["ranks"] if "ranks" in record else [record["rank"]]
 
 
 def _are_of(record: Record, count: int) -> bool:
-    """Whether a record's ranks are some of `count`."""
+    """Return whether all of a record's ranks are in 0 … `count` - 1."""
     return all(type(rank) is int and 0 <= rank < count for rank in _ranks(record))
 
 
 def _name(kind: str, record: Record) -> str:
-    """A record's kind and what tells it apart, for an error."""
+    """Return a record's kind and identity, for an error message."""
     if "rank" in IDENTITY[kind] and record.get("ranks"):
         record = {**record, "rank": record["ranks"][0]}
     told = [f"{part} {record.get(part)}" for part in IDENTITY[kind] if record.get(part) is not None]
