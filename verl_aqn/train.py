@@ -49,13 +49,10 @@ def compose(recipe: str, overrides: list[str]) -> DictConfig:
     return config
 
 
-def prepare(recipe: str, overrides: list[str], *, elsewhere: bool = False) -> Prepared:
-    """Compose the recipe, prepare its model and data, and check all that can be checked without starting a process.
-
-    `elsewhere`: the run is not to be on this machine, so what this one lacks is no fault.
-    """
+def prepare(recipe: str, overrides: list[str]) -> Prepared:
+    """Compose the recipe, prepare its model and data, and check all that can be checked without starting a process."""
     config = compose(recipe, overrides)
-    check_machine(config, elsewhere=elsewhere)
+    check_machine(config)
     return resolve(config)
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from tests.digests import base_digest
 from verl_aqn.errors import EvidenceError
 from verl_aqn.mxfp4 import dequantize, quantize
-from verl_aqn.mxfp4.checkpoint import base_digest, combined_digest, values_digest
+from verl_aqn.mxfp4.checkpoint import combined_digest, values_digest
 from verl_aqn.mxfp4.values import plain_digest
 from verl_aqn.shards import NOTHING
 from verl_aqn.vllm_api.observe import keep

@@ -114,15 +114,6 @@ def quantize_checkpoint(
     return report
 
 
-def base_digest(tensors: Iterable[tuple[str, Tensor, Tensor]]) -> str:
-    """SHA-256 (hex) of a packed base, from (module name, packed, scale) triples in any order.
-
-    Each module is hashed by itself, so that the triples may be made one at a time. Names are those of the Hugging Face
-    model, without ``.weight_packed``.
-    """
-    return combined_digest((name, module_digest(packed, scale)) for name, packed, scale in tensors)
-
-
 def module_digest(packed: Tensor, scale: Tensor) -> str:
     """SHA-256 (hex) of one module's shapes, packed bytes and scale bytes."""
     digest = hashlib.sha256(json.dumps([list(packed.shape), list(scale.shape)]).encode())
@@ -132,12 +123,15 @@ def module_digest(packed: Tensor, scale: Tensor) -> str:
 
 
 def combined_digest(modules: Iterable[tuple[str, str]]) -> str:
-    """SHA-256 (hex) over pairs of module name and `module_digest`, in order of name."""
+    """Return the SHA-256 (hex) of a packed base: over pairs of module name and `module_digest`, in order of name.
+
+    Names are those of the Hugging Face model, without ``.weight_packed``.
+    """
     return hashlib.sha256(json.dumps(sorted(modules)).encode()).hexdigest()
 
 
 def checkpoint_digest(path: str | Path, slices: Slices | None = None, form: str = "packed") -> str:
-    """`base_digest` of a packed folder, or of what a rank that holds `slices` of its weights [N, K] should hold.
+    """`combined_digest` of a packed folder, or of what a rank that holds `slices` of its weights [N, K] should hold.
 
     What a rank holds `NOTHING` of (another rank's expert) is left out.
 
@@ -168,16 +162,11 @@ def part_digest(packed: Tensor, scale: Tensor, part: Slice | None, form: str) ->
     return module_digest(packed, scale)
 
 
-def model_digest(model: nn.Module) -> str:
-    """`base_digest` of a model with `Mxfp4Linear` and `Mxfp4Experts` layers, bare or inside PEFT and FSDP.
-
-    Under FSDP2 this gathers every packed weight in turn, so all ranks must call it.
-    """
-    return base_digest(packed_weights(model))
-
-
 def packed_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(checkpoint's module name, packed, scale) of every packed matrix in ``model``, gathered one at a time."""
+    """(checkpoint's module name, packed, scale) of every packed matrix in ``model``, gathered one at a time.
+
+    Under FSDP2 all ranks must iterate over it.
+    """
     for name, module in model.named_modules():
         if isinstance(module, Mxfp4Linear):
             yield (

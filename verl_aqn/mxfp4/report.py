@@ -42,7 +42,7 @@ class ModuleReport:
 class QuantReport:
     """What `quantize_checkpoint` did. ``bytes_*`` count all weights, those left in 16 bits included.
 
-    ``base_digest`` is the packed base's (`verl_aqn.mxfp4.checkpoint.base_digest`): it tells whose numbers these are.
+    ``base_digest`` (`verl_aqn.mxfp4.checkpoint.combined_digest`) tells which packed base these numbers are of.
     """
 
     scale_rule: str
