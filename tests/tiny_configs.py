@@ -13,3 +13,15 @@ SMALL: dict[str, Any] = {
 }
 SMALL_MOE = SMALL | {"num_experts_per_tok": 2}
 SMALL_ASCEND = SMALL | {"intermediate_size": 128}  # vllm-ascend takes scales in pairs: K is a multiple of 64
+
+
+TINY = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "pad_token_id": 0,
+}

@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.ascend_packages import calls, node, pins, read
-from tests.contract.test_npu_operators import ANTI, DYNAMIC
+from tests.npu_operators import ANTI, DYNAMIC
 from verl_aqn.config import load_recipe, parse_aqn
 from verl_aqn.vllm_api.readback import METHOD_ACTIVATIONS
 

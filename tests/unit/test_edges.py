@@ -4,7 +4,6 @@ Each is told in one line with the right exit code, and nothing stays in the work
 """
 
 import ast
-import ctypes
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.run_folders import write_run
+from tests.users import NOBODY, as_a_user
 from verl_aqn.cache import NO_HOME, cache_dir
 from verl_aqn.environ import drop_empty
 from verl_aqn.errors import EnvironmentFault
@@ -36,16 +36,7 @@ for line in json.loads(os.environ["COMMANDS"]):
         code = ended.code
     print(chr(30) + str(code or 0), end=chr(30), file=sys.stderr, flush=True)
 """
-# The user's entry in /etc/passwd is not there, as in a container that is started for any user.
-NOBODY = "import pwd\ndef none(uid): raise KeyError(uid)\npwd.getpwuid = none\n"
 OF_MATPLOTLIB = {".config", ".config/matplotlib", ".cache", ".cache/matplotlib"}  # wherever it is imported
-OF_ROOT = (1, 2)  # capabilities by which root passes over permissions
-
-
-def as_a_user() -> None:
-    """In a child before it starts: root is refused what others are refused."""
-    for capability in OF_ROOT:
-        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP; no one but root has them
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.unit.test_shared_prompt import SHARING, V, make
+from tests.sharing_models import SHARING, V, make
 from verl_aqn.generate import generate, greedy, prefixes
 from verl_aqn.layout.decide import attention_of, use_attention
 

@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
 
 from tests.engines import bare_engine
-from tests.unit.test_noise import TINY
+from tests.tiny_configs import TINY
 from verl_aqn.noise import NoiseInjector, NoiseOrder, check_evidence
 from verl_aqn.verl_api.engine import AqnFSDPEngine
 

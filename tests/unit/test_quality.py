@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.unit.test_cli import one_line, run
+from tests.command import one_line, run
 from verl_aqn.bench import quality
 from verl_aqn.data.smollm2 import tiny_model
 from verl_aqn.errors import ConfigError

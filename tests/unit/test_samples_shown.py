@@ -5,9 +5,8 @@ import json
 import pytest
 from rich.console import Console as RichConsole
 
-from tests.run_folders import write_run
-from tests.unit.test_report import page_of
-from tests.unit.test_scores import lines_of
+from tests.pages import page_of
+from tests.run_folders import lines_of, write_run
 from verl_aqn.console import Console, result_table
 from verl_aqn.runs.listing import describe, table
 
