@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 
+from tests.stock_config import composed
+
 INSTALL = """
 import sys
 {before}
@@ -15,29 +17,9 @@ import verl_aqn.stock
 from types import SimpleNamespace
 from omegaconf import OmegaConf
 from verl.trainer.ppo.v1 import trainer_base
-from tests.contract.test_stock_seams import composed
+from tests.stock_config import composed
 {after}
 """
-
-
-def composed(*overrides: str):
-    """Return the config of `main_ppo` with these overrides."""
-    from pathlib import Path
-
-    import verl
-    from hydra import compose, initialize_config_dir
-
-    folder = Path(verl.__file__).parent / "trainer" / "config"
-    with initialize_config_dir(config_dir=str(folder), version_base=None):
-        return compose(
-            "ppo_trainer",
-            overrides=[
-                "actor_rollout_ref.model.external_lib=verl_aqn.stock",
-                "actor_rollout_ref.model.lora_rank=8",
-                "actor_rollout_ref.rollout.name=vllm",
-                *overrides,
-            ],
-        )
 
 
 def said(before: str, after: str) -> tuple[int, str]:

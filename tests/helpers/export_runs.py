@@ -5,18 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from omegaconf import OmegaConf
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from verl_aqn.checkpoints.adapter import Adapter
-from verl_aqn.checkpoints.loading import dequantize_checkpoint, load_model
-from verl_aqn.checkpoints.packing import checkpoint_digest, is_packed, quantize_checkpoint
-from verl_aqn.config.compose import load_recipe
-from verl_aqn.evaluation.export.trained_model import logprobs
-from verl_aqn.tasks.parquet import row, write_parquet
-from verl_aqn.tasks.smollm2 import tiny_model
+from tests.run_folders import begin_run, end_run, write_lines
+from verl_aqn.adapter import Adapter
+from verl_aqn.config import load_recipe
+from verl_aqn.data.parquet import row, write_parquet
+from verl_aqn.data.smollm2 import tiny_model
+from verl_aqn.export.reference import logprobs
+from verl_aqn.mxfp4.checkpoint import checkpoint_digest, is_packed, quantize_checkpoint
+from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model
 
 RANK, ALPHA = 6, 12  # not one of the ranks that vLLM supports
 
@@ -73,7 +73,7 @@ def write_actor(folder: Path, states: list[dict[str, torch.Tensor]]) -> Path:
     return folder
 
 
-def write_run(
+def exported_run(
     experiment: Path,
     base: Path,
     state: dict[str, torch.Tensor],
@@ -88,21 +88,17 @@ def write_run(
     `peft`: the actor's model, whose config the checkpoint gets as from the engine; the recorded digest is then that of
     what the engine sends.
     """
-    run = experiment / "runs" / "20260101-000000-abcdef"
-    write_actor(run / "checkpoints" / f"global_step_{step}" / "actor", [state])
-    (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(step))
-    (run / "validation").mkdir()
-    (run / "training.log").touch()
-    (run / "state.json").write_text(json.dumps({"status": "finished", "created": "2026-01-01", "config_digest": "d"}))
-    (experiment / "training.log").symlink_to(run / "training.log")
-    (experiment / "checkpoints").symlink_to(run / "checkpoints")
     data = experiment / "test.parquet"
+    experiment.mkdir(parents=True, exist_ok=True)
     write_parquet(questions(problems), data)
     config: Any = load_recipe("e12_aggressive_1ep", ["profile=cpu", f"actor_rollout_ref.model.path={base}"])
     config.data.val_files = str(data)
     config.actor_rollout_ref.model.lora_rank = RANK
     config.data.max_response_length = config.actor_rollout_ref.rollout.response_length = 6
-    (run / "config.yaml").write_text(yaml.safe_dump(OmegaConf.to_container(config, resolve=True)))
+    folder = begin_run(experiment, OmegaConf.to_container(config, resolve=True))
+    run = folder.path
+    write_actor(run / "checkpoints" / f"global_step_{step}" / "actor", [state])
+    (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(step))
     digest = adapter_of(state).digest()
     if peft:
         peft.peft_config["default"].save_pretrained(str(run / "checkpoints" / f"global_step_{step}" / "actor"))
@@ -110,11 +106,11 @@ def write_run(
     evidence = [{"kind": "adapter", "step": step, "sent": digest}]
     if is_packed(base):
         evidence.insert(0, {"kind": "base", "when": "start", "disk": checkpoint_digest(base)})
-    (run / "evidence.jsonl").write_text("".join(json.dumps(record) + "\n" for record in evidence))
+    write_lines(run / "evidence.jsonl", evidence)
     if answers is not None:
         lines = [{"input": text, "output": answer, "gts": "1", "acc": 0.0} for text, answer in answers.items()]
-        (run / f"validation/{step}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return run
+        write_lines(run / f"validation/{step}.jsonl", lines)
+    return end_run(folder).path
 
 
 def sent_digest(base: Path, peft: PeftModel) -> str:

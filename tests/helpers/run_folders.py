@@ -1,7 +1,7 @@
 """Run folders with the records that the trainer writes, for tests of code that reads them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,24 @@ def metrics(step: int, sigma: float) -> dict[str, float]:
     }
 
 
+def begin_run(base: Path, config: Mapping[str, Any], versions: Mapping[str, Any] | None = None) -> RunFolder:
+    """Open a new run under `base` as the trainer does, with its config, its versions and room for validations."""
+    run = open_run(base, dict(config), fresh=True)
+    run.write_text("config.yaml", yaml.safe_dump(dict(config)))
+    if versions is not None:
+        run.write_text("versions.json", json.dumps(versions))
+    (run.path / "validation").mkdir()
+    return run
+
+
+def end_run(run: RunFolder, status: str | None = "finished", message: str = "") -> RunFolder:
+    """Give a run its last status, None for one whose process died, and let go of its folder."""
+    if status:
+        run.set_status(status, message)
+    run.close()
+    return run
+
+
 def write_run(
     base: Path,
     name: str = "e12",
@@ -58,16 +76,13 @@ def write_run(
     `answers`, of the last validation: prompt → (right answer, response, whether it was right: None if the reward did
     not return that).
     """
-    run = open_run(base, {"of": name, "seed": seed}, fresh=True)
     settings = {
         "aqn": {"seed": seed, "noise": {"enabled": noise, "sigma_start": 0.05, "sigma_end": 1e-5}},
-        "trainer": {"experiment_name": name, "total_training_steps": steps, "default_local_dir": str(run.path)},
+        "trainer": {"experiment_name": name, "total_training_steps": steps, "default_local_dir": str(base)},
         "actor_rollout_ref": {"model": {"path": "not there"}},
     }
-    run.write_text("config.yaml", yaml.safe_dump(settings | dict(config or {})))
-    run.write_text(
-        "versions.json", json.dumps({"torch": "2.13.0", "commit": "abcdef0123", "dirty": True, "device": "2 cores"})
-    )
+    versions = {"torch": "2.13.0", "commit": "abcdef0123", "dirty": True, "device": "2 cores"}
+    run = begin_run(base, settings | dict(config or {}), versions)
     run.write_text("quantization.json", json.dumps(quantization()))
     evidence = {"clean_digest": CLEAN, "modules": 5, "elements": 1000, "changed_outside": 0}
     clean = {"rank": 0, "sigma_asked": 0.0, "sigma_realised": 0.0, "weights_digest": CLEAN, **evidence}
@@ -95,7 +110,6 @@ def write_run(
         share = right / len(answers)
         run.append("metrics.jsonl", {"kind": "validation", "step": step, "accuracy": share, "items": len(answers)})
 
-    (run.path / "validation").mkdir()
     run.append("evidence.jsonl", {"kind": "rollout", "norms": 5, "clean_digest": CLEAN})
     run.append("evidence.jsonl", {"kind": "base", "when": "start", **ends, "rollout": [held]})
     run.append("events.jsonl", {"kind": "warning", "text": "rollout.top_p=0.9: biased"})
@@ -116,10 +130,59 @@ def write_run(
             validate(step)
         run.append("metrics.jsonl", {"kind": "step", "step": step, "total": steps, "metrics": metrics(step, sigma)})
     run.append("evidence.jsonl", {"kind": "base", "when": "end", **ends, "rollout": [held]})
-    if status:
-        run.set_status(status, message)
-    run.close()
-    return run
+    return end_run(run, status, message)
+
+
+def validated_run(
+    base: Path,
+    name: str,
+    right: Sequence[float | None],
+    *,
+    seed: int = 0,
+    status: str = "finished",
+    prompts: Sequence[str] | None = None,
+    config: Mapping[str, Any] | None = None,
+    **noise: Any,
+) -> Path:
+    """Return the folder of a run of which only two validations are on record, before step 1 and after step 29.
+
+    `right`: the score of each answer of the last one. `noise`: settings of `aqn.noise`.
+    """
+    settings = {
+        "trainer": {"experiment_name": name, "total_training_steps": 29, "default_local_dir": str(base / name)},
+        "actor_rollout_ref": {"actor": {"optim": {"lr": 1e-5}, "data_loader_seed": seed}},
+        "data": {"seed": seed},
+        "aqn": {"seed": seed, "noise": {"enabled": True, "seed": seed, **noise}, "run": {"dir": str(base / name)}},
+    }
+    run = begin_run(base, settings | dict(config or {}), {"torch": "2.13.0"})
+    prompts = prompts or [f"{number} + 1?" for number in range(len(right))]
+    for step, answers in ((0, [0] * len(right)), (29, right)):
+        lines = [
+            line(prompt, None if acc is None else float(acc)) for prompt, acc in zip(prompts, answers, strict=True)
+        ]
+        write_lines(run.path / f"validation/{step}.jsonl", lines)
+        run.append("metrics.jsonl", {"kind": "validation", "step": step, "accuracy": 0.5, "items": len(right)})
+    return end_run(run, status).path
+
+
+def write_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write records to a JSONL file in place of what it held."""
+    file.write_text("".join(json.dumps(one) + "\n" for one in records))
+
+
+def line(prompt, acc, item=None, sample=None, gts="1"):
+    made = {"input": prompt, "output": "", "gts": gts, "acc": acc}
+    return made | ({} if item is None else {"item": item, "sample": sample})
+
+
+def lines_of(table, prompts=None):
+    """Return the lines of [problems][samples] answers, the samples of all problems in turn."""
+    prompts = prompts or [f"{number} + 1?" for number in range(len(table))]
+    return [
+        line(prompts[item], table[item][sample], item, sample)
+        for sample in range(len(table[0]))
+        for item in range(len(table))
+    ]
 
 
 def quantization() -> dict[str, Any]:

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.integration.conftest import TINY, leftovers, lines, lines_of, newest
-from tests.unit.cli.test_edges import NOBODY, ROOT, as_a_user
+from tests.users import NOBODY, as_a_user
+
+ROOT = Path(__file__).resolve().parents[2]
 
 HOSTILE = {
     "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",

@@ -55,16 +55,20 @@ def test_images_are_pinned_run_without_root_and_hold_no_secret(profile):
     assert not re.search(r"(TOKEN|KEY|SECRET|PASSWORD)", text)
 
 
+def versions(pins: list[str]) -> dict[str, str]:
+    """Return the version of each package that `pins` name with ==."""
+    return {name: version for name, found, version in (pin.partition("==") for pin in pins) if found}
+
+
 def test_images_have_the_versions_of_their_profile():
-    vllm = next(pin for pin in EXTRAS["cuda"] if pin.startswith("vllm==")).removeprefix("vllm==")
+    vllm = versions(EXTRAS["cuda"])["vllm"]
     assert f"vllm/vllm-openai:v{vllm}\n" in (FOLDER / "Dockerfile.cuda").read_text()
     npu = (FOLDER / "Dockerfile.npu").read_text()
-    for pin in EXTRAS["npu"]:
-        name, _, version = pin.partition("==")
-        if name == "vllm-ascend":
-            assert f"vllm-ascend:v{version}\n" in npu
-        elif name not in ("vllm", "torch", "torch_npu"):  # the image's own
-            assert pin in npu
+    ascend = versions((ROOT / "scripts/requirements-npu.lock").read_text().splitlines())["vllm-ascend"]
+    assert f"vllm-ascend:v{ascend}\n" in npu
+    installed = [pin for pin in EXTRAS["npu"] if not pin.startswith("torch==")]  # torch is the image's own
+    assert installed
+    assert [pin for pin in installed if pin not in npu] == []
 
 
 def test_scripts_have_no_fault():

@@ -42,7 +42,7 @@ class ModuleReport:
 class QuantReport:
     """The result of `quantize_checkpoint`. ``bytes_*`` count all weights, including those kept in 16 bits.
 
-    ``base_digest`` is the packed base's (`verl_aqn.checkpoints.packing.base_digest`): it tells whose numbers these are.
+    ``base_digest`` (`verl_aqn.mxfp4.checkpoint.combined_digest`) tells which packed base these numbers are of.
     """
 
     scale_rule: str

@@ -116,15 +116,6 @@ def quantize_checkpoint(
     return report
 
 
-def base_digest(tensors: Iterable[tuple[str, Tensor, Tensor]]) -> str:
-    """Return the SHA-256 (hex) of a packed base, from (module name, packed, scale) triples in any order.
-
-    Each module is hashed separately, so that the triples may be made one at a time. The names are those of the Hugging
-    Face model, without ``.weight_packed``.
-    """
-    return combined_digest((name, module_digest(packed, scale)) for name, packed, scale in tensors)
-
-
 def module_digest(packed: Tensor, scale: Tensor) -> str:
     """Return the SHA-256 (hex) of one module's shapes, packed bytes and scale bytes."""
     digest = hashlib.sha256(json.dumps([list(packed.shape), list(scale.shape)]).encode())
@@ -134,12 +125,15 @@ def module_digest(packed: Tensor, scale: Tensor) -> str:
 
 
 def combined_digest(modules: Iterable[tuple[str, str]]) -> str:
-    """Return the SHA-256 (hex) over pairs of module name and `module_digest`, in order of name."""
+    """Return the SHA-256 (hex) of a packed base: over pairs of module name and `module_digest`, in order of name.
+
+    Names are those of the Hugging Face model, without ``.weight_packed``.
+    """
     return hashlib.sha256(json.dumps(sorted(modules)).encode()).hexdigest()
 
 
 def checkpoint_digest(path: str | Path, slices: Slices | None = None, form: str = "packed") -> str:
-    """Return `base_digest` of a packed folder, or of the part that a rank with `slices` of its weights [N, K] holds.
+    """`combined_digest` of a packed folder, or of what a rank that holds `slices` of its weights [N, K] should hold.
 
     Modules of which a rank holds `NOTHING` (an expert of another rank) are left out. With ``form="bf16"`` the digest is
     over `values_digest` of the same weights dequantised to bfloat16, in which they are exact.
@@ -170,16 +164,11 @@ def part_digest(packed: Tensor, scale: Tensor, part: Slice | None, form: str) ->
     return module_digest(packed, scale)
 
 
-def model_digest(model: nn.Module) -> str:
-    """Return `base_digest` of a model with `Mxfp4Linear` and `Mxfp4Experts` layers, also inside PEFT and FSDP.
-
-    Under FSDP2 this gathers every packed weight in turn, so all ranks must call it.
-    """
-    return base_digest(packed_weights(model))
-
-
 def packed_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield (module name in the checkpoint, packed, scale) of every packed matrix in ``model``, gathered one by one."""
+    """(checkpoint's module name, packed, scale) of every packed matrix in ``model``, gathered one at a time.
+
+    Under FSDP2 all ranks must iterate over it.
+    """
     for name, module in model.named_modules():
         if isinstance(module, Mxfp4Linear):
             yield (

@@ -51,13 +51,10 @@ def compose(recipe: str, overrides: list[str]) -> DictConfig:
     return config
 
 
-def prepare(recipe: str, overrides: list[str], *, elsewhere: bool = False) -> Prepared:
-    """Compose the recipe, prepare its model and data, and check everything that needs no process.
-
-    `elsewhere`: the run will be on another machine, so something that this machine lacks is no error.
-    """
+def prepare(recipe: str, overrides: list[str]) -> Prepared:
+    """Compose the recipe, prepare its model and data, and check all that can be checked without starting a process."""
     config = compose(recipe, overrides)
-    check_machine(config, elsewhere=elsewhere)
+    check_machine(config)
     return resolve(config)
 
 

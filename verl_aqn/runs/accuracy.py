@@ -43,9 +43,9 @@ def judged(values: Sequence[object], key: str = "acc") -> list[bool]:
     return [bool(one) for one in found]
 
 
-def recorded(line: Mapping[str, Any], key: str = "acc") -> bool | None:
-    """Return whether the answer in a recorded line is right, or None if an older record does not say."""
-    return is_right(line.get(key))
+def recorded(line: Mapping[str, Any]) -> bool | None:
+    """Whether the answer of a line on record is right; None where that is not on record, as in some older ones."""
+    return is_right(line.get("acc"))
 
 
 def acc_in(result: object) -> bool:

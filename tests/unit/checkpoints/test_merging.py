@@ -20,7 +20,6 @@ CONFIGS = {
     "qwen3 moe": Qwen3MoeConfig(**SMALL_MOE, moe_intermediate_size=32, num_experts=4, head_dim=16),
     "mixtral": MixtralConfig(**SMALL_MOE, num_local_experts=4),
 }
-TOKENS = torch.arange(24).view(2, 12)
 
 
 def make(folder: Path, name: str = "llama", dtype: torch.dtype = torch.bfloat16) -> Path:

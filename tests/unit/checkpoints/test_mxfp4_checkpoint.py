@@ -18,14 +18,14 @@ from transformers import (
     Qwen2Config,
 )
 
-from tests.helpers.sqnr import sqnr_db
-from tests.helpers.tiny_configs import SMALL
-from verl_aqn.checkpoints.cached import dequantized_cache, quantized_cache
-from verl_aqn.checkpoints.loading import dequantize_checkpoint, load_model
-from verl_aqn.checkpoints.packing import (
-    base_digest,
+from tests.digests import base_digest, model_digest
+from tests.sqnr import sqnr_db
+from tests.tiny_configs import SMALL
+from verl_aqn.errors import ConfigError, ModelError
+from verl_aqn.mxfp4 import Mxfp4Linear, dequantize, quantize
+from verl_aqn.mxfp4.cached import dequantized_cache, quantized_cache
+from verl_aqn.mxfp4.checkpoint import (
     checkpoint_digest,
-    model_digest,
     quantize_checkpoint,
 )
 from verl_aqn.checkpoints.storage import read_config

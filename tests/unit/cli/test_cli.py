@@ -11,29 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.helpers.run_folders import write_run
-from verl_aqn.cli.main import main as cli
-from verl_aqn.noise.schedule import KINDS
-from verl_aqn.tasks.parquet import row, write_parquet
-
-
-def run(*arguments: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "verl_aqn.cli", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **env},
-        check=False,
-    )
-
-
-def one_line(result: subprocess.CompletedProcess, code: int) -> str:
-    assert result.returncode == code, result.stderr
-    assert result.stdout == ""
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("error: ")
-    return lines[0]
+from tests.command import one_line, run
+from tests.run_folders import write_run
+from verl_aqn import cli
+from verl_aqn.data.parquet import row, write_parquet
+from verl_aqn.schedule import KINDS
 
 
 def test_schedule_as_json():

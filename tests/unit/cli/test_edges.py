@@ -4,7 +4,6 @@ Each case gives a one-line message and the right exit code, and leaves nothing i
 """
 
 import ast
-import ctypes
 import json
 import os
 import re
@@ -18,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.run_folders import write_run
+from tests.run_folders import write_run
+from tests.users import NOBODY, as_a_user
 from verl_aqn.cache import NO_HOME, cache_dir
 from verl_aqn.environment import drop_empty
 from verl_aqn.errors import EnvironmentFault
@@ -36,16 +36,7 @@ for line in json.loads(os.environ["COMMANDS"]):
         code = ended.code
     print(chr(30) + str(code or 0), end=chr(30), file=sys.stderr, flush=True)
 """
-# The user has no entry in /etc/passwd, as in a container that runs with an arbitrary user id.
-NOBODY = "import pwd\ndef none(uid): raise KeyError(uid)\npwd.getpwuid = none\n"
 OF_MATPLOTLIB = {".config", ".config/matplotlib", ".cache", ".cache/matplotlib"}  # wherever it is imported
-OF_ROOT = (1, 2)  # capabilities that let root ignore permissions
-
-
-def as_a_user() -> None:
-    """Drop root's capabilities in a child before it starts, so that root is denied what others are denied."""
-    for capability in OF_ROOT:
-        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP; only root has these capabilities
 
 
 @pytest.fixture

@@ -15,20 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm.lora.peft_helper import PEFTHelper
 
-from tests.helpers.export_runs import (
-    adapter_of,
-    packed_base,
-    state_of,
-    trained,
-    transformers_engine,
-    write_actor,
-    write_run,
-)
-from tests.helpers.sharded_lora import Lora, save_sharded
-from verl_aqn.checkpoints.loading import dequantize_checkpoint, load_model
-from verl_aqn.checkpoints.merging import MergeReport
-from verl_aqn.checkpoints.packing import quantize_checkpoint
-from verl_aqn.cli.export import lines_of
+from tests.export_runs import adapter_of, exported_run, packed_base, state_of, trained, transformers_engine, write_actor
+from tests.sharded_lora import Lora, save_sharded
 from verl_aqn.errors import DataError, EvidenceError, ModelError
 from verl_aqn.evaluation.export import exporting, trial
 from verl_aqn.evaluation.export.difference import Difference, first_difference
@@ -66,7 +54,7 @@ def rollout(base) -> PeftModel:
 @pytest.fixture
 def run(base, state, tmp_path) -> Path:
     """A run without a recorded validation."""
-    return write_run(tmp_path / "experiment", base, state)
+    return exported_run(tmp_path / "experiment", base, state)
 
 
 # ---- reading a checkpoint ----
@@ -159,7 +147,7 @@ def test_bad_sources_are_refused(run, base, tmp_path):
 
 def test_an_unquantised_base_that_is_another_now_is_refused(base, state, tmp_path):
     shutil.copytree(base.parent / "tiny", plain := tmp_path / "plain")
-    run = write_run(tmp_path / "experiment", plain, state)
+    run = exported_run(tmp_path / "experiment", plain, state)
     (run / "versions.json").write_text(json.dumps({"base": model_digest(plain)}))
     assert not find_source(run).packed
     with (plain / "model.safetensors").open("r+b") as weights:
@@ -227,7 +215,7 @@ def test_the_proof_rests_on_32_prompts_those_with_a_recorded_answer_first(
 ):
     """With fewer prompts, all are used."""
     tokenizer = AutoTokenizer.from_pretrained(base)
-    source = find_source(write_run(tmp_path / "many", base, state, problems=problems))
+    source = find_source(exported_run(tmp_path / "many", base, state, problems=problems))
     everything = validation_prompts(source.config, tokenizer)
     assert len(everything) == problems
     answered = list(everything)[::-1][:recorded]
@@ -327,7 +315,7 @@ def test_an_export_is_scaled_as_the_run_was(base, engine, tmp_path, settings, wr
     model = trained(base, std=0.05, **settings)
     scalings = {n.removeprefix("base_model.model."): m.scaling["default"] for n, m in model.named_modules()
                 if isinstance(m, LoraLayer)}  # fmt: skip
-    run = write_run(tmp_path / "experiment", base, state_of(model), peft=model)
+    run = exported_run(tmp_path / "experiment", base, state_of(model), peft=model)
     proof = export(run, tmp_path / "out")
     assert (proof["rank"], proof["alpha"], proof["rslora"]) == written
     helper = PEFTHelper.from_local_dir(str(tmp_path / "out"), None)
@@ -360,7 +348,7 @@ def test_a_run_that_began_with_an_adapter_and_did_not_record_its_scaling_is_refu
 def test_a_small_update_is_said_to_be_lost_and_none_at_all_is_refused(base, engine, monkeypatch, tmp_path):
     """bf16 cannot represent a change below half of its last bit."""
     small = state_of(trained(base, std=2e-4))
-    proof = export(write_run(tmp_path / "small", base, small), tmp_path / "out", merge=True)
+    proof = export(exported_run(tmp_path / "small", base, small), tmp_path / "out", merge=True)
     assert proof["merge"]["kept"] < 0.5
     assert proof["merge"]["loss"] > 0.5
     monkeypatch.setattr(exporting, "write_merged", lambda *_: MergeReport(14, 0, 0.0, -99.0, -math.inf, 0.0, 1.0))
@@ -368,7 +356,7 @@ def test_a_small_update_is_said_to_be_lost_and_none_at_all_is_refused(base, engi
         export(tmp_path / "small", tmp_path / "none", merge=True)
     zero = state_of(trained(base, std=0.0))
     with pytest.raises(EvidenceError, match="every B is zero"):
-        export(write_run(tmp_path / "zero", base, zero), tmp_path / "none")
+        export(exported_run(tmp_path / "zero", base, zero), tmp_path / "none")
     assert not list(tmp_path.glob("*none*"))
 
 

@@ -10,12 +10,9 @@ import torch
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from tests.helpers.export_runs import adapter_of, packed_base, state_of, trained, transformers_engine, write_run
-from verl_aqn.checkpoints.adapter import Adapter
-from verl_aqn.checkpoints.merging import check_merged, write_merged
-from verl_aqn.checkpoints.storage import Weights
-from verl_aqn.cli.export import lines_of
-from verl_aqn.cli.main import app
+from tests.export_runs import adapter_of, exported_run, packed_base, state_of, trained, transformers_engine
+from verl_aqn.adapter import Adapter
+from verl_aqn.cli import app
 from verl_aqn.errors import EnvironmentFault, EvidenceError
 from verl_aqn.evaluation.export import exporting, trial
 from verl_aqn.evaluation.export import trained_model as reference
@@ -42,7 +39,7 @@ def state(base) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def run(base, state, tmp_path) -> Path:
-    return write_run(tmp_path / "experiment", base, state, problems=PROBLEMS)
+    return exported_run(tmp_path / "experiment", base, state, problems=PROBLEMS)
 
 
 @pytest.fixture
@@ -240,8 +237,8 @@ WRONG = {
 
 @pytest.fixture(scope="module")
 def asked(base, state, tmp_path_factory):
-    """(source, its questions, adapter, tokenizer) of a run without a recorded response."""
-    source = find_source(write_run(tmp_path_factory.mktemp("asked") / "run", base, state, problems=PROBLEMS))
+    """(source, its questions, adapter, tokenizer) of a run without a recorded answer."""
+    source = find_source(exported_run(tmp_path_factory.mktemp("asked") / "run", base, state, problems=PROBLEMS))
     tokenizer = AutoTokenizer.from_pretrained(base)
     return source, read_questions(source, tokenizer), adapter_of(state), tokenizer
 
@@ -349,7 +346,7 @@ def test_a_proof_that_cannot_decide_ends_well_and_says_so(base, tmp_path, monkey
 
     monkeypatch.setattr(trial, "ask_vllm", noisy)
     state = state_of(trained(base, std=1e-4))
-    run = write_run(tmp_path / "small", base, state, problems=4)
+    run = exported_run(tmp_path / "small", base, state, problems=4)
     result = CliRunner().invoke(app, ["export", str(run), str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     assert "this proof cannot distinguish the export from the base" in result.stdout

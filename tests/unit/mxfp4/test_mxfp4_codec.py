@@ -11,7 +11,6 @@ from verl_aqn.mxfp4.codec import SCALE_RULES
 from verl_aqn.mxfp4.kernels import native, reference
 
 GRID = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-SMALLEST_NORMAL_AMAX = 2.0**-124  # below it the scale would have to be smaller than 2^-127
 
 
 def all_finite_bf16() -> Tensor:

@@ -25,6 +25,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm, Qwen3NextRMSNormGated
 
+from tests.tiny_configs import TINY
 from verl_aqn.errors import ConfigError, EvidenceError, ModelError
 from verl_aqn.noise import (
     NoiseInjector,
@@ -36,17 +37,6 @@ from verl_aqn.noise import (
     sigma_interval,
 )
 from verl_aqn.noise.norms import Form, survey
-
-TINY = {
-    "vocab_size": 32,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "pad_token_id": 0,
-}
 
 
 def make_model(modules: int = 8, width: int = 256, dtype: torch.dtype = torch.float32) -> nn.ModuleDict:

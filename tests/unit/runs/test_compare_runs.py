@@ -6,41 +6,12 @@ import sys
 
 import numpy as np
 import pytest
-import yaml
 
-from verl_aqn.cli.main import compare as command
+from tests.run_folders import validated_run
+from verl_aqn.cli import compare as command
 from verl_aqn.errors import ConfigError, DataError
 from verl_aqn.runs.stats.arms import arms, read_run
 from verl_aqn.runs.stats.crossed import spread
-
-
-def write_run(base, name, right, *, seed=0, status="finished", prompts=None, config=None, **noise):
-    """Write a finished run as `verl-aqn train` leaves it, under `base`; return its newest run."""
-    folder = base / "runs" / name
-    (folder / "validation").mkdir(parents=True)
-    (folder / "training.log").touch()
-    settings = {
-        "trainer": {"experiment_name": name, "total_training_steps": 29, "default_local_dir": str(folder)},
-        "actor_rollout_ref": {"actor": {"optim": {"lr": 1e-5}, "data_loader_seed": seed}},
-        "data": {"seed": seed},
-        "aqn": {"seed": seed, "noise": {"enabled": True, "seed": seed, **noise}, "run": {"dir": str(folder)}},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings | (config or {})))
-    (folder / "state.json").write_text(json.dumps({"status": status, "created": "2026-01-01", "config_digest": "d"}))
-    (folder / "versions.json").write_text(json.dumps({"torch": "2.13.0"}))
-    records = [{"kind": "validation", "step": step, "accuracy": 0.5, "items": len(right)} for step in (0, 29)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
-    prompts = prompts or [f"{number} + 1?" for number in range(len(right))]
-    for step, answers in ((0, np.zeros(len(right))), (29, right)):
-        lines = [
-            {"input": prompt, "output": "", "gts": "1", "acc": None if acc is None else float(acc)}
-            for prompt, acc in zip(prompts, answers, strict=True)
-        ]
-        (folder / f"validation/{step}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    link = base / "training.log"
-    link.unlink(missing_ok=True)
-    link.symlink_to(folder / "training.log")
-    return folder
 
 
 @pytest.fixture
@@ -54,7 +25,9 @@ def experiment(tmp_path):
             order = np.random.default_rng(seed + 2 * enabled).permutation(200)
             prompts = [f"{number:03d} + 1?" for number in order]
             name = f"{arm}{seed}"
-            folders[name] = write_run(tmp_path / name, name, right[order], seed=seed, prompts=prompts, enabled=enabled)
+            folders[name] = validated_run(
+                tmp_path / name, name, right[order], seed=seed, prompts=prompts, enabled=enabled
+            )
     return folders, treated, control
 
 
@@ -67,9 +40,8 @@ def test_runs_are_grouped_and_items_paired_by_prompt(experiment):
 
 
 def test_a_base_folder_is_its_newest_run(tmp_path):
-    for name in ("first", "second"):
-        write_run(tmp_path, name, [1, 0])
-    assert read_run(tmp_path).path.name == "second"
+    _, newest = (validated_run(tmp_path, name, [1, 0]) for name in ("first", "second"))
+    assert read_run(tmp_path).path == newest
 
 
 def test_json_is_one_document(experiment, capsys):
@@ -99,9 +71,9 @@ def test_table_and_sentence(experiment, capsys):
 
 
 def test_more_than_the_factor_is_refused_unless_named(tmp_path):
-    one = write_run(tmp_path / "a", "a", [1, 0, 1], enabled=False)
+    one = validated_run(tmp_path / "a", "a", [1, 0, 1], enabled=False)
     rate = {"actor_rollout_ref": {"actor": {"optim": {"lr": 1e-4}}}}
-    two = write_run(tmp_path / "b", "b", [1, 1, 1], config=rate)
+    two = validated_run(tmp_path / "b", "b", [1, 1, 1], config=rate)
     with pytest.raises(
         ConfigError, match=r"more than aqn.noise: actor_rollout_ref.actor.optim.lr. .*--factor KEY.*--any"
     ):
@@ -116,18 +88,18 @@ def test_more_than_the_factor_is_refused_unless_named(tmp_path):
 
 
 def test_what_noise_in_the_actor_copies_into_the_config_belongs_to_the_noise(tmp_path):
-    one = write_run(tmp_path / "a", "a", [1, 0], apply_to="rollout", config={"actor_rollout_ref": {"model": {}}})
+    one = validated_run(tmp_path / "a", "a", [1, 0], apply_to="rollout", config={"actor_rollout_ref": {"model": {}}})
     copied = {"actor_rollout_ref": {"model": {"override_config": {"noise_in_actor": True}}}}
-    two = write_run(tmp_path / "b", "b", [1, 0], apply_to="rollout+actor", config=copied)
+    two = validated_run(tmp_path / "b", "b", [1, 0], apply_to="rollout+actor", config=copied)
     assert len(arms([one, two])) == 2
 
 
 def test_a_searched_sigma_is_no_difference_but_how_far_it_falls_is(tmp_path):
     kl = {"target_kl": 0.1}
     runs = [
-        write_run(tmp_path / "a", "a", [1, 0], seed=0, sigma_start=0.05, sigma_end=1e-5, **kl),
-        write_run(tmp_path / "b", "b", [1, 0], seed=1, sigma_start=0.04, sigma_end=8e-6, **kl),
-        write_run(tmp_path / "c", "c", [1, 0], seed=0, sigma_start=0.05, sigma_end=5e-4, **kl),
+        validated_run(tmp_path / "a", "a", [1, 0], seed=0, sigma_start=0.05, sigma_end=1e-5, **kl),
+        validated_run(tmp_path / "b", "b", [1, 0], seed=1, sigma_start=0.04, sigma_end=8e-6, **kl),
+        validated_run(tmp_path / "c", "c", [1, 0], seed=0, sigma_start=0.05, sigma_end=5e-4, **kl),
     ]
     assert [len(arm.runs) for arm in arms(runs)] == [2, 1]
 
@@ -135,8 +107,8 @@ def test_a_searched_sigma_is_no_difference_but_how_far_it_falls_is(tmp_path):
 @pytest.mark.parametrize("acc", [None, 0.5, -1.0, "1", float("nan"), 2])
 def test_an_answer_of_which_it_is_not_on_record_whether_it_is_right_is_refused_by_name(tmp_path, acc):
     runs = [
-        write_run(tmp_path / "a", "a", [1, 0, 1, 0], enabled=False),
-        write_run(tmp_path / "b", "b", [1, 1, 0, 1]),
+        validated_run(tmp_path / "a", "a", [1, 0, 1, 0], enabled=False),
+        validated_run(tmp_path / "b", "b", [1, 1, 0, 1]),
     ]
     assert arms(runs)[1].scores.tolist() == [[1, 1, 0, 1]]
     file = runs[1] / "validation/29.jsonl"
@@ -156,14 +128,14 @@ def test_an_answer_of_which_it_is_not_on_record_whether_it_is_right_is_refused_b
 
 @pytest.mark.parametrize("status", ["running", "failed", "interrupted"])
 def test_an_unfinished_run_is_refused(tmp_path, status):
-    with pytest.raises(DataError, match=f"is {status}: only finished runs can be compared"):
-        read_run(write_run(tmp_path, "a", [1, 0], status=status))
+    with pytest.raises(DataError, match=f"is {status}: only finished runs are compared"):
+        read_run(validated_run(tmp_path, "a", [1, 0], status=status))
 
 
 def test_what_is_no_run_or_has_no_answers_is_refused(tmp_path):
     with pytest.raises(DataError, match="contains no run"):
         read_run(tmp_path)
-    folder = write_run(tmp_path, "a", [1, 0])
+    folder = validated_run(tmp_path, "a", [1, 0])
     (folder / "validation/29.jsonl").unlink()
     with pytest.raises(DataError, match=r"no validation responses \(validation/29.jsonl\)"):
         read_run(folder)
@@ -174,7 +146,7 @@ def test_what_is_no_run_or_has_no_answers_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("file", "text"), [("config.yaml", "a: ["), ("config.yaml", "5"), ("versions.json", "{")])
 def test_a_damaged_record_is_named(tmp_path, file, text):
-    folder = write_run(tmp_path, "a", [1, 0])
+    folder = validated_run(tmp_path, "a", [1, 0])
     (folder / file).write_text(text)
     with pytest.raises(DataError, match=f"{file} is damaged") as error:
         read_run(folder)
@@ -183,31 +155,31 @@ def test_a_damaged_record_is_named(tmp_path, file, text):
 
 
 def test_other_items_and_repeated_prompts_are_refused(tmp_path):
-    one = write_run(tmp_path / "a", "a", [1, 0, 1], enabled=False)
-    two = write_run(tmp_path / "b", "b", [1, 0, 1], prompts=["0 + 1?", "1 + 1?", "another"])
+    one = validated_run(tmp_path / "a", "a", [1, 0, 1], enabled=False)
+    two = validated_run(tmp_path / "b", "b", [1, 0, 1], prompts=["0 + 1?", "1 + 1?", "another"])
     with pytest.raises(DataError, match="differ in 2 items"):
         arms([one, two])
     with pytest.raises(DataError, match="3 answers to 2 problems"):
-        read_run(write_run(tmp_path / "c", "c", [1, 0, 1], prompts=["x", "x", "y"]))
+        read_run(validated_run(tmp_path / "c", "c", [1, 0, 1], prompts=["x", "x", "y"]))
 
 
 def test_one_run_twice_is_told_so(tmp_path):
-    folder = write_run(tmp_path, "a", [1, 0])
-    with pytest.raises(ConfigError, match=f"{folder} is given twice: remove one of them"):
+    folder = validated_run(tmp_path, "a", [1, 0])
+    with pytest.raises(ConfigError, match=f"{folder} is named twice: leave one out"):
         arms([folder, tmp_path])
 
 
 def test_one_seed_twice_and_one_arm_alone_are_refused(tmp_path):
-    runs = [write_run(tmp_path / name, name, [1, 0], seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
-    with pytest.raises(DataError, match="the same config and the same seed"):
+    runs = [validated_run(tmp_path / name, name, [1, 0], seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    with pytest.raises(DataError, match="one config and one seed"):
         arms(runs)
     with pytest.raises(ConfigError, match="all with the same config"):
         arms(runs[1:])
 
 
 def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path):
-    one = write_run(tmp_path / "a", "a", [1, 0])
-    for other, code in ((tmp_path, 1), (write_run(tmp_path / "b", "b", [1, 0], seed=1), 2)):
+    one = validated_run(tmp_path / "a", "a", [1, 0])
+    for other, code in ((tmp_path, 1), (validated_run(tmp_path / "b", "b", [1, 0], seed=1), 2)):
         result = subprocess.run(
             [sys.executable, "-m", "verl_aqn.cli", "compare", str(one), str(other)],
             capture_output=True, text=True, check=False,

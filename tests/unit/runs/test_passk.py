@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 
 from verl_aqn.errors import DataError
-from verl_aqn.runs.stats.passk import avg_at_k, ks, mean_avg, mean_pass, pass_at_k
+from verl_aqn.runs.passk import avg_at_k, ks, mean_pass, pass_at_k
 
 
 @pytest.mark.parametrize("samples", range(1, 8))
@@ -27,7 +27,6 @@ def test_of_several_samples_the_powers_of_two_and_all_are_told():
 
 
 def test_means_are_over_problems():
-    assert mean_avg([0, 4, 1, 2], 4) == pytest.approx(7 / 16)
     assert mean_pass([0, 4, 1, 2], 4) == pytest.approx({1: 7 / 16, 2: (0 + 1 + 1 / 2 + 5 / 6) / 4, 4: 3 / 4})
 
 
@@ -38,6 +37,5 @@ def test_counts_that_cannot_be_are_refused(right, samples, k):
 
 
 def test_no_problem_has_no_mean():
-    for mean in (mean_avg, mean_pass):
-        with pytest.raises(DataError, match="no problem"):
-            mean([], 4)
+    with pytest.raises(DataError, match="no problem"):
+        mean_pass([], 4)

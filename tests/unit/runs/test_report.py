@@ -4,12 +4,18 @@ import json
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 import pytest
 
-from tests.helpers.run_folders import BASE, metrics, write_run
+from tests.pages import Text, page_of
+from tests.run_folders import BASE, metrics, write_run
 from verl_aqn.errors import ConfigError, DataError
+from verl_aqn.report.answers import read_answers
+from verl_aqn.report.charts import Chart, Series, number
+from verl_aqn.report.evidence import checks, noise_table
+from verl_aqn.report.page import write_report
+from verl_aqn.report.records import QUANTIZATION, read_runs
+from verl_aqn.report.sections import NESTED, OUTSIDE, PHASES, accuracy, bases, times
 from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.runs.report.answers import read_answers
 from verl_aqn.runs.report.charts import Chart, Series, number
@@ -17,28 +23,6 @@ from verl_aqn.runs.report.evidence_section import checks, noise_table
 from verl_aqn.runs.report.page import render, write_report
 from verl_aqn.runs.report.page_data import QUANTIZATION, read_runs
 from verl_aqn.runs.report.sections import NESTED, OUTSIDE, PHASES, accuracy, bases, times
-
-
-class Text(HTMLParser):
-    """The text that a reader sees, and every tag with its attributes."""
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.words: list[str] = []
-        self.tags: list[tuple[str, dict]] = []
-        self.feed(page)
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_data(self, data):
-        if self.tags and self.tags[-1][0] not in ("script", "style"):
-            self.words.append(data)
-
-
-def page_of(*paths, answers: int = 24) -> Text:
-    return Text(render(read_runs(paths), ["aqn.noise"], False, answers))
 
 
 def test_one_run(tmp_path):

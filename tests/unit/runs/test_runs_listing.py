@@ -7,11 +7,11 @@ import os
 import subprocess
 
 import pytest
-import yaml
 from rich.console import Console as RichConsole
 from typer.testing import CliRunner
 
-from verl_aqn.cli.main import app, main
+from tests.run_folders import begin_run, end_run
+from verl_aqn.cli import app, main
 from verl_aqn.errors import DataError
 from verl_aqn.runs import run_list as listing
 from verl_aqn.runs.folder import RunFolder, open_run
@@ -25,18 +25,13 @@ CONFIG = {
 
 
 def make(base, status: str | None = "finished", config: dict | None = CONFIG) -> RunFolder:
-    run = open_run(base, {"of": str(base)}, fresh=True)
-    if config:
-        run.write_text("config.yaml", yaml.safe_dump(config))
+    run = begin_run(base, config) if config else open_run(base, {}, fresh=True)
     run.append("evidence.jsonl", {"kind": "base", "disk": "b" * 64})
     for step in (0, 1, 2):
         run.append("metrics.jsonl", {"kind": "validation", "step": step, "accuracy": 0.25 * step, "items": 40})
         run.append("evidence.jsonl", {"kind": "adapter", "sent": f"adapter {step}"})
     run.append("metrics.jsonl", {"kind": "step", "step": 2, "metrics": {}})
-    if status:
-        run.set_status(status)
-    run.close()
-    return run
+    return end_run(run, status)
 
 
 def test_a_run_in_plain_values(tmp_path):

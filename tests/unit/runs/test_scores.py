@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.unit.runs.test_compare_runs import write_run
+from tests.run_folders import line, lines_of, validated_run, write_lines
 from verl_aqn.errors import ConfigError, DataError
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.stats.arms import arms, read_run
@@ -13,21 +13,6 @@ from verl_aqn.runs.stats.intervals import score_interval, validation_text, wilso
 from verl_aqn.runs.stats.passk import pass_at_k
 from verl_aqn.runs.stats.scores import Item, answers_in
 from verl_aqn.runs.stats.verdict import compare_validations
-
-
-def line(prompt, acc, item=None, sample=None, gts="1"):
-    made = {"input": prompt, "output": "", "gts": gts, "acc": acc}
-    return made | ({} if item is None else {"item": item, "sample": sample})
-
-
-def lines_of(table, prompts=None):
-    """Return lines of [problems][samples] responses, samples of all problems in turn."""
-    prompts = prompts or [f"{number} + 1?" for number in range(len(table))]
-    return [
-        line(prompts[item], table[item][sample], item, sample)
-        for sample in range(len(table[0]))
-        for item in range(len(table))
-    ]
 
 
 def test_several_answers_are_counted_by_problem():
@@ -97,10 +82,9 @@ def test_an_interval_of_right_and_wrong_answers_is_wilsons():
 
 
 def sampled_run(base, name, table, prompts=None, **noise):
-    folder = write_run(base, name, [0] * len(table), **noise)
+    folder = validated_run(base, name, [0] * len(table), **noise)
     for step, answered in ((0, [[0] * len(table[0])] * len(table)), (29, table)):
-        text = "".join(json.dumps(one) + "\n" for one in lines_of(answered, prompts))
-        (folder / f"validation/{step}.jsonl").write_text(text)
+        write_lines(folder / f"validation/{step}.jsonl", lines_of(answered, prompts))
     return folder
 
 
@@ -115,7 +99,7 @@ def test_runs_of_several_answers_are_compared_by_avg_or_pass(tmp_path):
     passed = arms(runs, metric="pass@2")
     assert [arm.scores.tolist() for arm in passed] == [[[1.0, 0.0, 1.0]], [[1.0, 1.0, 1.0]]]
     assert compare(passed).metric == "pass@2"
-    with pytest.raises(ConfigError, match=r"a: pass@4 takes 4 answers"):
+    with pytest.raises(ConfigError, match=r"a/runs/\S+: pass@4 takes 4 answers"):
         arms(runs, metric="pass@4")
     assert read_run(runs[0]).answers.samples == 2
 

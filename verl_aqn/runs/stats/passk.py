@@ -37,13 +37,11 @@ def ks(samples: int) -> list[int]:
     return [*(2**power for power in range(samples.bit_length()) if 2**power < samples), samples]
 
 
-def mean_avg(right: Sequence[int], samples: int) -> float:
-    """Return avg@`samples` over problems. `right` has each problem's number of right responses, out of `samples`."""
-    return _mean([avg_at_k(count, samples) for count in right])
-
-
 def mean_pass(right: Sequence[int], samples: int) -> dict[int, float]:
-    """Return the mean pass@k over problems, as {k: fraction of 1} for all k of `ks`. `right` is as in `mean_avg`."""
+    """Give the mean pass@k over problems, as {k: fraction of 1} for all k of `ks`.
+
+    `right` has for each problem the number of its right answers, of `samples`.
+    """
     return {k: _mean([pass_at_k(count, samples, k) for count in right]) for k in ks(samples)}
 
 
