@@ -1,4 +1,4 @@
-"""Ratios measured side by side, and a run of `bench growth`: what they say of speed is in the README."""
+"""Ratios measured side by side, and a run of `bench growth`: what they say of speed is in docs/performance.md."""
 
 import json
 

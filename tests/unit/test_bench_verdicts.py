@@ -1,6 +1,6 @@
 """The simulation of `compare`'s verdicts: that it has the differences it says, and what its rates are.
 
-`verl-aqn bench verdicts` has more cases and trials; the README has its table.
+`verl-aqn bench verdicts` has more cases and trials; docs/experiments.md has its table.
 """
 
 import json
