@@ -1,4 +1,4 @@
-"""Speed ratios measured in turn, and a run of `bench growth`."""
+"""Ratios measured side by side, and a run of `bench growth`: what they say of speed is in docs/performance.md."""
 
 import json
 

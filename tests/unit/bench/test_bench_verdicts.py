@@ -1,6 +1,6 @@
 """The simulation of `compare`'s verdicts has the stated differences, and its error rates are in bounds.
 
-`verl-aqn bench verdicts` has more cases and trials.
+`verl-aqn bench verdicts` has more cases and trials; docs/experiments.md has its table.
 """
 
 import json

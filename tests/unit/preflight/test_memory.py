@@ -258,7 +258,7 @@ def test_the_machine_of_a_tiny_model_needs_less_and_ppo_more(tmp_path):
     }  # fmt: skip
     shape = shape_of(folder(tmp_path, embedded), EXCLUDE)
     whole = sum(memory.machine(config, shape, 1 << 30).values())
-    assert whole == pytest.approx(11.9e9, rel=0.15)  # measured: the most memory in use on the machine
+    assert whole == pytest.approx(11.9e9, rel=0.15)  # docs/index.md: the most that was in use on the machine
     critic = sum(memory.machine(load_recipe("ppo", ["profile=cpu"]), shape, 1 << 30).values())
     assert critic > whole
 
