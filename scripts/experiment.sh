@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Sets the machine up and runs the experiment $RECIPE. Called by the test_mxfp4_*.sh scripts, which hold the toggles.
+# Sets up the machine and runs the experiment $RECIPE. Called by the test_mxfp4_*.sh scripts, which set the options.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 overrides=("profile=$PROFILE")
-# key=value for Hydra, which takes a path like lr=1,seed=0 apart unless it is quoted.
+# key=value for Hydra, which would split a path like lr=1,seed=0 unless it is quoted.
 path() { [[ -z $2 ]] || overrides+=("$1='${2//\'/\\\'}'"); }
 path aqn.run.dir "$RUN_DIR"
 path actor_rollout_ref.model.path "$MODEL_PATH"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a recipe on the Ray cluster whose head is this machine, and follows it. Ctrl-C asks before it stops the job.
+# Runs a recipe on the Ray cluster whose head is this machine, and shows its output. Ctrl-C asks before stopping the job.
 #   bash scripts/ray_submit.sh RECIPE [key=value …] [--fresh]
 # The run folder, VERL_AQN_CACHE, model and data must be on a disk that all nodes share.
 set -euo pipefail

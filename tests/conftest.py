@@ -1,6 +1,18 @@
-"""Options of the whole suite."""
+"""Command-line options for the whole test suite."""
+
+from pathlib import Path
+
+SLOW = frozenset(
+    line for line in Path(__file__).with_name("slow.txt").read_text().splitlines() if line and not line.startswith("#")
+)
 
 
 def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="leave out the files that tests/slow.txt names")
     parser.addoption("--all-kills", action="store_true", help="test_faults.py: every process, every phase")
     parser.addoption("--all-memory", action="store_true", help="test_memory.py: every model with every batch")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leave a slow file out without importing it, which takes longer than many tests."""
+    return True if config.getoption("--quick") and collection_path.name in SLOW else None

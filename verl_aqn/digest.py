@@ -1,4 +1,4 @@
-"""One digest for everything that is read back: base, norms, adapters."""
+"""The digest that is used for all tensors that are read back: base, norms and adapters."""
 
 import hashlib
 from collections.abc import Iterable
@@ -7,10 +7,10 @@ import torch
 
 
 def tensor_digest(items: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """sha256 (hex) over named tensors, in order of name.
+    """Return the SHA-256 (hex) of named tensors, hashed in order of name.
 
     Args:
-        items: pairs of a name and a tensor of any shape and dtype, on any device. Their order does not matter.
+        items: pairs of a name and a tensor of any shape and dtype, on any device. The order of the pairs has no effect.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(items, key=lambda item: item[0]):

@@ -1,4 +1,4 @@
-"""What commands print with; light, so that `verl-aqn --help` is."""
+"""Printing for commands; light, so that `verl-aqn --help` is fast."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -10,13 +10,13 @@ from rich.table import Table
 
 
 def print_wide(view: Table) -> None:
-    """A table with long rows: a file or a pipe has no width of its own."""
+    """Print a table with long rows: in a file or a pipe, which have no width, it gets 200 columns."""
     Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(view)
 
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on standard error, as the callback that long work takes; nothing where that is no terminal."""
+    """Show a progress bar on standard error and yield its callback; show nothing without a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -1,4 +1,4 @@
-"""Norms with float32 weights on Ascend: the values of vLLM's own forward, by calls that torch_npu's operator takes."""
+"""Norms with float32 weights on Ascend: same values as vLLM's forward, by calls that torch_npu's operator accepts."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ from verl_aqn.errors import ModelError
 
 
 def npu_rms_norm(x: Tensor, gamma: Tensor, epsilon: float = 1e-06) -> tuple[Tensor, Tensor]:
-    """As torch_npu documents it: both of one dtype."""
+    """Replace torch_npu's operator as documented: both arguments have one dtype."""
     assert x.dtype == gamma.dtype, f"gamma is {gamma.dtype}, x is {x.dtype}"
     rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + epsilon)
     return (x.float() * rstd * gamma.float()).to(x.dtype), rstd
@@ -40,7 +40,7 @@ def norms(monkeypatch):
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("name", ["rms", "gemma"])
 def test_the_values_are_those_of_vllm_s_forward(norms, name, residual):
-    from verl_aqn.vllm_api.ascend_norm import compute_in_float32
+    from verl_aqn.integrations.vllm.ascend_norm import compute_in_float32
 
     torch.manual_seed(0)
     inputs = [torch.randn(16, 256, dtype=torch.bfloat16) for _ in range(1 + residual)]
@@ -49,17 +49,17 @@ def test_the_values_are_those_of_vllm_s_forward(norms, name, residual):
     got = norms[name](*[t.clone() for t in inputs])
     for ours, theirs in zip(got, expected, strict=True) if residual else [(got, expected)]:
         assert ours.dtype == torch.bfloat16
-        torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=0)  # float32 sums in another order: one rounding
+        torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=0)  # float32 sums in a different order: one rounding
     if residual:
         assert torch.equal(got[1], expected[1])
-    # Noise writes into the weight's own storage; the next forward sees it.
+    # Noise is written into the weight's own storage, so the next forward uses it.
     norms[name].weight.data += 1.0
     again = norms[name](*[t.clone() for t in inputs])
     assert not torch.equal(again[0] if residual else again, got[0] if residual else got)
 
 
 def test_a_bias_is_not_left_out_without_a_word(norms):
-    from verl_aqn.vllm_api.ascend_norm import compute_in_float32
+    from verl_aqn.integrations.vllm.ascend_norm import compute_in_float32
 
     norms["rms"].bias = nn.Parameter(torch.zeros(256))
     with pytest.raises(ModelError, match="rms has a bias"):

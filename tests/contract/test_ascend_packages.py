@@ -1,4 +1,4 @@
-"""What this project says of torch_npu and vllm-ascend, held against their pinned wheels. None of it is run here."""
+"""This project's statements about torch_npu and vllm-ascend, checked against their pinned wheels as text."""
 
 import ast
 import inspect
@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.ascend_packages import calls, node, pins, read
-from tests.contract.test_npu_operators import ANTI, DYNAMIC
+from tests.npu_operators import ANTI, DYNAMIC
 from verl_aqn.config import load_recipe, parse_aqn
 from verl_aqn.vllm_api.readback import METHOD_ACTIVATIONS
 
@@ -40,7 +40,7 @@ def test_the_pinned_versions_are_those_that_vllm_ascend_asks_for():
 
 
 def test_the_wheel_on_pypi_is_built_for_the_a2_alone():
-    """On other chips its worker refuses to start: what `doctor` says."""
+    """On other chips its worker does not start, which `doctor` reports."""
     assert "__device_type__ = 'A2'" in read("vllm_ascend/_build_info.py")
     check = ast.unparse(node("vllm_ascend/utils.py", "check_ascend_device_type"))
     assert "assert _ascend_device_type == cur_device_type" in check
@@ -80,7 +80,10 @@ def test_the_scheme_for_mxfp4_rounds_activations_as_the_profile_says():
 
 
 def test_no_dense_scheme_of_vllm_ascend_leaves_activations_alone():
-    """Why an Ascend 950 means W4A4, and why compressed-tensors' folder is not served there as it is."""
+    """An Ascend 950 therefore means W4A4.
+
+    This is also why the compressed-tensors folder is not served there unchanged.
+    """
     found = set()
     for file in ("w4a16_mxfp4", "w4a4_mxfp4", "w4a4_mxfp4_flatquant", "w4a8_mxfp4"):
         for call in calls(ast.parse(read(f"vllm_ascend/quantization/methods/{file}.py")), "register_scheme"):
@@ -104,11 +107,11 @@ def test_norms_keep_their_weight_and_hand_it_to_operators_as_it_is():
 
 
 def test_those_operators_want_weights_in_the_activations_dtype():
-    """Why the rollout's float32 norms need a forward of ours (verl_aqn/vllm_api/ascend_norm.py)."""
+    """Float32 norms need our own forward (verl_aqn/integrations/vllm/ascend_norm.py)."""
     folder = "vllm_ascend/_cann_ops_custom/vendors/custom_transformer/op_impl/ai_core/tbe/config/ascend910b"
     table = json.loads(read(f"{folder}/aic-ascend910b-ops-info.json"))["AddRmsNormBias"]
     x, residual, gamma = (table[f"input{number}"]["dtype"].split(",") for number in range(3))
-    assert x == residual == gamma == ["float16", "float32", "bfloat16"]  # columns are what goes together
+    assert x == residual == gamma == ["float16", "float32", "bfloat16"]  # columns belong together
     documentation = read("torch_npu/_op_plugin_docs.py")
     (arguments,) = re.findall(r'"npu_rms_norm",(.*?)"""\n\)', documentation, re.DOTALL)
     assert "gamma：Tensor类型，数据类型需要和self保持一致" in arguments  # "the same dtype as self"
@@ -176,7 +179,7 @@ def test_what_the_profile_sets_is_read_and_what_it_leaves_is_set_by_verl():
     assert re.search(r'"weight_nz_mode",\s+"VLLM_ASCEND_ENABLE_NZ"', read("vllm_ascend/ascend_config.py"))
     theirs = {**PPO_RAY_RUNTIME_ENV["env_vars"], **platform.rollout_env_vars()}
     assert theirs["HCCL_HOST_SOCKET_PORT_RANGE"] == theirs["HCCL_NPU_SOCKET_PORT_RANGE"] == "auto"
-    assert theirs["VLLM_ASCEND_AUTO_DETECT_QUANTIZATION"] == "0"  # hence engine_kwargs.vllm.quantization
+    assert theirs["VLLM_ASCEND_AUTO_DETECT_QUANTIZATION"] == "0"  # this is why engine_kwargs.vllm.quantization is set
     assert platform.ray_noset_envvars() == ["RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES"]
 
 
@@ -189,6 +192,6 @@ def test_devices_are_asked_for_as_npu_and_blocks_are_of_128():
     assert (platform.ray_resource_name(), platform.ray_resource_options(1)) == ("NPU", {"resources": {"NPU": 1}})
     assert 'node_info.get("NPU", 0)' in inspect.getsource(base)
     assert platform.communication_backend_name() == "hccl"
-    assert "num_gpus" not in config.ray_kwargs.ray_init  # `--num-gpus` left the demand for NPUs pending for ever
+    assert "num_gpus" not in config.ray_kwargs.ray_init  # with `--num-gpus`, requests for NPUs stayed pending forever
     assert config.actor_rollout_ref.rollout.engine_kwargs.vllm.block_size == 128
     assert "cache_config.block_size = 128" in ast.unparse(node("vllm_ascend/utils.py", "refresh_block_size"))

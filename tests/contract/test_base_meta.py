@@ -1,4 +1,4 @@
-"""Only the first rank reads the base: the other's is on meta until FSDP2 sends it its shards, and is the same then."""
+"""Only the first rank reads the base. The other rank's base is on meta until FSDP2 sends its shards."""
 
 import socket
 from pathlib import Path
@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.base_answers import loaded
-from tests.family_models import make
-from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
-from verl_aqn.mxfp4.held_base import held_base
+from tests.helpers.base_answers import loaded
+from tests.helpers.family_models import make
+from verl_aqn.checkpoints.held_base import held_base
+from verl_aqn.checkpoints.packing import quantize_checkpoint
 
 pytest.importorskip("verl")
 FOLDERS = ("packed", "source", "moe", "tied")
@@ -24,9 +24,9 @@ def check(rank: int, folder: Path) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy
     from verl.utils.fsdp_utils import apply_fsdp2, fsdp2_load_full_state_dict
 
-    from verl_aqn.layout.decide import attention_of, use_attention
+    from verl_aqn.integrations.verl.packed_base import PackedBase, norm_tensors
+    from verl_aqn.models.layouts import attention_of, use_attention
     from verl_aqn.noise import NoiseInjector
-    from verl_aqn.verl_api.packed_base import PackedBase, norm_tensors
 
     engine = object.__new__(PackedBase)
     engine.model_config = SimpleNamespace(local_path=str(folder), override_config={})
@@ -55,7 +55,7 @@ def check(rank: int, folder: Path) -> None:
     assert held.tensors == wanted.tensors
     assert (held.digest, held.faults) == (wanted.digest, [])
     tokens = torch.arange(1, 9).unsqueeze(0)
-    use_attention(module.get_base_model(), "eager")  # shared prompts' own asks for a layout
+    use_attention(module.get_base_model(), "eager")  # the attention for shared prompts needs a layout
     got, want = module(tokens).logits.float(), loaded(folder)(tokens).logits.float()
     assert torch.nn.functional.cosine_similarity(got.flatten(), want.flatten(), 0) > 0.999
 

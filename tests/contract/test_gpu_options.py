@@ -1,4 +1,4 @@
-"""What the profile cuda asks of vLLM and verl. Held against the CPU's vLLM 0.28; read so in 0.23.0 and 0.24.0 too."""
+"""What the profile cuda assumes of vLLM and verl, checked in the CPU's vLLM 0.28 and read in 0.23.0 and 0.24.0."""
 
 import typing
 from dataclasses import fields
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
-from verl_aqn.config import load_recipe
+from verl_aqn.config.compose import load_recipe
 
 
 def test_marlin_is_a_backend_and_serves_mxfp4_alone():
@@ -27,7 +27,7 @@ def test_marlin_is_a_backend_and_serves_mxfp4_alone():
 
 
 def test_no_pass_of_vllm_fuses_a_norm():
-    """Which passes match norms, vLLM's fusions say; those of ROCm alone and of one model's own kernels aside."""
+    """vLLM's fusions say which passes match norms; those for ROCm or for one model's kernels are left out."""
     import vllm.compilation.passes.fusion as fusion
     from vllm.config import CompilationConfig, PassConfig
 
@@ -37,17 +37,17 @@ def test_no_pass_of_vllm_fuses_a_norm():
     config = CompilationConfig(**OmegaConf.to_container(asked)).pass_config
     assert not any(getattr(config, key) for key in passes)
     of_norms = {field.name for field in fields(PassConfig) if "norm" in field.name or "rms" in field.name}
-    elsewhere = {"fuse_mla_dual_rms_norm", "fuse_qk_norm_rope_kvcache"}  # ROCm; off unless it is asked for
+    elsewhere = {"fuse_mla_dual_rms_norm", "fuse_qk_norm_rope_kvcache"}  # ROCm; off by default
     assert of_norms - elsewhere == {"fuse_norm_quant", "fuse_allreduce_rms", "enable_qk_norm_rope_fusion"}
     assert of_norms - elsewhere <= set(passes)
-    # vLLM's own guard, that a norm's weight has the dtype of its input, is on some of the patterns only.
+    # Only some patterns have vLLM's own check that a norm's weight has the dtype of its input.
     source = (Path(fusion.__path__[0]) / "allreduce_rms_fusion.py").read_text()
     assert 0 < source.count("extra_check=_norm_input_weight_dtype_match") < source.count("extra_check=")
 
 
 @pytest.mark.parametrize(("rank", "merge", "level"), [(32, False, 1), (32, True, 2), (0, False, 2)])
 def test_verl_keeps_the_rollout_s_weights_in_its_sleep_for_an_adapter_alone(rank, merge, level):
-    """Level 2 discards them; verl then sends whole weights, which a packed base is not among."""
+    """Level 2 discards the weights. verl then sends whole weights, which do not include a packed base."""
     from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
 
     server = SimpleNamespace(
@@ -58,7 +58,7 @@ def test_verl_keeps_the_rollout_s_weights_in_its_sleep_for_an_adapter_alone(rank
 
 
 def test_vllm_s_kernels_for_norms_stand_back_where_weights_are_float32():
-    """They would read the noise's float32 as 16-bit numbers, or refuse; vLLM's plain forward takes both dtypes."""
+    """The kernels would read float32 as 16-bit numbers, or fail. vLLM's plain forward takes both."""
     (folder,) = find_spec("vllm").submodule_search_locations
     source = (Path(folder) / "kernels/vllm_c.py").read_text()
     assert source.count("variance_size is None and (weight is None or weight.dtype == x.dtype)") == 2

@@ -1,4 +1,4 @@
-"""ModelSlim folders hold what was read in the source of vllm-ascend 0.23.0; test_modelslim_ascend.py asks it."""
+"""ModelSlim folders have the form that vllm-ascend 0.23.0's source reads; test_modelslim_ascend.py runs that source."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tests.modelslim_folders import modelslim_folders  # noqa: F401
-from tests.tiny_configs import SMALL
+from tests.helpers.modelslim_folders import modelslim_folders  # noqa: F401
+from tests.helpers.tiny_configs import SMALL
+from verl_aqn.checkpoints.packing import quantize_checkpoint
 from verl_aqn.errors import ModelError
-from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
 
 
 def test_description_names_every_tensor(folders) -> None:
@@ -33,6 +33,6 @@ def test_description_names_every_tensor(folders) -> None:
 def test_inputs_must_fill_pairs_of_scales(tmp_path: Path) -> None:
     config = LlamaConfig(**SMALL)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "odd")
-    with pytest.raises(ModelError, match=r"down_proj of .* takes 96 inputs, not a multiple of 64 as vllm-ascend needs"):
+    with pytest.raises(ModelError, match=r"down_proj of .* has 96 inputs, but vllm-ascend needs a multiple of 64"):
         quantize_checkpoint(tmp_path / "odd", tmp_path / "out", format="modelslim")
     assert not (tmp_path / "out").exists()

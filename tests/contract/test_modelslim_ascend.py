@@ -1,6 +1,6 @@
-"""The functions of vllm-ascend that look modules up, make parameters and rearrange them, run on our folders.
+"""Functions of vllm-ascend that look up modules, create parameters and rearrange them, run on our folders.
 
-They are taken out of the source of the pinned wheel, so that torch_npu need not be there. No NPU has run any of this.
+They are extracted from the source of the pinned wheel, so that torch_npu is not needed. None of this was run on an NPU.
 """
 
 import ast
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tests.ascend_packages import read
-from tests.modelslim_folders import LAYER, modelslim_folders  # noqa: F401
+from tests.helpers.ascend_packages import read
+from tests.helpers.modelslim_folders import LAYER, modelslim_folders  # noqa: F401
 
 
 def definitions(file: str, *names: str, inside: str | None = None) -> dict[str, Any]:
-    """Functions and tables of a module of vllm-ascend, without importing it."""
+    """Return functions and tables of a vllm-ascend module without importing it."""
     tree = ast.parse(read(f"vllm_ascend/{file}"))
     body = tree.body
     if inside:
@@ -44,7 +44,7 @@ def test_vllm_ascend_finds_a_scheme_for_every_layer(folders) -> None:
         "quantization/modelslim_config.py", "is_layer_skipped_ascend", inside="AscendModelSlimConfig"
     )["is_layer_skipped_ascend"]
     description = json.loads((folder / theirs["MODELSLIM_CONFIG_FILENAME"]).read_text())
-    # Where its table has no entry, the mapping is that of vLLM's model class.
+    # Without an entry in its table, the mapping is that of vLLM's model class.
     llama = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
     fused = theirs["packed_modules_model_mapping"].get(kind, llama)
     layers = ["self_attn.qkv_proj", "self_attn.o_proj"]

@@ -1,4 +1,4 @@
-"""The seams by which processes note their errors: Ray's answer to a call that failed, and last words in logs."""
+"""Where processes record their errors: in Ray's reply to a failed call, and in log messages before a process ends."""
 
 import importlib.util
 import json
@@ -9,15 +9,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from verl_aqn import faults
-from verl_aqn.cause import Fault, find_cause
+from verl_aqn.launch.cause import Fault, find_cause
+from verl_aqn.runs import faults
 
 PROGRAM = """
 import os, ray, sys
-from verl_aqn.faults import describe
+from verl_aqn.runs.faults import describe
 
 def hook():
-    from verl_aqn.verl_api.cause import note_task_errors
+    from verl_aqn.integrations.verl.root_cause import note_task_errors
     note_task_errors(); note_task_errors()
 
 ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=sys.argv[1])
@@ -68,7 +68,7 @@ for call in (front.fail.remote, front.lose.remote, broken.fail.remote):
 def test_ray_s_answers_are_noted_where_they_come_from(tmp_path):
     env = {**os.environ, faults.PLACE: str(tmp_path / faults.FILE), "PYTHONPATH": os.pathsep.join(sys.path)}
     (program := tmp_path / "program.py").write_text(PROGRAM)
-    with tempfile.TemporaryDirectory(prefix="aqn-", dir="/tmp") as folder:  # short, for sockets
+    with tempfile.TemporaryDirectory(prefix="aqn-", dir="/tmp") as folder:  # short, because of socket paths
         command = [sys.executable, str(program), folder]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     said = [json.loads(line.removeprefix("SAID ")) for line in done.stdout.splitlines() if line.startswith("SAID ")]
@@ -81,11 +81,11 @@ def test_ray_s_answers_are_noted_where_they_come_from(tmp_path):
         ("ray::Deep", "AssertionError", "it cannot be created", True),
     ]
     assert re.search(r"/program.py:\d+$", found[0].where)
-    assert {one.process for one in noted} == {"ray::Deep"}  # who passes an error on has not raised it
+    assert {one.process for one in noted} == {"ray::Deep"}  # a process that passes an error on did not raise it
 
 
 def test_last_words_of_vllm_and_transfer_queue():
-    """By these it is known that a process, or a thread that others wait for, is at its end."""
+    """These messages mean that a process, or a thread that others wait for, is ending."""
     words = []
     engine = ("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor")
     queue = ("transfer_queue.storage.simple_storage", "transfer_queue.storage.managers.simple_storage_manager")
@@ -98,5 +98,5 @@ def test_last_words_of_vllm_and_transfer_queue():
     assert {"EngineCore failed to start.", "EngineCore encountered a fatal error."} < set(last)
     assert {"WorkerProc failed to start.", "WorkerProc failed.", "WorkerProc hit an exception."} < set(last)
     assert {"[unit]: ZMQ Proxy unexpected error: {e}", "[unit]: put_data failed. "} < set(last)
-    assert "Invocation of %s method failed" in words  # is answered with, so it is none
+    assert "Invocation of %s method failed" in words  # it is a normal reply, so it is not an error
     assert "Invocation of %s method failed" not in last

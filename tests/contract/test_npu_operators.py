@@ -1,8 +1,8 @@
-"""The Ascend kernels against stand-ins for torch_npu's operators: calls, dtypes, layouts, and blocks done again.
+"""The Ascend kernels with stand-ins for torch_npu's operators: calls, dtypes, layouts, and recomputed blocks.
 
-The stand-ins are registered with torch under the operators' published schemas, so that torch itself refuses a call
-which the real ones would refuse. They compute what hicann/ops-nn's kernels say (see `npu`), from the tests' own
-definition of the format, and leave nonsense where the kernels leave anything open. No hardware is involved.
+The stand-ins are registered with torch under the operators' published schemas, so torch rejects a call that the real
+operators would reject. They compute what the kernels of hicann/ops-nn do (see `npu`), from the tests' own definition of
+the format. Values that the kernels leave undefined are filled with nonsense. No hardware is involved.
 """
 
 import sys
@@ -15,17 +15,11 @@ import torch
 from torch import Tensor
 
 from tests import mxfp4_definition as definition
+from tests.npu_operators import ANTI, DYNAMIC, inputs
 from verl_aqn.mxfp4.kernels import npu, reference
 
-# torch_npu 2.10.0.post4, csrc/aten/npu_native_functions_by_codegen.yaml; test_ascend_packages.py compares.
-DYNAMIC = (
-    'npu_dynamic_mx_quant(Tensor input, *, int axis=-1, str round_mode="rint", int dst_type=296, int block_size=32, '
-    "int? scale_alg=0, float dst_type_max=0.0) -> (Tensor, Tensor)"
-)
-ANTI = "npu_anti_mx_quant(Tensor x, Tensor mxscale, *, int? axis=-1, int? dst_type=15, int? src_type=292) -> Tensor"
 
-
-# torch leaves out arguments that equal the schema's defaults.
+# torch omits arguments that equal the schema's defaults.
 def dynamic(
     input: Tensor, *, axis=-1, round_mode="rint", dst_type=296, block_size=32, scale_alg=0, dst_type_max=0.0
 ) -> tuple[Tensor, Tensor]:
@@ -51,7 +45,7 @@ def anti(x: Tensor, mxscale: Tensor, *, axis=-1, dst_type=15, src_type=292) -> T
 
 @pytest.fixture
 def torch_npu(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
-    """The module, with both operators, on an Ascend 950; ``calls`` holds the names of those called."""
+    """Provide the module with both operators, on an Ascend 950; ``calls`` lists the names of called operators."""
     calls: list[str] = []
 
     def recorded(name, implementation):
@@ -76,15 +70,6 @@ def torch_npu(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
     monkeypatch.setitem(sys.modules, "torch_npu", module)
     yield module
     library._destroy()
-
-
-def inputs() -> Tensor:
-    """An odd number of bfloat16 blocks, of all magnitudes, with NaN, Inf, zeros and subnormals among them."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(251, 32, generator=generator) * torch.exp2(torch.linspace(-140, 126, 251)).view(-1, 1)
-    x[7, 3], x[8, 4], x[9] = float("nan"), float("-inf"), 0
-    x[100] = torch.tensor([4.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]).repeat(4)  # ties
-    return x.bfloat16()
 
 
 def bytes_of(kernel, x: Tensor, rule: str, rounding: str) -> tuple[Tensor, Tensor]:

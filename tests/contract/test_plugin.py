@@ -1,4 +1,4 @@
-"""A process in which the plugin is missing, or the versions are others, stops with a line that says so."""
+"""A process without the plugin, or with other versions, stops with one line that says so."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-CODE = "from verl_aqn.verl_api.plugin import assert_loaded; assert_loaded('actor')"
+CODE = "from verl_aqn.integrations.verl.verl_plugin import assert_loaded; assert_loaded('actor')"
 
 
 def last_line(code: str, **env: str) -> tuple[int, str]:
@@ -23,7 +23,7 @@ def test_all_is_well_on_the_cpu_platform():
 def test_plugin_switched_off():
     code, line = last_line(CODE, VERL_PLATFORM="cpu", VERL_USE_EXTERNAL_PLUGINS="none")
     assert code == 1
-    assert "actor: VERL_USE_EXTERNAL_PLUGINS=none keeps verl-aqn out" in line
+    assert "actor: VERL_USE_EXTERNAL_PLUGINS=none excludes verl-aqn" in line
 
 
 def test_entry_point_not_installed():
@@ -39,7 +39,7 @@ def test_version_whose_seams_were_not_checked(package):
     patch = (
         "import importlib.metadata as m; old = m.version;"
         f"m.version = lambda name: '0.0.7' if name == {package!r} else old(name);"
-        "from verl_aqn.verl_api import plugin; plugin.check_versions()"
+        "from verl_aqn.integrations.verl import plugin; plugin.check_versions()"
     )
     code, line = last_line(patch, VERL_PLATFORM="cpu")
     assert code == 1
@@ -48,7 +48,7 @@ def test_version_whose_seams_were_not_checked(package):
 
 def test_vllm_version_whose_seams_were_not_checked(monkeypatch):
     from verl_aqn.errors import EnvironmentFault
-    from verl_aqn.vllm_api import plugin
+    from verl_aqn.integrations.vllm import vllm_plugin as plugin
 
     monkeypatch.setattr(plugin.importlib.metadata, "version", lambda _name: "0.99.0")
     with pytest.raises(EnvironmentFault, match=r"vLLM 0\.99\.0 is not supported \(supported: "):

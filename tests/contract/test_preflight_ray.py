@@ -1,4 +1,4 @@
-"""What the checks before a run take for granted of vLLM, verl and Ray."""
+"""What the checks before a run assume about vLLM, verl and Ray."""
 
 import json
 import os
@@ -9,8 +9,8 @@ from typing import get_args
 
 import pytest
 
-from verl_aqn.serving import ADAPTER_RANKS, served_rank
-from verl_aqn.supervise import local_ray
+from verl_aqn.cluster.process_environment import local_ray
+from verl_aqn.config.serving import ADAPTER_RANKS, served_rank
 
 HEAD = """
 import ray
@@ -40,7 +40,7 @@ def ray_env():
 
 
 def test_every_node_of_a_cluster_answers_as_this_machine_does(tmp_path, ray_env):
-    """A real Ray of one node, joined by the command as a run would."""
+    """The command joins a real Ray with one node, as a run would."""
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", HEAD], env=ray_env, stdin=pipe, stdout=pipe, text=True) as head:
         address = head.stdout.readline().strip()
@@ -61,9 +61,9 @@ def test_every_node_of_a_cluster_answers_as_this_machine_does(tmp_path, ray_env)
 
 
 @pytest.mark.parametrize(
-    ("module", "there"), [("verl_aqn.rewards.gsm8k", True), ("verl_aqn.nothing", False), ("nowhere.at.all", False)]
+    ("module", "there"), [("verl_aqn.tasks.gsm8k", True), ("verl_aqn.nothing", False), ("nowhere.at.all", False)]
 )
 def test_a_node_tells_whether_it_has_a_reward_s_module(module, there):
-    from verl_aqn.verl_api.nodes import _importable
+    from verl_aqn.integrations.verl.cluster_nodes import _importable
 
     assert _importable(module) is there

@@ -1,4 +1,4 @@
-"""The actor's process group: where its store listens, and that verl keeps it."""
+"""The actor's process group: where its store listens, and that verl keeps the group."""
 
 import os
 import socket
@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from verl_aqn.cluster.worker import TEMPORARY
+from verl_aqn.cluster.worker_setup import TEMPORARY
 
 RANK = """
 import os, sys
 import psutil, torch
 import torch.distributed as dist
-from verl_aqn.verl_api import plugin
-from verl_aqn.verl_api.process_group import TIMEOUT, open_process_group
+from verl_aqn.integrations.verl import verl_plugin as plugin
+from verl_aqn.integrations.verl.process_group import TIMEOUT, open_process_group
 
 open_process_group()
 group = dist.group.WORLD
@@ -52,11 +52,11 @@ def test_two_ranks_meet_at_one_address_and_listen_at_no_other(nodes, tmp_path):
     out = [rank.communicate(timeout=300)[0].splitlines()[-1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
     stores = "" if nodes == 1 else ", '127.0.0.3'"
-    assert out == [f"2 ['127.0.0.1'{stores}]", "2 ['127.0.0.1']"]  # gloo's own, and the store
+    assert out == [f"2 ['127.0.0.1'{stores}]", "2 ['127.0.0.1']"]  # sockets of gloo and of the store
 
 
 def test_stock_verl_opens_its_own_group_on_a_cpu():
-    """verl asks for "cpu:gloo,cpu:gloo", which torch refuses; with the plugin installed it gets gloo."""
+    """verl requests "cpu:gloo,cpu:gloo", which torch rejects; with the plugin installed it gets gloo."""
     code = (
         "import verl, torch.distributed as dist\n"
         "from verl.workers.engine_workers import initialize_global_process_group_ray\n"

@@ -1,4 +1,4 @@
-"""TransferQueue's sockets: all are made in one place, and none answers or unpickles what comes without Ray's token."""
+"""TransferQueue's sockets: all are created in one place, and none answers or unpickles messages without Ray's token."""
 
 import ast
 import os
@@ -12,8 +12,8 @@ import zmq
 from transfer_queue.utils import zmq_utils
 from zmq.utils import z85
 
-from verl_aqn.verl_api import queue
-from verl_aqn.verl_api.queue import USERS, create_guarded_socket
+from verl_aqn.integrations.verl import queue
+from verl_aqn.integrations.verl.queue import USERS, create_guarded_socket
 
 FOLDER = Path(transfer_queue.__file__).parent
 
@@ -40,7 +40,7 @@ def test_every_socket_is_made_by_the_function_that_is_replaced():
 
 
 def test_the_function_is_replaced_for_this_process_and_for_actors(monkeypatch):
-    """Ray sends classes of actors by value and what they call by name: so ours reaches processes without our plugin."""
+    """Ray sends actor classes by value and their callees by name, so processes without our plugin use our function."""
     from ray import cloudpickle
     from transfer_queue.controller import TransferQueueController
 
@@ -48,13 +48,13 @@ def test_the_function_is_replaced_for_this_process_and_for_actors(monkeypatch):
         monkeypatch.setattr(module, "create_zmq_socket", module.create_zmq_socket)
     queue.guard()
     cls = TransferQueueController.__ray_metadata__.modified_class
-    assert b"verl_aqn.verl_api.queue" in cloudpickle.dumps(cls)
+    assert b"verl_aqn.integrations.verl.queue" in cloudpickle.dumps(cls)
 
 
 def exchange(context: zmq.Context, server: zmq.Socket, client: zmq.Socket, seconds: float = 0.5) -> bool:
     port = server.bind_to_random_port("tcp://127.0.0.1")
     client.connect(f"tcp://127.0.0.1:{port}")
-    client.linger = 0  # or what nobody takes would keep the context open
+    client.linger = 0  # otherwise messages that nobody receives would keep the context open
     client.send(pickle.dumps("harm"))
     return bool(server.poll(1000 * seconds))
 
@@ -80,7 +80,7 @@ def test_who_has_no_token_is_not_heard(context, monkeypatch, who):
 
 
 def test_a_server_without_the_key_gets_nothing(context):
-    """As of a neighbour who takes the port when a server has died."""
+    """This is a neighbour who takes the port after a server has died."""
     client = create_guarded_socket(context, zmq.DEALER, "127.0.0.1")
     assert not exchange(context, context.socket(zmq.ROUTER), client)
 
@@ -105,7 +105,7 @@ def test_the_token_is_found_as_ray_finds_it(context, monkeypatch, tmp_path):
 
 
 def test_a_gigabyte_is_sent_in_seconds(context):
-    """What the key costs: it also encrypts."""
+    """This is the cost of the key, which also encrypts."""
     server, client = (create_guarded_socket(context, kind, "127.0.0.1") for kind in (zmq.ROUTER, zmq.DEALER))
     assert exchange(context, server, client, 10)
     server.recv_multipart()

@@ -1,4 +1,4 @@
-"""Where `verl_aqn.stock` takes hold of stock verl: the order in which verl does things, and what it refuses by name."""
+"""The places where `verl_aqn.stock` hooks into stock verl: the order of verl's actions, and what it rejects by name."""
 
 import inspect
 import os
@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 
+from tests.stock_config import composed
+
 INSTALL = """
 import sys
 {before}
@@ -15,33 +17,13 @@ import verl_aqn.stock
 from types import SimpleNamespace
 from omegaconf import OmegaConf
 from verl.trainer.ppo.v1 import trainer_base
-from tests.contract.test_stock_seams import composed
+from tests.stock_config import composed
 {after}
 """
 
 
-def composed(*overrides: str):
-    """The config of `main_ppo` with these overrides."""
-    from pathlib import Path
-
-    import verl
-    from hydra import compose, initialize_config_dir
-
-    folder = Path(verl.__file__).parent / "trainer" / "config"
-    with initialize_config_dir(config_dir=str(folder), version_base=None):
-        return compose(
-            "ppo_trainer",
-            overrides=[
-                "actor_rollout_ref.model.external_lib=verl_aqn.stock",
-                "actor_rollout_ref.model.lora_rank=8",
-                "actor_rollout_ref.rollout.name=vllm",
-                *overrides,
-            ],
-        )
-
-
 def said(before: str, after: str) -> tuple[int, str]:
-    """Exit code and last line of a process in which the option is imported."""
+    """Return exit code and last line of a process that imports the option."""
     env = {**os.environ, "VERL_PLATFORM": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
     code = INSTALL.format(before=before, after=after)
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
@@ -66,7 +48,7 @@ def test_the_option_is_imported_after_the_trainer_is_made_and_before_its_data():
 
 
 def test_requests_get_the_adapter_where_the_engine_lists_it():
-    """What `listed` and the counted requests stand on."""
+    """`listed` and the counted requests depend on this."""
     from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
 
     source = inspect.getsource(vLLMHttpServer.generate)
@@ -78,7 +60,7 @@ def test_requests_get_the_adapter_where_the_engine_lists_it():
 def test_a_trainer_of_verl_becomes_a_checked_one():
     after = """
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
-from verl_aqn.verl_api.stock import become_checked
+from verl_aqn.integrations.verl.stock_hook import become_checked
 trainer = PPOTrainerSync.__new__(PPOTrainerSync)
 trainer.config = composed("+verl_aqn.on_fault=warn")
 become_checked(trainer)
@@ -86,14 +68,14 @@ rollout = trainer.config.actor_rollout_ref.rollout
 print(type(trainer).__name__, trainer.settings.on_fault, rollout.load_format, rollout.calculate_log_probs,
       rollout.engine_kwargs.vllm.worker_extension_cls)
 """
-    wanted = "StockTrainer warn safetensors True verl_aqn.verl_api.worker_extension.StockWorkerExtension"
+    wanted = "StockTrainer warn safetensors True verl_aqn.integrations.verl.worker_extension.StockWorkerExtension"
     assert said("import verl.trainer.ppo.v1", after) == (0, wanted)
 
 
 def test_another_trainer_is_refused():
     after = """
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
-from verl_aqn.verl_api.stock import become_checked
+from verl_aqn.integrations.verl.stock_hook import become_checked
 class Mine(PPOTrainerSync):
     pass
 trainer = Mine.__new__(Mine)
@@ -116,7 +98,7 @@ REFUSED = {
     "trainer.v1.trainer_mode=colocate_async": "trainer.v1.trainer_mode=colocate_async: set it to sync",
     "actor_rollout_ref.actor.strategy=fsdp_turbo": "actor.strategy=fsdp_turbo: set it to fsdp or fsdp2",
     "actor_rollout_ref.rollout.name=sglang": "rollout.name=sglang: set it to vllm",
-    "actor_rollout_ref.model.lora.merge=true": "model.lora.merge=True: set it to false: merged weights hold no adapter",
+    "actor_rollout_ref.model.lora.merge=true": "model.lora.merge=True: set it to false: merged weights have no adapter",
     "actor_rollout_ref.model.lora_rank=0": "model.lora_rank=0: set it to 1 or more: a sync of full weights",
     "actor_rollout_ref.rollout.quantization=fp8": "rollout.quantization=fp8: set it to null",
     "actor_rollout_ref.rollout.data_parallel_size=2": "rollout.data_parallel_size=2: set it to 1",
@@ -127,18 +109,18 @@ REFUSED = {
 
 @pytest.mark.parametrize("override", REFUSED)
 def test_what_cannot_be_checked_is_refused_by_its_key(override):
+    from verl_aqn.config.stock_settings import check_supported
     from verl_aqn.errors import ConfigError
-    from verl_aqn.stock_settings import check_supported
 
     check_supported(composed())
     with pytest.raises(ConfigError) as refused:
         check_supported(composed(override))
     assert REFUSED[override] in str(refused.value)
-    assert "leave actor_rollout_ref.model.external_lib out" in str(refused.value)
+    assert "remove actor_rollout_ref.model.external_lib" in str(refused.value)
 
 
 def test_the_steps_that_are_looked_at_without_the_adapter():
-    from verl_aqn.verl_api.stock_trainer import StockTrainer
+    from verl_aqn.integrations.verl.stock_trainer import StockTrainer
 
     def steps(*overrides: str) -> list[int]:
         trainer = StockTrainer.__new__(StockTrainer)
@@ -152,8 +134,8 @@ def test_the_steps_that_are_looked_at_without_the_adapter():
 
 
 def test_what_the_adapter_does_is_told_from_what_kernels_do():
-    from verl_aqn.judge.stock import StockJudge, is_visible
-    from verl_aqn.verl_api.stock_trainer import use_of_adapter
+    from verl_aqn.integrations.verl.stock_trainer import use_of_adapter
+    from verl_aqn.runs.judge.stock_records import StockJudge, is_visible
 
     torch.manual_seed(0)
     shape = (8, 16)
@@ -177,15 +159,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-from tests.vllm_models import config_of, start
-from verl_aqn.data.smollm2 import tiny_model
-from verl_aqn.stock_settings import EXTENSION
-from verl_aqn.vllm_api import plugin
+from tests.helpers.vllm_models import config_of, start
+from verl_aqn.tasks.smollm2 import tiny_model
+from verl_aqn.config.stock_settings import EXTENSION
+from verl_aqn.integrations.vllm import vllm_plugin as plugin
 
 plugin.register()
 with TemporaryDirectory() as folder:
     model_folder = tiny_model(Path(folder) / "tiny")
-    for extension in (EXTENSION, "verl_aqn.verl_api.worker_extension.AqnWorkerExtension"):
+    for extension in (EXTENSION, "verl_aqn.integrations.verl.worker_extension.AqnWorkerExtension"):
         config = config_of(model_folder)
         config.parallel_config.worker_extension_cls = extension
         with set_current_vllm_config(config):

@@ -1,4 +1,4 @@
-"""Two runs on a machine must not meet: verl's socket is named by Ray's job, which is the same in both."""
+"""Two runs on one machine use different sockets, although verl names its socket by Ray's job, equal in both."""
 
 from types import SimpleNamespace
 
@@ -6,8 +6,8 @@ from types import SimpleNamespace
 def test_actor_and_rollout_of_a_run_meet_in_its_own_folder(monkeypatch):
     from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
-    from verl_aqn.verl_api.sync_socket import of_this_run
-    from verl_aqn.verl_api.worker_extension import AqnWorkerExtension
+    from verl_aqn.integrations.verl.sync_socket import of_this_run
+    from verl_aqn.integrations.verl.worker_extension import AqnWorkerExtension
 
     monkeypatch.setenv("VERL_RAY_JOB_ID", "01000000")
     monkeypatch.setenv("TMPDIR", "/tmp/aqn-one")

@@ -1,4 +1,4 @@
-"""Tools: verl's agent loop with our calculator, what verl makes of a conversation, and what is refused before a run."""
+"""Tools: verl's agent loop with our calculator, verl's form of a conversation, and what is rejected before a run."""
 
 import asyncio
 from pathlib import Path
@@ -11,13 +11,13 @@ from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
 from verl_aqn.cache import cache_dir
-from verl_aqn.config import load_recipe
-from verl_aqn.data.smollm2 import embedded_model
-from verl_aqn.data.word_problems import problems, prompt
+from verl_aqn.config.compose import load_recipe
 from verl_aqn.errors import ConfigError
-from verl_aqn.preflight.tools import SINGLE, loops_of, prepare_tools
-from verl_aqn.verl_api.calculator import calculator, text_of, value_of
-from verl_aqn.verl_api.tools import answer
+from verl_aqn.integrations.verl.ask_tools import answer
+from verl_aqn.integrations.verl.calculator import calculator, text_of, value_of
+from verl_aqn.preflight.agent_tools import SINGLE, loops_of, prepare_tools
+from verl_aqn.tasks.smollm2 import embedded_model
+from verl_aqn.tasks.word_problems import problems, prompt
 
 CALL = '<tool_call>{"name": "calculator", "arguments": {"expression": "%s"}}</tool_call>'
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -50,13 +50,15 @@ def test_integers_stay_exact():
 
 
 def test_what_a_tool_says_is_masked_and_everything_else_is_what_the_policy_sampled(items, monkeypatch):
-    """verl's own tool agent loop, with a server that answers from a script."""
+    """verl's own tool agent loop runs with a server that answers from a script."""
     from verl.experimental.agent_loop.agent_loop import ToolListWrap
     from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
     from verl.tools.function_tool import FUNCTION_TOOL_REGISTRY
     from verl.tools.tool_registry import load_all_tools
 
-    monkeypatch.delitem(FUNCTION_TOOL_REGISTRY, "calculator")  # of this file's own import: verl refuses a second
+    monkeypatch.delitem(
+        FUNCTION_TOOL_REGISTRY, "calculator"
+    )  # registered by this file's own import; verl rejects a second registration
     tokenizer = AutoTokenizer.from_pretrained(embedded_model(cache_dir() / "models"))
     config = load_recipe("multi_turn", ["profile=cpu"])
     prepare_tools(config, items)
@@ -80,7 +82,7 @@ def test_what_a_tool_says_is_masked_and_everything_else_is_what_the_policy_sampl
     kept = [token for token, own in zip(output.response_ids, output.response_mask, strict=True) if own]
     assert kept == [*sampled[0], *sampled[1]]
     masked = [token for token, own in zip(output.response_ids, output.response_mask, strict=True) if not own]
-    # verl knows no protocol of llama's and leaves out the template's line break after <|im_end|> (docs/workloads.md).
+    # verl has no parser for llama's format, and omits the template's line break after <|im_end|> (docs/workloads.md).
     assert tokenizer.decode(masked) == "<|im_start|>tool\n9<|im_end|>\n<|im_start|>assistant\n"
     own = torch.tensor(output.response_mask).bool()
     assert set(torch.tensor(output.response_logprobs)[own].tolist()) == {-0.5}
@@ -89,7 +91,7 @@ def test_what_a_tool_says_is_masked_and_everything_else_is_what_the_policy_sampl
 
 
 def made(cls, config, tokenizer, server, tools):
-    """`cls` of verl's agent loops as its worker makes it; returns how to run it."""
+    """Return a function that runs the agent loop `cls`, created as verl's worker creates it."""
     from verl.experimental.agent_loop.agent_loop import DictConfigWrap
     from verl.utils.dataset.rl_dataset import RLHFDataset
 
@@ -136,13 +138,13 @@ def test_masked_tokens_are_in_no_loss(mode):
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        ([f"{ROLLOUT}.multi_turn.function_tool_path=/nowhere.py"], "/nowhere.py: there is no such file"),
-        ([f"{ROLLOUT}.multi_turn.function_tool_path=pkg://verl_aqn.nothing"], "there is no module verl_aqn.nothing"),
+        ([f"{ROLLOUT}.multi_turn.function_tool_path=/nowhere.py"], "/nowhere.py: this file does not exist"),
+        ([f"{ROLLOUT}.multi_turn.function_tool_path=pkg://verl_aqn.nothing"], "module verl_aqn.nothing does not exist"),
         ([f"{ROLLOUT}.multi_turn.function_tool_path=pkg://verl_aqn.errors"], "has no tool: put @function_tool"),
         ([f"{ROLLOUT}.multi_turn.function_tool_path=null"], "default_agent_loop=tool_agent has no tool"),
         ([f"{ROLLOUT}.multi_turn.format=herms"], "multi_turn.format=herms is not known: verl has"),
         ([f"{ROLLOUT}.agent.default_agent_loop=tools"], "there is no agent loop 'tools': verl has single_turn_agent"),
-        ([f"{ROLLOUT}.agent.default_agent_loop=single_turn_agent"], "answers once and calls no tool"),
+        ([f"{ROLLOUT}.agent.default_agent_loop=single_turn_agent"], "generates one response and calls no tool"),
     ],
 )
 def test_tools_that_would_fail_or_never_be_called_are_refused(items, overrides, text):
@@ -154,7 +156,7 @@ def test_tools_that_would_fail_or_never_be_called_are_refused(items, overrides, 
 
 
 def test_a_recipe_without_tools_asks_nothing(items, monkeypatch):
-    monkeypatch.setattr("verl_aqn.preflight.tools.ask_module", None)
+    monkeypatch.setattr("verl_aqn.preflight.agent_tools.ask_module", None)
     prepare_tools(load_recipe("e12", ["profile=cpu"]), items)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from verl_aqn.trackers import stay_here
+from verl_aqn.config.trackers import stay_here
 
 BACKENDS = ["tensorboard", "wandb", "mlflow", "swanlab", "trackio", "file"]
 LOGGED = {
@@ -19,7 +19,7 @@ LOGGED = {
 }
 PACKAGES = Path(sys.prefix) / "trackers"  # scripts/setup.sh
 
-# What a run does, with its whole config and the tables that verl logs beside numbers.
+# Log as a run does: the whole config, numbers, and the tables of verl.
 WRITE = """
 import json, sys
 sys.path.append(sys.argv[1])
@@ -30,7 +30,7 @@ def heard(event, args):
 sys.addaudithook(heard)
 from omegaconf import OmegaConf
 from verl.utils.tracking import DapoFilteredRewardTableLogger, Tracking, ValidationGenerationsLogger
-from verl_aqn.config import load_recipe
+from verl_aqn.config.compose import load_recipe
 backends, logged = json.loads(sys.argv[2]), json.loads(sys.argv[3])
 config = OmegaConf.to_container(load_recipe("e12", ["profile=cpu"]), resolve=True)
 tracking = Tracking("verl-aqn", "e12", backends, config=config)
@@ -120,13 +120,13 @@ json.dump({read.__name__: read() for read in (tensorboard, wandb, mlflow, swanla
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """(folder, what each backend holds). A run may write to run/ and cache/, and must not to home/ and cwd/."""
+    """(folder, records of each backend). A run may write to run/ and cache/, but not to home/ and cwd/."""
     if not PACKAGES.is_dir():
         pytest.skip(f"no trackers in {PACKAGES}: scripts/setup.sh installs them for the profile cpu")
     folder = tmp_path_factory.mktemp("trackers")
     for name in ("run", "home", "cwd", "tmp", "cache"):
         (folder / name).mkdir()
-    # As in an activated environment, where swanlab finds uv.
+    # As in an activated environment, in which swanlab finds uv.
     env = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "HOME": str(folder / "home"),
@@ -136,7 +136,7 @@ def written(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as proxy:
         patch.setenv("VERL_AQN_CACHE", str(folder / "cache"))
         stay_here(env, folder / "run", 1)
-        # Every client that wants out through HTTP, in Python or not, comes by here.
+        # Every HTTP client, in Python or not, must use this proxy.
         proxies = dict.fromkeys(
             ("http_proxy", "https_proxy", "all_proxy"), f"http://127.0.0.1:{proxy.getsockname()[1]}"
         )
@@ -162,7 +162,7 @@ def _hear(proxy, file):
     while True:
         try:
             connection, _ = proxy.accept()
-        except OSError:  # closed: the test is over
+        except OSError:  # closed, because the test is over
             return
         with connection, file.open("ab") as out:
             out.write(connection.recv(200))
@@ -174,8 +174,8 @@ def test_every_value_is_read_back_under_its_name(written, backend):
     wanted = {}
     for step, metrics in LOGGED.items():
         for name, value in metrics.items():
-            name = name.replace("@", "_at_") if backend == "mlflow" else name  # its names have no @
-            wanted.setdefault(name, {})[str(step)] = pytest.approx(value, rel=1e-6)  # TensorBoard has fp32
+            name = name.replace("@", "_at_") if backend == "mlflow" else name  # its metric names cannot contain @
+            wanted.setdefault(name, {})[str(step)] = pytest.approx(value, rel=1e-6)  # TensorBoard stores fp32
     assert {name: found[backend].get(name) for name in wanted} == wanted
 
 
@@ -212,7 +212,7 @@ def test_what_the_user_has_set_stays(tmp_path):
     stay_here(env := dict(user), tmp_path, 1)
     assert env == user
     stay_here(env := {"VERL_FILE_LOGGER_ROOT": "there"}, tmp_path, 1)
-    assert "VERL_FILE_LOGGER_PATH" not in env  # verl would take it in the root's place
+    assert "VERL_FILE_LOGGER_PATH" not in env  # verl would use it instead of the root
 
 
 def test_keys_are_used_only_online(tmp_path):

@@ -1,7 +1,7 @@
-"""The GPU kernels compile ahead of time, without a GPU, and to the memory accesses that they were laid out for.
+"""The GPU kernels compile ahead of time, without a GPU, to the memory accesses that they were designed for.
 
-Speed itself needs a GPU; what the machine code shows does not: accesses of 16 bytes, no detour through shared memory,
-no spilled registers, and no flushing of subnormals, which would change bits.
+Speed needs a GPU to measure, but the machine code shows accesses of 16 bytes, no use of shared memory, no spilled
+registers, and no flushing of subnormals, which would change bits.
 """
 
 import re
@@ -21,7 +21,7 @@ TOOLS = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin"
 
 
 def compiled(kernel: str, dtype: str, architecture: int, rule: str, rounding: str) -> dict[str, str | bytes]:
-    """The stages of what a launch with tensors of ``dtype`` aligned to 16 bytes, as torch allocates them, compiles."""
+    """Return the compilation stages of a launch with tensors of ``dtype``, aligned to 16 bytes as torch does."""
     codes = "*i16" if dtype == "float32" else "*i32"
     arguments = {
         "quantize": {"x_ptr": FLOATS[dtype], "codes_ptr": codes, "scale_ptr": "*u8"},

@@ -1,4 +1,4 @@
-"""What verl itself is asked before a run: it refuses what it would refuse within, and takes every shipped recipe."""
+"""verl's own checks, called before a run: they reject what verl would reject later, and accept every shipped recipe."""
 
 import json
 import subprocess
@@ -7,11 +7,12 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from tests.composed import recipe_with
+from tests.helpers.composed import recipe_with
 from verl_aqn.cache import cache_dir
-from verl_aqn.config import REWARD_MANAGERS, recipe_names
-from verl_aqn.preflight import verl as asked
-from verl_aqn.verl_api.ask import faults
+from verl_aqn.config.allowed import REWARD_MANAGERS
+from verl_aqn.config.compose import recipe_names
+from verl_aqn.integrations.verl.ask_verl import faults
+from verl_aqn.preflight import verl_says as asked
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 GROUPS = ["algorithm.filter_groups.enable=true"]

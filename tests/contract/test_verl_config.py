@@ -1,12 +1,13 @@
-"""Every key of verl's config has an entry in `verl_keys.yaml`, and every entry is of a key that verl has."""
+"""Every key of verl's config has an entry in `verl_keys.yaml`, and every entry is a key of verl."""
 
 import pytest
 from omegaconf import OmegaConf
 
-from verl_aqn.config import check_names, compose_verl, load_recipe
+from verl_aqn.config.allowed import check_names
+from verl_aqn.config.compose import compose_verl, load_recipe
+from verl_aqn.config.verl_keys import leaves, rules, rules_of
 from verl_aqn.errors import ConfigError
-from verl_aqn.prepare import refuse_unread
-from verl_aqn.verl_keys import leaves, rules, rules_of
+from verl_aqn.preflight.prepare import refuse_unread
 
 RECIPE = "e12"
 TREE = [key for key, _ in leaves(compose_verl())]

@@ -1,4 +1,4 @@
-"""A gradient that is not finite: verl goes on without that update, a run of ours stops and keeps the batch."""
+"""A gradient that is not finite: verl skips that update and goes on; our run stops and keeps the batch."""
 
 import json
 from types import SimpleNamespace
@@ -11,13 +11,13 @@ from safetensors import safe_open
 from torch import nn
 
 from verl_aqn.errors import TrainingError
+from verl_aqn.integrations.verl import divergence
+from verl_aqn.integrations.verl.engine import AqnFSDPEngine
 from verl_aqn.runs.folder import open_run
-from verl_aqn.verl_api import divergence
-from verl_aqn.verl_api.engine import AqnFSDPEngine
 
 
 def engine(gradient: float) -> AqnFSDPEngine:
-    """verl's engine as far as its optimiser step needs it, over one weight."""
+    """verl's engine, as far as its optimiser step needs it, with one weight."""
     made = object.__new__(AqnFSDPEngine)
     made.module = nn.Linear(1, 1, bias=False)
     made.module.weight.grad = torch.full((1, 1), gradient)

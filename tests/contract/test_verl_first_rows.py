@@ -1,4 +1,4 @@
-"""What verl reads, we take, and what it does not, we refuse in one line: the first rows of a run's data, before Ray."""
+"""The first rows of a run's data, before Ray starts: accepted if verl can read them, otherwise rejected in one line."""
 
 import json
 import random
@@ -15,13 +15,14 @@ from omegaconf import OmegaConf
 from verl.utils import hf_tokenizer
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
-from verl_aqn.config import load_recipe
-from verl_aqn.data.smollm2 import tiny_model
+from verl_aqn.config.compose import load_recipe
 from verl_aqn.errors import ConfigError, DataError, ModelError
-from verl_aqn.preflight import checks, rows
-from verl_aqn.probe.inputs import read_prompts
-from verl_aqn.run_data import check_data, items_of, prepare_data
-from verl_aqn.verl_api.first_rows import answer
+from verl_aqn.integrations.verl.first_rows import answer
+from verl_aqn.preflight import data_rows as rows
+from verl_aqn.preflight import recipe_checks as checks
+from verl_aqn.preflight.probe.probe_inputs import read_prompts
+from verl_aqn.preflight.run_data import check_data, items_of, prepare_data
+from verl_aqn.tasks.smollm2 import tiny_model
 
 LIMIT = 64
 REWARD = "def compute_score(**told):\n    return {'score': 0.5, 'acc': 0}\n"
@@ -39,7 +40,7 @@ def tokenizer(model):
 
 @pytest.fixture
 def template(model, tmp_path):
-    """`template(text)` → a model of that chat template, or of none."""
+    """`template(text)` → a model with this chat template, or without one."""
 
     def make(text: str | None):
         folder = tmp_path / f"model-{len(list(tmp_path.iterdir()))}"
@@ -74,7 +75,7 @@ def composed():
 
 
 def recipe(model, train, test=None, *more):
-    """A recipe with these files; `more` as on the command line, but composed once for all."""
+    """A recipe with these files; `more` are overrides as on the command line, but composed once for all tests."""
     config, files = composed().copy(), train if isinstance(train, list) else [train]
     settings = {
         "actor_rollout_ref.model.path": str(model),
@@ -91,21 +92,21 @@ def recipe(model, train, test=None, *more):
 
 
 def fault(config, kind="DataError"):
-    """What is wrong, in one line."""
+    """Return the error as one line."""
     found = answer(config)
     assert found.get("kind") == kind, found
     assert "\n" not in found["fault"]
     return found["fault"]
 
 
-# ---------------------------------------------------------------- whatever verl reads
+# ---------------------------------------------------------------- what verl reads
 
 GOOD = [message()], [message("Be short.", "system"), message()], [message(), message("2", "assistant"), message("Why?")]
 BAD = [message("word " * LIMIT)], [], None, [message(role=None, text=None)]
 
 
 def as_lists(prompts, make):
-    """An Arrow column of messages whose list is of the type that `make` gives, as pyarrow and polars write them."""
+    """Return an Arrow column of messages with the list type that `make` gives, as pyarrow and polars write them."""
     return pa.array(prompts, make(pa.struct({"role": pa.large_string(), "content": pa.large_string()})))
 
 
@@ -159,7 +160,7 @@ def arrow(path, rows, key, make, encode=False):
 
 
 def verl_reads(file, config, tokenizer):
-    """Whether verl's own class has a row left that is a list of messages."""
+    """Return whether verl's own class keeps a row that is a list of messages."""
     try:
         dataset = RLHFDataset(str(file), tokenizer, config.data.copy())
         return len(dataset) > 0 and all(isinstance(dataset[n]["raw_prompt"], list) for n in range(len(dataset)))
@@ -208,18 +209,18 @@ def test_items_without_verl_are_verl_s_items(model, tokenizer, tmp_path):
     assert {prompt.reward["extra_info"].get("index") for prompt in prompts} == {None, 7}
 
 
-# ---------------------------------------------------------------- what is wrong, by name
+# ---------------------------------------------------------------- errors, by name
 
 
 def test_a_column_of_another_name_or_form_is_told_with_the_columns_and_a_way(model, tmp_path):
     file = lines(tmp_path / "a.jsonl", [row(key="messages")] * 3)
     text = fault(recipe(model, file))
-    assert "a.jsonl: there is no column 'prompt', which data.prompt_key names, but data_source, reward_model, " in text
+    assert "a.jsonl: there is no column 'prompt' (data.prompt_key); the columns are data_source, reward_model, " in text
     assert answer(recipe(model, file, None, "data.prompt_key=messages")) == {"rows": None, "warnings": []}
     text = fault(recipe(model, lines(tmp_path / "b.jsonl", [row("1 + 1?")] * 3)))
-    assert "b.jsonl: no row is left (row 0: the column 'prompt' holds text where verl takes a list of mess" in text
+    assert "b.jsonl: no row is left (row 0: the column 'prompt' holds text where verl needs a list of mess" in text
     assert '[{"role": "user", "content": ' in text
-    # A template that takes the letters of a text for messages is no reason to train on them.
+    # A template may treat the letters of a text as messages; such data must be rejected all the same.
     loose = "actor_rollout_ref.model.custom_chat_template='{% for m in messages %}{{ m.content }}{% endfor %}.'"
     assert "row 0 cannot be rendered (the column 'prompt' holds text" in fault(
         recipe(model, tmp_path / "b.jsonl", None, loose)
@@ -281,8 +282,8 @@ def test_prompts_that_are_too_long(model, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [({"reward_model": None}, "row 2: the column 'reward_model' is missing"),
-     ({"reward_model": {"style": "rule"}}, "row 2: the column 'reward_model' holds no ground_truth"),
-     ({"reward_model": "2"}, "row 2: the column 'reward_model' holds no ground_truth")],
+     ({"reward_model": {"style": "rule"}}, "row 2: the column 'reward_model' has no ground_truth"),
+     ({"reward_model": "2"}, "row 2: the column 'reward_model' has no ground_truth")],
 )  # fmt: skip
 def test_a_row_without_what_a_reward_is_told(model, tmp_path, changes, words):
     table = pa.Table.from_pylist([row()] * 2 + [row() | changes] * 7) if changes["reward_model"] is None else None
@@ -309,7 +310,7 @@ def test_files_that_verl_cannot_join_or_fills_up(model, tmp_path):
     assert "fault" not in answer(recipe(model, [text, bare])), "verl fills the column up"
 
 
-# ---------------------------------------------------------------- a class of the user's own
+# ---------------------------------------------------------------- a data class of the user
 
 OWN = """
 import csv
@@ -341,7 +342,7 @@ def test_a_class_of_the_user_s_own_decides(model, tokenizer, tmp_path, monkeypat
     own = [f"data.custom_cls.path={module}", "data.custom_cls.name=Csv", "data.val_max_samples=7"]
     config = recipe(model, file, None, *own, f"reward.custom_reward_function.path={reward}")
     assert answer(config) == {"rows": {"train": 30, "test": 7}, "warnings": []}
-    monkeypatch.setattr(rows, "_ask", answer)  # a process takes seconds
+    monkeypatch.setattr(rows, "_ask", answer)  # starting a process takes seconds
     assert prepare_data(config).rows == {"train": 30, "test": 7}
     assert [len(prompt.ids) > 0 for prompt in read_prompts(config, tokenizer, 3)] == [True] * 3
     judged = recipe(model, file, None, *own)
@@ -357,7 +358,7 @@ def test_a_class_of_the_user_s_own_decides(model, tokenizer, tmp_path, monkeypat
     assert "data.custom_cls: None of" in fault(recipe(model, file, None, *own), "ConfigError")
 
 
-# ---------------------------------------------------------------- how it is asked
+# ---------------------------------------------------------------- how verl is called
 
 
 def test_verl_is_asked_in_its_own_process_once(model, tmp_path, monkeypatch):
@@ -387,7 +388,7 @@ def test_verl_is_asked_in_its_own_process_once(model, tmp_path, monkeypatch):
 def test_the_doctor_tells_what_is_wrong_with_the_data(model, tmp_path, monkeypatch):
     monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(rows, "_ask", answer)
-    assert checks.check_rows(load_recipe("e6a", ["profile=cuda"])).found == "not read: gsm8k is not on disk yet"
+    assert checks.check_rows(load_recipe("e6a", ["profile=cuda"])).found == "not checked: gsm8k is not on disk yet"
     good = lines(tmp_path / "a.jsonl", [row()] * 5)
     assert checks.check_rows(recipe(model, good)).found == "5 rows for training, 5 for validation"
     for changes, words in (({"prompt": "text"}, "no row is left"), (

@@ -1,4 +1,4 @@
-"""verl's HTTP server beside an engine: what starts it, that a run asks through Ray instead, and who may still ask."""
+"""verl's HTTP server beside an engine: what starts it, that a run uses Ray instead, and who can still use it."""
 
 import ast
 import asyncio
@@ -10,7 +10,7 @@ import pytest
 import verl
 
 ROOT = Path(verl.__file__).parent
-# What a run's answers come through. A reward model and collectors of metrics are elsewhere in verl.
+# The code that generates a run's responses. Reward model and metric collectors are elsewhere in verl.
 ASKING = (
     "experimental/agent_loop/agent_loop.py",
     "experimental/agent_loop/single_turn_agent_loop.py",
@@ -31,8 +31,8 @@ def test_answers_are_asked_for_through_ray(file):
 
 @pytest.fixture
 def serve(monkeypatch):
-    """`serve(…)`: the server after its start, with verl's own start of the engine left out, and where it listened."""
-    from verl_aqn.verl_api import rollout
+    """`serve(…)`: the server after its start, without verl's start of the engine, and the address where it listened."""
+    from verl_aqn.integrations.verl import rollout
 
     real, listened = rollout.vLLMHttpServer.run_server, []
     assert "run_uvicorn" in real.__code__.co_names, "the name that is replaced in verl's module"
@@ -62,7 +62,7 @@ def serve(monkeypatch):
 def test_nothing_listens_where_nobody_asks(serve):
     server, listened = serve()
     assert listened == []
-    assert server.get_server_address() == ("10.0.0.1", os.getpid())  # its name: of one process on one node
+    assert server.get_server_address() == ("10.0.0.1", os.getpid())  # its name stands for one process on one node
 
 
 @pytest.mark.parametrize("who", ["prometheus", "rl_insight", "reward model"])
@@ -78,7 +78,7 @@ def test_who_asks_is_answered_on_loopback(serve, monkeypatch, who):
 
 
 def test_a_reward_models_replica_has_the_server_that_is_asked(monkeypatch):
-    from verl_aqn.verl_api import rollout
+    from verl_aqn.integrations.verl import rollout
 
     def init(self, reward):
         self.is_reward_model = reward

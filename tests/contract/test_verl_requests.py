@@ -1,4 +1,4 @@
-"""What verl's agent loop asks of the rollout for each answer: with a seed that its names alone decide."""
+"""What verl's agent loop sends to the rollout for each response: a seed that depends only on the response's names."""
 
 import asyncio
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
-from verl_aqn.seeds import request_seed, turn_seed
+from verl_aqn.runs.request_seeds import request_seed, turn_seed
 
 SAMPLING = {"temperature": 1.0, "top_p": 0.9, "top_k": -1, "logprobs": True}
 EVERY_PART = [
@@ -21,8 +21,8 @@ EVERY_PART = [
 @pytest.fixture
 def asked(monkeypatch):
     """`asked(seed, …)`: the sampling parameters with which a session of our worker begins."""
-    from verl_aqn.config import AqnConfig
-    from verl_aqn.verl_api import keyed
+    from verl_aqn.config.schema import AqnConfig
+    from verl_aqn.integrations.verl import keyed
 
     async def session(self, sampling_params, trajectory, **kwargs):
         assert kwargs.keys() == {"agent_name", "trace", "session_id", "uid"}, "a loop gets what verl gives it"
@@ -54,7 +54,7 @@ def test_without_request_seeds_verl_s_parameters_are_left_alone(asked):
 
 @pytest.mark.parametrize("by_name", [True, False])
 def test_turns_of_a_session_draw_other_numbers_and_a_request_without_a_seed_stays_so(monkeypatch, by_name):
-    from verl_aqn.verl_api import rollout
+    from verl_aqn.integrations.verl import rollout
 
     async def generate(self, prompt_ids, sampling_params, request_id):
         return sampling_params
@@ -76,7 +76,7 @@ def test_turns_of_a_session_draw_other_numbers_and_a_request_without_a_seed_stay
 def test_the_manager_starts_our_workers_and_knows_the_rows_behind_validation_s_uids(monkeypatch):
     from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ
 
-    from verl_aqn.verl_api.keyed import AqnAgentLoopManager, AqnAgentLoopWorker
+    from verl_aqn.integrations.verl.keyed import AqnAgentLoopManager, AqnAgentLoopWorker
 
     sent = []
     monkeypatch.setattr(AgentLoopManagerTQ, "generate_sequences", lambda self, prompts: sent.append(prompts))

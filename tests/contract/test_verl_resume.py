@@ -1,4 +1,4 @@
-"""Where verl's trainer begins and goes on: its own loading, over checkpoints that are there."""
+"""The step at which verl's trainer starts or resumes, by its own loading of existing checkpoints."""
 
 from collections import deque
 from pathlib import Path
@@ -23,8 +23,8 @@ def write(checkpoints, step):
 
 @pytest.fixture
 def trainer(tmp_path):
-    """verl's trainer of a run in tmp_path, begun from step 5 of another; `loaded`: what it is told to load."""
-    from verl_aqn.verl_api.saving import SavingTrainer
+    """verl's trainer of a run in tmp_path that started from step 5 of another run; `loaded`: what it must load."""
+    from verl_aqn.integrations.verl.checkpointing import SavingTrainer
 
     made, made_by = SavingTrainer.__new__(SavingTrainer), write(tmp_path / "other", 5)
     settings = {
@@ -53,7 +53,7 @@ def test_a_run_that_died_goes_on_from_its_own(trainer, tmp_path):
 
 def test_a_damaged_one_is_refused_where_the_run_has_none_of_its_own(trainer, tmp_path):
     (tmp_path / "other/global_step_5/data.pt").write_bytes(b"other")
-    with pytest.raises(DataError, match="name another checkpoint"):
+    with pytest.raises(DataError, match="use another checkpoint"):
         trainer._load_checkpoint()
 
 
@@ -65,7 +65,7 @@ def test_a_run_that_is_not_to_resume_starts_from_scratch(trainer, tmp_path):
 
 
 def saves(trainer):
-    """What a checkpoint of step 3 takes of the trainer."""
+    """Save what a checkpoint of step 3 takes from the trainer."""
     trainer.config.trainer.merge_with({"max_actor_ckpt_to_keep": 2, "max_critic_ckpt_to_keep": 2})
     trainer.config.trainer.default_hdfs_dir = None
     trainer.config.actor_rollout_ref = {"actor": {"checkpoint": {}}}
@@ -92,7 +92,7 @@ def test_a_user_s_callback_is_told_of_a_checkpoint_that_is_whole_and_in_its_plac
 
 
 def test_prompts_that_were_put_back_are_saved_with_a_checkpoint_and_taken_up_again(trainer, tmp_path):
-    """verl saves where its loader stands, which is behind them."""
+    """verl saves the position of its loader, which is already past these prompts."""
     saves(trainer).put_back = deque([417, 5])
     trainer.save()
     trainer.put_back = deque()

@@ -1,4 +1,4 @@
-"""verl's reward managers with a function of the user's own: called as our check before a run calls it, and checked."""
+"""verl's reward managers with a user's function: our check before a run calls it as they do, and checks its result."""
 
 import asyncio
 import math
@@ -11,11 +11,11 @@ from omegaconf import OmegaConf
 from verl import DataProto
 from verl.trainer.ppo.reward import load_reward_manager
 
-from tests.composed import recipe_with
-from verl_aqn.config import REWARD_MANAGERS
+from tests.helpers.composed import recipe_with
+from verl_aqn.config.allowed import REWARD_MANAGERS
 from verl_aqn.errors import RewardError
-from verl_aqn.rewards.custom import GIVEN, added_by_manager
-from verl_aqn.verl_api.rewarding import use_telling_manager
+from verl_aqn.integrations.verl.rewarding import use_telling_manager
+from verl_aqn.preflight.reward_function import GIVEN, added_by_manager
 
 FUNCTION = """
 CALLS = []
@@ -27,7 +27,7 @@ async def later(**told):
 def deep(**told):
     return int(told["solution_str"])
 """
-HERE = [name for name in REWARD_MANAGERS if name != "remote"]  # that one starts processes: tests/integration
+HERE = [name for name in REWARD_MANAGERS if name != "remote"]  # this manager starts processes: see tests/integration
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_a_function_that_raises_is_told_with_its_line(manager, name, function, t
 @pytest.mark.parametrize("name", HERE)
 @pytest.mark.parametrize("body", ["None", "'1.0'", "float('nan')", "{'acc': 1}", "{'score': None, 'acc': 1}", "[1.0]"])
 def test_what_is_no_reward_is_refused_as_it_is_returned(manager, name, body):
-    with pytest.raises(RewardError, match="no finite number is the reward"):
+    with pytest.raises(RewardError, match="has no finite number as the reward"):
         score(manager(name, body)[1])
 
 

@@ -1,4 +1,4 @@
-"""What verl leaves out of the data, and answers that fail within its worker, as we tell of them."""
+"""Rows that verl leaves out of the data, and responses that fail within its worker, as we report them."""
 
 import asyncio
 import json
@@ -8,14 +8,14 @@ from omegaconf import OmegaConf
 from verl.trainer.ppo.utils import create_rl_dataset
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
-from verl_aqn.config import load_recipe
-from verl_aqn.data.parquet import write_parquet
-from verl_aqn.data.smollm2 import tiny_model
-from verl_aqn.data.word_problems import SOURCE, prompt, row
+from verl_aqn.config.compose import load_recipe
 from verl_aqn.errors import ProcessFault, RewardError
+from verl_aqn.integrations.verl.failures import FILE, NotingFailures, answered, failure_text, refuse_failures
+from verl_aqn.integrations.verl.left_out_rows import Rows, ToldDataset, rows_of, told_rows
 from verl_aqn.runs.folder import RunFolder
-from verl_aqn.verl_api.failures import FILE, NotingFailures, answered, failure_text, refuse_failures
-from verl_aqn.verl_api.rows import Rows, ToldDataset, rows_of, told_rows
+from verl_aqn.tasks.parquet import write_parquet
+from verl_aqn.tasks.smollm2 import tiny_model
+from verl_aqn.tasks.word_problems import SOURCE, prompt, row
 
 N = 40
 LONG, BROKEN = (7, 11, 23), (5, 31)
@@ -26,7 +26,7 @@ def tokenizer(tmp_path_factory):
     from transformers import AutoTokenizer
 
     found = AutoTokenizer.from_pretrained(tiny_model(tmp_path_factory.mktemp("model") / "tiny"))
-    # As templates do that want turns to alternate.
+    # As in templates that require alternating turns.
     found.chat_template = (
         "{%- if messages[-1]['content'] == 'broken' -%}{{ raise_exception('no such turn') }}{%- endif -%}"
         + found.chat_template
@@ -64,7 +64,7 @@ def test_rows_that_verl_leaves_out_are_counted_by_reason_with_an_example_in_one_
     assert rows.too_long_example.startswith("row 7: ")
     assert rows.too_long_example.endswith("tokens of at most 512")
     assert capfd.readouterr().out.count("Error processing one of the samples") == 2
-    # The rows that are left are verl's own.
+    # verl itself keeps the same rows.
     stock = RLHFDataset(file, tokenizer, dataset.config)
     assert [one["index"] for one in dataset.dataframe["extra_info"]] == [
         one["index"] for one in stock.dataframe["extra_info"]
@@ -120,7 +120,7 @@ def test_a_data_set_of_the_user_s_own_is_left_alone(tokenizer, tmp_path):
 
 
 def test_the_trainer_tells_of_both_sets_and_warns_of_rows_that_cannot_be_rendered(tokenizer, tmp_path):
-    from verl_aqn.verl_api.trainer import AqnTrainer
+    from verl_aqn.integrations.verl.trainer import AqnTrainer
 
     trainer = AqnTrainer.__new__(AqnTrainer)
     files = {"train_files": write(tmp_path / "a.parquet", LONG, ()), "val_files": write(tmp_path / "b.parquet")}
@@ -178,11 +178,11 @@ def test_the_reason_of_a_session_that_fails_is_on_record_and_told(tmp_path):
     folder = RunFolder(tmp_path)
     text = failure_text(folder, "val", 3, 16, 3)
     assert text == (
-        "validation after step 3: 3 of 16 answers failed: the generation of validation item 17 ('How many?'): "
+        "validation after step 3: 3 of 16 responses failed: the generation of validation item 17 ('How many?'): "
         "ValueError: no float: a (2 times, and 1 other reason(s))"
     )
     assert "training.log" in failure_text(folder, "val", 4, 16, 3)
-    assert "step 3: 1 of 64 answers failed: the generation of training item 17" in failure_text(
+    assert "step 3: 1 of 64 responses failed: the generation of training item 17" in failure_text(
         folder, "train", 3, 64, 1
     )
 
@@ -196,15 +196,15 @@ def test_failures_stop_a_run_by_their_share_of_this_attempt_s_answers(tmp_path):
     folder = RunFolder(tmp_path)
     refuse_failures(folder, "val", 3, 16, 0.0)
     record(folder, 0, "generation")
-    with pytest.raises(ProcessFault, match=r"1 of 16 answers failed: the generation of validation item 2: /r\.py:3"):
+    with pytest.raises(ProcessFault, match=r"1 of 16 responses failed: the generation of validation item 2: /r\.py:3"):
         refuse_failures(folder, "val", 3, 16, 0.0)
     record(folder, 1)
-    with pytest.raises(RewardError, match=r"2 of 16 .*mend the reward.*allow_failed=0\.1 allows 1"):
+    with pytest.raises(RewardError, match=r"2 of 16 .*fix the reward function.*allow_failed=0\.1 allows 1"):
         refuse_failures(folder, "val", 3, 16, 0.1)
     refuse_failures(folder, "val", 3, 16, 0.125)
     refuse_failures(folder, "train", 3, 16, 0.0)
     refuse_failures(folder, "val", 4, 16, 0.0)
-    # Those of an attempt that stopped by them are not those of the next, whose reward may have been mended.
+    # Failures that stopped one attempt do not count in the next one, because the reward may have been fixed.
     (tmp_path / "state.json").write_text(
         json.dumps({"status": "running", "created": "", "config_digest": "", "attempt": 2})
     )

@@ -1,4 +1,4 @@
-"""verl's sampler with ours around it: what a step learns from depends on the data and not on when answers came."""
+"""verl's sampler inside ours: what a step learns from depends on the data, not on when responses arrived."""
 
 import random
 from collections import deque
@@ -11,7 +11,7 @@ from transfer_queue import KVBatchMeta
 
 from verl_aqn.errors import ProcessFault, RewardError
 from verl_aqn.runs.folder import RunFolder
-from verl_aqn.seeds import StepPrompts, order_of_key, seed_of
+from verl_aqn.runs.request_seeds import StepPrompts, order_of_key, seed_of
 
 BATCH, ROWS, STEPS = 4, 23, 6
 
@@ -25,7 +25,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 class Queue:
-    """TransferQueue in front of a rollout whose answers come in an order of chance; `flat` prompts teach nothing."""
+    """TransferQueue with a rollout whose responses arrive in random order; `flat` prompts have no reward variance."""
 
     def __init__(self, chance: random.Random):
         self.chance, self.tags, self.asked = chance, {}, []
@@ -55,7 +55,7 @@ class Queue:
         return torch.tensor([0.0 if flat else float(session)])
 
     def answer(self):
-        """Some of the prompts under way are answered, session by session in any order."""
+        """Answer some of the pending prompts, session by session in any order."""
         running = [uid for uid, tag in self.tags.items() if tag.get("is_prompt") and tag["status"] != "finished"]
         for uid in self.chance.sample(running, self.chance.randint(0, len(running))):
             self.tags[uid]["status"] = "finished"
@@ -71,10 +71,10 @@ class Values(list):
 
 @pytest.fixture
 def trainer(tmp_path, monkeypatch):
-    """`trainer(chance, filtering)`: our trainer in front of a `Queue`, with verl's loader, submission and sampler."""
+    """`trainer(chance, filtering)`: our trainer with a `Queue`, and verl's loader, submission and sampler."""
     from verl.trainer.ppo.v1 import replay_buffer, trainer_base
 
-    from verl_aqn.verl_api import groups, keyed
+    from verl_aqn.integrations.verl import groups, keyed
 
     monkeypatch.setattr(trainer_base, "create_rl_dataset", lambda *args, **kwargs: Rows())
 
@@ -119,7 +119,7 @@ def trainer(tmp_path, monkeypatch):
 
 
 def steps_of(made, first=1, last=STEPS):
-    """Keys of each step's batch."""
+    """Return the keys of each step's batch."""
     found = []
     for made.global_steps in range(first, last + 1):
         made._add_batch_to_generate()
@@ -172,7 +172,7 @@ def test_a_resumed_run_takes_the_prompts_of_one_that_was_not_stopped(trainer):
 
 
 def test_a_step_without_any_answer_says_why(trainer):
-    """verl would say that its buffer has no trajectories, and advise to draw other problems."""
+    """verl would say that its buffer has no trajectories, and suggest drawing other problems."""
     made = trainer(0, filtering=False)
     queue, failure = made.queue, {"set": "train", "step": 1, "uid": "u", "reason": "ValueError: no such unit"}
 
@@ -182,7 +182,7 @@ def test_a_step_without_any_answer_says_why(trainer):
             made.folder.append("failures.jsonl", failure | {"uid": uid, "session": 0})
 
     queue.answer = fail
-    with pytest.raises(ProcessFault, match=r"^step 1: every answer to 4 problems failed: .* no such unit \(4 times\)$"):
+    with pytest.raises(ProcessFault, match=r"^step 1: all responses to 4 problems failed: .* no such unit \(4 times\)$"):
         steps_of(made, last=1)
 
 

@@ -1,4 +1,4 @@
-"""Every seam of verl 0.9.1 that the plugin hangs on. A failure here names what a new verl has moved."""
+"""Every place of verl 0.9.1 that the plugin hooks into. A failure here names what a new verl has changed."""
 
 import ast
 import importlib
@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import verl_aqn
-from verl_aqn.config import STRATEGIES
-from verl_aqn.trackers import LOGGERS
+from verl_aqn.config.allowed import STRATEGIES
+from verl_aqn.config.trackers import LOGGERS
 
-# What is imported within functions, or called with parameters by name. Overrides are found in the code (below).
+# Names imported inside functions, or called with named parameters. Overrides are found in the code (below).
 SYMBOLS = {
     "verl.plugin.platform.platform_manager:PlatformRegistry.register": ["platform"],
     "verl.plugin.platform.platform_manager:PlatformRegistry.get": ["name"],
@@ -53,16 +53,16 @@ def test_symbol_exists_with_its_parameters(symbol):
 
 
 def from_verl(cls):
-    """verl's classes that a class of ours inherits from, the nearest one first."""
+    """Return verl's classes that one of our classes inherits from, the nearest one first."""
     return [base for base in getattr(cls, "__mro__", ()) if base.__module__.startswith("verl.")]
 
 
 def overrides():
-    """`(class, method)` of each `super().method(…)` in a class that inherits from one of verl's."""
+    """Return `(class, method)` of each `super().method(…)` in a class that inherits from one of verl's."""
     for file in sorted(Path(verl_aqn.__file__).parent.glob("verl_api/*.py")):
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.ClassDef):
-                cls = getattr(importlib.import_module(f"verl_aqn.verl_api.{file.stem}"), node.name)
+                cls = getattr(importlib.import_module(f"verl_aqn.integrations.verl.{file.stem}"), node.name)
                 methods = re.findall(r"\bsuper\(\)\.(\w+)", ast.unparse(node)) if from_verl(cls) else []
                 yield from ((cls, method) for method in methods)
 
@@ -84,13 +84,13 @@ def test_plugin_is_the_cpu_platform_after_importing_verl():
     import verl  # noqa: F401
     from verl.plugin.platform.platform_manager import PlatformRegistry
 
-    from verl_aqn.verl_api.cpu import PlatformCPU
+    from verl_aqn.integrations.verl.platform_cpu import PlatformCPU
 
     assert PlatformRegistry.get("cpu") is PlatformCPU
 
 
 def test_cpu_platform_answers_every_abstract_method():
-    from verl_aqn.verl_api.cpu import PlatformCPU
+    from verl_aqn.integrations.verl.platform_cpu import PlatformCPU
 
     assert not getattr(PlatformCPU, "__abstractmethods__", None)
     assert PlatformCPU().is_ipc_supported() is False
@@ -123,7 +123,7 @@ def test_hooks_surround_step_and_validation_in_the_order_we_rely_on():
 
 
 def test_a_validation_dumps_its_answers_once_and_before_its_metrics():
-    """Where math-verify's column is made, and the shares that the record of the validation takes."""
+    """At this point math-verify's column is added, and the fractions for the record of the validation are computed."""
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
     source = inspect.getsource(PPOTrainer._validate)
@@ -143,7 +143,7 @@ def test_names_of_loggers_and_strategies_are_verl_s():
     from verl.utils.tracking import Tracking
     from verl.workers.engine.base import EngineRegistry
 
-    import verl_aqn.verl_api.engine  # noqa: F401  registers ours
+    import verl_aqn.integrations.verl.engine  # noqa: F401  registers ours
 
     assert set(LOGGERS) == {*Tracking.supported_backend, "tracking"}
     assert set(STRATEGIES) <= set(EngineRegistry._engines["language_model"])
@@ -158,7 +158,7 @@ def test_server_takes_the_worker_extension_from_engine_kwargs():
 
 
 def test_adapter_path_never_sends_the_base():
-    """With load_format=safetensors verl takes the base as synced, and sends LoRA tensors only."""
+    """With load_format=safetensors verl assumes that the base is synced, and sends LoRA tensors only."""
     from verl.workers.engine_workers import ActorRolloutRefWorker
 
     source = inspect.getsource(ActorRolloutRefWorker)
@@ -167,7 +167,7 @@ def test_adapter_path_never_sends_the_base():
 
 
 def test_refills_go_through_the_trainer_and_after_evictions():
-    """Where AqnTrainer counts what was thrown away, and may refuse to draw more."""
+    """At this point AqnTrainer counts discarded prompts, and can refuse to draw more."""
     from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
@@ -178,12 +178,12 @@ def test_refills_go_through_the_trainer_and_after_evictions():
     assert sample.index("self._evict_terminal_groups(") < sample.index("self.refill_fn(")
     reasons = inspect.getsource(ReplayBuffer._terminal_eviction_reasons)
     assert "return set(), dapo_uids, failed_uids, dapo_counts" in reasons
-    # verl's own limit is not in force, which is why ours is.
+    # verl's own limit has no effect, so ours is needed.
     assert "is ignored by the built-in V1 ReplayBuffer" in inspect.getsource(PPOTrainer._resolve_filter_groups_metric)
 
 
 def test_sample_ends_before_the_rollout_sleeps_and_the_adapter_changes():
-    """Where the rollout scores its own sequences again: same adapter, noise taken off."""
+    """At this point the rollout scores its own sequences again: same adapter, without noise."""
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 

@@ -1,4 +1,4 @@
-"""How verl counts RL steps, on which `check_steps` rests."""
+"""How verl counts RL steps, which `check_steps` relies on."""
 
 from collections import deque
 
@@ -7,12 +7,12 @@ import torch
 from omegaconf import OmegaConf
 
 from verl_aqn.errors import ConfigError
-from verl_aqn.prepare import check_steps
-from verl_aqn.seeds import StepPrompts
+from verl_aqn.preflight.prepare import check_steps
+from verl_aqn.runs.request_seeds import StepPrompts
 
 
 class Rows(torch.utils.data.Dataset):
-    """A data set as verl's trainer has it."""
+    """A data set in the form that verl's trainer uses."""
 
     def __init__(self, count):
         self.count = count
@@ -25,10 +25,10 @@ class Rows(torch.utils.data.Dataset):
 
 
 def trainer(steps, rows=20, epochs=2, batch=6, filtering=True):
-    """verl's trainer with its own `_init_dataloader`, in front of data sets that are already there."""
+    """verl's trainer with its own `_init_dataloader` and data sets that already exist."""
     from verl.trainer.ppo.v1 import trainer_base
 
-    from verl_aqn.verl_api.trainer import AqnTrainer
+    from verl_aqn.integrations.verl.trainer import AqnTrainer
 
     made = AqnTrainer.__new__(AqnTrainer)
     made.config = OmegaConf.create(
@@ -63,15 +63,15 @@ def test_verl_takes_the_steps_that_check_steps_says(steps, filtering, monkeypatc
 
 
 def test_rows_that_verl_drops_are_told_in_the_trainer(monkeypatch):
-    """The file had rows enough; of those that are left after filtering verl would stop early and not validate."""
+    """The file has enough rows. With those left after filtering, verl would stop early and not validate."""
     made, base, rows = trainer(6, rows=17)
     monkeypatch.setattr(base, "create_rl_dataset", lambda *args, **kwargs: rows)
-    with pytest.raises(ConfigError, match=r"17 training rows that are left .* give 4 steps in 2 epoch"):
+    with pytest.raises(ConfigError, match=r"17 training rows that remain .* give 4 steps in 2 epoch"):
         made._init_dataloader()
 
 
 def prompts_of(batch):
-    """Name, uid and text of each prompt of a batch."""
+    """Return name, uid and text of each prompt of a batch."""
     texts = [prompt[0]["content"] for prompt in batch["raw_prompt"]]
     return list(zip(batch["aqn_prompt"], batch["uid"], texts, strict=True))
 

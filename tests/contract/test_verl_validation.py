@@ -1,4 +1,4 @@
-"""The answers of a validation as verl hands them to be written, and what becomes of them on record."""
+"""The responses of a validation as verl passes them to its writer, and the records that are made of them."""
 
 import json
 from types import SimpleNamespace
@@ -12,10 +12,10 @@ from verl_aqn.runs.folder import RunFolder
 
 @pytest.fixture
 def trainer(tmp_path, monkeypatch):
-    """verl's trainer with its own writer, in front of answers that are already there: `trainer.answers`."""
+    """verl's trainer with its own writer and responses that already exist: `trainer.answers`."""
     from verl.trainer.ppo.v1 import trainer_sync
 
-    from verl_aqn.verl_api.trainer import AqnTrainer
+    from verl_aqn.integrations.verl.trainer import AqnTrainer
 
     made = AqnTrainer.__new__(AqnTrainer)
     made.config = OmegaConf.create(
@@ -29,7 +29,7 @@ def trainer(tmp_path, monkeypatch):
 
     def validate(self):
         outputs, truths, more = self.answers
-        if self.keys is None:  # one answer to each problem
+        if self.keys is None:  # one response per problem
             self.val_dataset, self.keys = truths, [f"uid-{n}_0_0" for n in range(len(outputs))]
         uids = dict.fromkeys(key.split("_")[0] for key in self.keys)
         self.agent_loop_manager = SimpleNamespace(row_of={uid: int(uid.split("-")[1]) for uid in uids})
@@ -77,11 +77,11 @@ def test_truths_that_are_no_numbers_and_a_reward_with_one_rule_have_no_other_col
 
 
 def test_shares_by_data_source_where_there_are_several(trainer, capsys):
-    from verl_aqn.console import source_table
+    from verl_aqn.launch.console import source_table
 
     kinds = ["sums", "words", "sums"]
     trainer.val_dataset = [{"data_source": kind} for kind in kinds]
-    trainer.keys = ["uid-0_0_0", "uid-2_0_0"]  # the answer to the words never came
+    trainer.keys = ["uid-0_0_0", "uid-2_0_0"]  # the response to this prompt never arrived
     trainer.answers = ["#### 1", "#### 2"], ["1", "3"], {"acc": [1.0, 0.0]}
     trainer._validate()
     (record,) = (one for one in trainer.folder.read("metrics.jsonl") if one["kind"] == "validation")
@@ -94,7 +94,7 @@ def test_shares_by_data_source_where_there_are_several(trainer, capsys):
 
 
 def several(trainer, problems, keys, acc):
-    """Answers to `problems`, two to each, as they arrived."""
+    """Return responses to `problems`, two for each, in the order of arrival."""
     trainer.config.actor_rollout_ref.rollout.val_kwargs.n = 2
     trainer.val_dataset, trainer.keys = list(range(problems)), keys
     trainer.answers = [f"answer {key}" for key in keys], ["–"] * len(keys), {"acc": acc}
@@ -133,7 +133,7 @@ def test_a_missing_answer_is_wrong_and_told(trainer):
     assert record["pass_at"] == {"1": 0.75, "2": 1.0}
     (warning,) = trainer.folder.read("events.jsonl")
     assert warning["text"] == (
-        "validation after step 29: 1 of 4 answers failed, for a reason that training.log has; they count as wrong"
+        "validation after step 29: 1 of 4 responses failed; see training.log for the reason; they count as wrong"
     )
     assert (record["answered"], record["failed"]) == (3, 1)
 
@@ -143,7 +143,7 @@ def test_a_missing_answer_stops_a_run_that_does_not_allow_for_it(trainer, allowe
     trainer.config.aqn.run.allow_failed = allowed
     arguments = trainer, 2, ["uid-1_1_0", "uid-0_0_0", "uid-0_1_0"], [1.0, 1.0, 1.0]
     if stops:
-        with pytest.raises(ProcessFault, match=r"1 of 4 answers failed.*aqn\.run\.allow_failed"):
+        with pytest.raises(ProcessFault, match=r"1 of 4 responses failed.*aqn\.run\.allow_failed"):
             several(*arguments)
         assert not list(trainer.folder.read("metrics.jsonl"))
     else:
@@ -158,7 +158,7 @@ def test_answers_of_a_step_count_against_those_asked_for(trainer):
     trainer.folder.append("failures.jsonl", record | {"stage": "reward", "reason": "/r.py:3: KeyError: 'a'"})
     with pytest.raises(RewardError, match=r"step 29: 1 of 8 .*: the reward of training item 3 \('How\?'\): /r"):
         trainer.refuse_failed("train")
-    trainer.asked = 16  # with those that replace thrown away groups
+    trainer.asked = 16  # including groups that replace discarded ones
     trainer.refuse_failed("train")
     trainer.refuse_failed("train", missing=1)
     with pytest.raises(RewardError, match="2 of 16"):
@@ -172,7 +172,7 @@ def test_problems_of_which_no_answer_came_count(trainer):
 
 def test_a_reward_that_tells_no_accuracy_is_refused_in_a_line(trainer):
     trainer.answers = ["#### 1"], ["1"], {"reward": [0.3]}
-    with pytest.raises(ConfigError, match=r"reward\.custom_reward_function tells no accuracy"):
+    with pytest.raises(ConfigError, match=r"reward\.custom_reward_function returns no accuracy"):
         trainer._validate()
 
 
@@ -180,7 +180,7 @@ def test_a_reward_that_tells_no_accuracy_is_refused_in_a_line(trainer):
 @pytest.mark.parametrize("value", [None, -1.0, 0.5, float("nan"), "1", 2])
 def test_a_reward_whose_accuracy_is_neither_0_nor_1_is_refused_with_what_to_return(trainer, column, value):
     trainer.answers = ["#### 1", "#### 2"], ["1", "2"], {"acc": [1.0, 0.0], "flexible": [1, 1]} | {column: [1.0, value]}
-    with pytest.raises(ConfigError, match=rf"{column}=.* for 1 of 2 answers.*'acc': 1 if the answer is right else 0"):
+    with pytest.raises(ConfigError, match=rf"{column}=.* for 1 of 2 responses.*'acc': 1 if the answer is right else 0"):
         trainer._validate()
     assert not list(trainer.folder.read("metrics.jsonl"))
 

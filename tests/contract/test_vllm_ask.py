@@ -1,4 +1,4 @@
-"""What vLLM says when it is asked whether it can serve a model, and what a recipe is refused for."""
+"""vLLM's reply to whether it can serve a model, and the reasons for which a recipe is rejected."""
 
 import sys
 from pathlib import Path
@@ -7,11 +7,11 @@ import pytest
 from omegaconf import DictConfig
 from transformers import AutoModelForCausalLM, DeepseekV3Config, GPTNeoXConfig, MistralConfig, PretrainedConfig
 
-from tests.tiny_configs import SMALL, SMALL_MOE
-from verl_aqn.config import load_recipe
+from tests.helpers.tiny_configs import SMALL, SMALL_MOE
+from verl_aqn.config.compose import load_recipe
+from verl_aqn.config.serving import fit_engine
 from verl_aqn.errors import EnvironmentFault
-from verl_aqn.preflight import vllm
-from verl_aqn.serving import fit_engine
+from verl_aqn.preflight import vllm_says as vllm
 
 pytest.importorskip("vllm")
 LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
@@ -51,17 +51,20 @@ def test_windows_in_all_layers_are_served_in_blocks_of_16(tmp_path, monkeypatch)
     fit_engine(config, answer)
     assert config.actor_rollout_ref.rollout.engine_kwargs.vllm.block_size == 16
     vllm._asked.clear()
-    monkeypatch.setattr(sys, "executable", "/bin/false")  # the answer is remembered, also by other processes
+    monkeypatch.setattr(sys, "executable", "/bin/false")  # the reply is cached, also for other processes
     assert vllm.ask(config, folder) == answer
-    assert vllm.ask(recipe(folder, profile="cuda"), folder) is None  # this vLLM is not the one for that
+    assert vllm.ask(recipe(folder, profile="cuda"), folder) is None  # this vLLM is not the right one for that device
 
 
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (GPTNeoXConfig(**{k: v for k, v in SMALL.items() if k != "num_key_value_heads"}), "takes no LoRA adapters for"),
+        (
+            GPTNeoXConfig(**{k: v for k, v in SMALL.items() if k != "num_key_value_heads"}),
+            "does not support LoRA adapters for",
+        ),
         (DeepseekV3Config(**SMALL_MOE, **LATENT, n_routed_experts=4, n_group=1, topk_group=1), "cannot build"),
-        (MistralConfig(**SMALL, head_dim=48, sliding_window=None), "does not take heads of 48"),
+        (MistralConfig(**SMALL, head_dim=48, sliding_window=None), "does not support heads of 48"),
     ],
 )
 def test_what_vllm_cannot_serve_is_refused_by_name(tmp_path, config, words):
@@ -80,7 +83,7 @@ def test_a_question_that_crashes_is_no_yes(tmp_path, monkeypatch):
     assert fix(recipe(folder), folder)
     monkeypatch.setattr(vllm, "vllm_version", lambda: None)
     (finding,) = vllm.check_served(recipe(folder), folder)
-    assert (finding.found.startswith("not asked"), finding.fix) == (True, "")
+    assert (finding.found.startswith("not checked"), finding.fix) == (True, "")
 
 
 def test_a_tensor_that_vllm_has_no_parameter_for_is_named(tmp_path):
@@ -91,7 +94,7 @@ def test_a_tensor_that_vllm_has_no_parameter_for_is_named(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.0.input_norm.weight"] = tensors.pop("model.layers.0.input_layernorm.weight")
     save_file(tensors, tmp_path / "model.safetensors")
-    said = fix(recipe(tmp_path), tmp_path)  # the same config, but not the answer of before
+    said = fix(recipe(tmp_path), tmp_path)  # the same config, but not the earlier reply
     assert "cannot load" in said
     assert "input_norm" in said
     assert "publisher" in said

@@ -1,4 +1,4 @@
-"""Every tensor of a base in vLLM's own models, compared with the folder, and one changed value of each kind caught."""
+"""Every tensor of a base in vLLM's models is compared with the folder, and one changed value of each kind is found."""
 
 import json
 import os
@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.base_answers import actor_of, loaded
+from tests.helpers.base_answers import actor_of, loaded
 from verl_aqn.bench.families import build
+from verl_aqn.checkpoints.loading import dequantize_checkpoint
+from verl_aqn.checkpoints.packing import quantize_checkpoint
 from verl_aqn.errors import EvidenceError
-from verl_aqn.judge.base import check_base, sentence
-from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
-from verl_aqn.mxfp4.model import dequantize_checkpoint
-from verl_aqn.verl_api.base import BaseRecords
+from verl_aqn.integrations.verl.base_evidence import BaseRecords
+from verl_aqn.runs.judge.base_record import check_base, sentence
 
 pytest.importorskip("vllm")
-# What of each is loaded: the packed folder, its equal in bf16, or a base that is not quantised.
+# Which folder is loaded: the packed one, its bf16 equivalent, or an unquantised base.
 CASES = {
     "qwen2": ("packed", "dense", "source"),  # biases; a tied head
     "llama3": ("packed",),  # a head
@@ -39,7 +39,7 @@ GROUPS = {
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory) -> dict[tuple[str, str], tuple[Path, dict]]:
-    """By family and kind the folder that the actor loads, and what vLLM holds of the one that it loads."""
+    """By family and kind: the folder that the actor loads, and vLLM's report about the folder that it loads."""
     root = tmp_path_factory.mktemp("families")
     cases = [(family, kind) for family, kinds in CASES.items() for kind in kinds]
     for family in CASES:
@@ -49,7 +49,11 @@ def answers(tmp_path_factory) -> dict[tuple[str, str], tuple[Path, dict]]:
     folders = [str(root / family / kind) for family, kind in cases]
     env = os.environ | {"VERL_PLATFORM": "cpu", "VLLM_LOGGING_LEVEL": "ERROR"}
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.vllm_models", *folders], capture_output=True, text=True, env=env, check=False
+        [sys.executable, "-m", "tests.helpers.vllm_models", *folders],
+        capture_output=True,
+        text=True,
+        env=env,
+        check=False,
     )
     said = [json.loads(line.removeprefix("RESULT ")) for line in ran.stdout.splitlines() if line.startswith("RESULT ")]
     assert len(said) == len(cases), ran.stderr[-3000:]
@@ -72,7 +76,7 @@ def test_all_is_compared_and_one_value_of_each_kind_is_caught(answers, case):
     left = [(one["group"], one["code"]) for one in clean["not_compared"]]
     assert left == ([("other", "computed")] if case[0] == "falcon_h1" else [])
     holders = clean["holders"]["rollout 0"]
-    # A CPU's kernels take the weights of linear layers apart, routers among them.
+    # CPU kernels rearrange the weights of linear layers, including routers.
     assert all(one["live"] == one["tensors"] for group, one in holders.items() if group not in REARRANGED)
     groups = {made.disk.groups[name]: name for name in said["changed"]}
     assert groups.keys() >= GROUPS.get(case, {"norms"})
@@ -80,10 +84,10 @@ def test_all_is_compared_and_one_value_of_each_kind_is_caught(answers, case):
         tensors = said["clean"]["tensors"]
         answer = said["clean"] | {"tensors": tensors | {name: [digest, *tensors[name][1:]]}}
         if name in said["clean"]["computed"]:  # not compared with the folder, but with the start
-            with pytest.raises(EvidenceError, match="at the end left of the base is not that of the start"):
+            with pytest.raises(EvidenceError, match="at the end left of the base differs from the start"):
                 check_base(record(answer, "end"), clean)
             continue
-        with pytest.raises(EvidenceError, match=f"at the start: {name} in rollout 0 is not what the folder holds"):
+        with pytest.raises(EvidenceError, match=f"at the start: {name} in rollout 0 differs from the folder"):
             check_base(record(answer), None)
     check_base(record(said["clean"], "end"), clean)
     assert sentence(clean).startswith("base equal on disk, in the actor and in the rollout: ")

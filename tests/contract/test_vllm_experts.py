@@ -1,4 +1,4 @@
-"""Experts in vLLM's own layers, on ranks of tensor and expert parallelism: what is told of them, and computed."""
+"""Experts in vLLM's own layers on ranks of tensor and expert parallelism: what is reported of them, and computed."""
 
 import os
 from contextlib import contextmanager
@@ -11,27 +11,27 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
-from tests.tiny_configs import SMALL_MOE
-from verl_aqn.mxfp4.checkpoint import checkpoint_digest, quantize_checkpoint
-from verl_aqn.mxfp4.disk_base import DiskBase
-from verl_aqn.mxfp4.model import dequantize_checkpoint, open_packed, packed_modules
-from verl_aqn.shards import NOTHING, not_covered
-from verl_aqn.vllm_api.observe import keep
-from verl_aqn.vllm_api.readback import describe_base, remember_base
-from verl_aqn.vllm_api.trace import Trace
+from tests.helpers.tiny_configs import SMALL_MOE
+from verl_aqn.checkpoints.disk_base import DiskBase
+from verl_aqn.checkpoints.loading import dequantize_checkpoint, open_packed, packed_modules
+from verl_aqn.checkpoints.packing import checkpoint_digest, quantize_checkpoint
+from verl_aqn.checkpoints.slices import NOTHING, not_covered
+from verl_aqn.integrations.vllm.observe import keep
+from verl_aqn.integrations.vllm.readback import describe_base, remember_base
+from verl_aqn.integrations.vllm.trace import Trace
 
 EXPERTS, INNER = 4, 128
 MODELS = {
     "mlp": Qwen3MoeConfig(**SMALL_MOE, moe_intermediate_size=INNER, num_experts=EXPERTS),
     "block_sparse_moe": MixtralConfig(**SMALL_MOE | {"intermediate_size": INNER}, num_local_experts=EXPERTS),
 }
-# Sizes of tensor and expert parallelism inside of a MoE layer: vLLM makes the first 1 where the second is not.
+# Sizes of tensor and expert parallelism inside a MoE layer: vLLM sets the first to 1 if the second is above 1.
 ONE, TENSOR, EXPERT = (1, 1), (2, 1), (1, 2)
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def folders(request, tmp_path_factory) -> tuple[str, Path]:
-    """(what the model calls a layer's MoE part, folder with `packed` and `dense`); only experts are packed."""
+    """(the model's name for a layer's MoE part, folder with `packed` and `dense`). Only experts are packed."""
     root = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(MODELS[request.param], dtype=torch.bfloat16).save_pretrained(root / "source")
@@ -46,7 +46,7 @@ def vllm_on_cpu():
     os.environ.setdefault("VERL_PLATFORM", "cpu")
     from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
 
-    from verl_aqn.vllm_api import plugin
+    from verl_aqn.integrations.vllm import vllm_plugin as plugin
 
     plugin.register()
     with set_current_vllm_config(VllmConfig(device_config=DeviceConfig("cpu"))):
@@ -54,14 +54,14 @@ def vllm_on_cpu():
 
 
 def rank_of(block: str, folder: Path, sizes: tuple[int, int], rank: int, lora: bool = True) -> nn.Module:
-    """The MoE layers of a folder as vLLM has loaded them on a rank, before its kernels rearrange them."""
+    """Return the MoE layers of a folder as vLLM loads them on a rank, before its kernels rearrange them."""
     from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig, RoutingMethodType
     from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 
-    from verl_aqn.mxfp4.storage import read_config
+    from verl_aqn.checkpoints.storage import read_config
 
     tensor, expert = sizes
     parallel: Any = FusedMoEParallelConfig.make_no_parallel()
@@ -105,7 +105,7 @@ def layers_of(model: nn.Module) -> list[Any]:
 @pytest.mark.parametrize("sizes", [ONE, TENSOR, EXPERT])
 @pytest.mark.parametrize("form", ["bf16", "packed"])
 def test_every_rank_tells_its_part_of_the_experts_under_the_trainer_s_names(folders, form, sizes):
-    """Loaded by vLLM's own loader from our folders, and compared with what the packed folder says of such a rank."""
+    """vLLM's own loader loads our folders. The result is compared with the packed folder's content for such a rank."""
     block, root = folders
     modules = packed_modules(open_packed(root / "packed"))
     assert len(modules) == 2 * EXPERTS * 3
@@ -116,7 +116,7 @@ def test_every_rank_tells_its_part_of_the_experts_under_the_trainer_s_names(fold
         for rank in range(max(sizes)):
             model = rank_of(block, root / ("packed" if form == "packed" else "dense"), sizes, rank)
             for layer in layers_of(model):
-                if form == "packed":  # its kernel needs a GPU; which one it would be is all that is read of it
+                if form == "packed":  # its kernel needs a GPU; only the choice of the kernel is checked
                     layer.quant_method.moe_kernel = type("Kernel", (), {})()
                     layer.quant_method.moe_kernel.fused_experts = MarlinExperts.__new__(MarlinExperts)
                     layer.w13_weight, layer.w2_weight = layer.w13_weight_packed, layer.w2_weight_packed
@@ -138,7 +138,7 @@ def test_every_rank_tells_its_part_of_the_experts_under_the_trainer_s_names(fold
 
 @pytest.mark.parametrize("sizes", [ONE, TENSOR, EXPERT])
 def test_one_changed_weight_of_one_expert_is_found(folders, sizes):
-    """Where it was loaded wrong by the digest of what was loaded, later by that of what the kernel keeps."""
+    """A wrong load is found by the digest of what was loaded, a later change by that of what the kernel keeps."""
     block, root = folders
     modules = packed_modules(open_packed(root / "packed"))
     with vllm_on_cpu():
@@ -161,7 +161,7 @@ def test_one_changed_weight_of_one_expert_is_found(folders, sizes):
 
 @pytest.mark.parametrize("sizes", [TENSOR, EXPERT])
 def test_what_the_ranks_of_a_cpu_compute_adds_up_to_the_whole(folders, sizes):
-    """With LoRA in the engine. The sum is that of an engine without: vLLM's own kernel on a single rank."""
+    """With LoRA in the engine, the sum over ranks equals vLLM's own kernel on a single rank without LoRA."""
     block, root = folders
     torch.manual_seed(1)
     x, router = torch.randn(7, 64).bfloat16(), torch.randn(7, EXPERTS).bfloat16()
@@ -178,7 +178,7 @@ def test_what_the_ranks_of_a_cpu_compute_adds_up_to_the_whole(folders, sizes):
 
 
 def test_vllm_s_own_method_would_take_triton_s_kernel_beside_lora_and_ids_of_the_whole_model():
-    """What cpu_moe.py is there for; when this fails, it may go."""
+    """cpu_moe.py exists because of this; if this test fails, the file can go."""
     import inspect
 
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
@@ -188,4 +188,4 @@ def test_vllm_s_own_method_would_take_triton_s_kernel_beside_lora_and_ids_of_the
     assert source.index("if moe_config.is_lora_enabled:") < source.index("_get_priority_backends(moe_config)")
     computed = inspect.getsource(CPUUnquantizedExperts.apply)
     assert "self._select_experts(" in computed
-    assert computed.count("expert_map") == 1  # an argument that is not used
+    assert computed.count("expert_map") == 1  # an unused argument

@@ -1,4 +1,4 @@
-"""Our table of layers that an engine merges is vLLM's own: ``packed_modules_mapping`` of every model, as source."""
+"""Our table of layers that an engine merges equals vLLM's ``packed_modules_mapping`` of every model, read as source."""
 
 import ast
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from verl_aqn.mxfp4.fused import FUSED, fused_groups
 
-# Parts of vision, audio and encoder models, which are not quantised.
+# Parts of vision, audio and encoder models are not quantised.
 NOT_OURS = {
     ("wq", "wk", "wv"),
     ("fc1", "fc3"),
@@ -22,7 +22,7 @@ NOT_OURS = {
 
 @cache
 def mappings() -> list[tuple[str, tuple[str, ...]]]:
-    """(file, names that become one layer) wherever a class of vLLM's models states a mapping, fixed or made later."""
+    """Yield (file, names that become one layer) wherever a vLLM model class states a mapping, fixed or made later."""
     return list(_read())
 
 

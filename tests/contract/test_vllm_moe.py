@@ -1,4 +1,4 @@
-"""Stock vLLM's MXFP4 method for MoE layers takes the experts that we write. Its kernels need a GPU; none runs here."""
+"""Stock vLLM's MXFP4 method for MoE layers accepts the experts that we write. Its kernels need a GPU."""
 
 import json
 import os
@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
-from tests.tiny_configs import SMALL_MOE
+from tests.helpers.tiny_configs import SMALL_MOE
+from verl_aqn.checkpoints.loading import dequantize_checkpoint
+from verl_aqn.checkpoints.packing import quantize_checkpoint
 from verl_aqn.mxfp4 import dequantize
-from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
-from verl_aqn.mxfp4.model import dequantize_checkpoint
 
-SIZES = SMALL_MOE | {"intermediate_size": 32, "num_hidden_layers": 1}  # as the layer of vLLM below has them
+SIZES = SMALL_MOE | {"intermediate_size": 32, "num_hidden_layers": 1}  # like vLLM's layer below
 CONFIGS = {
     "mlp": (
         Qwen3MoeConfig(**SIZES, moe_intermediate_size=32, num_experts=4),

@@ -1,4 +1,4 @@
-"""What noise.py counts on in vLLM's norm classes. A failure here means that vLLM moved."""
+"""What noise.py assumes about vLLM's norm classes. A failure here means that vLLM has changed."""
 
 import os
 
@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 
 @pytest.fixture(scope="module")
 def layernorm():
-    """vLLM's module of norms, inside a config: its classes refuse to be built without one."""
+    """vLLM's module of norms, inside a config, because its classes cannot be built without one."""
     if not torch.cuda.is_available():
         os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
     from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
@@ -61,7 +61,7 @@ def test_norms_that_give_back_a_tuple_or_have_no_native_forward_end_no_load(laye
 
 @pytest.mark.parametrize("residual", [False, True])
 def test_float32_weights_work_over_bfloat16_activations(model, residual):
-    """The output stays bf16 and equals that of bf16 weights to one rounding: 2^-7 of the value at most."""
+    """The output stays bf16 and equals that of bf16 weights up to one rounding: at most 2^-7 of the value."""
     torch.manual_seed(0)
     inputs = [torch.randn(16, 256, dtype=torch.bfloat16) for _ in range(1 + residual)]
     for name in ("rms", "gemma"):
@@ -117,7 +117,10 @@ ROUTED = {
 
 @pytest.mark.parametrize("name", ROUTED)
 def test_the_norm_in_front_of_the_router_is_found_in_vllm_s_own_layers(layernorm, name):
-    """Their real forward, with fused add-and-norm; only the parts are stand-ins, which need an engine to be built."""
+    """The layers' real forward is used, with fused add-and-norm.
+
+    Only the parts that need an engine are replaced by stand-ins.
+    """
     import importlib
 
     module, cls = name
@@ -132,7 +135,7 @@ def test_the_norm_in_front_of_the_router_is_found_in_vllm_s_own_layers(layernorm
         setattr(layer, attention, nn.Linear(64, 64))
         dense, routed = nn.Linear(64, 64), nn.Module()
         routed.gate, routed.experts = nn.Linear(64, 4), Experts()
-        setattr(layer, experts, dense if number == 0 else routed)  # the first layer is dense, as often
+        setattr(layer, experts, dense if number == 0 else routed)  # the first layer is dense, as in many models
         for attribute, value in attributes.items():
             setattr(layer, attribute, value)
         layers.append(layer)

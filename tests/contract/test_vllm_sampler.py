@@ -1,4 +1,4 @@
-"""Sampling by the seeds of requests on vLLM's CPU platform."""
+"""Sampling with per-request seeds on vLLM's CPU platform."""
 
 import os
 from types import SimpleNamespace
@@ -11,7 +11,8 @@ os.environ.setdefault("VERL_PLATFORM", "cpu")
 
 @pytest.fixture(scope="module")
 def ours():
-    from verl_aqn.vllm_api import cpu_sampler, plugin
+    from verl_aqn.integrations.vllm import cpu_sampler
+    from verl_aqn.integrations.vllm import vllm_plugin as plugin
 
     plugin.register()
     return cpu_sampler
@@ -40,7 +41,9 @@ def test_vllm_s_request_gets_a_generator_that_can_go_back(ours):
     assert request(None) is None
     found = request(torch.Generator().manual_seed((1 << 62) + 5))
     assert (type(found).__name__, found.seed) == ("KeyedGenerator", (1 << 62) + 5)
-    with pytest.raises(RuntimeError, match="does not use offset"):  # what vLLM does to one where it throws away a token
+    with pytest.raises(
+        RuntimeError, match="does not use offset"
+    ):  # what vLLM does to a generator if it discards a token
         torch.Generator().get_offset()
     first = found.key()
     found.set_offset(found.get_offset() - 4)
@@ -59,7 +62,7 @@ def test_a_row_s_token_does_not_depend_on_the_batch(ours, draw):
 
 
 def test_seeds_hold_beside_requests_that_have_none(ours, draw):
-    """vLLM ignores the seeds of a batch in which one request has none."""
+    """Stock vLLM ignores the seeds of a batch if one request has no seed."""
     logits = torch.zeros(3, 5000)
     found = [draw(logits, generators(ours, 7, None, 9)) for _ in range(5)]
     assert len({(a, c) for a, _, c in found}) == 1
@@ -83,7 +86,7 @@ def test_top_k_holds(ours, draw):
 
 
 def test_samples_have_the_probabilities_of_the_logits(ours):
-    """χ² of 40,000 draws over 12 tokens, by keys as requests have them; the bound is that of p = 1e-4."""
+    """χ² test of 40,000 draws over 12 tokens, with keys as in requests; the bound is that of p = 1e-4."""
     probs = torch.tensor([0.3, 0.2, 0.15, 0.1, 0.08, 0.06, 0.04, 0.03, 0.02, 0.01, 0.006, 0.004])
     n = 40_000
     keys = ours.keys_of({row: ours.KeyedGenerator(row) for row in range(n)}, n)
@@ -111,7 +114,7 @@ def test_the_numbers_are_exponential_and_their_neighbours_independent(ours):
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 49_152), (5, 1003), (48, 130), (3, 7)])
 def test_compiled_and_plain_numbers_are_the_same_bits(ours, rows, width):
-    """Hashing wraps around 32 bits, in vectors and in what is left over of them."""
+    """Hashing wraps at 32 bits, in vectorised code and in the remainder loop."""
     compiled = torch.compile(ours.exponentials, dynamic=True)
     keys = torch.randint(-(1 << 31), 1 << 31, (rows, 2)).to(torch.int32)
     torch.testing.assert_close(compiled(keys, width), ours.exponentials(keys, width), rtol=1e-5, atol=0)

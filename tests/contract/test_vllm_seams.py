@@ -1,4 +1,4 @@
-"""The seams of vLLM that the plugin hangs on."""
+"""The places of vLLM that the plugin hooks into."""
 
 import inspect
 import os
@@ -15,7 +15,7 @@ def test_kernel_registry_takes_mxfp4_for_the_cpu_and_offers_ours():
     from vllm.model_executor.kernels import linear
     from vllm.platforms import PlatformEnum
 
-    from verl_aqn.vllm_api import plugin
+    from verl_aqn.integrations.vllm import vllm_plugin as plugin
 
     assert list(inspect.signature(linear.register_linear_kernel).parameters) == [
         "kernel_class",
@@ -31,8 +31,8 @@ def test_kernel_registry_takes_mxfp4_for_the_cpu_and_offers_ours():
 def test_every_kernel_of_vllm_is_known_by_what_it_does_to_activations():
     from vllm.model_executor.kernels import linear
 
-    from verl_aqn.vllm_api import plugin
-    from verl_aqn.vllm_api.readback import KERNEL_ACTIVATIONS
+    from verl_aqn.integrations.vllm import vllm_plugin as plugin
+    from verl_aqn.integrations.vllm.readback import KERNEL_ACTIVATIONS
 
     plugin.register()
     names = {kernel.__name__ for kernels in linear._POSSIBLE_MXFP4_KERNELS.values() for kernel in kernels}
@@ -47,9 +47,9 @@ def test_the_kernel_computes_what_the_trainer_s_layer_does(activation):
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.model_executor.kernels.linear.mxfp4 import MxFp4LinearLayerConfig
 
+    from verl_aqn.integrations.vllm.cpu_kernel import CpuMxfp4LinearKernel
     from verl_aqn.mxfp4 import Mxfp4Linear
     from verl_aqn.mxfp4.linear import Activation
-    from verl_aqn.vllm_api.cpu_kernel import CpuMxfp4LinearKernel
 
     torch.manual_seed(0)
     ours = Mxfp4Linear.from_linear(torch.nn.Linear(64, 48).bfloat16())
@@ -67,7 +67,7 @@ def test_the_lora_patch_of_vllm_is_in_place():
     from vllm.platforms import current_platform
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
-    from verl_aqn.vllm_api import plugin
+    from verl_aqn.integrations.vllm import vllm_plugin as plugin
 
     plugin.register()
     wrapper = resolve_obj_by_qualname(current_platform.get_punica_wrapper())
@@ -78,11 +78,11 @@ def test_the_lora_patch_of_vllm_is_in_place():
 
 
 def test_lora_products_equal_vllm_s_own(monkeypatch):
-    """One adapter, tokens with and without it: the sum of the plain products is the gathered one's."""
+    """One adapter, tokens with and without it: the sum of plain products equals the gathered product."""
     import torch
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-    from verl_aqn.vllm_api.cpu_lora import SingleAdapterPunicaWrapper
+    from verl_aqn.integrations.vllm.cpu_lora import SingleAdapterPunicaWrapper
 
     torch.manual_seed(0)
     a = tuple(torch.randn(1, 1, 4, 16) for _ in range(2))
@@ -107,7 +107,7 @@ def test_lora_products_equal_vllm_s_own(monkeypatch):
 
 
 def test_vllm_folds_the_scaling_into_b():
-    """The trainer's digest of what was sent does the same."""
+    """The trainer's digest of the sent adapter does the same."""
     from vllm.lora.lora_weights import LoRALayerWeights
 
     assert "self.lora_b *= self.scaling" in inspect.getsource(LoRALayerWeights.optimize)
@@ -125,14 +125,14 @@ def test_loader_s_hook_has_the_arguments_we_pass_on():
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-    from verl_aqn.vllm_api import plugin
+    from verl_aqn.integrations.vllm import vllm_plugin as plugin
 
     plugin.register()
     assert DefaultModelLoader.load_model is BaseModelLoader.load_model
     original = inspect.getclosurevars(BaseModelLoader.load_model).nonlocals["load"]
     assert list(inspect.signature(original).parameters)[:3] == ["self", "vllm_config", "model_config"]
     source = inspect.getsource(original)
-    # What the base was loaded with is remembered between the two.
+    # The settings of the base's load are kept between the two calls.
     assert source.index("self.load_weights(model, model_config)") < source.index("process_weights_after_loading(model,")
 
 

@@ -1,4 +1,4 @@
-"""vLLM's own loaders under observation: what a tensor-parallel rank's layers hold, and the seams that this needs."""
+"""vLLM's own loaders under observation: what a tensor-parallel rank's layers hold, and the hooks that this needs."""
 
 import inspect
 import os
@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from verl_aqn.shards import not_covered
-from verl_aqn.vllm_api.trace import Trace
+from verl_aqn.checkpoints.slices import not_covered
+from verl_aqn.integrations.vllm.trace import Trace
 
 
 @contextmanager
 def rank_of(rank: int, world: int, monkeypatch):
-    """vLLM's layers as they are made on rank `rank` of `world`, without a process group."""
+    """Build vLLM's layers as on rank `rank` of `world`, without a process group."""
     os.environ.setdefault("VERL_PLATFORM", "cpu")
     from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
     from vllm.model_executor import parameter
@@ -62,7 +62,7 @@ def held(rank: int, world: int, monkeypatch):
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_what_the_ranks_hold_is_what_was_loaded_and_together_it_is_all(world, monkeypatch):
-    from verl_aqn.shards import cut
+    from verl_aqn.checkpoints.slices import cut
 
     holders = []
     for rank in range(world):
@@ -80,7 +80,7 @@ def test_what_the_ranks_hold_is_what_was_loaded_and_together_it_is_all(world, mo
     else:
         assert holders[1]["q"] == [64 // world, 64 // world, 0, 64]
         assert holders[1]["o"] == [0, 64, 64 // world, 64 // world]
-        assert "k" not in holders[1]  # one head of k and v: every rank has a copy
+        assert "k" not in holders[1]  # one head of k and v, so every rank has a copy
         half = 32 // world
         assert holders[1]["gate_up"] == [half, half, 0, 64, 32 + half, half, 0, 64]
         for name in ("q", "gate_up", "embed"):
@@ -89,13 +89,13 @@ def test_what_the_ranks_hold_is_what_was_loaded_and_together_it_is_all(world, mo
 
 
 def test_the_seams_of_the_observation():
-    """Loaders pass their weights through the model's `load_weights`; adapters come through `from_lora_tensors`."""
+    """Loaders pass weights through the model's `load_weights`; adapters come through `from_lora_tensors`."""
     from vllm.lora import lora_model, worker_manager
     from vllm.model_executor.model_loader import base_loader
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
     assert "model.load_weights(" in inspect.getsource(DefaultModelLoader.load_weights)
-    # Of the file: another test of this process may have put our function in its place.
+    # Read from the file: another test of this process may have replaced the function by ours.
     assert "self.load_weights(model, model_config" in Path(base_loader.__file__).read_text()
     assert list(inspect.signature(lora_model.LoRAModel.from_lora_tensors).parameters)[:2] == [
         "lora_model_id",
@@ -104,4 +104,4 @@ def test_the_seams_of_the_observation():
     assert "from_lora_tensors(" in inspect.getsource(lora_model.LoRAModel.from_local_checkpoint)
     for manager in (worker_manager.WorkerLoRAManager, worker_manager.LRUCacheWorkerLoRAManager):
         source = inspect.getsource(inspect.unwrap(manager.add_adapter))
-        assert "activate_adapter(" in source or "add(self, request)" in source  # vLLM's, or ours around it
+        assert "activate_adapter(" in source or "add(self, request)" in source  # vLLM's function, or our wrapper of it

@@ -1,4 +1,4 @@
-"""Processes forked from one that has verl, torch and vLLM imported are what `python` would have been."""
+"""Processes forked from one that has imported verl, torch and vLLM behave as started by `python`."""
 
 import inspect
 import json
@@ -13,9 +13,9 @@ import psutil
 import pytest
 from verl.trainer.main_ppo import run_ppo
 
-from verl_aqn.config import load_recipe
-from verl_aqn.supervise import starts_warm
-from verl_aqn.zygote.server import ENDS, PYTHON, warm_python
+from verl_aqn.cluster.process_environment import starts_warm
+from verl_aqn.config.compose import load_recipe
+from verl_aqn.launch.forkserver.server import ENDS, PYTHON, warm_python
 
 TELL = """
 import json, os, random, sys, numpy
@@ -26,12 +26,14 @@ print(json.dumps([os.getpid(), os.getcwd(), sys.argv, os.environ.get("OWN"), os.
 
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory):
-    """A server, and the Python that asks it."""
+    """A server, and the replacement for Python that connects to it."""
     folder = tmp_path_factory.mktemp("zygote")
     python, server = warm_python(str(folder))
     env = {**os.environ, "VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1", PYTHON: str(python), "GONE": "here"}
-    env.pop("PYTHONDONTWRITEBYTECODE", None)  # as in supervise.environment: it would be an argument of spawned ones
-    with subprocess.Popen([sys.executable, "-m", "verl_aqn.zygote.server", str(server)], env=env) as process:
+    env.pop(
+        "PYTHONDONTWRITEBYTECODE", None
+    )  # as in supervise.environment; otherwise it would be an argument of spawned processes
+    with subprocess.Popen([sys.executable, "-m", "verl_aqn.launch.forkserver.server", str(server)], env=env) as process:
         while not server.exists():
             assert process.poll() is None
             time.sleep(0.1)
@@ -42,7 +44,7 @@ def warm(tmp_path_factory):
 
 @pytest.fixture
 def run(warm, tmp_path):
-    """Call the warm Python as Ray does, with a worker of this code."""
+    """Call the replacement for Python as Ray does, with a worker that runs this code."""
     python, _, env = warm
     script = tmp_path / "default_worker.py"
 
@@ -65,14 +67,14 @@ def test_a_forked_process_has_the_arguments_environment_folder_and_files_of_its_
     script = str(tmp_path / "default_worker.py")
     assert (folder, arguments, own) == (str(tmp_path), [script, "one", str(writer)], "mine")
     assert (imported, name, gone, int(parent)) == (True, "__main__", None, server)
-    assert level == "WARN"  # of verl's own for Ray's workers
+    assert level == "WARN"  # verl's variables for Ray workers
     assert os.read(reader, 10) == b"word"
     os.close(reader)
     os.close(writer)
 
 
 def test_a_forked_process_has_a_group_of_its_own(warm, run):
-    """Where a worker of Ray's has died, the raylet ends the worker's process group: not the server, nor the others."""
+    """If a Ray worker dies, the raylet ends its process group: this must not include the server or other workers."""
     done = run("import os; print(os.getpid(), os.getpgid(0), flush=True); os.killpg(0, 9)")
     pid, group = done.stdout.split()
     assert (pid, done.returncode) == (group, -signal.SIGKILL), done.stderr
@@ -87,7 +89,7 @@ def test_what_gains_nothing_is_an_ordinary_python(warm):
 
 
 def test_random_numbers_and_ids_differ_between_forked_processes(run):
-    """Also the ids that Ray draws in C++: two workers with one id end each other."""
+    """This includes the ids that Ray draws in C++: two workers with one id end each other."""
     ids = "; ".join(f"print(ray.{kind}.from_random().hex())" for kind in ("ObjectID", "WorkerID", "NodeID"))
     told = [run(TELL + f"import ray; {ids}").stdout.splitlines() for _ in range(2)]
     assert json.loads(told[0][0])[7] != json.loads(told[1][0])[7]
@@ -138,7 +140,7 @@ if __name__ == "__main__":
     assert done.stdout.split() == [str(warm[1]), "True", "0"], done.stderr
 
 
-@pytest.mark.parametrize("by", ["ray._raylet", "setproctitle"])  # as Ray's do, and vLLM's
+@pytest.mark.parametrize("by", ["ray._raylet", "setproctitle"])  # as Ray's and vLLM's processes do
 def test_a_forked_process_can_give_itself_a_title(run, by):
     title = "ray::agent_loop_worker_0_f925dd7d:AgentLoopWorkerTQ.__init__"  # the longest of a run
     code = f"import psutil, ray, setproctitle; {by}.setproctitle({title!r}); print(*psutil.Process().cmdline())"

@@ -2,7 +2,7 @@
 
     pytest tests/gpu
 
-Under TRITON_INTERPRET=1 it runs on a CPU, without the large shapes: tests/unit/test_mxfp4_gpu_interpreted.py does so.
+Under TRITON_INTERPRET=1 it runs on a CPU, without the large shapes: tests/unit/mxfp4/test_mxfp4_gpu_interpreted.py does so.
 """
 
 import os
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import mxfp4_definition as definition
+from tests.helpers import mxfp4_definition as definition
 from verl_aqn.mxfp4 import dequantize, fake_quantize, quantize
 from verl_aqn.mxfp4.kernels import gpu
 

@@ -1,4 +1,4 @@
-"""One tiny random model, made once; runs through the command line as a user starts them."""
+"""One tiny random model, made once, and runs through the command line as a user starts them."""
 
 import json
 import os
@@ -6,16 +6,18 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.helpers.leftovers import Leftovers
 from verl_aqn.bench import letters
 from verl_aqn.cache import cache_dir
-from verl_aqn.judge.base import check_base, sentence
-from verl_aqn.judge.ranks import wide_base
+from verl_aqn.runs.judge.base_record import check_base, sentence
+from verl_aqn.runs.judge.ranks import wide_base
 
 # Sizes of a run that takes a minute and a half. The reward has variance for a model that knows nothing.
 TINY = [
@@ -28,9 +30,9 @@ TINY = [
     "actor_rollout_ref.actor.ppo_mini_batch_size=2",
     "actor_rollout_ref.rollout.n=4",
     "actor_rollout_ref.actor.optim.lr=1e-2",
-    "actor_rollout_ref.actor.optim.lr_warmup_steps=0",  # with warm-up the first update has a rate of 0
+    "actor_rollout_ref.actor.optim.lr_warmup_steps=0",  # with warm-up the first update has learning rate 0
     "reward.reward_kwargs.overlong_buffer_cfg.len=4",
-    # E12's dynamic sampling, by a metric that always varies: its code runs, nothing is thrown away.
+    # E12's dynamic sampling with a metric that always varies: its code runs, but no group is discarded.
     "algorithm.filter_groups.enable=true",
     "algorithm.filter_groups.metric=score",
     "trainer.total_training_steps=3",
@@ -40,16 +42,31 @@ TINY = [
 ]
 
 
+_left: Leftovers | None = None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_traces(tmp_path_factory) -> Iterator[None]:
+    """Follow from the start of the session what its runs make."""
+    global _left
+    temporary = Path("/tmp")
+    patterns = [(Path("/dev/shm"), "*"), (temporary, "aqn-*"), (temporary, "????????-????-????-*")]
+    _left = Leftovers(patterns, tmp_path_factory.getbasetemp())
+    _left.start()
+    yield
+    _left.stop()
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
-    from verl_aqn.data.smollm2 import tiny_model
+    from verl_aqn.tasks.smollm2 import tiny_model
 
     return tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="session")
 def warm_cache(tmp_path_factory) -> Path:
-    """Compiled once for all runs."""
+    """A cache with code that is compiled once for all runs."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -65,14 +82,14 @@ def train(tiny_model, warm_cache):
 
 
 def verl_aqn(*arguments: str, cache: Path | None = None) -> subprocess.Popen:
-    """The command, started as a user would."""
+    """Run the command as a user would."""
     env = {**os.environ, **({"VERL_AQN_CACHE": str(cache)} if cache else {})}
     command = [sys.executable, "-m", "verl_aqn.cli", *arguments]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def ask_vllm(module: str, *arguments, **variables: str) -> dict:
-    """What `python -m tests.integration.<module> ARGUMENTS`, an engine of its own, says in its line of JSON."""
+    """Return the JSON line that `python -m tests.integration.<module> ARGUMENTS`, a separate engine, prints."""
     result = start_engine(module, *arguments, **variables)
     lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, result.stderr[-3000:]
@@ -80,9 +97,9 @@ def ask_vllm(module: str, *arguments, **variables: str) -> dict:
 
 
 def start_engine(module: str, *arguments, **variables: str) -> subprocess.CompletedProcess:
-    """The same for a module that says nothing."""
+    """Do the same for a module that prints nothing."""
     env = {**os.environ, "VERL_PLATFORM": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    # The engine in the process that asks it: half the time.
+    # The engine runs in the calling process, which takes half the time.
     env |= variables | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "TORCHINDUCTOR_CACHE_DIR": str(cache_dir() / "torchinductor"),
@@ -100,7 +117,7 @@ def start_engine(module: str, *arguments, **variables: str) -> subprocess.Comple
 
 
 def finish(process: subprocess.Popen, base: Path) -> tuple[Path, str]:
-    """Folder and standard error of the newest run of `base`, which ends well."""
+    """Wait for the newest run of `base` to finish without error; return its folder and standard error."""
     _, err = process.communicate(timeout=800)
     run = newest(base)
     assert process.returncode == 0, err + (run / "training.log").read_text()[-3000:]
@@ -112,55 +129,26 @@ def descendants(pid: int) -> list[psutil.Process]:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """As a power cut ends it and all that it started."""
+    """Kill a run with all processes that it started, like a power cut."""
     for victim in [psutil.Process(process.pid), *descendants(process.pid)]:
-        with suppress(ProcessLookupError):  # it ended with another
+        with suppress(ProcessLookupError):  # it ended together with another process
             os.kill(victim.pid, signal.SIGKILL)
     process.communicate()
 
 
 def leftovers() -> set[str]:
-    """Processes, shared memory, sockets and folders that a run could leave behind, but not those of another pytest."""
-    paths = [*Path("/dev/shm").iterdir(), *Path("/tmp").glob("aqn-*"), *Path("/tmp").glob("????????-????-????-*")]
-    ours = descendants(os.getpid())
-    used = (
-        [_uses(other) for other in psutil.process_iter() if other not in ours and _is_of_pytest(other)] if paths else []
-    )
-    left = {str(path) for path in paths if not any(_inode(path) in use or str(path) in use for use in used)}
-    return {*left, *(f"process {child.pid}" for child in ours)}
-
-
-def _is_of_pytest(process: psutil.Process) -> bool:
-    with suppress(psutil.Error):
-        parents = process.parents()
-        return os.getpid() not in [one.pid for one in parents] and any(
-            "pytest" in str(one.cmdline()) for one in parents
-        )
-    return False
-
-
-def _uses(process: psutil.Process) -> str:
-    """Files that a process has mapped, by inode, its environment, and its sockets."""
-    with suppress(psutil.Error, OSError):
-        maps = Path(f"/proc/{process.pid}/maps").read_text()
-        return f"{maps} {process.environ()} {[place.laddr for place in process.net_connections('unix')]}"
-    return ""
-
-
-def _inode(path: Path) -> str:
-    """A semaphore is mapped under another name than it has."""
-    with suppress(FileNotFoundError):
-        return f" {path.stat().st_ino} "
-    return str(path)
+    """Return the processes, shared memory, sockets and folders that runs of this pytest have left until now."""
+    assert _left is not None
+    return _left.found()
 
 
 def newest(run_dir: Path) -> Path:
-    """The newest run's folder."""
+    """Return the folder of the newest run."""
     return (run_dir / "training.log").resolve().parent
 
 
 def lines(path: Path, kind: str | None = None) -> list[dict]:
-    """Whole lines of a JSON-lines file; records of the base with an entry for every rank."""
+    """Return complete lines of a JSON-lines file; records of the base get one entry for every rank."""
     if not path.exists():
         return []
     records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
@@ -169,7 +157,7 @@ def lines(path: Path, kind: str | None = None) -> list[dict]:
 
 
 def compared(run: Path) -> tuple[str, dict]:
-    """What a run's start and end say that they have compared of its base, judged anew, and the start's record."""
+    """Return what a run compared of its base at start and end, judged again, and the record of the start."""
     start, end = lines(run / "evidence.jsonl", "base")
     check_base(start, None)
     check_base(end, start)
@@ -180,6 +168,6 @@ def compared(run: Path) -> tuple[str, dict]:
 
 
 def lines_of(base: Path) -> list[dict]:
-    """Events so far of the one run under `base`."""
+    """Return the events so far of the only run under `base`."""
     found = list(base.glob("runs/*/events.jsonl"))
     return lines(found[0]) if found else []

@@ -1,8 +1,7 @@
-"""`python -m tests.integration.generate MODEL ADAPTER OUT [ACTIVATION]`: what vLLM answers and holds, as a JSON line.
+"""`python -m tests.integration.generate MODEL ADAPTER OUT [ACTIVATION]`: vLLM's responses and weights, as a JSON line.
 
-OUT is for what tests.integration.shards saves.
-
-A process of its own: an engine sets up its process for good.
+OUT is for the files that tests.integration.shards saves. This runs in its own process, because an engine sets up its
+process only once.
 """
 
 import json
@@ -15,8 +14,8 @@ def main(model: str, adapter: str, out: str, activation: str = "none") -> dict:
     from vllm.lora.request import LoRARequest
 
     from tests.integration.shards import save_shard
-    from verl_aqn.mxfp4.checkpoint import is_packed
-    from verl_aqn.mxfp4.model import open_packed, packed_modules
+    from verl_aqn.checkpoints.loading import open_packed, packed_modules
+    from verl_aqn.checkpoints.packing import is_packed
 
     llm = LLM(
         model,
@@ -27,7 +26,7 @@ def main(model: str, adapter: str, out: str, activation: str = "none") -> dict:
         max_lora_rank=8,
         max_loras=1,
         additional_config={"mxfp4_activation": activation},
-        worker_extension_cls="verl_aqn.verl_api.worker_extension.AqnWorkerExtension",
+        worker_extension_cls="verl_aqn.integrations.verl.worker_extension.AqnWorkerExtension",
     )
     prompts = ["Two and two", "The apples of Ann", "Once"]
     greedy = SamplingParams(temperature=0, max_tokens=12, logprobs=0, ignore_eos=True)

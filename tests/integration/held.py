@@ -1,6 +1,6 @@
-"""`python -m tests.integration.held MODEL ADAPTER`: what vLLM holds of both and answers with them, as a JSON line.
+"""`python -m tests.integration.held MODEL ADAPTER`: vLLM's weights of both and its responses, as a JSON line.
 
-A process of its own: an engine sets up its process for good.
+This runs in its own process, because an engine sets up its process only once.
 """
 
 import json
@@ -12,7 +12,7 @@ def main(model: str, adapter: str) -> dict:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    from verl_aqn.mxfp4.model import open_packed, packed_modules
+    from verl_aqn.checkpoints.loading import open_packed, packed_modules
 
     llm = LLM(
         model,
@@ -23,7 +23,7 @@ def main(model: str, adapter: str) -> dict:
         enable_lora=True,
         max_lora_rank=8,
         max_loras=1,
-        worker_extension_cls="verl_aqn.verl_api.worker_extension.AqnWorkerExtension",
+        worker_extension_cls="verl_aqn.integrations.verl.worker_extension.AqnWorkerExtension",
     )
     prompt = list(range(5, 45))
     sampling = SamplingParams(max_tokens=1, prompt_logprobs=0)

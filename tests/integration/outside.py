@@ -1,7 +1,7 @@
 """`python -m tests.integration.outside MODEL SENT`: log-probs of vLLM with adapters as the actor sends them.
 
-SENT is a file of `torch.save`: {"tokens": [[token, …], …], "adapters": {name: (tensors, config)}}. Answers with a JSON
-line: {name: {"logprobs": of every token but the first of each line, "digest": of what the engine holds}}.
+SENT is a file of `torch.save`: {"tokens": [[token, …], …], "adapters": {name: (tensors, config)}}. The output is one
+JSON line: {name: {"logprobs": of every token but the first of each line, "digest": of what the engine holds}}.
 """
 
 import json
@@ -26,7 +26,7 @@ def main(model: str, file: str) -> dict[str, Any]:
         max_lora_rank=8,
         max_loras=1,
         enable_prefix_caching=False,
-        worker_extension_cls="verl_aqn.verl_api.worker_extension.AqnWorkerExtension",
+        worker_extension_cls="verl_aqn.integrations.verl.worker_extension.AqnWorkerExtension",
     )
     request = LoRARequest(VLLM_LORA_NAME, VLLM_LORA_INT_ID, VLLM_LORA_PATH)
     found = {}

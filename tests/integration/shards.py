@@ -1,7 +1,7 @@
-"""`python -m tests.integration.shards MODEL OUT`: each of two ranks of an engine writes noise and saves what it holds.
+"""`python -m tests.integration.shards MODEL OUT`: each of two ranks of an engine writes noise and saves its weights.
 
 OUT/rank<n>.pt: {name: {"spans": [(offset, numel), …], "clean": [numel], "noisy": [numel]}}, elements in order of spans.
-A process of its own: an engine sets up its process for good.
+This runs in its own process, because an engine sets up its process only once.
 """
 
 import sys
@@ -12,7 +12,7 @@ ORDER = {"step": 2, "seed": 1, "sigma": 0.2, "unit": "absolute", "targets": ["no
 def save_shard(worker, out: str) -> None:
     import torch
 
-    from verl_aqn.order import NoiseOrder
+    from verl_aqn.noise.spec import NoiseOrder
 
     worker.aqn_prepare(ORDER)
     targets = [target for target, _ in worker.aqn_injector._select(NoiseOrder.from_dict(ORDER))]
@@ -36,7 +36,7 @@ def main(model: str, out: str) -> None:
         enforce_eager=True,
         gpu_memory_utilization=0.1,
         tensor_parallel_size=2,
-        worker_extension_cls="verl_aqn.verl_api.worker_extension.AqnWorkerExtension",
+        worker_extension_cls="verl_aqn.integrations.verl.worker_extension.AqnWorkerExtension",
     )
     llm.collective_rpc(save_shard, args=(out,))
 

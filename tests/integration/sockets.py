@@ -1,4 +1,4 @@
-"""Every socket that listens in a run while it lasts, and what it says to a neighbour who has no token."""
+"""Every socket that listens during a run, and its reply to a client without a token."""
 
 import json
 import re
@@ -12,18 +12,18 @@ from pathlib import Path
 
 import psutil
 
-from verl_aqn.watchdog import title
+from verl_aqn.runs.processes import title
 
 DOCS = Path(__file__).parents[2] / "docs" / "security.md"
 # The greeting with which ZeroMQ begins; a server's own names in the same place what it asks for.
 ZMQ_GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"CURVE".ljust(20, b"\0") + bytes(32)
 QUEUE = ("ray::TransferQueueController", "ray::SimpleStorageUnit")
-NAMELESS = 20  # looks for which a process may go without the title that it gives itself
+NAMELESS = 20  # number of checks for which a process may not have set its title yet
 HTTP_REQUEST = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
 
 def guards() -> list[tuple[str, str, str]]:
-    """(kind of socket, pattern of the process's title, guard) of the table in docs/security.md, in its order."""
+    """Return (kind of socket, pattern of the process title, guard) from the table in docs/security.md, in its order."""
     found = []
     for line in DOCS.read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -33,7 +33,7 @@ def guards() -> list[tuple[str, str, str]]:
 
 
 def guard_of(kind: str, process: str) -> str | None:
-    """What the table says of such a socket; None where it does not know it."""
+    """Return the table's guard for such a socket; None if the table does not have it."""
     for known, pattern, guard in guards():
         if known == kind and fnmatchcase(process, pattern):
             return guard
@@ -41,7 +41,7 @@ def guard_of(kind: str, process: str) -> str | None:
 
 
 def listening() -> dict[str, tuple[str, str, int]]:
-    """By inode, all listening sockets of this machine: kind, address or path, port."""
+    """Return all listening sockets of this machine by inode: kind, address or path, port."""
     found = {}
     for kind in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]:
@@ -57,9 +57,9 @@ def listening() -> dict[str, tuple[str, str, int]]:
 
 
 def answer(process: str, port: int) -> str:
-    """What a listener on loopback says to who asks without a token: "CURVE", an HTTP status, or nothing.
+    """Return the reply of a listener on loopback to a client without a token: "CURVE", an HTTP status, or nothing.
 
-    Listeners of gloo are not asked: a stranger's bytes would end the run.
+    Listeners of gloo are not contacted, because unknown bytes would end the run.
     """
     if process.startswith(("ray::WorkerDict", "VLLM::")):
         return ""
@@ -78,14 +78,14 @@ def answer(process: str, port: int) -> str:
 
 
 def script_of(process: psutil.Process) -> str:
-    """The name of the file that a Python runs; "" where it runs none: monitor.py and dashboard.py are Ray's."""
+    """Return the file name of the script that a Python process runs, "" if none; Ray's are monitor.py, dashboard.py."""
     line = process.cmdline()
     scripts = [Path(word).name for word in line[1:3] if word.endswith(".py")]
     return scripts[0] if scripts and Path(line[0]).name.startswith("python") else ""
 
 
 def watch(process: subprocess.Popen, file: Path) -> None:
-    """Look at a run until it ends, and write a line of JSON for each of its listening sockets."""
+    """Watch a run until it ends, and write one JSON line for each of its listening sockets."""
     seen, nameless = set(), Counter()
     with file.open("w") as out:
         while process.poll() is None:
@@ -107,7 +107,7 @@ def watch(process: subprocess.Popen, file: Path) -> None:
 
 
 def _inodes(pid: int) -> set[str]:
-    """Of a process's open sockets."""
+    """Return the inodes of a process's open sockets."""
     found = set()
     with suppress(OSError):
         for file in Path(f"/proc/{pid}/fd").iterdir():

@@ -1,6 +1,7 @@
-"""`python -m tests.integration.stock MODEL ADAPTER PROMPT`: vLLM's likeliest tokens after PROMPT, as a JSON line.
+"""`python -m tests.integration.stock MODEL ADAPTER PROMPT`: vLLM's most likely tokens after PROMPT, as a JSON line.
 
-PROMPT is a list of tokens. Nothing of this project is imported here; `ours` says what of it is there all the same.
+PROMPT is a list of tokens. This module imports nothing of this project; `ours` lists the project's modules that are
+loaded nevertheless.
 """
 
 import json

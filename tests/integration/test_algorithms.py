@@ -1,6 +1,6 @@
-"""GRPO, DAPO, PPO with a critic, RLOO, REINFORCE++, GSPO and CISPO, a step or two each on a tiny model.
+"""GRPO, DAPO, PPO with a critic, RLOO, REINFORCE++, GSPO and CISPO, one or two steps each on a tiny model.
 
-And a run that cannot learn says why.
+A run that cannot learn reports the reason.
 """
 
 from pathlib import Path
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import constant_reward
+from tests.helpers import constant_reward
 from tests.integration.conftest import leftovers, lines, newest
-from verl_aqn.export.shards import read_adapter
+from verl_aqn.evaluation.export.fsdp_adapter import read_adapter
 
 SHORT = ["trainer.val_before_train=false", "trainer.test_freq=-1", "trainer.save_freq=-1"]
 ONE_STEP = ["trainer.total_training_steps=1", "aqn.noise.num_stages=1", *SHORT]
@@ -21,7 +21,7 @@ SPLIT = ["trainer.n_gpus_per_node=2", "actor_rollout_ref.rollout.tensor_model_pa
 
 @pytest.fixture
 def run(train, tmp_path):
-    """`run(recipe, *overrides)` → (exit code, standard error in one line, run folder)."""
+    """`run(recipe, *overrides)` → (exit code, standard error as one line, run folder)."""
 
     def start(recipe: str, *overrides: str) -> tuple[int, str, Path]:
         before = leftovers()
@@ -40,7 +40,7 @@ def steps_of(outcome: tuple[int, str, Path]) -> list[dict]:
 
 
 def test_grpo_on_two_ranks_with_correction_and_a_warning_where_top_p_biases_it(run):
-    """Two actor ranks that share the base and two rollout replicas: one base, one adapter, one noise in all of them."""
+    """Two actor ranks share the base; there are two rollout replicas. All have the same base, adapter and noise."""
     top_p, two = "actor_rollout_ref.rollout.top_p=0.95", "trainer.n_gpus_per_node=2"
     in_actor = "aqn.noise.apply_to=rollout+actor"
     saved = "trainer.save_freq=2"
@@ -71,9 +71,9 @@ def test_grpo_on_two_ranks_with_correction_and_a_warning_where_top_p_biases_it(r
 
 
 def test_dapo_on_a_tensor_parallel_rollout_tells_noise_from_kernels_and_validates_without_noise(run):
-    strong = ["aqn.noise.sigma_start=2", "actor_rollout_ref.actor.optim.lr=0"]  # the policy stays what it was
+    strong = ["aqn.noise.sigma_start=2", "actor_rollout_ref.actor.optim.lr=0"]  # the policy does not change
     validated = ["trainer.val_before_train=true", "trainer.test_freq=2"]
-    outcome = run("dapo", *TWO_STEPS, "aqn.parity.rescore=2", *strong, *validated, *SPLIT)
+    outcome = run("dapo", *TWO_STEPS, "aqn.mismatch.rescore=2", *strong, *validated, *SPLIT)
     clean, noisy = steps_of(outcome)
     before, after = (
         {
@@ -106,12 +106,12 @@ def test_dapo_on_a_tensor_parallel_rollout_tells_noise_from_kernels_and_validate
 
 def test_ppo_trains_a_critic_on_the_packed_base_with_noise_in_the_actor_too(run):
     fast = ["critic.optim.lr=1e-2", "critic.optim.lr_warmup_steps=0", "trainer.save_freq=1"]
-    in_actor = ["aqn.noise.apply_to=rollout+actor", "aqn.parity.rescore=2"]
+    in_actor = ["aqn.noise.apply_to=rollout+actor", "aqn.mismatch.rescore=2"]
     some = "actor_rollout_ref.model.target_modules=[q_proj,v_proj]"  # of what vLLM fuses in one layer
     outcome = run("ppo", *TWO_STEPS, "algorithm.filter_groups.enable=false", *fast, *in_actor, some)
     assert [held["modules"] for held in lines(outcome[2] / "evidence.jsonl", "adapter")[-1]["held"]] == [4]
     first, second = steps_of(outcome)
-    # The actor has the very noise of the rollout: what is left between the two is the kernels'.
+    # Actor and rollout have the same noise, so the remaining mismatch comes from the kernels.
     (rollout,) = [record for record in lines(outcome[2] / "evidence.jsonl", "noise") if record["sigma_asked"]]
     (actor,) = [record for record in lines(outcome[2] / "evidence.jsonl", "actor noise") if record["sigma_asked"]]
     assert actor["weights_digest"] == rollout["weights_digest"] != rollout["clean_digest"]
@@ -138,7 +138,7 @@ def test_ppo_trains_a_critic_on_the_packed_base_with_noise_in_the_actor_too(run)
     ("recipe", "estimator", "modules"), [("gspo", "rloo", "all-linear"), ("cispo", "reinforce_plus_plus", "[o_proj]")]
 )
 def test_an_estimator_with_kl_in_the_reward_beside_a_loss_of_another_kind(run, recipe, estimator, modules):
-    """The recipes `rloo` and `reinforce_plus_plus` differ from these in the loss alone: two runs serve four."""
+    """The recipes `rloo` and `reinforce_plus_plus` differ from these only in the loss, so two runs cover four."""
     kl = ["algorithm.use_kl_in_reward=true", "algorithm.kl_ctrl.kl_coef=0.5"]
     model = [f"actor_rollout_ref.model.target_modules={modules}", "actor_rollout_ref.model.lora_rank=64"]
     options = [f"algorithm.adv_estimator={estimator}", *kl, *model, "algorithm.filter_groups.enable=false"]
@@ -158,7 +158,7 @@ def test_a_run_whose_groups_never_differ_stops_and_says_why(run):
     limits = ["algorithm.filter_groups.max_num_gen_batches=2", "reward.reward_kwargs.overlong_buffer_cfg.enable=false"]
     code, err, folder = run("dapo", *ONE_STEP, *constant, *limits)
     assert code == 1
-    assert "groups had no variance in score and were thrown away (σ 0.05, mean score 0.000" in err
+    assert "groups had no variance in score and were discarded (σ 0.05, mean score 0.000" in err
     assert "lower aqn.noise.sigma_start" in err
     assert "Traceback" not in err
     assert not lines(folder / "metrics.jsonl", "step")

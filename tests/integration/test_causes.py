@@ -1,7 +1,6 @@
-"""Whatever process fails first, in whatever phase: its own first error is the line that the run ends with, in seconds.
+"""For a fault in any process and phase, a run ends within seconds with that first error as its message.
 
-Each fault is in an attempt of its own of one run, which then goes on from its last checkpoint to its end. With
-`--all-kills` there are more of them.
+Each fault has its own attempt of one run, which then resumes from its last checkpoint. `--all-kills` adds more faults.
 """
 
 import itertools
@@ -10,8 +9,8 @@ import re
 
 import pytest
 
+from tests.helpers.verl_aqn_faulty import sabotage
 from tests.integration.conftest import finish, lines
-from tests.verl_aqn_faulty import sabotage
 
 SECONDS = 20  # from a fault to the next attempt; most of it is for the others to end
 KILLED = r"was killed by SIG\w+ during \w+ of step \d"
@@ -20,7 +19,7 @@ NO_ANSWER = "step 1: "
 FEW = [
     ("rollout worker, generation", "SIGSEGV", {"calls": 5}, "rollout worker (VLLM::Worker, "),
     ("rollout worker, sync", "raise", {"calls": 1}, "rollout worker (VLLM::Worker, "),
-    # After one answer's reward failed, which is handled: it has nothing to do with the actor's death.
+    # One response's reward failed before, which is handled and unrelated to the actor's death.
     ("actor, sync", "SIGKILL", {"calls": 1}, "actor (ray::WorkerDict, "),
 ]
 MORE = [
@@ -46,7 +45,7 @@ def test_the_first_error_is_the_line(train, tmp_path, monkeypatch, request):
             for number, (at, how, more, _) in enumerate(faults, 1)]  # fmt: skip
     for name, value in sabotage(tmp_path, *plan, HANDLED | {"attempt": len(faults)}).items():
         monkeypatch.setenv(name, value)
-    # A share of failures is allowed: else the first would end the run, and a reward's is never tried again.
+    # A fraction of failures is allowed: otherwise the first one would end the run, and a reward is never retried.
     short = [
         "aqn.run.allow_failed=0.9",
         "trainer.val_before_train=false",
@@ -69,7 +68,7 @@ def test_the_first_error_is_the_line(train, tmp_path, monkeypatch, request):
 
 
 def times(run) -> list[float]:
-    """Seconds from the first fault that was noted in each attempt to the next attempt."""
+    """Return seconds from the first recorded fault of each attempt to the next attempt."""
     starts = [one["since"] for one in lines(run / "events.jsonl", "temporary")]
     noted = [one["time"] for one in lines(run / "errors.jsonl") if "planned" in one["text"]]
     found = []

@@ -1,4 +1,4 @@
-"""A Ray cluster of two nodes: two network namespaces of this machine, with an address each."""
+"""A Ray cluster with two nodes: two network namespaces of this machine, each with its own address."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def ip(*arguments: str) -> str:
 
 
 class Nodes:
-    """The two namespaces, with a home, a token and Ray's temporary folder each, and the disk that they share."""
+    """The two namespaces, each with a home, a token and Ray's temporary folder, and the disk that they share."""
 
     def __init__(self, folder: Path, ray: Path):
         self.folder, self.ray, self.private = folder, ray, folder / "private"
@@ -46,7 +46,7 @@ class Nodes:
                 ip("-n", space, "link", "set", name, "up")
 
     def start(self, address: str, *command: str) -> subprocess.Popen:
-        """As on that machine: its network, its home folder, and verl-aqn on the path."""
+        """Start a process as on that machine: its network, its home folder, and verl-aqn on the PATH."""
         space = SPACES[address]
         env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         env |= {"HOME": str(self.folder / space), "VERL_AQN_CACHE": str(self.folder / "cache")}
@@ -54,13 +54,16 @@ class Nodes:
         env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
         inside = ["ip", "netns", "exec", space, *command]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        # A shell that puts pytest into the background has it and all below it ignore Ctrl-C.
+        # If a shell starts pytest in the background, pytest and its children ignore Ctrl-C.
         heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         return subprocess.Popen(inside, env=env, text=True, cwd=ROOT, preexec_fn=heed, **pipes)
 
     def ray_start(self, address: str, *arguments: str) -> str:
-        """A disk of its own lies over the folder `private`, in what this node's processes see (`ip` gives them mounts
-        of their own too)."""
+        """Run `ray start` for a node.
+
+        For this node's processes, a separate disk is mounted over the folder `private` (`ip` also gives them their own
+        mounts).
+        """
         script = f'mount -t tmpfs aqn {self.private} && exec bash scripts/ray_start.sh "$@"'
         options = ["--profile", "cpu", "--temp-dir", str(self.ray / SPACES[address])]
         process = self.start(address, "bash", "-c", script, "ray_start", *arguments, *options)
@@ -75,7 +78,7 @@ class Nodes:
         return [int(pid) for pid in ip("netns", "pids", SPACES[address]).split()]
 
     def listening(self, address: str) -> set[tuple[str, int]]:
-        """Address and port of every listening TCP socket of that node."""
+        """Return address and port of every listening TCP socket of that node."""
         out = ip("netns", "exec", SPACES[address], "ss", "-H", "-ltn")
         places = [line.split()[3].rpartition(":") for line in out.splitlines()]
         return {(place.strip("[]").removeprefix("::ffff:"), int(port)) for place, _, port in places}
@@ -119,7 +122,7 @@ def cluster(nodes):
 
 
 def ask(nodes: Nodes, address: str, code: str) -> tuple[int, str]:
-    """Exit code and output of Python on that node."""
+    """Return exit code and output of Python on that node."""
     process = nodes.start(address, sys.executable, "-c", code)
     out = process.communicate(timeout=240)[0]
     return process.returncode, out
@@ -139,7 +142,7 @@ def test_who_has_not_the_token_gets_no_answer(cluster):
 
 
 def test_nothing_listens_beyond_what_the_nodes_need(cluster):
-    """Ray binds a node's servers to every address of it; all of them ask for the token, its metrics excepted."""
+    """Ray binds a node's servers to all of its addresses. All except its metrics require the token."""
     for address in (HEAD, WORKER):
         listening = cluster.listening(address)
         assert {place for place, port in listening if port == 8265} <= {"127.0.0.1"}
@@ -221,7 +224,9 @@ def test_stacks_come_from_all_nodes_and_ctrl_c_asks_and_then_stops_the_job_on_th
     (temporary,) = (one["path"] for one in lines(newest(tmp_path) / "events.jsonl", "temporary"))
     with_token = f"import os; os.environ.update(RAY_AUTH_MODE='token', RAY_ADDRESS='{HEAD}:6379')"
     code, out = ask(
-        cluster, HEAD, f"{with_token}; from verl_aqn.verl_api.nodes import main; main('stacks', '', {temporary!r})"
+        cluster,
+        HEAD,
+        f"{with_token}; from verl_aqn.integrations.verl.cluster_nodes import main; main('stacks', '', {temporary!r})",
     )
     assert code == 0, out
     told = {text.split()[0]: text for text in out.split("==== node ")[1:]}
@@ -232,7 +237,7 @@ def test_stacks_come_from_all_nodes_and_ctrl_c_asks_and_then_stops_the_job_on_th
         assert "most recent call first" in text
     process.send_signal(signal.SIGINT)
     out = process.communicate("y\n", timeout=300)[0]
-    assert "It goes on otherwise. [y/N]" in out
+    assert "Otherwise it goes on. [y/N]" in out
     assert "stopped" in out
     assert process.returncode == 130
     assert json.loads((newest(tmp_path) / "state.json").read_text())["status"] == "interrupted"

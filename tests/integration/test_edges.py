@@ -1,6 +1,6 @@
-"""A run where others do not go: no home, a locale without UTF-8, empty variables, a working folder that is locked.
+"""A run in difficult surroundings: no home, a locale without UTF-8, empty variables, a locked working directory.
 
-Stopped by SIGTERM and by Ctrl-C, each with the exit code that shells expect.
+The run is stopped by SIGTERM and by Ctrl-C, each with the exit code that shells expect.
 """
 
 import os
@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.integration.conftest import TINY, leftovers, lines, lines_of, newest
-from tests.unit.test_edges import NOBODY, ROOT, as_a_user
+from tests.users import NOBODY, as_a_user
+
+ROOT = Path(__file__).resolve().parents[2]
 
 HOSTILE = {
     "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",
@@ -23,7 +25,7 @@ HOSTILE = {
 
 @pytest.fixture
 def start(tiny_model, warm_cache, tmp_path):
-    """`start(**variables)` → the same run, started again; its folder has a name that only UTF-8 has."""
+    """`start(**variables)` → the same run, started again. Its folder's name needs UTF-8."""
     for name in ("nobody", "locked"):
         (tmp_path / name).mkdir()
     (tmp_path / "nobody" / "sitecustomize.py").write_text(NOBODY)
@@ -71,7 +73,7 @@ def test_a_run_of_a_user_without_a_home(start, warm_cache, tmp_path):
     assert "Traceback" not in err
     run = newest(start.folder)
     doing = [one["phase"] for one in lines(run / "events.jsonl", "doing")]
-    assert doing[0] == "base", doing  # what it took says what is usual at the end
+    assert doing[0] == "base", doing  # this duration is the usual one for the end
     assert doing.index("sync") < doing.index("metrics")
     assert "UnicodeEncodeError" not in (run / "training.log").read_text(encoding="utf-8")
     assert leftovers() <= before

@@ -1,7 +1,7 @@
-"""Whatever process is killed in whatever phase, the run ends as an undisturbed one, and nothing of it stays.
+"""Kill any process in any phase: the run gives the same results as an undisturbed one and leaves nothing behind.
 
-By itself this kills three; `pytest tests/integration/test_faults.py --all-kills -s` kills every kind of process in
-every phase that it has a part in, and prints a line for each. A run is killed several times and starts again.
+By default three processes are killed. `pytest tests/integration/test_faults.py --all-kills -s` kills every kind of
+process in every phase in which it works, and prints one line for each. One run is killed several times and resumes.
 """
 
 import json
@@ -16,9 +16,9 @@ import psutil
 import pytest
 
 from tests.integration.conftest import descendants, finish, leftovers, lines, lines_of, newest
-from verl_aqn.watchdog import title
+from verl_aqn.runs.processes import title
 
-# Kind of process → what it calls itself.
+# Kind of process → its title.
 KINDS = {
     "actor rank": "ray::WorkerDict",
     "rollout worker": "VLLM::Worker",
@@ -30,7 +30,7 @@ KINDS = {
     "trainer": "ray::AqnTaskRunner",
     "node": "raylet",
     "head": "gcs_server",
-    "driver": "verl_aqn.verl_api.run",
+    "driver": "verl_aqn.launch.driver",
 }
 PHASES = ("generation", "log-probs", "update", "sync", "checkpoint", "validation")
 # Steps enough for all kills of a run: a few seconds pass until one takes effect. From the second on there is a
@@ -59,7 +59,7 @@ def undisturbed(train, tmp_path_factory) -> Path:
 
 
 def told(folder: Path) -> dict:
-    """What a run did, without what differs between any two runs: sampled answers and times."""
+    """Return what a run did, without what differs between any two runs: sampled responses and times."""
     noise = lines(folder / "evidence.jsonl", "noise")
     steps = {one["step"]: one for one in lines(folder / "metrics.jsonl", "step")}
     return {
@@ -100,7 +100,7 @@ def test_processes_are_killed(kills, train, undisturbed, tmp_path):
 
 
 def find(process: subprocess.Popen, what: str) -> psutil.Process:
-    """A process of a run by its title, which Ray and vLLM may be changing at this moment."""
+    """Find a process of a run by its title, which Ray and vLLM may change at this moment."""
     for _ in range(50):
         found = []
         for child in descendants(process.pid):
@@ -113,7 +113,7 @@ def find(process: subprocess.Popen, what: str) -> psutil.Process:
 
 
 def await_phase(process: subprocess.Popen, base: Path, restarts: int, phase: str | None) -> None:
-    """Until the run, started again so many times, is in `phase` of a step after the first; None: of any step."""
+    """Wait until the run, after this many restarts, is in `phase` of a step after the first; None: of any step."""
     deadline = time.monotonic() + 600
     while True:
         events = lines_of(base)

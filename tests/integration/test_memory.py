@@ -1,6 +1,6 @@
-"""The memory estimate against what the kernel counted: actor and rollout, two models, a batch of its own each.
+"""The memory estimate against the kernel's count: actor and rollout, two models, each with its own batch.
 
-With `--all-memory` each model with each batch: four minutes more.
+`--all-memory` runs each model with each batch, which takes four minutes more.
 """
 
 import itertools
@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from verl_aqn.config import load_recipe
-from verl_aqn.data.smollm2 import tiny_model
-from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
-from verl_aqn.preflight import memory
-from verl_aqn.preflight.model import shape_of
+from verl_aqn.checkpoints.packing import quantize_checkpoint
+from verl_aqn.config.compose import load_recipe
+from verl_aqn.preflight import memory_plan as memory
+from verl_aqn.preflight.prepare import tell_workers
 from verl_aqn.preflight.shape import Shape
-from verl_aqn.prepare import tell_workers
+from verl_aqn.preflight.sizing import shape_of
+from verl_aqn.tasks.smollm2 import tiny_model
 
 # Layers of 512 features: 71 and 92 M parameters, of which the embeddings and the head are 50.
 LAYERS = (8, 16)
@@ -45,7 +45,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="module")
 def layers(request, tmp_path_factory) -> Path:
-    """Folder of a packed model with so many layers."""
+    """Return the folder of a packed model with this many layers."""
     root = tmp_path_factory.mktemp(f"layers{request.param}")
     quantize_checkpoint(tiny_model(root / "tiny", layers=request.param, hidden=512), root / "packed")
     return root / "packed"
@@ -59,7 +59,7 @@ def recipe(packed: Path, overrides: list[str]) -> tuple[DictConfig, Shape]:
 
 
 def peaks(kind: str, config: DictConfig, folder: Path) -> dict[str, int]:
-    """VmHWM after each phase of `python -m tests.memory.KIND`, bytes."""
+    """Return VmHWM in bytes after each phase of `python -m tests.memory.KIND`."""
     file = folder / "config.yaml"
     file.write_text(OmegaConf.to_yaml(config, resolve=True))
     env = {**os.environ, "VERL_PLATFORM": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -74,7 +74,7 @@ def peaks(kind: str, config: DictConfig, folder: Path) -> dict[str, int]:
 
 
 def check(estimate: memory.Estimate, peak: int) -> None:
-    """Within 15 % of the process's peak, and of what it has above the constant of a bare process within 25 %."""
+    """Check that the estimate is within 15 % of the peak, and within 25 % above the constant of a bare process."""
     assert estimate.total == pytest.approx(peak, rel=0.15), estimate.parts
     bare = estimate.resident["process"]
     assert estimate.total - bare == pytest.approx(peak - bare, rel=0.25), estimate.parts

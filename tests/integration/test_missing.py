@@ -1,12 +1,12 @@
-"""Rows that a run leaves out and answers that never come, in a run of its own: told, counted and on record."""
+"""A run that leaves out rows and misses responses: both are reported, counted and recorded."""
 
 import re
 
 import pytest
 
 from tests.integration.conftest import lines, newest
-from verl_aqn.data.parquet import write_parquet
-from verl_aqn.data.word_problems import SOURCE, problems, prompt, row
+from verl_aqn.tasks.parquet import write_parquet
+from verl_aqn.tasks.word_problems import SOURCE, problems, prompt, row
 
 REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info, **kwargs):
@@ -18,12 +18,15 @@ def compute_score(data_source, solution_str, ground_truth, extra_info, **kwargs)
 
 @pytest.fixture
 def files(tmp_path):
-    """Six validation problems: two whose reward raises, one that is too long; of the training rows one is too long."""
+    """Six validation problems and the training rows.
+
+    The reward raises for two of the problems, and one is too long; one training row is too long.
+    """
     for split in ("train", "test"):
         rows = []
         for number, one in enumerate(problems(6, split, 0)):
             text = one.question if number != 5 else "word " * 2000
-            # Of the training rows none has a number that the reward stumbles over.
+            # No training row has a number for which the reward raises.
             index = number if split == "test" else 100 + number
             rows.append(
                 row(SOURCE, prompt(text), one.truth, split=split, index=index, question=text, answer=one.answer)
@@ -44,13 +47,13 @@ def test_a_failed_answer_stops_a_run_that_may_go_on_and_is_counted(train, files)
     said = process.communicate(timeout=800)[1]
     assert process.returncode == 1, said
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert re.search(r"validation after step 0: [12] of 5 answers failed: the reward of validation item [23] ", line)
+    assert re.search(r"validation after step 0: [12] of 5 responses failed: the reward of validation item [23] ", line)
     assert f"{files}/reward.py:4: ValueError: no opinion on row 0" in line
     assert "nor on others" not in line
     assert "aqn.run.allow_failed=0 allows 0" in line
     assert lines(newest(files / "run") / "failures.jsonl")
 
-    # The same run goes on from where it stopped, with leave for as many as fail.
+    # The same run resumes, with a limit that allows all of these failures.
     process = train(files / "run", *settings, "aqn.run.allow_failed=0.4", recipe="e6a")
     result, said = process.communicate(timeout=800)
     run = newest(files / "run")
@@ -64,12 +67,12 @@ def test_a_failed_answer_stops_a_run_that_may_go_on_and_is_counted(train, files)
     for step, record in zip((0, 1), lines(run / "metrics.jsonl", "validation"), strict=True):
         assert record["step"] == step
         assert (record["items"], record["answered"], record["failed"], record["accuracy"]) == (5, 3, 2, 1 / 5)
-        assert f"validation after step {step}: 2 of 5 answers failed: the reward of validation item" in said
+        assert f"validation after step {step}: 2 of 5 responses failed: the reward of validation item" in said
     assert "no opinion on row 0 (2 times); they count as wrong" in said
     assert [one["metrics"]["aqn/answers_failed"] for one in lines(run / "metrics.jsonl", "step")] == [0]
     failed = [one for one in lines(run / "failures.jsonl") if one["attempt"] == 2]
     assert sorted((one["set"], one["step"], one["stage"], one["item"]) for one in failed) == [
         ("val", step, "reward", item) for step in (0, 1) for item in (2, 3)
     ]
-    assert "on the same 3 items (2 more have no answer in one of the two)" in result
+    assert "on the same 3 items (2 more have no response in one of the two)" in result
     assert "failed: 0 training answers, which taught nothing, and 4 validation answers" in result

@@ -1,4 +1,4 @@
-"""Real runs of a tiny mixture of experts: on one rank, and with experts shared out among the ranks of the rollout."""
+"""Real runs of a tiny mixture of experts: on one rank, and with experts distributed over the rollout's ranks."""
 
 import json
 import shutil
@@ -10,10 +10,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, PretrainedConfig, Qwen3MoeConfig
 
+from tests.helpers.tiny_configs import SMALL_MOE
 from tests.integration.conftest import finish, lines, newest
-from tests.tiny_configs import SMALL_MOE
-from verl_aqn import checksums
-from verl_aqn.mxfp4.checkpoint import checkpoint_digest, is_packed
+from verl_aqn.checkpoints import checksums
+from verl_aqn.checkpoints.packing import checkpoint_digest, is_packed
 
 SHORT = ["trainer.total_training_steps=2", "aqn.noise.num_stages=2", "trainer.save_freq=-1"]  # σ 0, then σ_start
 UNTESTED = ["trainer.val_before_train=false", "trainer.test_freq=-1"]
@@ -26,7 +26,7 @@ ROUTER_NORMS = [f"model.layers.{layer}.post_attention_layernorm" for layer in ra
 
 
 def tiny_moe(dense: Path, folder: Path, kind: type[PretrainedConfig], **sizes: int) -> Path:
-    """A random MoE model with the tokenizer and the vocabulary of `dense`; vLLM's attention wants heads of 32."""
+    """A random MoE model with tokenizer and vocabulary of `dense`. vLLM's attention needs heads of 32."""
     known = json.loads((dense / "config.json").read_text())
     told = {key: known[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512}
@@ -56,7 +56,7 @@ def mixtral(tiny_model, tmp_path_factory) -> str:
 
 
 def assert_trained(run: Path) -> None:
-    """Trainer and rollout agree without noise, and gradients come to the adapters."""
+    """Check that trainer and rollout agree without noise, and that the adapters get gradients."""
     first, second = (step["metrics"] for step in lines(run / "metrics.jsonl", "step"))
     assert first["training/rollout_actor_probs_pearson_corr"] > 0.98
     assert second["actor/grad_norm"] > 0
@@ -88,7 +88,7 @@ def test_a_moe_trains_with_its_experts_read_back_and_no_noise_before_its_routers
 
 
 def test_experts_are_shared_out_among_ranks_that_each_tell_of_theirs(train, mixtral, tmp_path):
-    """Two actor ranks, which have the rollout's noise as well, and two of the rollout with two of four experts each."""
+    """Two actor ranks, which have the rollout's noise, too, and two rollout ranks with two of four experts each."""
     in_actor = "aqn.noise.apply_to=rollout+actor"
     run, _ = finish(train(tmp_path, mixtral, *SHORT, *UNTESTED, *SHARED_OUT, in_actor), tmp_path)
     packed = Path(yaml.safe_load((run / "config.yaml").read_text())["actor_rollout_ref"]["model"]["path"])
@@ -119,7 +119,7 @@ def test_one_weight_of_one_expert_on_one_rank_stops_the_run(train, mixtral, tmp_
     weights = load_file(file)
     weights["model.layers.1.block_sparse_moe.experts.3.w2.weight"][5, 7] += 1
     save_file(weights, file, {"format": "pt"})
-    (served / checksums.FILE).unlink()  # else the folder is refused before anything starts
+    (served / checksums.FILE).unlink()  # otherwise the folder is rejected before anything starts
     try:
         process = train(tmp_path, mixtral, *SHORT, *UNTESTED, *SHARED_OUT)
         _, err = process.communicate(timeout=800)
@@ -128,7 +128,7 @@ def test_one_weight_of_one_expert_on_one_rank_stops_the_run(train, mixtral, tmp_
     run = newest(tmp_path)
     assert process.returncode == 1
     name = "model.layers.1.block_sparse_moe.experts.3.w2"
-    assert f"at the start: {name} in rollout 1 is not what the folder holds" in " ".join(err.split())
+    assert f"at the start: {name} in rollout 1 differs from the folder" in " ".join(err.split())
     assert "Traceback" not in err
     (record,) = lines(run / "evidence.jsonl", "base")
     holders = [record["holders"][f"rollout {rank}"]["packed"] for rank in range(2)]

@@ -1,11 +1,11 @@
-"""The recipe `multi_turn`: the embedded model calls a calculator under noise; what the tool says is in no figure."""
+"""The recipe `multi_turn`: the embedded model calls a calculator under noise; tool outputs are in no metric."""
 
 import json
 
 import pytest
 
 from tests.integration.conftest import finish, leftovers, lines, verl_aqn
-from verl_aqn.report.page import write_report
+from verl_aqn.runs.report.page import write_report
 
 SMALL = [
     "profile=cpu",
@@ -18,7 +18,7 @@ SMALL = [
     "trainer.val_before_train=false",
     "trainer.save_freq=-1",
     "aqn.noise.num_stages=2",  # σ 0, then σ_start
-    "aqn.parity.rescore=1",  # every answer is scored again
+    "aqn.mismatch.rescore=1",  # every answer is scored again
 ]
 
 
@@ -36,7 +36,7 @@ def test_a_calculator_is_called_and_its_words_are_in_no_figure(tmp_path, warm_ca
         sampled = answers * (metrics["response_length/mean"] - metrics["aqn/tool_tokens"])
         assert metrics["aqn/parity/tokens"] == pytest.approx(sampled)
         assert metrics["aqn/parity/rescored_tokens"] == pytest.approx(sampled)
-        # A token of the tool has no log-prob of the rollout: one such among them would show as several nats.
+        # A token of the tool has no log-prob of the rollout, so one of them would add several nats to the mismatch.
         assert metrics["aqn/parity/kernels/abs_dlogp_mean"] < 0.1
     clean, noisy = steps
     assert clean["aqn/parity/abs_dlogp_mean"] < 0.1 < noisy["aqn/parity/noise/abs_dlogp_mean"]
@@ -47,4 +47,4 @@ def test_a_calculator_is_called_and_its_words_are_in_no_figure(tmp_path, warm_ca
     assert any(one["acc"] == 1 for one in conversations if "<tool_call>" in one["output"])
     page = tmp_path / "report.html"
     write_report([run], page)
-    assert "Tokens of tools" in page.read_text()
+    assert "Tool tokens" in page.read_text()

@@ -1,4 +1,4 @@
-"""An adapter from outside in vLLM, as the actor sends it: PEFT's log-probs, whatever its ranks and scalings."""
+"""An adapter from outside in vLLM, as the actor sends it, gives PEFT's log-probs for all ranks and scalings."""
 
 import json
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 from peft import PeftModel
 
+from tests.helpers.outside_adapters import SERVED, built, sent, write_adapter
 from tests.integration.conftest import ask_vllm
-from tests.outside_adapters import SERVED, built, sent, write_adapter
-from verl_aqn.adapter_folder import read_folder
-from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
-from verl_aqn.mxfp4.model import load_model
+from verl_aqn.checkpoints.loading import load_model
+from verl_aqn.checkpoints.packing import quantize_checkpoint
+from verl_aqn.preflight.adapter_folder import read_folder
 
 KINDS = ("rslora", "patterns", "some layers")  # in fp32, as PEFT saves them
 TOKENS = torch.arange(300, 348).view(4, 12).tolist()
@@ -25,7 +25,7 @@ def logprobs(model: torch.nn.Module) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def served(tiny_model, tmp_path_factory):
-    """Of each kind: what the engine says, PEFT's log-probs over the same base, and the base's; the folder's digest."""
+    """For each kind of adapter: log-probs of the engine, of PEFT and of the base alone, and the folder's digest."""
     root = tmp_path_factory.mktemp("outside")
     quantize_checkpoint(tiny_model, root / "packed")
     adapters, expected = {}, {}
@@ -46,7 +46,7 @@ def served(tiny_model, tmp_path_factory):
 def test_the_rollout_s_log_probs_are_peft_s(served, kind):
     found, (peft, without, digest) = served[0][kind], served[1][kind]
     off = (torch.tensor(found["logprobs"]) - peft).abs().mean()
-    # Nats a token. Without an adapter the two differ by 0.028, as PEFT in bf16 and in float32 do.
+    # In nats per token. Without an adapter the two differ by 0.028, like PEFT in bf16 and in float32.
     assert off < 0.06
     assert (without - peft).abs().mean() > 0.5
     assert found["digest"] == digest

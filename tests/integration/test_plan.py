@@ -1,4 +1,4 @@
-"""A plan of real runs, killed in its middle and started again."""
+"""A plan of real runs that is killed in the middle and started again."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""The report in a real browser: nothing is fetched, nothing that a model wrote is run, and it fits a phone."""
+"""The report in a real browser: it fetches nothing, runs nothing that a model wrote, and fits a phone."""
 
 import os
 import shutil
@@ -6,8 +6,8 @@ import shutil
 import pytest
 from playwright.sync_api import sync_playwright
 
-from tests.run_folders import write_run
-from verl_aqn.report.page import write_report
+from tests.helpers.run_folders import write_run
+from verl_aqn.runs.report.page import write_report
 
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 EVIL = (
@@ -18,7 +18,7 @@ EVIL = (
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory):
-    """Three runs: with noise, without, and one that failed; hostile text wherever a model or a user can put some."""
+    """Three runs: with noise, without, and failed. Hostile text is wherever a model or user can put text."""
     folder = tmp_path_factory.mktemp("report")
     answers = {
         f"{number} + 1? {EVIL}": (f"{number + 1}{EVIL}", f"{'x' * 300}{EVIL}", number % 2 == 0) for number in range(12)
@@ -48,7 +48,7 @@ def browser():
 
 @pytest.fixture
 def open_page(browser, page_file):
-    """`open_page(size, scheme)`: the page, after whose test nothing may have been said, fetched or run."""
+    """`open_page(size, scheme)`: the page. The test fails if the page logs, fetches or runs anything."""
     said, fetched, contexts = [], [], []
 
     def start(size, scheme="light", script=True):
@@ -83,7 +83,7 @@ def test_it_fits_and_is_readable(open_page, size, scheme):
     page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
     assert overflow(page) == 0
     assert page.locator("figure.chart").count() > 10
-    # 4.5 to 1 is what WCAG asks of small text.
+    # WCAG requires 4.5 to 1 for small text.
     ratios = page.evaluate("""() => {
       const light = (colour) => {
         const parts = colour.match(/[\\d.]+/g).slice(0, 3).map((one) => one / 255)
@@ -110,7 +110,7 @@ def test_hostile_text_is_shown_as_it_is(open_page):
     assert EVIL in page.locator(".answer pre").first.text_content()
     assert page.locator("img, iframe, object, embed, form").count() == 0
     assert page.locator("script").count() == 2
-    # Even what got past the escaping would not run.
+    # Even text that was not escaped would not run.
     page.evaluate("document.body.insertAdjacentHTML('beforeend', '<p id=proof>')")
     blocked = page.evaluate("""() => new Promise((done) => {
       document.addEventListener("securitypolicyviolation", (event) => done(event.effectiveDirective), { once: true });

@@ -30,23 +30,23 @@ from tests.integration.conftest import (
     newest,
     verl_aqn,
 )
-from verl_aqn.export.engine import ask_vllm as ask_engine
-from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model
-from verl_aqn.preflight import memory
-from verl_aqn.preflight.memory import sizes
-from verl_aqn.preflight.model import shape_of
-from verl_aqn.runs.agreement import agreement
+from verl_aqn.checkpoints.loading import dequantize_checkpoint, load_model
+from verl_aqn.evaluation.export.export_engine import ask_vllm as ask_engine
+from verl_aqn.preflight import memory_plan as memory
+from verl_aqn.preflight.memory_plan import sizes
+from verl_aqn.preflight.sizing import shape_of
 from verl_aqn.runs.folder import RunFolder
+from verl_aqn.runs.stats.agreement import agreement
 
 PLANTED = "planted-cc97d"
-# Where verl's actor and rollout would meet in any run that starts a Ray of its own.
+# The socket of verl's actor and rollout in any run that starts its own Ray.
 VERLS_SOCKET = Path("/tmp/rl-colocate-zmq-01000000-replica-0-rank-0.sock")
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "MY_SECRET", "DB_PASSWORD")
 
 
 @pytest.fixture(scope="module")
 def finished(train, tmp_path_factory) -> Path:
-    """Folder of a run of three steps that ended by itself."""
+    """Folder of a finished run of three steps."""
     base = tmp_path_factory.mktemp("finished")
     before = leftovers()
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as watcher:
@@ -144,7 +144,7 @@ def test_last_step_is_validated_although_test_freq_does_not_divide_it(finished):
 
 
 def test_the_record_is_whole_and_readable_by_others(finished):
-    """What it takes to say later what was run, on what, and with which result."""
+    """The record says what was run, with which inputs, and with which result."""
     state, versions = (json.loads((finished / f"{name}.json").read_text()) for name in ("state", "versions"))
     assert (state["status"], state["attempt"]) == ("finished", 1)
     assert {"commit", "dirty", "device", "python", "torch", "verl", "vllm", "math-verify"} <= versions.keys()
@@ -184,7 +184,7 @@ def test_every_rank_says_how_much_memory_it_took_and_the_estimate_is_near(finish
 
 
 def test_trainer_and_rollout_agree_where_there_is_no_noise(finished):
-    """Same base, same adapter: the probabilities of the sampled tokens are the same up to bf16."""
+    """With the same base and adapter, the probabilities of the sampled tokens are equal up to bf16 rounding."""
     first = lines(finished / "metrics.jsonl", "step")[0]["metrics"]
     assert first["training/rollout_actor_probs_pearson_corr"] > 0.98
 
@@ -203,13 +203,14 @@ def test_nothing_is_left_running(finished):
 
 
 def test_nothing_but_caches_is_written_into_the_home_folder(finished):
-    """Those of datasets and vLLM; not Ray's token, which others could read there."""
-    written = (finished / "home.txt").read_text().split()
-    assert all("/home/.cache" in path for path in written)
+    """The caches of datasets and vLLM, and not Ray's token, which others could read there."""
+    written = (finished / "home.txt").read_text().splitlines()
+    assert any("/home/.cache/vllm/" in path for path in written)  # else the run did not use this home folder
+    assert [path for path in written if "/home/.cache" not in path] == []
 
 
 def test_every_listening_socket_is_known_and_guarded(finished):
-    """The table is that of docs/security.md."""
+    """The table is in docs/security.md."""
     found = lines(finished / "listening.jsonl")
     of = {(one["kind"], one["process"], sockets.guard_of(one["kind"], one["process"])) for one in found}
     assert not [one for one in of if one[2] is None]
@@ -223,7 +224,7 @@ def test_every_listening_socket_is_known_and_guarded(finished):
         to_read = sockets.guard_of(one["kind"], one["process"]).startswith("none: figures")
         assert one["said"] in ("", "401", "CURVE") or to_read, one
     assert {one["said"] for one in found if "CURVE" in sockets.guard_of(one["kind"], one["process"])} == {"CURVE"}
-    assert "401" in {one["said"] for one in found}  # that listeners were asked
+    assert "401" in {one["said"] for one in found}  # some listeners were really contacted
     assert len([one for one in found if one["process"].startswith("ray::WorkerDict") and one["kind"] == "tcp"]) == 1
 
 
@@ -259,7 +260,7 @@ def test_a_killed_run_resumes_with_the_same_sigma_and_noise(train, tmp_path, fin
     for record in lines(folder / "evidence.jsonl", "noise"):
         assert record["weights_digest"] == wanted[record["step"]]
     assert [record["step"] for record in lines(folder / "metrics.jsonl", "step")][-1] == 3
-    # And the same answers to the same prompts, but for what floating point does after the first update.
+    # The responses to the same prompts are equal, too, up to floating-point effects after the first update.
     for one in agreement(RunFolder(finished), RunFolder(folder)):
         assert one.common == one.answers
         assert one.share == 1 or (one.part, one.step) not in (("val", 0), ("train", 1))
@@ -289,7 +290,7 @@ def test_eval_answers_as_the_run_did_and_changes_nothing_of_it(finished):
     ]
     assert answers[0] == answers[1]
     evidence = Path(result["run"]) / "evidence.jsonl"
-    assert lines(evidence, "clean")  # read back before anything was answered
+    assert lines(evidence, "clean")  # read back before any response
     assert result["adapter"] == lines(finished / "evidence.jsonl", "adapter")[-1]["sent"]
     assert (finished / "metrics.jsonl").read_bytes() == metrics
     assert lines(finished / "evaluations.jsonl") == [result]
@@ -306,7 +307,7 @@ def exported(finished, tmp_path_factory) -> Path:
     assert proof["nonzero_b"] == 14
     answers = proof["answers"]  # of the run's four validation problems, and of others of the same data
     assert (answers["prompts"], answers["recorded"]) == (32, 4)
-    assert answers["equal"] > 16  # between a random model's tokens there are near ties
+    assert answers["equal"] > 16  # a random model has near ties between tokens
     assert answers["base_equal"] < 8
     assert answers["effect"]["error"] <= answers["effect"]["allowed"]  # of the real engine
     assert proof["proved"]
@@ -327,7 +328,7 @@ def test_what_a_sync_sends_is_the_adapter_and_no_more(finished, exported):
 
 
 def in_plain_peft(base: Path, adapter: Path) -> tuple[list[int], torch.Tensor]:
-    """A prompt, and the log-probabilities of what follows it, which the adapter changes."""
+    """A prompt, and the log-probabilities of the next tokens, which the adapter changes."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = PeftModel.from_pretrained(load_model(base), str(adapter), autocast_adapter_dtype=False)
     prompt = tokenizer("Ann has 2 apples and", add_special_tokens=False)["input_ids"]
@@ -339,7 +340,7 @@ def in_plain_peft(base: Path, adapter: Path) -> tuple[list[int], torch.Tensor]:
 
 
 def assert_served(tops: dict[str, float], ours: torch.Tensor) -> None:
-    """The likeliest tokens of an engine have the log-probabilities `ours`, and the first is all but the likeliest."""
+    """Check an engine's most likely tokens: their log-probabilities are `ours`, and the first is nearly the best."""
     served = {int(token): logprob for token, logprob in tops.items()}
     assert max(abs(logprob - float(ours[token])) for token, logprob in served.items()) < 0.25
     assert float(ours.max() - ours[max(served, key=served.__getitem__)]) < 0.25
@@ -350,13 +351,13 @@ def test_an_exported_adapter_serves_in_plain_peft_and_in_vllm_without_our_worker
     config.actor_rollout_ref.rollout.engine_kwargs.vllm.pop("worker_extension_cls")
     base = Path(config.actor_rollout_ref.model.path)
     prompt, ours = in_plain_peft(base, exported)
-    # No answer is the expected one, so that the likeliest tokens come with it.
+    # No response is the expected one, so the most likely tokens are returned.
     (said,) = ask_engine(config, base, [exported], [prompt], ["\0"], [[]], of_run=True)
     assert_served(said["answers"][0]["tops"][0], ours)
 
 
 def test_an_exported_adapter_serves_in_stock_vllm_over_the_bf16_equal_of_its_base(finished, exported, tmp_path):
-    """Without our plugin, which every vLLM in this environment loads otherwise."""
+    """This is without our plugin, which every other vLLM in this environment loads."""
     base = Path(OmegaConf.load(finished / "config.yaml").actor_rollout_ref.model.path)
     dequantize_checkpoint(base, tmp_path / "dense")
     prompt, ours = in_plain_peft(base, exported)
@@ -383,14 +384,14 @@ def test_a_merged_export_is_a_bf16_model_that_answers_as_the_run(finished, expor
 
 
 def evaluated(target: Path | str, *arguments: str, cache: Path) -> dict:
-    """What `verl-aqn eval` says, as a user has it."""
+    """Return the output of `verl-aqn eval`, started as a user does."""
     before = leftovers()
     process = verl_aqn("eval", str(target), *arguments, "--json", cache=cache)
     out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
     assert leftovers() <= before
     result = json.loads(out)
-    assert lines(Path(result["run"]) / "evidence.jsonl", "clean")  # read back before anything was answered
+    assert lines(Path(result["run"]) / "evidence.jsonl", "clean")  # read back before any response
     return result
 
 
@@ -427,7 +428,7 @@ def rounded(train, tmp_path_factory) -> Path:
     """Folder of a run of two steps with 4-bit activations."""
     base = tmp_path_factory.mktemp("rounded")
     two_steps = ["trainer.total_training_steps=2", "trainer.val_before_train=false", "aqn.noise.num_stages=2"]
-    rounding = ["aqn.mxfp4.activation=mxfp4", "aqn.mxfp4.keep_dense=true"]
+    rounding = ["aqn.mxfp4.activation=mxfp4", "aqn.mxfp4.cache_dequantized=true"]
     twice = [f"actor_rollout_ref.rollout.val_kwargs.{one}" for one in ("n=2", "do_sample=true", "temperature=1")]
     return finish(train(base, *two_steps, *rounding, *twice), base)[0]
 
@@ -458,7 +459,7 @@ def test_four_bit_activations_in_actor_and_rollout(rounded):
 
 
 def test_eval_of_a_checkpoint_that_is_not_the_last_in_bf16(rounded, warm_cache):
-    """Of a run with 4-bit activations, which a bf16 base cannot have."""
+    """The run has 4-bit activations, which a bf16 base cannot have."""
     result = evaluated(rounded / "checkpoints/global_step_1", "--precision", "bf16", cache=warm_cache)
     assert (result["precision"], result["base"], result["step"], result["items"]) == ("bf16", None, 1, 4)
     sent = {record["step"]: record["sent"] for record in lines(rounded / "evidence.jsonl", "adapter")}
@@ -470,7 +471,7 @@ def test_eval_of_a_checkpoint_that_is_not_the_last_in_bf16(rounded, warm_cache):
 
 
 def test_a_rollout_that_rounds_activations_unasked_stops_the_run(train, tmp_path):
-    """As vLLM does by itself on Blackwell, here by a setting behind the recipe's back."""
+    """vLLM does this by default on Blackwell; here a setting that the recipe does not know causes it."""
     key = "+actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config.mxfp4_activation"
     process = train(tmp_path, *ONE_STEP, f"{key}=rceil/nearest")
     _, err = process.communicate(timeout=600)

@@ -1,10 +1,10 @@
-"""`verl-aqn eval --samples` in the real rollout, and `compare` of what it wrote."""
+"""`verl-aqn eval --samples` in the real rollout, and `compare` of its results."""
 
 import json
 from pathlib import Path
 
 from tests.integration.conftest import TINY, verl_aqn
-from verl_aqn.runs.scores import answers_in
+from verl_aqn.runs.stats.scores import answers_in
 
 VAL = "actor_rollout_ref.rollout.val_kwargs"
 

@@ -1,4 +1,4 @@
-"""verl's own `main_ppo` with `external_lib=verl_aqn.stock`: evidence that holds, and an adapter that is lost."""
+"""verl's own `main_ppo` with `external_lib=verl_aqn.stock`: valid evidence, and detection of a lost adapter."""
 
 import subprocess
 import sys
@@ -9,13 +9,13 @@ import pytest
 
 from tests.integration.conftest import lines
 from verl_aqn.bench import letters
-from verl_aqn.data.word_problems import prepare_word_problems
-from verl_aqn.report.evidence import checks
-from verl_aqn.report.page import write_report
-from verl_aqn.report.records import read_runs
+from verl_aqn.cluster.process_environment import engine_environment, local_ray
 from verl_aqn.runs.evidence import judge_run
 from verl_aqn.runs.folder import RunFolder
-from verl_aqn.supervise import engine_environment, local_ray
+from verl_aqn.runs.report.evidence_section import checks
+from verl_aqn.runs.report.page import write_report
+from verl_aqn.runs.report.page_data import read_runs
+from verl_aqn.tasks.word_problems import prepare_word_problems
 
 STEPS = 2
 # What stock verl needs on a CPU, and a task of a minute.
@@ -23,7 +23,7 @@ CPU = [
     "trainer.device=cpu",
     "trainer.n_gpus_per_node=1",
     "ray_kwargs.ray_init.num_cpus=32",
-    "+ray_kwargs.ray_init.num_gpus=1",  # pretended
+    "+ray_kwargs.ray_init.num_gpus=1",  # simulated
     "+ray_kwargs.ray_init.include_dashboard=false",
     "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
     "actor_rollout_ref.model.use_remove_padding=false",
@@ -68,7 +68,7 @@ OPTION = "actor_rollout_ref.model.external_lib=verl_aqn.stock"
 
 @pytest.fixture(scope="module")
 def main_ppo(tiny_model, tmp_path_factory):
-    """`main_ppo(folder, *overrides)` → what verl's own command returned, started as a user of verl starts it."""
+    """`main_ppo(folder, *overrides)` → the result of verl's own command, started as a user of verl starts it."""
     data = tmp_path_factory.mktemp("data")
     files = prepare_word_problems(data, 16, 4)
 
@@ -97,7 +97,7 @@ def run_in(folder: Path) -> RunFolder:
 
 
 def rows(run: RunFolder) -> dict[str, tuple[bool | None, str]]:
-    """The report's table of evidence: (verdict, text) by row."""
+    """Return the report's table of evidence: (verdict, text) by row."""
     table = checks(read_runs([run.path]))
     return {row[0].text: (row[1].good, row[1].text) for row in table.rows}
 
@@ -113,7 +113,7 @@ def test_a_stock_run_is_proved(main_ppo, tmp_path):
     evidence = lines(run.path / "evidence.jsonl")
     adapters = [one for one in evidence if one["kind"] == "adapter"]
     assert [one["step"] for one in adapters] == [0, 1, 2]
-    assert len({one["sent"] for one in adapters}) == 3  # it was trained, and each reached the rollout
+    assert len({one["sent"] for one in adapters}) == 3  # it was trained, and each version reached the rollout
     assert adapters[0]["held"][0]["b_max"] == 0 < adapters[1]["held"][0]["b_max"]
     assert [one["requests"] for one in adapters] == [{"with": n, "without": 0} for n in (0, 8, 8)]
     mismatches = [one for one in evidence if one["kind"] == "mismatch"]
@@ -121,14 +121,14 @@ def test_a_stock_run_is_proved(main_ppo, tmp_path):
     (use,) = [one for one in evidence if one["kind"] == "adapter use"]
     assert use["to_base"] > 2 * use["to_adapter"]  # the rollout answers with the adapter
     assert {one["when"] for one in evidence if one["kind"] == "base"} == {"start", "end"}
-    assert "rollout.load_format=safetensors in place of dummy" in result.stdout
-    assert "evidence holds" in result.stdout
+    assert "rollout.load_format=safetensors instead of dummy" in result.stdout
+    assert "evidence valid" in result.stdout
     assert write_report([run.path], tmp_path / "page.html")
 
 
 def losing(name: str) -> str:
-    """The override for a worker of vLLM that loses adapters."""
-    worker = f"tests.verl_aqn_stock_faults.{name}"
+    """Return the override for a vLLM worker that loses adapters."""
+    worker = f"tests.helpers.verl_aqn_stock_faults.{name}"
     return f"+actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls={worker}"
 
 
@@ -136,11 +136,11 @@ def test_an_adapter_that_does_not_arrive_stops_the_run(main_ppo, tmp_path):
     result = main_ppo(tmp_path, OPTION, losing("SwallowsAll"))
     assert result.returncode != 0
     run = run_in(tmp_path)
-    fault = "at the start the adapter is not in the rollout (rank 0): the rollout has not got an adapter"
+    fault = "at the start the adapter is not in the rollout (rank 0): the rollout has no adapter"
     assert fault in result.stderr
     assert run.state["status"] == "failed"
     assert fault in run.state["message"]
-    assert lines(run.path / "metrics.jsonl") == []  # nothing was learnt
+    assert lines(run.path / "metrics.jsonl") == []  # nothing was learned
     good, text = rows(run)["adapter in the rollout"]
     assert good is False
     assert fault in text
@@ -149,16 +149,16 @@ def test_an_adapter_that_does_not_arrive_stops_the_run(main_ppo, tmp_path):
 def test_a_run_told_to_warn_goes_on_and_every_check_sees_the_base_model_answer(main_ppo, tmp_path):
     result = main_ppo(tmp_path, OPTION, losing("SwallowsUpdates"), "+verl_aqn.on_fault=warn")
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
-    assert "evidence does NOT hold" in result.stdout
+    assert "evidence NOT valid" in result.stdout
     run = run_in(tmp_path)
     assert run.state["status"] == "finished"
     told = rows(run)
     assert {name for name, (good, _) in told.items() if good is False} == {
-        "adapter in the rollout", "adapter in the rollout's forward", "adapter in the last requests",
-        "trainer against the rollout without noise",
+        "adapter in the rollout", "adapter in the rollout's forward pass", "adapter in the last requests",
+        "trainer and rollout without noise",
     }  # fmt: skip
     assert "after step 1 the rollout does not list the adapter" in told["adapter in the rollout"][1]
-    assert "step 2: the rollout answers as the base model" in told["adapter in the rollout's forward"][1]
+    assert "step 2: the rollout responds like the base model" in told["adapter in the rollout's forward"][1]
     adapters = [one for one in lines(run.path / "evidence.jsonl") if one["kind"] == "adapter"]
     assert [one["requests"] for one in adapters] == [
         {"with": 0, "without": 0}, {"with": 8, "without": 0}, {"with": 0, "without": 8},

@@ -1,4 +1,4 @@
-"""Two runs at once on one machine: each has its own cluster, sockets and records."""
+"""Two runs at the same time on one machine: each has its own cluster, sockets and records."""
 
 from omegaconf import OmegaConf
 

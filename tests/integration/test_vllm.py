@@ -1,4 +1,4 @@
-"""Stock vLLM on a packed checkpoint: the same answers as its dequantised equal, and noise that comes and goes."""
+"""Stock vLLM on a packed checkpoint: responses as from its dequantised equivalent, and noise that can be removed."""
 
 from pathlib import Path
 
@@ -6,23 +6,23 @@ import pytest
 import torch
 
 from tests.integration.conftest import ask_vllm, start_engine
+from verl_aqn.checkpoints.loading import dequantize_checkpoint, load_model
+from verl_aqn.checkpoints.packing import checkpoint_digest, quantize_checkpoint
 from verl_aqn.digest import tensor_digest
-from verl_aqn.mxfp4.checkpoint import checkpoint_digest, quantize_checkpoint
 from verl_aqn.mxfp4.experts import packed_layers
 from verl_aqn.mxfp4.linear import Activation
-from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model
 from verl_aqn.noise import NoiseOrder, check_evidence
 
 
 def engine(model: Path, *arguments) -> dict:
-    """Answers of the engine on a model beside the folders `adapter` and `shards`."""
+    """Responses of the engine with a model, and the folders `adapter` and `shards`."""
     root = model.parent
     return ask_vllm("generate", model, root / "adapter", root / "shards", *arguments)
 
 
 @pytest.fixture(scope="module")
 def folders(tiny_model, tmp_path_factory):
-    """Packed checkpoint, its exact bf16 equal, and a PEFT adapter that is not zero."""
+    """Packed checkpoint, its exact bf16 equivalent, and a PEFT adapter that is not zero."""
     from peft import LoraConfig, get_peft_model
 
     root = tmp_path_factory.mktemp("vllm")
@@ -54,7 +54,7 @@ def four_bit_activations(folders):
 
 
 def actor_logprobs(folders, answers: dict, activation: str) -> list[float]:
-    """What the trainer's model gives the engine's answers, its activations rounded as told."""
+    """Return the trainer model's log-probs of the engine's responses, with the given rounding of activations."""
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(load_model(folders / "packed"), folders / "adapter").eval()
@@ -80,7 +80,7 @@ def test_w4a4_is_the_same_arithmetic_in_trainer_and_rollout(packed, four_bit_act
         rollout = torch.tensor(answers["logprobs"])
         near = (torch.tensor(actor_logprobs(folders, answers, same)) - rollout).abs().max()
         far = (torch.tensor(actor_logprobs(folders, answers, other)) - rollout).abs().max()
-        # Not closer: what differs in the last bit of bf16 may round to another of the 4 bits.
+        # No tighter bound: a difference in the last bit of bf16 may round to a different 4-bit value.
         assert near < 0.5 * far
 
 
@@ -102,7 +102,7 @@ def test_engine_holds_the_packed_base_bit_for_bit(packed, folders):
 
 
 def test_engine_holds_the_values_of_the_packed_base_in_bf16(packed, dense, folders):
-    """What devices without MX units serve: as many layers, known by the digest of the dequantised bytes."""
+    """Devices without MX units serve this: the same number of layers, identified by the digest of dequantised bytes."""
     assert dense["base"]["form"] == "bf16"
     assert dense["base"]["layers"] == packed["base"]["layers"]
     assert dense["base"]["base_digest"] == checkpoint_digest(folders / "packed", form="bf16")
@@ -145,7 +145,7 @@ def test_noise_on_linear_weights_changes_the_answers_and_is_taken_away_bit_for_b
 
 
 def whole(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Every weight that can carry noise, put together of what the ranks saved: {name: {"clean", "noisy"}}."""
+    """Every weight that can carry noise, assembled from the files of the ranks: {name: {"clean", "noisy"}}."""
     held = [torch.load(path) for path in sorted(folder.iterdir())]
     found: dict[str, dict[str, torch.Tensor]] = {}
     for name in held[0]:
@@ -181,7 +181,7 @@ def test_an_order_of_sigma_0_changes_no_token_and_no_probability(packed):
 
 
 def test_layers_left_in_16_bits_are_served(tiny_model, folders):
-    """What vLLM merges is left as a whole; the rest stays packed."""
+    """Layers that vLLM merges are left in 16 bits together; the rest stays packed."""
     exclude = ("lm_head", "model.layers.0.self_attn.[qkv]_proj", "model.layers.1.mlp.down_proj")
     quantize_checkpoint(tiny_model, folders / "kept", exclude=exclude)
     served = engine(folders / "kept")["base"]

@@ -1,17 +1,17 @@
-"""A family whose modules vLLM renames and fuses in its own way: base, adapter and answers are the trainer's."""
+"""A family whose modules vLLM renames and fuses differently: base, adapter and responses equal the trainer's."""
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, FalconH1Config
 
-from tests.base_answers import actor_of, loaded
+from tests.helpers.base_answers import actor_of, loaded
 from tests.integration.conftest import ask_vllm
-from verl_aqn.adapter import held_name, served_adapter
+from verl_aqn.checkpoints.adapter import held_name, served_adapter
+from verl_aqn.checkpoints.loading import load_model
+from verl_aqn.checkpoints.packing import checkpoint_digest, quantize_checkpoint
 from verl_aqn.digest import tensor_digest
-from verl_aqn.judge.base import check_base
-from verl_aqn.mxfp4.checkpoint import checkpoint_digest, quantize_checkpoint
-from verl_aqn.mxfp4.model import load_model
-from verl_aqn.verl_api.base import BaseRecords
+from verl_aqn.integrations.verl.base_evidence import BaseRecords
+from verl_aqn.runs.judge.base_record import check_base
 
 # Attention and Mamba side by side: `mamba.in_proj` is one tensor over five widths, vLLM calls `mamba` `mamba.mamba`.
 CONFIG = {
@@ -58,7 +58,7 @@ def test_renamed_and_fused_modules_are_told_under_the_trainer_s_names(folders):
     record = BaseRecords(packed, "packed", "none", print).record(
         "start", [actor_of(loaded(packed), packed)], [said["base"]], {"actor": 1, "rollout": 1}
     )
-    check_base(record, None)  # behind LoRA's wrappers, in an engine that has answered
+    check_base(record, None)  # inside LoRA's wrappers, in an engine that has already responded
     norms = record["holders"]["rollout 0"]["norms"]
     assert norms["live"] == norms["tensors"] == 5
     assert [(one["code"], one["tensors"]) for one in record["not_compared"]] == [("computed", 2)]

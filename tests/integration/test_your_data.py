@@ -1,4 +1,4 @@
-"""A run on data as users have them: two files of two forms and data sources, another name for the prompts."""
+"""A run on data as users have them: two files with different forms and data sources, and another prompt key."""
 
 import json
 
@@ -10,7 +10,7 @@ from verl_aqn.runs.folder import RunFolder
 
 
 def rows(source, count):
-    """Without `extra_info`."""
+    """Return rows without `extra_info`."""
     return [
         {
             "data_source": source,

@@ -1,8 +1,8 @@
 """`python -m tests.memory.actor CONFIG.yaml`: the actor of a resolved recipe, alone, through one RL step.
 
-The engine is the one that a run uses, built by verl from the same config, with random tokens in place of a rollout:
-log-probs with entropies of a mini-batch as large as the recipe's allow, then two updates, so that the second one has
-Adam's moments and gradients at once. Prints RESULT and the peaks (VmHWM, bytes) after each phase.
+verl builds the engine from the config as in a run, but the tokens are random instead of sampled. The step computes
+log-probs with entropies of a mini-batch as large as the recipe allows. Two updates follow, so that the second one has
+Adam's moments and gradients at the same time. Prints RESULT and the peaks (VmHWM, bytes) after each phase.
 """
 
 import json
@@ -20,12 +20,12 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import HFModelConfig
 from verl.workers.engine.base import EngineRegistry
 
-import verl_aqn.verl_api.engine  # noqa: F401  registers the engine
+import verl_aqn.integrations.verl.engine  # noqa: F401  registers the engine
 from verl_aqn.preflight.peak import peak_bytes
 
 
 def batch(config, samples: int) -> TensorDict:
-    """A mini-batch whose prompts and responses are all as long as the recipe lets them be."""
+    """Return a mini-batch whose prompts and responses all have the recipe's maximum length."""
     n, prompt, response = (
         int(config.actor_rollout_ref.rollout.n), int(config.data.max_prompt_length),
         int(config.data.max_response_length),
@@ -54,7 +54,7 @@ def batch(config, samples: int) -> TensorDict:
 
 
 def loss(model_output, data, dp_group):
-    """As light as PPO's, which holds a few floats a token."""
+    """Compute a loss as light as PPO's, which holds a few floats per token."""
     return -model_output["log_probs"].values().sum() * 1e-3, {}
 
 

@@ -1,7 +1,7 @@
-"""`python -m tests.memory.rollout CONFIG.yaml`: the rollout of a resolved recipe, alone, with its cache filled.
+"""`python -m tests.memory.rollout CONFIG.yaml`: the rollout of a resolved recipe, alone, with a full cache.
 
-vLLM's engine in this process, with the recipe's settings, worker extension and an adapter, answers as many prompts at
-once as the recipe lets it. Prints RESULT and the peaks (VmHWM, bytes) after each phase.
+vLLM's engine runs in this process with the recipe's settings, worker extension and an adapter. It answers as many
+prompts at once as the recipe allows. Prints RESULT and the peaks (VmHWM, bytes) after each phase.
 """
 
 import json
@@ -11,15 +11,15 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from verl_aqn.export.engine import engine_options
+from verl_aqn.evaluation.export.export_engine import engine_options
 from verl_aqn.preflight.peak import peak_bytes
 
 
 def adapter(model: str, rank: int, alpha: int) -> str:
-    """A fresh PEFT adapter of `model`, every linear layer, in a folder."""
+    """Write a new PEFT adapter for every linear layer of `model` into a folder."""
     from peft import LoraConfig, get_peft_model
 
-    from verl_aqn.mxfp4.model import load_model
+    from verl_aqn.checkpoints.loading import load_model
 
     folder = tempfile.mkdtemp(prefix="aqn-adapter-")
     peft = get_peft_model(load_model(model), LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear"))
@@ -51,7 +51,7 @@ def main(path: Path, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2:  # the adapter is made in a process of its own, whose memory does not count
+    if len(sys.argv) == 2:  # the adapter is made in a separate process, whose memory is not counted
         import subprocess
 
         config = OmegaConf.load(sys.argv[1])

@@ -1,4 +1,4 @@
-"""Containers and manifests by their linters and schemas. No engine is at hand: nothing is built or applied."""
+"""Containers and manifests checked by linters and schemas. Nothing is built or applied."""
 
 import json
 import re
@@ -19,7 +19,7 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["option
 
 
 def lint(tool: str, *arguments: str) -> str:
-    """What the linter says; nothing if all is well."""
+    """Return the linter's output, empty if there is no complaint."""
     command = [Path(sys.executable).parent / tool, *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
 
@@ -29,7 +29,7 @@ def job() -> dict:
 
 
 def check_job(manifest: dict) -> None:
-    jsonschema.validate(manifest, json.loads((ROOT / "tests" / "kuberay_rayjob.json").read_text()))
+    jsonschema.validate(manifest, json.loads((ROOT / "tests" / "helpers" / "kuberay_rayjob.json").read_text()))
     cluster = manifest["spec"]["rayClusterSpec"]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "node"}, **group["template"]}
@@ -55,20 +55,24 @@ def test_images_are_pinned_run_without_root_and_hold_no_secret(profile):
     assert not re.search(r"(TOKEN|KEY|SECRET|PASSWORD)", text)
 
 
+def versions(pins: list[str]) -> dict[str, str]:
+    """Return the version of each package that `pins` name with ==."""
+    return {name: version for name, found, version in (pin.partition("==") for pin in pins) if found}
+
+
 def test_images_have_the_versions_of_their_profile():
-    vllm = next(pin for pin in EXTRAS["cuda"] if pin.startswith("vllm==")).removeprefix("vllm==")
+    vllm = versions(EXTRAS["cuda"])["vllm"]
     assert f"vllm/vllm-openai:v{vllm}\n" in (FOLDER / "Dockerfile.cuda").read_text()
     npu = (FOLDER / "Dockerfile.npu").read_text()
-    for pin in EXTRAS["npu"]:
-        name, _, version = pin.partition("==")
-        if name == "vllm-ascend":
-            assert f"vllm-ascend:v{version}\n" in npu
-        elif name not in ("vllm", "torch", "torch_npu"):  # the image's own
-            assert pin in npu
+    ascend = versions((ROOT / "scripts/requirements-npu.lock").read_text().splitlines())["vllm-ascend"]
+    assert f"vllm-ascend:v{ascend}\n" in npu
+    installed = [pin for pin in EXTRAS["npu"] if not pin.startswith("torch==")]  # torch is the image's own
+    assert installed
+    assert [pin for pin in installed if pin not in npu] == []
 
 
 def test_scripts_have_no_fault():
-    # SC2034: the experiments' toggles are read by experiment.sh, which they source.
+    # SC2034: experiment.sh, which these scripts source, reads their options.
     scripts = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "scripts").glob("*.sh"))]
     assert lint("shellcheck", "--severity=warning", "--exclude=SC2034", *scripts) == ""
 

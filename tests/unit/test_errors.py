@@ -1,4 +1,4 @@
-"""What others' errors say."""
+"""Messages of errors that other packages raise."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A machine that others use: what a neighbour made first, or can change, is refused in a line and left as it is."""
+"""A machine with other users: what they created first, or can change, is rejected in one line and not touched."""
 
 import os
 import stat
@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from verl_aqn import owned
+from verl_aqn import safe_files as owned
+from verl_aqn.cluster.process_environment import engine_environment
 from verl_aqn.errors import EnvironmentFault
 from verl_aqn.mxfp4.kernels import native
-from verl_aqn.owned import open_own, own_folder
-from verl_aqn.processes import start_module
 from verl_aqn.runs.folder import open_run
-from verl_aqn.supervise import engine_environment
+from verl_aqn.runs.processes import start_module
+from verl_aqn.safe_files import open_own, own_folder
 
 CONFIG = {"seed": 1}
 NEIGHBOUR, OTHER = 23456, 34567
@@ -25,7 +25,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make anoth
 
 @pytest.fixture
 def place():
-    """A folder of root's that all can come into, unlike pytest's."""
+    """A folder of root that everybody can enter, unlike pytest's."""
     with tempfile.TemporaryDirectory(prefix="owned-") as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
@@ -33,7 +33,7 @@ def place():
 
 @pytest.fixture
 def shared(place) -> Path:
-    """A folder in which everybody may make names, as /tmp."""
+    """A folder in which everybody may create names, like /tmp."""
     (folder := place / "tmp").mkdir()
     folder.chmod(0o1777)
     return folder
@@ -41,7 +41,7 @@ def shared(place) -> Path:
 
 @contextmanager
 def user(number: int):
-    """As another user."""
+    """Act as another user."""
     os.seteuid(number)
     try:
         yield
@@ -50,7 +50,7 @@ def user(number: int):
 
 
 def listing(folder: Path) -> dict[str, tuple]:
-    """All that is below a folder, with what would tell of a write."""
+    """Return everything below a folder, with attributes that would show a write."""
     found = {}
     for path in sorted(folder.rglob("*")):
         status = path.lstat()
@@ -61,7 +61,7 @@ def listing(folder: Path) -> dict[str, tuple]:
 
 
 def refused(base: Path, *words: str, watched: Path | None = None) -> str:
-    """One line that names `words`; nothing below `watched` was written, made or deleted."""
+    """Check for a one-line error with `words`, and that nothing below `watched` was written, created or deleted."""
     before = listing(watched or base.parent)
     with pytest.raises(EnvironmentFault) as caught:
         open_run(base, CONFIG)
@@ -91,7 +91,7 @@ def test_a_neighbours_base_that_all_may_write_to(shared, mode):
 
 @as_root
 def test_a_plans_folder_that_a_neighbour_made_first(shared):
-    """Runs of a plan lie one deeper: /tmp/mxfp4_plan_X/ARM-seed0."""
+    """Runs of a plan are one level deeper: /tmp/mxfp4_plan_X/ARM-seed0."""
     with user(NEIGHBOUR):
         (shared / "mxfp4_plan_x").mkdir()
         (shared / "mxfp4_plan_x").chmod(0o777)
@@ -118,7 +118,7 @@ def test_a_neighbours_link_on_the_way_to_the_base(shared, place):
 
 @pytest.mark.parametrize("place", ["", "runs", "runs/RUN"])
 def test_a_link_at_each_level(tmp_path, place):
-    """However it came there: perhaps all could write to the folder once."""
+    """However the link got there: the folder may have been writable for everybody before."""
     base = tmp_path / "base"
     run = open_run(base, CONFIG)
     run.close()
@@ -171,7 +171,7 @@ def test_an_own_file_that_others_can_write_to(tmp_path):
     run.write_text("launch.yaml", "seed: 1")
     run.close()
     (run.path / "launch.yaml").chmod(0o666)
-    refused(tmp_path / "base", f"{run.path}/launch.yaml can be written by others", "chmod go-w", watched=tmp_path)
+    refused(tmp_path / "base", f"{run.path}/launch.yaml is writable by others", "chmod go-w", watched=tmp_path)
 
 
 def test_a_folder_on_the_way_that_lets_everybody_rename(tmp_path):
@@ -189,11 +189,11 @@ def test_a_group_other_than_ones_own_may_not_write(tmp_path, monkeypatch):
     base.chmod(0o775)
     own_folder(base)  # root's own group, as many systems make one for each user
     os.chown(base, 0, NEIGHBOUR)
-    refused(base, f"{base} can be written by others")
+    refused(base, f"{base} is writable by others")
 
 
 def test_links_of_the_users_own_on_the_way_are_followed(shared, place):
-    """Or of the administrator: /tmp itself is one on some machines."""
+    """The same holds for root's links: /tmp itself is one on some machines."""
     (place / "disk").mkdir()
     (place / "short").symlink_to("disk")
     (shared / "mine").symlink_to(place / "short")
@@ -206,7 +206,7 @@ def test_links_of_the_users_own_on_the_way_are_followed(shared, place):
 
 @as_root
 def test_another_user_than_root(shared):
-    """What root made is the administrator's, what another user made is not, what the user made is."""
+    """Folders of root and of the user are accepted, those of another user are not."""
     (shared / "roots").mkdir()
     (shared / "roots").chmod(0o1777)
     with user(OTHER):
@@ -268,13 +268,13 @@ def test_a_file_is_opened_without_following_a_link_or_waiting_at_a_pipe(tmp_path
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "log").symlink_to(tmp_path / "precious")
     for flags in (os.O_WRONLY | os.O_APPEND | os.O_CREAT, os.O_RDONLY):
-        with pytest.raises(EnvironmentFault, match="log is a link, and is not followed: move it away"):
+        with pytest.raises(EnvironmentFault, match="log is a link, and links are not followed: move it away"):
             open_own(tmp_path / "log", flags)
     with pytest.raises(EnvironmentFault, match="is a link"):
         start_module("this", [], {}, tmp_path / "log")
     assert (tmp_path / "precious").read_text() == "precious"
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(EnvironmentFault, match="is no regular file"):
+    with pytest.raises(EnvironmentFault, match="is not a regular file"):
         open_own(tmp_path / "pipe", os.O_RDONLY)
     with pytest.raises(FileNotFoundError):
         open_own(tmp_path / "none", os.O_RDONLY)
@@ -282,7 +282,7 @@ def test_a_file_is_opened_without_following_a_link_or_waiting_at_a_pipe(tmp_path
 
 @as_root
 def test_a_folder_exchanged_while_it_is_looked_at(shared, monkeypatch):
-    """Each is opened from the one before it, and what is opened is what is judged."""
+    """Each folder is opened from its parent, and the opened folder is the one that is checked."""
     with user(NEIGHBOUR):
         (shared / "theirs").mkdir()
     (shared / "base").mkdir()
@@ -296,7 +296,7 @@ def test_a_folder_exchanged_while_it_is_looked_at(shared, monkeypatch):
         return real(status, above, on_the_way=on_the_way)
 
     monkeypatch.setattr(owned, "_unsafe", late)
-    own_folder(shared / "base")  # what it looked at was ours
+    own_folder(shared / "base")  # it checked our folder
     with pytest.raises(EnvironmentFault, match=f"belongs to user {NEIGHBOUR}"):
         own_folder(shared / "base")
 
@@ -305,7 +305,7 @@ def test_a_folder_exchanged_while_it_is_looked_at(shared, monkeypatch):
 def test_the_command_refuses_in_a_line_before_any_work(shared):
     with user(NEIGHBOUR):
         (shared / "mxfp4_e12").mkdir()
-    code = "import sys; from verl_aqn.cli import main; sys.exit(main())"
+    code = "import sys; from verl_aqn.cli.main import main; sys.exit(main())"
     command = [
         sys.executable,
         "-c",

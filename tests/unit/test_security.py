@@ -1,4 +1,4 @@
-"""What must not be there: code out of checkpoints, models or answers, and secrets where others read."""
+"""What must not happen: code from checkpoints, models or responses that runs, and secrets that others can read."""
 
 import ast
 import os
@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 
-from verl_aqn.config import load_recipe, recipe_names
+from verl_aqn.config.compose import load_recipe, recipe_names
 
 PACKAGE = Path(__file__).parents[2] / "verl_aqn"
 RUNS_CODE = {"eval", "exec", "compile", "__import__"}
@@ -56,7 +56,7 @@ def test_no_recipe_trusts_remote_code(recipe):
 
 LOAD = """
 import sys, torch
-import verl_aqn.verl_api.engine
+import verl_aqn.integrations.verl.engine
 from verl_aqn.runs.checkpoints import weights_only
 with weights_only():
     state = torch.load(sys.argv[1], weights_only=False)  # as verl's checkpoint manager does
@@ -66,7 +66,7 @@ torch.load(sys.argv[2], weights_only=False)  # and its messages between processe
 
 
 def load_as_a_run_does(file: Path, message: Path) -> subprocess.CompletedProcess:
-    from verl_aqn.supervise import engine_environment
+    from verl_aqn.cluster.process_environment import engine_environment
 
     env = engine_environment(str(file.parent), cpu=True, ranks=1)
     env["PYTHONPATH"] = os.pathsep.join(sys.path)

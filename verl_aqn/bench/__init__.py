@@ -1,1 +1,1 @@
-"""The measurements of the README, side by side with their peers in one run."""
+"""Measurements for the documentation, each beside its peers in one run."""

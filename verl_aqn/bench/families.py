@@ -1,6 +1,6 @@
-"""Tiny random models of the families that people train: one or two layers of each kind, a few million weights.
+"""Tiny random models of common families: one or two layers of each kind, a few million weights.
 
-They are made from transformers' own configuration classes, so that a family is what its code says and not a copy of it.
+They are built from transformers' own configuration classes, so that each family is what its code defines, not a copy.
 """
 
 import math
@@ -22,7 +22,7 @@ BASE: dict[str, Any] = {
     "max_position_embeddings": 4096,
     **TOKENS,
 }
-WINDOW = 64  # shorter than the task's prompts, so that a mask that forgets it shows
+WINDOW = 64  # shorter than the task's prompts, so that a mask without the window gives wrong results
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
 ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
 LINEAR_ATTENTION = {
@@ -73,10 +73,11 @@ LLAMA3_ROPE = {
 
 @dataclass(frozen=True)
 class Family:
-    """One family: transformers' configuration class, its sizes over `BASE`, and what the model is built by.
+    """One family: transformers' configuration class, the sizes that replace those of `BASE`, and its model class.
 
-    `model`: a class of transformers; None: what AutoModelForCausalLM makes of the configuration. `norm`: what the
-    weights of its norms are around, 0 where the effective weight is 1 + w. `without`: keys of `BASE` that it lacks.
+    `model`: a class of transformers; None: the class that AutoModelForCausalLM chooses for the configuration. `norm`:
+    the typical value of norm weights, 0 if the effective weight is 1 + w. `without`: keys of `BASE` that the family
+    lacks.
     """
 
     config: str
@@ -86,7 +87,7 @@ class Family:
     without: tuple[str, ...] = ()
 
     def build_config(self, **sizes: Any) -> Any:
-        """Return the configuration, with `sizes` over those of the family (of its text part, if it has one)."""
+        """Return the configuration; `sizes` replace those of the family (of its text part, if it has one)."""
         import transformers
 
         kind = getattr(transformers, self.config)
@@ -205,7 +206,7 @@ FAMILIES: dict[str, Family] = {
     "starcoder2": Family("Starcoder2Config", {"sliding_window": None}),
     "gpt_neox": Family("GPTNeoXConfig", without=("num_key_value_heads",)),
     "cohere": Family("CohereConfig"),
-    # folders of multimodal models, of which the text part is trained
+    # multimodal models, whose text part is trained
     "qwen2_5_vl": Family(
         "Qwen2_5_VLConfig",
         {
@@ -237,9 +238,10 @@ FAMILIES: dict[str, Family] = {
 
 
 def build(name: str, **sizes: Any) -> Any:
-    """Return the random model of a family in float32, seeded, with activations of unit size and a head with opinions.
+    """Return a family's random model in float32, seeded, with activations of unit size.
 
-    `sizes` replace those of the family's text part, for a smaller vocabulary or fewer layers.
+    The weights of the output head are larger, so that next-token distributions are not flat. `sizes` replace those of
+    the family's text part, for a smaller vocabulary or fewer layers.
     """
     import transformers
 
@@ -268,13 +270,13 @@ def _fill(name: str, weight: torch.nn.Parameter, family: Family, is_head: bool) 
     elif "bias" in leaf and "correction" not in name:
         weight.normal_(0, 0.1)
     elif "norm" in name and leaf == "weight":
-        # A norm whose weights begin at 0 has 1 + w, one that begins at 1 has w; some models have both.
+        # A norm with initial weights 0 applies 1 + w, a norm with initial weights 1 applies w. Some models have both.
         begins_at_one = bool(weight.float().mean() > 0.5)
         weight.copy_((1.0 if begins_at_one and family.norm else 0.0) + 0.1 * torch.randn_like(weight))
 
 
 def make(name: str, folder: Path, tokenizer: Path, **sizes: Any) -> Path:
-    """Write a family's random model in bfloat16 as the Hugging Face folder `folder`, with the tokenizer of another."""
+    """Write a family's random model (bfloat16) and the tokenizer of the folder `tokenizer` as a Hugging Face folder."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

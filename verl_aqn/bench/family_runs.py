@@ -19,7 +19,7 @@ from verl_aqn.bench.families import FAMILIES, make
 from verl_aqn.errors import ConfigError
 
 RECIPE = "e12_aggressive_1ep"
-# Prompts of about 75 tokens and 8 more: beyond the families' window of 64. σ is 0 in the first step.
+# Prompts of about 75 tokens plus 8 for the response, more than the families' window of 64. σ is 0 in the first step.
 SETTINGS = (
     "profile=cpu",
     "experiment=embedded",
@@ -46,13 +46,13 @@ ARMS = {
     "bf16 base only": ("aqn.mxfp4.enabled=false",),
     "bf16 base without noise only": ("aqn.mxfp4.enabled=false", "aqn.noise.enabled=false"),
 }
-"""What is tried, one after another, until something runs."""
+"""Arms to try, one after another, until one runs."""
 TIMEOUT_S = 600
 
 
 @dataclass
 class Trial:
-    """How one arm of a family went. `refused`: before anything was started; `error`: the line that was said."""
+    """Result of one arm of a family. `refused`: rejected before anything started; `error`: the error message."""
 
     ok: bool
     seconds: float
@@ -60,16 +60,19 @@ class Trial:
     error: str = ""
     layout: str = ""
     mismatch: tuple[float, ...] = ()
-    """Mean |Δ log-prob| of trainer and rollout without noise, nats a token, by step."""
+    """Mean |Δ log-prob| between trainer and rollout without noise, in nats per token, by step."""
     norms: int | None = None
-    """Norms found in the rollout that can carry noise, those in front of routers too."""
+    """Norms found in the rollout that can carry noise, including those in front of routers."""
     expected: int | None = None
-    """Norms that the model built by transformers has for it."""
+    """Number of such norms in the model that transformers builds."""
 
 
 @dataclass
 class Result:
-    """What a family can do: `verdict` is a key of `ARMS`, "refused" or "fails"; `why`: what the first arm said."""
+    """The verdict for a family: a key of `ARMS`, "refused" or "fails".
+
+    `why`: the error message of the first arm.
+    """
 
     name: str
     verdict: str
@@ -78,14 +81,14 @@ class Result:
 
 
 def run_families(wanted: Sequence[str], folder: Path, jobs: int, on_result: Callable[[Result], None]) -> list[Result]:
-    """Run `wanted` families, `jobs` at a time; what `folder` holds results of is not run again.
+    """Run `wanted` families, `jobs` at a time. Families with a result in `folder` are not run again.
 
     Raises:
-        ConfigError: a name that is no family.
+        ConfigError: an unknown family.
     """
     unknown = [name for name in wanted if name not in FAMILIES]
     if unknown:
-        raise ConfigError(f"no family {unknown[0]}: use some of {', '.join(FAMILIES)}")
+        raise ConfigError(f"unknown family {unknown[0]}: use some of {', '.join(FAMILIES)}")
     folder.mkdir(parents=True, exist_ok=True)
 
     def one(name: str) -> Result:
@@ -106,7 +109,7 @@ def run_families(wanted: Sequence[str], folder: Path, jobs: int, on_result: Call
 def run_family(name: str, folder: Path) -> Result:
     """Make a family's model under `folder` and try the arms until one runs."""
     from verl_aqn.cache import cache_dir
-    from verl_aqn.data.smollm2 import embedded_model
+    from verl_aqn.tasks.smollm2 import embedded_model
 
     model = folder / "models" / name
     if not (model / "config.json").is_file():
@@ -122,21 +125,21 @@ def run_family(name: str, folder: Path) -> Result:
 
 
 def run_arm(model: Path, base: Path, settings: Sequence[str]) -> Trial:
-    """Run two steps with `settings` and read what the run recorded of itself."""
+    """Run two steps with `settings` and read the run's records."""
     command = [sys.executable, "-m", "verl_aqn.cli", "train", RECIPE, *SETTINGS, *settings]
     command += [f"actor_rollout_ref.model.path={model}", f"aqn.run.dir={base}"]
     began = time.monotonic()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=os.environ, check=False)
     except subprocess.TimeoutExpired:
-        return Trial(False, time.monotonic() - began, error=f"no end within {TIMEOUT_S} s")
+        return Trial(False, time.monotonic() - began, error=f"not finished within {TIMEOUT_S} s")
     runs = sorted((base / "runs").glob("*"))
     trial = Trial(done.returncode == 0, time.monotonic() - began, refused=not runs)
     if not trial.ok:
         said = [line for line in done.stderr.splitlines() if "error" in line.lower()]
-        last = said[-1].strip() if said else (done.stderr.strip().splitlines() or ["no word"])[-1]
+        last = said[-1].strip() if said else (done.stderr.strip().splitlines() or ["no error message"])[-1]
         last = re.sub(r" \(log: [^)]*\)", "", last.removeprefix("error: ")).replace(str(model), model.name)
-        trial.error = last.replace(str(base.parent), "RUN")  # the table is made to be shown elsewhere
+        trial.error = last.replace(str(base.parent), "RUN")  # the table is shown on other machines, too
     for record in _records(runs[-1] / "evidence.jsonl") if runs else ():
         if record["kind"] == "mismatch":
             trial.mismatch = (*trial.mismatch, record["abs_dlogp_mean"])
@@ -153,9 +156,9 @@ def _records(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def table(results: Sequence[Result]) -> Table:
-    """Return the results as a table, a family a row."""
+    """Return the results as a table with one row per family."""
     out = Table(title="Families: two steps of GRPO on tiny random models, on the CPU", title_justify="left")
-    for column in ("family", "verdict", "layout", "mismatch, nats a token", "norms", "s"):
+    for column in ("family", "verdict", "layout", "mismatch, nats per token", "norms", "s"):
         out.add_column(column, justify="right" if column == "s" else "left", overflow="fold")
     for result in results:
         out.add_row(*cells(result))
@@ -163,13 +166,13 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """Return the same table for a README."""
-    rows = ["| family | verdict | layout | mismatch, nats a token | norms | s |", "|---|---|---|---|---|---|"]
+    """Return the same table in Markdown."""
+    rows = ["| family | verdict | layout | mismatch, nats per token | norms | s |", "|---|---|---|---|---|---|"]
     return "\n".join([*rows, *("| " + " | ".join(cells(result)) + " |" for result in results)])
 
 
 def cells(result: Result) -> list[str]:
-    """Return one row: family, verdict with its reason, layout, mismatch by step, norms found of those expected, s."""
+    """Return one row: family, verdict with reason, layout, mismatch by step, found of expected norms, seconds."""
     trial = result.trial
     norms = "–" if trial.norms is None else str(trial.norms)
     if trial.norms is not None and trial.expected is not None:

@@ -1,35 +1,30 @@
-"""How a step's time and memory grow with the model, the samples and the answers' length: our runs, one thing varied."""
+"""Growth of a step's time and memory with model size, samples and response length: our runs, one factor varied."""
 
 import shutil
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.table import Table
 from scipy import stats
 
 from verl_aqn.bench import letters
-from verl_aqn.bench.codec import device_name
-from verl_aqn.bench.cost import Device, Load, Work, bound, limit_s, phases
+from verl_aqn.bench.codec_speed import device_name
 from verl_aqn.bench.shapes import write_model
 from verl_aqn.bench.step import PHASES, RECIPE, Arm, overrides, run_arm
-from verl_aqn.config import load_recipe
-from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
-from verl_aqn.preflight.checks import cpu_cache, recipe_shape
-from verl_aqn.preflight.memory import Sizes, sizes
-from verl_aqn.preflight.shape import Shape
+from verl_aqn.checkpoints.packing import quantize_checkpoint
+from verl_aqn.config.compose import load_recipe
+from verl_aqn.preflight.recipe_checks import recipe_shape
 
 TIMES = (*PHASES, "step")
 
 
 @dataclass(frozen=True)
 class Point:
-    """A run: which model, how many prompts a step, answers to each, and tokens of every answer."""
+    """A run: model, prompts per step, responses per prompt, and tokens of each response."""
 
     model: str = "135M"
     prompts: int = 2
@@ -37,18 +32,17 @@ class Point:
     response: int = 24
 
 
-# What is varied → its runs; `Point()` is in all of them.
+# The varied factor → its runs. `Point()` is in all of them.
 SERIES = {
     "parameters": [Point(model) for model in ("135M", "360M", "1B", "1.5B")],
     "samples": [Point(samples=samples) for samples in (4, 8, 16, 32)],
     "response": [Point(response=tokens) for tokens in (12, 24, 48, 96)],
 }
 SMALL = {"samples": [Point(samples=samples) for samples in (2, 4, 8)]}
-HELD_OUT = Point(prompts=6)  # the embedded experiment's sizes; no curve is fitted to it
 
 
 def settings(point: Point, model: Path, steps: int) -> list[str]:
-    """Of the recipe, for one run. Random models are rewarded for letters, so that rewards differ."""
+    """Return the recipe's overrides for one run. A random model is rewarded for letters, so that rewards differ."""
     return [
         *overrides(str(model), steps, small=True),
         f"data.train_batch_size={point.prompts}",
@@ -61,32 +55,15 @@ def settings(point: Point, model: Path, steps: int) -> list[str]:
     ]
 
 
-def limits() -> dict[str, float]:
-    """What this machine can do, by the largest of five tries: bf16 operations and bytes read a second."""
-    a = torch.randn(2048, 2048).bfloat16()
-    data = torch.ones(1 << 28, dtype=torch.int8)
-    words = data.view(torch.int64)
-
-    def best(work: Callable[[], object]) -> float:
-        times = []
-        for _ in range(5):
-            begun = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - begun)
-        return min(times)
-
-    return {"operations": 2 * 2048**3 / best(lambda: a @ a), "memory": data.numel() / best(words.sum)}
-
-
 def measure(steps: int, small: bool, base: Path, on_run: Callable[[str], None]) -> dict[str, Any]:
-    """Every run once, one after the other; → what `table` shows. `on_run` is told of each before it starts."""
+    """Run every point once, one after another, and return what `table` shows. `on_run` gets a text before each run."""
     series = SMALL if small else SERIES
-    points = list(dict.fromkeys([*(point for points in series.values() for point in points), HELD_OUT]))
+    points = list(dict.fromkeys(point for points in series.values() for point in points))
     rows = []
     for number, point in enumerate(points):
-        answers = f"{point.prompts} × {point.samples} answers of {point.response} tokens"
+        answers = f"{point.prompts} × {point.samples} responses of {point.response} tokens"
         on_run(f"{point.model}, {answers} (run {number + 1} of {len(points)})")
-        if not (model := base / point.model).exists():  # packed here, so that nothing of it stays in the cache
+        if not (model := base / point.model).exists():  # packed here, so that the model does not stay in the cache
             write_model(point.model, base / "bf16")
             quantize_checkpoint(base / "bf16", model)
             shutil.rmtree(base / "bf16")
@@ -94,40 +71,24 @@ def measure(steps: int, small: bool, base: Path, on_run: Callable[[str], None]) 
         folder.mkdir()
         todo = settings(point, model, steps)
         rows.append(row(point, todo, run_arm("ours", todo, folder, lambda: None)))
-    result = {"device": device_name("cpu"), "limits": limits(), "steps": steps, "rows": rows}
+    result = {"device": device_name("cpu"), "steps": steps, "rows": rows}
     chosen = {what: [points.index(point) for point in of] for what, of in series.items()}
     return result | {"series": chosen, "exponents": exponents(rows, chosen)}
 
 
 def row(point: Point, todo: list[str], arm: Arm) -> dict[str, Any]:
-    """Medians over the steps of a run: seconds, tokens, bytes."""
+    """Return the medians over the steps of a run: seconds, tokens, bytes."""
     config = load_recipe(RECIPE, todo)
     found: dict[str, Any] = {key: statistics.median(step[key] for step in arm.steps) for key in (*TIMES, "tokens")}
     found |= {f"memory: {kind}": arm.peak[kind] for kind in ("actor", "rollout", "all")}
-    shape = recipe_shape(config)
-    about = {
-        "parameters": shape.parameters,
-        "shape": asdict(shape),
-        "sizes": asdict(sizes(config)),
-        "cache": cpu_cache(),
-    }
-    return asdict(point) | about | found
-
-
-def machine(result: dict[str, Any]) -> Device:
-    """The machine of a result, one device with what `limits` found."""
-    return Device("cpu", result["limits"]["operations"], result["limits"]["memory"], 0.0, 1.0, 1.0, 1)
-
-
-def work_of(run: dict[str, Any]) -> dict[str, Work]:
-    """What a recorded run asked of its machine in each phase; every answer was of the same length."""
-    prompt = run["tokens"] / (run["prompts"] * run["samples"]) - run["response"]
-    load = Load(run["prompts"], run["samples"], prompt, run["response"], run["response"])
-    return phases(Shape(**run["shape"]), Sizes(**run["sizes"]), load, run["cache"])
+    return asdict(point) | {"parameters": recipe_shape(config).parameters} | found
 
 
 def exponents(rows: list[dict[str, Any]], series: dict[str, list[int]]) -> dict[str, dict[str, list[float]]]:
-    """Of y ~ x^b, fitted to the logarithms by least squares: b and its 95 % interval; series of three runs and more."""
+    """Fit y ~ x^b to the logarithms by least squares; return b and its 95 % interval.
+
+    Only series of three or more runs are fitted.
+    """
     found: dict[str, dict[str, list[float]]] = {}
     for what, indices in series.items():
         if len(indices) < 3:
@@ -141,12 +102,12 @@ def exponents(rows: list[dict[str, Any]], series: dict[str, list[int]]) -> dict[
 
 
 def table(result: dict[str, Any]) -> Table:
-    """A row for each run, then the exponents."""
+    """Return a table with one row for each run, followed by the exponents."""
     view = Table(
         title=f"RL step on {result['device']}, medians of {result['steps']} steps",
         title_justify="left",
     )
-    for column in ("model", "answers", "tokens", *(f"{key}, s" for key in TIMES), "actor, GB", "rollout, GB"):
+    for column in ("model", "responses", "tokens", *(f"{key}, s" for key in TIMES), "actor, GB", "rollout, GB"):
         view.add_column(column, justify="left" if column == "model" else "right")
     for one in result["rows"]:
         times = (f"{one[key]:.2f}" for key in TIMES)
@@ -156,22 +117,4 @@ def table(result: dict[str, Any]) -> Table:
     for what, fits in result["exponents"].items():
         cells = (f"{b:.2f} [{low:.2f}, {high:.2f}]" for b, low, high in fits.values())
         view.add_row(f"~ {what}^", "", "", *cells)
-    return view
-
-
-def roofline(result: dict[str, Any]) -> Table:
-    """Of the last run: what each phase asks for, how long that takes at this machine's limits, and what bounds it."""
-    device, run = machine(result), result["rows"][-1]
-    view = Table(
-        title=f"{run['model']}, {run['prompts']} × {run['samples']} answers of {run['response']} tokens, at "
-        f"{device.operations / 1e9:,.0f} Gop/s and {device.memory / 1e9:.1f} GB/s",
-        title_justify="left",
-    )
-    for column in ("phase", "Gop", "GB read", "limit, s", "measured, s", "reached", "bound by"):
-        view.add_column(column, justify="left" if column in ("phase", "bound by") else "right")
-    for name, work in work_of(run).items():
-        limit = limit_s(work, device, 1)
-        figures = (work.operations / 1e9, work.read / 1e9, limit, run[name])
-        cells = (f"{figure:,.0f}" if figure >= 100 else f"{figure:.2f}" for figure in figures)
-        view.add_row(name, *cells, f"{limit / run[name]:.0%}", bound(work, device, 1))
     return view

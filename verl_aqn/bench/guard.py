@@ -1,4 +1,4 @@
-"""Ratios that must not get worse: each is our time by that of a peer, both measured in turn in this process."""
+"""Ratios that must not get worse: our time divided by a peer's, both measured in turn in this process."""
 
 import json
 from collections.abc import Callable
@@ -7,15 +7,16 @@ from typing import Any
 
 from rich.table import Table
 
-from verl_aqn.bench import codec, update
+from verl_aqn.bench import codec_speed as codec
+from verl_aqn.bench import update_speed as update
 from verl_aqn.errors import ConfigError
 
 BASELINE = Path(__file__).with_name("baseline.json")
-MARGIN = 2.0  # so many times the recorded ratio is still no fault: machines and their neighbours differ
+MARGIN = 2.0  # tolerated factor over the recorded ratio, because machines and their load differ
 
 
 def ratios(rounds: int) -> dict[str, float]:
-    """Name → our time / the peer's. Lower is better."""
+    """Return name → our time / the peer's. Lower is better."""
     measured = codec.measure("cpu", 1024, rounds, lambda _done, _total: None)
     found = {}
     for row in measured["codec"]:
@@ -33,7 +34,10 @@ def ratios(rounds: int) -> dict[str, float]:
 def confirmed(
     rounds: int, then: dict[str, float], measure: Callable[[int], dict[str, float]] = ratios
 ) -> dict[str, float]:
-    """`ratios`, measured again where something seems worse; the better of both counts, so that busy neighbours pass."""
+    """Return `ratios`, measured a second time if something seems worse than `then`.
+
+    The better of both values counts, so that other load on the machine does not fail the check.
+    """
     now = measure(rounds)
     if not worse(now, then):
         return now
@@ -42,31 +46,31 @@ def confirmed(
 
 
 def recorded() -> dict[str, float]:
-    """The baseline.
+    """Return the baseline.
 
     Raises:
-        ConfigError: none is there.
+        ConfigError: there is no baseline.
     """
     if not BASELINE.is_file():
-        raise ConfigError(f"no baseline in {BASELINE}: make one with `verl-aqn bench guard --record`")
+        raise ConfigError(f"no baseline in {BASELINE}: create one with `verl-aqn bench guard --record`")
     return json.loads(BASELINE.read_text())["ratios"]
 
 
 def worse(now: dict[str, float], then: dict[str, float]) -> list[str]:
-    """What is more than `MARGIN` times its recorded ratio, and what is recorded and was not measured."""
+    """Return the names whose ratio is more than `MARGIN` times the recorded one, or which were not measured."""
     return [name for name, ratio in then.items() if name not in now or now[name] > MARGIN * ratio]
 
 
 def record(now: dict[str, float]) -> None:
-    """Make `now` the baseline."""
+    """Save `now` as the baseline."""
     content: dict[str, Any] = {"device": codec.device_name("cpu"), "ratios": {k: round(v, 4) for k, v in now.items()}}
     BASELINE.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def table(now: dict[str, float], then: dict[str, float]) -> Table:
-    """Recorded and present ratios."""
+    """Return a table of recorded and present ratios."""
     view = Table(
-        title=f"Our time by a peer's; more than {MARGIN} × the recorded ratio is a fault", title_justify="left"
+        title=f"Our time divided by a peer's; more than {MARGIN} × the recorded ratio is an error", title_justify="left"
     )
     for column in ("", "recorded", "now", ""):
         view.add_column(column, justify="left" if not column else "right")

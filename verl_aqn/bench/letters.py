@@ -1,4 +1,4 @@
-"""A reward that differs between the answers of a random model: the share of letters a–m in the text."""
+"""A reward that differs between responses of a random model: the fraction of letters a–m in the text."""
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):

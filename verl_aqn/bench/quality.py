@@ -1,8 +1,8 @@
-"""What MXFP4 costs a model, and what each remedy wins back: next-token loss and answers, paired and with intervals.
+"""What MXFP4 costs a model by scale rule, and what GPTQ wins back: next-token loss and answers, with intervals.
 
-Every variant is a checkpoint as an engine would load it; it is measured in bfloat16 on the values that its codes stand
-for. All variants see the same texts and problems, so differences are taken text by text and problem by problem: their
-intervals are far narrower than those of the values themselves.
+Each variant is a checkpoint as an engine would load it, measured in bfloat16 on the values that its codes represent.
+All variants see the same texts and problems, so differences are taken per text and per problem. Their intervals are
+much narrower than those of the values themselves.
 """
 
 import sys
@@ -18,41 +18,38 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from verl_aqn.data.word_problems import Problem, problems, prompt
+from verl_aqn.checkpoints.calibrate import calibration_ids, conversations, read_texts
+from verl_aqn.checkpoints.gptq import gptq_quantizer
+from verl_aqn.checkpoints.loading import load_model
+from verl_aqn.checkpoints.packing import quantize_checkpoint
 from verl_aqn.errors import ConfigError, DataError
-from verl_aqn.generate import generate, greedy
-from verl_aqn.mxfp4.calibrate import calibration_ids, conversations, read_texts
-from verl_aqn.mxfp4.checkpoint import quantize_checkpoint
+from verl_aqn.models.generate import generate, greedy
 from verl_aqn.mxfp4.dense import dequantize_linears
-from verl_aqn.mxfp4.gptq import gptq_quantizer
-from verl_aqn.mxfp4.loftq import loftq_checkpoint
-from verl_aqn.mxfp4.model import load_model
-from verl_aqn.mxfp4.plan import EXCLUDE
-from verl_aqn.mxfp4.remedies import fold_macro_scales, worst_layers
-from verl_aqn.rewards.gsm8k import score
-from verl_aqn.runs.paired import of_items
-from verl_aqn.runs.stats import ratio_interval, wilson
+from verl_aqn.runs.stats.intervals import ratio_interval, wilson
+from verl_aqn.runs.stats.paired import of_items
+from verl_aqn.tasks.gsm8k import score
+from verl_aqn.tasks.word_problems import Problem, problems, prompt
 from verl_aqn.terminal import print_wide
 
 LENGTH = 256  # tokens of a text
 NEW_TOKENS = 24
-RANK = 32
-FALLBACK_BYTES = 0.10  # spent on 16-bit layers, as a share of the packed layers' bytes
 _BATCH, _ANSWERS = 8, 96  # texts, and prompts, that run together
 
 
 class Setting(NamedTuple):
-    """What a variant is made from: bf16 folder, calibration tokens int64 [S, L], and a folder to write in."""
+    """The sources of a variant: bf16 folder, calibration tokens int64 [S, L], and a folder to write to."""
 
     src: Path
     ids: Tensor
     folder: Path
-    worst: dict[Path, tuple[str, ...]]
-    """Layers to leave in 16 bits, by source: found once for all variants that do."""
 
 
 class Measured(NamedTuple):
-    """Per text: NLL and KL(bf16 || variant) in nats, summed over tokens, float64 [S]. Per problem: right, bool [I]."""
+    """Measurements of a variant.
+
+    Per text: NLL and KL(bf16 || variant) in nats, summed over tokens, float64 [S]. Per problem: whether the response is
+    right, bool [I].
+    """
 
     nll: np.ndarray
     kl: np.ndarray
@@ -76,37 +73,6 @@ def _gptq(scale_rule: str) -> Callable[[Setting], tuple[PreTrainedModel, int]]:
     return make
 
 
-def _loftq(setting: Setting) -> tuple[PreTrainedModel, int]:
-    from peft import PeftModel
-
-    packed, adapter = setting.folder / "packed", setting.folder / "adapter"
-    report = loftq_checkpoint(setting.src, packed, adapter, RANK)
-    size = (adapter / "adapter_model.safetensors").stat().st_size
-    return PeftModel.from_pretrained(load_model(packed), adapter), report.bytes_after + size
-
-
-def _macro(setting: Setting) -> tuple[PreTrainedModel, int]:
-    fold_macro_scales(setting.src, setting.folder / "folded")
-    return _plain("mse")(setting._replace(src=setting.folder / "folded"))
-
-
-def _fallback(calibrated: bool) -> Callable[[Setting], tuple[PreTrainedModel, int]]:
-    def make(setting: Setting) -> tuple[PreTrainedModel, int]:
-        if setting.src not in setting.worst:
-            report = quantize_checkpoint(setting.src, setting.folder / "all")
-            budget = int(FALLBACK_BYTES * sum(module.bytes_after for module in report.modules))
-            ids = setting.ids[:2, :128]
-            setting.worst[setting.src] = worst_layers(_original(setting.src), setting.folder / "all", ids, budget)
-            print(f"in 16 bits: {', '.join(setting.worst[setting.src])}", file=sys.stderr)
-        keep = setting.worst[setting.src]
-        quantizer = gptq_quantizer(setting.src, setting.ids) if calibrated else None
-        packed = setting.folder / "packed"
-        report = quantize_checkpoint(setting.src, packed, exclude=(*EXCLUDE, *keep), quantizer=quantizer)
-        return load_model(packed), report.bytes_after
-
-    return make
-
-
 # Name -> (what it is, how it is made).
 VARIANTS: dict[str, tuple[str, Callable[[Setting], tuple[PreTrainedModel, int]]]] = {
     "mse": ("plain, best of two exponents", _plain("mse")),
@@ -115,20 +81,16 @@ VARIANTS: dict[str, tuple[str, Callable[[Setting], tuple[PreTrainedModel, int]]]
     "rceil": ("plain", _plain("rceil")),
     "gptq": ("error-compensated, mse", _gptq("mse")),
     "gptq-even": ("error-compensated, even", _gptq("even")),
-    "loftq": (f"mse + adapter of rank {RANK}", _loftq),
-    "macro": ("mse, rows rescaled within their pairs", _macro),
-    "fallback": (f"mse, worst layers in bf16 for {FALLBACK_BYTES:.0%} more bytes", _fallback(False)),
-    "gptq+fallback": ("the same layers in bf16, the rest gptq", _fallback(True)),
 }
 
 
 def measure(
     src: str | Path, items: int, sequences: int, only: list[str], text: str, calibrate: list[str]
 ) -> list[dict[str, Any]]:
-    """One row for bf16, one for ``mse`` and one for each variant of ``only``, with 95 % intervals; progress on stderr.
+    """Return one row each for bf16, ``mse`` and every variant of ``only``, with 95 % intervals.
 
-    ``text`` and ``calibrate`` name JSONL files or ``embedded``, whose test side is measured and whose training side
-    calibrates.
+    ``text`` and ``calibrate`` name JSONL files or ``embedded``. The test split of ``embedded`` is measured; its
+    training split is for calibration. Progress goes to stderr.
 
     Raises:
         ConfigError: an unknown variant, or the measured file is among the calibration texts.
@@ -138,12 +100,12 @@ def measure(
         if name not in VARIANTS:
             raise ConfigError(f"unknown variant {name!r}: use some of {', '.join(VARIANTS)}")
     if text != "embedded" and Path(text).resolve() in [Path(source).resolve() for source in calibrate]:
-        raise ConfigError(f"{text} would be calibrated on and measured on: give two files")
+        raise ConfigError(f"{text} is used for calibration and for measurement: give two different files")
     src = Path(src)
     tokenizer = AutoTokenizer.from_pretrained(src)
     texts = conversations(tokenizer, sequences, "test", 0) if text == "embedded" else read_texts(text)
     if len(texts) < sequences:
-        raise DataError(f"{text} holds {len(texts)} texts, {sequences} are asked for: lower --sequences")
+        raise DataError(f"{text} has {len(texts)} texts, but {sequences} are needed: lower --sequences")
     tokens = [tokenizer(t, add_special_tokens=False)["input_ids"][:LENGTH] for t in texts[:sequences]]
     counts = np.array([len(t) - 1 for t in tokens], dtype=float)
     questions = problems(items, "test", 0)
@@ -156,7 +118,6 @@ def measure(
         return Measured(nll, kl, right), hidden
 
     reference: list[Tensor] = []
-    worst: dict[Path, tuple[str, ...]] = {}
     started = time.monotonic()
     bf16, reference = run("bf16", _original(src), started)
     size = (src / "model.safetensors").stat().st_size
@@ -164,14 +125,14 @@ def measure(
     for name in ["mse", *(name for name in VARIANTS if name in only and name != "mse")]:
         started = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="verl-aqn-quality-") as folder:
-            model, size = VARIANTS[name][1](Setting(src, ids, Path(folder), worst))
+            model, size = VARIANTS[name][1](Setting(src, ids, Path(folder)))
         found[name] = (run(name, dequantize_linears(model), started)[0], size)
     return [_row(name, found[name][1], found[name][0], bf16, found["mse"][0], counts) for name in found]
 
 
 def print_table(rows: list[dict[str, Any]], title: str) -> None:
     view = Table(title=title, title_justify="left")
-    for column in ("variant", "MB", "loss", "− bf16", "− mse", "KL", "answers", "− mse, points", "p"):
+    for column in ("variant", "MB", "loss", "− bf16", "− mse", "KL", "responses", "− mse, points", "p"):
         view.add_column(column, justify="left" if column == "variant" else "right")
     for row in rows:
         view.add_row(
@@ -190,7 +151,6 @@ def print_table(rows: list[dict[str, Any]], title: str) -> None:
 
 def _row(name: str, size: int, it: Measured, bf16: Measured, mse: Measured, counts: np.ndarray) -> dict[str, Any]:
     right, n = int(it.right.sum()), len(it.right)
-    versus_mse = ratio_interval(it.nll - mse.nll, counts)
     change = of_items(it.right.astype(float) - mse.right)
     answers = (change.value, *change.interval())
     return {
@@ -199,14 +159,11 @@ def _row(name: str, size: int, it: Measured, bf16: Measured, mse: Measured, coun
         "bytes": size,
         "loss": float(it.nll.sum() / counts.sum()),
         "loss_minus_bf16": ratio_interval(it.nll - bf16.nll, counts),
-        "loss_minus_mse": versus_mse,
+        "loss_minus_mse": ratio_interval(it.nll - mse.nll, counts),
         "kl": ratio_interval(it.kl, counts),
         "accuracy": (right / n, *wilson(right, n)),
         "accuracy_minus_mse": answers,
         "mcnemar_p": change.p_value,
-        # Beyond the error bar; bf16 takes no part.
-        "wins_loss": name in VARIANTS and versus_mse[2] < 0,
-        "wins_answers": name in VARIANTS and answers[1] > 0,
     }
 
 
@@ -223,18 +180,19 @@ def _original(src: Path) -> PreTrainedModel:
 def _losses(
     model: PreTrainedModel, tokens: list[list[int]], reference: list[Tensor]
 ) -> tuple[np.ndarray, np.ndarray, list[Tensor]]:
-    """NLL [S], KL [S] and the last hidden states, one [L, D] a text; without ``reference`` KL is zero.
+    """Return NLL [S], KL [S] and the last hidden states, one [L, D] per text; KL is zero without ``reference``.
 
-    The output head is never quantised, so the reference's hidden states stand for its logits, 85 times larger.
+    The output head is never quantised, so the reference's hidden states are kept instead of its logits, which are 85
+    times larger.
     """
     nll, kl = np.zeros(len(tokens)), np.zeros(len(tokens))
     hidden: list[Tensor] = [torch.empty(0)] * len(tokens)
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
-    decoder, head = _bare(model).get_decoder(), model.get_output_embeddings()
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
     for start in range(0, len(order), _BATCH):
         batch = order[start : start + _BATCH]
         longest = len(tokens[batch[-1]])
-        # Padding comes after a text, where a causal model does not look.
+        # Padding comes after the text, so a causal model does not attend to it.
         padded = torch.tensor([tokens[i] + [0] * (longest - len(tokens[i])) for i in batch])
         for i, states in zip(batch, decoder(input_ids=padded, use_cache=False).last_hidden_state, strict=True):
             hidden[i] = states[: len(tokens[i])].clone()
@@ -247,7 +205,7 @@ def _losses(
 
 
 def _answers(model: PreTrainedModel, tokenizer: Any, questions: list[Problem]) -> np.ndarray:
-    """Greedy answers, right or wrong by the strict rule: bool [I]."""
+    """Return whether each greedy response is right by the strict rule: bool [I]."""
     prompts = [
         tokenizer(
             tokenizer.apply_chat_template(prompt(q.question), tokenize=False, add_generation_prompt=True),
@@ -258,8 +216,3 @@ def _answers(model: PreTrainedModel, tokenizer: Any, questions: list[Problem]) -
     answers = generate(model, prompts, greedy, {tokenizer.eos_token_id}, NEW_TOKENS, together=_ANSWERS)
     texts = tokenizer.batch_decode([answer for (answer,) in answers], skip_special_tokens=True)
     return np.array([score(text, q.truth) == 1 for text, q in zip(texts, questions, strict=True)])
-
-
-def _bare(model: PreTrainedModel) -> PreTrainedModel:
-    """The model inside PEFT's wrapper, adapter and all."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,4 +1,4 @@
-"""Sizes of known models, for measurements on random weights and for projections."""
+"""Sizes of known models, for measurements on random weights."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ SHAPES = {
 
 
 def write_config(name: str, folder: Path) -> Path:
-    """A folder with nothing but a Llama's config.json of this shape."""
+    """Write a folder that contains only a Llama config.json of this shape."""
     *shape, vocabulary = SHAPES[name]
     tied = name not in ("7B", "32B")
     config = dict(zip(_KEYS, shape, strict=True)) | {"vocab_size": vocabulary, "tie_word_embeddings": tied}
@@ -29,7 +29,7 @@ def write_config(name: str, folder: Path) -> Path:
 
 def write_model(name: str, folder: Path) -> Path:
     """Random weights of this shape, but with SmolLM2's tokenizer and its 49,152 tokens, and a head of its own."""
-    from verl_aqn.data.smollm2 import random_model
+    from verl_aqn.tasks.smollm2 import random_model
 
     layers, hidden, inner, heads, key_value_heads, _ = SHAPES[name]
     return random_model(folder, layers, hidden, inner=inner, heads=heads, key_value_heads=key_value_heads)

@@ -1,6 +1,6 @@
-"""The RL step from end to end beside stock verl: same machine, model, prompts, seed and number of generated tokens.
+"""The whole RL step beside stock verl: same machine, model, prompts, seed and number of generated tokens.
 
-Every arm is a run of its own processes, as a user would start it; the arms take turns for as many rounds as are asked.
+Each arm is a run in its own processes, as a user would start it. The arms take turns in each round.
 """
 
 import json
@@ -19,36 +19,35 @@ import psutil
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
+from verl_aqn.cluster.process_environment import engine_environment, local_ray
 from verl_aqn.errors import EnvironmentFault
-from verl_aqn.processes import SharedMemory, adopt_orphans, end_descendants, start_module
+from verl_aqn.runs.processes import SharedMemory, adopt_orphans, end_descendants, start_module, title
 from verl_aqn.runs.tail import Tail
-from verl_aqn.supervise import engine_environment, local_ray
-from verl_aqn.watchdog import title
 
 ARMS = ("ours", "stock tuned", "stock")
 PHASES = {"generation": "gen", "log-probs": "old_log_prob", "update": "update_actor", "sync": "update_weights"}
 RECIPE = "e12_aggressive_1ep"
 SYNCED_LOG = "VERL_AQN_BENCH_SYNCED"
-"""The variable that tells stock's engine where to write what it sent (`verl_aqn/bench/stock.py`)."""
+"""Environment variable: the file where stock's engine records the bytes it sent (`verl_aqn/bench/stock_run.py`)."""
 ACTOR, ROLLOUT = "ray::WorkerDict", "VLLM::Worker"
 _SMALL = ("data.train_batch_size=2", "actor_rollout_ref.actor.ppo_mini_batch_size=2", "actor_rollout_ref.rollout.n=4")
 
 
 @dataclass
 class Arm:
-    """What one run showed: seconds of each step after the first by phase, and the run's start and memory."""
+    """Measurements of one run: seconds by phase of each step after the first, start-up time and memory."""
 
     steps: list[dict[str, float]] = field(default_factory=list)
     start_s: float = 0.0
-    """From the call to the beginning of the first step, with a validation of a few prompts."""
+    """From the call to the beginning of the first step, including a validation of a few prompts."""
     synced: int = 0
     """Bytes that the last sync sent to each replica of the rollout."""
     peak: dict[str, int] = field(default_factory=dict)
-    """Bytes: `actor` and `rollout` resident, `all` what the machine had less while it ran."""
+    """Bytes: resident memory of `actor` and `rollout`; `all`: decrease of the machine's available memory."""
 
 
 def overrides(model: str, steps: int, small: bool) -> list[str]:
-    """What all arms have in common. Every response has its full length, so that each generates as many tokens."""
+    """Return the overrides of all arms. All responses have full length, so that arms generate as many tokens."""
     return [
         "profile=cpu",
         "experiment=embedded",
@@ -64,27 +63,27 @@ def overrides(model: str, steps: int, small: bool) -> list[str]:
 
 
 def check(todo: list[str]) -> None:
-    """Raise, before the first arm, what is wrong with the settings or the model of all arms."""
-    from verl_aqn.config import load_recipe
-    from verl_aqn.prepare import find_model
+    """Check the settings and the model of all arms, and raise before the first arm starts."""
+    from verl_aqn.config.compose import load_recipe
+    from verl_aqn.preflight.prepare import find_model
 
     find_model(load_recipe(RECIPE, todo), weights=False)
 
 
 def stock_config(todo: list[str], *, tuned: bool) -> DictConfig:
-    """The same task for verl's own trainer: a bf16 base with bf16 LoRA, of verl's settings but for what a CPU needs.
+    """Return the same task for verl's own trainer: bf16 base, bf16 LoRA, verl's settings except what a CPU needs.
 
-    `tuned`: with our profile's settings of threads, processes and cache too.
+    `tuned`: also with our profile's settings for threads, processes and cache.
     """
-    from verl_aqn.config import load_recipe
-    from verl_aqn.train import resolve
+    from verl_aqn.config.compose import load_recipe
+    from verl_aqn.launch.train import resolve
 
-    # Noise is the recipe's; a base that is not packed has no noise here, and stock verl none at all.
+    # The recipe enables MXFP4 and noise; stock verl has neither.
     config = load_recipe(RECIPE, [*todo, "aqn.mxfp4.enabled=false", "aqn.noise.enabled=false"])
     config = resolve(config).config
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
     OmegaConf.set_struct(config, False)
-    model.external_lib = "verl_aqn.bench.stock"
+    model.external_lib = "verl_aqn.bench.stock_run"
     model.override_config = {"attn_implementation": "sdpa"}
     config.actor_rollout_ref.actor.fsdp_config.model_dtype = "bf16"
     kwargs = dict(rollout.engine_kwargs.vllm)
@@ -99,25 +98,25 @@ def stock_config(todo: list[str], *, tuned: bool) -> DictConfig:
 
 
 def command(name: str, todo: list[str], folder: Path, temporary: str) -> tuple[str, list[str], dict[str, str]]:
-    """What starts an arm's run: module, arguments, environment."""
+    """Return what starts an arm's run: module, arguments, environment."""
     if name == "ours":
         arguments = ["train", RECIPE, *todo, "aqn.noise.probe=false", f"aqn.run.dir={folder}"]
-        return "verl_aqn.cli", arguments, dict(os.environ)
+        return "verl_aqn.cli.main", arguments, dict(os.environ)
     config = stock_config(todo, tuned=name == "stock tuned")
     config.trainer.default_local_dir = str(folder / "checkpoints")
     (path := folder / "config.yaml").write_text(OmegaConf.to_yaml(config))
     env = engine_environment(temporary, cpu=True, ranks=1) | local_ray(temporary)
-    env |= {"VLLM_PLUGINS": "", SYNCED_LOG: str(folder / "synced.txt")}  # no plugin of ours
+    env |= {"VLLM_PLUGINS": "", SYNCED_LOG: str(folder / "synced.txt")}  # without our plugin
     if name == "stock":
         del env["OMP_NUM_THREADS"], env["VLLM_CPU_OMP_THREADS_BIND"]
-    return "verl_aqn.bench.stock", [str(path)], env
+    return "verl_aqn.bench.stock_run", [str(path)], env
 
 
 def run_arm(name: str, todo: list[str], folder: Path, on_step: Callable[[], None]) -> Arm:
-    """One run of an arm.
+    """Run an arm once.
 
     Raises:
-        EnvironmentFault: it ended badly.
+        EnvironmentFault: the run failed.
     """
     adopt_orphans()
     begun, arm = time.time(), Arm()
@@ -139,7 +138,7 @@ def run_arm(name: str, todo: list[str], folder: Path, on_step: Callable[[], None
             end_descendants()
             memory.remove(begun)
     if process.returncode:
-        raise EnvironmentFault(f"bench step: {name} ended with code {process.returncode}: see {log}")
+        raise EnvironmentFault(f"bench step: {name} ended with exit code {process.returncode}: see {log}")
     if name == "ours":
         run = next(folder.glob("runs/*/events.jsonl")).parent
         add_evidence(arm, run / "events.jsonl")
@@ -150,7 +149,7 @@ def run_arm(name: str, todo: list[str], folder: Path, on_step: Callable[[], None
 
 
 def add_step(arm: Arm, data: dict[str, float], after: float) -> None:
-    """A step that ended `after` so many seconds. The first one warms up."""
+    """Add a step that ended `after` seconds after the start. The first step is the warm-up."""
     if not arm.start_s:
         arm.start_s = after - data["timing_s/step"]
     else:
@@ -158,9 +157,9 @@ def add_step(arm: Arm, data: dict[str, float], after: float) -> None:
 
 
 def seconds(data: dict[str, float]) -> dict[str, float]:
-    """Of one step: phases, the whole (verl ends it before a validation), and its tokens.
+    """Return seconds of one step by phase, of the whole step (without a validation), and its tokens.
 
-    verl's timer of generation has in it what ours scores again without noise.
+    verl's generation timer includes our rescoring without noise, which is subtracted.
     """
     found = {phase: data[f"timing_s/{key}"] for phase, key in PHASES.items()}
     if rescoring := data.get("timing_s/rescore"):
@@ -172,7 +171,10 @@ def seconds(data: dict[str, float]) -> dict[str, float]:
 
 
 def add_evidence(arm: Arm, events: Path) -> None:
-    """Seconds a step for noise and reading back: before generation, and of the sync what is not verl's own."""
+    """Add the seconds per step for noise and reading back.
+
+    These are the time of the noise phase before generation, and the part of the sync phase that is not verl's own.
+    """
     doing = [one for one in map(json.loads, events.read_text().splitlines()) if one["kind"] == "doing"]
     spent: dict[int, float] = {}
     for one, after in pairwise(doing):
@@ -184,7 +186,7 @@ def add_evidence(arm: Arm, events: Path) -> None:
 
 @contextmanager
 def watching(peak: dict[str, int]) -> Iterator[None]:
-    """Fills in the peaks of what descends from this process, by a look every second that costs it nothing."""
+    """Record peak memory of this process's descendants once a second; this costs them no time."""
     ended = threading.Event()
     before = psutil.virtual_memory().available
 
@@ -214,14 +216,14 @@ def measure(
     on_step: Callable[[int], None],
     names: Sequence[str] = ARMS,
 ) -> dict:
-    """Arms in turn, `steps` measured steps each, for so many rounds. → what `table` shows.
+    """Run the arms in turn, `steps` measured steps each, for `rounds` rounds. Return what `table` shows.
 
-    `todo`: `overrides` of all arms. `base`: a folder for the runs. `on_step` is told how many steps are done. `names`:
-    of the arms, ours first.
+    `todo`: the `overrides` of all arms. `base`: a folder for the runs. `on_step` gets the number of finished steps.
+    `names`: the arms, ours first.
     """
-    from verl_aqn.bench.codec import device_name
-    from verl_aqn.config import load_recipe
-    from verl_aqn.preflight.checks import recipe_shape
+    from verl_aqn.bench.codec_speed import device_name
+    from verl_aqn.config.compose import load_recipe
+    from verl_aqn.preflight.recipe_checks import recipe_shape
 
     done = 0
 
@@ -255,7 +257,7 @@ def measure(
 
 
 def summary(runs: list[Arm]) -> dict[str, float]:
-    """Medians over all measured steps in seconds; of runs the medians of start and bytes synced, the largest peaks."""
+    """Return medians over all measured steps (seconds) and runs (start, bytes synced), and the largest peaks."""
     steps = [step for arm in runs for step in arm.steps]
     found = {key: statistics.median(step[key] for step in steps) for key in steps[0]}
     found["tokens/s"] = statistics.median(step["tokens"] / step["step"] for step in steps)
@@ -265,10 +267,10 @@ def summary(runs: list[Arm]) -> dict[str, float]:
 
 
 def table(result: dict) -> Table:
-    """One row for each figure: ours, and ours of each other arm's."""
+    """Return a table with one row per figure: each arm's value, and ours relative to each other arm."""
     view = Table(
         title=f"RL step of {result['model']}, {result['cores']} cores of {result['device']}, medians of "
-        f"{result['steps']} steps an arm",
+        f"{result['steps']} steps per arm",
         title_justify="left",
     )
     view.add_column("")
@@ -286,7 +288,7 @@ def table(result: dict) -> Table:
 
 
 def label(key: str) -> str:
-    """A figure of `summary` and its unit."""
+    """Return the name of a figure of `summary` with its unit."""
     if key.startswith("memory"):
         return f"{key}, GB"
     if key == "synced":
@@ -295,7 +297,7 @@ def label(key: str) -> str:
 
 
 def shown(key: str, value: float | None) -> str:
-    """Its value in that unit; nothing where an arm has none."""
+    """Return a value as text in that unit; "" if an arm does not have it."""
     if value is None:
         return ""
     if key.startswith("memory"):

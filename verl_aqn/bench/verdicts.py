@@ -1,4 +1,4 @@
-"""How often `compare` is wrong: its verdicts on simulated runs of arms whose true difference is known."""
+"""The error rate of `compare`: its verdicts on simulated runs of arms whose true difference is known."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from verl_aqn.runs.arms import Arm, Run
-from verl_aqn.runs.compare import HELPS, HURTS, SAME, UNKNOWN, WANTED, compare
-from verl_aqn.runs.scores import Answers
+from verl_aqn.runs.stats.arms import Arm, Run
+from verl_aqn.runs.stats.compare import HELPS, HURTS, SAME, UNKNOWN, WANTED, compare
+from verl_aqn.runs.stats.scores import Answers
 
 SEEDS = (1, 2, 3, 5, 8, 12)
 ITEMS = (100, 384, 1319)
 SPREADS = (0.0, 0.01, 0.02, 0.03)  # standard deviation of a seed's accuracy
 DIFFERENCES = (0.0, 0.02, 0.05)
 ACCURACY = 0.75  # of the control
-BY_ITEM, BY_ARM = 1.8, 0.4  # standard deviations of an item's log-odds, and of an arm's own part of it
-SHARED = 0.5  # the part of a seed's variance that it has in common in both arms
+BY_ITEM, BY_ARM = 1.8, 0.4  # standard deviations of an item's log-odds, and of the part that differs between arms
+SHARED = 0.5  # fraction of a seed's variance that both arms share
 
 
 @cache
 def _population() -> np.ndarray:
-    """Log-odds of items around their mean, at quantiles evenly apart."""
+    """Return log-odds of items around their mean, at evenly spaced quantiles."""
     from scipy.stats import norm
 
     return norm.ppf((np.arange(20_000) + 0.5) / 20_000)
@@ -34,9 +34,12 @@ def _population() -> np.ndarray:
 
 @cache
 def _log_odds(accuracy: float, spread: float) -> tuple[float, float]:
-    """Mean log-odds with which the mean accuracy over items and seeds is `accuracy`; and the seeds' deviation of it."""
+    """Return the mean log-odds for a mean accuracy of `accuracy` over items and seeds, and the seeds' deviation.
+
+    Both are on the log-odds scale; `spread` is the seeds' standard deviation in accuracy.
+    """
     seed, middle = 0.0, 0.0
-    for _ in range(20):  # the two depend on each other
+    for _ in range(20):  # the two values depend on each other
         wide = math.sqrt(BY_ITEM**2 + BY_ARM**2 + seed**2) * _population()
         low, high = -15.0, 15.0
         for _ in range(50):
@@ -52,7 +55,7 @@ def answers(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw (treated, control), [seeds, items] bool, of arms that differ by `difference` over all items and seeds.
 
-    `spread`: standard deviation of a seed's accuracy. Shares are fractions of 1.
+    `spread`: standard deviation of a seed's accuracy. Accuracies are fractions of 1.
     """
     problems, common = rng.normal(0, BY_ITEM, items), rng.normal(0, math.sqrt(SHARED), (seeds, 1))
     drawn = []
@@ -65,7 +68,7 @@ def answers(
 
 
 def arm(name: str, scores: np.ndarray) -> Arm:
-    """An arm as `compare` takes it, with the seeds 0, 1, …"""
+    """Return an arm in the form that `compare` takes, with seeds 0, 1, …"""
     runs = tuple(Run(Path(name), name, seed, {"arm": name}, Answers({}, 1)) for seed in range(len(scores)))
     return Arm(name, runs, scores.astype(float))
 
@@ -73,7 +76,10 @@ def arm(name: str, scores: np.ndarray) -> Arm:
 def rates(
     seeds: int, items: int, spread: float, difference: float, trials: int, accuracy: float = ACCURACY
 ) -> dict[str, float]:
-    """The share of `trials` in which `compare` said each of its verdicts. The same arguments draw the same answers."""
+    """Return the fraction of `trials` in which `compare` gave each verdict.
+
+    The same arguments draw the same responses.
+    """
     key = [seeds, items, *(round(10_000 * value) for value in (spread, difference, accuracy))]
     rng = np.random.default_rng(key)
     said: Counter[str] = Counter()
@@ -84,7 +90,7 @@ def rates(
 
 
 def survey(trials: int, accuracy: float, done: Callable[[int, int], None]) -> list[dict[str, Any]]:
-    """`rates` of every number of seeds and items, spread of seeds and true difference, a row each."""
+    """Return `rates` for every number of seeds and items, spread of seeds and true difference, one row each."""
     rows: list[dict[str, Any]] = []
     cases = [(s, i, w, d) for s in SEEDS for i in ITEMS for w in SPREADS for d in DIFFERENCES]
     for at, (seeds, items, spread, difference) in enumerate(cases):
@@ -95,7 +101,10 @@ def survey(trials: int, accuracy: float, done: Callable[[int, int], None]) -> li
 
 
 def wrong(row: dict[str, Any]) -> float:
-    """The share of a row's verdicts that are false: a sign that is not there, or "equivalent" of 5 points and more."""
+    """Return the fraction of a row's verdicts that are wrong.
+
+    Wrong are a sign that does not exist, and "equivalent" for a difference of 5 points or more.
+    """
     said, difference = row["verdicts"], row["difference"]
     return (
         (said[HELPS] if difference <= 0 else 0.0)
@@ -105,9 +114,10 @@ def wrong(row: dict[str, Any]) -> float:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each number of seeds and items: of 0, 2 and 5 points, the least and the most over the seeds' spreads.
+    """Return one row per number of seeds and items, with minimum and maximum over the seeds' spreads.
 
-    `false`: as `wrong`, by difference. `reached`: some verdict other than "not enough data", by difference.
+    `false`: the value of `wrong`, by true difference (0, 2 and 5 points). `reached`: the fraction of verdicts other
+    than "not enough data", by true difference.
     """
     found = []
     for seeds, items in dict.fromkeys((row["seeds"], row["items"]) for row in rows):

@@ -1,1 +1,1 @@
-"""Several machines: a Ray cluster, its token, and runs that are submitted to it."""
+"""Several machines: a Ray cluster, its token, and jobs that run recipes on it."""

@@ -1,45 +1,46 @@
-"""MXFP4: quantise, dequantise, and both at once.
+"""The MXFP4 codec: quantise, dequantise, and fake-quantise (both in one step).
 
 The format (OCP Microscaling Formats v1.0): 32 consecutive values along K share one scale byte.
 
 * Element E2M1, 4 bits: codes 0..7 are 0, 0.5, 1, 1.5, 2, 3, 4, 6 and bit 3 is the sign. No Inf, no NaN. Two codes
   share a byte, the even index in the low nibble.
-* Scale E8M0, 8 bits: byte b stands for 2^(b - 127); 255 is NaN; there is no zero.
+* Scale E8M0, 8 bits: byte b means 2^(b - 127); 255 is NaN; there is no zero.
 
 With amax = m * 2^e, 1 <= m < 2, a scale rule chooses the scale's exponent:
 
 ========  =============================  ==================================================
-``floor``  e - 2                         OCP's text; clips where m > 1.5
-``even``   e - 2, plus 1 where m >= 1.75  amax rounded to E2M1's grid first; compressed-tensors
+``floor``  e - 2                         the OCP specification; clips where m > 1.5
+``even``   e - 2, plus 1 where m >= 1.75  rounds amax to the grid of E2M1 first; compressed-tensors
 ``rceil``  e - 2, plus 1 where m > 1.5    never clips; NVIDIA
-``mse``    e - 2 or e - 1                 whichever has the smaller squared error; a tie takes e - 2
+``mse``    e - 2 or e - 1                 the exponent with the smaller squared error; e - 2 for a tie
 ========  =============================  ==================================================
 
-Elements are rounded to nearest, and saturate at 6. Between two codes it is ``rounding`` that decides:
+Elements saturate at 6. ``rounding`` decides which of the two neighbouring codes an element gets:
 
-* ``nearest``: the nearer one, a tie to the even code (the OCP text, and every kernel here but Ascend's);
-* ``half_away``: the nearer one, a tie away from zero (Ascend's W4A4);
-* ``stochastic``: up with the probability of how far it is; unbiased but for what saturates. The random numbers are a
-  function of ``seed`` and of the element's place in the tensor: the same on every device, in any chunk, on any thread.
+* ``nearest``: the nearer code, the even code for a tie (the OCP specification, and every kernel here but Ascend's);
+* ``half_away``: the nearer code, the one away from zero for a tie (Ascend's W4A4);
+* ``stochastic``: the upper code with a probability equal to the distance from the lower code, in steps. The result is
+  unbiased except where it saturates. The random numbers depend only on ``seed`` and on the element's index in the
+  tensor: they are the same on every device, in every chunk and on every thread.
 
-``mse`` compares the errors of rounding to nearest, whatever the rounding. At the edges:
+``mse`` always compares the errors of ``nearest``, also with another rounding. Special cases:
 
-* -0 keeps its sign, and so does every negative value that rounds to zero.
-* A block that holds NaN or an Inf gets scale byte 255 and codes 0, so that all its 32 values come back as NaN:
-  nothing infinite becomes a plausible weight.
-* An all-zero block gets scale byte 0 (2^-127) and comes back as zeros.
-* A block with amax < 2^-124 would need a scale below 2^-127; it gets 2^-127, the smallest there is, and is rounded
-  on that grid (values of at most 2^-129 become zero).
-* Where the rule rounds amax up to 2^128 (``even`` from 1.75 * 2^127, ``rceil`` and ``mse`` likewise), the value comes
-  back as Inf, since neither float32 nor bfloat16 holds 2^128.
+* -0 and negative values that round to zero keep their sign.
+* A block that contains NaN or Inf gets scale byte 255 and codes 0, so that all its 32 values are dequantised to NaN.
+  An infinite value never becomes a plausible weight.
+* A block of zeros gets scale byte 0 (2^-127) and is dequantised to zeros.
+* A block with amax < 2^-124 would need a scale below 2^-127. It gets the smallest scale, 2^-127, and is rounded on that
+  grid (values of at most 2^-129 become zero).
+* If the rule rounds amax up to 2^128 (``even`` from 1.75 * 2^127, ``rceil`` and ``mse`` likewise), the value is
+  dequantised to Inf, because neither float32 nor bfloat16 can hold 2^128.
 
-The work is done by one of `kernels`: compiled C++ on a CPU, Triton on a GPU, torch_npu's operators where they compute
-the same, and plain PyTorch wherever none of these is to be had. All give the same bits.
+One of the `kernels` does the work: compiled C++ on a CPU, Triton on a GPU, the operators of torch_npu where they
+compute the same result, and plain PyTorch otherwise. All of them give the same bits.
 """
 
 from importlib.util import find_spec
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class Mxfp4Tensor(NamedTuple):
     """A quantised tensor of shape [..., N, K]."""
 
     packed: Tensor
-    """uint8 [..., N, K/2]: two E2M1 codes a byte, the even index in the low nibble."""
+    """uint8 [..., N, K/2]: two E2M1 codes per byte, the even index in the low nibble."""
     scale: Tensor
     """uint8 [..., N, K/32]: one E8M0 byte for each block along K."""
 
@@ -70,12 +71,13 @@ def quantize(
 ) -> Mxfp4Tensor:
     """Quantise ``x`` [..., K] (float32, bfloat16 or float16) in blocks of 32 along its last dimension.
 
-    The module's docstring gives the rules, the roundings and what becomes of -0, NaN, Inf, zero and tiny blocks.
-    ``seed`` matters to stochastic rounding only. ``out``, contiguous, receives the bytes without a new allocation.
+    The docstring of this module explains the scale rules, the roundings and the handling of -0, NaN, Inf, zero and tiny
+    blocks. ``seed`` is used only by stochastic rounding. If ``out`` (contiguous) is given, the bytes are written into
+    it and no memory is allocated for the result.
 
     Raises:
-        ModelError: K is not a multiple of 32, the dtype is another one, the rule or the rounding is unknown, or ``out``
-            does not fit.
+        ModelError: K is not a multiple of 32, the dtype is not supported, the rule or the rounding is unknown, or
+            ``out`` has another shape or dtype or is not contiguous.
     """
     _check(x, scale_rule, rounding)
     if x.dim() == 0 or x.shape[-1] % BLOCK:
@@ -91,28 +93,30 @@ def quantize(
     else:
         _check_out(out.packed, torch.uint8, (*lead, k // 2))
         _check_out(out.scale, torch.uint8, (*lead, k // BLOCK))
-    blocks = x.detach().reshape(-1, BLOCK).contiguous().resolve_neg()  # reshape may give a strided view
+    blocks = x.detach().reshape(-1, BLOCK).contiguous().resolve_neg()  # reshape may return a strided view
     packed, scale = out.packed.view(-1, BLOCK // 2), out.scale.view(-1)
     _kernel(blocks).quantize(blocks, scale_rule, rounding, seed, packed, scale)
     return out
 
 
 def dequantize(packed: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16, out: Tensor | None = None) -> Tensor:
-    """The values of ``packed`` uint8 [..., K/2] under ``scale`` uint8 [..., K/32], as ``dtype`` [..., K].
+    """Dequantise ``packed`` uint8 [..., K/2] with ``scale`` uint8 [..., K/32] to ``dtype`` [..., K].
 
-    Every value is exact in bfloat16 and float32 (2^128 aside, which becomes Inf); float16 rounds what it cannot hold.
-    ``out``, contiguous and of the result's shape and dtype, receives the values without a new allocation.
+    Every value is exact in bfloat16 and float32, except 2^128, which becomes Inf. float16 rounds values that it cannot
+    hold. If ``out`` (contiguous, with the shape and dtype of the result) is given, the values are written into it and
+    no memory is allocated for the result.
 
     Raises:
-        ModelError: the inputs are not uint8, their shapes do not belong together, or ``out`` does not fit.
+        ModelError: the inputs are not uint8, their shapes do not match, or ``out`` has another shape or dtype or is not
+            contiguous.
     """
     *lead, half = packed.shape
     if packed.dtype != torch.uint8 or scale.dtype != torch.uint8:
         raise ModelError(f"packed codes and scales must be uint8, not {packed.dtype} and {scale.dtype}")
     if list(scale.shape) != [*lead, half // 16] or half % 16:
         raise ModelError(
-            f"packed codes {list(packed.shape)} and scales {list(scale.shape)} do not belong together: "
-            "for a weight [N, K] they are [N, K/2] and [N, K/32]"
+            f"packed codes {list(packed.shape)} and scales {list(scale.shape)} do not match: "
+            "for a weight [N, K] they must be [N, K/2] and [N, K/32]"
         )
     shape = (*lead, 2 * half)
     if torch.compiler.is_compiling() and out is None:
@@ -129,13 +133,15 @@ def dequantize(packed: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat1
 def fake_quantize(
     x: Tensor, scale_rule: str = "even", rounding: str = "nearest", seed: int = 0, out: Tensor | None = None
 ) -> Tensor:
-    """``x`` [..., K] rounded to MXFP4, in its own dtype.
+    """Round ``x`` [..., K] to MXFP4 values in the dtype of ``x``.
 
-    The gradient passes straight through, also where values saturate. Any K: a row whose length is no multiple of 32 is
-    rounded as if zeros followed. ``out`` as in `quantize`; it takes no part in a gradient.
+    The gradient is passed straight through, also where values saturate. K may be any number: a row whose length is not
+    a multiple of 32 is rounded as if it were padded with zeros. ``out`` is as in `quantize`; no gradient flows through
+    it.
 
     Raises:
-        ModelError: the dtype, the rule or the rounding is unknown, or ``out`` does not fit.
+        ModelError: the dtype is not supported, the rule or the rounding is unknown, or ``out`` has another shape or
+            dtype or is not contiguous.
     """
     _check(x, scale_rule, rounding)
     if out is not None:
@@ -145,13 +151,13 @@ def fake_quantize(
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, scale_rule: str, rounding: str, seed: int, out: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale_rule: str, rounding: str, seed: int, out: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling() and out is None:
             return torch.ops.verl_aqn.mxfp4_fake_quantize(x, scale_rule, rounding, seed)
         return _fake_quantize(x, scale_rule, rounding, seed, out)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad, None, None, None, None
 
 
@@ -167,7 +173,7 @@ def _fake_quantize(x: Tensor, scale_rule: str, rounding: str, seed: int, out: Te
 
 
 def _kernel(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> ModuleType:
-    """The module of `kernels` for ``x`` and results of ``dtype``. Raw pointers are for plain tensors only."""
+    """Return the module of `kernels` for ``x`` and results of ``dtype``. Subclasses of Tensor have no raw pointers."""
     if type(x) not in (Tensor, torch.nn.Parameter) or dtype not in native.DTYPES:
         return reference
     if x.device.type == "cpu" and native.available():
@@ -179,7 +185,7 @@ def _kernel(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> ModuleType:
     if x.device.type == "npu":
         from verl_aqn.mxfp4.kernels import npu
 
-        return npu  # what its operators do not compute, it leaves to the reference by itself
+        return npu  # calls the reference itself for what its operators do not support
     return reference
 
 
@@ -196,7 +202,7 @@ def _check_out(out: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         raise ModelError(f"out must be contiguous {dtype} {list(shape)}, not {out.dtype} {list(out.shape)}")
 
 
-# torch.compile cannot look into compiled kernels: inside a graph they are operators with a declared result.
+# torch.compile cannot trace compiled kernels. In a graph they are custom operators with a declared result.
 @torch.library.custom_op("verl_aqn::mxfp4_quantize", mutates_args=())
 def _quantize_op(x: Tensor, scale_rule: str, rounding: str, seed: int) -> tuple[Tensor, Tensor]:
     return tuple(quantize(x, scale_rule, rounding, seed))  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""Packed layers of a model that only answers: dequantised once, not at every token."""
+"""Dequantisation of packed layers for inference: once per model, instead of at every token."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,9 +8,9 @@ from verl_aqn.mxfp4.linear import Mxfp4Linear, prepare_input
 
 
 class DequantizedLinear(nn.Linear):
-    """An `Mxfp4Linear` with its weight [N, K] as a frozen parameter, so that noise can be written on it.
+    """An `Mxfp4Linear` whose dequantised weight [N, K] is a frozen parameter, so that noise can be written to it.
 
-    The codes stay at hand under the names that vLLM's layers have them by, where `verl_aqn.noise` looks for them.
+    The layer keeps the codes under the names that the packed layers of vLLM use, where `verl_aqn.noise` reads them.
     """
 
     weight_scale: nn.Parameter
@@ -22,14 +22,17 @@ class DequantizedLinear(nn.Linear):
         self.activation = layer.activation
         self.register_buffer("mxfp4_packed", layer.weight_packed.data)
         self.weight_scale = layer.weight_scale
-        self.mxfp4_digests: list[str] = []  # what a packed layer is known by
+        self.mxfp4_digests: list[str] = []  # this attribute marks a packed layer
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(prepare_input(x, self.activation), self.weight, self.bias)
 
 
 def dequantize_linears(model: PreTrainedModel) -> PreTrainedModel:
-    """``model`` itself, with a `DequantizedLinear` in place of each `Mxfp4Linear`; experts stay packed."""
+    """Replace each `Mxfp4Linear` of ``model`` by a `DequantizedLinear` in place and return ``model``.
+
+    Experts stay packed.
+    """
     for name, module in list(model.named_modules()):
         if isinstance(module, Mxfp4Linear):
             model.set_submodule(name, DequantizedLinear(module))

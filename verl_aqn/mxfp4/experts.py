@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -9,43 +10,46 @@ from torch import Tensor, nn
 from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4.codec import BLOCK
 from verl_aqn.mxfp4.linear import Activation, Mxfp4Linear, PackedProduct, prepare_input
-from verl_aqn.mxfp4.names import ROLES, Expert, Naming, parts_in
+from verl_aqn.mxfp4.names import ROLES, Expert, parts_in
+
+if TYPE_CHECKING:
+    from verl_aqn.checkpoints.naming import Naming
 
 STACKS = ("gate_up_proj", "down_proj")
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Return whether ``module`` holds the experts of a MoE layer as transformers 5 fuses them, in whatever layout."""
+    """Return whether ``module`` holds the fused experts of a MoE layer of transformers 5, in any layout."""
     stacks = [getattr(module, name, None) for name in ("gate_up_proj", "up_proj", "down_proj")]
     held = [isinstance(stack, nn.Parameter) and stack.dim() == 3 for stack in stacks]
     return held[2] and (held[0] or held[1])
 
 
 def why_not_packable(experts: nn.Module) -> str:
-    """Return what keeps a fused experts module from being packed, or an empty string.
+    """Return why a fused experts module cannot be packed, or an empty string if it can.
 
-    `Mxfp4Experts` computes a product for gate and up together, the module's own gating, and a product for down, with
-    or without biases. transformers describes these layouts by flags (``use_experts_implementation``).
+    `Mxfp4Experts` computes one product for gate and up together, then the gating of the module, then one product for
+    down, with or without biases. transformers describes these layouts by flags (``use_experts_implementation``).
     """
     if not hasattr(experts, "has_gate") or not hasattr(experts, "_apply_gate"):
-        return "transformers does not say how they compute"
+        return "transformers does not describe their computation"
     return "" if experts.has_gate else "they have no gate"
 
 
 def in_one_stack(experts: nn.Module) -> bool:
-    """Return whether experts of this layout stay one tensor in a checkpoint, as gpt-oss's do, and get no names each."""
+    """Return whether experts of this layout stay one tensor in a checkpoint (as in gpt-oss), without separate names."""
     return bool(experts.is_transposed or experts.has_bias or not experts.is_concatenated)
 
 
 class Mxfp4Experts(nn.Module):
-    """The frozen experts of one MoE layer in MXFP4, in place of transformers' fused module.
+    """The frozen experts of one MoE layer in MXFP4; replaces the fused module of transformers.
 
-    Parameters, uint8 and never trained: ``gate_up_proj_packed`` [E, 2I, H/2] with ``gate_up_proj_scale`` [E, 2I, H/32],
-    and ``down_proj_packed`` [E, H, I/2] with ``down_proj_scale`` [E, H, I/32]; rows are output features, whatever the
-    layout of transformers' module. Their order is that module's: gate above up, or alternating in gpt-oss. The biases
-    ``gate_up_proj_bias`` [E, 2I] and ``down_proj_bias`` [E, H] are there where it has them. All are uninitialised
-    until a state dict fills them. One expert is dequantised at a time, in forward and again in backward.
-    ``activation`` is `Mxfp4Linear`'s.
+    The parameters are uint8 and never trained: ``gate_up_proj_packed`` [E, 2I, H/2] with ``gate_up_proj_scale``
+    [E, 2I, H/32], and ``down_proj_packed`` [E, H, I/2] with ``down_proj_scale`` [E, H, I/32]. Rows are output features
+    for every layout of the replaced module. The order of the rows is that of the replaced module: first gate, then up,
+    or alternating in gpt-oss. The biases ``gate_up_proj_bias`` [E, 2I] and ``down_proj_bias`` [E, H] exist if the
+    replaced module has them. All tensors are uninitialised until a state dict fills them. One expert is dequantised at
+    a time, in forward and again in backward. ``activation`` is as in `Mxfp4Linear`.
 
     Raises:
         ModelError: ``experts`` has a layout that cannot be packed.
@@ -58,7 +62,7 @@ class Mxfp4Experts(nn.Module):
     down_proj_scale: Tensor
     down_proj_bias: Tensor | None
 
-    def __init__(self, experts: nn.Module, naming: Naming):
+    def __init__(self, experts: nn.Module, naming: "Naming"):
         super().__init__()
         if fault := why_not_packable(experts):
             raise ModelError(f"{type(experts).__name__} cannot stay packed ({fault}): dequantise the checkpoint")
@@ -73,15 +77,15 @@ class Mxfp4Experts(nn.Module):
                 codes = torch.empty(e, n, width, dtype=torch.uint8, device="meta")
                 self.register_parameter(f"{name}_{kind}", nn.Parameter(codes, requires_grad=False))
             self.register_parameter(f"{name}_bias", getattr(experts, f"{name}_bias", None))
-        # The module's own way to combine gate and up, with its constants and without its weights.
+        # The function of the module that combines gate and up, with its constants and without its weights.
         without = copy.copy(experts)
         without._parameters = {}
         self._gate: Callable[[Tensor], Tensor] = without._apply_gate  # type: ignore[assignment]
 
     def matrices(self, name: str, whole: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(checkpoint's module name, packed, scale) of every expert's matrices, or of the stacks of experts.
+        """Yield (module name in the checkpoint, packed, scale) for the matrices of every expert, or for the stacks.
 
-        The model calls this module ``name``. ``whole`` gathers a parameter that is sharded.
+        ``name`` is the name of this module in the model. ``whole`` gathers a sharded parameter.
         """
         stacks = {
             fused: (whole(getattr(self, f"{fused}_packed")), whole(getattr(self, f"{fused}_scale"))) for fused in STACKS
@@ -96,7 +100,7 @@ class Mxfp4Experts(nn.Module):
                 yield self.naming.of_expert(Expert(name, index, role)), packed, scale
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """[T, H] from hidden states [T, H], and for each token its experts [T, k] and their weights [T, k]."""
+        """Compute the output [T, H] from hidden states [T, H] and the experts [T, k] and weights [T, k] of tokens."""
         out = torch.zeros_like(hidden_states)
         for e in top_k_index.unique().tolist():
             token, rank = torch.where(top_k_index == e)
@@ -113,5 +117,5 @@ class Mxfp4Experts(nn.Module):
 
 
 def packed_layers(model: nn.Module) -> list[Mxfp4Linear | Mxfp4Experts]:
-    """Every packed layer in ``model``, in its order, whatever it is wrapped in."""
+    """Return every packed layer in ``model``, in the order of the model, also inside wrappers."""
     return [module for module in model.modules() if isinstance(module, (Mxfp4Linear, Mxfp4Experts))]

@@ -1,12 +1,13 @@
-"""Layers that a serving engine holds as one: all of them are packed, or none.
+"""Groups of layers that a serving engine fuses into one layer: either all of a group are packed, or none.
 
-vLLM merges sibling linear layers with the same input into one matrix with one scheme. Its model classes say which, in
-``packed_modules_mapping``; a contract test (tests/contract/test_vllm_fused.py) reads all of these and compares.
+vLLM merges sibling linear layers with the same input into one matrix with one quantisation scheme. Its model classes
+list them in ``packed_modules_mapping``. A contract test (tests/contract/test_vllm_fused.py) compares `FUSED` with all
+of these lists.
 """
 
 from collections.abc import Iterable
 
-# Names that are merged where they are children of one module, with the classes of vLLM that have them.
+# Names that vLLM merges if they are children of one module, with the model classes that use them.
 FUSED = (
     ("q_proj", "k_proj", "v_proj", "g_proj", "b_proj"),  # nearly all; with g or b in OLMo-Hybrid and Bailing
     ("gate_proj", "up_proj"),  # nearly all
@@ -19,7 +20,7 @@ FUSED = (
 
 
 def fused_groups(modules: Iterable[str]) -> list[tuple[str, ...]]:
-    """Return ``modules`` in their order, with those together that an engine merges."""
+    """Group ``modules`` by the layers that an engine merges; the order is kept."""
     groups: dict[str, list[str]] = {}
     for name in modules:
         parent, _, last = name.rpartition(".")

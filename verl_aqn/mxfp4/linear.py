@@ -1,7 +1,7 @@
-"""A linear layer that keeps its weight packed in MXFP4 and trains whatever stands around it (LoRA, norms)."""
+"""A linear layer whose frozen weight stays packed in MXFP4; modules around it (LoRA, norms) can be trained."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +13,14 @@ from verl_aqn.mxfp4.codec import BLOCK, dequantize, fake_quantize, quantize
 
 
 class Activation(NamedTuple):
-    """How a layer rounds what it multiplies its weight with (W4A4); terms of `quantize`."""
+    """The rounding of a layer's input to MXFP4 (W4A4), with the scale rules and roundings of `quantize`."""
 
     scale_rule: str = "even"
     rounding: str = "nearest"
 
     @classmethod
     def parse(cls, text: str | None) -> Self | None:
-        """From ``SCALE_RULE/ROUNDING``, as one process tells another; None and ``none`` mean W4A16."""
+        """Parse ``SCALE_RULE/ROUNDING``, the form that is sent between processes; None and ``none`` mean W4A16."""
         return cls(*text.split("/")) if text not in (None, "none") else None
 
     def __str__(self) -> str:
@@ -28,23 +28,26 @@ class Activation(NamedTuple):
 
 
 class Mxfp4Linear(nn.Linear):
-    """``y = x W^T + b`` with a frozen W [N, K] in MXFP4. PEFT wraps it like any other ``nn.Linear``.
+    """A linear layer ``y = x W^T + b`` with a frozen W [N, K] in MXFP4. PEFT wraps it like any other ``nn.Linear``.
 
-    Parameters: ``weight_packed`` uint8 [N, K/2] and ``weight_scale`` uint8 [N, K/32], never trained, and ``bias`` [N]
-    of a float dtype or None. They are uninitialised until `from_linear` or a state dict fills them. ``weight`` is no
-    parameter but a fresh dequantised copy at every read: writing into it (PEFT's ``merge``) changes nothing.
+    Parameters: ``weight_packed`` uint8 [N, K/2] and ``weight_scale`` uint8 [N, K/32], which are never trained, and
+    ``bias`` [N] of a float dtype or None. They are uninitialised until `from_linear` or a state dict fills them.
+    ``weight`` is not a parameter: every read returns a new dequantised copy, so that writing to it (PEFT's ``merge``)
+    has no effect.
 
-    The multiplication runs in the dtype of ``x``, or in autocast's, as ``F.linear`` would; W is exact in bfloat16 and
-    float32. Backward keeps the packed bytes only and dequantises again: 16-bit weights live for one layer at a time.
+    The multiplication uses the dtype of ``x``, or the autocast dtype, as ``F.linear`` does. W is exact in bfloat16 and
+    float32. Autograd saves only the packed bytes, and backward dequantises them again: a 16-bit weight exists for one
+    layer at a time.
 
-    ``name_in_checkpoint`` is the module's name in the folder that it comes from, if that is known.
+    ``name_in_checkpoint`` is the module's name in the folder that it was loaded from, if known.
 
-    ``activation`` rounds x to MXFP4 first, as an engine with 4-bit activations does; its gradient passes straight
-    through. None (the default) multiplies with x as it is. With ``keep_dense`` the layer holds W in ``compute_dtype``
-    beside the bytes from its first forward on: four times the memory again (and on every rank all of it), and no
-    dequantisation in forward and backward. The copy is no parameter and in no state dict.
+    ``activation`` rounds x to MXFP4 first, as an engine with 4-bit activations does; the gradient is passed straight
+    through. With None (the default) x is not rounded. With ``cache_dequantized`` the layer keeps W in ``compute_dtype`` beside
+    the bytes from its first forward on. This needs four times the memory of the bytes in addition, for the whole weight
+    on every rank, and saves the dequantisation in forward and backward. The copy is neither a parameter nor part of a
+    state dict.
 
-    FSDP2 shards the packed parameters; a torch before 2.13 needs `verl_aqn.mxfp4.sharding.allow_packed_shards` for it.
+    FSDP2 shards the packed parameters; torch before 2.13 needs `verl_aqn.mxfp4.sharding.allow_packed_shards` for this.
 
     Raises:
         ModelError: ``in_features`` is not a multiple of 32.
@@ -67,7 +70,7 @@ class Mxfp4Linear(nn.Linear):
         self.out_features = out_features
         self.compute_dtype = compute_dtype
         self.activation: Activation | None = None
-        self.keep_dense = False
+        self.cache_dequantized = False
         self.name_in_checkpoint: str | None = None
         self._dense: Tensor | None = None
         self.weight_packed = _frozen(torch.empty(out_features, in_features // 2, dtype=torch.uint8, device=device))
@@ -79,7 +82,11 @@ class Mxfp4Linear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> Self:
-        """Quantise ``linear`` by ``mse``; its bias is shared, its weight is not kept. Raises what `quantize` raises."""
+        """Quantise ``linear`` with scale rule ``mse``. The bias is shared, the weight is not kept.
+
+        Raises:
+            ModelError: as `quantize`.
+        """
         weight = linear.weight
         packed, scale = quantize(weight, "mse")
         layer = cls(linear.in_features, linear.out_features, bias=False, device="meta", compute_dtype=weight.dtype)
@@ -89,28 +96,31 @@ class Mxfp4Linear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """W as ``compute_dtype`` [N, K], dequantised anew."""
+        """W as a new ``compute_dtype`` tensor [N, K], dequantised at every read."""
         return dequantize(self.weight_packed, self.weight_scale, self.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         x = prepare_input(x, self.activation)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.keep_dense:
+        if self.cache_dequantized:
             return F.linear(x, self._kept_weight().to(x.dtype), bias)
         return PackedProduct.apply(x, self.weight_packed, self.weight_scale, bias)
 
     def keeps_its_codes(self, whole: Callable[[Tensor], Tensor]) -> bool:
-        """Return whether the dequantised copy has the codes' values, where there is one; ``whole`` gathers a shard."""
+        """Return whether the dequantised copy, if there is one, has the values of the codes.
+
+        ``whole`` gathers a sharded parameter.
+        """
         if self._dense is None:
             return True
         codes, scale = whole(self.weight_packed), whole(self.weight_scale)
         return torch.equal(self._dense, dequantize(codes, scale, self._dense.dtype))
 
-    def _apply(self, fn, recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._dense = None  # made anew where the parameters go
         return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._dense = None
         super()._load_from_state_dict(*args, **kwargs)
 
@@ -118,13 +128,13 @@ class Mxfp4Linear(nn.Linear):
         if self._dense is not None:
             return self._dense
         weight = self.weight
-        if not torch.is_inference_mode_enabled():  # a tensor made there could not serve training
+        if not torch.is_inference_mode_enabled():  # a tensor made in inference mode could not be used in training
             self._dense = weight
         return weight
 
 
 def prepare_input(x: Tensor, activation: Activation | None) -> Tensor:
-    """``x`` as a packed layer multiplies it: in autocast's dtype where that is on, and rounded if it is W4A4."""
+    """Return ``x`` as a packed layer multiplies it: cast to the autocast dtype if that is on, and rounded for W4A4."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
@@ -132,16 +142,16 @@ def prepare_input(x: Tensor, activation: Activation | None) -> Tensor:
 
 
 class PackedProduct(torch.autograd.Function):
-    """x W^T + b that keeps the codes of W for backward, and not W."""
+    """The product x W^T + b; it saves the codes of W for backward, and not W."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(packed, scale)
         return F.linear(x, dequantize(packed, scale, x.dtype), bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             packed, scale = ctx.saved_tensors

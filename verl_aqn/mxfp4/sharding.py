@@ -1,4 +1,4 @@
-"""Packed parameters under FSDP2 in the torch versions that the GPU and NPU profiles pin."""
+"""Support for packed parameters under FSDP2 in the torch versions that the GPU and NPU profiles pin."""
 
 import types
 from typing import Any
@@ -6,17 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# The first with pytorch pull request 178075 among those that this project was tested with.
+# The first torch version with pytorch pull request 178075 among those that this project was tested with.
 _FIXED = (2, 13)
 
 
 def allow_packed_shards() -> None:
-    """Let `fully_shard` take uint8 parameters in torch before 2.13 (issue 177844); later ones do so by themselves.
+    """Make `fully_shard` accept uint8 parameters in torch before 2.13 (pytorch issue 177844).
 
-    Older ones stumble over integers twice. They make the parameter of a shard with nn.Parameter's default,
-    requires_grad=True, and set the original's in the next line; torch refuses the first step. And mixed precision casts
-    them when they are gathered, so that a layer would find its bytes as bfloat16. In FSDP2's own module the default
-    becomes what the dtype can have, and integers are not cast. Float parameters are treated as before.
+    Older versions have two problems with integers. They create the parameter of a shard with the default
+    requires_grad=True of nn.Parameter and set the original value only in the next line; torch rejects the first step.
+    And mixed precision casts integers when they are gathered, so that a layer would find its bytes as bfloat16. The
+    patch changes FSDP2's own module: the default of requires_grad depends on the dtype, and integers are not cast.
+    Float parameters are treated as before. From torch 2.13 on nothing is patched.
     """
     if tuple(map(int, torch.__version__.split(".")[:2])) < _FIXED:
         _patch()
@@ -25,7 +26,7 @@ def allow_packed_shards() -> None:
 def _patch() -> None:
     from torch.distributed.fsdp._fully_shard import _fsdp_param
 
-    if _fsdp_param.nn is not nn:  # once in a process
+    if _fsdp_param.nn is not nn:  # already patched in this process
         return
 
     def parameter(data: Tensor, requires_grad: bool | None = None) -> nn.Parameter:

@@ -1,9 +1,9 @@
-"""The norms that a model's folder promises, and whether the rollout has these and no others."""
+"""The norms that the rollout of a model folder is expected to have."""
 
 from pathlib import Path
 
-from verl_aqn.mxfp4.building import empty_model
-from verl_aqn.mxfp4.names import Naming
+from verl_aqn.checkpoints.building import empty_model
+from verl_aqn.checkpoints.naming import Naming
 from verl_aqn.noise.norms import survey
 
 

@@ -1,4 +1,4 @@
-"""Writes the noise that an order asks for, takes it away again, and measures what is in the weights."""
+"""Writing of the noise that a specification describes, its removal, and its measurement in the weights."""
 
 from __future__ import annotations
 
@@ -15,35 +15,36 @@ from torch import nn
 
 from verl_aqn.digest import tensor_digest
 from verl_aqn.errors import ConfigError, EvidenceError, ModelError
-from verl_aqn.judge.noise import sigma_interval
-from verl_aqn.noise.gaussian import draw_spans
+from verl_aqn.noise.checks import sigma_interval
 from verl_aqn.noise.norms import canonical_names, survey
+from verl_aqn.noise.rng import draw_spans
 from verl_aqn.noise.routers import router_norms
+from verl_aqn.noise.spec import NoiseOrder, count_layers
 from verl_aqn.noise.targets import Norm, NormBeside, PackedLinear, Target, find_linears
-from verl_aqn.order import NoiseOrder, count_layers
 
-Selection = list[tuple[Target, float]]  # with its multiplier of σ
+Selection = list[tuple[Target, float]]  # targets with their multipliers of σ
 
 
 class NoiseInjector:
-    """Noise on the weights of `model`, as orders ask for it: always clean + noise, whatever was there before.
+    """An injector that writes noise to the weights of `model`: always clean + noise, independent of earlier noise.
 
-    `dtype`: what the norm weights become, in place. bfloat16 cannot hold the later stages: its spacing near 1 is
-    2^-8 to 2^-7, so σ = 1e-5 would vanish. vLLM's RMSNorm takes float32 weights with 16-bit activations; other norms
-    then compute in float32. None keeps the weights' own dtype. Linear layers keep theirs.
+    `dtype`: the dtype that the norm weights are changed to, in place. bfloat16 cannot hold the noise of later stages:
+    its spacing near 1 is 2^-8 to 2^-7, so σ = 1e-5 would vanish. vLLM's RMSNorm supports float32 weights with 16-bit
+    activations; other norms then compute in float32. None keeps the dtype of the weights. Linear layers always keep
+    theirs.
 
-    Make it after the weights are loaded and before the model is compiled or its graphs captured: promotion replaces
-    the weights' storage, while `apply` and `restore` afterwards write into the same storage. Clean norms are copied to
-    the CPU (a few hundred kB); of linear layers there is no copy, they are dequantised again.
+    Create the injector after the weights are loaded and before the model is compiled or its graphs are captured. The
+    change of dtype replaces the storage of the weights; later, `apply` and `restore` write into the same storage. Clean
+    norms are copied to the CPU (a few hundred kB). Linear layers have no copy; they are dequantised again.
 
-    Norms in front of a router get no noise unless an order says `router_norms`.
+    Norms that feed a router get no noise unless the specification sets `router_norms`.
 
-    `beside`: for a model whose parameters are sharded, cast and saved (an FSDP actor, before it is wrapped). Noise on
-    norms is then a float32 tensor beside the parameter, which stays as it is; `dtype` has no meaning, linear layers get
-    no noise, and the evidence says how many forwards of each norm used its noise at least (`uses`).
+    `beside`: for a model whose parameters are sharded, cast and saved (an FSDP actor, before it is wrapped). The noisy
+    weight of a norm is then a separate float32 tensor, and the parameter is not changed. `dtype` has no effect, linear
+    layers get no noise, and `uses` returns the smallest number of forwards in which a norm used its noise.
 
-    Nothing of the model is an error here: a norm that cannot carry noise is in `lacking`, with the reason, and
-    `describe` and `apply` raise for an order that needs it.
+    The constructor never fails because of the model: norms that cannot carry noise are in `lacking`, with the reason.
+    `describe` and `apply` raise an error if the specification needs one of them.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = torch.float32, beside: bool = False) -> None:
@@ -51,13 +52,13 @@ class NoiseInjector:
         surveyed, names = survey(model), canonical_names(model)
         self.lacking = {names(name): why for name, why in surveyed.lacking.items()}
         self._norms: dict[str, Norm] = {}
-        # Now, while the layers are as they were built: later they may be compiled or wrapped.
+        # Find these norms now, because the layers may be compiled or wrapped later.
         self._router: set[str] | ModelError
         try:
             fed = router_norms(model, {name: model.get_submodule(name) for name in surveyed.found})
             self._router = {names(name) for name in fed}
         except ModelError as error:
-            self._router = error  # of no importance to an order that takes these norms along
+            self._router = error  # raised only for a specification that excludes these norms
         for own, form in sorted(surveyed.found.items()):
             name, module = names(own), model.get_submodule(own)
             try:
@@ -67,7 +68,7 @@ class NoiseInjector:
             else:
                 self._norms[name] = norm
         self._norms = dict(sorted(self._norms.items()))
-        #: Module names of the norms whose float32 weight an engine's own kernel has to be told of.
+        #: Module names of the RMSNorms; an engine's own kernel must be told about their float32 weights.
         self.rms_norms = [own for own, form in surveyed.found.items() if not form.centred and names(own) in self._norms]
         self._layers = count_layers(self._norms)
         self._touched: dict[str, Target] = {}  # linear weights that may not be clean
@@ -75,14 +76,18 @@ class NoiseInjector:
 
     @property
     def names(self) -> list[str]:
-        """Names of the norms that were found, sorted."""
+        """The sorted names of the norms that were found."""
         return list(self._norms)
 
     def describe(self, order: NoiseOrder) -> dict[str, Any]:
-        """What an order would do: modules by kind, multipliers, norms left alone. Raises what `apply` raises."""
+        """Return the effect of a specification: numbers of modules by kind, multipliers, and norms without noise.
+
+        Raises:
+            ConfigError, EvidenceError, ModelError: as `apply`.
+        """
         chosen = self._select(order)
         return {
-            # Without noise there is no choice: all that are there.
+            # Without noise no modules are selected; count all norms.
             "norms": sum(target.kind == "norm" for target, _ in chosen) if order.targets else len(self._norms),
             "names": self.names,
             "linears": sum(target.kind == "linear" for target, _ in chosen),
@@ -92,34 +97,34 @@ class NoiseInjector:
         }
 
     def apply(self, order: NoiseOrder) -> dict[str, Any]:
-        """Writes clean + noise to the modules of the order and clean to all others; returns evidence.
+        """Write clean + noise to the selected modules and clean weights to all others, and return evidence.
 
         Raises:
-            ConfigError: a pattern of the order matches no module.
-            EvidenceError: no module is left, or noise on linear layers finds none.
-            ModelError: a norm that the order needs cannot carry noise, or the model cannot take this noise; the
-                message says what to change.
+            ConfigError: a pattern of the specification matches no module.
+            EvidenceError: no module is left, or there is no linear layer for noise on linear layers.
+            ModelError: a selected norm cannot carry noise, or the model does not support this noise; the message says
+                what to change.
         """
         chosen = self._select(order)
         self._write(order, chosen)
         return self._evidence(order, chosen)
 
     def restore(self) -> dict[str, Any]:
-        """Writes the clean weights, bit for bit; returns evidence with σ 0 and no step."""
+        """Write the clean weights, bit for bit, and return evidence with σ 0 and without a step."""
         self._clean_all(())
         evidence = self._evidence(None, [])
         self._touched.clear()
         return evidence
 
     def uses(self) -> int:
-        """Forwards since the noise was written, of the norm with noise that had the fewest; only with `beside`."""
+        """Return the smallest number of forwards that a noisy norm had since noise was written; only with `beside`."""
         return min(
             (norm.uses for norm in self._norms.values() if isinstance(norm, NormBeside) and norm.noisy), default=0
         )
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Forwards without noise for a while; only with `beside`."""
+        """Run forwards within the block without noise; only with `beside`."""
         norms = [norm for norm in self._norms.values() if isinstance(norm, NormBeside)]
         for norm in norms:
             norm.paused = True
@@ -154,18 +159,25 @@ class NoiseInjector:
             if set(matches) <= left_alone:
                 raise ConfigError(
                     f"noise.include: {pattern!r} matches only norms that feed a router, such as {matches[0]}: set "
-                    "aqn.noise.router_norms=true to have noise there"
+                    "aqn.noise.router_norms=true to add noise to them"
                 )
         names = [name for name in candidates if order.selects(name) and name not in left_alone]
         order.layers.check(names, self._layers)
         chosen = [(candidates[n], order.layers.multiplier_of(n, self._layers, order.share)) for n in names]
         chosen = [(target, multiplier) for target, multiplier in chosen if multiplier > 0]
         if not chosen and order.targets:
-            raise EvidenceError("every module is excluded or has multiplier 0: noise would do nothing; exclude fewer")
+            raise EvidenceError(
+                "every module is excluded or has multiplier 0: noise would have no effect; exclude fewer modules"
+            )
         return chosen
 
     def _check_lacking(self, order: NoiseOrder) -> None:
-        """Raise where norms that the order needs are not there, or cannot carry noise."""
+        """Check that the model has norms, and that the selected norms can carry noise.
+
+        Raises:
+            ModelError: a selected norm cannot carry noise.
+            EvidenceError: the model has no norm.
+        """
         needed = {name: why for name, why in self.lacking.items() if order.selects(name)}
         if needed:
             first, reasons = min(needed), sorted(set(needed.values()))
@@ -176,7 +188,7 @@ class NoiseInjector:
             )
         if not self._norms:
             raise EvidenceError(
-                f"no norm found in {type(self._model).__name__}: noise would do nothing; take `norm` out of "
+                f"no norm found in {type(self._model).__name__}: noise would have no effect; remove `norm` from "
                 "aqn.noise.targets, or set aqn.noise.enabled=false"
             )
 
@@ -187,7 +199,7 @@ class NoiseInjector:
             self._clean_all(())
             return
         self._clean_all({target.name for target, _ in chosen})
-        # All norms in one draw, which is many times faster; linear layers one by one, which is smaller.
+        # All norms in one draw, which is many times faster; linear layers one by one, which needs less memory.
         norms = [pair for pair in chosen if pair[0].kind == "norm"]
         for batch in (norms, *([pair] for pair in chosen if pair[0].kind != "norm")):
             spans = [span for target, _ in batch for span in target.spans]
@@ -211,7 +223,10 @@ class NoiseInjector:
     # ---- measuring ----
 
     def _evidence(self, order: NoiseOrder | None, chosen: Selection) -> dict[str, Any]:
-        """Of an order, or of clean weights (None). Reads every norm, and the linear weights that noise may be in."""
+        """Return the evidence for a specification, or for clean weights (None).
+
+        Every norm is read, and every linear weight that may contain noise.
+        """
         sigma, unit = (order.sigma, order.unit) if order else (0.0, "absolute")
         multipliers = {target.name: multiplier for target, multiplier in chosen} if sigma else {}
         everything: dict[str, Target] = {**self._norms, **self._touched}
@@ -238,7 +253,7 @@ class NoiseInjector:
             "order": order.to_dict() if order else None,
             "modules": len(chosen) or len(everything),
             "elements": elements,
-            # Over all groups, in units of the multiplier: what console and metrics show beside σ asked.
+            # Over all groups, divided by the multipliers; console and metrics show it beside the requested σ.
             "sigma_realised": math.sqrt(sum(g.squares / g.multiplier**2 for g in groups.values()) / (elements or 1)),
             "sigma_interval": list(sigma_interval(sigma, elements or 1)),
             "sigma_rounding": math.sqrt(sum(g.rounding / g.multiplier**2 for g in groups.values()) / (elements or 1)),
@@ -252,12 +267,12 @@ class NoiseInjector:
         }
 
     def _digest(self, weights: dict[str, torch.Tensor]) -> str:
-        """Of the norms that every rank holds whole, so that ranks can be compared."""
+        """Return the digest of the norms that every rank holds in full, so that ranks can be compared."""
         return tensor_digest((name, weight) for name, weight in weights.items() if not self._norms[name].part)
 
 
 class _Group:
-    """Measurements over modules of one kind with one multiplier, σ in the order's unit."""
+    """Measurements over modules of one kind with one multiplier, σ in the unit of the specification."""
 
     def __init__(self, kind: str, multiplier: float):
         self.kind, self.multiplier = kind, multiplier
@@ -267,14 +282,14 @@ class _Group:
         self.elements = self.unchanged = 0
 
     def add(self, target: Target, now: torch.Tensor, unit: str) -> None:
-        # numpy rather than torch: on vectors this short, torch's threads cost more than the sums.
+        # numpy and not torch: for such short vectors the threads of torch cost more than the sums.
         weight, size = _flat(now), target.unit(unit)
         delta = (weight - _flat(target.clean())).astype(np.float64)
-        # Rounding to the weights' dtype is uniform within one spacing, hence the 12.
+        # Rounding errors are uniform within one spacing of the weights' dtype; their variance is spacing² / 12.
         spacing = np.spacing(np.abs(weight)) * (torch.finfo(now.dtype).eps / np.finfo(np.float32).eps)
         if isinstance(size, torch.Tensor):
             sizes = np.abs(_flat(size))
-            kept = sizes > 0  # a weight of 0 takes no multiplicative noise: it says nothing
+            kept = sizes > 0  # a weight of 0 has no multiplicative noise, so it is not measured
             delta, spacing = delta[kept] / sizes[kept], spacing[kept] / sizes[kept]
         else:
             delta, spacing = delta / size, spacing / size

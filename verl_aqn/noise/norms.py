@@ -1,7 +1,8 @@
-"""Find the norms of a model that can carry noise, and tell of the others why they cannot.
+"""Detection of the norms of a model that can carry noise, with the reasons why other norms cannot.
 
-A norm is found by what it computes, because class names differ between transformers and vLLM. Nothing here raises:
-whatever a module does when it is tried is a reason that `verl_aqn.noise.injector` tells when an order needs the module.
+A norm is recognised by what it computes, because class names differ between transformers and vLLM. An error of a module
+is not raised here: it is recorded as the reason, and `verl_aqn.noise.injector` reports it if the noise specification
+needs the module.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from verl_aqn.checkpoints.naming import Naming
 from verl_aqn.errors import first_line
-from verl_aqn.mxfp4.names import Naming
 
-GATES = {"gate", "z", "g"}  # what the second input of a gated norm is called
+GATES = {"gate", "z", "g"}  # names of the second input of a gated norm
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a norm computes: (offset + w) · x/rms(x), or with `centred` (offset + w) · (x - mean)/std [+ bias]."""
+    """The formula of a norm: (offset + w) · x/rms(x), or with `centred` (offset + w) · (x - mean)/std [+ bias]."""
 
     offset: float
     centred: bool = False
@@ -32,31 +33,31 @@ class Form:
 
 @dataclass
 class Survey:
-    """Norms by module name: `found` can carry noise, `lacking` cannot, for the reason given."""
+    """Norms by module name: those in `found` can carry noise, those in `lacking` cannot, with the reason."""
 
     found: dict[str, Form] = field(default_factory=dict)
     lacking: dict[str, str] = field(default_factory=dict)
 
 
 def find_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the norms of `model` that can carry noise, by name, q_norm and k_norm included.
+    """Return the norms of `model` that can carry noise, by name, including q_norm and k_norm.
 
-    These are RMSNorms and LayerNorms with a 1-D floating point `weight`, and at most a `bias` beside it. Norms with a
-    gate are left out (they are parts of linear attention), and so are the towers of a multimodal model. `model` may be
-    on the meta device.
+    These are RMSNorms and LayerNorms with a 1-D floating point `weight` and at most a `bias` as second parameter. Norms
+    with a gate are left out (they are parts of linear attention), and so are the towers of a multimodal model. `model`
+    may be on the meta device.
     """
     return {name: model.get_submodule(name) for name in survey(model).found}
 
 
 def survey(model: nn.Module) -> Survey:
-    """Try every module of `model` that looks like a norm."""
+    """Test every module of `model` that looks like a norm."""
     result = Survey()
     for name, module in _text_modules(model):
         if not _looks_like_a_norm(module):
             continue
         try:
             form = _form_of(module)
-        except Exception as error:  # a module of others: anything may happen
+        except Exception as error:  # third-party modules may raise any error
             form = f"{type(error).__name__}: {first_line(error)}"
         if isinstance(form, Form):
             result.found[name] = form
@@ -66,14 +67,14 @@ def survey(model: nn.Module) -> Survey:
 
 
 def canonical_names(model: Any) -> Callable[[str], str]:
-    """Return what gives a module's name in the checkpoint folder, under which noise is drawn in every process.
+    """Return a function from a module's name to its name in the checkpoint, which is used to draw noise in any process.
 
-    An engine remembers at load which tensor of the folder each of its parameters holds (`aqn_names`); for a model that
-    transformers built, `Naming` knows. Names of other models are their own.
+    An engine records during loading which tensor of the folder each of its parameters holds (`aqn_names`). For a model
+    of transformers, `Naming` gives the names. Names in other models are not changed.
     """
     if loaded := getattr(model, "aqn_names", None):
         return lambda name: str(loaded.get(f"{name}.weight", f"{name}.weight")).removesuffix(".weight")
-    if known := getattr(model, "checkpoint_names", None):  # of the folder that it was loaded from
+    if known := getattr(model, "checkpoint_names", None):  # the names in the folder that the model was loaded from
         return known.in_checkpoint
     if isinstance(model, PreTrainedModel):
         return Naming.of_model(model).in_checkpoint
@@ -81,7 +82,7 @@ def canonical_names(model: Any) -> Callable[[str], str]:
 
 
 def _text_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of everything in the language model, without the towers for images and sound beside it."""
+    """Yield name and module of everything in the language model, without the towers for images and sound."""
     inner = _language_model(model)
     prefix = next((name for name, module in model.named_modules() if module is inner), "")
     for name, module in inner.named_modules():
@@ -89,7 +90,7 @@ def _text_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _language_model(model: Any) -> nn.Module:
-    """The part of a multimodal model that reads text, as vLLM and transformers tell it; other models are the whole."""
+    """Return the text part of a multimodal model, as vLLM or transformers define it, or else the whole model."""
     try:
         if hasattr(model, "get_language_model"):
             inner = model.get_language_model()
@@ -97,40 +98,40 @@ def _language_model(model: Any) -> nn.Module:
             inner = model.get_decoder()
         else:
             return model
-    except Exception:  # no config, or a class that leaves these methods out
+    except Exception:  # no config, or a class without these methods
         return model
     return inner if isinstance(inner, nn.Module) else model
 
 
 def _looks_like_a_norm(module: nn.Module) -> bool:
-    """An epsilon, and no parameters but a 1-D `weight` and perhaps a `bias` of the same size."""
+    """Return whether a module has an epsilon and only a 1-D `weight` and at most a `bias` of the same size."""
     parameters = dict(module.named_parameters())
     weight = parameters.get("weight")
     if weight is None or weight.dim() != 1 or not weight.is_floating_point():
         return False
     if any(name not in ("weight", "bias") or p.shape != weight.shape for name, p in parameters.items()):
         return False
-    # An epsilon of None follows the dtype (torch.nn.RMSNorm).
+    # In torch.nn.RMSNorm an epsilon of None means that of the dtype.
     if not any("eps" in name for name in vars(module)) or hasattr(module, "running_mean"):
         return False
     return not any(GATES & inspect.signature(forward).parameters.keys() for forward in _forwards(module))
 
 
 def _forwards(module: Any) -> list[Callable]:
-    """vLLM's `forward` may pick a kernel of the device; its `forward_native` is what that must agree with."""
+    """Return the forward methods to test: vLLM's `forward_native`, if any, and `forward`, which may use a kernel."""
     native = getattr(module, "forward_native", None)
     return [module.forward] if native is None else [native, module.forward]
 
 
 def _form_of(module: nn.Module) -> Form | str:
-    """What the norm computes, or why it cannot carry noise. May raise what the module raises."""
+    """Return the formula of the norm, or the reason why it cannot carry noise. Errors of the module may be raised."""
     if next(module.parameters()).is_meta:
         module = _with_values(module)
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    # Mean 1: this betrays whether the mean is subtracted.
+    # With mean 1, the output shows whether the mean is subtracted.
     x = torch.linspace(-1.0, 3.0, weight.numel(), device=weight.device).expand(1, -1)
     failures = []
-    for dtype in dict.fromkeys((x.dtype, weight.dtype)):  # torch's LayerNorm wants one dtype for all
+    for dtype in dict.fromkeys((x.dtype, weight.dtype)):  # torch's LayerNorm needs one dtype for all tensors
         for forward in _forwards(module):
             try:
                 with torch.no_grad():
@@ -138,9 +139,9 @@ def _form_of(module: nn.Module) -> Form | str:
             except Exception as error:
                 failures.append(f"its {forward.__name__} raises {type(error).__name__}: {first_line(error)}")
                 continue
-            out = out[0] if isinstance(out, tuple) else out  # some give the residual back, too
+            out = out[0] if isinstance(out, tuple) else out  # some norms also return the residual
             if not isinstance(out, torch.Tensor) or out.shape != x.shape:
-                failures.append(f"its {forward.__name__} gives no tensor of its input's shape")
+                failures.append(f"its {forward.__name__} does not return a tensor of its input's shape")
             elif form := _fits(module, x.to(dtype).float(), out.float()):
                 return form
             else:
@@ -149,7 +150,7 @@ def _form_of(module: nn.Module) -> Form | str:
 
 
 def _fits(module: nn.Module, x: torch.Tensor, out: torch.Tensor) -> Form | None:
-    """The form whose output on `x` is nearest to `out`, if it is near."""
+    """Return the form whose output for `x` is nearest to `out`, if it is near enough."""
     weight: torch.Tensor = module.weight.detach().float()  # type: ignore[operator]
     bias = getattr(module, "bias", None)
     shift = 0.0 if bias is None else bias.detach().float()
@@ -161,12 +162,12 @@ def _fits(module: nn.Module, x: torch.Tensor, out: torch.Tensor) -> Form | None:
     forms = [Form(offset, mean) for mean in plain for offset in (0.0, 1.0)]
     errors = {f: (out - plain[f.centred] * (weight + f.offset) - shift).norm() for f in forms}
     form = min(errors, key=lambda f: errors[f])
-    # 1 %: above the rounding of a 16-bit weight's product, far below what subtracting the mean does.
+    # 1 % is above the rounding errors of 16-bit weights and far below the effect of subtracting the mean.
     return form if errors[form] <= 0.01 * out.norm() else None
 
 
 def _with_values(module: nn.Module) -> nn.Module:
-    """A copy of a norm on meta, with values that tell the forms apart."""
+    """Copy a norm from meta to the CPU, with values that distinguish the forms."""
     copied = copy.deepcopy(module).to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in copied.named_parameters():

@@ -1,4 +1,4 @@
-"""What can carry noise: norms, and linear layers whose packed MXFP4 weight is kept dequantised beside it."""
+"""Targets of noise: norms, and packed MXFP4 linear layers that also keep their weight dequantised."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from verl_aqn.checkpoints.slices import Part, parts_of
 from verl_aqn.errors import EvidenceError, ModelError, first_line
 from verl_aqn.mxfp4 import dequantize
-from verl_aqn.noise.gaussian import Span
 from verl_aqn.noise.norms import Form
-from verl_aqn.shards import Part, parts_of
+from verl_aqn.noise.rng import Span
 
 
 class Target:
     """One parameter that can carry noise, under the trainer's name.
 
-    `spans`: which elements of the whole parameter's noise these are; more than all of them in order where a
-    tensor-parallel rank holds a part. `part` says that it does.
+    `spans`: the elements of this target within the noise of the whole parameter. There can be several spans if a
+    tensor-parallel rank holds a part of the parameter. `part`: whether the rank holds only a part.
     """
 
     kind = ""
@@ -30,26 +30,26 @@ class Target:
         self._rms: float | None = None
 
     def data(self) -> torch.Tensor:
-        """The weight as it is at this moment, in its own storage: another object may have taken its place since."""
+        """Return the current weight in its own storage. Do not keep it: another tensor may replace it later."""
         raise NotImplementedError
 
     def clean(self) -> torch.Tensor:
-        """The weight without noise, on the CPU, in the dtype of `data`."""
+        """Return the weight without noise, on the CPU, in the dtype of `data`."""
         raise NotImplementedError
 
     def effective(self) -> torch.Tensor:
-        """What the model multiplies with when it is clean, float32 on the CPU."""
+        """Return the factor that the clean model multiplies with, float32 on the CPU."""
         return self.clean().float()
 
     def unit(self, unit: str) -> float | torch.Tensor:
-        """What σ is counted in: 1, the effective weight's rms, or the effective weight itself."""
+        """Return the unit of σ: 1, the rms of the effective weight, or the effective weight itself."""
         if unit == "absolute":
             return 1.0
         if unit == "multiplicative":
             return self.effective()
         if self.part:
             raise ModelError(
-                f"{self.name}: a tensor-parallel rank does not see the rms of the whole weight; "
+                f"{self.name}: a tensor-parallel rank cannot compute the rms of the whole weight: "
                 "set aqn.noise.unit to absolute or multiplicative"
             )
         if self._rms is None:
@@ -57,17 +57,20 @@ class Target:
         return self._rms
 
     def write(self, values: torch.Tensor) -> None:
-        """Put `values` [numel] into the weight's own storage, rounded to its dtype."""
+        """Write `values` [numel] into the weight's own storage, rounded to its dtype."""
         with torch.no_grad():
             self.data().copy_(values.view(self.data().shape))
 
 
 class Norm(Target):
-    """A norm's weight [H]; its clean copy is kept on the CPU, safe from the engine's memory tricks (sleep).
+    """The weight [H] of a norm; a clean copy is kept on the CPU, where the engine's sleep mode cannot free it.
 
-    `name`: the trainer's. `dtype`: what the weight becomes, in place; None keeps its own. Where the norm does not take
-    such a weight over 16-bit activations, it computes in `dtype` and gives its output in the activations' dtype.
-    ModelError where it cannot do that either; the norm is then as it was.
+    `name`: the trainer's name. `dtype`: the new dtype of the weight, which is changed in place; None keeps the dtype. A
+    norm that does not support such a weight with 16-bit activations computes in `dtype` and returns its output in the
+    dtype of the activations.
+
+    Raises:
+        ModelError: the norm supports neither; it is then unchanged.
     """
 
     kind = "norm"
@@ -79,7 +82,7 @@ class Norm(Target):
             _promote(name, module, dtype)
         self._clean = self._weight().to("cpu", copy=True)
         numel = self._clean.numel()
-        # vLLM shards the norm over the whole width of q or k in some models, and says so in these attributes.
+        # In some models vLLM shards the norm over the whole width of q or k; these attributes describe the shard.
         rank, world = getattr(module, "weight_shard_rank", 0), getattr(module, "weight_shard_world", 1)
         super().__init__(name, [Span(name, rank * numel, numel)], world > 1)
 
@@ -98,11 +101,12 @@ class Norm(Target):
 
 
 class NormBeside(Norm):
-    """A norm whose noisy weight is a float32 tensor of its own, which stands in for the parameter in its forward.
+    """A norm whose noisy weight is a separate float32 tensor, which replaces the parameter during the forward.
 
-    The parameter is never written: FSDP shards it, casts it to bfloat16, which could not hold small noise, and saves
-    it. `uses` counts the forwards that had noise since the last `write`; `paused` ones have none. The output keeps the
-    activations' dtype. A norm with a bias (torch's LayerNorm) wants one dtype for all, and computes in float32.
+    The parameter is never written, because FSDP shards it, saves it, and casts it to bfloat16, which cannot hold small
+    noise. `uses` counts the forwards with noise since the last `write`. While `paused` is set, forwards have no noise.
+    The output keeps the dtype of the activations. A norm with a bias (torch's LayerNorm) needs one dtype for all
+    tensors and computes in float32.
     """
 
     paused = False
@@ -113,7 +117,7 @@ class NormBeside(Norm):
         self._noisy: torch.Tensor | None = None
         self._parameters: dict[str, Any] = {}
         self._dtype = torch.float32
-        # torch's LayerNorm wants its input in the dtype of its weight; other norms compute as they always do.
+        # torch's LayerNorm needs its input in the dtype of its weight; other norms need no cast.
         self._casts = isinstance(module, nn.LayerNorm) or getattr(module, "bias", None) is not None
         self.uses = 0
         module.register_forward_pre_hook(self._swap_in)
@@ -133,7 +137,7 @@ class NormBeside(Norm):
     def _swap_in(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         if self._noisy is None or self.paused:
             return None
-        self._noisy = self._noisy.to(args[0].device)  # moved once
+        self._noisy = self._noisy.to(args[0].device)  # a copy only at the first forward
         self._dtype, self._parameters = args[0].dtype, dict(module._parameters)
         module._parameters["weight"] = self._noisy  # type: ignore[assignment]
         self.uses += 1
@@ -148,11 +152,11 @@ class NormBeside(Norm):
             return None
         module._parameters.update(self._parameters)
         self._parameters = {}
-        return None if out is None else out.to(self._dtype)  # there is no output where the forward raised
+        return None if out is None else out.to(self._dtype)  # there is no output if the forward raised an error
 
 
 class PackedLinear(Target):
-    """Rows of a layer that holds `weight` [N, K] dequantised beside its codes; cleaned by dequantising them again."""
+    """Rows of a layer that keeps `weight` [N, K] dequantised beside its codes; clean values are dequantised again."""
 
     kind = "linear"
 
@@ -176,32 +180,35 @@ class PackedLinear(Target):
 
 
 def find_linears(model: nn.Module) -> Iterator[PackedLinear]:
-    """Packed MXFP4 layers of `model`; what the engine fused (q, k, v) is taken apart again.
+    """Yield the packed MXFP4 layers of `model`; layers that the engine fused (q, k, v) are split again.
 
     Raises:
-        ModelError: a kernel keeps weights in an order of its own (Marlin), where noise can be neither written nor
-            taken away.
+        ModelError: a kernel stores weights in its own order (Marlin), so that noise can be neither written nor removed.
         EvidenceError: there is no packed layer.
     """
     layers = {n.removesuffix(".base_layer"): m for n, m in model.named_modules() if hasattr(m, "mxfp4_digests")}
     if not layers:
         raise EvidenceError(
-            f"no packed MXFP4 layer found in {type(model).__name__}: noise on linear layers would do nothing; set "
-            "aqn.mxfp4.enabled=true, or take `linear` out of aqn.noise.targets"
+            f"no packed MXFP4 layer found in {type(model).__name__}: noise on linear layers would have no effect; set "
+            "aqn.mxfp4.enabled=true, or remove `linear` from aqn.noise.targets"
         )
     for name, layer in layers.items():
         if not hasattr(layer, "mxfp4_packed"):
             kernel = type(getattr(getattr(layer, "scheme", None), "kernel", None)).__name__
             raise ModelError(
-                f"{name}: its kernel ({kernel}) keeps weights in an order of its own, so that noise can be neither "
-                "written nor taken away; take `linear` out of aqn.noise.targets"
+                f"{name}: its kernel ({kernel}) stores weights in its own order, so that noise can be neither "
+                "written nor removed: remove `linear` from aqn.noise.targets"
             )
         for part in parts_of(model, name, layer):
             yield PackedLinear(part, layer)
 
 
 def _promote(name: str, module: nn.Module, dtype: torch.dtype) -> None:
-    """Give the module's weight `dtype` in a way that leaves its output in the activations' dtype."""
+    """Change the module's weight to `dtype` so that its output keeps the dtype of the activations.
+
+    Raises:
+        ModelError: the module does not support this; it is then unchanged.
+    """
     before = {key: parameter.data for key, parameter in module.named_parameters()}
     activations, hooks = before["weight"].dtype, []
     x = torch.ones(1, before["weight"].numel(), dtype=activations, device=before["weight"].device)
@@ -211,7 +218,7 @@ def _promote(name: str, module: nn.Module, dtype: torch.dtype) -> None:
         with suppress(Exception), torch.no_grad():
             if _first(forward(x.clone())).dtype == activations:
                 return
-        # torch's LayerNorm wants one dtype for all, and norms of transformers return that of their weight.
+        # torch's LayerNorm needs one dtype for all tensors; norms of transformers return the dtype of their weight.
         for parameter in module.parameters():
             parameter.data = parameter.data.to(dtype)
         cast = _Cast(dtype)
@@ -231,7 +238,7 @@ def _promote(name: str, module: nn.Module, dtype: torch.dtype) -> None:
 
 
 class _Cast:
-    """Hooks that run a module in `dtype` and give its outputs in the dtype of its first input."""
+    """Hooks that run a module in `dtype` and return its outputs in the dtype of its first input."""
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = self.outside = dtype

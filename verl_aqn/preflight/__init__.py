@@ -1,1 +1,1 @@
-"""What can be known before a run starts: whether it fits, and whether what it needs is there."""
+"""Checks before a run starts: whether it fits into memory, and whether everything that it needs is present."""

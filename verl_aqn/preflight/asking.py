@@ -1,6 +1,6 @@
-"""Questions to verl and vLLM, each asked in a process of its own, and answers that are kept for the next run.
+"""Questions to verl and vLLM, each asked in its own process, and answers that are stored for the next run.
 
-Both take seconds to import, choose a platform for their process, and run code that is not ours.
+Both packages take seconds to import, choose a platform for their process, and run code that is not part of verl-aqn.
 """
 
 import importlib.metadata
@@ -15,7 +15,7 @@ from verl_aqn.errors import EnvironmentFault
 
 
 def version_of(*names: str) -> str | None:
-    """Return the version of the first of these packages that is installed; None where none is."""
+    """Return the version of the first of these packages that is installed, or None if none is."""
     for name in names:
         try:
             return importlib.metadata.version(name)
@@ -38,8 +38,8 @@ def ask_module(
 
     Args:
         about: who is asked and what, in words: "vLLM whether it can serve FOLDER".
-        timeout: seconds. text: what the module reads from standard input. env: in place of this process's.
-        fits: whether the answer is of the form that the module gives.
+        timeout: seconds. text: what the module reads from standard input. env: replaces this process's environment.
+        fits: return whether an answer has the form that the module prints.
 
     Raises:
         EnvironmentFault: the process ended without such an answer, or did not end in time.
@@ -51,21 +51,21 @@ def ask_module(
             env=env, timeout=timeout, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise EnvironmentFault(f"{who} did not say within {timeout} s {what}") from None
+        raise EnvironmentFault(f"{who} did not answer within {timeout} s {what}") from None
     try:
         answer = json.loads(done.stdout.strip().splitlines()[-1])
         if fits(answer):
             return answer
     except (IndexError, ValueError):
         pass
-    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
     raise EnvironmentFault(
         f"{who} could not be asked {what} (exit code {done.returncode}: {last[:300]}): see `python -m {module}`"
     )
 
 
 def kept(file: Path, fits: Callable[[Any], bool]) -> Any:
-    """Return the answer that `keep` wrote to `file`; None where there is none, or none that `fits`."""
+    """Return the answer that `keep` wrote to `file`, or None if there is none or `fits` rejects it."""
     try:
         answer = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -74,7 +74,7 @@ def kept(file: Path, fits: Callable[[Any], bool]) -> Any:
 
 
 def keep(file: Path, answer: Any) -> None:
-    """Write an answer to `file`; where that cannot be, the question is asked again."""
+    """Write an answer to `file`; if this fails, the question is asked again next time."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(answer), encoding="utf-8")

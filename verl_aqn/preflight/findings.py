@@ -1,11 +1,11 @@
-"""One line of what a check found."""
+"""The result of one check."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`fix` is empty where all is well; else a run would end by it."""
+    """The result of a check. `fix` is empty if there is no fault; otherwise the fault would stop a run."""
 
     what: str
     found: str
@@ -16,5 +16,5 @@ class Finding:
 
 
 def gb(size: float) -> str:
-    """Bytes in GB of 1e9."""
+    """Format bytes in GB of 1e9 bytes."""
     return f"{size / 1e9:.1f} GB"

@@ -1,6 +1,6 @@
-"""Settings of a recipe that contradict each other, which verl or vLLM would find once processes run.
+"""Find settings of a recipe that contradict each other, which verl or vLLM would report only in a running process.
 
-What verl finds by being asked is asked by `verl_aqn.preflight.verl`; here is what it finds late, or never.
+`verl_aqn.preflight.verl_says` asks verl itself; this module checks what verl finds late or never.
 """
 
 from collections.abc import Iterator
@@ -14,10 +14,9 @@ PROMPT, RESPONSE = "data.max_prompt_length", "data.max_response_length"
 
 
 def check_settings(config: DictConfig, positions: int | None) -> Iterator[Finding]:
-    """Hold the recipe's settings against each other.
+    """Check the recipe's settings against each other.
 
-    Args:
-        positions: the most tokens that the model takes (`prepare.positions_of`), where that is known.
+    Args: positions: the maximum number of tokens of the model (`prepare.positions_of`), if it is known.
     """
     yield _context(config, positions)
     yield _batched_tokens(config)
@@ -28,7 +27,7 @@ def check_settings(config: DictConfig, positions: int | None) -> Iterator[Findin
 
 
 def uses_critic(config: DictConfig) -> bool:
-    """Whether verl trains a critic (its `need_critic`)."""
+    """Return whether verl trains a critic (its `need_critic`)."""
     asked = config.critic.enable
     return config.algorithm.adv_estimator == "gae" if asked is None else bool(asked)
 
@@ -39,12 +38,12 @@ def _context(config: DictConfig, positions: int | None) -> Finding:
     need, fix = prompt + response, ""
     for key, other in ((f"{ROLLOUT}.prompt_length", PROMPT), (f"{ROLLOUT}.response_length", RESPONSE)):
         if OmegaConf.select(config, key) != OmegaConf.select(config, other):
-            fix = f"{key}={OmegaConf.select(config, key)} differs from {other}: set {other} alone"
+            fix = f"{key}={OmegaConf.select(config, key)} differs from {other}: set only {other}"
     length = rollout.max_model_len
     if positions is not None and need > positions:
-        fix = f"the model takes {positions:,} tokens at most: lower {PROMPT} or {RESPONSE}"
+        fix = f"the model supports at most {positions:,} tokens: lower {PROMPT} or {RESPONSE}"
     elif positions is not None and length is not None and length > positions:
-        fix = f"{ROLLOUT}.max_model_len={length} is above the {positions:,} tokens that the model takes: lower it"
+        fix = f"{ROLLOUT}.max_model_len={length} is above the {positions:,} tokens that the model supports: lower it"
     elif length is not None and length < need:
         fix = (
             f"{ROLLOUT}.max_model_len={length} would cut responses: set it to {need} or null, or lower {PROMPT} or "
@@ -54,22 +53,27 @@ def _context(config: DictConfig, positions: int | None) -> Finding:
 
 
 def _batched_tokens(config: DictConfig) -> Finding:
-    """vLLM needs a token of a batch for each sequence; without chunked prefill verl raises the limit itself."""
+    """Check that a batch of vLLM has a token for each sequence.
+
+    Without chunked prefill verl raises the limit itself.
+    """
     rollout = config.actor_rollout_ref.rollout
     tokens, sequences = int(rollout.max_num_batched_tokens), int(rollout.max_num_seqs)
     key, other = f"{ROLLOUT}.max_num_batched_tokens", f"{ROLLOUT}.max_num_seqs"
-    fix = f"vLLM wants at least {other}={sequences}: set {key} to {sequences} or more" if tokens < sequences else ""
+    fix = f"vLLM needs at least {other}={sequences}: set {key} to {sequences} or more" if tokens < sequences else ""
     return Finding("rollout's batches", f"{key}={tokens}", fix)
 
 
 def _micro_batches(config: DictConfig) -> Finding:
-    """Each micro-batch holds at least one whole sequence (verl's `prepare_micro_batches`)."""
+    """Check that each micro-batch can hold one whole sequence (verl's `prepare_micro_batches`)."""
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     what, found = "micro-batches", f"sequences of {config.data.max_prompt_length + config.data.max_response_length:,}"
     found += f" tokens ({PROMPT} + {RESPONSE})"
     if actor.use_dynamic_bsz != rollout.log_prob_use_dynamic_bsz:
         flag = f"{ROLLOUT}.log_prob_use_dynamic_bsz={str(rollout.log_prob_use_dynamic_bsz).lower()}"
-        return Finding(what, flag, f"set it as {ACTOR}.use_dynamic_bsz is: {str(actor.use_dynamic_bsz).lower()}")
+        return Finding(
+            what, flag, f"set it to the value of {ACTOR}.use_dynamic_bsz: {str(actor.use_dynamic_bsz).lower()}"
+        )
     batch = int(config.data.train_batch_size) * int(rollout.n)
     mini = int(actor.ppo_mini_batch_size) * int(rollout.n)
     parts = [
@@ -95,13 +99,13 @@ def _micro_batch_fault(config: DictConfig, dynamic: bool, tokens_key: str, size_
         longest = int(config.data.max_prompt_length) + int(config.data.max_response_length)
         limit = OmegaConf.select(config, tokens_key)
         if limit is None or int(limit) * parallel < longest:
-            return f"{tokens_key}={limit} is below one sequence: set it to {-(-longest // parallel)} or more"
+            return f"{tokens_key}={limit} is less than one sequence: set it to {-(-longest // parallel)} or more"
         return ""
     size, ranks = OmegaConf.select(config, size_key), _ranks(config) // parallel
     if size is None:
         return f"set {size_key}, or use_dynamic_bsz=true in that block"
     if int(size) < 1 or answers // max(ranks, 1) % int(size):
-        return f"{size_key}={size} does not divide the {answers // max(ranks, 1)} answers of a rank: set a divisor"
+        return f"{size_key}={size} does not divide the {answers // max(ranks, 1)} responses of a rank: set a divisor"
     return ""
 
 
@@ -111,13 +115,13 @@ def _sampling(config: DictConfig) -> Finding:
     fix = (
         ""
         if temperature > 0
-        else f"set {key} above 0: all answers to a prompt would be the same, and verl divides by it"
+        else f"set {key} above 0: otherwise all responses to a prompt are the same, and verl divides by the temperature"
     )
     return Finding("sampling", f"{key}={temperature:g}, {ROLLOUT}.n={config.actor_rollout_ref.rollout.n}", fix)
 
 
 def _shares(config: DictConfig) -> Finding:
-    """How ranks share the work of a sequence, and the model."""
+    """Check how ranks divide the work on a sequence, and the model."""
     actor, ranks, fix = config.actor_rollout_ref.actor, _ranks(config), ""
     sequence, shard = int(actor.ulysses_sequence_parallel_size), int(actor.fsdp_config.fsdp_size)
     if sequence < 1 or ranks % sequence:
@@ -132,7 +136,7 @@ def _ranks(config: DictConfig) -> int:
 
 
 def _overlong(config: DictConfig) -> Finding:
-    """The reward manager's penalty for long responses, which verl's worker asserts as it starts."""
+    """Check the reward manager's penalty for long responses, which verl's worker asserts when it starts."""
     key = "reward.reward_kwargs.overlong_buffer_cfg"
     buffer = OmegaConf.select(config, key)
     manager = config.reward.reward_manager
@@ -143,5 +147,7 @@ def _overlong(config: DictConfig) -> Finding:
     if type(length) is not int or not 0 < length <= response:
         fix = f"set {key}.len to 1 to {response} ({RESPONSE}), or {key}.enable=false"
     elif limit != response:
-        fix = f"reward.reward_kwargs.max_resp_len={limit} differs from {RESPONSE}={response}: set it to that"
+        fix = (
+            f"reward.reward_kwargs.max_resp_len={limit} differs from {RESPONSE}={response}: set both to the same value"
+        )
     return Finding("overlong penalty", f"{key}.len={length}, {RESPONSE}={response}", fix)

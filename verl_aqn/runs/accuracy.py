@@ -1,7 +1,8 @@
-"""Whether an answer is right: the one judgement of what a reward says of it, or what a line on record does.
+"""Decide whether an answer is right, from a reward function's result or from a recorded line.
 
-Trainer, probe, compare, report, verdict and eval all ask here. `acc` is 0 or 1. A reward of -1 and +1, partial credit,
-null or NaN is no accuracy, and nothing makes one of it: not its sign, and not whether it is above 0.
+The trainer, `probe`, `compare`, `report`, the verdict and `eval` all use this module. `acc` is 0 or 1. A reward of -1
+and +1, partial credit, null and NaN are not accuracies, and they are never converted into one: neither the sign of a
+reward nor "above 0" is used.
 """
 
 from __future__ import annotations
@@ -13,54 +14,52 @@ from typing import Any
 
 from verl_aqn.errors import ConfigError
 
-REMEDY = "let it return {'score': REWARD, 'acc': 1 if the answer is right else 0}"
+REMEDY = "return {'score': REWARD, 'acc': 1 if the answer is right else 0}"
 
 
 def is_right(acc: object) -> bool | None:
-    """True of 1 and False of 0, as bool, int, float or a scalar of numpy or torch; None of anything else."""
+    """Return True for 1 and False for 0 (bool, int, float, or a numpy or torch scalar), and None for anything else."""
     acc = _plain(acc)
     return bool(acc) if isinstance(acc, Real) and acc in (0, 1) else None
 
 
 def _plain(value: Any) -> Any:
-    """A scalar of numpy or torch as Python's own."""
+    """Convert a numpy or torch scalar to a Python value."""
     return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
 
 
 def judged(values: Sequence[object], key: str = "acc") -> list[bool]:
-    """Return `is_right` of what a reward gave as `key` for each answer.
+    """Return `is_right` for each answer, given the values that the reward function returned as `key`.
 
-    Raises:
-        ConfigError: one is neither 0 nor 1; with the first such value, and how many there are.
+    Raises: ConfigError: a value is neither 0 nor 1. The message has the first such value and their number.
     """
     found = [is_right(value) for value in values]
     if None in found:
         bad = values[found.index(None)]
         raise ConfigError(
-            f"reward.custom_reward_function gave {key}={_shown(bad)} for {found.count(None)} of {len(found)} answers, "
-            f"which is neither 0 nor 1: {REMEDY}"
+            f"reward.custom_reward_function returned {key}={_shown(bad)} for {found.count(None)} of "
+            f"{len(found)} responses, which is neither 0 nor 1: {REMEDY}"
         )
     return [bool(one) for one in found]
 
 
-def recorded(line: Mapping[str, Any], key: str = "acc") -> bool | None:
+def recorded(line: Mapping[str, Any]) -> bool | None:
     """Whether the answer of a line on record is right; None where that is not on record, as in some older ones."""
-    return is_right(line.get(key))
+    return is_right(line.get("acc"))
 
 
 def acc_in(result: object) -> bool:
-    """Whether an answer is right by what the reward function returned for it.
+    """Return whether a response is right, given what the reward function returned for it.
 
-    Of a dict that is its `acc`. verl takes any other reward for the accuracy itself, which only 0 or 1 can be.
+    For a dict, this is its `acc`. verl uses any other reward as the accuracy, which is only possible for 0 and 1.
 
-    Raises:
-        ConfigError: that is neither 0 nor 1, or a dict has no `acc`.
+    Raises: ConfigError: the value is neither 0 nor 1, or a dict has no `acc`.
     """
     if not isinstance(result, Mapping):
         if (right := is_right(result)) is None:
             raise ConfigError(
-                f"reward.custom_reward_function returned {_shown(result)} without an accuracy, and no 0 or 1 that "
-                f"could be taken for it: {REMEDY}"
+                f"reward.custom_reward_function returned {_shown(result)}, which contains no accuracy and is "
+                f"not itself 0 or 1: {REMEDY}"
             )
         return right
     if "acc" not in result:
@@ -69,16 +68,15 @@ def acc_in(result: object) -> bool:
 
 
 def reward_in(result: Any) -> float:
-    """The reward that training uses, of what the reward function returned: `score` of a dict.
+    """Return the reward that training uses from the reward function's result; for a dict, this is `score`.
 
-    Raises:
-        ConfigError: there is none, or it is not a finite number.
+    Raises: ConfigError: there is no reward, or it is not a finite number.
     """
     value = _plain(result.get("score") if isinstance(result, Mapping) else result)
     if isinstance(value, Real) and math.isfinite(value):
         return float(value)
     raise ConfigError(
-        f"reward.custom_reward_function returned {_shown(result)}, in which no finite number is the reward: {REMEDY}"
+        f"reward.custom_reward_function returned {_shown(result)}, which has no finite number as the reward: {REMEDY}"
     )
 
 

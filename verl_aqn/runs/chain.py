@@ -1,6 +1,7 @@
-"""The chain of a run's records: each is linked to the one before it, so that an edit, a loss or a swap shows.
+"""Link each record of a run to the record before it, so that an edited, lost or swapped record is detected.
 
-It guards against accidents and careless edits, not against a forger: who rewrites a whole file can link it anew.
+The links protect against accidents and careless edits, not against forgery: someone who rewrites a whole file can
+compute new links.
 """
 
 from __future__ import annotations
@@ -16,17 +17,16 @@ LINK = "link"
 def linked(before: bytes, record: Mapping[str, Any]) -> dict[str, Any]:
     """Return `record` (plain JSON values) with its link.
 
-    Args:
-        before: the line of the record before it, without its end; empty for the first.
+    Args: before: the line of the previous record, without its newline; empty for the first record.
     """
     plain = {key: value for key, value in record.items() if key != LINK}
     return plain | {LINK: _link(_end_of(before), plain)}
 
 
 def broken(lines: Iterable[bytes]) -> tuple[int, list[int]]:
-    """Return how many of `lines` have a link, and the numbers (from 1) of those that do not follow the line before.
+    """Return how many of `lines` have a link, and the numbers (from 1) of lines that do not follow the previous line.
 
-    Lines in front of the first link are of an older version and no break.
+    Lines before the first link were written by an older version and are not counted as breaks.
     """
     count, breaks, before = 0, [], b""
     for number, line in enumerate(lines, 1):
@@ -45,7 +45,7 @@ def _link(before: str, plain: Mapping[str, Any]) -> str:
 
 
 def _end_of(line: bytes) -> str:
-    """What the next record is linked to: a line's own link, or of one without a digest of the line."""
+    """Return what the next record is linked to: the line's own link, or a digest of the line if it has no link."""
     if not line:
         return ""
     return json.loads(line).get(LINK) or hashlib.sha256(line).hexdigest()[:16]

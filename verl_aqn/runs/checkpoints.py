@@ -1,4 +1,7 @@
-"""The checkpoints of a run: written aside and renamed, each file with its digest; and their config."""
+"""The checkpoints of a run and their config.
+
+A checkpoint is written to a temporary folder with a digest of each file, and then renamed.
+"""
 
 import json
 import os
@@ -11,9 +14,10 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.errors import DataError
-from verl_aqn.runs.arms import find_run
 from verl_aqn.runs.folder import RunFolder
+from verl_aqn.runs.old_names import current_names
 from verl_aqn.runs.provenance import file_digest
+from verl_aqn.runs.stats.arms import find_run
 
 DIGESTS = "digests.json"
 WRITING = ".writing"
@@ -23,11 +27,12 @@ _STEP = re.compile(r"global_step_(\d+)")
 
 @contextmanager
 def weights_only() -> Iterator[None]:
-    """What this process loads by torch meanwhile is taken as weights: verl would unpickle whatever a checkpoint holds.
+    """Make torch load weights only in this process; otherwise verl would unpickle whatever a checkpoint contains.
 
-    Not for good: verl's own messages between processes are loaded by torch too, and hold more than weights.
+    The setting is temporary: verl's own messages between processes are also loaded by torch and contain more than
+    weights.
     """
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # torch reads it at every load
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # torch reads this variable at every load
     try:
         yield
     finally:
@@ -35,8 +40,10 @@ def weights_only() -> Iterator[None]:
 
 
 def find_checkpoint(path: Path) -> tuple[RunFolder, int]:
-    """The run and the step of the checkpoint `path` (global_step_N), or of the last one of the run `path`, or of the
-    newest run in it. DataError where there is none.
+    """Return the run and the step of a checkpoint.
+
+    `path` is a checkpoint (global_step_N), or a run or base folder, for which the last checkpoint of the (newest) run
+    is returned. Raises DataError if there is none.
     """
     real = path.resolve()
     match = _STEP.fullmatch(real.name)
@@ -46,26 +53,28 @@ def find_checkpoint(path: Path) -> tuple[RunFolder, int]:
         last = int(file.read_text())
     except (OSError, ValueError):
         raise DataError(
-            f"{run.path} has no checkpoint (no {file.name}): let it run to one (trainer.save_freq)"
+            f"{run.path} has no checkpoint (no {file.name}): continue the run until it writes one (trainer.save_freq)"
         ) from None
     step = int(match[1]) if match else last
     if step > last:
-        raise DataError(f"{path} was not written to its end: the last whole checkpoint is global_step_{last}")
+        raise DataError(f"{path} was not written completely: the last complete checkpoint is global_step_{last}")
     folder = run.checkpoints / f"global_step_{step}"
     if match and folder.resolve() != real:
-        raise DataError(f"{path} is no checkpoint of {run.path}: give {run.checkpoints}/global_step_N")
+        raise DataError(f"{path} is not a checkpoint of {run.path}: give {run.checkpoints}/global_step_N")
     if not (folder / "actor").is_dir():
-        raise DataError(f"{folder / 'actor'} is not there: name a checkpoint that is (the newest ones are kept)")
+        raise DataError(
+            f"{folder / 'actor'} does not exist: give a checkpoint that exists (only the newest ones are kept)"
+        )
     if damage := damage_of(folder):
-        raise DataError(f"{damage}: name another checkpoint")
+        raise DataError(f"{damage}: give another checkpoint")
     return run, step
 
 
 def publish(written: Path, checkpoints: Path, keep: int | None) -> int:
-    """Make the folder `written` (global_step_N, on the same disk) a checkpoint: all or nothing, if this is killed.
+    """Turn the folder `written` (global_step_N, on the same disk) into a checkpoint, completely or not at all.
 
-    Its files are on disk and their digests beside them before it gets its place; only then do older checkpoints go,
-    until `keep` are left (None or 0: all stay). Returns its bytes.
+    Its files and their digests are flushed to disk before the folder is moved into place. Only then are older
+    checkpoints deleted, until `keep` are left (None or 0: all are kept). Returns the size in bytes.
     """
     digests = {}
     for file in sorted(path for path in written.rglob("*") if path.is_file()):
@@ -75,7 +84,7 @@ def publish(written: Path, checkpoints: Path, keep: int | None) -> int:
     size = sum((written / name).stat().st_size for name in digests)
     _write(written / DIGESTS, json.dumps(digests, indent=2))
     place = checkpoints / written.name
-    if place.exists():  # of an attempt that was resumed before it, or damaged
+    if place.exists():  # left by an earlier attempt that was resumed from an older step, or damaged
         shutil.rmtree(place)
     written.rename(place)
     step = _step(place)
@@ -88,15 +97,15 @@ def publish(written: Path, checkpoints: Path, keep: int | None) -> int:
 
 
 def point_to(checkpoints: Path, step: int) -> None:
-    """Tell verl which checkpoint is the last."""
+    """Write the file that tells verl which checkpoint is the last."""
     _write(checkpoints / f".{LATEST}", str(step))
     (checkpoints / f".{LATEST}").replace(checkpoints / LATEST)
 
 
 def newest_whole(checkpoints: Path) -> tuple[int, list[str]]:
-    """Step of the newest checkpoint that is as it was written, 0 where none was; and what is wrong with newer ones.
+    """Return the step of the newest undamaged checkpoint (0 if there is no checkpoint), and the faults of newer ones.
 
-    DataError where there are some and none is whole.
+    Raises DataError if there are checkpoints and all are damaged.
     """
     wrong: list[str] = []
     for folder in _folders(checkpoints):
@@ -105,15 +114,20 @@ def newest_whole(checkpoints: Path) -> tuple[int, list[str]]:
             return _step(folder), wrong
         wrong.append(damage)
     if wrong:
-        raise DataError(f"{wrong[0]}, and no older checkpoint is whole: move {checkpoints} away to start from step 0")
+        raise DataError(
+            f"{wrong[0]}, and there is no undamaged older checkpoint: move {checkpoints} away to start from step 0"
+        )
     return 0, wrong
 
 
 def damage_of(folder: Path) -> str:
-    """What is wrong with a checkpoint by its digests, "" where nothing is. Those of older versions have none."""
+    """Return what is wrong with a checkpoint according to its digests, or "" if nothing is.
+
+    Checkpoints of older versions have no digests.
+    """
     file = folder / DIGESTS
     if not file.is_file():
-        return "" if _step(folder) <= _last(folder.parent) else f"{folder} was not written to its end"
+        return "" if _step(folder) <= _last(folder.parent) else f"{folder} was not written completely"
     try:
         digests = json.loads(file.read_text())
     except ValueError:
@@ -124,21 +138,21 @@ def damage_of(folder: Path) -> str:
         except OSError as error:
             return f"{folder / name} cannot be read ({error.strerror})"
         if found != digest:
-            return f"{folder / name} is not what was written"
+            return f"{folder / name} has changed since it was written"
     return ""
 
 
 def config_of(run: RunFolder) -> DictConfig:
-    """The resolved config of a run. DataError where it has none."""
+    """Return the resolved config of a run. Raises DataError if it has none."""
     if run.block("config.yaml") is None:
-        raise DataError(f"{run.path} has no config.yaml: it was killed before it began")
-    config = OmegaConf.load(run.path / "config.yaml")
+        raise DataError(f"{run.path} has no config.yaml: it was stopped before training began")
+    config = OmegaConf.create(current_names((run.path / "config.yaml").read_text()))
     assert isinstance(config, DictConfig)
     return config
 
 
 def _folders(checkpoints: Path) -> list[Path]:
-    """Checkpoints, the newest first."""
+    """Return the checkpoint folders, newest first."""
     found = [path for path in checkpoints.glob("global_step_*") if _STEP.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=_step, reverse=True)
 

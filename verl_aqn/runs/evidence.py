@@ -1,4 +1,4 @@
-"""What a run's records prove: `verl_aqn.judge` over its folder, for report, compare, export and the run's own end."""
+"""Judge a run's records with `verl_aqn.runs.judge`, for report, compare, export and the end of the run itself."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from verl_aqn.config import NoiseConfig, order_of, parse_aqn, schedule_of
+from verl_aqn.config.noise_settings import order_of, schedule_of
+from verl_aqn.config.schema import NoiseConfig, parse_aqn
+from verl_aqn.config.stock_settings import is_stock
 from verl_aqn.errors import AqnError, EvidenceError
-from verl_aqn.judge.records import VERSION, Done, Judge, Tally
-from verl_aqn.judge.stock import StockJudge
+from verl_aqn.noise.schedule import SigmaSchedule
 from verl_aqn.runs.chain import broken
 from verl_aqn.runs.folder import EVIDENCE, RunFolder
-from verl_aqn.schedule import SigmaSchedule
-from verl_aqn.stock_settings import is_stock
+from verl_aqn.runs.judge.records import VERSION, Done, Judge, Tally
+from verl_aqn.runs.judge.stock_records import StockJudge
 
 RESCORED = "aqn/parity/rescored_tokens"
 _FIGURES = ("abs_dlogp_mean", "abs_dlogp_p99", "kl_k3", "clipped_share")
@@ -25,17 +26,17 @@ MEASURED = {
     ("mismatch", "rescored"): {"tokens": RESCORED, **{key: f"aqn/parity/kernels/{key}" for key in _FIGURES}},
     ("use", None): {"tokens": RESCORED, "effect": "aqn/parity/noise/abs_dlogp_mean"},
 }
-"""What of a record is also among the metrics of its step, by kind and source."""
+"""The fields of a record that are also among the metrics of its step, by kind and source."""
 CHAIN = "chain"
-"""Stands for the order and completeness of the records themselves, beside the kinds of `judge.records`."""
+"""The kind for the order and completeness of the records themselves, in addition to the kinds of `judge.records`."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Records of one kind. `right` of `total` are as they should be.
+    """The result for records of one kind: `right` of `total` are as they should be.
 
-    `unknown`: what cannot be judged, for records of older versions that lack a field or are not there.
-    `good`: True where all that is wanted is there and right, False for any fault, None where it is not on record.
+    `unknown`: the number that cannot be judged, because records of older versions lack a field or are missing. `good`:
+    True if everything expected is present and right, False for any fault, None if the record does not say.
     """
 
     kind: str
@@ -53,14 +54,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Findings by kind. `version`: of the evidence; 1 does not hold all that is asked for today."""
+    """Findings by kind. `version`: of the evidence; version 1 does not contain everything that is expected today."""
 
     version: int
     findings: dict[str, Finding]
 
     @property
     def faults(self) -> list[str]:
-        """Everything that is wrong, in one line each."""
+        """Return all faults, one line each."""
         return [fault for finding in self.findings.values() for fault in finding.faults]
 
 
@@ -68,7 +69,7 @@ class Judgement:
 class Expected:
     """What a run's other records say that its evidence must show.
 
-    `noise`, `schedule`: None where config.yaml does not tell, with `fault` for the reason. `sigmas`: of schedule.json.
+    `noise`, `schedule`: None if config.yaml does not say, with the reason in `fault`. `sigmas`: those of schedule.json.
     """
 
     version: int
@@ -78,19 +79,17 @@ class Expected:
     fault: str
     done: Done
     metrics: dict[int, dict[str, Any]]
-    """By step, from 1; empty where they are not comparable with the evidence."""
+    """The metrics by step, from 1; empty if they are not comparable with the evidence."""
     stock: bool = False
-    """Whether it is a run of stock verl (`verl_aqn.stock`), which has no noise."""
+    """Whether this is a run of stock verl (`verl_aqn.stock`), which has no noise."""
 
 
 def judge_run(run: RunFolder, *, finished: bool | None = None) -> Judgement:
     """Judge all evidence of a run.
 
-    Args:
-        finished: whether the run came to its end; by default what its state says.
+    Args: finished: whether the run reached its end; by default what its state says.
 
-    Raises:
-        DataError: a record is damaged.
+    Raises: DataError: a record is damaged.
     """
     lines = _lines(run)
     return judge_lines(expected_of(run, lines, finished), lines)
@@ -118,7 +117,7 @@ def judge_lines(expected: Expected, lines: Sequence[bytes]) -> Judgement:
         judge.add(record)
         if record.get("kind") in ("mismatch", "use") and isinstance(record.get("step"), int):
             last[record["kind"], record["step"]] = record
-    for (kind, step), record in last.items() if whole else ():  # of a step taken twice, the later one
+    for (kind, step), record in last.items() if whole else ():  # if a step was repeated, use the later record
         for key, name in MEASURED.get((kind, record.get("source")), {}).items():
             value = expected.metrics.get(step, {}).get(name)
             if isinstance(value, int | float) and not _close(record.get(key), value):
@@ -136,7 +135,9 @@ def judge_lines(expected: Expected, lines: Sequence[bytes]) -> Judgement:
     links, breaks = broken(lines)
     if breaks or (whole and links < len(lines)):
         numbers = ", ".join(map(str, breaks[:5] or [1]))
-        faults[CHAIN] = [f"{EVIDENCE} was changed after it was written: line {numbers} does not follow the one before"]
+        faults[CHAIN] = [
+            f"{EVIDENCE} was changed after it was written: line {numbers} does not follow the previous line"
+        ]
     findings = {}
     for kind in dict.fromkeys([*judge.tallies, *faults, *absent]):
         known = judge.tallies.get(kind, Tally())
@@ -149,7 +150,7 @@ def judge_lines(expected: Expected, lines: Sequence[bytes]) -> Judgement:
 
 
 def expected_of(run: RunFolder, lines: Sequence[bytes], finished: bool | None = None) -> Expected:
-    """Return what the evidence of a run, the `lines` of it, must show."""
+    """Return what the evidence of a run, given as its `lines`, must show."""
     steps = run.by_step("metrics.jsonl", "step")
     table = _table(run)
     config = run.block("config.yaml") or {}
@@ -161,7 +162,7 @@ def expected_of(run: RunFolder, lines: Sequence[bytes], finished: bool | None = 
         rescored=[step for step, record in steps.items() if (record.get("metrics") or {}).get(RESCORED)],
         finished=run.state["status"] == "finished" if finished is None else finished,
     )
-    # Of the version that began the run: what an older one did not record stays not on record when a newer one goes on.
+    # Use the version that began the run: what an older version did not record stays missing when a newer one continues.
     attempts = [record.get("evidence") for record in run.read("events.jsonl") if record.get("kind") == "attempt"]
     told = attempts[:1] or [record.get("evidence") for record in map(json.loads, lines)]
     version = max((value for value in told if isinstance(value, int)), default=1)
@@ -171,13 +172,13 @@ def expected_of(run: RunFolder, lines: Sequence[bytes], finished: bool | None = 
 
 
 def check_proved(run: RunFolder) -> None:
-    """Raise EvidenceError where a run's evidence does not hold: what was measured in it is no result.
+    """Raise EvidenceError if the evidence of a run has faults, because its measurements are then not valid results.
 
-    What older versions did not record is no fault.
+    Records that older versions did not write are not faults.
     """
     if faults := judge_run(run).faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise EvidenceError(f"the evidence of {run.path} does not hold: {faults[0]}{more}; see `verl-aqn report`")
+        raise EvidenceError(f"the evidence of {run.path} has a fault: {faults[0]}{more}; see `verl-aqn report`")
 
 
 def _close(one: Any, other: float) -> bool:
@@ -185,22 +186,24 @@ def _close(one: Any, other: float) -> bool:
 
 
 def _asked(config: dict[str, Any], table: list[dict[str, Any]]) -> tuple[NoiseConfig | None, SigmaSchedule | None, str]:
-    """The noise that the recorded config asks for, and what is wrong with the record of it."""
+    """Return the noise that the recorded config specifies, and what is wrong with the record of it."""
     try:
         noise = parse_aqn(config).noise
         schedule = schedule_of(config, len(table) or int(config["trainer"]["total_training_steps"]))
     except (AqnError, KeyError, TypeError, ValueError) as error:
-        return None, None, f"the noise that config.yaml asks for cannot be derived: {error}"
-    fault = "" if table else "schedule.json is not there, or is empty"
+        return None, None, f"the noise in config.yaml cannot be read: {error}"
+    fault = "" if table else "schedule.json is missing or empty"
     for step, row in enumerate(table):
         if row["sigma"] != schedule.sigma(step) or row.get("stage") != schedule.stage(step):
-            fault = f"schedule.json has σ {row['sigma']} for step {step}, config.yaml {schedule.sigma(step):g}"
+            fault = (
+                f"schedule.json has σ {row['sigma']} for step {step}, but config.yaml gives {schedule.sigma(step):g}"
+            )
             break
     return noise, schedule, fault
 
 
 def _table(run: RunFolder) -> list[dict[str, Any]]:
-    """schedule.json; empty where it is not there or is damaged."""
+    """Return the rows of schedule.json, or an empty list if it is missing or damaged."""
     try:
         table = json.loads((run.path / "schedule.json").read_text())
     except (OSError, ValueError):
@@ -211,7 +214,7 @@ def _table(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def _lines(run: RunFolder) -> list[bytes]:
-    """The whole lines of evidence.jsonl. DataError where one is damaged."""
+    """Return the complete lines of evidence.jsonl. Raises DataError if one is damaged."""
     for _ in run.read(EVIDENCE):
         pass
     path = run.path / EVIDENCE

@@ -1,4 +1,4 @@
-"""One folder a run: nothing is overwritten, a dead run is resumed, two runs never share a folder.
+"""One folder per run: nothing is overwritten, a run that stopped is resumed, and two runs never share a folder.
 
 base/runs/20260131-120000-3fa2b1/   state.json, lock, metrics.jsonl, evidence.jsonl, training.log, checkpoints/
 base/training.log, base/checkpoints -> those of the newest run (symbolic links)
@@ -22,8 +22,9 @@ from typing import Any
 import yaml
 
 from verl_aqn.errors import AqnError, BusyError, DataError, EnvironmentFault
-from verl_aqn.owned import open_own, own_entries, own_folder
 from verl_aqn.runs.chain import linked
+from verl_aqn.runs.old_names import current_names
+from verl_aqn.safe_files import open_own, own_entries, own_folder
 
 STATUSES = ("running", "finished", "failed", "interrupted")
 LINKS = ("training.log", "checkpoints")
@@ -31,10 +32,11 @@ EVIDENCE = "evidence.jsonl"
 
 
 class RunFolder:
-    """A run's folder. `open_run` makes one and holds its lock; `RunFolder(path)` reads or appends without it,
-    which is what the other processes of a run do.
+    """The folder of a run.
 
-    `resumed`: an earlier attempt is carried on. `note`: what a user should know about the choice, or "".
+    `open_run` makes a folder and holds its lock; `RunFolder(path)` reads or appends without the lock, as the other
+    processes of a run do. `resumed`: an earlier attempt is continued. `note`: what a user should know about the choice
+    of the folder, or "".
     """
 
     def __init__(self, path: Path, *, lock: int | None = None, resumed: bool = False, note: str = "") -> None:
@@ -44,7 +46,7 @@ class RunFolder:
         self._lock = lock
 
     def __reduce__(self) -> tuple[type[RunFolder], tuple[Path]]:
-        return RunFolder, (self.path,)  # a lock does not travel: its handle means nothing in another process
+        return RunFolder, (self.path,)  # the lock is not pickled: its handle is meaningless in another process
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
@@ -59,7 +61,7 @@ class RunFolder:
 
     @property
     def state(self) -> dict[str, Any]:
-        """state.json: status, attempt, pid, created, started, updated (UTC, ISO 8601), config_digest, message."""
+        """Return state.json: status, attempt, pid, created, started, updated (UTC, ISO), config_digest, message."""
         state = self._parsed("state.json")
         if lacking := [key for key in ("status", "created", "config_digest") if not isinstance(state.get(key), str)]:
             raise self._damage("state.json", f"no {', '.join(lacking)}")
@@ -67,7 +69,7 @@ class RunFolder:
 
     @property
     def locked(self) -> bool:
-        """Whether some process, this one included, is running this run. A copy without its lock is nobody's."""
+        """Return whether any process, including this one, runs this run. A copy without a lock file is not locked."""
         if not (self.path / "lock").exists():
             return False
         with _faults(self.path):
@@ -77,27 +79,33 @@ class RunFolder:
         return handle is None
 
     def set_status(self, status: str, message: str = "") -> None:
-        """Writes state.json: after a crash it holds the old status or the new one, never half of either."""
+        """Write state.json; after a crash it contains the old status or the new one, never a part of one."""
         if status not in STATUSES:
             raise ValueError(f"run status {status!r} is not one of {', '.join(STATUSES)}")
         _write_state(self.path, self.state | {"status": status, "message": message, "updated": _now()})
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a file once, whole or not at all. The same text again is fine; other text is a DataError."""
+        """Write a file once, completely or not at all.
+
+        Writing the same text again is allowed. Raises DataError if the file has other text.
+        """
         path = self.path / name
         with _faults(path):
             if path.exists():
                 if path.read_text() != text:
-                    raise DataError(f"{path} exists with other content: it is not overwritten; use a new run")
+                    raise DataError(f"{path} already exists with other content and is not overwritten: use a new run")
                 return
             _write_whole(path, text)
 
     def replace_text(self, name: str, text: str) -> None:
-        """Writes a file anew, whole or not at all."""
+        """Replace a file, completely or not at all."""
         _write_whole(self.path / name, text)
 
     def block(self, name: str) -> dict[str, Any] | None:
-        """The keys and values in a JSON or YAML file, None where there is no such file. DataError: it is damaged."""
+        """Return the keys and values in a JSON or YAML file, or None if there is no file.
+
+        Raises DataError if the file is damaged.
+        """
         return self._parsed(name) if (self.path / name).exists() else None
 
     def _parsed(self, name: str) -> dict[str, Any]:
@@ -105,7 +113,7 @@ class RunFolder:
         try:
             with _faults(path):
                 text = path.read_text()
-            found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+            found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(current_names(text))
         except (ValueError, yaml.YAMLError) as error:
             raise self._damage(name, " ".join(str(error).split())) from error
         if not isinstance(found, dict):
@@ -116,15 +124,15 @@ class RunFolder:
         return DataError(f"{self.path / name} is damaged ({what}): move {self.path} away and start again")
 
     def add_evidence(self, *records: Mapping[str, Any]) -> None:
-        """Appends records to evidence.jsonl, each linked to the one before it (`verl_aqn.runs.chain`)."""
+        """Append records to evidence.jsonl, each linked to the one before it (`verl_aqn.runs.chain`)."""
         self.append(EVIDENCE, *records, link=True)
 
     def append(self, name: str, *records: Mapping[str, Any], link: bool = False) -> None:
-        """Adds a line of JSON for each record, all in one write.
+        """Append a line of JSON for each record, all in one write.
 
-        Writers in several processes take turns, and what a killed one left half is removed: of several lines the whole
-        ones stay. numpy and torch scalars become numbers; NaN and infinities, which JSON does not have, become null. A
-        full disk is an EnvironmentFault.
+        Writers in several processes take turns. A partial line left by a killed writer is removed; complete lines stay.
+        numpy and torch scalars become numbers; NaN and infinities, which JSON does not have, become null. Raises
+        EnvironmentFault if the disk is full.
         """
         texts = [_text(record) for record in records]
         path = self.path / name
@@ -132,22 +140,22 @@ class RunFolder:
             handle = open_own(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX)
-                # The kernel stops the write of a killed process between pages: a long line is then torn, and the next
-                # one would be glued to it.
+                # When a process is killed, the kernel stops its write between pages: a long line is then cut off, and
+                # the next line would be appended to it.
                 _cut_torn_line(handle)
                 if link:
                     texts = _linked(_last_line(handle), texts)
                 _write_all(handle, "".join(f"{text}\n" for text in texts).encode())
             finally:
-                # Not left to close(): a process forked in between holds the file open, and with it the lock.
+                # Do not rely on close(): a process forked in the meantime keeps the file open, and with it the lock.
                 fcntl.flock(handle, fcntl.LOCK_UN)
                 os.close(handle)
 
     def read(self, name: str) -> Iterator[dict[str, Any]]:
-        """Records of `name` in order, none if there is no such file.
+        """Yield the records of `name` in order, or nothing if there is no such file.
 
-        A last line without its end is left out: its writer was killed, or is still at it. Damage elsewhere is a
-        DataError.
+        An incomplete last line is skipped: its writer was killed or is still writing. Raises DataError for damage
+        elsewhere.
         """
         path = self.path / name
         if not path.exists():
@@ -165,7 +173,10 @@ class RunFolder:
                 yield record
 
     def by_step(self, name: str, kind: str) -> dict[int, dict[str, Any]]:
-        """Records of one kind by step, ascending. A resumed run takes some steps again: the later record counts."""
+        """Return the records of one kind by step, ascending.
+
+        A resumed run repeats some steps: the later record is used.
+        """
         found = {
             int(record["step"]): record
             for record in self.read(name)
@@ -174,7 +185,7 @@ class RunFolder:
         return dict(sorted(found.items()))
 
     def close(self) -> None:
-        """Lets go of the lock. The kernel does the same when the process ends, however it ends."""
+        """Release the lock. The kernel does the same when the process ends for any reason."""
         if self._lock in _held:
             _held.remove(self._lock)
             os.close(self._lock)
@@ -182,23 +193,23 @@ class RunFolder:
 
 
 def open_run(base: Path, config: dict[str, Any], *, fresh: bool = False) -> RunFolder:
-    """The folder for a run of `config` (plain values) under `base`, locked for the life of this process.
+    """Return the folder for a run of `config` (plain values) under `base`, locked as long as this process lives.
 
-    The newest run under `base` decides: finished -> a new run; dead with the same config -> it is resumed
-    (attempt + 1); dead with another config -> a new run, and `note` says so; alive -> BusyError, also with `fresh`,
-    which otherwise always gives a new run.
+    The newest run under `base` decides. If it is finished, a new run is created. If it stopped early and has the same
+    config, it is resumed (attempt + 1). If it stopped early with another config, a new run is created and `note` says
+    so. If it is still running, BusyError is raised, even with `fresh`. Otherwise, `fresh` always creates a new run.
 
-    Raises DataError where base/training.log or base/checkpoints is no link of ours, EnvironmentFault where `base`
-    cannot be written, or `base` or what is in it may be another user's (`verl_aqn.owned`).
+    Raises DataError if base/training.log or base/checkpoints is not a link to a run, and EnvironmentFault if `base`
+    cannot be written, or if `base` or its contents may belong to another user (`verl_aqn.safe_files`).
     """
-    # Its processes, those of other nodes too, have working directories of their own.
+    # The path is absolute because the processes of a run, also on other nodes, have different working directories.
     base, digest = Path(base).absolute(), _digest(config)
     with _faults(base):
         own_folder(base)
         own_folder(base / "runs")
         for name in LINKS:
             if os.path.lexists(base / name) and not (base / name).is_symlink():
-                raise DataError(f"{base / name} is not a link to a run, and is not overwritten: move it away")
+                raise DataError(f"{base / name} is not a link to a run and is not overwritten: move it away")
         with _opening(base):
             note = ""
             newest = _newest(base)
@@ -212,7 +223,7 @@ def open_run(base: Path, config: dict[str, Any], *, fresh: bool = False) -> RunF
                     )
                 with ExitStack() as release:
                     release.callback(os.close, lock)
-                    # Read under the lock: until then the run may still be finishing.
+                    # The state is read under the lock: before that, the run may still be finishing.
                     state = newest.state
                     died = state["status"] != "finished"
                     if died and not fresh and state["config_digest"] == digest:
@@ -221,12 +232,12 @@ def open_run(base: Path, config: dict[str, Any], *, fresh: bool = False) -> RunF
                         release.pop_all()
                         return run
                 if died and not fresh:
-                    note = f"{newest.path.name} did not finish but had another config: a new run was started"
+                    note = f"{newest.path.name} did not finish, and its config is different: a new run was started"
             return _create(base, digest, note)
 
 
 def runs_of(base: Path, config: dict[str, Any]) -> list[RunFolder]:
-    """The runs of `config` (as `open_run` takes it) under `base`, the newest last."""
+    """Return the runs of `config` (as `open_run` takes it) under `base`, newest last."""
     digest = _digest(config)
     return sorted(
         (run for run in _runs(base) if run.state["config_digest"] == digest), key=lambda run: run.state["created"]
@@ -239,7 +250,7 @@ def _digest(config: dict[str, Any]) -> str:
 
 def _create(base: Path, digest: str, note: str) -> RunFolder:
     name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
-    # Filled under another name and then renamed: a run folder is complete from the moment it can be seen.
+    # The folder is filled under a temporary name and then renamed, so that a visible run folder is always complete.
     path = base / "runs" / f".new-{name}"
     path.mkdir(0o755)
     (path / "checkpoints").mkdir(0o755)
@@ -265,13 +276,13 @@ def _resume(run: RunFolder, state: dict[str, Any], lock: int | None) -> RunFolde
     now = _now()
     news = {"status": "running", "attempt": attempt, "pid": os.getpid(), "started": now, "updated": now, "message": ""}
     _write_state(run.path, state | news)
-    how = "ended without a word" if state["status"] == "running" else state["status"]
-    note = f"attempt {attempt} of {run.path.name}: the one before {how}"
+    how = "ended without a status" if state["status"] == "running" else state["status"]
+    note = f"attempt {attempt} of {run.path.name}: the previous attempt {how}"
     return _hold(RunFolder(run.path, lock=lock, resumed=True, note=note))
 
 
 def _newest(base: Path) -> RunFolder | None:
-    """By creation time, not by name: two runs made within one second differ only in their random part."""
+    """Return the newest run by creation time; the names of two runs made in the same second differ only randomly."""
     return max(_runs(base), key=lambda run: run.state["created"], default=None)
 
 
@@ -288,7 +299,7 @@ def _text(record: Mapping[str, Any]) -> str:
 
 
 def _linked(before: bytes, texts: Iterable[str]) -> list[str]:
-    """The records with their links. `before`: the line that the first of them follows."""
+    """Return the records with their links. `before`: the line that the first of them follows."""
     lines = []
     for text in texts:
         lines.append(json.dumps(linked(before, json.loads(text))))
@@ -297,19 +308,19 @@ def _linked(before: bytes, texts: Iterable[str]) -> list[str]:
 
 
 def _write_all(handle: int, data: bytes) -> None:
-    if os.write(handle, data) < len(data):  # a disk that fills up within it; Linux writes up to 2 GB at once
+    if os.write(handle, data) < len(data):  # the disk filled up during the write; Linux writes up to 2 GB at once
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _cut_torn_line(handle: int) -> None:
-    """Removes what a killed writer left behind the last line end, before the next record is glued to it."""
+    """Remove what a killed writer left after the last newline, so that the next record is not appended to it."""
     size = os.fstat(handle).st_size
     if size and os.pread(handle, 1, size - 1) != b"\n":
         os.ftruncate(handle, os.pread(handle, size, 0).rfind(b"\n") + 1)
 
 
 def _last_line(handle: int) -> bytes:
-    """The last line without its end; empty where there is none."""
+    """Return the last line without its newline, or empty bytes if there is none."""
     size = os.fstat(handle).st_size
     start, tail = size, b""
     while start > 0 and tail.count(b"\n") < 2:
@@ -324,7 +335,7 @@ def _write_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """After a crash or on a full disk the file is what it was before, or all of `text`."""
+    """Write a file so that after a crash or on a full disk it has its old content or all of `text`."""
     temporary = path.parent / f".{path.stem}-{secrets.token_hex(6)}"
     with _faults(path):
         with open(open_own(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w") as file:
@@ -344,7 +355,10 @@ _held: set[int] = set()
 
 
 def _close_in_child() -> None:
-    """A forked child (a data loader's worker) shares its parent's flock and would keep it after the parent's death."""
+    """Close the locks in a forked child, such as a data loader's worker.
+
+    The child shares its parent's flock and would keep it after the parent's death.
+    """
     for handle in _held:
         os.close(handle)
     _held.clear()
@@ -360,9 +374,10 @@ def _hold(run: RunFolder) -> RunFolder:
 
 
 def _try_lock(path: Path, *, exclusive: bool = True) -> int | None:
-    """A handle that holds the flock of `path`, or None if another one does. The kernel frees it on kill -9.
+    """Return a handle that holds the flock of `path`, or None if another handle holds it.
 
-    Not exclusive: only to look; the file may then be read-only, and has to exist.
+    The kernel releases the lock on kill -9. If `exclusive` is False, the lock is only tested; the file must exist and
+    may be read-only.
     """
     handle = open_own(path, os.O_RDWR | os.O_CREAT) if exclusive else os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
@@ -375,11 +390,11 @@ def _try_lock(path: Path, *, exclusive: bool = True) -> int | None:
 
 @contextmanager
 def _opening(base: Path) -> Iterator[None]:
-    """One process at a time chooses a run, or two would both find the last one finished and start."""
+    """Let only one process at a time choose a run; otherwise two could both see a finished run and start a new one."""
     deadline = time.monotonic() + 30
     while (handle := _try_lock(base / "runs" / ".opening")) is None:
         if time.monotonic() > deadline:
-            raise AqnError(f"another process has been opening a run in {base} for 30 s: stop it")
+            raise AqnError(f"another process has been opening a run in {base} for 30 s: stop that process")
         time.sleep(0.02)
     try:
         yield
@@ -389,10 +404,10 @@ def _opening(base: Path) -> Iterator[None]:
 
 @contextmanager
 def _faults(path: Path) -> Iterator[None]:
-    """Turns the system's errors about `path` into one that says what to do."""
+    """Turn the system's errors about `path` into an error that says what to do."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise EnvironmentFault(f"the disk is full at {path}: free some space, then start the run again") from error
+            raise EnvironmentFault(f"the disk is full at {path}: free some space and start the run again") from error
         raise EnvironmentFault(f"cannot use {path} ({error.strerror}): choose another aqn.run.dir") from error

@@ -1,4 +1,4 @@
-"""What a run came from: the commit, the machine, the data."""
+"""The origin of a run: the commit, the machine, the data."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from verl_aqn.checksums import FILE as CHECKSUMS
-from verl_aqn.checksums import MODEL_FILES, file_digest, unchanged_digest
+from verl_aqn.checkpoints.checksums import FILE as CHECKSUMS
+from verl_aqn.checkpoints.checksums import MODEL_FILES, file_digest, unchanged_digest
 
 _PACKAGES = (
     "verl-aqn", "verl", "vllm", "ray", "torch", "transformers", "peft", "tensordict", "TransferQueue", "numpy",
     "math-verify",
 )  # fmt: skip
 _DEVICE_NAMES = (
-    (("npu-smi", "info", "-m"), r"\bAscend.*?(?=\s*$)"),  # the last column; a card's controller (Mcu) is no device
+    (("npu-smi", "info", "-m"), r"\bAscend.*?(?=\s*$)"),  # the last column; a card's controller (Mcu) is not a device
     (("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"), r"^.+$"),
 )
-_REPORTS = ("quantization.json", CHECKSUMS)  # ours, about the folder
+_REPORTS = ("quantization.json", CHECKSUMS)  # our own reports about the folder
 
 
 def installed(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of those of the packages that there are."""
+    """Return the versions of those packages that are installed."""
     found = {}
     for name in packages:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -39,11 +39,11 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
 
 
 def provenance(data_files: Sequence[str | Path], base: str | Path) -> dict[str, Any]:
-    """All that a result can depend on beside its config.
+    """Return everything that a result can depend on in addition to its config.
 
     `python`, `machine` and the installed packages' versions; `commit` and `dirty` of the checkout that verl-aqn runs
-    from (None for an installed package); `device`, the processor or the accelerators; `base`, `model_digest` of the
-    folder of the base model; `data`, sha256 of each file.
+    from (None for an installed package); `device`, the processor or the accelerators; `base`, the `model_digest` of the
+    folder of the base model; `data`, the sha256 of each file.
     """
     return {
         "python": platform.python_version(),
@@ -57,7 +57,7 @@ def provenance(data_files: Sequence[str | Path], base: str | Path) -> dict[str, 
 
 
 def _names(files: Sequence[str | Path]) -> list[str]:
-    """Each file by as much of the end of its path as tells it from the others: by its name where all names differ."""
+    """Name each file by the end of its path, as long as needed to make all names different."""
     parts = [Path(file).parts for file in files]
     for length in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(one[-length:]) for one in parts]
@@ -67,7 +67,10 @@ def _names(files: Sequence[str | Path]) -> list[str]:
 
 
 def checkout(root: Path) -> dict[str, Any]:
-    """`commit` and `dirty` (uncommitted changes, new files included) of the git checkout `root`, or None for both."""
+    """Return `commit` and `dirty` of the git checkout `root`, or None for both.
+
+    `dirty`: there are uncommitted changes, including new files.
+    """
     if not (root / ".git").exists() or shutil.which("git") is None:
         return {"commit": None, "dirty": None}
 
@@ -79,7 +82,7 @@ def checkout(root: Path) -> dict[str, Any]:
 
 
 def device() -> str:
-    """The accelerators' name where their tool answers, else the processor's, and how many of them."""
+    """Return the number and name of the accelerators if their tool reports them, otherwise of the processor's cores."""
     for command, pattern in _DEVICE_NAMES:
         if tool := shutil.which(command[0]):
             asked = subprocess.run([tool, *command[1:]], capture_output=True, text=True, check=False)
@@ -89,7 +92,7 @@ def device() -> str:
 
 
 def processor() -> str:
-    """Its name, or its architecture where the system does not tell."""
+    """Return the processor's name, or its architecture if the system does not report a name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -99,12 +102,13 @@ def processor() -> str:
 
 
 def model_digest(folder: Path) -> str:
-    """sha256 over names and contents of what decides a model's answers: weights, config, tokenizer, chat template.
+    """Return the sha256 of names and contents of a model's weights, config, tokenizer and chat template.
 
-    Not of `quantization.json` and `verl_aqn_checksums.json`, our reports about a folder.
+    These files decide the model's responses. `quantization.json` and `verl_aqn_checksums.json`, our reports about a
+    folder, are not included.
     """
     files = sorted(file for file in folder.iterdir() if file.suffix in MODEL_FILES and file.name not in _REPORTS)
-    with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock alone
+    with ThreadPoolExecutor() as pool:  # hashing releases Python's global lock
         digests = pool.map(unchanged_digest, files)
         lines = [f"{file.name}\0{digest}\n" for file, digest in zip(files, digests, strict=True)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

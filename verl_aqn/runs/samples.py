@@ -1,4 +1,4 @@
-"""Digests of a step's samples on record: a step of many answers is several records, none of which is large."""
+"""Recorded digests of a step's samples. A step with many responses is split into several records to keep each small."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from verl_aqn.runs.folder import RunFolder
 
 FILE = "samples.jsonl"
 ANSWERS = 16384
-"""Of one record: some 0.6 MB."""
+"""The maximum number of responses in one record, about 0.6 MB."""
 
 
 def sample_records(step: int, digest: str, answers: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return the records of a step, whose `answers` {name: digest} are split over them in their order.
+    """Return the records of a step. `answers` {name: digest} is split over them in order.
 
-    Each says which part it is (from 0) of how many `parts`; `count` and `digest` are of the whole step.
+    Each record says which part it is (from 0) of how many `parts`; `count` and `digest` are of the whole step.
     """
     items = list(answers.items())
     parts = [dict(items[at : at + ANSWERS]) for at in range(0, max(1, len(items)), ANSWERS)]
@@ -24,15 +24,15 @@ def sample_records(step: int, digest: str, answers: Mapping[str, str]) -> list[d
 
 
 def samples_of(run: RunFolder) -> dict[int, dict[str, str]]:
-    """Return the answers of every step, {name: digest}, ascending. Of a step that was taken twice the later ones.
+    """Return the responses of every step, {name: digest}, ascending. For a repeated step the later ones are used.
 
-    A step of which not all parts were written, because the run was killed, is left out.
+    A step is left out if not all of its parts were written because the run was killed.
     """
     found: dict[int, dict[str, str]] = {}
     missing: dict[int, int] = {}
     for record in run.read(FILE):
         step = record["step"]
-        if not record.get("part"):  # the first, or the only one of an older version
+        if not record.get("part"):  # the first part, or the only record in the format of an older version
             found[step], missing[step] = {}, record.get("parts", 1)
         found[step] |= record["answers"]
         missing[step] -= 1

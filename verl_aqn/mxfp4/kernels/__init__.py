@@ -1,11 +1,11 @@
-"""One module a device, with the same three functions and the same bits.
+"""The MXFP4 kernels: one module per device, each with the same three functions and bit-identical results.
 
-All tensors are contiguous and given by the caller, B blocks of 32 elements each:
+The caller allocates all tensors. They are contiguous and hold B blocks of 32 elements each:
 
 * ``quantize(x, scale_rule, rounding, seed, packed, scale)`` fills packed uint8 [B, 16] and scale uint8 [B]
   from x [B, 32];
 * ``dequantize(packed, scale, out)`` fills out [B, 32];
-* ``fake_quantize(x, scale_rule, rounding, seed, out)`` is one after the other, without the bytes between.
+* ``fake_quantize(x, scale_rule, rounding, seed, out)`` quantises and dequantises without storing the bytes.
 
-`reference` is the definition, in plain PyTorch, and runs anywhere.
+`reference` defines the results. It is written in plain PyTorch and runs on every device.
 """

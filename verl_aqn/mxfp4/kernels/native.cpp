@@ -1,8 +1,8 @@
 // MXFP4 on a CPU: one pass over memory for each of quantise, dequantise and fake-quantise.
 //
-// The same arithmetic as reference.py, whose comments derive it, bit for bit. Every loop has 32 turns and no branch, so
-// that a compiler turns it into vector instructions of whatever width it knows; nothing here is written for one CPU.
-// Compile with -ffp-contract=off and without -ffast-math: results must not depend on the compiler's freedom.
+// The arithmetic is bit for bit that of reference.py, whose comments derive it. Every loop has 32 iterations and no
+// branch, so that the compiler can use vector instructions of any width; nothing here is specific to one CPU.
+// Compile with -ffp-contract=off and without -ffast-math: results must not depend on the compiler.
 
 #include <cmath>
 #include <cstdint>
@@ -36,7 +36,7 @@ inline void load(const float16* x, int32_t* bits) {
     for (int i = 0; i < BLOCK; ++i) bits[i] = as_bits(float(x[i]));
 }
 
-// The values are exact in bfloat16 already (2^128 aside, which is Inf by then).
+// The values are already exact in bfloat16 (except 2^128, which has become Inf before).
 inline void store(float* out, const float* values) { std::memcpy(out, values, 4 * BLOCK); }
 inline void store(bfloat16* out, const float* values) {
     for (int i = 0; i < BLOCK; ++i) out[i].bits = uint16_t(uint32_t(as_bits(values[i])) >> 16);
@@ -82,7 +82,7 @@ inline void round_block(const float* magnitude, int32_t exponent, const float* u
             r.codes[i] = code > 7 ? 7 : code;
             r.values[i] = value > 6 ? 6 : value;
         } else {
-            // 6 at most, so that the number of steps fits an int32; what is above saturates anyway.
+            // Limit y to 6, so that the number of steps fits an int32; larger values saturate anyway.
             const float t = (y > 6 ? 6 : y) * as_float((255 << 23) - p);
             const int32_t steps = int32_t(t);
             const float fraction = t - float(steps);
@@ -95,7 +95,7 @@ inline void round_block(const float* magnitude, int32_t exponent, const float* u
     }
 }
 
-// Sum of squared errors in float64, added up as a tree of fixed shape: the same on every machine.
+// Sum of squared errors in float64, added as a tree of fixed shape, so that it is the same on every machine.
 inline double squared_error(const float* magnitude, int32_t exponent, const Rounded& r) {
     const float inverse = as_float((254 - exponent) << 23);
     alignas(64) double s[BLOCK];
@@ -109,7 +109,7 @@ inline double squared_error(const float* magnitude, int32_t exponent, const Roun
     return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
-// Biased exponent of the block's scale and its rounded magnitudes; 255 where the block holds NaN or Inf.
+// Return the biased exponent of the block's scale and put the rounded magnitudes into `r`; 255 for NaN or Inf.
 template <int RULE, int ROUNDING>
 inline int32_t encode(const int32_t* bits, uint64_t block, uint64_t seed, Rounded& r) {
     alignas(64) float magnitude[BLOCK], uniform[BLOCK];
@@ -144,9 +144,9 @@ inline int32_t encode(const int32_t* bits, uint64_t block, uint64_t seed, Rounde
     return exponent;
 }
 
-// bfloat16 to nearest without leaving 16 bits, for scales away from the ends of the range: patterns of positive floats
-// are ordered and spaced like their values, so that rounding them is arithmetic of whole numbers. `below[i]` is the
-// pattern of |x| less that of the scale. Returns the biased exponent of the scale, or -1, at the ends.
+// Rounding of bfloat16 to nearest in 16-bit integers, for scales that are not at the ends of the range. Bit patterns of
+// positive floats are ordered and spaced like their values, so rounding is integer arithmetic. `below[i]` is the
+// pattern of |x| minus that of the scale. Returns the biased exponent of the scale, or -1 at the ends of the range.
 template <int RULE>
 inline int32_t narrow(const bfloat16* x, int16_t* below) {
     int16_t amax = 0;
@@ -162,7 +162,7 @@ inline int32_t narrow(const bfloat16* x, int16_t* below) {
 template <int RULE, class T>
 inline int32_t narrow(const T*, int16_t*) { return -1; }
 
-// From 1 on, the grid has a value at every 64th pattern: `m` rounded to those, half to even. Not above that of 6.
+// From 1 on, the grid has a value at every 64th pattern. Round `m` to these, ties to even, and limit it to that of 6.
 inline int16_t rounded_pattern(int16_t m) {
     const int16_t above = m > 0 ? m : int16_t(0);
     const int16_t odd = int16_t(int16_t(above >> 6) & 1);
@@ -170,7 +170,7 @@ inline int16_t rounded_pattern(int16_t m) {
     return pattern > 0x140 ? int16_t(0x140) : pattern;
 }
 
-// Below 1 there are 0.5, for what is beyond 0.25, and 1 itself, from 0.75 on.
+// Below 1, values above 0.25 become 0.5, and values from 0.75 on become 1.
 template <int RULE>
 inline bool quantize_narrow(const bfloat16* x, uint8_t* scale, uint8_t* codes) {
     alignas(64) int16_t below[BLOCK];
@@ -236,7 +236,7 @@ void fake_quantize(const T* x, int64_t begin, int64_t end, uint64_t seed, T* out
         Rounded r;
         load(x + b * BLOCK, bits);
         const int32_t exponent = encode<RULE, ROUNDING>(bits, b, seed, r);
-        // Half of the value times twice the scale, since 2^-127 is no normal float; the exponent is 253 at most.
+        // Half of the value times twice the scale, because 2^-127 is not a normal float; the exponent is at most 253.
         const float unit = exponent == 255 ? as_float(0x7FC00000) : as_float((exponent + 1) << 23);
         if (exponent == 255) std::memset(r.values, 0, sizeof r.values);
         for (int i = 0; i < BLOCK; ++i)
@@ -245,7 +245,7 @@ void fake_quantize(const T* x, int64_t begin, int64_t end, uint64_t seed, T* out
     }
 }
 
-// Bit patterns as bfloat16, in which every value is exact, of 32 codes (0..15) under a scale.
+// Write the bfloat16 bit patterns of 32 codes (0..15) with a scale; every value is exact in bfloat16.
 inline void decode(const uint8_t* codes, int32_t scale, uint16_t* bits) {
     if (scale >= 2 && scale <= 252) {
         // Code m > 1 is 0x3F00 + 64 m in bfloat16, 1 is 0x3F00 and 0 is 0; the scale adds to the exponent.
@@ -257,7 +257,7 @@ inline void decode(const uint8_t* codes, int32_t scale, uint16_t* bits) {
         }
         return;
     }
-    // At the ends of the range there are subnormals and Inf.
+    // At the ends of the range the results can be subnormal or Inf.
     static const float values[] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
     for (int i = 0; i < BLOCK; ++i) {
         const float value = std::ldexp(values[codes[i] & 7], scale - 127);
@@ -326,7 +326,8 @@ void quantize_as(int rule, int rounding, const void* x, int64_t blocks, uint64_t
 
 }  // namespace
 
-// x [blocks, 32] of `dtype`, into packed [blocks, 16] and scale [blocks]; where `fake` is given, rounded values there.
+// Quantise x [blocks, 32] of `dtype` to packed [blocks, 16] and scale [blocks], or, if `fake` is given, write the
+// rounded values there.
 extern "C" void aqn_quantize(const void* x, int dtype, int64_t blocks, int rule, int rounding, uint64_t seed,
                              uint8_t* packed, uint8_t* scale, void* fake, int threads) {
     switch (dtype) {

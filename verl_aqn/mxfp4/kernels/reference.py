@@ -1,4 +1,4 @@
-"""MXFP4 in plain PyTorch: what the other kernels must equal bit for bit, and what runs where none of them does."""
+"""MXFP4 in plain PyTorch: the other kernels must match it bit for bit; it runs where no other kernel does."""
 
 import functools
 
@@ -11,9 +11,10 @@ NAN_SCALE = 255
 # Added to amax's bit pattern before its exponent is read: the carry out of the mantissa is the rule's "plus 1".
 _CARRY = {"floor": 0, "even": 0x200000, "rceil": 0x3FFFFF}
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitudes of codes 0 to 7; bit 3 is the sign
-# Elements handled at a time on a CPU. Temporaries stay in the caches, and PyTorch runs an operator on less than 2^15
-# elements on one thread: with more it waits for all threads after each, which is up to twice as fast on two idle cores
-# and, measured on two busy ones, 10 times (dequantise) to 40 times (quantise) slower.
+# Number of elements per chunk on a CPU. Temporary tensors then stay in the caches, and PyTorch uses one thread for an
+# operator on less than 2^15 elements. For more elements it waits for all threads after each operator: this is up to
+# twice as fast on two idle cores, but on two busy cores it was measured to be 10 times (dequantise) to 40 times
+# (quantise) slower.
 _CHUNK = 1023 * BLOCK
 
 
@@ -28,7 +29,7 @@ def quantize(x: Tensor, scale_rule: str, rounding: str, seed: int, packed: Tenso
 
 
 def dequantize(packed: Tensor, scale: Tensor, out: Tensor) -> None:
-    """Fill ``out`` [B, 32] with the values of ``packed`` [B, 16] under ``scale`` [B]."""
+    """Fill ``out`` [B, 32] with the values of ``packed`` [B, 16] and ``scale`` [B]."""
     values = out if out.dtype == torch.bfloat16 else torch.empty_like(out, dtype=torch.bfloat16)
     pair_table, scale_table = _tables(packed.device)
     codes, pairs = packed.view(-1), values.view(-1).view(torch.int32)
@@ -41,7 +42,7 @@ def dequantize(packed: Tensor, scale: Tensor, out: Tensor) -> None:
 
 
 def fake_quantize(x: Tensor, scale_rule: str, rounding: str, seed: int, out: Tensor) -> None:
-    """Fill ``out`` [B, 32] with the rounded values of ``x`` [B, 32], both of one dtype."""
+    """Fill ``out`` [B, 32] with the rounded values of ``x`` [B, 32]; both have the same dtype."""
     packed = torch.empty(x.shape[0], BLOCK // 2, dtype=torch.uint8, device=x.device)
     scale = torch.empty(x.shape[0], dtype=torch.uint8, device=x.device)
     quantize(x, scale_rule, rounding, seed, packed, scale)
@@ -49,10 +50,10 @@ def fake_quantize(x: Tensor, scale_rule: str, rounding: str, seed: int, out: Ten
 
 
 def uniform24(index: Tensor, seed: int) -> Tensor:
-    """Float32 in [0, 1), multiples of 2^-24, one for each of the int64 ``index``; a function of (seed, index) alone.
+    """Return one float32 random number in [0, 1), a multiple of 2^-24, for each element of the int64 ``index``.
 
-    Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) at counter (index // 4, 0) with
-    ``seed`` as its 64-bit key; word index % 4, of which the upper 24 bits.
+    The number depends only on (seed, index). It is the upper 24 bits of word index % 4 of Philox4x32-10 (Salmon et al.,
+    "Parallel random numbers: as easy as 1, 2, 3", 2011) at counter (index // 4, 0), with ``seed`` as the 64-bit key.
     """
     word32 = 0xFFFFFFFF
     counter = index >> 2
@@ -60,7 +61,7 @@ def uniform24(index: Tensor, seed: int) -> Tensor:
     c2 = c3 = torch.zeros_like(index)
     k0, k1 = seed & word32, seed >> 32 & word32
     for _ in range(10):
-        # Products of two 32-bit numbers wrap in int64; after the mask that does not show.
+        # Products of two 32-bit numbers overflow int64; the mask removes the effect.
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (p1 >> 32 & word32) ^ c1 ^ k0, p1 & word32, (p0 >> 32 & word32) ^ c3 ^ k1, p0 & word32
         k0, k1 = k0 + 0x9E3779B9 & word32, k1 + 0xBB67AE85 & word32
@@ -69,14 +70,14 @@ def uniform24(index: Tensor, seed: int) -> Tensor:
 
 
 def _chunks(x: Tensor) -> list[slice]:
-    """Slices over the rows of ``x`` [B, 32]; a single one off the CPU, where launches cost more than memory."""
+    """Return slices over the rows of ``x`` [B, 32]; only one on other devices, where launches cost more than memory."""
     rows = x.shape[0]
     step = _CHUNK // BLOCK if x.device.type == "cpu" else max(rows, 1)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def _quantize_blocks(x: Tensor, scale_rule: str, rounding: str, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Float32 [B, 32] to packed uint8 [B, 16] and scale uint8 [B]."""
+    """Quantise float32 [B, 32] to packed uint8 [B, 16] and scale uint8 [B]."""
     magnitude = x.abs()
     # Positive floats sort like their bit patterns, so this maximum also finds Inf and NaN.
     amax = magnitude.view(torch.int32).amax(-1, keepdim=True)
@@ -102,11 +103,12 @@ def _quantize_blocks(x: Tensor, scale_rule: str, rounding: str, uniform: Tensor 
 
 
 def _round_nearest(magnitude: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
-    """E2M1 codes (int32, 0..7) of float32 ``magnitude`` [B, 32] under biased scale exponents int32 [B, 1], and errors.
+    """Return the E2M1 codes (int32, 0..7) of float32 ``magnitude`` [B, 32], and the rounding errors.
 
-    Dividing by a power of two is exact. Then y + C, with C = 2^22 * P and P the power of two in {1, 2, 4} below y,
-    has a last place worth P/2, which is E2M1's step there: the addition itself rounds to nearest even, and the low bits
-    of its pattern count the steps. The first step of the next P continues the count 2 * log2(P) codes further on.
+    ``exponent`` int32 [B, 1] holds the biased exponents of the scales. Dividing by a power of two is exact; let y be
+    the quotient, P the power of two in {1, 2, 4} at or below y, and C = 2^22 * P. The last place of y + C is worth P/2,
+    which is the step of E2M1 there. So the addition rounds to nearest even, and the low bits of its bit pattern count
+    the steps. For the next P the count continues 2 * log2(P) codes higher.
     """
     y, p = _scaled(magnitude, exponent)
     c = p + (22 << 23)
@@ -117,9 +119,12 @@ def _round_nearest(magnitude: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _round_by_fraction(magnitude: Tensor, exponent: Tensor, uniform: Tensor | None) -> Tensor:
-    """Codes as above, rounded up where the fraction of a step exceeds ``uniform`` [B, 32], or from a half on."""
+    """Return codes as `_round_nearest` does, but rounded up by the fraction of a step.
+
+    A code is rounded up if its fraction exceeds ``uniform`` [B, 32], or without ``uniform`` if it is at least a half.
+    """
     y, p = _scaled(magnitude, exponent)
-    t = y.clamp_(max=6) * ((255 << 23) - p).view(torch.float32)  # in steps: exact, and so is the fraction
+    t = y.clamp_(max=6) * ((255 << 23) - p).view(torch.float32)  # in units of a step; this and the fraction are exact
     steps = t.int()
     fraction = t - steps
     up = fraction >= 0.5 if uniform is None else uniform < fraction
@@ -127,13 +132,16 @@ def _round_by_fraction(magnitude: Tensor, exponent: Tensor, uniform: Tensor | No
 
 
 def _scaled(magnitude: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
-    """(magnitude in units of the scale, bit pattern of P: the power of two in {1, 2, 4} at or below it)."""
+    """Return (magnitude in units of the scale, bit pattern of P, the power of two in {1, 2, 4} at or below it)."""
     y = magnitude * ((254 - exponent) << 23).view(torch.float32)
     return y, (y.view(torch.int32) & _EXPONENT).clamp_(min=0x3F800000, max=0x40800000)
 
 
 def _sum_of_squares(error: Tensor) -> Tensor:
-    """[B, 32] to float64 [B, 1], as a tree of fixed shape: the choice of a scale must not hang on the machine."""
+    """Sum the squares of [B, 32] to float64 [B, 1].
+
+    The sum is a tree of fixed shape, so that the choice of a scale does not depend on the machine.
+    """
     squares = error.double().square_()
     while (half := squares.shape[1] // 2) > 0:
         squares = squares[:, :half] + squares[:, half:]
@@ -142,13 +150,13 @@ def _sum_of_squares(error: Tensor) -> Tensor:
 
 @functools.cache
 def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """(int32 [256]: a byte's two values as a pair of bfloat16; bfloat16 [256]: a scale byte's value)."""
-    # The cache outlives the caller's mode, and an inference tensor would be refused in training.
+    """Return int32 [256], the two values of a byte as a pair of bfloat16, and bfloat16 [256], the scale of a byte."""
+    # The tables are cached, and a tensor made in inference mode could not be used in training later.
     with torch.inference_mode(False):
         byte = torch.arange(256)
         values = torch.tensor([*E2M1, *(-value for value in E2M1)], dtype=torch.bfloat16)
         pairs = values[torch.stack([byte & 15, byte >> 4], dim=1)]
-        # A bfloat16 with exponent field b and no mantissa is 2^(b - 127), but for 0 (a subnormal) and 255 (Inf).
+        # A bfloat16 with exponent field b and mantissa 0 is 2^(b - 127), except for b = 0 (subnormal) and 255 (Inf).
         scales = (byte << 7).to(torch.int16)
         scales[0], scales[NAN_SCALE] = 0x0040, 0x7FC0
         return pairs.view(torch.int32).view(256).to(device), scales.view(torch.bfloat16).to(device)

@@ -1,0 +1,46 @@
+"""Settings that have a new name: the old one works, with a warning, on the command line, in recipes and in records."""
+
+import pytest
+
+from verl_aqn.config import renamed
+from verl_aqn.config.compose import load_recipe
+from verl_aqn.config.schema import parse_aqn
+from verl_aqn.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def warned_anew():
+    renamed._warn.cache_clear()
+
+
+@pytest.mark.parametrize(("old", "new", "value", "read"), [
+    ("aqn.mxfp4.serve", "aqn.mxfp4.rollout_weight_format", "bf16", lambda aqn: aqn.mxfp4.rollout_weight_format),
+    ("aqn.mxfp4.keep_dense", "aqn.mxfp4.cache_dequantized", True, lambda aqn: aqn.mxfp4.cache_dequantized),
+    ("aqn.run.patience", "aqn.run.hang_timeout_factor", 3.0, lambda aqn: aqn.run.hang_timeout_factor),
+    ("aqn.parity.stop", "aqn.mismatch.stop", 2.0, lambda aqn: aqn.mismatch.stop),
+])  # fmt: skip
+def test_an_old_name_is_accepted_with_a_warning(tmp_path, capsys, old, new, value, read):
+    text = str(value).lower()
+    assert read(parse_aqn(load_recipe("e12", ["profile=cpu", f"{old}={text}"]))) == value
+    warning = f"warning: {old.removesuffix('.stop')} is called {new.removesuffix('.stop')} now"
+    assert warning in capsys.readouterr().err
+    renamed._warn.cache_clear()
+    _, block, key = old.split(".")
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"defaults: [base, _self_]\naqn: {{{block}: {{{key}: {text}}}}}\n")
+    config = load_recipe(str(recipe), ["profile=cpu"])
+    assert read(parse_aqn(config)) == value
+    assert block != "parity" or "parity" not in config.aqn
+    assert warning in capsys.readouterr().err
+
+
+def test_a_recorded_config_is_read_without_a_warning(capsys):
+    block = {"mxfp4": {"serve": "packed", "keep_dense": False}, "run": {"patience": 7.0}, "parity": {"stop": 2.0}}
+    aqn = parse_aqn({"aqn": block})
+    assert (aqn.mxfp4.rollout_weight_format, aqn.run.hang_timeout_factor, aqn.mismatch.stop) == ("packed", 7.0, 2.0)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_was_never_a_name_is_still_refused():
+    with pytest.raises(ConfigError, match=r"unknown key aqn\.mxfp4\.serv"):
+        load_recipe("e12", ["profile=cpu", "aqn.mxfp4.serv=bf16"])

@@ -1,0 +1,145 @@
+"""The form of the base in the rollout, by device; the folders that this needs; and the config for each chip."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from tests.helpers.tiny_configs import SMALL_ASCEND
+from verl_aqn.checkpoints.loading import open_packed, packed_modules
+from verl_aqn.checkpoints.packing import checkpoint_digest, combined_digest, quantize_checkpoint, values_digest
+from verl_aqn.config.compose import load_recipe
+from verl_aqn.config.schema import parse_aqn
+from verl_aqn.config.serving import form_of, prepare_serving
+from verl_aqn.errors import ConfigError, EnvironmentFault
+from verl_aqn.mxfp4.chips import chip_name, generation
+from verl_aqn.preflight.prepare import tell_workers
+
+A3, ASCEND_950 = "Ascend910_9392", "Ascend950PR_9589"
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("served")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LlamaConfig(**SMALL_ASCEND), dtype=torch.bfloat16).save_pretrained(root / "bf16")
+    quantize_checkpoint(root / "bf16", root / "packed")
+    return root / "packed"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path / "cache"))
+
+
+def prepared(packed: Path, chip: str | None, *overrides: str):
+    """Return the config after `prepare_serving` on a machine with this chip."""
+
+    def name() -> str:
+        assert chip, "the chip was asked for"
+        return chip
+
+    config = load_recipe("e12", list(overrides))
+    config.actor_rollout_ref.model.path = str(packed)
+    prepare_serving(config, name)
+    tell_workers(config)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("Ascend910B2C", "A2"), ("Ascend910_9392", "A3"), ("Ascend950PR_9589", "950"), ("Ascend910_9579", "950")],
+)
+def test_chips_are_told_by_their_names(name, found):
+    assert generation(name) == found
+
+
+def test_an_unknown_chip_and_a_missing_one_are_told_in_a_line():
+    with pytest.raises(EnvironmentFault, match=r"unknown Ascend chip 'Ascend310P3'"):
+        generation("Ascend310P3")
+    with pytest.raises(EnvironmentFault, match=r"no Ascend device responds.*aqn\.mxfp4\.rollout_weight_format"):
+        chip_name()
+
+
+@pytest.mark.parametrize("profile", ["cpu", "cuda"])
+def test_the_packed_base_is_served_as_it_is_where_vllm_can(packed, profile):
+    config = prepared(packed, None, f"profile={profile}")
+    assert parse_aqn(config).mxfp4.rollout_weight_format == "packed"
+    assert "served_path" not in config.actor_rollout_ref.model.override_config
+
+
+@pytest.mark.parametrize(
+    ("chip", "overrides"),
+    [
+        (A3, ["profile=npu"]),
+        (None, ["profile=npu", "aqn.mxfp4.rollout_weight_format=bf16"]),
+        (None, ["profile=cpu", "aqn.mxfp4.rollout_weight_format=bf16"]),
+    ],
+)
+def test_without_mx_units_the_rollout_has_the_bf16_equal(packed, chip, overrides):
+    config = prepared(packed, chip, *overrides)
+    model, engine = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout.engine_kwargs.vllm
+    assert (parse_aqn(config).mxfp4.rollout_weight_format, parse_aqn(config).mxfp4.activation) == ("bf16", "none")
+    assert model.path == str(packed)
+    served = Path(model.override_config.served_path)
+    assert "quantization_config" not in json.loads((served / "config.json").read_text())
+    assert all(tensor.dtype == torch.bfloat16 for tensor in load_file(served / "model.safetensors").values())
+    assert "quantization" not in engine
+
+
+def test_the_bf16_equal_is_known_by_a_digest_that_is_made_of_the_packed_bytes(packed):
+    """A run compares its rollout with this digest, also if a tensor-parallel rank holds a part of a weight."""
+    config = prepared(packed, None, "profile=cpu", "aqn.mxfp4.rollout_weight_format=bf16")
+    weights = load_file(Path(config.actor_rollout_ref.model.override_config.served_path) / "model.safetensors")
+    modules = packed_modules(open_packed(packed))
+    digests = {module: values_digest(weights[f"{module}.weight"]) for module in modules}
+    assert checkpoint_digest(packed, form="bf16") == combined_digest(digests.items())
+    name = "model.layers.0.mlp.down_proj"
+    for column, columns in ((64, 64), (48, 80)):  # the second boundary is inside a block
+        part = {name: [0, 64, column, columns]}  # row, rows, column, columns
+        digests[name] = values_digest(weights[f"{name}.weight"][:, column:])
+        assert checkpoint_digest(packed, part, "bf16") == combined_digest(digests.items())
+    weights[f"{name}.weight"][0, 64] += 1
+    assert values_digest(weights[f"{name}.weight"][:, 64:]) != digests[name]
+
+
+def test_an_ascend_950_serves_the_packed_bytes_and_both_sides_round_activations(packed):
+    config = prepared(packed, ASCEND_950, "profile=npu")
+    aqn, actor_rollout = parse_aqn(config), config.actor_rollout_ref
+    assert (aqn.mxfp4.rollout_weight_format, aqn.mxfp4.activation_arithmetic) == ("packed", "floor/half_away")
+    assert actor_rollout.model.override_config.mxfp4_activation == "floor/half_away"
+    assert actor_rollout.rollout.engine_kwargs.vllm.quantization == "ascend"
+    served = Path(actor_rollout.model.override_config.served_path)
+    theirs, ours = load_file(packed / "model.safetensors"), load_file(served / "model.safetensors")
+    assert {name.replace("weight_packed", "weight") for name in theirs} == ours.keys()
+    assert all(torch.equal(ours[name.replace("weight_packed", "weight")], tensor) for name, tensor in theirs.items())
+    description = json.loads((served / "quant_model_description.json").read_text())
+    assert description["model.layers.0.mlp.up_proj.weight"] == "W4A4_MXFP4"
+
+
+def test_what_cannot_be_is_refused(packed):
+    with pytest.raises(ConfigError, match=r"W4A4_MXFP4 only.*aqn\.mxfp4\.rollout_weight_format=bf16"):
+        prepared(packed, None, "profile=npu", "aqn.mxfp4.rollout_weight_format=packed")
+    with pytest.raises(ConfigError, match="the rollout does not round activations"):
+        prepared(packed, A3, "profile=npu", "aqn.mxfp4.activation=mxfp4")
+    with pytest.raises(ConfigError, match=r"rollout_weight_format='fp8' is not one of auto, packed, bf16"):
+        load_recipe("e12", ["profile=npu", "aqn.mxfp4.rollout_weight_format=fp8"])
+
+
+def test_a_config_is_told_anew_when_it_is_used_again(packed):
+    """An evaluation uses a run's config and may request a different form."""
+    config = prepared(packed, ASCEND_950, "profile=npu")
+    OmegaConf.update(config, "aqn.mxfp4.enabled", False)
+    prepare_serving(config, lambda: ASCEND_950)
+    assert "served_path" not in config.actor_rollout_ref.model.override_config
+    assert "quantization" not in config.actor_rollout_ref.rollout.engine_kwargs.vllm
+
+
+def test_an_unquantised_base_asks_for_no_chip(packed):
+    config = load_recipe("e12", ["profile=npu", "aqn.mxfp4.enabled=false"])
+    prepare_serving(config, lambda: pytest.fail("the chip was asked for"))
+    assert form_of(parse_aqn(load_recipe("e12", ["profile=cpu"]))) == "packed"

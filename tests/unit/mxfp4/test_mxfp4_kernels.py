@@ -1,0 +1,218 @@
+"""The compiled kernels against the plain ones, rounding against its definition, and fallback without a compiler."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_mxfp4_codec import GRID, every_input
+from torch import Tensor
+
+from verl_aqn.errors import ModelError
+from verl_aqn.mxfp4 import dequantize, fake_quantize, quantize
+from verl_aqn.mxfp4.codec import ROUNDINGS, SCALE_RULES
+from verl_aqn.mxfp4.kernels import native, reference
+
+
+def hard_inputs() -> Tensor:
+    """Return float32 blocks: around every tie, arbitrary bit patterns, subnormals, and ordinary weights."""
+    generator = torch.Generator().manual_seed(1)
+    patterns = torch.randint(-(1 << 31), 1 << 31, (20_000, 32), generator=generator).to(torch.int32)
+    tiny = torch.randint(0, 0x01000000, (500, 32), generator=generator, dtype=torch.int32)
+    x = every_input()[::8].float()
+    floats = [patterns.view(torch.float32), tiny.view(torch.float32), torch.randn(2000, 32, generator=generator)]
+    return torch.cat([x, x * (1 + 2**-20), x * (1 - 2**-20), *floats])
+
+
+def run(kernel, x: Tensor, rule: str, rounding: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    packed = torch.empty(len(x), 16, dtype=torch.uint8)
+    scale = torch.empty(len(x), dtype=torch.uint8)
+    kernel.quantize(x, rule, rounding, 7, packed, scale)
+    restored, fake = torch.empty_like(x), torch.empty_like(x)
+    kernel.dequantize(packed, scale, restored)
+    kernel.fake_quantize(x, rule, rounding, 7, fake)
+    return packed, scale, restored, fake
+
+
+def assert_same_bits(a: Tensor, b: Tensor) -> None:
+    nan = a.isnan()  # the payload of a NaN is not compared
+    assert torch.equal(nan, b.isnan())
+    bits = {2: torch.int16, 4: torch.int32}[a.itemsize]
+    assert torch.equal(a[~nan].view(bits), b[~nan].view(bits))
+
+
+def test_the_compiled_kernels_are_there() -> None:
+    assert native.status().available, native.status().detail
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("rule", SCALE_RULES)
+def test_native_equals_reference(rule: str, rounding: str, dtype: torch.dtype) -> None:
+    x = hard_inputs().to(dtype)
+    ours, theirs = run(native, x, rule, rounding), run(reference, x, rule, rounding)
+    assert torch.equal(ours[0], theirs[0])
+    assert torch.equal(ours[1], theirs[1])
+    assert_same_bits(ours[2], theirs[2])
+    assert_same_bits(ours[3], theirs[2])
+    assert_same_bits(theirs[3], theirs[2])
+
+
+def test_threads_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(40_000, 32, generator=torch.Generator().manual_seed(0))
+    alone = run(native, x, "even", "stochastic")
+    monkeypatch.setattr(native, "_threads", lambda blocks: 7)
+    for a, b in zip(alone, run(native, x, "even", "stochastic"), strict=True):
+        assert torch.equal(a, b)
+
+
+def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> list[int]:
+    """Compute Philox4x32-10 with Python's integers."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = p1 >> 32 ^ c1 ^ k0, p1 & 0xFFFFFFFF, p0 >> 32 ^ c3 ^ k1, p0 & 0xFFFFFFFF
+        k0, k1 = k0 + 0x9E3779B9 & 0xFFFFFFFF, k1 + 0xBB67AE85 & 0xFFFFFFFF
+    return [c0, c1, c2, c3]
+
+
+def test_random_numbers_are_philox() -> None:
+    # Known answers of Random123 1.14.0 (kat_vectors): philox4x32, 10 rounds.
+    assert philox4x32((0,) * 4, (0, 0)) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert philox4x32((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    seed = 0x123456789ABCDEF0
+    index = [0, 1, 2, 3, 4, 1023, (1 << 40) + 5]
+    words = [philox4x32((i >> 2 & 0xFFFFFFFF, i >> 34, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))[i & 3] for i in index]
+    expected = np.array([(word >> 8) / 2**24 for word in words], dtype=np.float32)
+    assert np.array_equal(reference.uniform24(torch.tensor(index), seed).numpy(), expected)
+
+
+@pytest.mark.parametrize("rounding", ["half_away", "stochastic"])
+@pytest.mark.parametrize("rule", SCALE_RULES)
+def test_rounding_by_definition(rule: str, rounding: str) -> None:
+    """Codes follow from the two grid points around every value, in float64."""
+    x = hard_inputs()
+    x = x[x.isfinite().all(-1)]
+    packed, scale = quantize(x, rule, rounding, seed=3)
+    assert torch.equal(scale, quantize(x, rule).scale)
+    y = (x.double().abs() / 2.0 ** (scale.double() - 127)).clamp(max=6)
+    below = torch.searchsorted(GRID.double(), y, right=True).sub_(1).clamp_(max=6)
+    low, high = GRID.double()[below], GRID.double()[below + 1]
+    fraction = (y - low) / (high - low)
+    uniform = reference.uniform24(torch.arange(x.numel()), 3).view(x.shape)
+    up = fraction >= 0.5 if rounding == "half_away" else uniform < fraction
+    got = torch.stack([packed & 7, packed >> 4 & 7], dim=-1).view(x.shape)
+    assert torch.equal(got.long(), below + up)
+    if rounding == "half_away":
+        assert ((fraction == 0.5) & (below % 2 == 0)).any()  # ties that half to even would round down
+
+
+def test_stochastic_rounding_is_unbiased() -> None:
+    x = torch.randn(64, generator=torch.Generator().manual_seed(0)).expand(20_000, 64)
+    rounded = fake_quantize(x, "rceil", "stochastic", seed=11).double()
+    error = (rounded.mean(0) - x[0].double()) / (rounded.std(0) / 20_000**0.5).clamp(min=1e-12)
+    assert error.abs().max() < 4.5  # 64 standard normal numbers exceed it once in 2,000
+    assert not torch.equal(rounded, fake_quantize(x, "rceil", "stochastic", seed=12).double())
+    assert torch.equal(rounded, fake_quantize(x, "rceil", "stochastic", seed=11).double())
+
+
+@pytest.mark.parametrize("k", [1, 31, 33, 95])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fake_quantize_of_any_length(k: int, dtype: torch.dtype) -> None:
+    x = torch.randn(3, 5, k, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    padded = torch.zeros(3, 5, -(-k // 32) * 32, dtype=dtype)
+    padded[..., :k] = x.detach()
+    y = fake_quantize(x, "mse")
+    assert torch.equal(y, dequantize(*quantize(padded, "mse"), dtype)[..., :k])
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+    out = torch.empty(3, 5, k, dtype=dtype)
+    assert fake_quantize(x.detach(), "mse", out=out).data_ptr() == out.data_ptr()
+    assert torch.equal(out, y)
+    assert fake_quantize(torch.randn(0, k)).shape == (0, k)
+
+
+@pytest.mark.parametrize("k", [32, 64])
+def test_slices_are_read_as_they_are_seen(k: int) -> None:
+    """Rows have their own stride: kernels that take pointers must not read past the slice."""
+    wide = torch.randn(40, 4 * k, generator=torch.Generator().manual_seed(0))
+    for x in (wide[:, k : 2 * k], wide[:k].t()[:, :32] if k == 32 else wide[::2, :k]):
+        plain = x.contiguous()
+        codes, expected = quantize(x), quantize(plain)
+        assert torch.equal(codes.packed, expected.packed)
+        assert torch.equal(codes.scale, expected.scale)
+        assert torch.equal(fake_quantize(x), fake_quantize(plain))
+    codes = quantize(wide)
+    packed, scale = codes.packed[:, k // 2 : k], codes.scale[:, k // 32 : k // 16]
+    assert torch.equal(dequantize(packed, scale), dequantize(packed.contiguous(), scale.contiguous()))
+
+
+def test_out_is_filled_and_checked() -> None:
+    x = torch.randn(4, 64)
+    expected = quantize(x, "mse")
+    out = type(expected)(torch.empty(4, 32, dtype=torch.uint8), torch.empty(4, 2, dtype=torch.uint8))
+    assert quantize(x, "mse", out=out) is out
+    assert torch.equal(out.packed, expected.packed)
+    assert torch.equal(out.scale, expected.scale)
+    with pytest.raises(ModelError, match=r"out must be contiguous torch.uint8 \[4, 2\]"):
+        quantize(x, out=out._replace(scale=out.packed))
+    with pytest.raises(ModelError, match="unknown rounding 'up'"):
+        quantize(x, rounding="up")
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_inside_torch_compile(rounding: str) -> None:
+    def roundtrip(x: Tensor) -> tuple[Tensor, Tensor]:
+        packed, scale = quantize(x, "mse", rounding)
+        return dequantize(packed, scale, torch.float32), fake_quantize(2 * x, "mse", rounding)
+
+    x = torch.randn(8, 64, requires_grad=True)
+    values, fake = torch.compile(roundtrip, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(values, roundtrip(x)[0])
+    assert torch.equal(fake, roundtrip(x)[1])
+    fake.sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 2))
+
+
+CHILD = """
+import torch
+from verl_aqn.mxfp4 import fake_quantize
+from verl_aqn.mxfp4.kernels import native
+print(float(fake_quantize(torch.tensor([5.0])))), print(native.status())
+"""
+
+
+def child(tmp_path: Path, **environment: str) -> subprocess.Popen:
+    environment = {**os.environ, "VERL_AQN_CACHE": str(tmp_path), **environment}
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"PATH": "/nonexistent"}, "no C++ compiler"),
+        ({"CXX": "false"}, "could not compile|false"),
+        ({"VERL_AQN_NATIVE": "0"}, "switched off"),
+        ({"VERL_AQN_CACHE": "/proc/none"}, "cannot build"),
+    ],
+)
+def test_without_a_compiler_the_plain_kernels_serve(tmp_path: Path, environment: dict[str, str], reason: str) -> None:
+    process = child(tmp_path, **environment)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.startswith("4.0\nStatus(available=False")
+    assert any(part in out for part in reason.split("|"))
+
+
+def test_processes_may_race_to_compile(tmp_path: Path) -> None:
+    children = [child(tmp_path) for _ in range(2)]
+    for process in children:
+        out, err = process.communicate(timeout=120)
+        assert "available=True" in out, err
+    assert [file.suffix for file in (tmp_path / "kernels").iterdir()] == [".so"]

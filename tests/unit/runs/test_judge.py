@@ -1,0 +1,311 @@
+"""The judge of records: any change to the records of a real run is reported as a fault."""
+
+import copy
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.json
+import pytest
+
+from tests.helpers.nested import paths
+from verl_aqn.errors import EvidenceError
+from verl_aqn.noise.spec import NoiseOrder
+from verl_aqn.runs.chain import LINK, broken, linked
+from verl_aqn.runs.evidence import CHAIN, check_proved, expected_of, judge_lines, judge_run
+from verl_aqn.runs.folder import EVIDENCE, RunFolder
+from verl_aqn.runs.judge.base_record import EMPTY_DIGEST
+from verl_aqn.runs.judge.ranks import grouped, grouped_base
+from verl_aqn.runs.judge.records import IDENTITY, VERSION, Judge
+from verl_aqn.runs.report.evidence_section import checks
+from verl_aqn.runs.report.page_data import read_runs
+from verl_aqn.runs.stats.arms import read_run
+
+# Records of real runs on a tiny model (tests/integration/conftest.py's settings), one with noise in the actor too.
+REAL = sorted((Path(__file__).parent / "real_runs").iterdir())
+# Descriptive fields: no other record determines their value. Only the chain of records protects them.
+DESCRIBED = {
+    "placed": {"actor_nodes[0]", "rollout_nodes[0]"},
+    "layout": {"layout"},
+    "rollout": {"vllm", "dtype", "linears", "multipliers", "multipliers[0]"},
+    "base": {
+        "seconds",
+        "files.tensors",
+        *(f"{ranks}[0].{field}" for ranks in ("rollout", "rollout_ranks") for field in ("kernel", "layers", "experts")),
+    },
+    "noise": {"weights_digest"},
+    "adapter": {"held[0].b_max"},
+    "actor clean": {"uses"},
+    "mismatch": {"abs_dlogp_error"},
+    "use": {"predicted", "predicted_by", "here", "error"},
+}
+
+
+FORMS = ("each rank", "alike ranks")
+"""Records of the runs as they were written, and as they are today: one for all ranks that say the same."""
+
+
+def records_of(run: Path, form: str = FORMS[0]) -> list[dict]:
+    records = [json.loads(line) for line in (run / EVIDENCE).read_text().splitlines()]
+    return records if form == FORMS[0] else [json.loads(line) for line in lines_of([alike(one) for one in records])]
+
+
+def alike(record: dict) -> dict:
+    if "rank" in record:
+        record["ranks"] = [record.pop("rank")]
+    if record["kind"] == "adapter":
+        ranks = zip(record.pop("wanted"), record["held"], strict=True)
+        record["held"] = grouped([{"wanted": wanted, **one} for wanted, one in ranks])
+    if record["kind"] == "base":
+        for one in record["rollout"]:
+            assert one.pop("slices") == {}
+            one["sliced"] = {"matrices": 0, "digest": EMPTY_DIGEST}
+        record = grouped_base(record)
+    return record
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """`folder(run, records)` → that run with other evidence, linked again so that the chain finds nothing."""
+
+    def make(run: Path, records: list[dict], link: bool = True) -> RunFolder:
+        copied = tmp_path / "run"
+        if not copied.exists():
+            shutil.copytree(run, copied)
+        before, lines = b"", []
+        for record in records:
+            lines.append(json.dumps(linked(before, record) if link else record).encode())
+            before = lines[-1]
+        (copied / EVIDENCE).write_bytes(b"".join(line + b"\n" for line in lines))
+        return RunFolder(copied)
+
+    return make
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("run", REAL, ids=lambda run: run.name)
+def test_the_records_of_a_real_run_hold(run, form, folder):
+    judgement = judge_run(folder(run, records_of(run, form)))
+    assert judgement.version == VERSION
+    assert judgement.faults == []
+    assert all(finding.good for finding in judgement.findings.values())
+    assert judgement.findings[CHAIN].right == len(records_of(run))
+    assert {row[1].good for row in checks(read_runs([run])).rows} == {True}
+    assert judge_run(RunFolder(run)).faults == []
+
+
+def name_of(path: tuple) -> str:
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
+
+
+def mutations(record: dict) -> Iterator[tuple[str, str, dict]]:
+    """Yield (description of the change, field, changed record)."""
+    for path in paths({key: value for key, value in record.items() if key != LINK}):
+        inner = record
+        for key in path[:-1]:
+            inner = inner[key]
+        value = inner[path[-1]]
+        changes: list[tuple[str, Any]] = [("null", None)]
+        if isinstance(value, bool):
+            changes.append(("flipped", not value))
+        elif isinstance(value, int | float):
+            changes += [("scaled", value * 20 + 1), ("negated", -value - 1)]
+        elif isinstance(value, str):
+            changes.append(("another", "0" * len(value) + "x"))
+        elif isinstance(value, list | dict) and value:
+            changes.append(("emptied", type(value)()))
+        for what, new in changes:
+            if new == value:
+                continue
+            changed = copy.deepcopy(record)
+            target = changed
+            for key in path[:-1]:
+                target = target[key]
+            target[path[-1]] = new
+            yield what, name_of(path), changed
+        changed = copy.deepcopy(record)
+        target = changed
+        for key in path[:-1]:
+            target = target[key]
+        del target[path[-1]]
+        yield "deleted", name_of(path), changed
+
+
+def lines_of(records: list[dict], link: bool = True) -> list[bytes]:
+    """Return lines of evidence.jsonl, linked again so that the chain finds nothing."""
+    lines = [b""]
+    for record in records:
+        lines.append(json.dumps(linked(lines[-1], record) if link else record).encode())
+    return lines[1:]
+
+
+@pytest.mark.parametrize("run", REAL, ids=lambda run: run.name)
+def test_records_of_all_kinds_are_one_table(run, tmp_path):
+    """A field has one type in all records, as pyarrow and pandas require."""
+    assert pyarrow.json.read_json(run / EVIDENCE).num_rows == len(records_of(run))
+    (tmp_path / EVIDENCE).write_bytes(b"".join(line + b"\n" for line in lines_of(records_of(run, FORMS[1]))))
+    assert pyarrow.json.read_json(tmp_path / EVIDENCE).num_rows == len(records_of(run))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("run", REAL, ids=lambda run: run.name)
+def test_a_changed_field_is_found_without_the_chain(run, form):
+    """Fields outside `DESCRIBED` are checked by their values, not by the chain."""
+    records, passed = records_of(run, form), []
+    expected = expected_of(RunFolder(run), lines_of(records))
+    for at, record in enumerate(records):
+        if record["kind"] not in IDENTITY:
+            continue
+        for what, field, changed in mutations(record):
+            if what != "deleted" and field in DESCRIBED.get(record["kind"], ()):
+                continue
+            if not judge_lines(expected, lines_of([*records[:at], changed, *records[at + 1 :]])).faults:
+                passed.append(f"{record['kind']}: {field} {what}")
+    assert sorted(set(passed)) == []
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("run", REAL, ids=lambda run: run.name)
+def test_any_changed_field_is_found(run, form):
+    records = records_of(run, form)
+    lines = lines_of(records, link=False)
+    assert broken(lines) == (len(lines), [])
+    for at, record in enumerate(records):
+        for what, field, changed in mutations(record):
+            _, breaks = broken([*lines[:at], *lines_of([changed], link=False), *lines[at + 1 :]])
+            assert breaks, f"{record['kind']}: {field} {what}"
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("run", REAL, ids=lambda run: run.name)
+def test_lost_swapped_and_repeated_records_are_found_without_the_chain(run, form):
+    records = records_of(run, form)
+    expected = expected_of(RunFolder(run), lines_of(records))
+
+    def faults(changed: list[dict]) -> list[str]:
+        return judge_lines(expected, lines_of(changed)).faults
+
+    for at, record in enumerate(records):
+        if record["kind"] not in IDENTITY:
+            continue
+        told = f"{record['kind']} {at}"
+        assert faults(records[:at] + records[at + 1 :]), told
+        assert faults([*records[: at + 1], *records[at:]]), told
+        for other in range(at + 1, len(records)):
+            if records[other]["kind"] == record["kind"] and "step" in record:
+                swapped = copy.deepcopy(records)
+                one, two = swapped[at], swapped[other]
+                one["step"], two["step"] = two["step"], one["step"]
+                if one["step"] != two["step"]:
+                    assert faults(swapped), f"{told} and {other}"
+
+
+def test_all_records_of_a_kind_may_not_vanish(folder):
+    records = records_of(REAL[0])
+    for kind in {record["kind"] for record in records} & set(IDENTITY):
+        run = folder(REAL[0], [record for record in records if record["kind"] != kind])
+        rows = checks(read_runs([run.path])).rows
+        assert False in [row[1].good for row in rows], kind
+    empty = folder(REAL[0], [])
+    assert False in [row[1].good for row in checks(read_runs([empty.path])).rows]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "row"),
+    [
+        ("noise", {"sigma_realised": 1.0}, "noise in the rollout's weights"),
+        ("noise", {"sigma_asked": 7.0}, "noise in the rollout's weights"),
+        ("base", {"actor": [], "rollout": []}, "base on disk, in actor and rollout"),
+        ("use", {"effect": 0.0, "error": 0.0}, "noise in the rollout's forward pass"),
+        ("mismatch", {"abs_dlogp_mean": 1.5}, "trainer and rollout without noise"),
+    ],
+)
+def test_the_row_of_what_is_wrong_says_so(kind, change, row, folder):
+    records = records_of(REAL[0])
+    at = max(n for n, one in enumerate(records) if one["kind"] == kind and one.get("sigma_asked", 1) and
+             one.get("sigma", 1) and one.get("step") != 2)  # fmt: skip
+    if kind == "use":
+        at = next(n for n, one in enumerate(records) if one["kind"] == "use" and one["sigma"] == 0.05)
+    run = folder(REAL[0], [*records[:at], records[at] | change, *records[at + 1 :]])
+    cells = {one[0].text: one[1] for one in checks(read_runs([run.path])).rows}
+    assert cells[row].good is False
+
+
+def test_another_sigma_than_the_schedule_s_is_found_whatever_the_order_says(folder):
+    records = records_of(REAL[0])
+    for record in records:
+        if record["kind"] == "noise" and record["sigma_asked"]:
+            scale = 7.0 / record["sigma_asked"]
+            record["order"]["sigma"] = record["sigma_asked"] = 7.0
+            record["sigma_realised"] *= scale
+            record["sigma_interval"] = [end * scale for end in record["sigma_interval"]]
+            for group in record["groups"]:
+                group["sigma_realised"] *= scale
+    assert any("σ" in fault for fault in judge_run(folder(REAL[0], records)).faults)
+
+
+def test_the_same_noise_in_two_steps_is_found(folder):
+    records = records_of(REAL[1])
+    one, two = (record for record in records if record["kind"] == "noise" and record["sigma_asked"])
+    two["weights_digest"] = one["weights_digest"]
+    (fault,) = judge_run(folder(REAL[1], records)).faults
+    assert fault == "step 2 has the noise of step 1: no new noise was drawn"
+
+
+def test_a_run_that_was_stopped_by_its_evidence_shows_it(folder):
+    records = [*records_of(REAL[0]), {"kind": "stopped", "reason": "norms are not bit for bit clean"}]
+    run = folder(REAL[0], records)
+    rows = {row[0].text: row[1] for row in checks(read_runs([run.path])).rows}
+    assert rows["stopped by its own evidence"].good is False
+    assert "norms are not bit for bit clean" in rows["stopped by its own evidence"].text
+
+
+def test_a_run_that_an_older_version_began_and_a_newer_one_went_on_with_is_judged_as_an_old_one(folder):
+    records = records_of(REAL[0])
+    new = ("when", "at", "evidence", "rank_count", "whole", LINK)
+    old = [{key: value for key, value in one.items() if key not in new}
+           for one in records if one["kind"] in ("placed", "layout", "adapter", "noise")]  # fmt: skip
+    run = folder(REAL[0], [*old[:4], *records])
+    events = run.path / "events.jsonl"
+    events.write_text('{"kind": "attempt"}\n' + events.read_text())
+    judgement = judge_run(run)
+    assert (judgement.version, judgement.faults) == (1, [])
+    events.write_text(events.read_text().partition("\n")[2])
+    assert judge_run(run).faults  # a run of today with such records
+
+
+def test_noise_on_linear_layers_makes_clean_readings_larger():
+    order = NoiseOrder(0, 0, 0.0, "rms", targets=("norm", "linear"))
+    for targets, wrong in ((("norm", "linear"), False), (("norm",), True)):
+        judge = Judge(lambda step, targets=targets: replace(order, step=step, targets=targets))
+        records = [
+            one for one in records_of(REAL[1]) if one["kind"] in ("placed", "layout", "rollout", "base", "adapter")
+        ]
+        for record in records[:5]:
+            assert judge.add(record) is None
+        clean = next(one for one in records_of(REAL[1]) if one["kind"] == "clean")
+        assert judge.add(clean) is None
+        fault = judge.add(clean | {"at": 9, "modules": clean["modules"] + 3, "elements": clean["elements"] + 300})
+        assert bool(fault) == wrong, fault
+
+
+def test_runs_whose_evidence_does_not_hold_are_neither_compared_nor_exported(folder):
+    run = folder(REAL[0], records_of(REAL[0])[:-1])
+    with pytest.raises(EvidenceError, match=r"has a fault: no record of base for when end"):
+        read_run(run.path)
+    with pytest.raises(EvidenceError, match="has a fault"):
+        check_proved(run)  # as export does first
+
+
+def test_a_resumed_run_may_take_steps_again(folder):
+    """Attempts begin with a record of where they run; within one attempt nothing may occur twice."""
+    records = records_of(REAL[0])
+    start = [one for one in records if one["kind"] in ("placed", "layout", "rollout")]
+    start += [one for one in records if (one["kind"], one.get("when")) == ("base", "start")]
+    start += [one for one in records if (one["kind"], one.get("step")) == ("adapter", 2)]
+    again = next(n for n, one in enumerate(records) if (one["kind"], one.get("step")) == ("noise", 2))
+    assert judge_run(folder(REAL[0], [*records[: again + 1], *start, *records[again:]])).faults == []
+    assert judge_run(folder(REAL[0], [*records[: again + 1], *start[1:], *records[again:]])).faults

@@ -1,0 +1,48 @@
+"""MXFP4 checkpoints in the format of Ascend's ModelSlim, for vllm-ascend. Not yet tested on an NPU.
+
+The format is taken from the wheel of vllm-ascend 0.23.0 (contract test: tests/contract/test_modelslim.py):
+
+* ``vllm_ascend/quantization/modelslim_config.py``: the loader recognises the folder by
+  ``quant_model_description.json``. ``config.json`` must not have a ``quantization_config`` of another method. The
+  description maps ``MODULE.weight`` to a scheme, or to ``FLOAT`` for a module that is not quantised; a linear layer
+  without an entry is an error. Modules that vLLM fuses (q, k, v; gate, up) must have the same scheme. MoE layers are
+  looked up under names such as ``experts.0.gate_proj``, for the architectures in the table
+  ``packed_modules_model_mapping`` (with qwen3_moe, without mixtral).
+* ``vllm_ascend/quantization/methods/w4a4_mxfp4.py``: scheme ``W4A4_MXFP4`` loads ``weight`` uint8 [N, K/2] and
+  ``weight_scale`` uint8 [N, K/group_size]. ``group_size`` is read from the description; the default is 32. After
+  loading, the scales are viewed as [N, K/64, 2], so K must be a multiple of 64. Activations are quantised too.
+* ``model_quant_type`` and ``version`` are fields of ModelSlim; vllm-ascend reads ``version`` only for W4A8.
+
+Nibble order and scale bytes are those of compressed-tensors (even index in the low nibble, E8M0).
+"""
+
+from pathlib import Path
+from typing import Any
+
+from verl_aqn.checkpoints.storage import Spec
+from verl_aqn.errors import ModelError
+from verl_aqn.mxfp4.codec import BLOCK
+
+DESCRIPTION = "quant_model_description.json"
+SCHEME = "W4A4_MXFP4"
+
+
+def describe(layout: dict[str, Spec], modules: set[str], src: Path) -> dict[str, Any]:
+    """Return the description of a folder with the tensors of ``layout``, of which ``modules`` are MXFP4.
+
+    Raises:
+        ModelError: a module of ``src`` has a number of inputs that vllm-ascend cannot load.
+    """
+    for module in sorted(modules):
+        k = 2 * layout[module + ".weight"].shape[-1]
+        if k % (2 * BLOCK):
+            raise ModelError(
+                f"{module} of {src} has {k} inputs, but vllm-ascend needs a multiple of {2 * BLOCK}: exclude it"
+            )
+    coded = {module + suffix for module in modules for suffix in (".weight", ".weight_scale")}
+    return {
+        "model_quant_type": SCHEME,
+        "version": "1.0.0",
+        "group_size": BLOCK,
+        **{name: SCHEME if name in coded else "FLOAT" for name in layout},
+    }

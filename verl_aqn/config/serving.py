@@ -1,0 +1,128 @@
+"""The weight format of the base in the rollout (packed, or the same values in bf16) and the rank of adapter slots.
+
+The actor always trains on the packed base. An engine without kernels for MXFP4 serves the base dequantised to bf16,
+with exactly the same values (on a CPU vLLM has no MXFP4 kernel for experts). vllm-ascend expects the packed bytes under
+other names. For both cases a separate folder is made in the cache.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from verl_aqn.cache import cache_dir
+from verl_aqn.config.schema import AqnConfig, parse_aqn
+from verl_aqn.errors import ConfigError
+from verl_aqn.mxfp4.chips import chip_name, has_mx_units
+from verl_aqn.terminal import progress_bar
+
+# Key in the model's override_config with the folder that the rollout serves, if it is not the folder of the actor.
+SERVED = "served_path"
+ASCEND = "ascend"  # the quantisation method of vllm-ascend that reads a description file
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's `MaxLoRARanks`; tests/contract/test_preflight_ray.py
+
+
+def served_rank(rank: int) -> int:
+    """Return `max_lora_rank` for an adapter of `rank`: the smallest supported rank of vLLM that is large enough."""
+    return next((known for known in ADAPTER_RANKS if known >= rank), rank)
+
+
+def form_of(aqn: AqnConfig, chip: Callable[[], str] = chip_name, packed_experts: bool = False) -> str:
+    """Return the rollout weight format, `packed` or `bf16`: `aqn.mxfp4.rollout_weight_format`, or for `auto` what the device supports.
+
+    `chip` returns the name of the Ascend device; it is called only for `auto` on NPUs. `packed_experts` says that the
+    base is a MoE model with packed experts.
+    """
+    if aqn.mxfp4.rollout_weight_format != "auto":
+        return aqn.mxfp4.rollout_weight_format
+    if aqn.profile == "cpu" and packed_experts:
+        return "bf16"
+    return "packed" if aqn.profile != "npu" or has_mx_units(chip()) else "bf16"
+
+
+def fit_engine(config: DictConfig, answer: dict[str, Any] | None) -> None:
+    """Set the engine options that this model needs.
+
+    `answer` is what vLLM reports about the model (`verl_aqn.preflight.vllm_says`); with None nothing is set. If all layers
+    have windowed attention, vLLM on a CPU needs a KV-cache block size of 16. The state of recurrent layers is kept in
+    float32, as the actor computes it; vLLM's kernel on a CPU supports no other dtype.
+    """
+    if answer is None:
+        return
+    rollout = config.actor_rollout_ref.rollout
+    engine = OmegaConf.select(rollout, "engine_kwargs.vllm") or {}
+    if answer.get("all_windowed") and parse_aqn(config).profile == "cpu" and engine.get("block_size") != 16:
+        OmegaConf.update(rollout, "engine_kwargs.vllm.block_size", 16, force_add=True)
+    if answer.get("hybrid") and not engine.get("mamba_ssm_cache_dtype"):
+        OmegaConf.update(rollout, "engine_kwargs.vllm.mamba_ssm_cache_dtype", "float32", force_add=True)
+
+
+def prepare_serving(config: DictConfig, chip: Callable[[], str] = chip_name) -> None:
+    """Make the folder that the rollout serves from the packed base in `model.path`, and set the format in `config`.
+
+    On an Ascend 950 `auto` turns `aqn.mxfp4.activation` on, because the dense MXFP4 layers of vllm-ascend always round
+    activations.
+
+    Raises:
+        ConfigError: `aqn.mxfp4.activation` is set but the rollout serves a bf16 base, or is not set on an Ascend 950;
+            packed experts are requested on a CPU; or noise targets packed layers but the rollout serves a bf16 base.
+        EnvironmentFault: the format is `auto` and no Ascend device responds.
+    """
+    from verl_aqn.checkpoints.cached import dequantized_cache, modelslim_cache
+    from verl_aqn.checkpoints.loading import has_packed_experts, has_packed_stacks
+
+    aqn, actor_rollout = parse_aqn(config), config.actor_rollout_ref
+    engine = "rollout.engine_kwargs.vllm.quantization"
+    with open_dict(actor_rollout):  # an evaluation uses the config of a run, which may have served another format
+        actor_rollout.model.override_config.pop(SERVED, None)
+        if OmegaConf.select(actor_rollout, engine) == ASCEND:
+            del actor_rollout.rollout.engine_kwargs.vllm.quantization
+    if not aqn.mxfp4.enabled:
+        return
+    path = Path(actor_rollout.model.path)
+    experts = has_packed_experts(path)
+    if (
+        aqn.profile == "cpu"
+        and experts
+        and (aqn.mxfp4.rollout_weight_format == "packed" or aqn.mxfp4.activation != "none")
+    ):
+        raise ConfigError(
+            "vLLM has no kernel for packed experts on a CPU, so this base must be served in bf16: set "
+            "aqn.mxfp4.rollout_weight_format=auto and aqn.mxfp4.activation=none"
+        )
+    stacks = has_packed_stacks(path)
+    if stacks and (aqn.mxfp4.rollout_weight_format == "packed" or aqn.mxfp4.activation != "none"):
+        raise ConfigError(
+            f"the experts of {path} are packed in one stack per layer (gpt-oss), which vLLM cannot read, so this "
+            "base must be served in bf16: set aqn.mxfp4.rollout_weight_format=auto and aqn.mxfp4.activation=none"
+        )
+    form = "bf16" if stacks else form_of(aqn, chip, experts)
+    ascend = form == "packed" and aqn.profile == "npu"
+    if ascend and aqn.mxfp4.rollout_weight_format == "auto":
+        config.aqn.mxfp4.activation = "mxfp4"
+    elif ascend and aqn.mxfp4.activation == "none":
+        raise ConfigError(
+            "aqn.mxfp4.rollout_weight_format=packed on NPUs rounds activations too (vllm-ascend has W4A4_MXFP4 only): set "
+            "aqn.mxfp4.activation=mxfp4, or aqn.mxfp4.rollout_weight_format=bf16"
+        )
+    if form == "bf16" and aqn.mxfp4.activation != "none":
+        raise ConfigError(
+            "aqn.mxfp4.activation=mxfp4 needs aqn.mxfp4.rollout_weight_format=packed: with a bf16 base the rollout does not round "
+            "activations"
+        )
+    if form == "bf16" and aqn.noise.enabled and "linear" in aqn.noise.targets:
+        raise ConfigError(
+            "aqn.noise.targets has `linear`, but the rollout's base is in bf16 and has no packed layer: remove `linear`"
+        )
+    config.aqn.mxfp4.rollout_weight_format = form
+    if ascend:
+        with progress_bar("preparing the rollout's base:") as progress:
+            served = modelslim_cache(path, cache_dir() / "modelslim", progress)
+        OmegaConf.update(actor_rollout, engine, ASCEND, force_add=True)
+    elif form == "bf16":
+        with progress_bar("preparing the rollout's base:") as progress:
+            served = dequantized_cache(path, cache_dir() / "bf16", progress)
+    else:
+        return
+    OmegaConf.update(actor_rollout, f"model.override_config.{SERVED}", str(served), force_add=True)

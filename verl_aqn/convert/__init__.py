@@ -1,1 +1,0 @@
-"""From a launch of verl's `main_ppo` to a recipe: `verl-aqn convert`."""

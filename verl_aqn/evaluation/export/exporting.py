@@ -1,0 +1,124 @@
+"""Export of a run's checkpoint as a PEFT adapter or a merged bf16 model, checked before the folder is published.
+
+Read `export` first: it contains all steps.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from verl_aqn.checkpoints.adapter import Adapter
+from verl_aqn.checkpoints.merging import check_merged, covered, open_base, write_merged
+from verl_aqn.checkpoints.writing import new_folder
+from verl_aqn.config.schema import parse_aqn
+from verl_aqn.errors import DataError, EvidenceError
+from verl_aqn.evaluation.export.export_folders import write_card, write_peft_folder
+from verl_aqn.evaluation.export.fsdp_adapter import read_adapter
+from verl_aqn.evaluation.export.questions import read_questions
+from verl_aqn.evaluation.export.source import Source, find_source
+from verl_aqn.evaluation.export.trial import judge, try_out
+from verl_aqn.preflight.adapter_folder import read_folder
+from verl_aqn.preflight.policy import load_tokenizer
+
+RECORD = "verl_aqn_export.json"
+
+
+def export(run: Path, dst: Path, *, merge: bool = False, say: Callable[[str], None] = lambda text: None) -> dict:
+    """Write the adapter of ``run``, or with ``merge`` a bf16 model of base and adapter, to the new folder ``dst``.
+
+    ``run`` is a run, a folder of runs, or a checkpoint (`verl_aqn.evaluation.export.source.find_source`). Returns the proof, which
+    is also written to ``dst`` (`RECORD`). ``dst`` appears complete and with all checks passed, or not at all.
+
+    Fields of the proof: `run`, `run_path`, `step`; `merged`; `base` (path, digest); `adapter` (the digests: `digest` of
+    the checkpoint's adapter, `recorded` by the run, `read_back` from the written folder with PEFT, None for a merged
+    model); `nonzero_b`, the number of modules that the adapter changes; `rank`, `alpha`, `rslora`; `activation`;
+    `merge` (`verl_aqn.checkpoints.merging.MergeReport`, the `unchanged` modules, and the number of tensors `read_back` bit
+    for bit; None for an adapter); `answers` (`verl_aqn.evaluation.export.trial.Trial.to_dict`); `proved`, False if the trial
+    cannot distinguish the export from its base (`answers.undecided` says why). Records of earlier versions lack
+    `proved`, `read_back`, `unchanged`, and most fields of `answers`.
+
+    Raises:
+        DataError, ModelError: the run, its checkpoint, base or data cannot be used, or ``dst`` exists.
+        EvidenceError: the export differs from the run's records, or its responses differ from those of the run.
+    """
+    source = find_source(run)
+    say(f"step {source.step} of {source.run.path}")
+    if source.config.actor_rollout_ref.model.lora_adapter_path and not (source.actor / "adapter_config.json").is_file():
+        raise DataError(
+            f"{source.actor} has no adapter_config.json: its version did not record the scaling of the adapter that "
+            "the run started from: train again"
+        )
+    adapter = read_adapter(source.actor)
+    nonzero = check_adapter(source, adapter)
+    uniform = adapter.uniform()
+    if merge:
+        covered(source.base, open_base(source.base, source.packed), adapter)
+    tokenizer = load_tokenizer(source.config, source.base)
+    questions = read_questions(source, tokenizer)
+
+    proof: dict[str, Any] = {
+        "run": source.run.path.name,
+        "run_path": str(source.run.path),
+        "step": source.step,
+        "merged": merge,
+        "dtype": "bfloat16",
+        "base": {"path": str(source.base), "digest": source.base_digest},
+        "adapter": {
+            "digest": adapter.digest(),
+            "recorded": source.sent,
+            "read_back": None,
+            "modules": len(adapter.matrices),
+        },
+        "nonzero_b": nonzero,
+        "rank": uniform.rank,
+        "alpha": uniform.alpha,
+        "rslora": uniform.rslora,
+        "activation": parse_aqn(source.config).mxfp4.activation_arithmetic,
+        "merge": None,
+    }
+    with new_folder(dst) as folder:
+        if merge:
+            say("merging")
+            report = write_merged(folder, source.base, source.packed, adapter)
+            if not report.changed:
+                raise EvidenceError(
+                    "merged to bf16, the model equals its base bit for bit, because the adapter's update is below the "
+                    "last bit of bf16: export without --merge"
+                )
+            say("reading the merged model back")
+            tensors = check_merged(folder, source.base, source.packed, adapter)
+            proof["merge"] = asdict(report) | {"unchanged": report.unchanged, "read_back": tensors}
+        else:
+            write_peft_folder(folder, uniform, source.base)
+            proof["adapter"]["read_back"] = read_folder(folder, source.base).digest()
+            if proof["adapter"]["read_back"] != source.sent:
+                raise EvidenceError(f"the exported adapter, as PEFT reads it, is not the one of {source.run.path}")
+        say(f"running {len(questions.prompts)} prompts in the trainer's model and then in vLLM")
+        trial = try_out(source, questions, adapter, folder, merge, tokenizer)
+        trial = judge(trial, parse_aqn(source.config).mismatch.stop)
+        proof |= {"proved": not trial.undecided, "answers": trial.to_dict()}
+        write_card(folder, proof)
+        (folder / RECORD).write_text(json.dumps(proof, indent=2) + "\n")
+    return proof
+
+
+def check_adapter(source: Source, adapter: Adapter) -> int:
+    """Check that the adapter is the one that the run recorded, and return the number of modules with a nonzero B.
+
+    Raises:
+        EvidenceError: the adapter is not that of the run, or every B is zero.
+    """
+    digest = adapter.digest()
+    if digest != source.sent:
+        raise EvidenceError(
+            f"the adapter in {source.actor} is not the one that the rollout had after step {source.step}: "
+            f"its digest is {digest[:16]}…, the recorded digest is {source.sent[:16]}…"
+        )
+    nonzero = sum(bool(b.any()) for _, b in adapter.matrices.values())
+    if not nonzero:
+        raise EvidenceError(
+            f"after step {source.step} every B is zero: the policy still equals its base, so there is nothing to export"
+        )
+    return nonzero

@@ -1,0 +1,337 @@
+"""Plans: arms × seeds of an experiment, run one after another, each run once, and compared at the end.
+
+A plan is a YAML file in the form of `Plan`. The whole plan is checked before its first run. Finished runs are not
+repeated; runs that died are resumed.
+"""
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.markup import escape
+from rich.table import Table
+
+from verl_aqn.config.compose import read_yaml
+from verl_aqn.config.schema import parse_aqn, typed
+from verl_aqn.errors import AqnError, ConfigError, DataError
+from verl_aqn.launch.console import Console
+from verl_aqn.launch.train import compose, execute, identity, prepare, resolve, versions_now
+from verl_aqn.runs.folder import RunFolder, runs_of
+from verl_aqn.runs.stats.arms import FACTOR, arms, beyond, settings_of, versions_of
+from verl_aqn.runs.stats.compare import Report, compare
+from verl_aqn.runs.stats.intervals import validation_text
+from verl_aqn.safe_files import own_folder
+from verl_aqn.terminal import print_wide
+
+_BACK = "restore the old versions, or start the plan anew with aqn.run.dir=DIR"
+
+
+@dataclass(frozen=True)
+class When:
+    """A condition: the mean accuracy of `arm` over its seeds is above that of `above`. It is no statistical test."""
+
+    arm: str
+    above: str
+
+
+@dataclass(frozen=True)
+class ArmOfPlan:
+    """A recipe with its own overrides. `when`: run it only if this condition on other arms holds."""
+
+    recipe: str = ""
+    overrides: tuple[str, ...] = ()
+    when: When | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An experiment: arms, seeds, and pairs of arms to compare.
+
+    Runs go through all arms seed by seed, so that an interrupted plan has as many seeds for each arm; arms with a
+    condition come last. `contrasts` are pairs [arm, control]; by default each arm against the first. In each pair only
+    settings under `factors` may differ. `overrides` apply to all arms, followed by those of the command line.
+    """
+
+    arms: dict[str, ArmOfPlan]
+    seeds: tuple[int, ...] = (0,)
+    contrasts: tuple[tuple[str, ...], ...] = ()
+    factors: tuple[str, ...] = (FACTOR,)
+    overrides: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        names, free = list(self.arms), [name for name, arm in self.arms.items() if not arm.when]
+        for name, arm in self.arms.items():
+            if not re.fullmatch(r"[\w.-]+", name) or not arm.recipe:
+                raise ConfigError(f"arms.{name}: an arm needs a name of letters, digits, ., - and _, and a recipe")
+            for other in (arm.when.arm, arm.when.above) if arm.when else ():
+                if other not in names:
+                    raise ConfigError(
+                        f"arms.{name}.when names {other!r}, which is not an arm: use one of {', '.join(free)}"
+                    )
+                if other not in free:
+                    raise ConfigError(
+                        f"arms.{name}.when names {other!r}, which has a condition itself: name an arm without one"
+                    )
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"seeds={list(self.seeds)}: give at least one seed, and each seed once")
+        for pair in self.contrasts:
+            if len(set(pair)) != 2 or len(pair) != 2 or not set(pair) <= set(names):
+                raise ConfigError(f"contrasts: {list(pair)} is not a pair [arm, control] of two of {', '.join(names)}")
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Pairs (arm, control), one for each contrast."""
+        first, *others = self.arms
+        return [(arm, control) for arm, control in self.contrasts] or [(arm, first) for arm in others]
+
+    def runs(self, conditional: bool) -> Iterator[tuple[str, int]]:
+        """Yield (arm, seed) in order, for the arms with a condition or for those without."""
+        for seed in self.seeds:
+            yield from ((name, seed) for name, arm in self.arms.items() if (arm.when is not None) == conditional)
+
+
+def read_plan(path: Path, overrides: list[str]) -> Plan | None:
+    """Return the plan in a file; None if the file is a recipe. An override `seeds=[0, 1]` replaces the plan's seeds.
+
+    Raises:
+        ConfigError: a key, name or value that a plan cannot have.
+    """
+    raw = read_yaml(path)
+    if not isinstance(raw, dict) or "arms" not in raw:
+        return None
+    rest = []
+    for override in overrides:
+        if override.startswith("seeds="):
+            raw["seeds"] = _seeds(override)
+        else:
+            rest.append(override)
+    _refuse_own(path, overrides)
+    if not isinstance(raw["arms"], dict) or not raw["arms"]:
+        raise ConfigError(f"{path.name}: arms must be a mapping from names to blocks with a recipe")
+    try:
+        plan = typed(Plan, raw | {"overrides": raw.get("overrides") or []}, "")
+    except ConfigError as error:
+        raise ConfigError(f"{path.name}: {error}") from error
+    _refuse_own(path, [*plan.overrides, *(override for arm in plan.arms.values() for override in arm.overrides)])
+    return replace(plan, overrides=(*plan.overrides, *rest))
+
+
+def _refuse_own(path: Path, overrides: list[str]) -> None:
+    """Reject overrides of settings that the plan sets for each run itself: they would be ignored silently."""
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if key == "aqn.seed":
+            raise ConfigError(f"{path.name}: {override}: a plan sets the seed of each run: give seeds=[{value}]")
+        if key == "trainer.experiment_name":
+            raise ConfigError(f"{path.name}: {override}: a plan names each run after its arm: rename the arm")
+
+
+def _seeds(override: str) -> Any:
+    try:
+        return yaml.safe_load(override.removeprefix("seeds="))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override} is not a YAML list: give seeds=[0,1,2]") from error
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return the keys in which versions differ, "" for none."""
+    return beyond([], [settings_of({"versions": one}) for one in (before, now)])
+
+
+@contextmanager
+def _faults_of(file: Path, arm: str) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{file.name}: arms.{arm}: {error}") from error
+
+
+class Series:
+    """The runs of a plan. `base`: the folder that contains one folder for each run."""
+
+    def __init__(self, plan: Plan, file: Path, console: Console | None = None) -> None:
+        """Check the whole plan: recipe, model and data of each arm, how arms differ, and what is recorded.
+
+        All recipes are composed before the first model is prepared. `file`: the plan's file, which names the folder and
+        error messages. Raises ConfigError and what `verl_aqn.launch.train.prepare` raises.
+        """
+        self.plan, self.console = plan, console or Console()
+        self.done: dict[tuple[str, int], RunFolder] = {}
+        self.outdated: dict[tuple[str, int], str] = {}  # unfinished runs → versions that changed since they began
+        self.minutes: list[float] = []
+        composed, self.configs = {}, {}
+        for arm in plan.arms:
+            with _faults_of(file, arm):
+                composed[arm] = compose(plan.arms[arm].recipe, self.overrides(arm, plan.seeds[0]))
+        for arm, config in composed.items():
+            with _faults_of(file, arm):
+                self.configs[arm] = resolve(config, fit=False).config  # without the search for σ_start
+        first = next(iter(self.configs.values()))
+        self.base = Path(parse_aqn(first).run.dir or f"/tmp/mxfp4_plan_{file.stem}").expanduser()
+        own_folder(self.base, make=False)
+        settings = {arm: settings_of(identity(config)) for arm, config in self.configs.items()}
+        for one, other in combinations(settings, 2):
+            if settings[one] == settings[other]:
+                raise ConfigError(f"the arms {one} and {other} are identical: remove one")
+        for arm, control in plan.pairs:
+            if others := beyond(plan.factors, [settings[control], settings[arm]]):
+                raise ConfigError(
+                    f"{arm} and {control} differ outside of factors ({', '.join(plan.factors)}): {others}"
+                )
+        self.versions = {arm: versions_now(config) for arm, config in self.configs.items()}
+        self.look()
+
+    def identity(self, arm: str, seed: int) -> dict:
+        """Return the configuration that identifies the run of an arm and a seed."""
+        config = self.configs[arm].copy()
+        config.aqn.seed = seed
+        if parse_aqn(config).noise.target_kl is not None:
+            config = resolve(config).config
+        return identity(config)
+
+    def overrides(self, arm: str, seed: int) -> list[str]:
+        own = [f"aqn.seed={seed}", f"trainer.experiment_name={arm}"]
+        return [*self.plan.overrides, *self.plan.arms[arm].overrides, *own]
+
+    def folder(self, arm: str, seed: int) -> Path:
+        """Return the folder with all attempts at a run."""
+        return self.base / f"{arm}-seed{seed}"
+
+    def look(self) -> None:
+        """Find the finished runs.
+
+        Raises ConfigError if they were made with other versions, because they could not be compared.
+        """
+        for arm, seed in (*self.plan.runs(False), *self.plan.runs(True)):
+            self.look_at(arm, seed)
+
+    def look_at(self, arm: str, seed: int) -> bool:
+        """Return whether this run is finished: another process may work on the same plan.
+
+        Raises what `look` raises.
+        """
+        if (arm, seed) in self.done or not (self.folder(arm, seed) / "runs").is_dir():
+            return (arm, seed) in self.done
+        runs = runs_of(self.folder(arm, seed), self.identity(arm, seed))
+        finished = [run for run in runs if run.state["status"] == "finished"]
+        if not runs:
+            return False
+        others = _changed(versions_of((finished or runs)[-1].path), self.versions[arm])
+        if finished and others:
+            raise ConfigError(
+                f"{finished[-1].path} was made with different versions ({others}) and cannot be compared: {_BACK}"
+            )
+        if finished:
+            self.done[arm, seed] = finished[-1]
+        elif others:
+            self.outdated[arm, seed] = others
+        return bool(finished)
+
+    def run(self) -> int:
+        """Run everything that is not finished, then compare. Return exit code 0 if all runs finished."""
+        failed = []
+        for conditional in (False, True):
+            if conditional:
+                self.look()  # conditions depend on all finished runs
+            for arm, seed in self.plan.runs(conditional):
+                if self.look_at(arm, seed):
+                    self.console.say(f"plan     {arm}, seed {seed}: finished before, {self.result(arm, seed)}")
+                elif conditional and (reason := self.unpromising(arm)):
+                    self.console.say(f"plan     {arm}, seed {seed}: not run, {reason}")
+                elif not self.run_one(arm, seed):
+                    failed.append((arm, seed))
+        failed = [one for one in failed if not self.look_at(*one)]
+        for arm, seed in failed:
+            self.console.warn(f"{arm}, seed {seed} did not finish; run the same command to try again")
+        self.show()
+        return 1 if failed else 0
+
+    def run_one(self, arm: str, seed: int) -> bool:
+        """Run one arm and seed from the start or the last checkpoint. Return whether the run finished."""
+        if others := _changed(self.versions[arm], versions_now(self.configs[arm])):
+            raise ConfigError(f"{others} changed since the plan began, so that runs cannot be compared: {_BACK}")
+        conditional = self.plan.arms[arm].when is not None
+        left = [one for one in self.plan.runs(conditional) if one not in self.done]
+        about = f", about {len(left) * sum(self.minutes) / len(self.minutes):.0f} minutes left" if self.minutes else ""
+        self.console.say(f"plan     {arm}, seed {seed}: {len(self.done)} runs finished, {len(left)} to go{about}")
+        overrides = self.overrides(arm, seed)
+        if others := self.outdated.pop((arm, seed), ""):
+            self.console.say(f"plan     versions changed since this run began ({others}): starting it again")
+            overrides.append("aqn.run.fresh=true")
+        began = time.monotonic()
+        try:
+            todo = prepare(self.plan.arms[arm].recipe, overrides)
+            run, outcome = execute(todo, self.folder(arm, seed), self.console)
+        except AqnError as error:
+            self.console.warn(str(error))
+            return False
+        if outcome.status != "finished":
+            self.console.warn(f"{outcome.message} (log: {run.log})")
+            return False
+        self.done[arm, seed] = run
+        self.minutes.append((time.monotonic() - began) / 60)
+        return True
+
+    def accuracy(self, arm: str) -> float | None:
+        """Return the mean of the last validations of an arm's finished runs, a fraction of 1; None without runs."""
+        last = [self.last(run)["accuracy"] for (name, _), run in self.done.items() if name == arm]
+        return sum(last) / len(last) if last else None
+
+    def unpromising(self, arm: str) -> str:
+        """Return why an arm with a condition is not run; "" if it is run."""
+        when = self.plan.arms[arm].when
+        assert when is not None
+        reached, bar = self.accuracy(when.arm), self.accuracy(when.above)
+        if reached is None or bar is None:
+            return f"{when.arm if reached is None else when.above} has no finished run"
+        if reached > bar:
+            return ""
+        return f"{when.arm} ({100 * reached:.1f} %) is not above {when.above} ({100 * bar:.1f} %)"
+
+    def last(self, run: RunFolder) -> dict:
+        """Return the last validation of a run."""
+        found = run.by_step("metrics.jsonl", "validation")
+        if not found:
+            raise DataError(f"{run.path} has no validation: a plan cannot use it")
+        return found[max(found)]
+
+    def result(self, arm: str, seed: int) -> str:
+        return validation_text(self.last(self.done[arm, seed]))
+
+    def compared(self) -> Report | None:
+        """Return the comparison of the plan's contrasts over the finished runs; None if no pair has any."""
+        pairs = [pair for pair in self.plan.pairs if all(any(name == arm for name, _ in self.done) for arm in pair)]
+        if not pairs:
+            return None
+        wanted = {arm for pair in pairs for arm in pair}
+        order = [self.done[name, seed].path for name in self.plan.arms if name in wanted for seed in self.plan.seeds
+                 if (name, seed) in self.done]  # fmt: skip
+        found = {arm.name: arm for arm in arms(order, self.plan.factors, any_difference=True)}
+        return compare(list(found.values()), [(found[arm], found[control]) for arm, control in pairs])
+
+    def show(self) -> None:
+        """Print the comparison on standard output."""
+        report = self.compared()
+        if report is None:
+            self.console.say("plan     nothing to compare yet")
+        else:
+            self.console.report(report)
+        self.console.say(f"plan     runs in {self.base}: `verl-aqn runs {self.base}`")
+
+    def preview(self) -> int:
+        """Print what is finished and what would be run: one row per arm, one column per seed."""
+        view = Table(title=escape(f"Runs in {self.base}"), title_justify="left")
+        for column in ("arm", "recipe", "only if", *(f"seed {seed}" for seed in self.plan.seeds)):
+            view.add_column(column)
+        for name, arm in self.plan.arms.items():
+            cells = ("done" if (name, seed) in self.done else "to run" for seed in self.plan.seeds)
+            condition = f"{arm.when.arm} above {arm.when.above}" if arm.when else ""
+            view.add_row(name, escape(arm.recipe), condition, *cells)
+        print_wide(view)
+        return 0

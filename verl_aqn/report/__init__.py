@@ -1,1 +1,0 @@
-"""`verl-aqn report`: runs on one self-contained page. Start in `page.py`. Needs neither torch nor verl."""
