@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from verl_aqn import config as schema  # noqa: E402
+from verl_aqn.config import schema  # noqa: E402
 
 PAGE = ROOT / "docs" / "configuration.md"
 BEGIN = "<!-- begin: written by scripts/config_reference.py -->"
@@ -56,8 +56,8 @@ MEANINGS = {
     "mxfp4.activation": "`mxfp4` rounds activations too (W4A4), alike in actor and rollout.",
     "mxfp4.activation_scale_rule": "Scale rule of the activations. A profile sets what the device's kernels do.",
     "mxfp4.activation_rounding": "Rounding of the activations between two codes. A profile sets it.",
-    "mxfp4.serve": "Form of the base in the rollout. `auto` chooses by the device.",
-    "mxfp4.keep_dense": "Keep a 16-bit copy of the weights in the actor: faster, five times the memory.",
+    "mxfp4.rollout_weight_format": "Form of the base in the rollout. `auto` chooses by the device.",
+    "mxfp4.cache_dequantized": "Keep a 16-bit copy of the weights in the actor: faster, five times the memory.",
     "mxfp4.exclude": "Modules that stay in bf16.",
     "mxfp4.calibrate": "Texts for error-compensated rounding (GPTQ): JSON lines files or `embedded`.",
     "parity.rescore": "One response in this many is scored again without noise. 0: none.",
@@ -66,7 +66,7 @@ MEANINGS = {
     "run.dir": "Folder for runs. `null` is `/tmp/mxfp4_RECIPE`.",
     "run.fresh": "Start a new run even if the last one can be resumed.",
     "run.restarts": "Maximum number of automatic restarts after a crash or a hang.",
-    "run.patience": "A phase that takes this many times its usual duration counts as hanging. 0: never.",
+    "run.hang_timeout_factor": "A phase that takes this many times its usual duration counts as hanging. 0: never.",
     "run.allow_failed": "Share of responses of a step or validation that may fail before the run stops.",
     "profile": "What the device needs. `auto` detects the device.",
     "experiment": "Where model, data and sizes come from. With `none` the recipe's own file names them.",

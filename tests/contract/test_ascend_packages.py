@@ -9,10 +9,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from tests.ascend_packages import calls, node, pins, read
-from tests.npu_operators import ANTI, DYNAMIC
-from verl_aqn.config import load_recipe, parse_aqn
-from verl_aqn.vllm_api.readback import METHOD_ACTIVATIONS
+from tests.helpers.ascend_packages import calls, node, pins, read
+from tests.helpers.npu_operators import ANTI, DYNAMIC
+from verl_aqn.config.compose import load_recipe
+from verl_aqn.config.schema import parse_aqn
+from verl_aqn.integrations.vllm.readback import METHOD_ACTIVATIONS
 
 SCHEMAS = "torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml"
 MXFP4 = "vllm_ascend/quantization/methods/w4a4_mxfp4.py"

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import mxfp4_definition as definition
-from tests.npu_operators import ANTI, DYNAMIC, inputs
+from tests.helpers import mxfp4_definition as definition
+from tests.helpers.npu_operators import ANTI, DYNAMIC, inputs
 from verl_aqn.mxfp4.kernels import npu, reference
 
 

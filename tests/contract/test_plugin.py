@@ -39,7 +39,7 @@ def test_version_whose_seams_were_not_checked(package):
     patch = (
         "import importlib.metadata as m; old = m.version;"
         f"m.version = lambda name: '0.0.7' if name == {package!r} else old(name);"
-        "from verl_aqn.integrations.verl import plugin; plugin.check_versions()"
+        "from verl_aqn.integrations.verl import verl_plugin; verl_plugin.check_versions()"
     )
     code, line = last_line(patch, VERL_PLATFORM="cpu")
     assert code == 1

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from tests.stock_config import composed
+from tests.helpers.stock_config import composed
 
 INSTALL = """
 import sys
@@ -17,7 +17,7 @@ import verl_aqn.stock
 from types import SimpleNamespace
 from omegaconf import OmegaConf
 from verl.trainer.ppo.v1 import trainer_base
-from tests.stock_config import composed
+from tests.helpers.stock_config import composed
 {after}
 """
 

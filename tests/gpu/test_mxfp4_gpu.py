@@ -2,7 +2,8 @@
 
     pytest tests/gpu
 
-Under TRITON_INTERPRET=1 it runs on a CPU, without the large shapes: tests/unit/mxfp4/test_mxfp4_gpu_interpreted.py does so.
+Under TRITON_INTERPRET=1 it runs on a CPU, without the large shapes: tests/unit/mxfp4/test_mxfp4_gpu_interpreted.py does
+so.
 """
 
 import os

@@ -9,14 +9,14 @@ from omegaconf import OmegaConf
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.run_folders import begin_run, end_run, write_lines
-from verl_aqn.adapter import Adapter
-from verl_aqn.config import load_recipe
-from verl_aqn.data.parquet import row, write_parquet
-from verl_aqn.data.smollm2 import tiny_model
-from verl_aqn.export.reference import logprobs
-from verl_aqn.mxfp4.checkpoint import checkpoint_digest, is_packed, quantize_checkpoint
-from verl_aqn.mxfp4.model import dequantize_checkpoint, load_model
+from tests.helpers.run_folders import begin_run, end_run, write_lines
+from verl_aqn.checkpoints.adapter import Adapter
+from verl_aqn.checkpoints.loading import dequantize_checkpoint, load_model
+from verl_aqn.checkpoints.packing import checkpoint_digest, is_packed, quantize_checkpoint
+from verl_aqn.config.compose import load_recipe
+from verl_aqn.evaluation.export.trained_model import logprobs
+from verl_aqn.tasks.parquet import row, write_parquet
+from verl_aqn.tasks.smollm2 import tiny_model
 
 RANK, ALPHA = 6, 12  # not one of the ranks that vLLM supports
 

@@ -1,8 +1,8 @@
 """Models loaded by vLLM's own classes on a CPU and observed as in a run, without an engine around them.
 
-`python -m tests.helpers.vllm_models FOLDER…` prints one JSON line per folder: the reply of `aqn_base`, first unchanged and then
-after one value of a tensor of each group was changed. This runs in its own process, because vLLM sets up its process
-only once.
+`python -m tests.helpers.vllm_models FOLDER…` prints one JSON line per folder: the reply of `aqn_base`, first unchanged
+and then after one value of a tensor of each group was changed. This runs in its own process, because vLLM sets up its
+process only once.
 """
 
 import json

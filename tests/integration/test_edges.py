@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.users import NOBODY, as_a_user
 from tests.integration.conftest import TINY, leftovers, lines, lines_of, newest
-from tests.users import NOBODY, as_a_user
 
 ROOT = Path(__file__).resolve().parents[2]
 

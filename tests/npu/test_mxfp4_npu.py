@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.npu_operators import ANTI, DYNAMIC, inputs
+from tests.helpers.npu_operators import ANTI, DYNAMIC, inputs
 from verl_aqn.mxfp4.kernels import npu, reference
 
 torch_npu = pytest.importorskip("torch_npu")

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from verl_aqn.cli import app
-from verl_aqn.config import load_recipe, parse_aqn, recipe_names
-from verl_aqn.stock_settings import StockSettings
+from verl_aqn.cli.main import app
+from verl_aqn.config.compose import load_recipe, recipe_names
+from verl_aqn.config.schema import parse_aqn
+from verl_aqn.config.stock_settings import StockSettings
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -109,8 +110,8 @@ def test_every_module_that_a_page_names_exists(page):
 
 
 def test_the_test_of_names_can_fail():
-    assert exists("verl_aqn.schedule.SigmaSchedule.sigma")
-    assert not exists("verl_aqn.schedule.SigmaSchedule.tau")
+    assert exists("verl_aqn.noise.schedule.SigmaSchedule.sigma")
+    assert not exists("verl_aqn.noise.schedule.SigmaSchedule.tau")
     assert not exists("verl_aqn.no_such_module")
 
 

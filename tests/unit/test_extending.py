@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from verl_aqn.config import load_recipe, parse_aqn
-from verl_aqn.rewards.custom import reward_of, settle_reward
-from verl_aqn.run_data import prepare_data
+from verl_aqn.config.compose import load_recipe
+from verl_aqn.config.schema import parse_aqn
+from verl_aqn.preflight.reward_function import reward_of, settle_reward
+from verl_aqn.preflight.run_data import prepare_data
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")

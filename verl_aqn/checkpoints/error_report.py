@@ -42,7 +42,7 @@ class ModuleReport:
 class QuantReport:
     """The result of `quantize_checkpoint`. ``bytes_*`` count all weights, including those kept in 16 bits.
 
-    ``base_digest`` (`verl_aqn.mxfp4.checkpoint.combined_digest`) tells which packed base these numbers are of.
+    ``base_digest`` (`verl_aqn.checkpoints.packing.combined_digest`) tells which packed base these numbers are of.
     """
 
     scale_rule: str

@@ -75,7 +75,10 @@ def held_base(model: nn.Module, path: str | Path) -> Held:
 
 
 def _dense_faults(model: nn.Module) -> list[str]:
-    """Return a message for each layer whose dequantised copy (`Mxfp4Linear.cache_dequantized`) differs from its codes."""
+    """Return a message for each layer whose dequantised copy.
+
+    (`Mxfp4Linear.cache_dequantized`) differs from its codes.
+    """
     return [
         f"{plain_name(name)}.weight, which the actor keeps dequantised, has other values than its codes"
         for name, layer in model.named_modules()

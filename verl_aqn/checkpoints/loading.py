@@ -119,8 +119,8 @@ def _load(
 class DenseView:
     """A view of a packed folder as a dequantised bfloat16 folder; ``specs`` and ``read`` are as in `Weights`.
 
-    A stack of packed experts [E, N, K/2] comes from gpt-oss (`verl_aqn.checkpoints.foreign`). It is read as [E, K, N], the
-    layout of transformers.
+    A stack of packed experts [E, N, K/2] comes from gpt-oss (`verl_aqn.checkpoints.foreign`). It is read as [E, K, N],
+    the layout of transformers.
 
     Raises:
         ModelError: ``folder`` is not a packed checkpoint or is damaged.

@@ -1,7 +1,7 @@
 """Records of which part of each checkpoint tensor a vLLM model holds, and in which parameter.
 
-`verl_aqn.integrations.vllm.trace.Trace` observes the loading of the model and stores the result as `model.aqn_loaded`. This
-module does not import vLLM.
+`verl_aqn.integrations.vllm.trace.Trace` observes the loading of the model and stores the result as `model.aqn_loaded`.
+This module does not import vLLM.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ class Source(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A strided box (`verl_aqn.checkpoints.boxes`) that maps elements of the parameter `place` (here) to its source (there)."""
+    """A strided box (`verl_aqn.checkpoints.boxes`) that maps elements of the parameter `place`.
+
+    (here) to its source (there).
+    """
 
     place: str
     here: int
@@ -83,9 +86,9 @@ class Loaded:
 
     `pieces`: pieces by the name in the checkpoint. `lost`: tensors that went through an operation that could not be
     followed, with that operation. `computed`: tensors whose values were changed by a computation during loading, with
-    that computation. `verl_aqn.integrations.vllm.readback.remember_base` fills in two more fields. `digests`: digests of packed
-    modules by module name, and of other tensors by tensor name. `parameters`: shape and dtype (without ``torch.``) of
-    every parameter at the end of loading.
+    that computation. `verl_aqn.integrations.vllm.readback.remember_base` fills in two more fields. `digests`: digests
+    of packed modules by module name, and of other tensors by tensor name. `parameters`: shape and dtype (without
+    ``torch.``) of every parameter at the end of loading.
     """
 
     sources: dict[str, Source]

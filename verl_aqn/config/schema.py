@@ -93,7 +93,8 @@ class MismatchConfig:
     """Limits for the mismatch of trainer and rollout without noise (`aqn.mismatch`).
 
     `warn`, `stop`: mean |Δ log-prob| in nats a token, on the same tokens. Above `warn` a step gets a warning; above
-    `stop` the run stops before its update (`verl_aqn.integrations.verl.tripwire`). Healthy models were measured at 0.002 to 0.1.
+    `stop` the run stops before its update (`verl_aqn.integrations.verl.tripwire`). Healthy models were measured at
+    0.002 to 0.1.
     """
 
     rescore: int = 16  # one in this many samples is rescored without noise, to separate noise from kernels; 0: none
@@ -114,9 +115,9 @@ class MismatchConfig:
 class RunConfig:
     """Where a run is stored, and how it handles faults (`aqn.run`).
 
-    `restarts`: maximum number of automatic restarts after a crash or a hang. `hang_timeout_factor`: a phase that takes this many
-    times its usual duration counts as a hang; 0 disables this. `allow_failed`: the fraction of the responses of one
-    step, or of one validation, whose generation or reward may fail before the run stops.
+    `restarts`: maximum number of automatic restarts after a crash or a hang. `hang_timeout_factor`: a phase that takes
+    this many times its usual duration counts as a hang; 0 disables this. `allow_failed`: the fraction of the responses
+    of one step, or of one validation, whose generation or reward may fail before the run stops.
     """
 
     dir: str | None = None

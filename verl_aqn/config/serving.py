@@ -29,10 +29,11 @@ def served_rank(rank: int) -> int:
 
 
 def form_of(aqn: AqnConfig, chip: Callable[[], str] = chip_name, packed_experts: bool = False) -> str:
-    """Return the rollout weight format, `packed` or `bf16`: `aqn.mxfp4.rollout_weight_format`, or for `auto` what the device supports.
+    """Return the format of the rollout's weights: `packed` or `bf16`.
 
-    `chip` returns the name of the Ascend device; it is called only for `auto` on NPUs. `packed_experts` says that the
-    base is a MoE model with packed experts.
+    It is `aqn.mxfp4.rollout_weight_format`, or for `auto` what the device supports. `chip` returns the name
+    of the Ascend device; it is called only for `auto` on NPUs. `packed_experts` says that the base is a MoE model with
+    packed experts.
     """
     if aqn.mxfp4.rollout_weight_format != "auto":
         return aqn.mxfp4.rollout_weight_format
@@ -44,9 +45,9 @@ def form_of(aqn: AqnConfig, chip: Callable[[], str] = chip_name, packed_experts:
 def fit_engine(config: DictConfig, answer: dict[str, Any] | None) -> None:
     """Set the engine options that this model needs.
 
-    `answer` is what vLLM reports about the model (`verl_aqn.preflight.vllm_says`); with None nothing is set. If all layers
-    have windowed attention, vLLM on a CPU needs a KV-cache block size of 16. The state of recurrent layers is kept in
-    float32, as the actor computes it; vLLM's kernel on a CPU supports no other dtype.
+    `answer` is what vLLM reports about the model (`verl_aqn.preflight.vllm_says`); with None nothing is set. If all
+    layers have windowed attention, vLLM on a CPU needs a KV-cache block size of 16. The state of recurrent layers is
+    kept in float32, as the actor computes it; vLLM's kernel on a CPU supports no other dtype.
     """
     if answer is None:
         return
@@ -103,13 +104,13 @@ def prepare_serving(config: DictConfig, chip: Callable[[], str] = chip_name) -> 
         config.aqn.mxfp4.activation = "mxfp4"
     elif ascend and aqn.mxfp4.activation == "none":
         raise ConfigError(
-            "aqn.mxfp4.rollout_weight_format=packed on NPUs rounds activations too (vllm-ascend has W4A4_MXFP4 only): set "
-            "aqn.mxfp4.activation=mxfp4, or aqn.mxfp4.rollout_weight_format=bf16"
+            "aqn.mxfp4.rollout_weight_format=packed on NPUs rounds activations too (vllm-ascend has W4A4_MXFP4 only): "
+            "set aqn.mxfp4.activation=mxfp4, or aqn.mxfp4.rollout_weight_format=bf16"
         )
     if form == "bf16" and aqn.mxfp4.activation != "none":
         raise ConfigError(
-            "aqn.mxfp4.activation=mxfp4 needs aqn.mxfp4.rollout_weight_format=packed: with a bf16 base the rollout does not round "
-            "activations"
+            "aqn.mxfp4.activation=mxfp4 needs aqn.mxfp4.rollout_weight_format=packed: with a bf16 base the rollout "
+            "does not round activations"
         )
     if form == "bf16" and aqn.noise.enabled and "linear" in aqn.noise.targets:
         raise ConfigError(

@@ -1,9 +1,9 @@
 """Finding the error that ended a run: the first one, in any process, and not one of its consequences.
 
-Known are the error that the training process ended with, the errors that all processes recorded (`verl_aqn.runs.faults`),
-most of which were handled, and deaths of processes. An error counts as the cause only if a chain of links leads to it
-from the end of the run. A link is an error that quotes another one, or an error that only says that another process is
-gone.
+Known are the error that the training process ended with, the errors that all processes recorded
+(`verl_aqn.runs.faults`), most of which were handled, and deaths of processes. An error counts as the cause only if a
+chain of links leads to it from the end of the run. A link is an error that quotes another one, or an error that only
+says that another process is gone.
 """
 
 import re

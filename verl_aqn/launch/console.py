@@ -247,7 +247,7 @@ def is_targets_task(target: TargetConfig, todo: "Prepared", problems: int) -> bo
 
 
 def verdict(run: RunFolder, todo: "Prepared") -> str:
-    """The recipe's target in words, and whether training changed the accuracy (paired test)."""
+    """Say whether the recipe's target is met, and whether training changed the accuracy (paired test)."""
     validations = list(run.by_step("metrics.jsonl", "validation").values())
     first, last = validations[0], validations[-1]
     target = parse_aqn(todo.config).target

@@ -1,4 +1,7 @@
-"""The training process: `python -m verl_aqn.verl_api.run RUN_FOLDER`. `verl_aqn.supervise` starts and watches it."""
+"""The training process.
+
+`python -m verl_aqn.launch.driver RUN_FOLDER`. `verl_aqn.launch.supervise` starts and watches it.
+"""
 
 import os
 import sys
@@ -65,7 +68,7 @@ class AqnTaskRunner:
 
 def start(config: DictConfig, records: RunFolder) -> None:
     """Start training with verl's `run_ppo`, on a new Ray or on the cluster at RAY_ADDRESS."""
-    from verl_aqn.verl_api.plugin import assert_loaded
+    from verl_aqn.integrations.verl.verl_plugin import assert_loaded
 
     assert_loaded("driver")
     # Import only now, because verl chooses its platform during this import.

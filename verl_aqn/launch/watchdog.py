@@ -35,10 +35,11 @@ _VITAL = ("VLLM::", *(f"ray::{name}" for name in _ACTORS))
 class Watchdog:
     """Watch the records (`record`) and processes of a run; `fault()` says what is wrong, "" if nothing is.
 
-    A phase hangs if it takes longer than `hang_timeout_factor` times the median of its earlier durations and longer than `LEAST_S`
-    (`_OUTSIDE` has larger minimums). In the first occurrence of a phase, the run hangs if no process of it has worked
-    for `FIRST_S`; this check is skipped if processes are on machines that this one cannot see (`alone=False`). With
-    `hang_timeout_factor` 0 no phase counts as hanging. `clock`: returns seconds since any fixed moment.
+    A phase hangs if it takes longer than `hang_timeout_factor` times the median of its earlier durations and longer
+    than `LEAST_S` (`_OUTSIDE` has larger minimums). In the first occurrence of a phase, the run hangs if no process of
+    it has worked for `FIRST_S`; this check is skipped if processes are on machines that this one cannot see
+    (`alone=False`). With `hang_timeout_factor` 0 no phase counts as hanging. `clock`: returns seconds since any fixed
+    moment.
     """
 
     def __init__(

@@ -42,10 +42,10 @@ class Mxfp4Linear(nn.Linear):
     ``name_in_checkpoint`` is the module's name in the folder that it was loaded from, if known.
 
     ``activation`` rounds x to MXFP4 first, as an engine with 4-bit activations does; the gradient is passed straight
-    through. With None (the default) x is not rounded. With ``cache_dequantized`` the layer keeps W in ``compute_dtype`` beside
-    the bytes from its first forward on. This needs four times the memory of the bytes in addition, for the whole weight
-    on every rank, and saves the dequantisation in forward and backward. The copy is neither a parameter nor part of a
-    state dict.
+    through. With None (the default) x is not rounded. With ``cache_dequantized`` the layer keeps W in ``compute_dtype``
+    beside the bytes from its first forward on. This needs four times the memory of the bytes in addition, for the whole
+    weight on every rank, and saves the dequantisation in forward and backward. The copy is neither a parameter nor part
+    of a state dict.
 
     FSDP2 shards the packed parameters; torch before 2.13 needs `verl_aqn.mxfp4.sharding.allow_packed_shards` for this.
 

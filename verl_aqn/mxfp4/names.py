@@ -50,5 +50,5 @@ def parts_of(stack: str, count: int) -> list[tuple[Expert, str]]:
 
 
 def pooled_name(name: str) -> str:
-    """The name of the experts of a layer taken together; a module that is in no expert keeps its own."""
+    """Return the common name of a layer's experts; a module that is in no expert keeps its name."""
     return re.sub(r"\.experts\.\d+\.", ".experts.*.", name)

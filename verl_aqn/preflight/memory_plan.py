@@ -202,8 +202,8 @@ def micro_batch(sizes: Sizes, prompts: int, tokens: int) -> MicroBatch:
 def saved_activations(shape: Shape, sizes: Sizes, micro: MicroBatch) -> int:
     """Return what one decoder layer saves for backward, which is also its maximum without backward.
 
-    tests/unit/preflight/test_memory.py counts this with autograd's own hooks. Bytes per token: 8H inputs of two norms in fp32
-    (and 4 (Q + C) of norms on heads); 2 (2H + Q) inputs of the qkv, output and MLP projections; 8F gate, its
+    tests/unit/preflight/test_memory.py counts this with autograd's own hooks. Bytes per token: 8H inputs of two norms
+    in fp32 (and 4 (Q + C) of norms on heads); 2 (2H + Q) inputs of the qkv, output and MLP projections; 8F gate, its
     activation, up, and their product; at least 14r outputs of the adapters' A. Attention: 2Q + 4a per query (a sums of
     the softmax), 4C per key with its value. Shared prompts add 2Q per query, because the output of attention is
     reordered, and 4 per entry of the mask, which SDPA converts to floats.
@@ -295,10 +295,11 @@ def cache_bytes(shape: Shape, sizes: Sizes) -> int:
 def rollout(shape: Shape, sizes: Sizes, costs: Costs, cache: int) -> Estimate:
     """Estimate one tensor-parallel rank of the rollout, with `cache` bytes of KV cache.
 
-    The base is packed unless the rollout uses the equal bf16 weights (as for experts on a CPU, see `verl_aqn.config.serving`);
-    the CPU's kernel holds a bf16 copy in addition to the packed bytes. Adapters have a slot of rank r' (the next rank
-    that vLLM supports) and one more copy from which the slot is filled; the slot of the head has V rows too. Norms are
-    in fp32, with a clean copy. CUDA graphs: vLLM's own figure for its capture, 2 % of the weights and 0.5 GB.
+    The base is packed unless the rollout uses the equal bf16 weights (as for experts on a CPU, see
+    `verl_aqn.config.serving`); the CPU's kernel holds a bf16 copy in addition to the packed bytes. Adapters have a slot
+    of rank r' (the next rank that vLLM supports) and one more copy from which the slot is filled; the slot of the head
+    has V rows too. Norms are in fp32, with a clean copy. CUDA graphs: vLLM's own figure for its capture, 2 % of the
+    weights and 0.5 GB.
     """
     parts, rank = sizes.tensor_parallel, served_rank(sizes.rank)
     packed = sizes.served_packed and not (sizes.cpu and shape.packed_experts)

@@ -21,9 +21,11 @@ PACKAGES = ("verl-aqn", "verl", "vllm", "torch", "ray", "transformers", "peft", 
 _PROBES = {
     "verl plugin": "import verl; from verl.plugin.platform.platform_manager import PlatformRegistry as R; "
     "assert R.get('cpu') is not None, 'verl did not load the verl-aqn entry point'; "
-    "from verl_aqn.integrations.verl.verl_plugin import check_versions as c; print(', '.join(f'{k} {v}' for k, v in c().items()))",
+    "from verl_aqn.integrations.verl.verl_plugin import check_versions as c; "
+    "print(', '.join(f'{k} {v}' for k, v in c().items()))",
     "vLLM plugin": "from vllm.plugins import load_general_plugins as load; load(); "
-    "from verl_aqn.integrations.vllm import plugin as p; assert p.is_registered(), 'vLLM did not call the verl-aqn plugin'; "
+    "from verl_aqn.integrations.vllm import vllm_plugin as p; "
+    "assert p.is_registered(), 'vLLM did not call the verl-aqn plugin'; "
     "print('vllm', p.check_version())",
 }
 # Print the bytes of every accelerator, one per line.

@@ -1,9 +1,9 @@
 """Read a run's data files as verl's own data set class does: parquet, JSON, and JSON lines."""
 
-from collections.abc import Iterator
 import codecs
 import json
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any

@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.command import one_line, run
+from tests.helpers.command import one_line, run
 from verl_aqn.bench import quality
+from verl_aqn.checkpoints.calibrate import conversations
 from verl_aqn.errors import ConfigError
-from verl_aqn.mxfp4.calibrate import conversations
+from verl_aqn.tasks.smollm2 import tiny_model
 
 
 def loss_of(model: Path, sequences: int) -> float:

@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig
 
-from tests.tiny_configs import SMALL
-from verl_aqn.data.smollm2 import tiny_model
+from tests.helpers.tiny_configs import SMALL
+from verl_aqn.checkpoints.cached import quantized_cache
+from verl_aqn.checkpoints.calibrate import Calibration, calibration_ids
+from verl_aqn.checkpoints.gptq import gptq, gptq_quantizer, quantize_with_gptq
+from verl_aqn.checkpoints.loading import load_model
+from verl_aqn.checkpoints.packing import checkpoint_digest, quantize_checkpoint
 from verl_aqn.errors import DataError, ModelError
 from verl_aqn.mxfp4 import dequantize, quantize
-from verl_aqn.mxfp4.cached import quantized_cache
-from verl_aqn.mxfp4.calibrate import Calibration, calibration_ids
-from verl_aqn.mxfp4.checkpoint import checkpoint_digest, quantize_checkpoint
 from verl_aqn.mxfp4.codec import SCALE_RULES
-from verl_aqn.mxfp4.gptq import gptq, gptq_quantizer, quantize_with_gptq
-from verl_aqn.mxfp4.model import load_model
+from verl_aqn.tasks.smollm2 import tiny_model
 
 TOKENS = torch.arange(96).view(4, 24)
 

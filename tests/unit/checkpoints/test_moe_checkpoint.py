@@ -9,11 +9,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
-from tests.digests import model_digest
-from tests.tiny_configs import SMALL_MOE
+from tests.helpers.digests import model_digest
+from tests.helpers.tiny_configs import SMALL_MOE
+from verl_aqn.checkpoints.error_report import pool_experts
+from verl_aqn.checkpoints.loading import dequantize_checkpoint, load_model
+from verl_aqn.checkpoints.packing import checkpoint_digest, quantize_checkpoint
 from verl_aqn.errors import ConfigError, ModelError
 from verl_aqn.mxfp4 import dequantize, quantize
-from verl_aqn.mxfp4.checkpoint import checkpoint_digest, quantize_checkpoint
 from verl_aqn.mxfp4.experts import Mxfp4Experts
 
 CONFIGS = {

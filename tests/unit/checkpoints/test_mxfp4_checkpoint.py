@@ -18,13 +18,12 @@ from transformers import (
     Qwen2Config,
 )
 
-from tests.digests import base_digest, model_digest
-from tests.sqnr import sqnr_db
-from tests.tiny_configs import SMALL
-from verl_aqn.errors import ConfigError, ModelError
-from verl_aqn.mxfp4 import Mxfp4Linear, dequantize, quantize
-from verl_aqn.mxfp4.cached import dequantized_cache, quantized_cache
-from verl_aqn.mxfp4.checkpoint import (
+from tests.helpers.digests import base_digest, model_digest
+from tests.helpers.sqnr import sqnr_db
+from tests.helpers.tiny_configs import SMALL
+from verl_aqn.checkpoints.cached import dequantized_cache, quantized_cache
+from verl_aqn.checkpoints.loading import dequantize_checkpoint, load_model
+from verl_aqn.checkpoints.packing import (
     checkpoint_digest,
     quantize_checkpoint,
 )

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.command import one_line, run
-from tests.run_folders import write_run
-from verl_aqn import cli
-from verl_aqn.data.parquet import row, write_parquet
-from verl_aqn.schedule import KINDS
+from tests.helpers.command import one_line, run
+from tests.helpers.run_folders import write_run
+from verl_aqn.cli import main as cli
+from verl_aqn.noise.schedule import KINDS
+from verl_aqn.tasks.parquet import row, write_parquet
 
 
 def test_schedule_as_json():

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.run_folders import write_run
-from tests.users import NOBODY, as_a_user
+from tests.helpers.run_folders import write_run
+from tests.helpers.users import NOBODY, as_a_user
 from verl_aqn.cache import NO_HOME, cache_dir
 from verl_aqn.environment import drop_empty
 from verl_aqn.errors import EnvironmentFault

@@ -15,8 +15,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm.lora.peft_helper import PEFTHelper
 
-from tests.export_runs import adapter_of, exported_run, packed_base, state_of, trained, transformers_engine, write_actor
-from tests.sharded_lora import Lora, save_sharded
+from tests.helpers.export_runs import (
+    adapter_of,
+    exported_run,
+    packed_base,
+    state_of,
+    trained,
+    transformers_engine,
+    write_actor,
+)
+from tests.helpers.sharded_lora import Lora, save_sharded
+from verl_aqn.checkpoints.loading import dequantize_checkpoint, load_model
+from verl_aqn.checkpoints.merging import MergeReport
+from verl_aqn.checkpoints.packing import quantize_checkpoint
+from verl_aqn.cli.export import lines_of
 from verl_aqn.errors import DataError, EvidenceError, ModelError
 from verl_aqn.evaluation.export import exporting, trial
 from verl_aqn.evaluation.export.difference import Difference, first_difference

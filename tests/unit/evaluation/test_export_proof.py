@@ -10,9 +10,12 @@ import torch
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from tests.export_runs import adapter_of, exported_run, packed_base, state_of, trained, transformers_engine
-from verl_aqn.adapter import Adapter
-from verl_aqn.cli import app
+from tests.helpers.export_runs import adapter_of, exported_run, packed_base, state_of, trained, transformers_engine
+from verl_aqn.checkpoints.adapter import Adapter
+from verl_aqn.checkpoints.merging import check_merged, write_merged
+from verl_aqn.checkpoints.storage import Weights
+from verl_aqn.cli.export import lines_of
+from verl_aqn.cli.main import app
 from verl_aqn.errors import EnvironmentFault, EvidenceError
 from verl_aqn.evaluation.export import exporting, trial
 from verl_aqn.evaluation.export import trained_model as reference

@@ -6,20 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from tests.digests import base_digest
+from tests.helpers.digests import base_digest
+from verl_aqn.checkpoints.packing import combined_digest, values_digest
+from verl_aqn.checkpoints.slices import NOTHING
+from verl_aqn.checkpoints.values import plain_digest
 from verl_aqn.errors import EvidenceError
 from verl_aqn.integrations.vllm.observe import keep
 from verl_aqn.integrations.vllm.readback import describe_base, kernel_activation
 from verl_aqn.integrations.vllm.tensor_digests import describe_tensors
 from verl_aqn.integrations.vllm.trace import Trace
 from verl_aqn.mxfp4 import dequantize, quantize
-from verl_aqn.mxfp4.checkpoint import combined_digest, values_digest
-from verl_aqn.mxfp4.values import plain_digest
-from verl_aqn.shards import NOTHING
-from verl_aqn.vllm_api.observe import keep
-from verl_aqn.vllm_api.readback import describe_base, kernel_activation
-from verl_aqn.vllm_api.tensors import describe_tensors
-from verl_aqn.vllm_api.trace import Trace
 
 
 def loaded_model(layers: dict[str, nn.Module], tensors: dict[str, torch.Tensor], load) -> nn.Module:

@@ -72,7 +72,7 @@ def test_rescored_tokens_are_found_by_name_and_the_noisy_ones_are_not_looked_at(
 @pytest.mark.parametrize("mean", [1.01, math.inf, math.nan])
 def test_a_run_stops_above_the_limit_and_where_there_is_no_number(mean):
     with pytest.raises(
-        EvidenceError, match=r"step 1: .*aqn\.parity\.stop=1: the weights were not updated; likely causes: .*window"
+        EvidenceError, match=r"step 1: .*aqn\.mismatch\.stop=1: the weights were not updated; likely causes: .*window"
     ) as told:
         tripwire.judge(found(mean), 1, [], LIMITS, "separate rows")
     assert "\n" not in str(told.value)

@@ -20,7 +20,7 @@ def test_orphans_that_ignore_sigterm_are_ended():
     # The child starts a grandchild that ignores signals, in its own session, and dies: the grandchild is an orphan.
     launcher = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {code!r}], start_new_session=True)"
     program = (
-        "import subprocess, sys, time; from verl_aqn import processes\n"
+        "import subprocess, sys, time; from verl_aqn.runs import processes\n"
         "processes.GRACE_S = 1\n"
         "processes.adopt_orphans()\n"
         f"subprocess.run([sys.executable, '-c', {launcher!r}])\n"

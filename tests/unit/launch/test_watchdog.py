@@ -251,7 +251,10 @@ def test_a_process_that_hangs_in_c_tells_where(tmp_path, hanging):
 
 def test_outside_a_run_nothing_is_promised(tmp_path):
     env = {name: value for name, value in os.environ.items() if name != stacks.FOLDER}
-    code = "from verl_aqn.runs.stacks import SIGNAL, listen; listen(); import faulthandler as f; print(f.unregister(SIGNAL))"
+    code = (
+        "from verl_aqn.runs.stacks import SIGNAL, listen; listen(); "
+        "import faulthandler as f; print(f.unregister(SIGNAL))"
+    )
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
     assert out == "False\n"
 

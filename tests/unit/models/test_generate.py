@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tests.sharing_models import SHARING, V, make
-from verl_aqn.generate import generate, greedy, prefixes
-from verl_aqn.layout.decide import attention_of, use_attention
+from tests.helpers.sharing_models import SHARING, V, make
+from verl_aqn.models.generate import generate, greedy, prefixes
+from verl_aqn.models.layouts import attention_of, use_attention
 
 KINDS = (
     "llama", "gemma2", "gemma3", "mistral", "gpt_oss", "llama4 chunks", "qwen3_next", "lfm2", "granite hybrid",

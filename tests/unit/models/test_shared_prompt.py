@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from verl.utils import tensordict_utils as tu
 
-from tests.engines import bare_engine
-from tests.sharing_models import GQA, SEPARATED, SHARING, V, make
+from tests.helpers.engines import bare_engine
+from tests.helpers.sharing_models import GQA, SEPARATED, SHARING, V, make
 from verl_aqn.errors import ConfigError, ModelError
 from verl_aqn.integrations.verl.engine import AqnFSDPEngine
 from verl_aqn.models.attention import NAME, attention, lay_out

@@ -346,7 +346,7 @@ def _fsdp_worker(rank: int, world: int, port: int, make: Callable[[], nn.Module]
             for a, b in zip(got, bases, strict=True):
                 assert torch.equal(a.full_tensor(), b)
             if world == 1:  # the digest's import of transformers is slow in a spawned rank
-                from tests.digests import model_digest
+                from tests.helpers.digests import model_digest
 
                 assert model_digest(model) == model_digest(make())
     finally:

@@ -25,7 +25,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm, Qwen3NextRMSNormGated
 
-from tests.tiny_configs import TINY
+from tests.helpers.tiny_configs import TINY
 from verl_aqn.errors import ConfigError, EvidenceError, ModelError
 from verl_aqn.noise import (
     NoiseInjector,
@@ -273,9 +273,7 @@ def test_norms_expected_of_a_folder_are_those_of_its_model(tmp_path):
     answer = injector.describe(order)
     check_norms(expected, [answer], order)
     short = answer | {"names": expected[1:]}
-    with pytest.raises(
-        EvidenceError, match=rf"norm {expected[0]}: the model folder has it, .*8 found, 9 expected"
-    ):
+    with pytest.raises(EvidenceError, match=rf"norm {expected[0]}: the model folder has it, .*8 found, 9 expected"):
         check_norms(expected, [answer, short], order)
     with pytest.raises(EvidenceError, match=r"norm mtp\.norm: rollout rank 0 has it"):
         check_norms(expected, [answer | {"names": [*expected, "mtp.norm"]}], order)

@@ -8,8 +8,9 @@ from transformers.models.gemma.modeling_gemma import GemmaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
 
-from tests.engines import bare_engine
-from tests.tiny_configs import TINY
+from tests.helpers.engines import bare_engine
+from tests.helpers.tiny_configs import TINY
+from verl_aqn.integrations.verl.engine import AqnFSDPEngine
 from verl_aqn.noise import NoiseInjector, NoiseOrder, check_evidence
 
 ORDER = NoiseOrder(step=3, seed=1, sigma=0.05, unit="rms")

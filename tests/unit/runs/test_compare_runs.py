@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from tests.run_folders import validated_run
-from verl_aqn.cli import compare as command
+from tests.helpers.run_folders import validated_run
+from verl_aqn.cli.main import compare as command
 from verl_aqn.errors import ConfigError, DataError
 from verl_aqn.runs.stats.arms import arms, read_run
 from verl_aqn.runs.stats.crossed import spread

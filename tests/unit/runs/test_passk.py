@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 
 from verl_aqn.errors import DataError
-from verl_aqn.runs.passk import avg_at_k, ks, mean_pass, pass_at_k
+from verl_aqn.runs.stats.passk import avg_at_k, ks, mean_pass, pass_at_k
 
 
 @pytest.mark.parametrize("samples", range(1, 8))

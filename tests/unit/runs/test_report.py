@@ -7,20 +7,14 @@ import sys
 
 import pytest
 
-from tests.pages import Text, page_of
-from tests.run_folders import BASE, metrics, write_run
+from tests.helpers.pages import Text, page_of
+from tests.helpers.run_folders import BASE, metrics, write_run
 from verl_aqn.errors import ConfigError, DataError
-from verl_aqn.report.answers import read_answers
-from verl_aqn.report.charts import Chart, Series, number
-from verl_aqn.report.evidence import checks, noise_table
-from verl_aqn.report.page import write_report
-from verl_aqn.report.records import QUANTIZATION, read_runs
-from verl_aqn.report.sections import NESTED, OUTSIDE, PHASES, accuracy, bases, times
 from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.runs.report.answers import read_answers
 from verl_aqn.runs.report.charts import Chart, Series, number
 from verl_aqn.runs.report.evidence_section import checks, noise_table
-from verl_aqn.runs.report.page import render, write_report
+from verl_aqn.runs.report.page import write_report
 from verl_aqn.runs.report.page_data import QUANTIZATION, read_runs
 from verl_aqn.runs.report.sections import NESTED, OUTSIDE, PHASES, accuracy, bases, times
 

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console as RichConsole
 from typer.testing import CliRunner
 
-from tests.run_folders import begin_run, end_run
-from verl_aqn.cli import app, main
+from tests.helpers.run_folders import begin_run, end_run
+from verl_aqn.cli.main import app, main
 from verl_aqn.errors import DataError
 from verl_aqn.runs import run_list as listing
 from verl_aqn.runs.folder import RunFolder, open_run

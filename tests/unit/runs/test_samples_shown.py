@@ -5,10 +5,10 @@ import json
 import pytest
 from rich.console import Console as RichConsole
 
-from tests.pages import page_of
-from tests.run_folders import lines_of, write_run
-from verl_aqn.console import Console, result_table
-from verl_aqn.runs.listing import describe, table
+from tests.helpers.pages import page_of
+from tests.helpers.run_folders import lines_of, write_run
+from verl_aqn.launch.console import Console, result_table
+from verl_aqn.runs.run_list import describe, table
 
 RECORD = {
     "kind": "validation",

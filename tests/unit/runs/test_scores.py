@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.run_folders import line, lines_of, validated_run, write_lines
+from tests.helpers.run_folders import line, lines_of, validated_run, write_lines
 from verl_aqn.errors import ConfigError, DataError
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.stats.arms import arms, read_run

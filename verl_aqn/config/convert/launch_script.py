@@ -5,12 +5,12 @@ shell knows (the output of a command, a branch, a variable that is not set) stay
 reason.
 """
 
-from typing import Any
 import ast
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from verl_aqn.errors import ConfigError
 

@@ -1,1 +1,4 @@
-"""Export of a run's checkpoint for PEFT, vLLM and transformers; read `verl_aqn.evaluation.export.exporting.export` first."""
+"""Export of a run's checkpoint for PEFT, vLLM and transformers.
+
+Read `verl_aqn.evaluation.export.exporting.export` first.
+"""

@@ -31,8 +31,8 @@ def ask_vllm(
 ) -> list[dict[str, Any]]:
     """Run an engine with the settings of the run ``config`` on ``model`` with each of ``adapters``.
 
-    See `verl_aqn.integrations.vllm.greedy_answers` for the arguments and the result (its `said`). ``of_run``: whether ``model`` is the
-    base in the rollout weight format of the run, and not a merged model.
+    See `verl_aqn.integrations.vllm.greedy_answers` for the arguments and the result (its `said`). ``of_run``: whether
+    ``model`` is the base in the rollout weight format of the run, and not a merged model.
 
     Raises:
         EnvironmentFault: the engine did not start or did not respond; the message ends with the last line of its log.

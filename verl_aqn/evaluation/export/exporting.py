@@ -28,16 +28,17 @@ RECORD = "verl_aqn_export.json"
 def export(run: Path, dst: Path, *, merge: bool = False, say: Callable[[str], None] = lambda text: None) -> dict:
     """Write the adapter of ``run``, or with ``merge`` a bf16 model of base and adapter, to the new folder ``dst``.
 
-    ``run`` is a run, a folder of runs, or a checkpoint (`verl_aqn.evaluation.export.source.find_source`). Returns the proof, which
-    is also written to ``dst`` (`RECORD`). ``dst`` appears complete and with all checks passed, or not at all.
+    ``run`` is a run, a folder of runs, or a checkpoint (`verl_aqn.evaluation.export.source.find_source`). Returns the
+    proof, which is also written to ``dst`` (`RECORD`). ``dst`` appears complete and with all checks passed, or not at
+    all.
 
     Fields of the proof: `run`, `run_path`, `step`; `merged`; `base` (path, digest); `adapter` (the digests: `digest` of
     the checkpoint's adapter, `recorded` by the run, `read_back` from the written folder with PEFT, None for a merged
     model); `nonzero_b`, the number of modules that the adapter changes; `rank`, `alpha`, `rslora`; `activation`;
-    `merge` (`verl_aqn.checkpoints.merging.MergeReport`, the `unchanged` modules, and the number of tensors `read_back` bit
-    for bit; None for an adapter); `answers` (`verl_aqn.evaluation.export.trial.Trial.to_dict`); `proved`, False if the trial
-    cannot distinguish the export from its base (`answers.undecided` says why). Records of earlier versions lack
-    `proved`, `read_back`, `unchanged`, and most fields of `answers`.
+    `merge` (`verl_aqn.checkpoints.merging.MergeReport`, the `unchanged` modules, and the number of tensors `read_back`
+    bit for bit; None for an adapter); `answers` (`verl_aqn.evaluation.export.trial.Trial.to_dict`); `proved`, False if
+    the trial cannot distinguish the export from its base (`answers.undecided` says why). Records of earlier versions
+    lack `proved`, `read_back`, `unchanged`, and most fields of `answers`.
 
     Raises:
         DataError, ModelError: the run, its checkpoint, base or data cannot be used, or ``dst`` exists.

@@ -1,6 +1,7 @@
-"""Check whether verl can load agent loops and tools: `python -m verl_aqn.verl_api.tools QUESTION_JSON`.
+"""Check whether verl can load agent loops and tools: `python -m verl_aqn.integrations.verl.ask_tools QUESTION_JSON`.
 
-The last line of standard output is {"fault": "", "tools": [name, …]} as JSON, which `verl_aqn.preflight.tools` reads.
+The last line of standard output is {"fault": "", "tools": [name, …]} as JSON, which `verl_aqn.preflight.agent_tools`
+reads.
 """
 
 import json

@@ -1,8 +1,10 @@
-"""Check which settings of a config the installed verl rejects, before a run: `python -m verl_aqn.verl_api.ask`.
+"""Check which settings of a config the installed verl rejects, before a run.
+
+Use: `python -m verl_aqn.integrations.verl.ask_verl`.
 
 Standard input is the resolved config as JSON; the last line of standard output is the answer as JSON (see
-`verl_aqn.preflight.verl`). The module creates verl's own objects as verl's trainer and workers do, and calls verl's own
-functions with a few invented numbers. An error here would also occur in the run.
+`verl_aqn.preflight.verl_says`). The module creates verl's own objects as verl's trainer and workers do, and calls
+verl's own functions with a few invented numbers. An error here would also occur in the run.
 """
 
 import json

@@ -1,4 +1,7 @@
-"""Build the records of kind `base` (`verl_aqn.judge.base`) from what disk, actor and rollout hold of the base."""
+"""Build the records of kind `base` (`verl_aqn.runs.judge.base_record`) from what disk.
+
+Actor and rollout hold of the base.
+"""
 
 import hashlib
 import json

@@ -1,8 +1,8 @@
 """Set-up and clean-up of the nodes for a run on an existing Ray cluster.
 
-On one machine every process of a run inherits its environment from `verl_aqn.supervise`. On a cluster the processes
-are children of `ray start`, so they get their environment from `verl_aqn.cluster.worker`.
-`python -m verl_aqn.verl_api.nodes clean RUN TEMPORARY …` cleans all nodes after a run, and `stacks RUN TEMPORARY`
+On one machine every process of a run inherits its environment from `verl_aqn.launch.supervise`. On a cluster the
+processes are children of `ray start`, so they get their environment from `verl_aqn.cluster.worker_setup`. `python -m
+verl_aqn.integrations.verl.cluster_nodes clean RUN TEMPORARY …` cleans all nodes after a run, and `stacks RUN TEMPORARY`
 prints the stack traces of its processes on each node.
 """
 

@@ -1,7 +1,7 @@
 """Read the first rows of a run's data with verl's data set class, or the user's own, before anything is started.
 
-`python -m verl_aqn.verl_api.first_rows` reads a recipe's config from standard input; the last line of standard output
-is the answer as JSON (`verl_aqn.preflight.rows`). A fault is reported in one line.
+`python -m verl_aqn.integrations.verl.first_rows` reads a recipe's config from standard input; the last line of standard
+output is the answer as JSON (`verl_aqn.preflight.data_rows`). A fault is reported in one line.
 """
 
 import json

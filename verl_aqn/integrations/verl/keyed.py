@@ -1,8 +1,8 @@
 """Reproducible prompts, requests and batches: two runs with the same seed get the same samples.
 
 In verl, prompts have random UUIDs, requests have no seed, and a batch is in the order in which responses arrived. Here
-each request has its own seed (`verl_aqn.seeds`), and a batch is in the order of its keys. If groups are filtered, the
-first groups in the order of the data are used, also if more were requested.
+each request has its own seed (`verl_aqn.runs.request_seeds`), and a batch is in the order of its keys. If groups are
+filtered, the first groups in the order of the data are used, also if more were requested.
 """
 
 from collections import deque

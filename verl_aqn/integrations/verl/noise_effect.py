@@ -38,7 +38,7 @@ class UseOfNoise:
         mismatch: float,
         noisy_trainer: Tensor | None = None,
     ) -> dict[str, Any] | None:
-        """Return a step's record `use`, without its field `step`, for `verl_aqn.judge.use.check_effect`.
+        """Return a step's record `use`, without its field `step`, for `verl_aqn.runs.judge.noise_use.check_effect`.
 
         Args:
             data: the fields of the step. keys: names of the B samples.

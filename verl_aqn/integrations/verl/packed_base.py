@@ -64,7 +64,7 @@ class PackedBase(FSDPEngineWithLMHead):
         be on the meta device. If the model is ``noisy``, every rank reads the norms. Tied weights do not stay tied when
         they are moved from the meta device, so every rank reads such a model (as in verl).
         """
-        told = self.model_config.override_config  # set by verl_aqn.prepare.tell_workers
+        told = self.model_config.override_config  # set by verl_aqn.preflight.prepare.tell_workers
         path = self.model_config.local_path
         attention = told.get("attn_implementation")
         if attention == "sdpa":

@@ -24,7 +24,7 @@ from verl_aqn.runs.judge.records import VERSION, Judge
 class ProvingTrainer(ValidatingTrainer):
     """A trainer that records and checks noise, adapter and base in the run's processes.
 
-    `record` writes evidence to the run folder `aqn.run.dir`, and stops the run if `verl_aqn.judge` finds a fault.
+    `record` writes evidence to the run folder `aqn.run.dir`, and stops the run if `verl_aqn.runs.judge` finds a fault.
     """
 
     def __init__(self, config: DictConfig):

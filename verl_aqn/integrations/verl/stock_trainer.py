@@ -33,7 +33,7 @@ from verl_aqn.runs.judge.stock_records import StockJudge
 
 
 class StockTrainer(PPOTrainerSync):
-    """verl's trainer with checks. `verl_aqn.verl_api.stock` turns an object of verl's into this class.
+    """verl's trainer with checks. `verl_aqn.integrations.verl.stock_hook` turns an object of verl's into this class.
 
     `changed`: the settings that were changed in the config for the checks.
     """
@@ -260,7 +260,7 @@ class StockTrainer(PPOTrainerSync):
 
 
 def use_of_adapter(data: Any, unadapted: Any) -> dict[str, float]:
-    """Return the record `adapter use` (`verl_aqn.judge.stock`) of a step, without its field `step`.
+    """Return the record `adapter use` (`verl_aqn.runs.judge.stock_records`) of a step, without its field `step`.
 
     Args:
         data: `response_mask`, `old_log_probs` (the actor's, with its adapter) and `rollout_log_probs`, each [B, R].

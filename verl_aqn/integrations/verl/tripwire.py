@@ -104,12 +104,12 @@ def judge(
     causes = f"likely causes: {CAUSES}" + (f"; layout of a batch: {layout}" if layout else "")
     if not lowest <= limits.stop:  # NaN, too
         raise EvidenceError(
-            f"{text}, above aqn.parity.stop={limits.stop:g}: the weights were not updated; {causes}; try "
+            f"{text}, above aqn.mismatch.stop={limits.stop:g}: the weights were not updated; {causes}; try "
             "aqn.mxfp4.enabled=false"
         )
     usual = statistics.median(earlier[:BASELINE_STEPS]) if len(earlier) >= BASELINE_STEPS else math.inf
     if lowest > max(GROWTH * usual, GROWTH_FLOOR):
         return f"{text}, {mean / usual:.1f} times that of the first steps ({usual:.3g}): {causes}"
     if lowest > limits.warn and not any(value > limits.warn for value in earlier):  # warn only once
-        return f"{text}, above aqn.parity.warn={limits.warn:g}: {causes}"
+        return f"{text}, above aqn.mismatch.warn={limits.warn:g}: {causes}"
     return None

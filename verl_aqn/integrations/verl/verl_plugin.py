@@ -27,7 +27,7 @@ listen()
 watch()
 note_task_errors()
 if FOLDER in os.environ:  # not in a stock run, where other nodes may lack this package
-    from verl_aqn.verl_api.queue import guard
+    from verl_aqn.integrations.verl.queue import guard
 
     guard()
 

@@ -20,7 +20,7 @@ class AqnTrainingWorker(TrainingWorker):
     def __init__(self, config):
         assert_loaded("training worker")
         # verl imports a model's external_lib where it creates the model's config; for a critic this is another process.
-        import verl_aqn.verl_api.engine  # noqa: F401
+        import verl_aqn.integrations.verl.engine  # noqa: F401
 
         open_process_group()
         super().__init__(config)

@@ -1,8 +1,10 @@
-"""Check whether the installed vLLM can serve a model: `python -m verl_aqn.vllm_api.ask FOLDER OPTIONS_JSON`.
+"""Check whether the installed vLLM can serve a model.
+
+Use: `python -m verl_aqn.integrations.vllm.ask_vllm FOLDER OPTIONS_JSON`.
 
 vLLM builds the model of FOLDER/config.json, with its slots for adapters, on the meta device. It reads no weights, so
 the size of the model does not matter. The last line of standard output is the answer as JSON, which
-`verl_aqn.preflight.vllm` reads.
+`verl_aqn.preflight.vllm_says` reads.
 """
 
 import json
@@ -125,17 +127,6 @@ def _build(folder: Path, options: dict[str, Any], weights: Path) -> dict[str, An
     return said
 
 
-def linear_layers(folder: Path) -> list[str]:
-    """Return the names of the linear layers that get adapters with PEFT's `all-linear`; reads only config.json."""
-    from torch import nn
-
-    from verl_aqn.mxfp4.model import empty_model
-
-    model = empty_model(folder)
-    head = model.get_output_embeddings()
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
-
-
 def _attention(config: Any) -> dict[str, Any]:
     """Return whether all attention layers have a window, and the head sizes that their backend does not support."""
     windows, unfit = set(), set()
@@ -190,8 +181,8 @@ def refused_tensor(model: Any, folder: Path) -> str | None:
 
 def sent_names(folder: Path, linears: list[str]) -> dict[str, str]:
     """Map transformers' names of linear layers to the names under which the actor sends their adapters."""
-    from verl_aqn.mxfp4.building import is_multimodal
-    from verl_aqn.mxfp4.names import Naming
+    from verl_aqn.checkpoints.building import is_multimodal
+    from verl_aqn.checkpoints.naming import Naming
 
     if not is_multimodal(folder):
         return {name: name for name in linears}

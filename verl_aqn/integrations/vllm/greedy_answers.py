@@ -1,4 +1,6 @@
-"""Greedy responses of stock vLLM, for `verl-aqn export`: `python -m verl_aqn.vllm_api.answers REQUEST RESULT`.
+"""Greedy responses of stock vLLM, for `verl-aqn export`.
+
+Use: `python -m verl_aqn.integrations.vllm.greedy_answers REQUEST RESULT`.
 
 It runs in its own process, because the setup of an engine cannot be undone in a process. REQUEST and RESULT are JSON
 files.

@@ -1,4 +1,4 @@
-"""Observe how vLLM loads the base and adapters (`verl_aqn.vllm_api.trace`), and keep the results on the model.
+"""Observe how vLLM loads the base and adapters (`verl_aqn.integrations.vllm.trace`), and keep the results on the model.
 
 `model.aqn_loaded`: which regions of its parameters came from which tensors of the checkpoint. `model.aqn_names`: the
 checkpoint's name of every parameter that is one tensor. `model.aqn_adapter`: the same as `aqn_loaded` for the adapter

@@ -1,8 +1,9 @@
 """Read back what a vLLM model really holds, under the checkpoint's names.
 
 vLLM fuses q, k, v (and gate, up, and the experts of a MoE layer) into one parameter, renames modules and splits them
-over ranks. While the model was loaded, `verl_aqn.vllm_api.trace` observed which region of a parameter came from which
-tensor (`model.aqn_loaded`). This module reads these regions and joins them again. Nothing in this file imports vLLM.
+over ranks. While the model was loaded, `verl_aqn.integrations.vllm.trace` observed which region of a parameter came
+from which tensor (`model.aqn_loaded`). This module reads these regions and joins them again. Nothing in this file
+imports vLLM.
 """
 
 from collections.abc import Callable, Collection, Iterator

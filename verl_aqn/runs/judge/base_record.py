@@ -20,11 +20,12 @@ The trainer checks each record when it writes it, and `report` checks it again. 
 - `activation`: the expected rounding of activations; `actor_activations` and `rollout[].activations`: the actual one.
 - `disk`, `served`, `actor` (of a quantised base): digests of its packed modules on disk, of the form that the rollout
   holds, and of every rank of the actor.
-- `rollout`: the reading of every rank (`verl_aqn.vllm_api.readback.describe_base`), with `sliced` instead of its
+- `rollout`: the reading of every rank (`verl_aqn.integrations.vllm.readback.describe_base`), with `sliced` instead of
+  its
   `slices`: the number of matrices that the rank holds in part or not at all (`matrices`), and a digest of the parts.
   Older records have `slices`.
 
-In the file, ranks with equal readings are one entry (`verl_aqn.judge.ranks.grouped_base`).
+In the file, ranks with equal readings are one entry (`verl_aqn.runs.judge.ranks.grouped_base`).
 """
 
 from __future__ import annotations
@@ -331,7 +332,7 @@ def _check_packed(record: Mapping[str, Any], quantised: bool, form: str, ranks: 
         name = f"rollout {rank}"
         _must(
             one.get("form") == form,
-            f"{where}{name} holds its base as {one.get('form')}, expected aqn.mxfp4.serve={form}",
+            f"{where}{name} holds its base as {one.get('form')}, expected aqn.mxfp4.rollout_weight_format={form}",
         )
         _must(_tells_parts(one), f"{where}{name} does not say which parts it holds")
     if not quantised:

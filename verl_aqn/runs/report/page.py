@@ -38,8 +38,8 @@ def write_report(
 ) -> int:
     """Write the page about the runs in `paths` to the new file `dst`, and return its size in bytes.
 
-    `factors` and `any_difference` are as in `verl_aqn.runs.stats.arms.arms`; runs that cannot be compared are shown too, with
-    the reason. `answers`: the number of problems that are shown with their responses.
+    `factors` and `any_difference` are as in `verl_aqn.runs.stats.arms.arms`; runs that cannot be compared are shown
+    too, with the reason. `answers`: the number of problems that are shown with their responses.
 
     Raises: ConfigError: `dst` exists, or a run is given twice. EnvironmentFault: `dst` cannot be written. DataError: a
     path contains no run, or one of its records is damaged.

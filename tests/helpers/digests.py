@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from verl_aqn.mxfp4.checkpoint import combined_digest, module_digest, packed_weights
+from verl_aqn.checkpoints.packing import combined_digest, module_digest, packed_weights
 
 
 def base_digest(tensors: Iterable[tuple[str, Tensor, Tensor]]) -> str:

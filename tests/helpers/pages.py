@@ -2,8 +2,8 @@
 
 from html.parser import HTMLParser
 
-from verl_aqn.report.page import render
-from verl_aqn.report.records import read_runs
+from verl_aqn.runs.report.page import render
+from verl_aqn.runs.report.page_data import read_runs
 
 
 class Text(HTMLParser):
