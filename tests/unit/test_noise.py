@@ -283,9 +283,7 @@ def test_norms_expected_of_a_folder_are_those_of_its_model(tmp_path):
     answer = injector.describe(order)
     check_norms(expected, [answer], order)
     short = answer | {"names": expected[1:]}
-    with pytest.raises(
-        EvidenceError, match=rf"norm {expected[0]}: the model folder has it, .*8 found, 9 expected"
-    ):
+    with pytest.raises(EvidenceError, match=rf"norm {expected[0]}: the model folder has it, .*8 found, 9 expected"):
         check_norms(expected, [answer, short], order)
     with pytest.raises(EvidenceError, match=r"norm mtp\.norm: rollout rank 0 has it"):
         check_norms(expected, [answer | {"names": [*expected, "mtp.norm"]}], order)
