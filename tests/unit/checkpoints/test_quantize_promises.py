@@ -58,7 +58,7 @@ def refused(kind: type[AqnError], match: str, function, *arguments, **more) -> N
 def test_fused_layers_agree(source: Path, tmp_path: Path, exclude, others) -> None:
     refused(
         ConfigError,
-        f"{others} there, which vLLM fuses into one layer: exclude all of them .--exclude {others.split(', ')[0]} ",
+        f"{others}, which vLLM fuses into one layer: exclude all of them .--exclude {others.split(', ')[0]} ",
         quantize_checkpoint,
         source,
         tmp_path / "out",
