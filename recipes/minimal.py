@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from verl_aqn.bench import letters
 from verl_aqn.cache import cache_dir
 from verl_aqn.mxfp4 import Mxfp4Linear
-from verl_aqn.noise import NoiseInjector, NoiseOrder
+from verl_aqn.noise import NoiseInjector, NoiseSpec
 from verl_aqn.noise.schedule import SigmaSchedule
 from verl_aqn.tasks import gsm8k
 from verl_aqn.tasks.smollm2 import embedded_model, tiny_model
@@ -51,7 +51,7 @@ class Trainer:
     def step(self, step: int, batch: list) -> tuple[float, float]:
         """Explore with noise, then learn without it; return σ and the mean reward of the responses."""
         sigma = self.schedule.sigma(step)
-        self.noise.apply(NoiseOrder(step=step, seed=self.seed, sigma=sigma, unit="rms"))
+        self.noise.apply(NoiseSpec(step=step, seed=self.seed, sigma=sigma, unit="rms"))
         sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "num_return_sequences": RESPONSES}
         groups = [self.respond(problem, **sampling) for problem in batch]
         self.noise.restore()  # the update sees the clean policy

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from verl_aqn.noise import NoiseInjector, NoiseOrder, check_evidence, find_norms
+from verl_aqn.noise import NoiseInjector, NoiseSpec, check_evidence, find_norms
 
 pytest.importorskip("vllm")
 
@@ -86,7 +86,7 @@ def test_noise_reaches_what_vllm_computes(model, sigma):
     injector = NoiseInjector(model)
     x = torch.randn(4, 256)
     clean = model["rms"](x)
-    order = NoiseOrder(3, 0, sigma, "rms")
+    order = NoiseSpec(3, 0, sigma, "rms")
     check_evidence(injector.apply(order), order, injector.clean_digest)
     change = (model["rms"](x) - clean).square().mean().sqrt() / clean.square().mean().sqrt()
     assert change.item() == pytest.approx(sigma, rel=0.3)
@@ -141,7 +141,7 @@ def test_the_norm_in_front_of_the_router_is_found_in_vllm_s_own_layers(layernorm
         layers.append(layer)
     model = nn.ModuleDict({"layers": layers, "norm": layernorm.RMSNorm(64, dtype=torch.bfloat16)})
     injector = NoiseInjector(model)
-    order = NoiseOrder(3, 0, 0.05, "absolute")
+    order = NoiseSpec(3, 0, 0.05, "absolute")
     evidence = injector.apply(order)
     check_evidence(evidence, order, injector.clean_digest)
     assert injector.describe(order)["router_norms"] == ["layers.1.post_attention_layernorm"]

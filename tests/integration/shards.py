@@ -12,10 +12,10 @@ ORDER = {"step": 2, "seed": 1, "sigma": 0.2, "unit": "absolute", "targets": ["no
 def save_shard(worker, out: str) -> None:
     import torch
 
-    from verl_aqn.noise.spec import NoiseOrder
+    from verl_aqn.noise.spec import NoiseSpec
 
     worker.aqn_prepare(ORDER)
-    targets = [target for target, _ in worker.aqn_injector._select(NoiseOrder.from_dict(ORDER))]
+    targets = [target for target, _ in worker.aqn_injector._select(NoiseSpec.from_dict(ORDER))]
     held = {}
     for when, write in (("clean", worker.aqn_restore), ("noisy", lambda: worker.aqn_apply_noise(ORDER))):
         write()

@@ -11,7 +11,7 @@ from verl_aqn.checkpoints.packing import checkpoint_digest, quantize_checkpoint
 from verl_aqn.digest import tensor_digest
 from verl_aqn.mxfp4.experts import packed_layers
 from verl_aqn.mxfp4.linear import Activation
-from verl_aqn.noise import NoiseOrder, check_evidence
+from verl_aqn.noise import NoiseSpec, check_evidence
 
 
 def engine(model: Path, *arguments) -> dict:
@@ -122,7 +122,7 @@ def test_engine_holds_the_adapter_under_the_trainer_s_names(packed, folders):
 
 
 def test_noise_changes_the_answers_and_restoring_gives_the_old_ones(packed):
-    order = NoiseOrder(step=4, seed=0, sigma=0.3, unit="rms")
+    order = NoiseSpec(step=4, seed=0, sigma=0.3, unit="rms")
     clean = packed["prepared"]["clean_digest"]
     check_evidence(packed["noise"], order, clean)
     check_evidence(packed["restored"], None, clean)
@@ -132,7 +132,7 @@ def test_noise_changes_the_answers_and_restoring_gives_the_old_ones(packed):
 
 
 def test_noise_on_linear_weights_changes_the_answers_and_is_taken_away_bit_for_bit(packed):
-    order = NoiseOrder(step=4, seed=0, sigma=0.3, unit="rms", targets=("linear",))
+    order = NoiseSpec(step=4, seed=0, sigma=0.3, unit="rms", targets=("linear",))
     clean = packed["prepared"]["clean_digest"]
     check_evidence(packed["linear"], order, clean)
     check_evidence(packed["linear_restored"], None, clean)
@@ -174,7 +174,7 @@ def test_two_tensor_parallel_ranks_hold_the_base_and_the_noise_of_one(packed, fo
 
 def test_an_order_of_sigma_0_changes_no_token_and_no_probability(packed):
     check_evidence(
-        packed["silence"], NoiseOrder(step=4, seed=0, sigma=0.0, unit="rms"), packed["prepared"]["clean_digest"]
+        packed["silence"], NoiseSpec(step=4, seed=0, sigma=0.0, unit="rms"), packed["prepared"]["clean_digest"]
     )
     assert packed["silent"] == packed["clean"] == packed["loaded"]
     assert packed["silent sampled"] == packed["clean sampled"] != packed["clean"]["tokens"]

@@ -4,7 +4,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.config.schema import NoiseConfig, parse_aqn
 from verl_aqn.noise.schedule import SigmaSchedule
-from verl_aqn.noise.spec import NoiseOrder
+from verl_aqn.noise.spec import NoiseSpec
 
 
 def schedule_of(config: DictConfig | dict, total_steps: int) -> SigmaSchedule:
@@ -24,11 +24,11 @@ def schedule_of(config: DictConfig | dict, total_steps: int) -> SigmaSchedule:
     )
 
 
-def order_of(noise: NoiseConfig, schedule: SigmaSchedule, step: int) -> NoiseOrder:
+def order_of(noise: NoiseConfig, schedule: SigmaSchedule, step: int) -> NoiseSpec:
     """Return the complete noise specification of RL step `step` (from 0), so that no process needs its own config."""
     if not noise.enabled:
-        return NoiseOrder(step, noise.seed, 0.0, noise.unit, targets=())
-    return NoiseOrder(
+        return NoiseSpec(step, noise.seed, 0.0, noise.unit, targets=())
+    return NoiseSpec(
         step=step,
         seed=noise.seed,
         sigma=schedule.sigma(step),

@@ -19,7 +19,7 @@ ScaleRule = Literal["mse", "even", "floor", "rceil"]
 
 @dataclass(frozen=True)
 class NoiseConfig:
-    """Noise on the weights of the rollout (`aqn.noise`): when (`SigmaSchedule`), where and how much (`NoiseOrder`)."""
+    """Noise on the weights of the rollout (`aqn.noise`): when (`SigmaSchedule`), where and how much (`NoiseSpec`)."""
 
     enabled: bool = True
     kind: Kind = "exponential"

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from verl_aqn.noise.injector import NoiseInjector
     from verl_aqn.noise.norms import find_norms
     from verl_aqn.noise.rng import draw
-    from verl_aqn.noise.spec import UNITS, NoiseOrder
+    from verl_aqn.noise.spec import UNITS, NoiseOrder, NoiseSpec
 
 __all__ = [
     "UNITS",
     "NoiseInjector",
     "NoiseOrder",
+    "NoiseSpec",
     "check_equal_noise",
     "check_evidence",
     "check_norms",
@@ -32,6 +33,7 @@ _CHECKS = ("check_equal_noise", "check_evidence", "check_norms", "check_used", "
 _MODULES = dict.fromkeys(_CHECKS, "checks") | {
     "UNITS": "spec",
     "NoiseOrder": "spec",
+    "NoiseSpec": "spec",
     "NoiseInjector": "injector",
     "draw": "rng",
     "expected_norms": "expected",

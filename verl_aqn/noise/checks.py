@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from verl_aqn.errors import EvidenceError
-from verl_aqn.noise.spec import NoiseOrder
+from verl_aqn.noise.spec import NoiseSpec
 
 TOLERANCE = 1.2
 """σ in the weights may lie outside its sampling interval by up to this factor."""
@@ -24,7 +24,7 @@ def sigma_interval(sigma: float, n: int) -> tuple[float, float]:
     return sigma * low, sigma * high
 
 
-def check_evidence(evidence: Mapping[str, Any], order: NoiseOrder | None, clean_digest: str) -> None:
+def check_evidence(evidence: Mapping[str, Any], order: NoiseSpec | None, clean_digest: str) -> None:
     """Raise EvidenceError unless `evidence` is what `order` asks for (None: clean weights, as `restore` leaves them).
 
     `clean_digest` is the digest of the clean norms at the start of the run. σ is checked in every group of modules with
@@ -47,7 +47,7 @@ def check_evidence(evidence: Mapping[str, Any], order: NoiseOrder | None, clean_
         raise EvidenceError(f"noise of σ {sigma:g} was ordered, but the norms are still clean; restart the rollout")
 
 
-def _check_groups(evidence: Mapping[str, Any], order: NoiseOrder) -> None:
+def _check_groups(evidence: Mapping[str, Any], order: NoiseSpec) -> None:
     """Raise unless every module with noise should have it, with its multiplier, and σ is right in each group."""
     for group in evidence["groups"]:
         for name in group["modules"]:
@@ -96,7 +96,7 @@ def check_old_reading(evidence: Mapping[str, Any], sigma: float, clean_digest: s
 
 
 def _check_reading(
-    evidence: Mapping[str, Any], sigma: float, clean_digest: str, order: NoiseOrder | None = None
+    evidence: Mapping[str, Any], sigma: float, clean_digest: str, order: NoiseSpec | None = None
 ) -> None:
     """Raise unless a reading shows noise of `sigma` and nothing else."""
     asked = evidence["sigma_asked"]
@@ -191,7 +191,7 @@ def check_used(evidence: Mapping[str, Any], sigma: float) -> None:
         raise EvidenceError(f"σ is 0, but {evidence['uses']} forwards of the actor had noise")
 
 
-def _check_order(held: Mapping[str, Any], order: NoiseOrder) -> None:
+def _check_order(held: Mapping[str, Any], order: NoiseSpec) -> None:
     wanted, received = (json.loads(json.dumps(one)) for one in (order.to_dict(), dict(held)))  # lists for tuples
     for key in wanted.keys() | received.keys():
         if received.get(key) != wanted.get(key):
@@ -232,7 +232,7 @@ def _check_group(group: Mapping[str, Any], sigma: float) -> None:
         )
 
 
-def check_norms(expected: Collection[str], ranks: Collection[Mapping[str, Any]], order: NoiseOrder) -> None:
+def check_norms(expected: Collection[str], ranks: Collection[Mapping[str, Any]], order: NoiseSpec) -> None:
     """Raise EvidenceError unless every rank of the rollout has exactly the `expected` norms that `order` selects.
 
     `ranks`: the result of `NoiseInjector.describe` on each rank.

@@ -19,7 +19,7 @@ from verl_aqn.noise.checks import sigma_interval
 from verl_aqn.noise.norms import canonical_names, survey
 from verl_aqn.noise.rng import draw_spans
 from verl_aqn.noise.routers import router_norms
-from verl_aqn.noise.spec import NoiseOrder, count_layers
+from verl_aqn.noise.spec import NoiseSpec, count_layers
 from verl_aqn.noise.targets import Norm, NormBeside, PackedLinear, Target, find_linears
 
 Selection = list[tuple[Target, float]]  # targets with their multipliers of σ
@@ -79,7 +79,7 @@ class NoiseInjector:
         """The sorted names of the norms that were found."""
         return list(self._norms)
 
-    def describe(self, order: NoiseOrder) -> dict[str, Any]:
+    def describe(self, order: NoiseSpec) -> dict[str, Any]:
         """Return the effect of a specification: numbers of modules by kind, multipliers, and norms without noise.
 
         Raises:
@@ -96,7 +96,7 @@ class NoiseInjector:
             "clean_digest": self.clean_digest,
         }
 
-    def apply(self, order: NoiseOrder) -> dict[str, Any]:
+    def apply(self, order: NoiseSpec) -> dict[str, Any]:
         """Write clean + noise to the selected modules and clean weights to all others, and return evidence.
 
         Raises:
@@ -145,7 +145,7 @@ class NoiseInjector:
             raise self._router
         return self._router
 
-    def _select(self, order: NoiseOrder) -> Selection:
+    def _select(self, order: NoiseSpec) -> Selection:
         candidates: dict[str, Target] = {}
         if "norm" in order.targets:
             self._check_lacking(order)
@@ -171,7 +171,7 @@ class NoiseInjector:
             )
         return chosen
 
-    def _check_lacking(self, order: NoiseOrder) -> None:
+    def _check_lacking(self, order: NoiseSpec) -> None:
         """Check that the model has norms, and that the selected norms can carry noise.
 
         Raises:
@@ -194,7 +194,7 @@ class NoiseInjector:
 
     # ---- writing ----
 
-    def _write(self, order: NoiseOrder, chosen: Selection) -> None:
+    def _write(self, order: NoiseSpec, chosen: Selection) -> None:
         if order.sigma == 0:
             self._clean_all(())
             return
@@ -222,7 +222,7 @@ class NoiseInjector:
 
     # ---- measuring ----
 
-    def _evidence(self, order: NoiseOrder | None, chosen: Selection) -> dict[str, Any]:
+    def _evidence(self, order: NoiseSpec | None, chosen: Selection) -> dict[str, Any]:
         """Return the evidence for a specification, or for clean weights (None).
 
         Every norm is read, and every linear weight that may contain noise.

@@ -130,7 +130,7 @@ class Layers:
 
 
 @dataclass(frozen=True)
-class NoiseOrder:
+class NoiseSpec:
     """The noise specification of one rollout.
 
     `step` is the RL step, from 0. `sigma` is the standard deviation; 0 means no noise. `unit` defines the noisy weight,
@@ -175,7 +175,7 @@ class NoiseOrder:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> NoiseOrder:
+    def from_dict(cls, values: Mapping[str, Any]) -> NoiseSpec:
         """Build the specification from the result of `to_dict`, also after JSON has turned tuples into lists."""
         return _build(cls, values, "noise spec")
 
@@ -194,6 +194,9 @@ class NoiseOrder:
             for pattern in getattr(self, key):
                 if not any(fnmatchcase(name, pattern) for name in names):
                     raise ConfigError(f"noise.{key}: {pattern!r} matches no module; {nearest_name(pattern, names)}")
+
+
+NoiseOrder = NoiseSpec  # the name until version 0.1
 
 
 def layer_of(name: str, layers: int) -> int:

@@ -29,7 +29,7 @@ from tests.helpers.tiny_configs import TINY
 from verl_aqn.errors import ConfigError, EvidenceError, ModelError
 from verl_aqn.noise import (
     NoiseInjector,
-    NoiseOrder,
+    NoiseSpec,
     check_evidence,
     check_norms,
     expected_norms,
@@ -115,7 +115,7 @@ def test_what_is_not_a_norm_of_one_dimension_is_left_alone():
 @pytest.mark.parametrize("sigma", [0.05, 2.44e-4, 1e-5])
 def test_what_was_ordered_is_in_the_weights(unit, sigma):
     injector = NoiseInjector(make_model(57, 576))
-    order = NoiseOrder(3, 7, sigma, unit)
+    order = NoiseSpec(3, 7, sigma, unit)
     evidence = injector.apply(order)
     check_evidence(evidence, order, injector.clean_digest)
     assert evidence["modules"] == len(injector.names) == 57
@@ -128,15 +128,15 @@ def test_rms_noise_is_in_proportion_to_the_effective_weight():
     model = nn.ModuleDict({"llama": LlamaRMSNorm(4096), "gemma": GemmaRMSNorm(4096)})
     model["llama"].weight.data.fill_(0.03)
     model["gemma"].weight.data.fill_(2.0)  # effective: 3
-    NoiseInjector(model).apply(NoiseOrder(0, 0, 0.1, "rms"))
+    NoiseInjector(model).apply(NoiseSpec(0, 0, 0.1, "rms"))
     assert (model["llama"].weight - 0.03).std().item() == pytest.approx(0.003, rel=0.05)
     assert (model["gemma"].weight - 2.0).std().item() == pytest.approx(0.3, rel=0.05)
 
 
 def test_two_processes_with_the_same_order_have_the_same_weights():
     one, two = NoiseInjector(make_model()), NoiseInjector(make_model())
-    two.apply(NoiseOrder(1, 0, 0.05, "rms"))  # another history
-    order = NoiseOrder(4, 0, 0.01, "rms")
+    two.apply(NoiseSpec(1, 0, 0.05, "rms"))  # another history
+    order = NoiseSpec(4, 0, 0.01, "rms")
     assert one.apply(order) == two.apply(order)
 
 
@@ -144,10 +144,10 @@ def test_restore_is_bit_exact_and_noise_never_accumulates():
     model = make_model()
     clean = weights(model)
     injector = NoiseInjector(model)
-    first = injector.apply(NoiseOrder(0, 0, 0.05, "rms"))
+    first = injector.apply(NoiseSpec(0, 0, 0.05, "rms"))
     for step in range(20):
-        injector.apply(NoiseOrder(step, 0, 0.05, "rms"))
-    assert injector.apply(NoiseOrder(0, 0, 0.05, "rms")) == first
+        injector.apply(NoiseSpec(step, 0, 0.05, "rms"))
+    assert injector.apply(NoiseSpec(0, 0, 0.05, "rms")) == first
     evidence = injector.restore()
     check_evidence(evidence, None, injector.clean_digest)
     assert torch.equal(weights(model), clean)
@@ -160,7 +160,7 @@ def test_apply_writes_into_the_same_storage():
     model = make_model()
     injector = NoiseInjector(model)
     before = [p.data_ptr() for p in model.parameters()]
-    injector.apply(NoiseOrder(0, 0, 0.05, "rms"))
+    injector.apply(NoiseSpec(0, 0, 0.05, "rms"))
     injector.restore()
     assert [p.data_ptr() for p in model.parameters()] == before
 
@@ -172,7 +172,7 @@ def test_a_compiled_model_sees_noise_come_and_go():
     forward = torch.compile(lambda x: model["norm_1"](model["norm_0"](x)), backend="aot_eager", fullgraph=True)
     x = torch.randn(4, 64)
     clean = forward(x)
-    injector.apply(NoiseOrder(3, 0, 0.1, "rms"))
+    injector.apply(NoiseSpec(3, 0, 0.1, "rms"))
     noisy = forward(x)
     assert torch.equal(noisy, model["norm_1"](model["norm_0"](x)))
     assert not torch.equal(noisy, clean)
@@ -192,7 +192,7 @@ def test_a_promoted_norm_keeps_the_activations_dtype(norm):
     assert norm.weight.dtype == torch.float32
     assert norm(x).dtype == torch.bfloat16
     torch.testing.assert_close(norm(x), before, rtol=2**-7, atol=2**-8)
-    order = NoiseOrder(0, 0, 0.05, "absolute")
+    order = NoiseSpec(0, 0, 0.05, "absolute")
     check_evidence(injector.apply(order), order, injector.clean_digest)
     assert not torch.equal(norm(x), before)
 
@@ -217,7 +217,7 @@ def test_a_norm_that_cannot_carry_noise_is_told_when_an_order_needs_it(norm):
     injector = NoiseInjector(model)
     assert injector.names == ["good"]
     assert norm.weight.dtype == torch.bfloat16
-    order = NoiseOrder(0, 0, 0.0, "absolute")  # at a step without noise too: at the start
+    order = NoiseSpec(0, 0, 0.0, "absolute")  # at a step without noise too: at the start
     for ask in (injector.describe, injector.apply):
         with pytest.raises(ModelError, match=rf"bad of ModuleDict: .*{type(norm).__name__}.*(no native|must be bf16)"):
             ask(order)
@@ -229,14 +229,14 @@ def test_a_norm_that_cannot_carry_noise_is_told_when_an_order_needs_it(norm):
 
 def test_a_model_without_norms_runs_without_noise():
     injector = NoiseInjector(nn.ModuleDict({"linear": nn.Linear(8, 8)}))
-    off = NoiseOrder(0, 0, 0.0, "absolute", targets=())
+    off = NoiseSpec(0, 0, 0.0, "absolute", targets=())
     assert injector.describe(off)["norms"] == 0
     for evidence, order in ((injector.apply(off), off), (injector.restore(), None)):
         check_evidence(evidence, order, injector.clean_digest)
     with pytest.raises(EvidenceError, match="no norm found in ModuleDict"):
-        injector.describe(NoiseOrder(0, 0, 0.0, "absolute"))
+        injector.describe(NoiseSpec(0, 0, 0.0, "absolute"))
     with pytest.raises(ConfigError, match=r"noise.targets is \[\]"):
-        NoiseOrder(0, 0, 0.1, "absolute", targets=())
+        NoiseSpec(0, 0, 0.1, "absolute", targets=())
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_units_count_in_what_the_model_multiplies_with(norm, offset, beside):
     effective = module.weight.detach().clone() + offset
     injector = NoiseInjector(nn.ModuleDict({"n": module}), beside=beside)
     for unit, size in (("absolute", 1.0), ("rms", effective.square().mean().sqrt()), ("multiplicative", effective)):
-        order = NoiseOrder(3, 0, 0.05, unit)
+        order = NoiseSpec(3, 0, 0.05, unit)
         check_evidence(injector.apply(order), order, injector.clean_digest)
         noise = injector._norms["n"].data() + offset - effective
         assert (noise / size).square().mean().sqrt().item() == pytest.approx(0.05, rel=0.05)
@@ -267,7 +267,7 @@ def test_norms_expected_of_a_folder_are_those_of_its_model(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps(config.to_dict() | {"architectures": ["Qwen3ForCausalLM"]}, default=str)
     )
-    expected, order = expected_norms(tmp_path), NoiseOrder(0, 0, 0.0, "absolute")
+    expected, order = expected_norms(tmp_path), NoiseSpec(0, 0, 0.0, "absolute")
     injector = NoiseInjector(AutoModelForCausalLM.from_config(config))
     assert expected == injector.names
     answer = injector.describe(order)
@@ -302,7 +302,7 @@ def test_noise_is_drawn_under_the_checkpoint_s_names():
     renamed.aqn_names = {"final_layernorm.weight": "norm.weight"}
     injectors = [NoiseInjector(plain), NoiseInjector(renamed)]
     assert injectors[1].names == ["norm"]
-    order = NoiseOrder(3, 0, 0.05, "absolute")
+    order = NoiseSpec(3, 0, 0.05, "absolute")
     first, second = (injector.apply(order) for injector in injectors)
     assert first["weights_digest"] == second["weights_digest"]
 
@@ -319,30 +319,30 @@ def test_promoted_weights_keep_their_values():
 def test_excluded_norms_stay_clean():
     model = LlamaModel(LlamaConfig(**TINY))
     injector = NoiseInjector(model)
-    order = NoiseOrder(0, 0, 0.05, "absolute", exclude=("*.post_attention_layernorm",))
+    order = NoiseSpec(0, 0, 0.05, "absolute", exclude=("*.post_attention_layernorm",))
     evidence = injector.apply(order)
     check_evidence(evidence, order, injector.clean_digest)
     assert evidence["groups"][0]["modules"] == ["layers.0.input_layernorm", "layers.1.input_layernorm", "norm"]
     assert torch.equal(model.layers[0].post_attention_layernorm.weight, torch.ones(32))
     with pytest.raises(ConfigError, match="nothing_like_it"):
-        injector.apply(NoiseOrder(0, 0, 0.05, "absolute", exclude=("nothing_like_it",)))
+        injector.apply(NoiseSpec(0, 0, 0.05, "absolute", exclude=("nothing_like_it",)))
     with pytest.raises(EvidenceError, match="excluded"):
-        injector.apply(NoiseOrder(0, 0, 0.05, "absolute", exclude=("*",)))
+        injector.apply(NoiseSpec(0, 0, 0.05, "absolute", exclude=("*",)))
 
 
 def test_order_survives_the_wire_and_refuses_nonsense():
-    order = NoiseOrder(3, 1, 0.05, "rms")
-    assert NoiseOrder.from_dict(order.to_dict()) == order
+    order = NoiseSpec(3, 1, 0.05, "rms")
+    assert NoiseSpec.from_dict(order.to_dict()) == order
     for bad in ({"unit": "relative"}, {"sigma": -1.0}, {"sigma": float("nan")}, {"step": -1}):
         with pytest.raises(ConfigError):
-            NoiseOrder.from_dict(order.to_dict() | bad)
+            NoiseSpec.from_dict(order.to_dict() | bad)
 
 
 @given(st.sampled_from([torch.float32, torch.bfloat16]), st.floats(1e-6, 0.2), st.integers(0, 10**6))
 @settings(max_examples=40, deadline=None)
 def test_a_sound_injector_passes_or_is_told_that_its_dtype_is_too_coarse(dtype, sigma, seed):
     injector = NoiseInjector(make_model(4, 64, dtype), dtype=None)
-    order = NoiseOrder(0, seed, sigma, "rms")
+    order = NoiseSpec(0, seed, sigma, "rms")
     evidence = injector.apply(order)
     if evidence["unchanged_share"] > 0.5:
         assert dtype == torch.bfloat16

@@ -11,9 +11,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
 from tests.helpers.engines import bare_engine
 from tests.helpers.tiny_configs import TINY
 from verl_aqn.integrations.verl.engine import AqnFSDPEngine
-from verl_aqn.noise import NoiseInjector, NoiseOrder, check_evidence
+from verl_aqn.noise import NoiseInjector, NoiseSpec, check_evidence
 
-ORDER = NoiseOrder(step=3, seed=1, sigma=0.05, unit="rms")
+ORDER = NoiseSpec(step=3, seed=1, sigma=0.05, unit="rms")
 TOKENS = torch.arange(1, 21).reshape(2, 10)
 MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig),
@@ -69,7 +69,7 @@ def test_no_parameter_is_touched_and_restoring_gives_the_old_answers():
 def test_noise_too_small_for_the_parameters_dtype_is_there():
     model = make()
     injector = NoiseInjector(model, beside=True)
-    evidence = injector.apply(NoiseOrder(step=3, seed=1, sigma=1e-5, unit="absolute"))
+    evidence = injector.apply(NoiseSpec(step=3, seed=1, sigma=1e-5, unit="absolute"))
     assert evidence["sigma_realised"] == pytest.approx(1e-5, rel=0.25)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 

@@ -19,12 +19,12 @@ from verl_aqn.config.compose import load_recipe
 from verl_aqn.config.noise_settings import order_of, schedule_of
 from verl_aqn.config.schema import parse_aqn
 from verl_aqn.errors import ConfigError, EvidenceError
-from verl_aqn.noise import NoiseInjector, NoiseOrder, check_equal_noise, check_evidence, check_used, draw
+from verl_aqn.noise import NoiseInjector, NoiseSpec, check_equal_noise, check_evidence, check_used, draw
 from verl_aqn.noise.norms import Form, Survey
 from verl_aqn.noise.schedule import SigmaSchedule
 from verl_aqn.noise.spec import Layers, Zone
 
-ORDER = NoiseOrder(3, 0, 0.05, "rms")
+ORDER = NoiseSpec(3, 0, 0.05, "rms")
 
 
 def make_model(modules: int = 8, width: int = 256, dtype: torch.dtype = torch.float32) -> nn.ModuleDict:
@@ -37,7 +37,7 @@ def make_model(modules: int = 8, width: int = 256, dtype: torch.dtype = torch.fl
     return model.to(dtype)
 
 
-def caught(injector: NoiseInjector, order: NoiseOrder, says: str) -> None:
+def caught(injector: NoiseInjector, order: NoiseSpec, says: str) -> None:
     evidence = json.loads(json.dumps(injector.apply(order)))
     with pytest.raises(EvidenceError, match=says) as error:
         check_evidence(evidence, order, injector.clean_digest)
@@ -124,7 +124,7 @@ def test_failure_one_module_left_out_of_many():
 
 def test_failure_noise_lost_in_bfloat16():
     injector = NoiseInjector(make_model(dtype=torch.bfloat16), dtype=None)
-    caught(injector, NoiseOrder(27, 0, 1e-5, "absolute"), "dtype cannot hold")
+    caught(injector, NoiseSpec(27, 0, 1e-5, "absolute"), "dtype cannot hold")
 
 
 # ---------------------------------------------------------------- noise that differs from the order

@@ -7,9 +7,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from verl_aqn.noise import NoiseInjector, NoiseOrder, check_evidence
+from verl_aqn.noise import NoiseInjector, NoiseSpec, check_evidence
 
-ORDER = NoiseOrder(step=2, seed=5, sigma=1e-3, unit="absolute")  # below bfloat16's spacing at 1
+ORDER = NoiseSpec(step=2, seed=5, sigma=1e-3, unit="absolute")  # below bfloat16's spacing at 1
 
 
 class Block(nn.Module):

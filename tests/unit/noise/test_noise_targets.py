@@ -28,7 +28,7 @@ from verl_aqn.digest import tensor_digest
 from verl_aqn.errors import ConfigError, EvidenceError, ModelError
 from verl_aqn.integrations.vllm.trace import Trace
 from verl_aqn.mxfp4 import dequantize, quantize
-from verl_aqn.noise import NoiseInjector, NoiseOrder, check_evidence, draw, find_norms
+from verl_aqn.noise import NoiseInjector, NoiseSpec, check_evidence, draw, find_norms
 from verl_aqn.noise.routers import router_norms
 from verl_aqn.noise.spec import Layers, Zone
 
@@ -42,7 +42,7 @@ TINY = {
     "head_dim": 32,
     "pad_token_id": 0,
 }
-ORDER = NoiseOrder(3, 0, 0.05, "absolute")
+ORDER = NoiseSpec(3, 0, 0.05, "absolute")
 POST = [f"layers.{i}.post_attention_layernorm" for i in range(3)]
 
 
@@ -50,7 +50,7 @@ def llama() -> nn.Module:
     return AutoModel.from_config(LlamaConfig(**TINY))
 
 
-def noisy(injector: NoiseInjector, order: NoiseOrder) -> dict[str, float]:
+def noisy(injector: NoiseInjector, order: NoiseSpec) -> dict[str, float]:
     """Return the multiplier of every module that has noise, after checking the evidence."""
     evidence = injector.apply(order)
     check_evidence(json.loads(json.dumps(evidence)), order, injector.clean_digest)
@@ -152,12 +152,12 @@ def test_a_layer_that_does_not_exist_is_an_error(entry, says):
 
 def test_the_order_survives_json_with_all_that_it_carries():
     zones = Layers("zones", zones=(Zone(("0-1", "*.q_norm"), 1.5, 0.5), Zone(("2",))), boundary=0.25, others=0.1)
-    order = NoiseOrder(4, 1, 0.01, "multiplicative", ("norm", "linear"), ("layers.*",), ("*.k_norm",), True, zones, 0.3)
-    assert NoiseOrder.from_dict(json.loads(json.dumps(order.to_dict()))) == order
+    order = NoiseSpec(4, 1, 0.01, "multiplicative", ("norm", "linear"), ("layers.*",), ("*.k_norm",), True, zones, 0.3)
+    assert NoiseSpec.from_dict(json.loads(json.dumps(order.to_dict()))) == order
     with pytest.raises(ConfigError, match="unknown key 'sigm'"):
-        NoiseOrder.from_dict(order.to_dict() | {"sigm": 1})
+        NoiseSpec.from_dict(order.to_dict() | {"sigm": 1})
     with pytest.raises(ConfigError, match="lacks the key 'sigma'"):
-        NoiseOrder.from_dict({"step": 0, "seed": 0, "unit": "rms"})
+        NoiseSpec.from_dict({"step": 0, "seed": 0, "unit": "rms"})
 
 
 # ---------------------------------------------------------------- units
@@ -166,7 +166,7 @@ def test_the_order_survives_json_with_all_that_it_carries():
 def test_multiplicative_noise_is_in_proportion_to_each_weight():
     model = nn.ModuleDict({"n": LlamaRMSNorm(4096)})
     model["n"].weight.data.copy_(torch.linspace(0, 2, 4096))  # one weight is 0 and stays so
-    order = NoiseOrder(2, 5, 0.05, "multiplicative")
+    order = NoiseSpec(2, 5, 0.05, "multiplicative")
     injector = NoiseInjector(model)
     check_evidence(injector.apply(order), order, injector.clean_digest)
     wanted = torch.linspace(0, 2, 4096) * (1 + 0.05 * draw(5, 2, "n", 4096))
@@ -175,7 +175,7 @@ def test_multiplicative_noise_is_in_proportion_to_each_weight():
 
 def test_multiplicative_noise_of_gemma_multiplies_what_the_model_multiplies_with():
     model = AutoModel.from_config(GemmaConfig(**TINY))
-    order = NoiseOrder(0, 0, 0.05, "multiplicative")
+    order = NoiseSpec(0, 0, 0.05, "multiplicative")
     injector = NoiseInjector(model)
     check_evidence(injector.apply(order), order, injector.clean_digest)
     assert torch.allclose(model.norm.weight, 0.05 * draw(0, 0, "norm", 64))  # Gemma's zeros mean 1
@@ -370,7 +370,7 @@ class Engine(nn.Module):
         return {"q_proj": q, "k_proj": k, "v_proj": v, "down_proj": self.layer.down_proj.weight.data}
 
 
-LINEAR = NoiseOrder(3, 0, 0.001, "absolute", targets=("linear",))
+LINEAR = NoiseSpec(3, 0, 0.001, "absolute", targets=("linear",))
 
 
 @pytest.mark.parametrize("unit", ["absolute", "rms", "multiplicative"])

@@ -13,7 +13,7 @@ import pytest
 
 from tests.helpers.nested import paths
 from verl_aqn.errors import EvidenceError
-from verl_aqn.noise.spec import NoiseOrder
+from verl_aqn.noise.spec import NoiseSpec
 from verl_aqn.runs.chain import LINK, broken, linked
 from verl_aqn.runs.evidence import CHAIN, check_proved, expected_of, judge_lines, judge_run
 from verl_aqn.runs.folder import EVIDENCE, RunFolder
@@ -278,7 +278,7 @@ def test_a_run_that_an_older_version_began_and_a_newer_one_went_on_with_is_judge
 
 
 def test_noise_on_linear_layers_makes_clean_readings_larger():
-    order = NoiseOrder(0, 0, 0.0, "rms", targets=("norm", "linear"))
+    order = NoiseSpec(0, 0, 0.0, "rms", targets=("norm", "linear"))
     for targets, wrong in ((("norm", "linear"), False), (("norm",), True)):
         judge = Judge(lambda step, targets=targets: replace(order, step=step, targets=targets))
         records = [

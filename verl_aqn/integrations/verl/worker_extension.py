@@ -13,7 +13,7 @@ from verl_aqn.integrations.verl.sync_socket import of_this_run
 from verl_aqn.integrations.vllm import readback
 from verl_aqn.integrations.vllm import vllm_plugin as plugin
 from verl_aqn.integrations.vllm.tensor_digests import describe_tensors
-from verl_aqn.noise import NoiseInjector, NoiseOrder
+from verl_aqn.noise import NoiseInjector, NoiseSpec
 from verl_aqn.preflight.peak import memory_peak
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class AqnWorkerExtension(StockWorkerExtension):
             )
         self.aqn_injector: NoiseInjector = injector
         return {
-            **self.aqn_injector.describe(NoiseOrder.from_dict(order)),
+            **self.aqn_injector.describe(NoiseSpec.from_dict(order)),
             "vllm": plugin.check_version(),
             "dtype": str(self.model_runner.vllm_config.model_config.dtype),
         }
@@ -101,7 +101,7 @@ class AqnWorkerExtension(StockWorkerExtension):
     def aqn_apply_noise(self, order: dict) -> dict:
         """Write clean weights + noise as `order` says, and return evidence that is read back from the weights."""
         with torch.no_grad():
-            return self.aqn_injector.apply(NoiseOrder.from_dict(order))
+            return self.aqn_injector.apply(NoiseSpec.from_dict(order))
 
     def aqn_restore(self) -> dict:
         """Write the clean weights, and return evidence that is read back from them."""

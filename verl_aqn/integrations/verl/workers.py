@@ -9,7 +9,7 @@ from verl_aqn.integrations.verl.process_group import open_process_group
 from verl_aqn.integrations.verl.sync import watch_sync
 from verl_aqn.integrations.verl.sync_socket import of_this_run
 from verl_aqn.integrations.verl.verl_plugin import assert_loaded
-from verl_aqn.noise.spec import NoiseOrder
+from verl_aqn.noise.spec import NoiseSpec
 from verl_aqn.preflight.peak import memory_peak
 from verl_aqn.runs.checkpoints import weights_only
 
@@ -82,7 +82,7 @@ class AqnActorWorker(ActorRolloutRefWorker):
         if (noise := self.actor.engine.noise) is None:
             return "its norms were not prepared for noise"
         try:
-            noise.describe(NoiseOrder.from_dict(order))
+            noise.describe(NoiseSpec.from_dict(order))
         except AqnError as error:
             return str(error)
         return ""
@@ -90,7 +90,7 @@ class AqnActorWorker(ActorRolloutRefWorker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def apply_noise(self, order: dict) -> dict:
         """Give this actor's forward the rollout's noise from now on, and return the same evidence as the rollout."""
-        return self.actor.engine.noise.apply(NoiseOrder.from_dict(order))
+        return self.actor.engine.noise.apply(NoiseSpec.from_dict(order))
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def restore_clean(self) -> dict:

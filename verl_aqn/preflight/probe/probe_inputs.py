@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from verl_aqn.config.noise_settings import order_of, schedule_of
 from verl_aqn.config.schema import parse_aqn
 from verl_aqn.errors import ConfigError, DataError
-from verl_aqn.noise.spec import NoiseOrder
+from verl_aqn.noise.spec import NoiseSpec
 from verl_aqn.preflight.policy import prompt_tokens
 from verl_aqn.preflight.run_data import Items, items_of
 
@@ -53,7 +53,7 @@ def read_prompts(config: DictConfig, tokenizer: Any, count: int, items: Items | 
     )
 
 
-def first_noise(config: DictConfig, steps: int) -> NoiseOrder:
+def first_noise(config: DictConfig, steps: int) -> NoiseSpec:
     """Return the noise specification of the first RL step with noise, at σ_start.
 
     Raises:

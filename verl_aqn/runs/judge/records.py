@@ -20,7 +20,7 @@ from verl_aqn.noise.checks import (
     check_old_reading,
     check_used,
 )
-from verl_aqn.noise.spec import NoiseOrder, count_layers
+from verl_aqn.noise.spec import NoiseSpec, count_layers
 from verl_aqn.runs.judge.base_record import check_base, is_old
 from verl_aqn.runs.judge.mismatch import check_mismatch
 from verl_aqn.runs.judge.noise_use import check_effect, floor_of
@@ -118,7 +118,7 @@ class Judge:
 
     def __init__(
         self,
-        order_at: Callable[[int], NoiseOrder] | None,
+        order_at: Callable[[int], NoiseSpec] | None,
         *,
         stage_at: Callable[[int], int] | None = None,
         sigmas: Sequence[float] = (),
@@ -341,7 +341,7 @@ class Judge:
             if other != step:
                 raise EvidenceError(f"step {step} has the noise of step {other}: no new noise was drawn")
 
-    def _check_modules(self, record: Fields, order: NoiseOrder) -> None:
+    def _check_modules(self, record: Fields, order: NoiseSpec) -> None:
         """Check that exactly the norms that the order selects have noise, or, if σ is 0, that every norm was read."""
         self._check_layers(record)
         routers = set() if order.router_norms else set(record["router_norms"])
