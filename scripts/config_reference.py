@@ -60,9 +60,13 @@ MEANINGS = {
     "mxfp4.cache_dequantized": "Keep a 16-bit copy of the weights in the actor: faster, five times the memory.",
     "mxfp4.exclude": "Modules that stay in bf16.",
     "mxfp4.calibrate": "Texts for error-compensated rounding (GPTQ): JSON lines files or `embedded`.",
-    "parity.rescore": "One response in this many is scored again without noise. 0: none.",
-    "parity.warn": "Mismatch of trainer and rollout in nats per token above which a step causes a warning.",
-    "parity.stop": "Mismatch in nats per token above which the run stops before the update.",
+    "mismatch.rescore": "One response in this many is scored again without noise. 0: none.",
+    "mismatch.warn": "Mismatch of trainer and rollout in nats per token above which a step causes a warning.",
+    "mismatch.stop": "Mismatch in nats per token above which the run stops before the update.",
+    "target.accuracy": "Accuracy that the experiment wants to exceed (fraction of 1). `null`: no target.",
+    "target.model": "Part of the name or path of the model that the target is for. `null`: any.",
+    "target.source": "Data source that the target is for. `null`: any.",
+    "target.problems": "Number of validation problems that the target is for. `null`: any.",
     "run.dir": "Folder for runs. `null` is `/tmp/mxfp4_RECIPE`.",
     "run.fresh": "Start a new run even if the last one can be resumed.",
     "run.restarts": "Maximum number of automatic restarts after a crash or a hang.",
@@ -105,13 +109,13 @@ def type_text(hint: Any) -> str:
     return {bool: "true or false", int: "whole number", float: "number", str: "text"}[hint]
 
 
-def choices_of(key: str, hint: Any) -> tuple[str, ...]:
+def choices_of(hint: Any) -> tuple[str, ...]:
     """Return the values that a key takes, if they are a fixed list."""
     literal: Any = hint
     for option in (hint, *get_args(hint)):
         if get_origin(option) is Literal:
             literal = option
-    return get_args(literal) if get_origin(literal) is Literal else schema._CHOICES.get(f"aqn.{key}", ())
+    return get_args(literal) if get_origin(literal) is Literal else ()
 
 
 def value_text(value: Any) -> str:
@@ -132,7 +136,7 @@ def table() -> str:
     if wrong:
         raise SystemExit(f"scripts/config_reference.py: MEANINGS and the schema differ in {', '.join(wrong)}")
     for key, hint, default in found:
-        choices = " or ".join(f"`{choice}`" for choice in choices_of(key, hint))
+        choices = " or ".join(f"`{choice}`" for choice in choices_of(hint))
         meaning = MEANINGS[key] + (f" One of {choices}." if choices and get_origin(hint) is not tuple else "")
         meaning += f" From {choices}." if choices and get_origin(hint) is tuple else ""
         lines.append(f"| `aqn.{key}` | {type_text(hint)} | `{value_text(default)}` | {meaning} |")
