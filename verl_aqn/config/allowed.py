@@ -24,7 +24,7 @@ _OR_NULL = ("trainer.total_training_steps", "data.gen_batch_size", f"{_ROLLOUT}.
 
 # Settings for which a number below 1 has a meaning.
 _OR_LOWER = {
-    "trainer.test_freq": (-1, "only at the last step"),
+    "trainer.test_freq": (-1, "the last step only"),
     "trainer.save_freq": (-1, "never"),
     "data.train_max_samples": (-1, "all"),
     "data.val_max_samples": (-1, "all"),

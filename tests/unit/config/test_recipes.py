@@ -213,7 +213,7 @@ NUMBERS = {
     "trainer.save_freq": (-2, None),
     "actor_rollout_ref.model.lora_rank": (-1, "abc", None),
 }
-LOWER = {"trainer.test_freq": "-1 for only at the last step", "trainer.save_freq": "-1 for never",
+LOWER = {"trainer.test_freq": "-1 for the last step only", "trainer.save_freq": "-1 for never",
          "actor_rollout_ref.model.lora_rank": "0 for no adapter"}  # fmt: skip
 
 

@@ -154,7 +154,7 @@ def test_a_folder_is_judged_by_what_its_config_says(tmp_path):
     assert write_report([run.path], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "16 requests used it, none ran without it" in page
-    assert "the rollout's distance is 0.01 from the actor with the adapter and 0.4 from the actor without it" in page
+    assert "the rollout is 0.01 from the actor with the adapter and 0.4 from the actor without it" in page
     assert {kind for kind, one in judgement.findings.items() if one.good} == {
         "placed", "base", "adapter", "mismatch", "adapter use", "requests",
         "chain",

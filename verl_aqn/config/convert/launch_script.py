@@ -329,7 +329,7 @@ class Script:
             return [Word(found, 0)] if isinstance(found, str) else found
         match = re.fullmatch(rf"({NAME}|[0-9@*])(\[[@*]\])?(?:(:?[-=+?])(.*)|(//?)(.*))?", inner, re.DOTALL)
         if match is None:
-            return Unknown(f"{{{inner}}} is a form that is not supported")
+            return Unknown(f"${{{inner}}} is a form that is not supported")
         name, whole, operator, other, replaces, rule = match.groups()
         value = self._value(name)
         if whole and isinstance(value, list):
@@ -338,7 +338,7 @@ class Script:
         if replaces:
             old, _, new = rule.partition("/")
             if isinstance(value, Unknown) or re.search(r"[*?\[$#%]", old):
-                return value if isinstance(value, Unknown) else Unknown(f"{{{inner}}} replaces a pattern")
+                return value if isinstance(value, Unknown) else Unknown(f"${{{inner}}} replaces a pattern")
             count = -1 if replaces == "//" else 1
             texts = value if isinstance(value, list) else [Word(value, 0)]
             return [Word(one.text.replace(old, new, count), one.line, one.problem) for one in texts]
@@ -388,7 +388,7 @@ class Script:
         except LookupError as error:
             return Unknown(str(error.args[0]))
         except (SyntaxError, ValueError, ZeroDivisionError, RecursionError):
-            return Unknown(f"(({text})) cannot be evaluated")
+            return Unknown(f"$(({text})) cannot be evaluated")
 
     # Assigning
 

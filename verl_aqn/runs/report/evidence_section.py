@@ -99,7 +99,7 @@ def _adapter_use(run: Run, records: Sequence[Record]) -> str:
     last = seen[-1]
     return (
         f"changes log-probs by {number(last['effect'])} nats a token in step {last['step']}, where the "
-        f"rollout's distance is {number(last['to_adapter'])} from the actor with the adapter and "
+        f"rollout is {number(last['to_adapter'])} from the actor with the adapter and "
         f"{number(last['to_base'])} from the actor without it; detected in {len(seen)} of {len(records)} steps "
         "that were checked"
     )
