@@ -142,7 +142,7 @@ def test_masked_tokens_are_in_no_loss(mode):
         ([f"{ROLLOUT}.multi_turn.function_tool_path=pkg://verl_aqn.nothing"], "module verl_aqn.nothing does not exist"),
         ([f"{ROLLOUT}.multi_turn.function_tool_path=pkg://verl_aqn.errors"], "has no tool: put @function_tool"),
         ([f"{ROLLOUT}.multi_turn.function_tool_path=null"], "default_agent_loop=tool_agent has no tool"),
-        ([f"{ROLLOUT}.multi_turn.format=herms"], "multi_turn.format=herms is not known: verl has"),
+        ([f"{ROLLOUT}.multi_turn.format=herms"], "multi_turn.format=herms is not known: verl knows"),
         ([f"{ROLLOUT}.agent.default_agent_loop=tools"], "there is no agent loop 'tools': verl has single_turn_agent"),
         ([f"{ROLLOUT}.agent.default_agent_loop=single_turn_agent"], "generates one response and calls no tool"),
     ],

@@ -59,7 +59,7 @@ def from_verl(cls):
 
 def overrides():
     """Return `(class, method)` of each `super().method(…)` in a class that inherits from one of verl's."""
-    for file in sorted(Path(verl_aqn.__file__).parent.glob("verl_api/*.py")):
+    for file in sorted(Path(verl_aqn.__file__).parent.glob("integrations/verl/*.py")):
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.ClassDef):
                 cls = getattr(importlib.import_module(f"verl_aqn.integrations.verl.{file.stem}"), node.name)

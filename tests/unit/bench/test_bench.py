@@ -5,7 +5,7 @@ import json
 import pytest
 
 from verl_aqn.bench.codec_speed import _codec_report, _linear_report, measure
-from verl_aqn.cli import main
+from verl_aqn.cli.main import main
 from verl_aqn.errors import ConfigError
 
 

@@ -34,7 +34,8 @@ def test_every_variant_of_a_tiny_model(tmp_path, capsys):
     assert by_name["bf16"]["loss"] == pytest.approx(loss_of(model, 3), rel=1e-3)
     for name, other in (("mse", "bf16"), ("gptq", "mse")):
         difference, low, high = by_name[name][f"loss_minus_{other}"]
-        assert low <= difference == pytest.approx(by_name[name]["loss"] - by_name[other]["loss"]) <= high
+        assert low <= difference <= high
+        assert difference == pytest.approx(by_name[name]["loss"] - by_name[other]["loss"])
     assert 0 < by_name["gptq"]["kl"][0] < by_name["mse"]["kl"][0]
     assert by_name["mse"]["bytes"] == by_name["gptq"]["bytes"] < by_name["bf16"]["bytes"]
     quality.print_table(rows, "title")

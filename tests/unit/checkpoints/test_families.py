@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from tests.helpers.digests import model_digest
 from tests.helpers.family_models import FAMILIES, REFUSED, make
 from tests.helpers.tiny_configs import SMALL_MOE
-from verl_aqn.checkpoints.loading import dequantize_checkpoint, load_dense, load_model
+from verl_aqn.checkpoints.loading import PACKED, dequantize_checkpoint, load_dense, load_model
 from verl_aqn.checkpoints.naming import Naming
 from verl_aqn.checkpoints.packing import checkpoint_digest, quantize_checkpoint
 from verl_aqn.checkpoints.packing_plan import ROUTERS, matches
@@ -20,7 +20,6 @@ from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4 import quantize
 from verl_aqn.mxfp4.codec import dequantize
 from verl_aqn.mxfp4.linear import Mxfp4Linear
-from verl_aqn.preflight.memory_plan import PACKED
 from verl_aqn.preflight.sizing import shape_of
 from verl_aqn.preflight.text_part import use_text_alone
 

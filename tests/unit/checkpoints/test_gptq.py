@@ -137,7 +137,7 @@ def test_later_layers_see_what_earlier_ones_became(source: Path):
 
 def test_calibration_refuses_experts(tmp_path: Path):
     source = make(tmp_path / "experts", MixtralConfig(**SMALL, num_local_experts=2))
-    with pytest.raises(ModelError, match="MixtralForCausalLM: experts are rounded plainly only"):
+    with pytest.raises(ModelError, match="cannot calibrate MixtralForCausalLM: experts are not supported"):
         Calibration(source, TOKENS)
 
 

@@ -250,7 +250,7 @@ def test_wrong_arguments_do_not_wait_for_heavy_packages(tmp_path):
         "sys.meta_path.insert(0, Heavy())\n"
         "for line in sys.stdin.read().splitlines():\n"
         "    sys.argv = ['verl-aqn', *line.split()]\n"
-        "    try: verl_aqn.cli.main()\n"
+        "    try: verl_aqn.cli.main.main()\n"
         "    except SystemExit: pass\n"
     )
     found = subprocess.run([sys.executable, "-c", code], input="\n".join(mistakes), capture_output=True, text=True)

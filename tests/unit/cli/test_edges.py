@@ -23,11 +23,11 @@ from verl_aqn.cache import NO_HOME, cache_dir
 from verl_aqn.environment import drop_empty
 from verl_aqn.errors import EnvironmentFault
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 # Several commands in one process, as a shell would start them, separated by record separators.
 COMMANDS = """
 import json, os, sys
-from verl_aqn.cli.main import main as cli
+from verl_aqn.cli import main as cli
 for line in json.loads(os.environ["COMMANDS"]):
     sys.argv = ["verl-aqn", *line]
     try:
@@ -138,7 +138,8 @@ def test_a_user_s_own_folder_serves_where_there_is_no_home(place):
     told = {"HOME": None, "PYTHONPATH": f"{place}/nobody:{ROOT}", "VERL_AQN_CACHE": f"{place}/cache"}
     code = (
         "import getpass, os; from verl_aqn.environment import settle; settle(); print(getpass.getuser());"
-        "print(os.path.expanduser('~')); from verl_aqn import cli; import sys; sys.argv = sys.argv[1:]; cli.main()"
+        "print(os.path.expanduser('~')); from verl_aqn.cli import main as cli;"
+        "import sys; sys.argv = sys.argv[1:]; cli.main()"
     )
     arguments = ["verl-aqn", "data", "gsm8k", "--source", str(place / "source")]
     done = subprocess.run(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from verl_aqn.cli.main import main as cli
+from verl_aqn.cli import main as cli
 from verl_aqn.tasks.smollm2 import tiny_model
 
 

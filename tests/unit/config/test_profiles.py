@@ -8,7 +8,7 @@ import pytest
 
 from verl_aqn.config.compose import load_recipe
 from verl_aqn.errors import ConfigError
-from verl_aqn.mxfp4 import chips as ascend
+from verl_aqn.preflight import npu_found
 from verl_aqn.preflight.prepare import _bound_context, prepare_model, tell_workers
 
 
@@ -98,22 +98,22 @@ def install(monkeypatch, chip: str, built: str) -> None:
 
 def test_doctor_says_how_npus_serve_the_base_and_what_it_costs(monkeypatch):
     install(monkeypatch, "Ascend910_9392", "A3")
-    rows = ascend.examine()
+    rows = npu_found.examine()
     assert rows[0].found == "16 × Ascend910_9392 (A3)"
     assert rows[1].found == "no MX units: dequantised to bf16 (same values), 2 GB for 1e9 weights instead of 0.53 GB"
     assert [row.fix for row in rows] == ["", "", ""]
     install(monkeypatch, "Ascend950PR_9589", "A5")
-    rows = ascend.examine()
+    rows = npu_found.examine()
     assert rows[1].found.startswith("packed, as W4A4_MXFP4: 0.53 GB")
     assert not any(row.fix for row in rows)
 
 
 def test_doctor_finds_a_vllm_ascend_of_another_chip_and_no_chip_at_all(monkeypatch):
     install(monkeypatch, "Ascend910_9392", "A2")  # PyPI's wheel on an A3
-    (fault,) = [row.fix for row in ascend.examine() if row.fix]
+    (fault,) = [row.fix for row in npu_found.examine() if row.fix]
     assert "SOC_VERSION=ascend910_9392" in fault
     monkeypatch.delitem(sys.modules, "torch_npu")
-    (row,) = ascend.examine()
+    (row,) = npu_found.examine()
     assert "no Ascend device responds" in row.fix
 
 

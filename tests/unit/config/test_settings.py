@@ -63,7 +63,7 @@ def test_the_overlong_penalty_follows_the_response_and_is_as_it_was():
         ([f"{ACTOR}.use_dynamic_bsz=false"], [f"{ACTOR}.ppo_micro_batch_size_per_gpu"]),
         (
             [f"{ACTOR}.use_dynamic_bsz=false", f"{ACTOR}.ppo_micro_batch_size_per_gpu=5"],
-            [f"{ACTOR}.ppo_micro_batch_size_per_gpu=5", "48 answers"],
+            [f"{ACTOR}.ppo_micro_batch_size_per_gpu=5", "48 responses"],
         ),
         (
             [

@@ -311,7 +311,7 @@ def test_a_merged_model_is_base_and_adapter_rounded_once(validated, state, base,
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
     assert (tmp_path / "out/generation_config.json").is_file() == (base / "generation_config.json").is_file()
     assert not (tmp_path / "out/quantization.json").exists()
-    assert "held 100 %" in (tmp_path / "out/README.md").read_text()
+    assert "kept 100 %" in (tmp_path / "out/README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_seeds_and_overrides_of_the_command_line_come_last(tmp_path):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("seeds=[0,1", r"seeds=\[0,1 is not YAML list: give seeds=\[0,1,2\]"),
+        ("seeds=[0,1", r"seeds=\[0,1 is not a YAML list: give seeds=\[0,1,2\]"),
         ("seeds=3", "seeds must be a list of whole numbers, got 3"),
     ],
 )

@@ -200,7 +200,7 @@ def test_a_model_that_mixes_padding_in_is_refused():
     model = make("llama")
     layer = model.model.layers[1]
     layer.self_attn = Wrapped(layer.self_attn, lambda x: x + 0.5 * x.roll(1, 1))  # the last token comes first
-    with pytest.raises(ModelError, match="padded rows other logits than the same rows alone"):
+    with pytest.raises(ModelError, match="gives other logits for padded rows than for single rows"):
         decide(model)
 
 

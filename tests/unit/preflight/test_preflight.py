@@ -121,7 +121,7 @@ def test_disk_is_that_of_the_folder_that_will_be(tmp_path):
 def test_devices():
     assert not checks.check_devices(config("trainer.n_gpus_per_node=2"), 0).fix  # simulated
     on_cuda = config("trainer.n_gpus_per_node=8", profile="cuda")
-    assert "no cuda device answers" in checks.check_devices(on_cuda, 0).fix
+    assert "no cuda device was found" in checks.check_devices(on_cuda, 0).fix
     assert checks.check_devices(on_cuda, 4).fix == "set trainer.n_gpus_per_node to at most 4"
     assert not checks.check_devices(on_cuda, 8).fix
 

@@ -11,8 +11,8 @@ from scipy.stats import binomtest
 
 from tests.helpers.outside_adapters import write_adapter
 from verl_aqn.checkpoints.loading import load_model
+from verl_aqn.cli import main as cli
 from verl_aqn.cli.main import app, main
-from verl_aqn.cli.main import main as cli
 from verl_aqn.config.compose import load_recipe
 from verl_aqn.errors import ConfigError, StrengthError
 from verl_aqn.launch import train

@@ -128,7 +128,7 @@ def test_an_answer_of_which_it_is_not_on_record_whether_it_is_right_is_refused_b
 
 @pytest.mark.parametrize("status", ["running", "failed", "interrupted"])
 def test_an_unfinished_run_is_refused(tmp_path, status):
-    with pytest.raises(DataError, match=f"is {status}: only finished runs are compared"):
+    with pytest.raises(DataError, match=f"is {status}: only finished runs can be compared"):
         read_run(validated_run(tmp_path, "a", [1, 0], status=status))
 
 
@@ -159,19 +159,19 @@ def test_other_items_and_repeated_prompts_are_refused(tmp_path):
     two = validated_run(tmp_path / "b", "b", [1, 0, 1], prompts=["0 + 1?", "1 + 1?", "another"])
     with pytest.raises(DataError, match="differ in 2 items"):
         arms([one, two])
-    with pytest.raises(DataError, match="3 answers to 2 problems"):
+    with pytest.raises(DataError, match="3 responses to 2 problems"):
         read_run(validated_run(tmp_path / "c", "c", [1, 0, 1], prompts=["x", "x", "y"]))
 
 
 def test_one_run_twice_is_told_so(tmp_path):
     folder = validated_run(tmp_path, "a", [1, 0])
-    with pytest.raises(ConfigError, match=f"{folder} is named twice: leave one out"):
+    with pytest.raises(ConfigError, match=f"{folder} is given twice: remove one of them"):
         arms([folder, tmp_path])
 
 
 def test_one_seed_twice_and_one_arm_alone_are_refused(tmp_path):
     runs = [validated_run(tmp_path / name, name, [1, 0], seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
-    with pytest.raises(DataError, match="one config and one seed"):
+    with pytest.raises(DataError, match="the same config and the same seed"):
         arms(runs)
     with pytest.raises(ConfigError, match="all with the same config"):
         arms(runs[1:])

@@ -72,7 +72,7 @@ def test_the_line_is_where_the_user_can_change_something():
 
     with pytest.raises(json.JSONDecodeError) as caught:
         mine()
-    assert faults.place_of(caught.value).startswith("unit/test_faults.py:")
+    assert faults.place_of(caught.value).startswith("runs/test_faults.py:")
 
 
 def test_pydantics_first_line_is_a_count_and_not_said():

@@ -259,8 +259,8 @@ def test_a_run_that_was_stopped_by_its_evidence_shows_it(folder):
     records = [*records_of(REAL[0]), {"kind": "stopped", "reason": "norms are not bit for bit clean"}]
     run = folder(REAL[0], records)
     rows = {row[0].text: row[1] for row in checks(read_runs([run.path])).rows}
-    assert rows["stopped by its own evidence"].good is False
-    assert "norms are not bit for bit clean" in rows["stopped by its own evidence"].text
+    assert rows["stopped because of its own evidence"].good is False
+    assert "norms are not bit for bit clean" in rows["stopped because of its own evidence"].text
 
 
 def test_a_run_that_an_older_version_began_and_a_newer_one_went_on_with_is_judged_as_an_old_one(folder):

@@ -293,7 +293,7 @@ def test_charts_place_zeros_below_a_logarithmic_axis_and_leave_gaps():
     assert tops[2] < tops[1] < tops[0] < 90
     assert re.sub(r"[\d. ]+", "", chart.line(series)) == "MMML"
     assert chart.values(series) == ["0", "0.1", "–", "0.001", "0.01"]
-    assert chart.summary == "one: 0 at step 1, 0.01 at 5; least 0 at 1, most 0.1 at 2."
+    assert chart.summary == "one: 0 at step 1, 0.01 at 5; minimum 0 at 1, maximum 0.1 at 2."
     flat = Chart("key", "title", [Series("one", [(3, 2.0)], 0)], (0, 0))
     assert flat.dots(flat.series[0]) == "M50.00 50.00h0"
     assert [number(value) for value in (0.60421, 29, 12345, 1.25e-5, -3e7, 0)] == [

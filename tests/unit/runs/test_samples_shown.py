@@ -58,7 +58,7 @@ def test_the_console(sampled, capsys):
     console = Console()
     console.record("metrics.jsonl", RECORD | {"step": 0})
     said = capsys.readouterr().err
-    assert "avg@4 62.5 % (4 problems × 4 answers" in said
+    assert "avg@4 62.5 % (4 problems × 4 responses" in said
     assert "pass@4 75.0 %" in said
 
 

@@ -99,7 +99,7 @@ def test_runs_of_several_answers_are_compared_by_avg_or_pass(tmp_path):
     passed = arms(runs, metric="pass@2")
     assert [arm.scores.tolist() for arm in passed] == [[[1.0, 0.0, 1.0]], [[1.0, 1.0, 1.0]]]
     assert compare(passed).metric == "pass@2"
-    with pytest.raises(ConfigError, match=r"a/runs/\S+: pass@4 takes 4 answers"):
+    with pytest.raises(ConfigError, match=r"a/runs/\S+: pass@4 needs 4 responses"):
         arms(runs, metric="pass@4")
     assert read_run(runs[0]).answers.samples == 2
 

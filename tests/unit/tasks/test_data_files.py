@@ -85,7 +85,7 @@ def test_prompts_by_another_key_without_extra_info_and_without_rows_that_verl_le
     prompts = read_prompts(config, tokenizer, 3)
     assert {prompt.row for prompt in prompts} == {0, 2, 4}
     assert prompts[0].reward == {"data_source": "mine", "ground_truth": "2", "extra_info": {}}
-    with pytest.raises(DataError, match="holds 3 prompts within"):
+    with pytest.raises(DataError, match="has 3 prompts within"):
         read_prompts(config, tokenizer, 4)
     config.actor_rollout_ref.model.custom_chat_template = "{{ messages[0].content }}"
     assert (
