@@ -123,7 +123,8 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
     experiment is `embedded` on a CPU and `gsm8k` on accelerators, and the rollout correction is the recipe's own. All
     other overrides are Hydra overrides. The recipe's file takes precedence over profile and experiment.
 
-    Raises: ConfigError: the recipe, a key, or a value does not exist or is invalid.
+    Raises:
+        ConfigError: the recipe, a key, or a value does not exist or is invalid.
     """
     path = find_recipe(recipe, plans=False)
     raw = read_yaml(path)

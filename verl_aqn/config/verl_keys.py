@@ -82,10 +82,12 @@ def rules_of(key: str) -> list[Rule]:
 def check_keys(config: DictConfig, usual: Any) -> None:
     """Reject settings of a composed config for keys that we own, or that have no effect here.
 
-    Args: config: with unresolved interpolations, so that a setting that copies another one is recognised. usual: a
-    plain config whose values the user did not set: `base` with profile and experiment.
+    Args:
+        config: with unresolved interpolations, so that a setting that copies another one is recognised.
+        usual: a plain config whose values the user did not set: `base` with profile and experiment.
 
-    Raises: ConfigError: the first such key, with the reason and what to set instead.
+    Raises:
+        ConfigError: the first such key, with the reason and what to set instead.
     """
     for key, value in leaves(OmegaConf.to_container(config)):
         if _get(usual, key) == value:

@@ -89,7 +89,8 @@ class Target:
 def find_target(path: Path) -> Target:
     """Find a checkpoint (global_step_N), a run or experiment folder (its last checkpoint), or a model folder.
 
-    Raises: DataError: the path is none of these, or a run without a complete checkpoint.
+    Raises:
+        DataError: the path is none of these, or a run without a complete checkpoint.
     """
     path = path.expanduser()
     if (path / "config.json").is_file():
@@ -172,8 +173,9 @@ def evaluate(
 
     By default the folder is in `evaluations/` in the run, or in /tmp/mxfp4_eval_NAME for a model folder.
 
-    Raises: EvidenceError: the rollout had another adapter than its run recorded. AqnError: the evaluation failed, or
-    was stopped.
+    Raises:
+        EvidenceError: the rollout had another adapter than its run recorded.
+        AqnError: the evaluation failed, or was stopped.
     """
     target, console = find_target(path), Console()
     config = settings(target, overrides, adapter, precision, samples)
@@ -245,7 +247,8 @@ def _interval(lines: list[dict[str, Any]], key: str, validation: dict[str, Any])
 def check_adapter(run: RunFolder, result: Evaluation) -> str:
     """Check that the evaluated adapter is the one that the run had after that step, and return a description of it.
 
-    Raises: EvidenceError: it is another adapter.
+    Raises:
+        EvidenceError: it is another adapter.
     """
     after = run.by_step("evidence.jsonl", "adapter").get(result.step) or {}
     if not after.get("sent"):
@@ -273,7 +276,8 @@ def check_folder(config: DictConfig, result: Evaluation) -> str:
 def with_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
     """Return a run's `config` with key=value on top; settings that copy such a key in the recipe are changed too.
 
-    Raises: ConfigError: `config` does not have a key (the message has the nearest valid key), or a value is invalid.
+    Raises:
+        ConfigError: `config` does not have a key (the message has the nearest valid key), or a value is invalid.
     """
     OmegaConf.set_struct(config, True)
     recorded = {

@@ -38,7 +38,8 @@ def loops_of(config: DictConfig, *sets: Any) -> set[str]:
 def find_tools(config: DictConfig) -> None:
     """Make the paths of tools and agent loops absolute; verl's data set reads them too.
 
-    Raises: ConfigError: a file or module does not exist.
+    Raises:
+        ConfigError: a file or module does not exist.
     """
     rollout = config.actor_rollout_ref.rollout
     for key in TOOLS:

@@ -40,11 +40,14 @@ _asked: dict[str, Answer] = {}
 def ask(config: DictConfig, folder: Path, files: Iterable[Path], *, own: bool) -> Answer:
     """Return what verl's class reports about the data (see `first_rows.answer`): `rows` and `warnings`.
 
-    Args: | folder: of the model, whose tokenizer and chat template are read. files: of both sets. own: the class is the
-    | user's own, which is asked every time.
+    Args:
+        folder: the folder of the model, whose tokenizer and chat template are read.
+        files: the files of both sets.
+        own: whether the class is the user's own, which is asked every time.
 
-    Raises: | DataError, ModelError, ConfigError: the data, the chat template, or the user's class has a fault. |
-    EnvironmentFault: verl's process ended without an answer.
+    Raises:
+        DataError, ModelError, ConfigError: the data, the chat template, or the user's class has a fault.
+        EnvironmentFault: verl's process ended without an answer.
     """
     if not is_here():
         return {"rows": None, "warnings": []}

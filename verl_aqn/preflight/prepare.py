@@ -61,7 +61,8 @@ def prepare_model(config: DictConfig) -> Path:
 def refuse_unread(config: DictConfig) -> None:
     """Reject settings of verl whose effect this trainer cannot read back from the rollout, or does not support.
 
-    Raises: ConfigError: the first such setting.
+    Raises:
+        ConfigError: the first such setting.
     """
     rollout, block = config.actor_rollout_ref.rollout, "actor_rollout_ref.rollout"
     if "dummy" in str(rollout.load_format):
@@ -86,7 +87,8 @@ def refuse_unread(config: DictConfig) -> None:
 def refuse_adapter_settings(config: DictConfig) -> None:
     """Reject settings of adapters that the actor does not support, or that contradict each other.
 
-    Raises: ConfigError: the first such setting.
+    Raises:
+        ConfigError: the first such setting.
     """
     model, block = config.actor_rollout_ref.model, "actor_rollout_ref.model"
     for key, (value, default) in megatron_lora(config).items():
@@ -126,7 +128,8 @@ def positions_of(model: Path) -> int | None:
 def find_model(config: DictConfig, *, weights: bool = True) -> Path:
     """Return the folder of the recipe's model. Without `weights`, a model on the hub is downloaded without them.
 
-    Raises: ModelError: the name is neither a folder nor a model on the hub.
+    Raises:
+        ModelError: the name is neither a folder nor a model on the hub.
     """
     from verl_aqn.tasks.smollm2 import embedded_model
 

@@ -351,7 +351,8 @@ def check_memory(config: DictConfig, shape: Shape, free: int, devices: list[int]
 def refuse_recipe(config: DictConfig) -> Shape:
     """Raise the first fault of the recipe that does not depend on the machine, and return the shape of its model.
 
-    Raises: EnvironmentFault: a fault was found; the message says what was found and what to do.
+    Raises:
+        EnvironmentFault: a fault was found; the message says what was found and what to do.
     """
     _raise_first(check_recipe(config))
     shape = recipe_shape(config)
@@ -389,7 +390,8 @@ def check_machine(config: DictConfig, *, elsewhere: bool = False) -> None:
 
     `elsewhere`: check only what the recipe requires of any machine.
 
-    Raises: EnvironmentFault: the first fault, with what to do.
+    Raises:
+        EnvironmentFault: the first fault, with what to do.
     """
     check_installed()
     _raise_first(check_places(config, elsewhere=elsewhere))

@@ -28,7 +28,8 @@ def reward_of(config: DictConfig) -> Callable[..., Any]:
     The returned function raises RewardError, with the line of the user's file, if the user's function raises. It raises
     TimeoutError if an async function does not return within `ASYNC_TIMEOUT_S`.
 
-    Raises: ConfigError: there is no such function, or it cannot be loaded.
+    Raises:
+        ConfigError: there is no such function, or it cannot be loaded.
     """
     function, custom = load_reward(config), config.reward.custom_reward_function
     more: Any = OmegaConf.to_container(custom.get("reward_kwargs") or OmegaConf.create({}), resolve=True)
@@ -54,7 +55,8 @@ async def _awaited(result: Any) -> Any:
 def load_reward(config: DictConfig) -> Callable[..., Any]:
     """Return the function that the recipe names, without `reward_kwargs`.
 
-    Raises: ConfigError: the file, module or function does not exist, or its module raises on import.
+    Raises:
+        ConfigError: the file, module or function does not exist, or its module raises on import.
     """
     custom = config.reward.custom_reward_function
     path, name = str(custom.path or ""), str(custom.name)
@@ -101,7 +103,8 @@ def settle_reward(config: DictConfig) -> None:
 
     The path must be absolute because workers have another working directory.
 
-    Raises: ConfigError: the first such setting, or a function that cannot be loaded or called as verl calls it.
+    Raises:
+        ConfigError: the first such setting, or a function that cannot be loaded or called as verl calls it.
     """
     reward = config.reward
     if reward.reward_model.enable:
@@ -159,9 +162,12 @@ def check_reward(config: DictConfig, row: dict[str, Any], where: str) -> None:
     The function is not called if a user's own reward manager is used, or if the recipe names no function and verl's own
     is used. The trainer checks every response of a validation in any case.
 
-    Args: row: a row of a data file. where: the file and the number of the row, for error messages.
+    Args:
+        row: a row of a data file.
+        where: the file and the number of the row, for error messages.
 
-    Raises: ConfigError: the function cannot be loaded, raises, or does not return accuracy and reward.
+    Raises:
+        ConfigError: the function cannot be loaded, raises, or does not return accuracy and reward.
     """
     reward = config.reward
     if not reward.custom_reward_function.path or reward.reward_manager.source != "register":

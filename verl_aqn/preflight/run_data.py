@@ -83,7 +83,8 @@ def prepare_data(config: DictConfig) -> Data:
 def check_data(config: DictConfig) -> Data:
     """Let verl read and render the first rows of the files in `config`, and check every ground truth.
 
-    Raises: DataError, ModelError, ConfigError: as in `prepare_data`.
+    Raises:
+        DataError, ModelError, ConfigError: as in `prepare_data`.
     """
     find_tools(config)
     own = has_own_class(config)
@@ -127,9 +128,11 @@ def sets_of(config: DictConfig) -> dict[str, "Items"]:
 def first_items(config: DictConfig, sets: Mapping[str, "Items"]) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield the first item of every file and its place, validation first; for a user's own class, one item per set.
 
-    Args: sets: as `sets_of` returns them.
+    Args:
+        sets: as `sets_of` returns them.
 
-    Raises: DataError: an item lacks what verl passes to the reward.
+    Raises:
+        DataError: an item lacks what verl passes to the reward.
     """
     for split in ("test", "train"):
         items, files = sets[split], data_files(config, KEYS[split])
@@ -146,7 +149,8 @@ def items_of(config: DictConfig, split: str) -> "Items":
 
     In addition to the file's columns, an item has `raw_prompt`, its messages, and `extra_info`.
 
-    Raises: DataError, ConfigError: a file, or the user's own class, gives no items.
+    Raises:
+        DataError, ConfigError: a file, or the user's own class, gives no items.
     """
     if has_own_class(config):
         # By name: what imports verl stands above this room, and takes seconds to import.
@@ -215,7 +219,8 @@ def data_files(config: DictConfig, *keys: str) -> list[Path]:
     Each value is a path, a list of paths, or the text of such a list, as in verl's example scripts ("['a.parquet',
     'b.jsonl']").
 
-    Raises: ConfigError: the value is none of these.
+    Raises:
+        ConfigError: the value is none of these.
     """
     return [Path(f).expanduser() for key in keys or ("train_files", "val_files") for f in _names_of(config, key)]
 

@@ -16,7 +16,8 @@ PROMPT, RESPONSE = "data.max_prompt_length", "data.max_response_length"
 def check_settings(config: DictConfig, positions: int | None) -> Iterator[Finding]:
     """Check the recipe's settings against each other.
 
-    Args: positions: the maximum number of tokens of the model (`prepare.positions_of`), if it is known.
+    Args:
+        positions: the maximum number of tokens of the model (`prepare.positions_of`), if it is known.
     """
     yield _context(config, positions)
     yield _batched_tokens(config)

@@ -21,7 +21,8 @@ def shape_of(folder: Path, exclude: tuple[str, ...]) -> Shape:
     `exclude`: as in `quantize_checkpoint`; for a folder that is already packed, the exclusions in its own config are
     added.
 
-    Raises: ModelError: there is no config.json, transformers does not know the model, or it has no decoder layers.
+    Raises:
+        ModelError: there is no config.json, transformers does not know the model, or it has no decoder layers.
     """
     quantization = read_config(folder).get("quantization_config") or {}
     exclude = (*exclude, *quantization.get("ignore", ()))

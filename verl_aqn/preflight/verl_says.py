@@ -52,7 +52,8 @@ def verl_version() -> str | None:
 def ask(config: DictConfig, version: str) -> list[Finding]:
     """Return the faults that verl finds; an answer without faults is stored.
 
-    Raises: EnvironmentFault: verl's process ended without an answer.
+    Raises:
+        EnvironmentFault: verl's process ended without an answer.
     """
     asked = question(config)
     text = json.dumps([asked, version, verl_aqn.__version__], sort_keys=True, default=str)

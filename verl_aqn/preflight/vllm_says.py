@@ -34,7 +34,8 @@ def ask(config: DictConfig, folder: Path) -> Answer | None:
 
     Returns None if vLLM is not installed, or if the installed vLLM is for another platform than the recipe.
 
-    Raises: EnvironmentFault: vLLM's process ended without an answer.
+    Raises:
+        EnvironmentFault: vLLM's process ended without an answer.
     """
     from verl_aqn.checkpoints.building import is_multimodal  # imports torch
     from verl_aqn.checkpoints.storage import read_config

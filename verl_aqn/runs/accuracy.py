@@ -31,7 +31,8 @@ def _plain(value: Any) -> Any:
 def judged(values: Sequence[object], key: str = "acc") -> list[bool]:
     """Return `is_right` for each answer, given the values that the reward function returned as `key`.
 
-    Raises: ConfigError: a value is neither 0 nor 1. The message has the first such value and their number.
+    Raises:
+        ConfigError: a value is neither 0 nor 1. The message has the first such value and their number.
     """
     found = [is_right(value) for value in values]
     if None in found:
@@ -53,7 +54,8 @@ def acc_in(result: object) -> bool:
 
     For a dict, this is its `acc`. verl uses any other reward as the accuracy, which is only possible for 0 and 1.
 
-    Raises: ConfigError: the value is neither 0 nor 1, or a dict has no `acc`.
+    Raises:
+        ConfigError: the value is neither 0 nor 1, or a dict has no `acc`.
     """
     if not isinstance(result, Mapping):
         if (right := is_right(result)) is None:
@@ -70,7 +72,8 @@ def acc_in(result: object) -> bool:
 def reward_in(result: Any) -> float:
     """Return the reward that training uses from the reward function's result; for a dict, this is `score`.
 
-    Raises: ConfigError: there is no reward, or it is not a finite number.
+    Raises:
+        ConfigError: there is no reward, or it is not a finite number.
     """
     value = _plain(result.get("score") if isinstance(result, Mapping) else result)
     if isinstance(value, Real) and math.isfinite(value):

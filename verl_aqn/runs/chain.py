@@ -17,7 +17,8 @@ LINK = "link"
 def linked(before: bytes, record: Mapping[str, Any]) -> dict[str, Any]:
     """Return `record` (plain JSON values) with its link.
 
-    Args: before: the line of the previous record, without its newline; empty for the first record.
+    Args:
+        before: the line of the previous record, without its newline; empty for the first record.
     """
     plain = {key: value for key, value in record.items() if key != LINK}
     return plain | {LINK: _link(_end_of(before), plain)}

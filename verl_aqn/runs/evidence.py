@@ -87,9 +87,11 @@ class Expected:
 def judge_run(run: RunFolder, *, finished: bool | None = None) -> Judgement:
     """Judge all evidence of a run.
 
-    Args: finished: whether the run reached its end; by default what its state says.
+    Args:
+        finished: whether the run reached its end; by default what its state says.
 
-    Raises: DataError: a record is damaged.
+    Raises:
+        DataError: a record is damaged.
     """
     lines = _lines(run)
     return judge_lines(expected_of(run, lines, finished), lines)

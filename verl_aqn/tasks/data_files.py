@@ -24,7 +24,8 @@ HELP = "docs/your_data.md shows how to write one"
 def read_file(path: str | Path) -> Any:
     """Return the rows of a file as a `datasets.Dataset`, as verl does.
 
-    Raises: DataError: the file is missing, has an ending that verl does not know, cannot be read, or has no rows.
+    Raises:
+        DataError: the file is missing, has an ending that verl does not know, cannot be read, or has no rows.
     """
     import datasets
 
@@ -138,7 +139,8 @@ def _fault_in(content: bytes, before: int) -> str:
 def check_truths(path: str | Path) -> None:
     """Check that the rule for GSM8K's format can judge every row: each `reward_model.ground_truth` must be a number.
 
-    Raises: DataError: a row has no number; the message names the first such row.
+    Raises:
+        DataError: a row has no number; the message names the first such row.
     """
     import datasets
 
@@ -164,7 +166,8 @@ def check_values(truths: Any, where: str | Path, rounded: str = "") -> None:
     `rounded`: the type of floating-point numbers if it is less precise than Python's float. `where`: the file, for the
     error message.
 
-    Raises: DataError: a value is not such a number; the message names the first such row.
+    Raises:
+        DataError: a value is not such a number; the message names the first such row.
     """
     for place, truth in enumerate(truths):
         if not _is_truth(truth, rounded):

@@ -74,7 +74,9 @@ def score(text: str, answer: object, method: str = "strict") -> float:
     `strict` uses the number directly after the last "#### ", on the same line. `flexible` uses the last number in the
     text. The table above defines what is read as a number.
 
-    Raises: DataError: `answer` is not a number. ConfigError: `method` is neither of the two.
+    Raises:
+        DataError: `answer` is not a number.
+        ConfigError: `method` is neither of the two.
     """
     if method not in ("strict", "flexible"):
         raise ConfigError(f"score: method={method!r} is not known: use 'strict' or 'flexible'")

@@ -22,7 +22,8 @@ def prepare_gsm8k(dst: str | Path, source: str | Path | None = None) -> dict[str
     `source` is a folder with train.jsonl and test.jsonl (or the parquet files of a hub snapshot); None downloads from
     the hub.
 
-    Raises: DataError: the source cannot be read, or a row has no question or no "#### N".
+    Raises:
+        DataError: the source cannot be read, or a row has no question or no "#### N".
     """
     paths = {}
     for split in ("train", "test"):

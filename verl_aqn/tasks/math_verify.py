@@ -46,7 +46,9 @@ def scores(texts: Sequence[str], answers: Sequence[str]) -> list[float]:
     A text that needs more than 2 s of CPU time or 1 GiB of memory is wrong. The start takes a second, a typical
     response 1 ms; many responses are divided among processes.
 
-    Raises: DataError: an answer is not a number. EnvironmentFault: math-verify is not installed or does not run.
+    Raises:
+        DataError: an answer is not a number.
+        EnvironmentFault: math-verify is not installed or does not run.
     """
     check_installed()
     lines = []

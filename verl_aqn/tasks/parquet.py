@@ -44,7 +44,9 @@ def row(source: str, prompt: list[Message], truth: str, *, split: str, index: in
 def write_parquet(rows: list[dict], path: str | Path) -> Path:
     """Write `rows` to `path`, completely or not at all: to a temporary file first, which is then renamed.
 
-    Raises: DataError: there are no rows. EnvironmentFault: the folder cannot be created or written.
+    Raises:
+        DataError: there are no rows.
+        EnvironmentFault: the folder cannot be created or written.
     """
     path = Path(path)
     if not rows:

@@ -45,7 +45,8 @@ def embedded_model(cache_dir: str | Path) -> Path:
     The folder's name contains the GGUF's digest and the converter's version. The folder is renamed into place, so it is
     complete or absent; if two processes convert at the same time, the second keeps the first one's folder.
 
-    Raises: EnvironmentFault: the package with the model, or `gguf`, is not installed.
+    Raises:
+        EnvironmentFault: the package with the model, or `gguf`, is not installed.
     """
     source = _gguf_path()
     with source.open("rb") as file:
@@ -81,8 +82,9 @@ def tiny_model(dst: str | Path, *, layers: int = 2, hidden: int = 64, seed: int 
     at unit size; those of the untied head are three times larger, so that logits have standard deviation 3: sampling is
     neither uniform over the vocabulary nor stuck on one token.
 
-    Raises: ModelError: `hidden` is not a multiple of 32, or `dst` exists already. EnvironmentFault: see
-    `embedded_model`; the tokenizer comes from the same file.
+    Raises:
+        ModelError: `hidden` is not a multiple of 32, or `dst` exists already.
+        EnvironmentFault: see `embedded_model`; the tokenizer comes from the same file.
     """
     if hidden % 32 or hidden <= 0:
         raise ModelError(

@@ -13,10 +13,12 @@ _FRAME = re.compile(r'^\s*File "([^"\n]+)", line (\d+), in ', re.MULTILINE)
 def user_line(error: BaseException, path: str) -> str:
     """Return `FILE:LINE` of the deepest call in the user's file, or in any file outside the installed packages.
 
-    Args: error: as raised in this process, or as sent by a Ray process, with its traceback as text. path:
-    `reward.custom_reward_function.path`, or "".
+    Args:
+        error: as raised in this process, or as sent by a Ray process, with its traceback as text.
+        path: `reward.custom_reward_function.path`, or "".
 
-    Returns: "" if no call is in a user's file.
+    Returns:
+        "" if no call is in a user's file.
     """
     seen = [
         (frame.filename, frame.lineno)

@@ -100,7 +100,8 @@ def problems(n: int, split: str, seed: int) -> list[Problem]:
     The text of a question decides whether it belongs to "train" or "test", so the two splits are disjoint for all seeds
     and sizes.
 
-    Raises: ConfigError: `split` is neither of the two, or `n` is below 1 or more than the templates can produce.
+    Raises:
+        ConfigError: `split` is neither of the two, or `n` is below 1 or more than the templates can produce.
     """
     if split not in ("train", "test"):
         raise ConfigError(f"word problems: split={split!r} is not known: use 'train' or 'test'")

@@ -235,7 +235,7 @@ def test_wrong_arguments_do_not_wait_for_heavy_packages(tmp_path):
     (tmp_path / "model/config.json").write_text("{}")
     mistakes = {
         f"export {tmp_path}/nothere {tmp_path}/dst": "nothere contains no run",
-        f"export {taken} {taken}": "exists already",
+        f"export {taken} {taken}": "already exists",
         f"quantize {tmp_path}/nothere {tmp_path}/dst": "nothere is not a Hugging Face model folder",
         f"quantize {tmp_path}/model {tmp_path}/dst --plot x.doc": "cannot write a picture to x.doc",
         "bench update --shape foo": "--shape foo is not known",

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from verl_aqn.cli.main import main as cli
+from verl_aqn.cli import main as cli
 from verl_aqn.cluster.process_environment import launched
 from verl_aqn.config.compose import load_recipe
 from verl_aqn.launch import train

@@ -41,8 +41,10 @@ def write_report(
     `factors` and `any_difference` are as in `verl_aqn.runs.stats.arms.arms`; runs that cannot be compared are shown
     too, with the reason. `answers`: the number of problems that are shown with their responses.
 
-    Raises: ConfigError: `dst` exists, or a run is given twice. EnvironmentFault: `dst` cannot be written. DataError: a
-    path contains no run, or one of its records is damaged.
+    Raises:
+        ConfigError: `dst` exists, or a run is given twice.
+        EnvironmentFault: `dst` cannot be written.
+        DataError: a path contains no run, or one of its records is damaged.
     """
     check_free(dst)
     page = render(read_runs(paths), list(factors), any_difference, answers).encode(errors="replace")

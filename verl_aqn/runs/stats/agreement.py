@@ -39,7 +39,8 @@ class Agreement:
 def agreement(first: RunFolder, second: RunFolder) -> list[Agreement]:
     """Compare the recorded responses of two runs: training by step, then validations.
 
-    Raises: DataError: a run has no recorded samples (older versions recorded none), or the runs have no step in common.
+    Raises:
+        DataError: a run has no recorded samples (older versions recorded none), or the runs have no step in common.
     """
     found = []
     samples = [samples_of(run) for run in (first, second)]

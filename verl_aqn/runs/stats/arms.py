@@ -168,7 +168,7 @@ def arms(
             )
         same.append(run)
     if len(groups) < 2:
-        raise ConfigError(f"{len(runs)} run(s) of one config: a comparison takes runs of different configs")
+        raise ConfigError(f"{len(runs)} run(s), all with the same config: give runs whose configs differ")
     if (others := beyond(factors, [group[0].settings for group in groups])) and not any_difference:
         raise ConfigError(
             f"these runs differ in more than {', '.join(factors)}: {others}. Name what may differ with --factor "
