@@ -75,4 +75,4 @@ def test_a_failed_answer_stops_a_run_that_may_go_on_and_is_counted(train, files)
         ("val", step, "reward", item) for step in (0, 1) for item in (2, 3)
     ]
     assert "on the same 3 items (2 more have no response in one of the two)" in result
-    assert "failed: 0 training answers, which taught nothing, and 4 validation answers" in result
+    assert "failed: 0 training responses, which were not trained on, and 4 validation responses" in result

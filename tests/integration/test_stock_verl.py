@@ -158,7 +158,7 @@ def test_a_run_told_to_warn_goes_on_and_every_check_sees_the_base_model_answer(m
         "trainer and rollout without noise",
     }  # fmt: skip
     assert "after step 1 the rollout does not list the adapter" in told["adapter in the rollout"][1]
-    assert "step 2: the rollout responds like the base model" in told["adapter in the rollout's forward"][1]
+    assert "step 2: the rollout responds like the base model" in told["adapter in the rollout's forward pass"][1]
     adapters = [one for one in lines(run.path / "evidence.jsonl") if one["kind"] == "adapter"]
     assert [one["requests"] for one in adapters] == [
         {"with": 0, "without": 0}, {"with": 8, "without": 0}, {"with": 0, "without": 8},
