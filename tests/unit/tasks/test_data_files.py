@@ -97,5 +97,7 @@ def test_prompts_by_another_key_without_extra_info_and_without_rows_that_verl_le
     config.data.filter_overlong_prompts = False
     assert prompt_tokens(config, tokenizer, row()["chat"]) == prompts[0].ids[-2:], "verl cuts the beginning"
     config.data.prompt_key = "prompt"
-    with pytest.raises(DataError, match=r"there is no column 'prompt' .*the columns are data_source, chat, reward_model"):
+    with pytest.raises(
+        DataError, match=r"there is no column 'prompt' .*the columns are data_source, chat, reward_model"
+    ):
         items_of(config, "train")
