@@ -33,6 +33,7 @@ class Leftovers:
         self._ours: set[Path] = set()
         self._looked: dict[Path, int] = {}
         self._marked: dict[tuple[int, float], bool] = {}
+        self._earlier: set[psutil.Process] = set()
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -41,6 +42,7 @@ class Leftovers:
         os.environ[MARK] = self.mark
         with self._lock:  # what is there already is not ours
             self._looked = dict.fromkeys(self._paths(), _LOOKS)
+            self._earlier = set(_descendants())
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
@@ -52,11 +54,11 @@ class Leftovers:
         os.environ.pop(MARK, None)
 
     def found(self) -> set[str]:
-        """Return the living descendants of this pytest, and the paths of ours that still exist."""
+        """Return the descendants of this pytest that began since `start` and live, and the paths of ours that exist."""
         self.look()
         with self._lock:
             paths = {str(path) for path in self._ours if os.path.lexists(path)}
-        return {*paths, *(f"process {child.pid}" for child in _descendants())}
+        return {*paths, *(f"process {child.pid}" for child in _descendants() if child not in self._earlier)}
 
     def look(self) -> None:
         """Claim the new paths that a process of ours uses at this moment, or that name one of our runs."""
