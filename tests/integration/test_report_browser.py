@@ -189,7 +189,7 @@ def test_runs_and_answers_can_be_hidden(open_page):
     button.click()
     assert line.is_visible()
     assert page.locator("[data-chart=dlogp] .legend li:visible").count() == 3
-    page.get_by_role("button", name="Everything").click()
+    page.locator("[data-part='']").click()
     assert page.locator("[data-chart=dlogp] .legend li:visible").count() == 9
     page.locator("[data-filter=differ]").click()
     kinds = page.locator(".item:visible").evaluate_all("(all) => all.map((one) => one.dataset.kind)")
