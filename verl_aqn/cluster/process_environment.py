@@ -11,7 +11,7 @@ from verl_aqn.environment import cluster_address, drop_empty, keep_off_home
 from verl_aqn.runs import faults, stacks
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.host import threads
-from verl_aqn.runs.old_names import current_names
+from verl_aqn.runs.old_names import load_recorded
 from verl_aqn.safe_files import own_folder
 
 MEMORY_S = 5  # between checks of shared memory
@@ -72,9 +72,7 @@ def starts_warm(config: DictConfig) -> bool:
 
 def launched(run: RunFolder) -> DictConfig:
     """Return the config of the newest attempt."""
-    config = OmegaConf.create(current_names((run.path / "launch.yaml").read_text()))
-    assert isinstance(config, DictConfig)
-    return config
+    return load_recorded(run.path / "launch.yaml")
 
 
 def engine_environment(temporary: str, *, cpu: bool, ranks: int) -> dict[str, str]:

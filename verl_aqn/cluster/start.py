@@ -1,7 +1,7 @@
 """`verl-aqn node head|worker`: `ray start` with everything that a node needs for runs of this project.
 
-A run brings its own environment (verl_api/nodes.py). This module sets what a node needs before: the token, the devices
-that it declares, and its own address and network interface, which differ between nodes.
+A run brings its own environment (process_environment.py). This module sets what a node needs before: the token, the
+devices that it declares, and its own address and network interface, which differ between nodes.
 """
 
 import os

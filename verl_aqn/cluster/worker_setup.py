@@ -26,7 +26,7 @@ def set_up_worker() -> None:
     run, temporary = RunFolder(Path(os.environ[RUN])), Path(os.environ[TEMPORARY])
     claim(temporary, run.path)
     folder_in(temporary).mkdir(exist_ok=True)
-    if (run.path / "launch.yaml").exists():  # if it does not, `verl_api.nodes.check_nodes` reports it
+    if (run.path / "launch.yaml").exists():  # if it does not, `cluster_nodes.check_nodes` reports it
         os.environ.update(worker_environment(run, str(temporary)))
     threading.Thread(target=_watch_memory, args=(temporary,), daemon=True).start()
 

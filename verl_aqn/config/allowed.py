@@ -33,7 +33,7 @@ _OR_LOWER = {
 
 
 # Names that verl looks up only during a run, and the values that this trainer supports. Only these two engines support
-# a packed base (`verl_api.engine`).
+# a packed base (`verl_aqn.integrations.verl.engine`).
 STRATEGIES = ("fsdp", "fsdp2")
 
 

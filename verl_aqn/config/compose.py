@@ -134,7 +134,8 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
     _refuse_open(path, raw, rest)
     try:
         config = _compose(path, [*groups, *rest])
-        rename_keys(config)
+        with open_dict(config):
+            rename_keys(config.get("aqn", {}), warn=True)
         _check_base(config, path)
         check_names(config)  # first, because another engine adds keys that are unknown here
         check_keys(config, _plain(find_recipe("base"), *groups))

@@ -4,9 +4,7 @@ import sys
 from functools import cache
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict
-
-from verl_aqn.errors import ConfigError
+from omegaconf import DictConfig
 
 # New name → old names. The old names will be refused in version 0.3.
 RENAMED = {
@@ -29,35 +27,24 @@ def current_override(override: str) -> str:
     return override
 
 
-def rename_keys(config: DictConfig) -> None:
-    """Give old keys of a composed config their new names. The recipe's value wins over the default of the new key.
+def rename_keys(aqn: Any, *, warn: bool = False) -> None:
+    """Give old keys of an `aqn:` block (a dict or a DictConfig) their new names, in place.
 
-    Raises:
-        ConfigError: a key is not a block where the new one is.
+    The value of an old key wins over the value of the new key, which is a default where both are there.
     """
     for old, new in _NEW.items():
-        value = OmegaConf.select(config, old)
-        if value is None:
+        *blocks, name = old.split(".")[1:]
+        holder = aqn
+        for block in blocks:
+            holder = holder.get(block)
+        if not isinstance(holder, dict | DictConfig) or name not in holder:
             continue
-        if isinstance(OmegaConf.select(config, new), DictConfig) and not isinstance(value, DictConfig):
-            raise ConfigError(f"{old} is called {new} now, and is a block of keys")
-        _warn(old, new)
-        OmegaConf.update(config, new, value, merge=True)
-        block, _, key = old.rpartition(".")
-        with open_dict(config):
-            del OmegaConf.select(config, block)[key]
-
-
-def rename_plain(block: dict[Any, Any]) -> dict[str, Any]:
-    """Return the `aqn:` block of a recorded config, as plain values, with today's names of keys."""
-    out = {key: dict(value) if isinstance(value, dict) else value for key, value in block.items()}
-    for old, new in _NEW.items():
-        *path, name = old.split(".")[1:]
-        holder = out.get(path[0]) if path else out
-        if isinstance(holder, dict) and name in holder:
-            value = holder.pop(name)
-            holder.setdefault(new.rpartition(".")[2], value)
-    return out
+        if warn:
+            _warn(old, new)
+        key, value = new.rpartition(".")[2], holder.pop(name)
+        default: Any = holder.get(key)
+        both = isinstance(default, dict | DictConfig) and isinstance(value, dict | DictConfig)
+        holder[key] = {**default, **value} if both else value
 
 
 @cache

@@ -7,13 +7,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl_aqn.config.renamed import rename_plain
 from verl_aqn.errors import ConfigError
 from verl_aqn.noise.schedule import Kind
 from verl_aqn.noise.spec import Layers, TargetKind, Unit
 
-PROFILES = ("cpu", "cuda", "npu")
-EXPERIMENTS = ("embedded", "gsm8k", "none")
+Profile = Literal["cpu", "cuda", "npu"]
+Experiment = Literal["embedded", "gsm8k", "none"]
+PROFILES: tuple[Profile, ...] = get_args(Profile)
+EXPERIMENTS: tuple[Experiment, ...] = get_args(Experiment)
 ScaleRule = Literal["mse", "even", "floor", "rceil"]
 
 
@@ -192,8 +193,8 @@ class AqnConfig:
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
     run: RunConfig = field(default_factory=RunConfig)
-    profile: Literal["auto", "cpu", "cuda", "npu"] = "auto"
-    experiment: Literal["auto", "embedded", "gsm8k", "none"] = "auto"
+    profile: Literal["auto", Profile] = "auto"
+    experiment: Literal["auto", Experiment] = "auto"
 
 
 def nearest(name: str, valid: list[str]) -> str:
@@ -277,5 +278,4 @@ def parse_aqn(config: DictConfig | dict) -> AqnConfig:
     block = (config if OmegaConf.is_config(config) else OmegaConf.create(config)).get("aqn")
     if block is None:
         raise ConfigError("the config has no aqn: block; the defaults of a recipe must start with `base`")
-    plain = OmegaConf.to_container(block, resolve=True)
-    return typed(AqnConfig, rename_plain(plain) if isinstance(plain, dict) else plain, "aqn")
+    return typed(AqnConfig, OmegaConf.to_container(block, resolve=True), "aqn")

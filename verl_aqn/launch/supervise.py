@@ -23,7 +23,7 @@ from verl_aqn.runs.processes import SharedMemory, adopt_orphans, end_descendants
 from verl_aqn.runs.tail import Tail
 
 POLL_S = 0.5
-CLEAN_S = 60  # less than the time that a cluster's job has to stop (cluster/node.py)
+CLEAN_S = 60  # less than the time that a cluster's job has to stop (cluster/start.py)
 
 
 @dataclass
@@ -145,7 +145,7 @@ def clean_after_killed(run: RunFolder) -> None:
 
 
 def on_nodes(task: str, run: RunFolder, temporaries: list[str], address: str | None) -> str:
-    """Return what `verl_api.nodes` prints for a task on all nodes; "" without a cluster, or if the task times out."""
+    """Return what `cluster_nodes` prints for a task on all nodes; "" without a cluster, or if the task times out."""
     if temporaries and address:
         env = dict(os.environ) | {"RAY_ADDRESS": address}
         command = [sys.executable, "-m", "verl_aqn.integrations.verl.cluster_nodes", task, str(run.path), *temporaries]

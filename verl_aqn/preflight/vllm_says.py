@@ -30,7 +30,7 @@ _asked: dict[str, Answer] = {}
 
 
 def ask(config: DictConfig, folder: Path) -> Answer | None:
-    """Return what vLLM reports about the model in `folder`; only config.json is read (see `vllm_api.ask.answer`).
+    """Return what vLLM reports about the model in `folder`; only config.json is read (see `ask_vllm.answer`).
 
     Returns None if vLLM is not installed, or if the installed vLLM is for another platform than the recipe.
 

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from verl_aqn.errors import DataError
 from verl_aqn.runs.folder import RunFolder
-from verl_aqn.runs.old_names import current_names
+from verl_aqn.runs.old_names import load_recorded
 from verl_aqn.runs.provenance import file_digest
 from verl_aqn.runs.stats.arms import find_run
 
@@ -146,9 +146,7 @@ def config_of(run: RunFolder) -> DictConfig:
     """Return the resolved config of a run. Raises DataError if it has none."""
     if run.block("config.yaml") is None:
         raise DataError(f"{run.path} has no config.yaml: it was stopped before training began")
-    config = OmegaConf.create(current_names((run.path / "config.yaml").read_text()))
-    assert isinstance(config, DictConfig)
-    return config
+    return load_recorded(run.path / "config.yaml")
 
 
 def _folders(checkpoints: Path) -> list[Path]:

@@ -23,7 +23,7 @@ import yaml
 
 from verl_aqn.errors import AqnError, BusyError, DataError, EnvironmentFault
 from verl_aqn.runs.chain import linked
-from verl_aqn.runs.old_names import current_names
+from verl_aqn.runs.old_names import current_names, rename_settings
 from verl_aqn.safe_files import open_own, own_entries, own_folder
 
 STATUSES = ("running", "finished", "failed", "interrupted")
@@ -118,6 +118,7 @@ class RunFolder:
             raise self._damage(name, " ".join(str(error).split())) from error
         if not isinstance(found, dict):
             raise self._damage(name, "no keys and values")
+        rename_settings(found)
         return found
 
     def _damage(self, name: str, what: str) -> DataError:

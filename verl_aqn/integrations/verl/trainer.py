@@ -152,7 +152,7 @@ class AqnTrainer(ComparingTrainer):
         self.doing(TRACKERS)  # verl sends the metrics to them next
 
     def group_and_parity_metrics(self, batch: Any, metrics: dict) -> dict[str, float]:
-        """Return `aqn/groups…` and `aqn/parity/…` of a step; verl_api/parity.py explains each figure."""
+        """Return `aqn/groups…` and `aqn/parity/…` of a step; token_mismatch.py explains each figure."""
         keys = real_keys(batch)
         fields = ["responses", "rm_scores", "response_mask", "rollout_log_probs", "old_log_probs", "entropy"]
         data = fields_of(batch, fields)
