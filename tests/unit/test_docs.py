@@ -41,7 +41,7 @@ def test_the_readme_names_every_page_that_a_reader_starts_from():
 
 
 def test_the_quick_start_of_the_readme_is_a_part_of_the_whole_output():
-    (output,) = re.findall(r"```\n(  0:14 .*?)```", README, re.DOTALL)
+    (output,) = re.findall(r"```\n(  \d+:\d\d .*?)```", README, re.DOTALL)
     lines = output.splitlines()
     assert len(lines) == 8
     assert [line for line in lines if line not in PAGES["index.md"].splitlines()] == []
