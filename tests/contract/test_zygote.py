@@ -33,7 +33,9 @@ def warm(tmp_path_factory):
     env.pop(
         "PYTHONDONTWRITEBYTECODE", None
     )  # as in supervise.environment; otherwise it would be an argument of spawned processes
-    with subprocess.Popen([sys.executable, "-m", "verl_aqn.launch.forkserver.server", str(server)], env=env) as process:
+    command = [sys.executable, "-m", "verl_aqn.launch.forkserver.server", str(server)]
+    # A session of its own, as `supervise` starts it: a process that ends its group must not end this pytest.
+    with subprocess.Popen(command, env=env, start_new_session=True) as process:
         while not server.exists():
             assert process.poll() is None
             time.sleep(0.1)

@@ -43,9 +43,11 @@ def places(tmp_path):
 def watched(places, monkeypatch):
     monkeypatch.delenv(MARK, raising=False)
     watched = Leftovers([(places / "shm", "*"), (places / "tmp", "aqn-*")], places / "runs")
-    watched.start()
-    yield watched
-    watched.stop()
+    with subprocess.Popen(["sleep", "60"]) as earlier:  # another test's child, which is nothing that a run left
+        watched.start()
+        yield watched
+        watched.stop()
+        earlier.kill()
 
 
 @pytest.fixture

@@ -194,7 +194,7 @@ def test_what_is_no_number_is_null_and_is_shown_as_nan(mixed, capsys):
 
 def test_an_old_runs_modules_have_todays_names(old):
     with (old.path / "config.yaml").open("a") as file:
-        file.write("lib: verl_aqn.integrations.verl.engine\nreward: pkg://verl_aqn.tasks.gsm8k\n")
+        file.write("lib: verl_aqn.verl_api.engine\nreward: pkg://verl_aqn.rewards.gsm8k\n")
     config = config_of(old)
     assert (config.lib, config.reward) == ("verl_aqn.integrations.verl.engine", "pkg://verl_aqn.tasks.gsm8k")
     assert old.block("config.yaml")["lib"] == config.lib
