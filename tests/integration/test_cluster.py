@@ -18,7 +18,8 @@ from verl_aqn.bench import letters
 pytestmark = pytest.mark.timeout(1800)
 ROOT = Path(__file__).parents[2]
 HEAD, WORKER = "10.77.31.1", "10.77.31.2"
-SPACES = {HEAD: "aqn-head", WORKER: "aqn-work"}
+# The names are this process's own: a session that was killed leaves its namespaces behind. 15 characters at most.
+SPACES = {HEAD: f"aqn{os.getpid()}h", WORKER: f"aqn{os.getpid()}w"}
 
 
 def ip(*arguments: str) -> str:

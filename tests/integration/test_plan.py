@@ -27,7 +27,7 @@ def test_a_killed_plan_goes_on_where_it_was_and_ends_with_the_comparison(train, 
     process = train(out, *SHORT, recipe=str(file))
     stdout, err = process.communicate(timeout=500)
     assert process.returncode == 0, err
-    assert "control, seed 0: on record" in err
+    assert "control, seed 0: finished before" in err
     assert "attempt 2" in err
     assert (done / "metrics.jsonl").read_bytes() == records
     assert len(list(out.glob("*/runs/2*"))) == 2

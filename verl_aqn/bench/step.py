@@ -101,7 +101,7 @@ def command(name: str, todo: list[str], folder: Path, temporary: str) -> tuple[s
     """Return what starts an arm's run: module, arguments, environment."""
     if name == "ours":
         arguments = ["train", RECIPE, *todo, "aqn.noise.probe=false", f"aqn.run.dir={folder}"]
-        return "verl_aqn.cli.main", arguments, dict(os.environ)
+        return "verl_aqn.cli", arguments, dict(os.environ)
     config = stock_config(todo, tuned=name == "stock tuned")
     config.trainer.default_local_dir = str(folder / "checkpoints")
     (path := folder / "config.yaml").write_text(OmegaConf.to_yaml(config))
@@ -140,7 +140,10 @@ def run_arm(name: str, todo: list[str], folder: Path, on_step: Callable[[], None
     if process.returncode:
         raise EnvironmentFault(f"bench step: {name} ended with exit code {process.returncode}: see {log}")
     if name == "ours":
-        run = next(folder.glob("runs/*/events.jsonl")).parent
+        runs = list(folder.glob("runs/*/events.jsonl"))
+        if len(runs) != 1:
+            raise EnvironmentFault(f"bench step: {name} ended with {len(runs)} runs in {folder}, not one: see {log}")
+        run = runs[0].parent
         add_evidence(arm, run / "events.jsonl")
         arm.synced = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["metrics"]["aqn/synced_bytes"]
     else:
