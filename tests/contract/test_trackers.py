@@ -14,8 +14,8 @@ from verl_aqn.config.trackers import stay_here
 
 BACKENDS = ["tensorboard", "wandb", "mlflow", "swanlab", "trackio", "file"]
 LOGGED = {
-    1: {"aqn/sigma": 0.05, "aqn/parity/kl_per_token": 1e-6, "aqn/validation/math_verify": 0.5},
-    2: {"aqn/sigma": 1e-5, "aqn/parity/kl_per_token": 2e-6, "val-core/openai/gsm8k/acc/mean@1": 0.75},
+    1: {"aqn/sigma": 0.05, "aqn/mismatch/kl_per_token": 1e-6, "aqn/validation/math_verify": 0.5},
+    2: {"aqn/sigma": 1e-5, "aqn/mismatch/kl_per_token": 2e-6, "val-core/openai/gsm8k/acc/mean@1": 0.75},
 }
 PACKAGES = Path(sys.prefix) / "trackers"  # scripts/setup.sh
 

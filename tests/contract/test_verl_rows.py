@@ -149,8 +149,9 @@ def test_the_reason_of_a_session_that_fails_is_on_record_and_told(tmp_path):
             raise ValueError(f"no float: {kwargs['uid'][:1]}\nand more")
 
     class Both(NotingFailures, Failing):
-        config = load_recipe("e6a", ["profile=cpu", f"aqn.run.dir={tmp_path}"])
+        config = load_recipe("e6a", ["profile=cpu"])
 
+    Both.config.trainer.default_local_dir = str(tmp_path / "checkpoints")
     worker = Both()
 
     def run(uid, session, validate, step=3):
@@ -220,8 +221,9 @@ def test_a_run_folder_that_cannot_be_written_does_not_hide_the_error(tmp_path):
             raise KeyError("mine")
 
     class Both(NotingFailures, Failing):
-        config = load_recipe("e6a", ["profile=cpu", f"aqn.run.dir={tmp_path}/none"])
+        config = load_recipe("e6a", ["profile=cpu"])
 
+    Both.config.trainer.default_local_dir = str(tmp_path / "none/checkpoints")
     with pytest.raises(KeyError, match="mine"):
         asyncio.run(Both()._run_agent_loop({}, {"step": 1, "validate": True}, uid="u", session_id=0))
 

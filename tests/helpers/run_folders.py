@@ -15,22 +15,22 @@ BASE, CLEAN = "b" * 64, "c" * 64
 
 def metrics(step: int, sigma: float) -> dict[str, float]:
     """Return the metrics of one step under verl's names and ours."""
-    parity = {
-        f"aqn/parity/{part}{name}": value / step
+    mismatch = {
+        f"aqn/mismatch/{part}{name}": value / step
         for part in ("", "noise/", "kernels/")
         for name, value in (("abs_dlogp_mean", 0.02), ("abs_dlogp_p99", 0.3), ("kl_k3", 0.002), ("clipped_share", 0.03))
     }
-    return parity | {
+    return mismatch | {
         "critic/score/mean": 0.1 * step,
         "actor/entropy": 0.4 / step,
         "actor/grad_norm": 0.1,
         "response_length/mean": 13.0 + step,
         "response_length/clip_ratio": 0.25,
         "aqn/sigma": sigma,
-        "aqn/sigma_realised": sigma * 1.001,
+        "aqn/sigma_measured": sigma * 1.001,
         "aqn/groups": 6.0,
         "aqn/groups_without_variance": 3.0,
-        "aqn/parity/rollout_entropy_sampled": 0.5 / step,
+        "aqn/mismatch/rollout_entropy_sampled": 0.5 / step,
         "timing_s/step": 20.0,
         "timing_s/gen": 8.0,
         "timing_s/rescore": 1.0,
@@ -85,7 +85,7 @@ def write_run(
     run = begin_run(base, settings | dict(config or {}), versions)
     run.write_text("quantization.json", json.dumps(quantization()))
     evidence = {"clean_digest": CLEAN, "modules": 5, "elements": 1000, "changed_outside": 0}
-    clean = {"rank": 0, "sigma_asked": 0.0, "sigma_realised": 0.0, "weights_digest": CLEAN, **evidence}
+    clean = {"rank": 0, "sigma_target": 0.0, "sigma_measured": 0.0, "weights_digest": CLEAN, **evidence}
     ends = {"disk": BASE, "actor": [BASE]}
     held = {"base_digest": BASE, "slices": {}, "weights_equal_base": True, "kernel": "CpuMxfp4LinearKernel"}
     answers = answers or {
@@ -117,7 +117,7 @@ def write_run(
     for step in range(1, steps + 1):
         sigma = 0.05 / 10 ** (step - 2) if noise and step > 1 else 0.0
         interval = sigma_interval(sigma, 1000)
-        order = {"step": step - 1, "sigma_asked": sigma, "sigma_realised": sigma * 1.001, "sigma_interval": interval}
+        order = {"step": step - 1, "sigma_target": sigma, "sigma_measured": sigma * 1.001, "sigma_interval": interval}
         digest = f"{step}" * 64 if sigma else CLEAN
         run.append(
             "evidence.jsonl", {"kind": "noise", "rank": 0, "stage": step, **evidence, **order, "weights_digest": digest}
@@ -152,7 +152,7 @@ def validated_run(
         "trainer": {"experiment_name": name, "total_training_steps": 29, "default_local_dir": str(base / name)},
         "actor_rollout_ref": {"actor": {"optim": {"lr": 1e-5}, "data_loader_seed": seed}},
         "data": {"seed": seed},
-        "aqn": {"seed": seed, "noise": {"enabled": True, "seed": seed, **noise}, "run": {"dir": str(base / name)}},
+        "aqn": {"seed": seed, "noise": {"enabled": True, "seed": seed, **noise}, "run": {"dir": str(base)}},
     }
     run = begin_run(base, settings | dict(config or {}), {"torch": "2.13.0"})
     prompts = prompts or [f"{number} + 1?" for number in range(len(right))]

@@ -48,7 +48,7 @@ def test_grpo_on_two_ranks_with_correction_and_a_warning_where_top_p_biases_it(r
     outcome = run("grpo", *TWO_STEPS, *options)
     _, step = steps_of(outcome)
     evidence = outcome[2] / "evidence.jsonl"
-    noise = [record for record in lines(evidence, "noise") + lines(evidence, "actor noise") if record["sigma_asked"]]
+    noise = [record for record in lines(evidence, "noise") + lines(evidence, "actor noise") if record["sigma_target"]]
     assert [(record["kind"], record["ranks"]) for record in noise] == [("noise", [0, 1]), ("actor noise", [0, 1])]
     assert len({record["weights_digest"] for record in noise}) == 1
     (start, end), adapter = lines(evidence, "base"), lines(evidence, "adapter")[-1]
@@ -66,8 +66,8 @@ def test_grpo_on_two_ranks_with_correction_and_a_warning_where_top_p_biases_it(r
     assert "rollout_correction.rollout_is is biased" in warning["text"]
     assert "warning: rollout.top_p=0.95" in err
     # Scored sequences would not be comparable with what top_p left over.
-    assert "aqn/parity/kl_k3" in step
-    assert "aqn/parity/rescored_tokens" not in step
+    assert "aqn/mismatch/kl_k3" in step
+    assert "aqn/mismatch/rescored_tokens" not in step
 
 
 def test_dapo_on_a_tensor_parallel_rollout_tells_noise_from_kernels_and_validates_without_noise(run):
@@ -93,15 +93,15 @@ def test_dapo_on_a_tensor_parallel_rollout_tells_noise_from_kernels_and_validate
     assert len({adapter["sent"], *(held["adapter_digest"] for held in adapter["held"])}) == 3
     for step in (clean, noisy):
         assert step["aqn/groups"] >= 2 + step["aqn/groups_without_variance"]
-        assert 0 < step["aqn/parity/rescored_tokens"] <= step["aqn/parity/tokens"] / 1.5
-        assert step["aqn/parity/kernels/abs_dlogp_mean"] < 0.05
-        assert step["aqn/parity/trainer_entropy"] > 0
+        assert 0 < step["aqn/mismatch/rescored_tokens"] <= step["aqn/mismatch/tokens"] / 1.5
+        assert step["aqn/mismatch/kernels/abs_dlogp_mean"] < 0.05
+        assert step["aqn/mismatch/trainer_entropy"] > 0
     assert clean["aqn/sigma"] == 0
-    assert clean["aqn/parity/noise/abs_dlogp_mean"] < 0.05  # what decoding and scoring differ by
+    assert clean["aqn/mismatch/noise/abs_dlogp_mean"] < 0.05  # what decoding and scoring differ by
     assert noisy["aqn/sigma"] == 2
-    assert noisy["aqn/parity/noise/abs_dlogp_mean"] > 5 * clean["aqn/parity/noise/abs_dlogp_mean"]
-    assert noisy["aqn/parity/noise/abs_dlogp_mean"] > 5 * noisy["aqn/parity/kernels/abs_dlogp_mean"]
-    assert noisy["aqn/parity/kl_k3"] > 5 * clean["aqn/parity/kl_k3"]
+    assert noisy["aqn/mismatch/noise/abs_dlogp_mean"] > 5 * clean["aqn/mismatch/noise/abs_dlogp_mean"]
+    assert noisy["aqn/mismatch/noise/abs_dlogp_mean"] > 5 * noisy["aqn/mismatch/kernels/abs_dlogp_mean"]
+    assert noisy["aqn/mismatch/kl_k3"] > 5 * clean["aqn/mismatch/kl_k3"]
 
 
 def test_ppo_trains_a_critic_on_the_packed_base_with_noise_in_the_actor_too(run):
@@ -112,13 +112,13 @@ def test_ppo_trains_a_critic_on_the_packed_base_with_noise_in_the_actor_too(run)
     assert [held["modules"] for held in lines(outcome[2] / "evidence.jsonl", "adapter")[-1]["held"]] == [4]
     first, second = steps_of(outcome)
     # Actor and rollout have the same noise, so the remaining mismatch comes from the kernels.
-    (rollout,) = [record for record in lines(outcome[2] / "evidence.jsonl", "noise") if record["sigma_asked"]]
-    (actor,) = [record for record in lines(outcome[2] / "evidence.jsonl", "actor noise") if record["sigma_asked"]]
+    (rollout,) = [record for record in lines(outcome[2] / "evidence.jsonl", "noise") if record["sigma_target"]]
+    (actor,) = [record for record in lines(outcome[2] / "evidence.jsonl", "actor noise") if record["sigma_target"]]
     assert actor["weights_digest"] == rollout["weights_digest"] != rollout["clean_digest"]
     assert [record["uses"] > 0 for record in lines(outcome[2] / "evidence.jsonl", "actor clean")] == [False, True]
-    assert second["aqn/parity/noise/abs_dlogp_mean"] > 0.1
-    assert second["aqn/parity/abs_dlogp_mean"] < 0.05
-    assert second["aqn/parity/kernels/abs_dlogp_mean"] < 0.05
+    assert second["aqn/mismatch/noise/abs_dlogp_mean"] > 0.1
+    assert second["aqn/mismatch/abs_dlogp_mean"] < 0.05
+    assert second["aqn/mismatch/kernels/abs_dlogp_mean"] < 0.05
     assert first["critic/values/mean"] == 0  # the value head starts from 0 …
     assert second["critic/values/mean"] != 0  # … and has learned
     assert first["critic/grad_norm"] > 0

@@ -65,7 +65,7 @@ def told(folder: Path) -> dict:
     return {
         "steps": {step: sorted(one["metrics"]) for step, one in sorted(steps.items())},
         "sigma": {step: one["metrics"]["aqn/sigma"] for step, one in sorted(steps.items())},
-        "noise": {one["step"]: (one["sigma_asked"], one["weights_digest"]) for one in noise},
+        "noise": {one["step"]: (one["sigma_target"], one["weights_digest"]) for one in noise},
         "validations": {one["step"]: one["items"] for one in lines(folder / "metrics.jsonl", "validation")},
         "base": {one["disk"] for one in lines(folder / "evidence.jsonl", "base")},
         "checkpoint": (folder / "checkpoints" / "latest_checkpointed_iteration.txt").read_text(),

@@ -81,7 +81,7 @@ def test_a_moe_trains_with_its_experts_read_back_and_no_noise_before_its_routers
     assert len({record["sent"] for record in adapters}) == 3
     _, noise = lines(run / "evidence.jsonl", "noise")
     noisy = [name for group in noise["groups"] for name in group["modules"]]
-    assert (noise["sigma_asked"], noise["changed_outside"], noise["router_norms"]) == (0.05, 0, ROUTER_NORMS)
+    assert (noise["sigma_target"], noise["changed_outside"], noise["router_norms"]) == (0.05, 0, ROUTER_NORMS)
     assert len(noisy) == noise["modules"] == 7  # with those of queries and keys
     assert not set(noisy) & set(ROUTER_NORMS)
     assert_trained(run)
@@ -101,8 +101,8 @@ def test_experts_are_shared_out_among_ranks_that_each_tell_of_theirs(train, mixt
             # Of each of two layers the matrices of two experts are the other rank's, and halves of q, k, v and o.
             assert (held["experts"], here["elsewhere"], held["sliced"]["matrices"]) == (12, 12, 12 + 8)
         assert len({held["base_digest"] for held in record["rollout"]}) == 2
-    noise = [one for one in lines(run / "evidence.jsonl", "noise") if one["sigma_asked"]]
-    actor = [one for one in lines(run / "evidence.jsonl", "actor noise") if one["sigma_asked"]]
+    noise = [one for one in lines(run / "evidence.jsonl", "noise") if one["sigma_target"]]
+    actor = [one for one in lines(run / "evidence.jsonl", "actor noise") if one["sigma_target"]]
     assert [one["ranks"] for one in noise + actor] == [[0, 1], [0, 1]]
     assert len({one["weights_digest"] for one in noise + actor}) == 1
     assert noise[0]["router_norms"] == actor[0]["router_norms"] == ROUTER_NORMS

@@ -34,12 +34,12 @@ def test_a_calculator_is_called_and_its_words_are_in_no_figure(tmp_path, warm_ca
         assert metrics["training/num_turns/max"] >= 4  # question, call, result, answer
         assert metrics["aqn/tool_tokens"] > 0
         sampled = answers * (metrics["response_length/mean"] - metrics["aqn/tool_tokens"])
-        assert metrics["aqn/parity/tokens"] == pytest.approx(sampled)
-        assert metrics["aqn/parity/rescored_tokens"] == pytest.approx(sampled)
+        assert metrics["aqn/mismatch/tokens"] == pytest.approx(sampled)
+        assert metrics["aqn/mismatch/rescored_tokens"] == pytest.approx(sampled)
         # A token of the tool has no log-prob of the rollout, so one of them would add several nats to the mismatch.
-        assert metrics["aqn/parity/kernels/abs_dlogp_mean"] < 0.1
+        assert metrics["aqn/mismatch/kernels/abs_dlogp_mean"] < 0.1
     clean, noisy = steps
-    assert clean["aqn/parity/abs_dlogp_mean"] < 0.1 < noisy["aqn/parity/noise/abs_dlogp_mean"]
+    assert clean["aqn/mismatch/abs_dlogp_mean"] < 0.1 < noisy["aqn/mismatch/noise/abs_dlogp_mean"]
     conversations = [json.loads(line) for line in (run / "validation/2.jsonl").read_text().splitlines()]
     called = [one["output"] for one in conversations if "<tool_call>" in one["output"]]
     assert len(called) >= 3  # greedy

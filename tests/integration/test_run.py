@@ -125,11 +125,11 @@ def test_adapter_changes_at_every_step_and_reaches_the_rollout(finished):
 
 def test_noise_is_what_the_schedule_says_at_every_step(finished):
     records = lines(finished / "evidence.jsonl", "noise")
-    assert [record["sigma_asked"] for record in records] == [0.0, 0.05, 1e-5]
+    assert [record["sigma_target"] for record in records] == [0.0, 0.05, 1e-5]
     for record in records:
         assert record["modules"] == 5  # two in each of two layers, and the last
         low, high = record["sigma_interval"]
-        assert low <= record["sigma_realised"] <= high or record["sigma_asked"] == 0
+        assert low <= record["sigma_measured"] <= high or record["sigma_target"] == 0
 
 
 def test_validation_is_clean_to_the_last_bit(finished):
@@ -165,10 +165,10 @@ def test_the_record_is_whole_and_readable_by_others(finished):
         assert pyarrow.json.read_json(finished / f"{name}.jsonl").num_rows == len(lines(finished / f"{name}.jsonl"))
 
 
-def test_metrics_hold_sigma_asked_and_realised(finished):
+def test_metrics_hold_sigma_target_and_measured(finished):
     steps = lines(finished / "metrics.jsonl", "step")
     assert [step["metrics"]["aqn/sigma"] for step in steps] == [0.0, 0.05, 1e-5]
-    assert steps[1]["metrics"]["aqn/sigma_realised"] == pytest.approx(0.05, rel=0.2)
+    assert steps[1]["metrics"]["aqn/sigma_measured"] == pytest.approx(0.05, rel=0.2)
     assert all(step["metrics"]["actor/grad_norm"] > 0 for step in steps)
 
 

@@ -20,8 +20,8 @@ def test_no_ratio_is_worse_than_the_recorded_one():
 def test_a_step_is_faster_than_stock_verl_s_with_the_same_settings(tiny_model, tmp_path, monkeypatch):
     """Both run all of their processes, with a model so small that waiting and transfers take most of a step."""
     monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path / "cache"))
-    todo = step.overrides(str(tiny_model), 4, small=True)
-    result = step.measure(todo, 4, 1, tmp_path / "runs", lambda _: None, step.ARMS[:2])
+    settings = step.overrides(str(tiny_model), 4, small=True)
+    result = step.measure(settings, 4, 1, tmp_path / "runs", lambda _: None, step.ARMS[:2])
     ours, stock = result["arms"]["ours"], result["arms"]["stock tuned"]
     assert ours["synced"] == stock["synced"] > 0
     assert ours["rescoring"] > 0 < ours["noise and evidence"]

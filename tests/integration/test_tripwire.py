@@ -32,6 +32,6 @@ def test_a_rollout_whose_forward_ignores_the_noise_in_its_weights_stops_the_run(
     assert noisy["effect"] + noisy["error"] < noisy["predicted"] / 2
     assert noisy["predicted_by"] == "the trainer with the same noise"
     assert len(lines(run / "metrics.jsonl", "step")) == 2
-    assert lines(run / "evidence.jsonl", "noise")[-1]["sigma_realised"] > 0.04  # the weights themselves were right
+    assert lines(run / "evidence.jsonl", "noise")[-1]["sigma_measured"] > 0.04  # the weights themselves were right
     (stopped,) = lines(run / "evidence.jsonl", "stopped")
     assert "does not use it" in stopped["reason"]

@@ -20,6 +20,6 @@ def test_two_runs_at_once_end_well_and_do_not_mix(train, tmp_path):
         run = newest(base)
         assert OmegaConf.load(run / "config.yaml").aqn.seed == seed
         assert [record["step"] for record in lines(run / "metrics.jsonl", "step")] == [1, 2]
-        (noisy,) = [record for record in lines(run / "evidence.jsonl", "noise") if record["sigma_asked"]]
+        (noisy,) = [record for record in lines(run / "evidence.jsonl", "noise") if record["sigma_target"]]
         noise.append(noisy["weights_digest"])
     assert noise[0] != noise[1]

@@ -69,16 +69,16 @@ def measure(steps: int, small: bool, base: Path, on_run: Callable[[str], None]) 
             shutil.rmtree(base / "bf16")
         folder = base / f"run-{number}"
         folder.mkdir()
-        todo = settings(point, model, steps)
-        rows.append(row(point, todo, run_arm("ours", todo, folder, lambda: None)))
+        chosen = settings(point, model, steps)
+        rows.append(row(point, chosen, run_arm("ours", chosen, folder, lambda: None)))
     result = {"device": device_name("cpu"), "steps": steps, "rows": rows}
-    chosen = {what: [points.index(point) for point in of] for what, of in series.items()}
-    return result | {"series": chosen, "exponents": exponents(rows, chosen)}
+    indices = {what: [points.index(point) for point in of] for what, of in series.items()}
+    return result | {"series": indices, "exponents": exponents(rows, indices)}
 
 
-def row(point: Point, todo: list[str], arm: Arm) -> dict[str, Any]:
+def row(point: Point, chosen: list[str], arm: Arm) -> dict[str, Any]:
     """Return the medians over the steps of a run: seconds, tokens, bytes."""
-    config = load_recipe(RECIPE, todo)
+    config = load_recipe(RECIPE, chosen)
     found: dict[str, Any] = {key: statistics.median(step[key] for step in arm.steps) for key in (*TIMES, "tokens")}
     found |= {f"memory: {kind}": arm.peak[kind] for kind in ("actor", "rollout", "all")}
     return asdict(point) | {"parameters": recipe_shape(config).parameters} | found

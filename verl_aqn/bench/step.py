@@ -62,15 +62,15 @@ def overrides(model: str, steps: int, small: bool) -> list[str]:
     ]
 
 
-def check(todo: list[str]) -> None:
+def check(settings: list[str]) -> None:
     """Check the settings and the model of all arms, and raise before the first arm starts."""
     from verl_aqn.config.compose import load_recipe
     from verl_aqn.preflight.prepare import find_model
 
-    find_model(load_recipe(RECIPE, todo), weights=False)
+    find_model(load_recipe(RECIPE, settings), weights=False)
 
 
-def stock_config(todo: list[str], *, tuned: bool) -> DictConfig:
+def stock_config(settings: list[str], *, tuned: bool) -> DictConfig:
     """Return the same task for verl's own trainer: bf16 base, bf16 LoRA, verl's settings except what a CPU needs.
 
     `tuned`: also with our profile's settings for threads, processes and cache.
@@ -79,7 +79,7 @@ def stock_config(todo: list[str], *, tuned: bool) -> DictConfig:
     from verl_aqn.launch.train import resolve
 
     # The recipe enables MXFP4 and noise; stock verl has neither.
-    config = load_recipe(RECIPE, [*todo, "aqn.mxfp4.enabled=false", "aqn.noise.enabled=false"])
+    config = load_recipe(RECIPE, [*settings, "aqn.mxfp4.enabled=false", "aqn.noise.enabled=false"])
     config = resolve(config).config
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
     OmegaConf.set_struct(config, False)
@@ -97,12 +97,12 @@ def stock_config(todo: list[str], *, tuned: bool) -> DictConfig:
     return config
 
 
-def command(name: str, todo: list[str], folder: Path, temporary: str) -> tuple[str, list[str], dict[str, str]]:
+def command(name: str, settings: list[str], folder: Path, temporary: str) -> tuple[str, list[str], dict[str, str]]:
     """Return what starts an arm's run: module, arguments, environment."""
     if name == "ours":
-        arguments = ["train", RECIPE, *todo, "aqn.noise.probe=false", f"aqn.run.dir={folder}"]
+        arguments = ["train", RECIPE, *settings, "aqn.noise.probe=false", f"aqn.run.dir={folder}"]
         return "verl_aqn.cli", arguments, dict(os.environ)
-    config = stock_config(todo, tuned=name == "stock tuned")
+    config = stock_config(settings, tuned=name == "stock tuned")
     config.trainer.default_local_dir = str(folder / "checkpoints")
     (path := folder / "config.yaml").write_text(OmegaConf.to_yaml(config))
     env = engine_environment(temporary, cpu=True, ranks=1) | local_ray(temporary)
@@ -112,7 +112,7 @@ def command(name: str, todo: list[str], folder: Path, temporary: str) -> tuple[s
     return "verl_aqn.bench.stock_run", [str(path)], env
 
 
-def run_arm(name: str, todo: list[str], folder: Path, on_step: Callable[[], None]) -> Arm:
+def run_arm(name: str, settings: list[str], folder: Path, on_step: Callable[[], None]) -> Arm:
     """Run an arm once.
 
     Raises:
@@ -122,7 +122,7 @@ def run_arm(name: str, todo: list[str], folder: Path, on_step: Callable[[], None
     begun, arm = time.time(), Arm()
     tracked, log = Tail(folder / "tracked.jsonl"), folder / "log.txt"
     with tempfile.TemporaryDirectory(prefix="aqn-", dir="/tmp") as temporary:
-        module, arguments, env = command(name, todo, folder, temporary)
+        module, arguments, env = command(name, settings, folder, temporary)
         process = start_module(module, arguments, env | {"VERL_FILE_LOGGER_PATH": str(tracked.path)}, log)
         try:
             memory = SharedMemory(Path(temporary))
@@ -212,7 +212,7 @@ def watching(peak: dict[str, int]) -> Iterator[None]:
 
 
 def measure(
-    todo: list[str],
+    settings: list[str],
     steps: int,
     rounds: int,
     base: Path,
@@ -221,7 +221,7 @@ def measure(
 ) -> dict:
     """Run the arms in turn, `steps` measured steps each, for `rounds` rounds. Return what `table` shows.
 
-    `todo`: the `overrides` of all arms. `base`: a folder for the runs. `on_step` gets the number of finished steps.
+    `settings`: the `overrides` of all arms. `base`: a folder for the runs. `on_step` gets the number of finished steps.
     `names`: the arms, ours first.
     """
     from verl_aqn.bench.codec_speed import device_name
@@ -240,8 +240,8 @@ def measure(
         for name in names:
             folder = base / f"{number + 1}-{name.replace(' ', '-')}"
             folder.mkdir(parents=True)
-            runs[name].append(run_arm(name, todo, folder, count))
-    config = load_recipe(RECIPE, todo)
+            runs[name].append(run_arm(name, settings, folder, count))
+    config = load_recipe(RECIPE, settings)
     arms = {name: summary(of_arm) for name, of_arm in runs.items()}
     against = {
         name: {key: arms["ours"][key] / value for key, value in arms[name].items() if key in arms["ours"]}

@@ -111,13 +111,13 @@ def step(
     """Measure the whole RL step on CPUs beside stock verl with a bf16 base (with its defaults, and tuned)."""
     from verl_aqn.bench.step import ARMS, check, measure, overrides, table
 
-    todo = [*overrides(model, steps, small), *(settings or [])]
+    settings = [*overrides(model, steps, small), *(settings or [])]
     names = ARMS[:2] if tuned else ARMS
-    check(todo)
+    check(settings)
     base = Path(tempfile.mkdtemp(prefix="verl-aqn-bench-"))  # kept if a run fails, because it has the log
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("steps", total=len(names) * rounds * (steps + 1))
-        result = measure(todo, steps, rounds, base, lambda done: progress.update(task, completed=done), names)
+        result = measure(settings, steps, rounds, base, lambda done: progress.update(task, completed=done), names)
     shutil.rmtree(base)
     if as_json:
         print(json.dumps(result))

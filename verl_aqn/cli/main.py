@@ -155,13 +155,13 @@ def probe(
     from verl_aqn.launch.train import resolve
     from verl_aqn.preflight.probe import FACTORS, Probe, check_strength, survey
 
-    todo = resolve(config)
-    measured = Probe(todo.config, todo.steps, prompts, samples)
+    prepared = resolve(config)
+    measured = Probe(prepared.config, prepared.steps, prompts, samples)
     start, unit = measured.order.sigma, measured.order.unit
     sigmas = [*(sigma or [float(f"{start * factor:.3g}") for factor in FACTORS]), start]
     with progress_bar("measuring") as progress:
         rows = survey(measured, sigmas, progress)
-    title = f"σ of {recipe} ({unit}), {todo.source.name}: {prompts} prompts × {samples} responses"
+    title = f"σ of {recipe} ({unit}), {prepared.source.name}: {prompts} prompts × {samples} responses"
     if plot:
         from verl_aqn.cli.plots import plot_strength
 

@@ -185,8 +185,8 @@ def _save(figure, path: Path) -> None:
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:
-        todo = remedy(error) or "give another file"
-        raise EnvironmentFault(f"cannot write a picture to {path} ({reason(error)}): {todo}") from error
+        advice = remedy(error) or "give another file"
+        raise EnvironmentFault(f"cannot write a picture to {path} ({reason(error)}): {advice}") from error
     except ValueError as error:
         raise ConfigError(f"cannot write a picture to {path}: {error}") from error
     finally:

@@ -183,16 +183,17 @@ def evaluate(
     usual = target.run.path / "evaluations" if target.run else Path(f"/tmp/mxfp4_eval_{target.path.name}")
     base = Path(named).expanduser() if named else usual
     own_folder(base, make=False)
+    OmegaConf.update(config, "aqn.run.dir", str(base))
     check_machine(config)
-    todo = resolve(config, fit=False)
-    run = open_run(base, identity(todo.config), fresh=True)
-    launch(run, todo)
+    prepared = resolve(config, fit=False)
+    run = open_run(base, identity(prepared.config), fresh=True)
+    launch(run, prepared)
     used = "mxfp4" if parse_aqn(config).mxfp4.enabled else "bf16"
     console.say(f"run      {run.path}")
     console.say(f"model    {config.actor_rollout_ref.model.path} ({used})")
     console.say(f"adapter  {adapter or target.checkpoint or 'none'}, unmerged")
-    console.say(f"data     {todo.rows['test']:,} validation prompts, noise off")
-    for text in todo.warnings:
+    console.say(f"data     {prepared.rows['test']:,} validation prompts, noise off")
+    for text in prepared.warnings:
         console.warn(text)
     outcome = attempt(run, console)
     if outcome.status != "finished":

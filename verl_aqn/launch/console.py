@@ -52,27 +52,27 @@ class Console:
         passed = int(time.monotonic() - self.began)
         self.err.print(f"[dim]{passed // 60:3d}:{passed % 60:02d}[/dim]  {markup}", soft_wrap=True)
 
-    def start(self, run: RunFolder, todo: "Prepared") -> None:
+    def start(self, run: RunFolder, prepared: "Prepared") -> None:
         """Print what is about to run and where its records are kept."""
-        aqn = parse_aqn(todo.config)
-        self.width = len(str(todo.steps))
+        aqn = parse_aqn(prepared.config)
+        self.width = len(str(prepared.steps))
         self.say(f"run      {run.path}")
         if run.note:
             self.say(f"resumed  {run.note}; --fresh starts a new run" if run.resumed else run.note)
         base = f"MXFP4 ({aqn.mxfp4.scale_rule})" if aqn.mxfp4.enabled else "unquantised"
         served = " (in bf16 in the rollout)" if aqn.mxfp4.enabled and aqn.mxfp4.rollout_weight_format == "bf16" else ""
-        model = todo.config.actor_rollout_ref.model
+        model = prepared.config.actor_rollout_ref.model
         first = f" from {model.lora_adapter_path}" if model.lora_adapter_path else ""
-        self.say(f"model    {todo.source.name}, {base} base{served}, LoRA r={model.lora_rank}{first}")
-        self.say(f"data     {todo.rows['train']:,} training and {todo.rows['test']:,} validation prompts")
+        self.say(f"model    {prepared.source.name}, {base} base{served}, LoRA r={model.lora_rank}{first}")
+        self.say(f"data     {prepared.rows['train']:,} training and {prepared.rows['test']:,} validation prompts")
         noise = aqn.noise
         if noise.enabled:
             unit = {"rms": "of each module's rms", "multiplicative": "of each weight"}.get(noise.unit, noise.unit)
-            self.say(f"noise    σ {sigmas(asdict(noise))} ({unit}), {noise.num_stages} stages, {todo.steps} steps")
-            if todo.fitted:
-                self.say(f"         σ_start found for a KL of {noise.target_kl:g}: {_nats(todo.fitted.kl)}")
+            self.say(f"noise    σ {sigmas(asdict(noise))} ({unit}), {noise.num_stages} stages, {prepared.steps} steps")
+            if prepared.fitted:
+                self.say(f"         σ_start found for a KL of {noise.target_kl:g}: {_nats(prepared.fitted.kl)}")
         else:
-            self.say(f"noise    none, {todo.steps} steps")
+            self.say(f"noise    none, {prepared.steps} steps")
 
     def strength(self, clean: "Strength", noisy: "Strength") -> None:
         """Print the effect of σ_start on the policy."""
@@ -131,7 +131,7 @@ class Console:
                 self.say(f"         {', '.join(others)}")
             self.validation = None
 
-    def end(self, run: RunFolder, todo: "Prepared", outcome: Outcome) -> int:
+    def end(self, run: RunFolder, prepared: "Prepared", outcome: Outcome) -> int:
         """Print tables and verdict of a finished run, or one line about an unfinished one. Return the exit code."""
         if outcome.status != "finished":
             log = run.path / "training.log"
@@ -141,7 +141,7 @@ class Console:
         self.out.print(result_table(run))
         if by_source := source_table(run):
             self.out.print(by_source)
-        self.out.print(verdict(run, todo), soft_wrap=True)
+        self.out.print(verdict(run, prepared), soft_wrap=True)
         if failed := failed_text(run):
             self.out.print(failed, soft_wrap=True, markup=False)
         self.out.print(f"[dim]record: {escape(str(run.path))}[/dim]", soft_wrap=True)
@@ -170,14 +170,14 @@ def sigma_table(run: RunFolder) -> Table:
         stages.setdefault(record["stage"], []).append(record)
     for stage, group in stages.items():
         steps = [record["step"] for record in group]
-        asked = sorted({record["sigma_asked"] for record in group}, reverse=True)
-        realised = [record["sigma_realised"] for record in group]
+        target = sorted({record["sigma_target"] for record in group}, reverse=True)
+        measured = [record["sigma_measured"] for record in group]
         span = f"{min(steps)}" if len(steps) == 1 else f"{min(steps)}–{max(steps)}"
         table.add_row(
             str(stage),
             span,
-            ", ".join("0" if sigma == 0 else f"{sigma:.2e}" for sigma in asked),
-            "0" if max(realised) == 0 else f"{sum(realised) / len(realised):.3e}",
+            ", ".join("0" if sigma == 0 else f"{sigma:.2e}" for sigma in target),
+            "0" if max(measured) == 0 else f"{sum(measured) / len(measured):.3e}",
             str(group[0]["modules"]),
         )
     return table
@@ -230,28 +230,28 @@ def source_table(run: RunFolder) -> Table | None:
     return table
 
 
-def is_targets_task(target: TargetConfig, todo: "Prepared", problems: int) -> bool:
+def is_targets_task(target: TargetConfig, prepared: "Prepared", problems: int) -> bool:
     """Return whether a run is of the model and on the `problems` that its recipe's target is for."""
     from verl_aqn.tasks.data_files import sources_of
 
-    if target.model and target.model not in str(todo.source):
+    if target.model and target.model not in str(prepared.source):
         return False
     if target.problems and problems != target.problems:
         return False
     if not target.source:
         return True
     # A data set class of the user's own may show other rows than its files hold.
-    return not has_own_class(todo.config) and {
-        source for file in data_files(todo.config, "val_files") for source in sources_of(file)
+    return not has_own_class(prepared.config) and {
+        source for file in data_files(prepared.config, "val_files") for source in sources_of(file)
     } == {target.source}
 
 
-def verdict(run: RunFolder, todo: "Prepared") -> str:
+def verdict(run: RunFolder, prepared: "Prepared") -> str:
     """Say whether the recipe's target is met, and whether training changed the accuracy (paired test)."""
     validations = list(run.by_step("metrics.jsonl", "validation").values())
     first, last = validations[0], validations[-1]
-    target = parse_aqn(todo.config).target
-    comparable = target.accuracy is not None and is_targets_task(target, todo, last["items"])
+    target = parse_aqn(prepared.config).target
+    comparable = target.accuracy is not None and is_targets_task(target, prepared, last["items"])
     text = target_verdict(last["accuracy"], last["items"], target, comparable)
     if first["step"] == last["step"]:
         return text

@@ -266,8 +266,8 @@ class Series:
             overrides.append("aqn.run.fresh=true")
         began = time.monotonic()
         try:
-            todo = prepare(self.plan.arms[arm].recipe, overrides)
-            run, outcome = execute(todo, self.folder(arm, seed), self.console)
+            prepared = prepare(self.plan.arms[arm].recipe, overrides)
+            run, outcome = execute(prepared, self.folder(arm, seed), self.console)
         except AqnError as error:
             self.console.warn(str(error))
             return False

@@ -85,30 +85,30 @@ def train(recipe: str, overrides: list[str], *, dry_run: bool = False) -> int:
     if not dry_run:
         own_folder(base, make=False)  # fails early, before the first minute of work
     check_machine(config, elsewhere=dry_run)
-    todo = resolve(config)
+    prepared = resolve(config)
     if dry_run:
-        for text in todo.warnings:
+        for text in prepared.warnings:
             console.warn(text)
-        print(OmegaConf.to_yaml(todo.config, resolve=True))
+        print(OmegaConf.to_yaml(prepared.config, resolve=True))
         return 0
-    run, outcome = execute(todo, base, console)
-    return console.end(run, todo, outcome)
+    run, outcome = execute(prepared, base, console)
+    return console.end(run, prepared, outcome)
 
 
-def execute(todo: Prepared, base: Path, console: Console) -> tuple[RunFolder, Outcome]:
+def execute(prepared: Prepared, base: Path, console: Console) -> tuple[RunFolder, Outcome]:
     """Run in a folder under `base`. After a crash or a hang, resume up to `aqn.run.restarts` times."""
-    settings = parse_aqn(todo.config).run
-    run = open_run(base, identity(todo.config), fresh=settings.fresh)
-    changed = launch(run, todo)
-    console.start(run, todo)
-    warn(run, [*warnings_of(todo.config), *todo.warnings, *changed], console)
-    measure_noise(run, todo, console)
+    settings = parse_aqn(prepared.config).run
+    run = open_run(base, identity(prepared.config), fresh=settings.fresh)
+    changed = launch(run, prepared)
+    console.start(run, prepared)
+    warn(run, [*warnings_of(prepared.config), *prepared.warnings, *changed], console)
+    measure_noise(run, prepared, console)
     try:
         outcome = attempt(run, console)
         for restart in range(settings.restarts if outcome.again else 0):
             console.warn(f"{outcome.message}: restart {restart + 1} of {settings.restarts}, from the last checkpoint")
-            run = open_run(base, identity(todo.config))
-            warn(run, launch(run, todo), console)
+            run = open_run(base, identity(prepared.config))
+            warn(run, launch(run, prepared), console)
             outcome = attempt(run, console)
             if not outcome.again:
                 break
@@ -138,13 +138,13 @@ def attempt(run: RunFolder, console: Console) -> Outcome:
     return outcome
 
 
-def measure_noise(run: RunFolder, todo: Prepared, console: Console) -> None:
+def measure_noise(run: RunFolder, prepared: Prepared, console: Console) -> None:
     """Measure and record, once per run and before anything starts, the effect of σ_start (`aqn.noise.probe`).
 
     Raises:
         StrengthError: σ_start is so strong that nothing is left to learn from. The run is recorded as failed.
     """
-    noise = parse_aqn(todo.config).noise
+    noise = parse_aqn(prepared.config).noise
     if not noise.enabled or not noise.probe or noise.sigma_start == 0:
         return
     if any(record["kind"] == "strength" for record in run.read("evidence.jsonl")):
@@ -153,7 +153,7 @@ def measure_noise(run: RunFolder, todo: Prepared, console: Console) -> None:
 
     console.say("measuring what σ_start does to the policy")
     try:
-        clean, noisy = measure_start(todo.config, todo.steps)
+        clean, noisy = measure_start(prepared.config, prepared.steps)
     except StrengthError as error:
         run.set_status("failed", str(error))
         raise
@@ -177,13 +177,12 @@ def identity(config: DictConfig) -> dict:
     return container
 
 
-def launch(run: RunFolder, todo: Prepared) -> list[str]:
+def launch(run: RunFolder, prepared: Prepared) -> list[str]:
     """Write the config that the training process reads, and the records of the request that do not exist yet.
 
     Return warnings: each version in which this attempt differs from the start of the run.
     """
-    config = todo.config.copy()
-    OmegaConf.update(config, "aqn.run.dir", str(run.path))
+    config = prepared.config.copy()
     config.trainer.default_local_dir = str(run.path / "checkpoints")
     config.trainer.validation_data_dir = str(run.path / "validation")
     if not config.trainer.val_only and any(r["kind"] == "validation" for r in run.read("metrics.jsonl")):
@@ -193,7 +192,7 @@ def launch(run: RunFolder, todo: Prepared) -> list[str]:
     asked = {
         "config.yaml": text,
         "versions.json": json.dumps(versions, indent=2),
-        "schedule.json": json.dumps(schedule_of(config, todo.steps).table()),
+        "schedule.json": json.dumps(schedule_of(config, prepared.steps).table()),
     }
     quantization = Path(config.actor_rollout_ref.model.path) / "quantization.json"
     if quantization.is_file():  # absent with a bf16 base, or with one that another tool packed

@@ -42,7 +42,7 @@ def check_evidence(evidence: Mapping[str, Any], order: NoiseSpec | None, clean_d
     if order and sigma:
         _check_groups(evidence, order)
     _check_sums(evidence, sigma)
-    _check_realised(evidence, sigma)
+    _check_measured(evidence, sigma)
     if order and sigma and "norm" in order.targets and evidence["weights_digest"] == clean_digest:
         raise EvidenceError(f"noise of σ {sigma:g} was ordered, but the norms are still clean; restart the rollout")
 
@@ -67,7 +67,7 @@ def _check_groups(evidence: Mapping[str, Any], order: NoiseSpec) -> None:
         _check_group(group, order.sigma)
 
 
-OLD_FIELDS = ("sigma_asked", "sigma_realised", "modules", "changed_outside", "clean_digest", "weights_digest")
+OLD_FIELDS = ("sigma_target", "sigma_measured", "modules", "changed_outside", "clean_digest", "weights_digest")
 
 
 def check_old_reading(evidence: Mapping[str, Any], sigma: float, clean_digest: str | None) -> None:
@@ -78,8 +78,8 @@ def check_old_reading(evidence: Mapping[str, Any], sigma: float, clean_digest: s
     """
     told = {key: value for key in (*OLD_FIELDS, "sigma_interval") if (value := evidence.get(key)) is not None}
     rounding = evidence.get("sigma_rounding") or 0.0
-    if told.get("sigma_asked", sigma) != sigma:
-        raise EvidenceError(f"the schedule has σ {sigma:g}, but the worker was asked for σ {told['sigma_asked']:g}")
+    if told.get("sigma_target", sigma) != sigma:
+        raise EvidenceError(f"the schedule has σ {sigma:g}, but the worker was asked for σ {told['sigma_target']:g}")
     if told.get("changed_outside"):
         raise EvidenceError(f"{told['changed_outside']} weights changed that should be clean at σ {sigma:g}")
     if sigma and told.get("modules") == 0:
@@ -88,18 +88,18 @@ def check_old_reading(evidence: Mapping[str, Any], sigma: float, clean_digest: s
         if clean_digest and told.get(key, clean_digest) != clean_digest:
             raise EvidenceError(f"{key} is not that of the clean norms at the start of the run")
     low, high = told.get("sigma_interval") or ((0.0, 0.0) if sigma == 0 else (sigma, sigma))
-    realised = told.get("sigma_realised", low)
+    measured = told.get("sigma_measured", low)
     if not low <= sigma <= high:
         raise EvidenceError(f"σ {sigma:g} was ordered, but its interval is recorded as {low:.3g} to {high:.3g}")
-    if not low / TOLERANCE - rounding <= realised <= high * TOLERANCE + rounding:
-        raise EvidenceError(f"σ {sigma:g} was ordered, but σ {realised:.3g} is in the weights")
+    if not low / TOLERANCE - rounding <= measured <= high * TOLERANCE + rounding:
+        raise EvidenceError(f"σ {sigma:g} was ordered, but σ {measured:.3g} is in the weights")
 
 
 def _check_reading(
     evidence: Mapping[str, Any], sigma: float, clean_digest: str, order: NoiseSpec | None = None
 ) -> None:
     """Raise unless a reading shows noise of `sigma` and nothing else."""
-    asked = evidence["sigma_asked"]
+    target = evidence["sigma_target"]
     if (evidence["modules"] == 0 or evidence["elements"] == 0) and (sigma or (order and order.targets)):
         raise EvidenceError("noise matched 0 modules: the rollout runs without noise; check the model class")
     if evidence["clean_digest"] != clean_digest:
@@ -107,9 +107,9 @@ def _check_reading(
             "the clean norm weights are not those from the start of the run: something rewrote them, or read them "
             "while noise was on; restart the run"
         )
-    if asked != sigma:
+    if target != sigma:
         raise EvidenceError(
-            f"noise of σ {sigma:g} was ordered, but the worker was asked for σ {asked:g}: it may have an old order"
+            f"noise of σ {sigma:g} was ordered, but the worker was asked for σ {target:g}: it may have an old order"
         )
     if order and (evidence["step"], evidence["unit"]) != (order.step, order.unit):
         raise EvidenceError(
@@ -125,12 +125,12 @@ def _check_reading(
         raise EvidenceError("σ is 0, but the norms are not bit for bit clean; restart the rollout")
 
 
-def _check_realised(evidence: Mapping[str, Any], sigma: float) -> None:
+def _check_measured(evidence: Mapping[str, Any], sigma: float) -> None:
     """Raise unless the measured σ lies within the interval that sampling and rounding allow."""
-    interval, realised, rounding = (evidence[f"sigma_{key}"] for key in ("interval", "realised", "rounding"))
+    interval, measured, rounding = (evidence[f"sigma_{key}"] for key in ("interval", "measured", "rounding"))
     if sigma == 0:
-        if realised != 0 or list(interval) != [0.0, 0.0]:
-            raise EvidenceError(f"σ is 0, but σ {realised:.3g} is in the weights; restart the rollout")
+        if measured != 0 or list(interval) != [0.0, 0.0]:
+            raise EvidenceError(f"σ is 0, but σ {measured:.3g} is in the weights; restart the rollout")
         return
     expected = sigma_interval(sigma, evidence["elements"])
     if not all(math.isclose(one, other, rel_tol=1e-6) for one, other in zip(interval, expected, strict=True)):
@@ -140,9 +140,9 @@ def _check_realised(evidence: Mapping[str, Any], sigma: float) -> None:
             "else"
         )
     low, high = expected
-    if not low / TOLERANCE - rounding <= realised <= high * TOLERANCE + rounding:
+    if not low / TOLERANCE - rounding <= measured <= high * TOLERANCE + rounding:
         raise EvidenceError(
-            f"σ {sigma:g} was ordered, but σ {realised:.3g} is in the weights (expected {low:.3g} to {high:.3g}): "
+            f"σ {sigma:g} was ordered, but σ {measured:.3g} is in the weights (expected {low:.3g} to {high:.3g}): "
             "noise is missing or was added more than once; restart the rollout"
         )
 
@@ -151,7 +151,7 @@ def _check_sums(evidence: Mapping[str, Any], sigma: float) -> None:
     """Raise if the figures of a reading contradict each other: a part is missing or belongs to another reading."""
     groups, elements = evidence["groups"], evidence["elements"]
     if sigma == 0:
-        figures = {"sigma_realised": 0.0, "sigma_rounding": 0.0, "unchanged_share": 1.0}
+        figures = {"sigma_measured": 0.0, "sigma_rounding": 0.0, "unchanged_share": 1.0}
         if groups:
             raise EvidenceError("σ is 0, but the worker measured noise in modules; restart the rollout")
     else:
@@ -164,7 +164,7 @@ def _check_sums(evidence: Mapping[str, Any], sigma: float) -> None:
             "unchanged_share": sum(share * group["unchanged_share"] for group, share in parts),
         } | {
             key: math.sqrt(sum(share * (group[key] / group["multiplier"]) ** 2 for group, share in parts))
-            for key in ("sigma_realised", "sigma_rounding")
+            for key in ("sigma_measured", "sigma_rounding")
         }
     for key, value in figures.items():
         if not math.isclose(evidence[key], value, rel_tol=1e-6, abs_tol=1e-12):
@@ -224,10 +224,10 @@ def _check_group(group: Mapping[str, Any], sigma: float) -> None:
             f"{unchanged:.1%} of the {what} are still clean at σ {sigma:g}: the noise was not written to all of "
             "them; restart the rollout"
         )
-    realised, (low, high) = group["sigma_realised"], sigma_interval(sigma, group["elements"])
-    if not low / TOLERANCE - rounding <= realised <= high * TOLERANCE + rounding:
+    measured, (low, high) = group["sigma_measured"], sigma_interval(sigma, group["elements"])
+    if not low / TOLERANCE - rounding <= measured <= high * TOLERANCE + rounding:
         raise EvidenceError(
-            f"σ {sigma:g} was ordered for {what}, but σ {realised:.3g} is in the weights (expected {low:.3g} to "
+            f"σ {sigma:g} was ordered for {what}, but σ {measured:.3g} is in the weights (expected {low:.3g} to "
             f"{high:.3g}): noise is missing or was added more than once; restart the rollout"
         )
 

@@ -248,13 +248,13 @@ class NoiseInjector:
         unchanged = sum(group.unchanged for group in groups.values()) if measured else outside - changed_outside
         return {
             "step": order.step if order else None,
-            "sigma_asked": sigma,
+            "sigma_target": sigma,
             "unit": unit,
             "order": order.to_dict() if order else None,
             "modules": len(chosen) or len(everything),
             "elements": elements,
             # Over all groups, divided by the multipliers; console and metrics show it beside the requested σ.
-            "sigma_realised": math.sqrt(sum(g.squares / g.multiplier**2 for g in groups.values()) / (elements or 1)),
+            "sigma_measured": math.sqrt(sum(g.squares / g.multiplier**2 for g in groups.values()) / (elements or 1)),
             "sigma_interval": list(sigma_interval(sigma, elements or 1)),
             "sigma_rounding": math.sqrt(sum(g.rounding / g.multiplier**2 for g in groups.values()) / (elements or 1)),
             "unchanged_share": unchanged / elements if elements else 1.0,
@@ -309,7 +309,7 @@ class _Group:
             "modules": self.names,
             "silent": self.silent,
             "elements": self.elements,
-            "sigma_realised": math.sqrt(self.squares / self.elements),
+            "sigma_measured": math.sqrt(self.squares / self.elements),
             "sigma_rounding": math.sqrt(self.rounding / self.elements),
             "unchanged_share": self.unchanged / self.elements,
         }

@@ -276,4 +276,4 @@ def warnings_of(config: DictConfig) -> list[str]:
     if used:
         biased = f"the importance ratio of rollout_correction.{' and '.join(used)} is biased downwards"
         return [*told, f"{text}, the trainer's over all tokens: {biased}; use top_p=1 and top_k=-1, or correction=none"]
-    return [*told, f"{text}: aqn/parity/* includes this effect, and noise cannot be separated from kernels"]
+    return [*told, f"{text}: aqn/mismatch/* includes this effect, and noise cannot be separated from kernels"]

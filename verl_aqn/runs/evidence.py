@@ -18,13 +18,14 @@ from verl_aqn.runs.chain import broken
 from verl_aqn.runs.folder import EVIDENCE, RunFolder
 from verl_aqn.runs.judge.records import VERSION, Done, Judge, Tally
 from verl_aqn.runs.judge.stock_records import StockJudge
+from verl_aqn.runs.old_names import current_fields
 
-RESCORED = "aqn/parity/rescored_tokens"
+RESCORED = "aqn/mismatch/rescored_tokens"
 _FIGURES = ("abs_dlogp_mean", "abs_dlogp_p99", "kl_k3", "clipped_share")
 MEASURED = {
-    ("mismatch", "sampled"): {"tokens": "aqn/parity/tokens", **{key: f"aqn/parity/{key}" for key in _FIGURES}},
-    ("mismatch", "rescored"): {"tokens": RESCORED, **{key: f"aqn/parity/kernels/{key}" for key in _FIGURES}},
-    ("use", None): {"tokens": RESCORED, "effect": "aqn/parity/noise/abs_dlogp_mean"},
+    ("mismatch", "sampled"): {"tokens": "aqn/mismatch/tokens", **{key: f"aqn/mismatch/{key}" for key in _FIGURES}},
+    ("mismatch", "rescored"): {"tokens": RESCORED, **{key: f"aqn/mismatch/kernels/{key}" for key in _FIGURES}},
+    ("use", None): {"tokens": RESCORED, "effect": "aqn/mismatch/noise/abs_dlogp_mean"},
 }
 """The fields of a record that are also among the metrics of its step, by kind and source."""
 CHAIN = "chain"
@@ -115,7 +116,7 @@ def judge_lines(expected: Expected, lines: Sequence[bytes]) -> Judgement:
     faults: dict[str, list[str]] = {"noise": [expected.fault]} if expected.fault and whole else {}
     last: dict[tuple[str, int], dict[str, Any]] = {}
     for line in lines:
-        record = json.loads(line)
+        record = json.loads(current_fields(line))
         judge.add(record)
         if record.get("kind") in ("mismatch", "use") and isinstance(record.get("step"), int):
             last[record["kind"], record["step"]] = record

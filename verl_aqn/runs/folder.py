@@ -23,7 +23,7 @@ import yaml
 
 from verl_aqn.errors import AqnError, BusyError, DataError, EnvironmentFault
 from verl_aqn.runs.chain import linked
-from verl_aqn.runs.old_names import current_names, rename_settings
+from verl_aqn.runs.old_names import current_fields, current_names, rename_settings
 from verl_aqn.safe_files import open_own, own_entries, own_folder
 
 STATUSES = ("running", "finished", "failed", "interrupted")
@@ -166,7 +166,7 @@ class RunFolder:
                 if not line.endswith(b"\n"):
                     return
                 try:
-                    record = json.loads(line)
+                    record = json.loads(current_fields(line))
                 except ValueError as error:
                     raise DataError(f"{path} line {number} is damaged ({error}): remove that line") from error
                 if not isinstance(record, dict):
@@ -318,6 +318,14 @@ def _cut_torn_line(handle: int) -> None:
     size = os.fstat(handle).st_size
     if size and os.pread(handle, 1, size - 1) != b"\n":
         os.ftruncate(handle, os.pread(handle, size, 0).rfind(b"\n") + 1)
+
+
+def folder_of(config: Any) -> RunFolder:
+    """Return the folder of a run, given the config that the run started with (`config.yaml`).
+
+    `aqn.run.dir` is the folder that the user chose for all runs; verl's folder for checkpoints is in the run's own.
+    """
+    return RunFolder(Path(str(config.trainer.default_local_dir)).parent)
 
 
 def _last_line(handle: int) -> bytes:

@@ -1,8 +1,8 @@
-"""Recorded configs of older runs, read with today's names of modules and settings.
+"""Configs and records of older runs, read with today's names of modules, settings, fields and metrics.
 
-A run's config names classes and modules by their full path, and settings by their keys. Some have other names since.
-Whatever reads a recorded config reads it with this module, so that an old run is shown, compared and evaluated as
-before.
+A run's config names classes and modules by their full path, and settings by their keys; its records name fields and
+metrics. Some have other names since. Whatever reads a config or records reads them with this module, so that an old run
+is shown, compared and evaluated as before.
 """
 
 import re
@@ -23,12 +23,26 @@ OLD_NAMES = {
     "verl_aqn.rewards.gsm8k": "verl_aqn.tasks.gsm8k",
     "verl_aqn.rewards.math_verify": "verl_aqn.tasks.math_verify",
 }
+# Fields of records, and prefixes of metrics.
+OLD_FIELDS = {
+    "sigma_asked": "sigma_target",
+    "sigma_realised": "sigma_measured",
+    "aqn/sigma_realised": "aqn/sigma_measured",
+    "aqn/parity/": "aqn/mismatch/",
+}
+# A quote in a text is escaped in JSON, so this matches keys only.
+_FIELD = re.compile(rb'"(sigma_asked|sigma_realised|aqn/sigma_realised|aqn/parity/)([^"\\]*": )')
 _OLD = re.compile(rf"\b({'|'.join(map(re.escape, OLD_NAMES))})\b")
 
 
 def current_names(text: str) -> str:
     """Return the text of a recorded config with today's names of modules."""
     return _OLD.sub(lambda match: OLD_NAMES[match[1]], text)
+
+
+def current_fields(line: bytes) -> bytes:
+    """Return a line of a JSON-lines file with today's names of fields and metrics."""
+    return _FIELD.sub(lambda match: b'"%s%s' % (OLD_FIELDS[match[1].decode()].encode(), match[2]), line)
 
 
 def rename_settings(config: Any) -> None:

@@ -73,8 +73,8 @@ def test_stock_s_config_has_the_task_and_nothing_of_ours(tmp_path, monkeypatch):
     from verl_aqn.tasks.smollm2 import tiny_model
 
     monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path / "cache"))
-    todo = overrides(str(tiny_model(tmp_path / "tiny")), 2, small=True)
-    tuned, plain = stock_config(todo, tuned=True), stock_config(todo, tuned=False)
+    settings = overrides(str(tiny_model(tmp_path / "tiny")), 2, small=True)
+    tuned, plain = stock_config(settings, tuned=True), stock_config(settings, tuned=False)
     for config in (tuned, plain):
         assert "aqn" not in config
         model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout

@@ -81,7 +81,7 @@ def step_figures(monkeypatch, rewards: list[float], *, critic: bool = False) -> 
     keys, tags = ["a_0_0", "a_1_0", "b_0_0", "b_1_0", "pad_0_0"], [{}, {}, {}, {}, {"is_padding": True}]
     batch = SimpleNamespace(keys=keys, tags=tags, partition_id="train")
     surplus = {"training/filter_groups/discarded_surplus_samples": 1}
-    return trainer.group_and_parity_metrics(batch, surplus), warned
+    return trainer.group_and_mismatch_metrics(batch, surplus), warned
 
 
 def test_what_the_filter_threw_away_is_counted_too(monkeypatch):

@@ -63,8 +63,8 @@ QWEN = "hub/models--Qwen--Qwen2.5-1.5B-Instruct/snapshots/1"
 )
 def test_a_target_is_for_its_model_on_its_problems(tmp_path, model, sources, problems, same):
     target = load_recipe("e12_aggressive_1ep", ["profile=cpu"]).aqn.target
-    todo = todo_of(tmp_path, target, model, sources)
-    assert is_targets_task(parse_aqn(todo.config).target, todo, problems) is same
+    prepared = todo_of(tmp_path, target, model, sources)
+    assert is_targets_task(parse_aqn(prepared.config).target, prepared, problems) is same
 
 
 @pytest.mark.parametrize(
@@ -104,8 +104,8 @@ def test_a_path_is_told_with_all_its_brackets(capsys):
 
 def test_an_error_is_told_with_all_its_brackets(tmp_path, capsys):
     words = "[/pytorch/third_party/gloo/pair.cc:534] Connection closed by peer [enforce fail at alloc_cpu.cpp:117]"
-    todo = Prepared(config=OmegaConf.create(), steps=29, rows={}, source=tmp_path)
-    assert Console().end(RunFolder(tmp_path), todo, Outcome("failed", words)) == 1
+    prepared = Prepared(config=OmegaConf.create(), steps=29, rows={}, source=tmp_path)
+    assert Console().end(RunFolder(tmp_path), prepared, Outcome("failed", words)) == 1
     assert capsys.readouterr().err == f"error: {words} (log: {tmp_path / 'training.log'})\n"
 
 

@@ -123,15 +123,15 @@ def light(monkeypatch, tmp_path):
         config.actor_rollout_ref.model.path = str(model)
         return Prepared(config=config, steps=29, rows={"train": 1, "test": 4}, source=model)
 
-    def execute(todo, base, console):
-        name = f"{todo.config.trainer.experiment_name}-{todo.config.aqn.seed}"
+    def execute(prepared, base, console):
+        name = f"{prepared.config.trainer.experiment_name}-{prepared.config.aqn.seed}"
         taken.append(name)
         result = outcomes.get(name, [1, 0, 1, 0])
         if isinstance(result, Exception):
             raise result
-        run = open_run(base, identity(todo.config), fresh=todo.config.aqn.run.fresh)
-        run.write_text("config.yaml", yaml.safe_dump(identity(todo.config)))
-        run.write_text("versions.json", json.dumps(train.versions_now(todo.config)))
+        run = open_run(base, identity(prepared.config), fresh=prepared.config.aqn.run.fresh)
+        run.write_text("config.yaml", yaml.safe_dump(identity(prepared.config)))
+        run.write_text("versions.json", json.dumps(train.versions_now(prepared.config)))
         status = result if isinstance(result, str) else "finished"
         if status == "finished":
             run.append("metrics.jsonl", {"kind": "validation", "step": 29, "accuracy": sum(result) / 4, "items": 4})
@@ -281,8 +281,8 @@ def test_versions_that_change_under_a_plan_stop_it_before_the_next_run(light, tm
     _, taken = light
     execute = plans.execute
 
-    def commit_after(todo, base, console):
-        made = execute(todo, base, console)
+    def commit_after(prepared, base, console):
+        made = execute(prepared, base, console)
         monkeypatch.setattr(train, "provenance", lambda files, base: provenance(files, base) | {"commit": "new"})
         return made
 

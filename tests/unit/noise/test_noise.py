@@ -120,7 +120,7 @@ def test_what_was_ordered_is_in_the_weights(unit, sigma):
     check_evidence(evidence, order, injector.clean_digest)
     assert evidence["modules"] == len(injector.names) == 57
     assert evidence["elements"] == 57 * 576
-    assert evidence["sigma_realised"] == pytest.approx(sigma, rel=0.02)
+    assert evidence["sigma_measured"] == pytest.approx(sigma, rel=0.02)
     assert evidence["weights_digest"] != evidence["clean_digest"] == injector.clean_digest
 
 
@@ -152,7 +152,7 @@ def test_restore_is_bit_exact_and_noise_never_accumulates():
     check_evidence(evidence, None, injector.clean_digest)
     assert torch.equal(weights(model), clean)
     assert evidence["unchanged_share"] == 1
-    assert evidence["sigma_realised"] == 0
+    assert evidence["sigma_measured"] == 0
 
 
 def test_apply_writes_into_the_same_storage():

@@ -70,7 +70,7 @@ def test_noise_too_small_for_the_parameters_dtype_is_there():
     model = make()
     injector = NoiseInjector(model, beside=True)
     evidence = injector.apply(NoiseSpec(step=3, seed=1, sigma=1e-5, unit="absolute"))
-    assert evidence["sigma_realised"] == pytest.approx(1e-5, rel=0.25)
+    assert evidence["sigma_measured"] == pytest.approx(1e-5, rel=0.25)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 

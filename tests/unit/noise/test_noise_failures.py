@@ -349,7 +349,7 @@ def test_failure_hidden_logs_are_not_what_tells(caplog):
     """σ and its effect are in the record of every step, whatever the log level."""
     with caplog.at_level(logging.CRITICAL):
         evidence = NoiseInjector(make_model()).apply(ORDER)
-    assert evidence["sigma_realised"] == pytest.approx(0.05, rel=0.1)
+    assert evidence["sigma_measured"] == pytest.approx(0.05, rel=0.1)
     assert evidence["modules"] == 8
 
 

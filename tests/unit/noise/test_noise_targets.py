@@ -396,7 +396,7 @@ def test_linear_noise_is_told_by_kind_and_multiplier():
     layers = Layers("targeted", modules=("*.down_proj",), multiplier=0.5)
     evidence = injector.apply(order := replace(LINEAR, targets=("norm", "linear"), sigma=0.01, layers=layers))
     check_evidence(evidence, order, injector.clean_digest)
-    found = {(g["kind"], g["multiplier"]): g["sigma_realised"] for g in evidence["groups"]}
+    found = {(g["kind"], g["multiplier"]): g["sigma_measured"] for g in evidence["groups"]}
     assert found[("linear", 0.5)] == pytest.approx(0.005, rel=0.02)
     assert found[("linear", 1.0)] == pytest.approx(0.01, rel=0.02)
     assert found[("norm", 1.0)] == pytest.approx(0.01, rel=0.3)

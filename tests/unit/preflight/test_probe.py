@@ -68,16 +68,16 @@ def overrides(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def todo(overrides):
+def prepared(overrides):
     return resolve(load_recipe("e12_aggressive_1ep", overrides))
 
 
 @pytest.fixture(scope="module")
-def held(todo):
-    return Probe(todo.config, todo.steps, 4, 2)
+def held(prepared):
+    return Probe(prepared.config, prepared.steps, 4, 2)
 
 
-def test_accuracy_is_of_acc_and_variance_of_the_reward_that_training_uses(todo, overrides, held):
+def test_accuracy_is_of_acc_and_variance_of_the_reward_that_training_uses(prepared, overrides, held):
     found = held.measure(0)
     texts = [held.tokenizer.batch_decode(group, skip_special_tokens=True) for group in held.answers]
     odd = [[len(text) % 2 for text in group] for group in texts]
@@ -103,14 +103,14 @@ def test_the_clean_policy_is_at_no_distance_and_noise_takes_it_away(held):
     assert all(low <= middle <= high for row in rows for middle, low, high in (row.kl, row.entropy, row.accuracy))
 
 
-def test_same_seed_same_numbers_another_seed_others(held, todo):
+def test_same_seed_same_numbers_another_seed_others(held, prepared):
     one = held.measure(0.05)
-    again = Probe(todo.config, todo.steps, 4, 2)
+    again = Probe(prepared.config, prepared.steps, 4, 2)
     assert again.measure(0.05) == one
     assert again.answers == held.answers
-    config = todo.config.copy()
+    config = prepared.config.copy()
     config.aqn.noise.seed = 1
-    assert Probe(config, todo.steps, 4, 2).measure(0.05).kl != one.kl
+    assert Probe(config, prepared.steps, 4, 2).measure(0.05).kl != one.kl
 
 
 def test_the_model_is_clean_afterwards_bit_for_bit(held):
@@ -121,13 +121,13 @@ def test_the_model_is_clean_afterwards_bit_for_bit(held):
     assert all(torch.equal(tensor, before[name]) for name, tensor in held.model.state_dict().items())
 
 
-def test_a_policy_that_begins_with_an_adapter_is_measured_with_it(todo, held, tmp_path):
+def test_a_policy_that_begins_with_an_adapter_is_measured_with_it(prepared, held, tmp_path):
     """The noise has the same names as without an adapter, which are the rollout's."""
-    config = todo.config.copy()
+    config = prepared.config.copy()
     base = Path(config.actor_rollout_ref.model.path)
     adapter = write_adapter(tmp_path / "adapter", load_model(base), use_rslora=True, target_modules=["q_proj"])
     config.actor_rollout_ref.model.lora_adapter_path = str(adapter)
-    begun = Probe(config, todo.steps, 4, 2)
+    begun = Probe(config, prepared.steps, 4, 2)
     ids = torch.tensor([held.prompts[0].ids])
     with torch.no_grad():
         expected = PeftModel.from_pretrained(load_model(base, torch.float32), str(adapter))(ids).logits
@@ -137,10 +137,10 @@ def test_a_policy_that_begins_with_an_adapter_is_measured_with_it(todo, held, tm
     assert begun.measure(0.05).kl[0] > 0
 
 
-def test_batches_do_not_change_what_is_sampled_or_measured(todo, held, monkeypatch):
+def test_batches_do_not_change_what_is_sampled_or_measured(prepared, held, monkeypatch):
     """Shared prefix, left padding and dropped rows against one prompt at a time from its first token."""
     monkeypatch.setattr(measure, "_TOGETHER", 1)
-    alone = Probe(todo.config, todo.steps, 4, 2)
+    alone = Probe(prepared.config, prepared.steps, 4, 2)
     pairs = [pair for groups in zip(alone.answers, held.answers, strict=True) for pair in zip(*groups, strict=True)]
     # A random model's distribution is so flat that rounding may change a draw to the next token.
     assert sum(one == other for one, other in pairs) >= len(pairs) - 1
@@ -153,21 +153,21 @@ def test_batches_do_not_change_what_is_sampled_or_measured(todo, held, monkeypat
 
 
 @pytest.mark.parametrize("unit", ["absolute", "rms", "multiplicative"])
-def test_sigma_by_kl_in_every_unit(todo, unit):
-    config = todo.config.copy()
+def test_sigma_by_kl_in_every_unit(prepared, unit):
+    config = prepared.config.copy()
     config.aqn.noise.unit, config.aqn.noise.target_kl = unit, 0.02
-    found = fit_sigma(config, todo.steps)
+    found = fit_sigma(config, prepared.steps)
     assert found.kl[0] == pytest.approx(0.02, rel=0.05)
     assert config.aqn.noise.sigma_start == found.sigma
     assert config.aqn.noise.sigma_end / found.sigma == pytest.approx(1e-5 / 0.05, rel=1e-5)
-    again = Probe(config, todo.steps, probe.PROMPTS, 1, probe.FIT_TOKENS).measure(found.sigma, sampled=False)
+    again = Probe(config, prepared.steps, probe.PROMPTS, 1, probe.FIT_TOKENS).measure(found.sigma, sampled=False)
     assert again == found
 
 
-def test_sigma_by_kl_on_linear_layers_and_unquantised(todo, overrides):
-    config = todo.config.copy()
+def test_sigma_by_kl_on_linear_layers_and_unquantised(prepared, overrides):
+    config = prepared.config.copy()
     config.aqn.noise.targets, config.aqn.noise.target_kl = ["linear"], 0.02
-    assert fit_sigma(config, todo.steps).kl[0] == pytest.approx(0.02, rel=0.05)
+    assert fit_sigma(config, prepared.steps).kl[0] == pytest.approx(0.02, rel=0.05)
     dense = resolve(load_recipe("e12_aggressive_1ep", [*overrides, "aqn.mxfp4.enabled=false"]))
     assert measure_start(dense.config, dense.steps)[1].kl[0] > 0
 
@@ -178,13 +178,13 @@ def test_plan_resolves_a_kl(overrides):
     assert found.fitted.kl[0] == pytest.approx(0.05, rel=0.05)
 
 
-def test_refuses(todo, overrides):
+def test_refuses(prepared, overrides):
     with pytest.raises(ConfigError, match="target_kl is -1"):
         load_recipe("e12", ["profile=cpu", "aqn.noise.target_kl=-1"])
-    config = todo.config.copy()
+    config = prepared.config.copy()
     config.aqn.noise.target_kl = 1e12
     with pytest.raises(ConfigError, match=r"target_kl=1e\+12 is not reached: KL is"):
-        fit_sigma(config, todo.steps)
+        fit_sigma(config, prepared.steps)
     for override, message in (
         ("aqn.noise.enabled=false", "there is no noise to measure"),
         ("trainer.total_training_steps=1", "σ is 0 at each of the 1 steps"),
@@ -243,27 +243,27 @@ def test_command(overrides, capsys, tmp_path, monkeypatch):
     assert ended.value.code == 2
 
 
-def test_a_run_measures_its_start_once_and_says_so(todo, overrides, tmp_path, capsys):
+def test_a_run_measures_its_start_once_and_says_so(prepared, overrides, tmp_path, capsys):
     run = open_run(tmp_path, {})
     off = resolve(load_recipe("e12_aggressive_1ep", [*overrides, "aqn.noise.probe=false"]))
     measure_noise(run, off, Console())
     assert not list(run.read("evidence.jsonl")), "only where a recipe asks for it"
-    measure_noise(run, todo, Console())
+    measure_noise(run, prepared, Console())
     (record,), said = run.read("evidence.jsonl"), capsys.readouterr().err
     assert record["noisy"]["sigma"] == 0.05
     assert record["noisy"]["variance"][0] > 0
     assert "strength σ 0.05: KL" in said
     assert "groups with variance" in said
-    measure_noise(run, todo, Console())
+    measure_noise(run, prepared, Console())
     assert list(run.read("evidence.jsonl")) == [record], "also where the run was resumed"
     run.close()
 
 
-def test_no_rewards_are_measured_where_the_answers_need_tools(todo, capsys):
+def test_no_rewards_are_measured_where_the_answers_need_tools(prepared, capsys):
     """A tool call is no final answer. It would be scored as wrong, and a good σ would be rejected."""
-    config = todo.config.copy()
+    config = prepared.config.copy()
     config.actor_rollout_ref.rollout.agent.default_agent_loop = "tool_agent"
-    clean, noisy = measure_start(config, todo.steps)
+    clean, noisy = measure_start(config, prepared.steps)
     assert (clean.accuracy, clean.variance, noisy.accuracy, noisy.variance) == (None,) * 4
     assert noisy.kl[0] > 0
     Console().strength(clean, noisy)
@@ -295,11 +295,11 @@ def test_a_run_whose_sigma_leaves_nothing_ends_before_anything_is_started(too_st
 
 
 def test_a_critic_is_not_refused_flat_groups(too_strong):
-    todo = resolve(load_recipe("ppo", too_strong))
-    assert measure_start(todo.config, todo.steps)[1].variance[0] == 0
+    prepared = resolve(load_recipe("ppo", too_strong))
+    assert measure_start(prepared.config, prepared.steps)[1].variance[0] == 0
 
 
-def test_a_few_flat_groups_are_no_reason_to_stop(todo, monkeypatch):
+def test_a_few_flat_groups_are_no_reason_to_stop(prepared, monkeypatch):
     """With noise none of 8 groups varies: more are sampled, and only a clear difference in those counts."""
 
     def start(clean: dict[int, int], noisy: dict[int, int]) -> list[Strength]:
@@ -317,7 +317,7 @@ def test_a_few_flat_groups_are_no_reason_to_stop(todo, monkeypatch):
                 return Strength(sigma, (0, 0, 0), (1, 1, 1), (share / 2, 0, 1), (share, 0, 1))
 
         monkeypatch.setattr(strength, "Probe", Fake)
-        return measure_start(todo.config, todo.steps)
+        return measure_start(prepared.config, prepared.steps)
 
     assert start({8: 0}, {8: 0})[1].variance[0] == 0  # the clean policy has no reward variance either
     assert start({8: 1}, {8: 1})[1].variance[0] == 1 / 8

@@ -18,7 +18,7 @@ from verl_aqn.runs.stats.arms import beyond, records_of, settings_of, versions_o
 
 
 @pytest.fixture
-def todo(tmp_path) -> Prepared:
+def prepared(tmp_path) -> Prepared:
     data, model = tmp_path / "rows.parquet", tmp_path / "model"
     data.write_bytes(b"rows")
     model.mkdir()
@@ -27,13 +27,13 @@ def todo(tmp_path) -> Prepared:
     return Prepared(config=config, steps=29, rows={}, source=model)
 
 
-def test_a_run_that_died_before_its_launch_gets_all_its_records_from_the_next_attempt(tmp_path, todo):
+def test_a_run_that_died_before_its_launch_gets_all_its_records_from_the_next_attempt(tmp_path, prepared):
     run = open_run(tmp_path / "base", {})
     run.write_text("schedule.json", "[]")
     run.close()
     run = open_run(tmp_path / "base", {})
     assert run.resumed
-    assert launch(run, todo) == []
+    assert launch(run, prepared) == []
     config, versions = records_of(run.path)
     assert config["aqn"]["noise"]["sigma_end"] == 5e-4
     assert versions == json.loads((run.path / "versions.json").read_text())
@@ -41,19 +41,19 @@ def test_a_run_that_died_before_its_launch_gets_all_its_records_from_the_next_at
     run.close()
 
 
-def test_a_run_that_goes_on_with_other_versions_says_so_and_is_like_no_other(tmp_path, todo, monkeypatch):
+def test_a_run_that_goes_on_with_other_versions_says_so_and_is_like_no_other(tmp_path, prepared, monkeypatch):
     run = open_run(tmp_path / "base", {})
-    launch(run, todo)
+    launch(run, prepared)
     began = versions_of(run.path)
     run.close()
     run = open_run(tmp_path / "base", {})
-    assert launch(run, todo) == []
+    assert launch(run, prepared) == []
     assert versions_of(run.path) == began
     run.close()
     (tmp_path / "rows.parquet").write_bytes(b"other rows")
     monkeypatch.setattr(train, "provenance", lambda *what: provenance(*what) | {"torch": "3.0"})
     run = open_run(tmp_path / "base", {})
-    changed = launch(run, todo)
+    changed = launch(run, prepared)
     assert [text.split(" to ")[0] for text in changed] == [
         f"data.rows.parquet changed from {began['data']['rows.parquet']}",
         f"torch changed from {began['torch']}",
@@ -68,7 +68,7 @@ def test_a_run_that_goes_on_with_other_versions_says_so_and_is_like_no_other(tmp
 
 @pytest.mark.parametrize(("number", "by"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
 def test_a_run_that_a_signal_ended_is_on_record_and_has_the_signal_s_exit_code(
-    tmp_path, todo, monkeypatch, capsys, number, by
+    tmp_path, prepared, monkeypatch, capsys, number, by
 ):
     calls = []
 
@@ -77,13 +77,13 @@ def test_a_run_that_a_signal_ended_is_on_record_and_has_the_signal_s_exit_code(
         return Outcome("interrupted", f"stopped by {by}", signal=number)
 
     monkeypatch.setattr(train, "supervise", supervise)
-    monkeypatch.setattr(train, "prepare", lambda *_, **__: todo)
+    monkeypatch.setattr(train, "prepare", lambda *_, **__: prepared)
     monkeypatch.setattr(train, "warnings_of", lambda config: [])
-    todo.rows = {"train": 174, "test": 4}
-    todo.config.aqn.noise.probe = False
-    todo.config.aqn.run.restarts = 3
+    prepared.rows = {"train": 174, "test": 4}
+    prepared.config.aqn.noise.probe = False
+    prepared.config.aqn.run.restarts = 3
     monkeypatch.setattr(sys, "argv", ["verl-aqn", "train", "e12", f"aqn.run.dir={tmp_path / 'base'}"])
-    todo.config.aqn.run.dir = str(tmp_path / "base")
+    prepared.config.aqn.run.dir = str(tmp_path / "base")
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 128 + number
@@ -95,13 +95,13 @@ def test_a_run_that_a_signal_ended_is_on_record_and_has_the_signal_s_exit_code(
 
 
 @pytest.mark.parametrize(("val_only", "validates"), [(False, False), (True, True)])
-def test_a_run_that_only_validates_does_so_however_often_it_is_carried_on(tmp_path, todo, val_only, validates):
+def test_a_run_that_only_validates_does_so_however_often_it_is_carried_on(tmp_path, prepared, val_only, validates):
     """If val_only is not followed by a validation before training, verl trains."""
-    todo.config.trainer.val_only = val_only
+    prepared.config.trainer.val_only = val_only
     run = open_run(tmp_path / "base", {})
-    launch(run, todo)
+    launch(run, prepared)
     assert launched(run).trainer.val_before_train is True
     run.append("metrics.jsonl", {"kind": "validation", "step": 0})
-    launch(run, todo)
+    launch(run, prepared)
     assert launched(run).trainer.val_before_train is validates
     run.close()

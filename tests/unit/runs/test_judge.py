@@ -20,6 +20,7 @@ from verl_aqn.runs.folder import EVIDENCE, RunFolder
 from verl_aqn.runs.judge.base_record import EMPTY_DIGEST
 from verl_aqn.runs.judge.ranks import grouped, grouped_base
 from verl_aqn.runs.judge.records import IDENTITY, VERSION, Judge
+from verl_aqn.runs.old_names import current_fields
 from verl_aqn.runs.report.evidence_section import checks
 from verl_aqn.runs.report.page_data import read_runs
 from verl_aqn.runs.stats.arms import read_run
@@ -49,8 +50,9 @@ FORMS = ("each rank", "alike ranks")
 
 
 def records_of(run: Path, form: str = FORMS[0]) -> list[dict]:
-    records = [json.loads(line) for line in (run / EVIDENCE).read_text().splitlines()]
-    return records if form == FORMS[0] else [json.loads(line) for line in lines_of([alike(one) for one in records])]
+    records = [json.loads(current_fields(line)) for line in (run / EVIDENCE).read_bytes().splitlines()]
+    records = records if form == FORMS[0] else [alike(one) for one in records]
+    return [json.loads(line) for line in lines_of(records)]  # linked under today's names of fields
 
 
 def alike(record: dict) -> dict:
@@ -216,8 +218,8 @@ def test_all_records_of_a_kind_may_not_vanish(folder):
 @pytest.mark.parametrize(
     ("kind", "change", "row"),
     [
-        ("noise", {"sigma_realised": 1.0}, "noise in the rollout's weights"),
-        ("noise", {"sigma_asked": 7.0}, "noise in the rollout's weights"),
+        ("noise", {"sigma_measured": 1.0}, "noise in the rollout's weights"),
+        ("noise", {"sigma_target": 7.0}, "noise in the rollout's weights"),
         ("base", {"actor": [], "rollout": []}, "base on disk, in actor and rollout"),
         ("use", {"effect": 0.0, "error": 0.0}, "noise in the rollout's forward pass"),
         ("mismatch", {"abs_dlogp_mean": 1.5}, "trainer and rollout without noise"),
@@ -225,7 +227,7 @@ def test_all_records_of_a_kind_may_not_vanish(folder):
 )
 def test_the_row_of_what_is_wrong_says_so(kind, change, row, folder):
     records = records_of(REAL[0])
-    at = max(n for n, one in enumerate(records) if one["kind"] == kind and one.get("sigma_asked", 1) and
+    at = max(n for n, one in enumerate(records) if one["kind"] == kind and one.get("sigma_target", 1) and
              one.get("sigma", 1) and one.get("step") != 2)  # fmt: skip
     if kind == "use":
         at = next(n for n, one in enumerate(records) if one["kind"] == "use" and one["sigma"] == 0.05)
@@ -237,19 +239,19 @@ def test_the_row_of_what_is_wrong_says_so(kind, change, row, folder):
 def test_another_sigma_than_the_schedule_s_is_found_whatever_the_order_says(folder):
     records = records_of(REAL[0])
     for record in records:
-        if record["kind"] == "noise" and record["sigma_asked"]:
-            scale = 7.0 / record["sigma_asked"]
-            record["order"]["sigma"] = record["sigma_asked"] = 7.0
-            record["sigma_realised"] *= scale
+        if record["kind"] == "noise" and record["sigma_target"]:
+            scale = 7.0 / record["sigma_target"]
+            record["order"]["sigma"] = record["sigma_target"] = 7.0
+            record["sigma_measured"] *= scale
             record["sigma_interval"] = [end * scale for end in record["sigma_interval"]]
             for group in record["groups"]:
-                group["sigma_realised"] *= scale
+                group["sigma_measured"] *= scale
     assert any("σ" in fault for fault in judge_run(folder(REAL[0], records)).faults)
 
 
 def test_the_same_noise_in_two_steps_is_found(folder):
     records = records_of(REAL[1])
-    one, two = (record for record in records if record["kind"] == "noise" and record["sigma_asked"])
+    one, two = (record for record in records if record["kind"] == "noise" and record["sigma_target"])
     two["weights_digest"] = one["weights_digest"]
     (fault,) = judge_run(folder(REAL[1], records)).faults
     assert fault == "step 2 has the noise of step 1: no new noise was drawn"

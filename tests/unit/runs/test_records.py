@@ -130,7 +130,7 @@ def mixed(tmp_path) -> Path:
     """Every kind of record that a run writes, written as by trainer and supervisor."""
     run = open_run(tmp_path / "base", {})
     noise = {
-        "sigma_asked": 0.05,
+        "sigma_target": 0.05,
         "unit": "rms",
         "groups": [{"modules": ["a"], "multiplier": 1.0}],
         "weights_digest": "d",
@@ -200,3 +200,13 @@ def test_an_old_runs_modules_have_todays_names(old):
     assert old.block("config.yaml")["lib"] == config.lib
     for name in OLD_NAMES.values():
         assert find_spec(name) is not None
+
+
+def test_an_old_runs_fields_and_metrics_have_todays_names(tmp_path):
+    words = (
+        r'{"sigma_asked": 0.1, "aqn/parity/kernels/kl_k3": 0.2, "text": "\"sigma_asked\": \"aqn/parity/x\": ", "a": []}'
+    )
+    (tmp_path / "metrics.jsonl").write_text(words + "\n")
+    (record,) = RunFolder(tmp_path).read("metrics.jsonl")
+    text = '"sigma_asked": "aqn/parity/x": '
+    assert record == {"sigma_target": 0.1, "aqn/mismatch/kernels/kl_k3": 0.2, "text": text, "a": []}

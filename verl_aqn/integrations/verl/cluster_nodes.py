@@ -21,11 +21,10 @@ from omegaconf import DictConfig, OmegaConf
 from verl_aqn import __version__
 from verl_aqn.cluster.nodes import on_every_node
 from verl_aqn.cluster.worker_setup import RUN, TEMPORARY, set_up_worker
-from verl_aqn.config.schema import parse_aqn
 from verl_aqn.errors import EnvironmentFault
 from verl_aqn.integrations.verl.verl_plugin import check_versions
 from verl_aqn.preflight.run_data import data_files
-from verl_aqn.runs.folder import RunFolder
+from verl_aqn.runs.folder import RunFolder, folder_of
 from verl_aqn.runs.processes import GRACE_S, SharedMemory, title
 from verl_aqn.runs.stacks import collect, folder_in, listening
 from verl_aqn.runs.temporary import remove
@@ -51,9 +50,7 @@ def check_nodes(config: DictConfig) -> None:
     Raises:
         EnvironmentFault: a node does not; the message names the node and the fix.
     """
-    aqn = parse_aqn(config)
-    assert aqn.run.dir is not None
-    folder, check = RunFolder(Path(aqn.run.dir)), secrets.token_hex(8)
+    folder, check = folder_of(config), secrets.token_hex(8)
     needed = [folder.path / "launch.yaml", Path(config.actor_rollout_ref.model.path) / "config.json"]
     needed += data_files(config)
     reward = str(config.reward.custom_reward_function.path or "")

@@ -8,13 +8,11 @@ and each validation to fail (`aqn.run.allow_failed`).
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-from verl_aqn.config.schema import parse_aqn
 from verl_aqn.errors import AqnError, ProcessFault, RewardError, first_line
 from verl_aqn.integrations.verl.root_cause import root_cause
-from verl_aqn.runs.folder import RunFolder
+from verl_aqn.runs.folder import RunFolder, folder_of
 from verl_aqn.runs.request_seeds import PROMPT
 from verl_aqn.tasks.user_lines import user_line
 
@@ -36,7 +34,7 @@ class NotingFailures:
 
 def note(config: Any, trajectory: dict, prompt: dict, error: Exception) -> None:
     """Write one line about a failed session; if the run folder cannot be written, only the log has the error."""
-    cause, folder = root_cause(error), RunFolder(Path(str(parse_aqn(config).run.dir)))
+    cause, folder = root_cause(error), folder_of(config)
     # A user's own reward manager may raise any error, in verl's reward worker.
     reward = isinstance(cause, RewardError) or "compute_score" in str(getattr(error, "function_name", ""))
     place = user_line(error, str(config.reward.custom_reward_function.path or "")) if reward else ""

@@ -1,7 +1,6 @@
 """Evidence of a run: the trainer's requests to actor and rollout, and what they read back, recorded and judged."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -15,7 +14,7 @@ from verl_aqn.integrations.verl.base_evidence import BaseRecords, with_tables
 from verl_aqn.integrations.verl.validation import ValidatingTrainer
 from verl_aqn.noise import expected_norms
 from verl_aqn.runs.evidence import judge_run
-from verl_aqn.runs.folder import EVIDENCE, RunFolder
+from verl_aqn.runs.folder import EVIDENCE, folder_of
 from verl_aqn.runs.judge.base_record import sentence
 from verl_aqn.runs.judge.ranks import grouped, grouped_base
 from verl_aqn.runs.judge.records import VERSION, Judge
@@ -24,14 +23,13 @@ from verl_aqn.runs.judge.records import VERSION, Judge
 class ProvingTrainer(ValidatingTrainer):
     """A trainer that records and checks noise, adapter and base in the run's processes.
 
-    `record` writes evidence to the run folder `aqn.run.dir`, and stops the run if `verl_aqn.runs.judge` finds a fault.
+    `record` writes evidence to the run folder, and stops the run if `verl_aqn.runs.judge` finds a fault.
     """
 
     def __init__(self, config: DictConfig):
         super().__init__(config)
         self.aqn = parse_aqn(config)
-        assert self.aqn.run.dir is not None
-        self.folder = RunFolder(Path(self.aqn.run.dir))
+        self.folder = folder_of(config)
         self.noise_metrics: dict[str, float] = {}
         self.synced_bytes = 0
         mxfp4 = self.aqn.mxfp4
@@ -98,7 +96,7 @@ class ProvingTrainer(ValidatingTrainer):
         self.rollout_noise = {f"rollout rank {rank}": evidence for rank, evidence in enumerate(ranks)}
         self.noise_metrics = {
             "aqn/sigma": order.sigma,
-            "aqn/sigma_realised": ranks[0]["sigma_realised"],
+            "aqn/sigma_measured": ranks[0]["sigma_measured"],
             "aqn/stage": self.schedule.stage(step),
             "aqn/modules": ranks[0]["modules"],
         }

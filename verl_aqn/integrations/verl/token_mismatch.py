@@ -16,7 +16,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-PREFIX = "aqn/parity/"
+PREFIX = "aqn/mismatch/"
 
 
 def gap(rollout: Tensor, other: Tensor, clip: tuple[float, float]) -> dict[str, float]:
@@ -38,7 +38,7 @@ def gap(rollout: Tensor, other: Tensor, clip: tuple[float, float]) -> dict[str, 
     }
 
 
-def parity_metrics(rollout: Tensor, trainer: Tensor, entropy: Tensor, clip: tuple[float, float]) -> dict[str, float]:
+def mismatch_metrics(rollout: Tensor, trainer: Tensor, entropy: Tensor, clip: tuple[float, float]) -> dict[str, float]:
     """Return the figures over all tokens of a step: noise and kernels together.
 
     `rollout_entropy_sampled`: mean of −log p_rollout of the sampled tokens, with noise; an unbiased estimate of the
@@ -92,7 +92,7 @@ def step_metrics(
     """
     mask = data["response_mask"].bool()
     rollout, trainer = data["rollout_log_probs"].float(), data["old_log_probs"].float()
-    figures = parity_metrics(rollout[mask], trainer[mask], data["entropy"][mask], clip)
+    figures = mismatch_metrics(rollout[mask], trainer[mask], data["entropy"][mask], clip)
     clean, scored = align(keys, clean_logp, mask)
     if scored.any():
         figures |= split_metrics(rollout[scored], clean[scored], trainer[scored], clip, noisy_trainer)

@@ -5,7 +5,6 @@ at once.
 """
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -25,13 +24,12 @@ from verl_aqn.integrations.verl.token_mismatch import can_rescore, clip_range, s
 from verl_aqn.integrations.verl.workers import AqnActorWorker, AqnTrainingWorker
 from verl_aqn.preflight.prepare import check_steps
 from verl_aqn.preflight.run_data import data_files
-from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.judge.records import END, VALIDATION
 from verl_aqn.runs.phases import TRACKERS
 
 
 class AqnTrainer(ComparingTrainer):
-    """The trainer of a run. It writes its records to the run folder `aqn.run.dir`."""
+    """The trainer of a run. It writes its records to the run folder."""
 
     def _init_resource_pool_mgr(self):
         super()._init_resource_pool_mgr()
@@ -50,7 +48,7 @@ class AqnTrainer(ComparingTrainer):
         buffer = super()._build_replay_buffer()
         buffer.__class__ = AqnReplayBuffer
         buffer.on_failure = self.refuse_failed
-        buffer.folder = RunFolder(Path(str(self.config.aqn.run.dir)))
+        buffer.folder = self.folder
         buffer.begin()  # prompts are added before the first sample is taken
         buffer.poll_interval = 0.1  # verl checks for finished responses only every 2 s
         return buffer
@@ -142,7 +140,7 @@ class AqnTrainer(ComparingTrainer):
         super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)
         metrics.update(self.noise_metrics)
         metrics["aqn/synced_bytes"] = self.synced_bytes
-        metrics.update(self.group_and_parity_metrics(batch, metrics))
+        metrics.update(self.group_and_mismatch_metrics(batch, metrics))
         drop_meaningless(metrics, cpu=self.config.trainer.device == "cpu")
         numbers, total = numbers_in(metrics), self.total_training_steps
         self.write("metrics.jsonl", kind="step", step=global_steps, total=total, metrics=numbers)
@@ -151,8 +149,8 @@ class AqnTrainer(ComparingTrainer):
             self.save()
         self.doing(TRACKERS)  # verl sends the metrics to them next
 
-    def group_and_parity_metrics(self, batch: Any, metrics: dict) -> dict[str, float]:
-        """Return `aqn/groups…` and `aqn/parity/…` of a step; token_mismatch.py explains each figure."""
+    def group_and_mismatch_metrics(self, batch: Any, metrics: dict) -> dict[str, float]:
+        """Return `aqn/groups…` and `aqn/mismatch/…` of a step; token_mismatch.py explains each figure."""
         keys = real_keys(batch)
         fields = ["responses", "rm_scores", "response_mask", "rollout_log_probs", "old_log_probs", "entropy"]
         data = fields_of(batch, fields)

@@ -66,7 +66,7 @@ def measure(
 
     Returns:
         `source`, `tokens`, `abs_dlogp_mean` with `abs_dlogp_error` (half its 95 % interval, as if tokens were
-        independent), `abs_dlogp_p99`, `kl_k3`, `clipped_share` (see `parity.gap`).
+        independent), `abs_dlogp_p99`, `kl_k3`, `clipped_share` (see `token_mismatch.gap`).
     """
     mask, trainer = data["response_mask"].bool(), data["old_log_probs"].float()
     if source == "sampled":

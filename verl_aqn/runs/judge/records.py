@@ -320,7 +320,7 @@ class Judge:
     def _noise_of(self, kind: str, record: Fields) -> None:
         step = record["step"]
         if not self.whole:
-            self._old_reading(record, self.sigmas[step] if step < len(self.sigmas) else record["sigma_asked"])
+            self._old_reading(record, self.sigmas[step] if step < len(self.sigmas) else record["sigma_target"])
             return
         if self.order_at is None:
             raise EvidenceError(f"step {step} has noise, but the noise settings of the run's config are not known")

@@ -106,7 +106,7 @@ def _adapter_use(run: Run, records: Sequence[Record]) -> str:
 
 
 def _noise(run: Run, records: Sequence[Record]) -> str:
-    noisy = [record for record in records if record.get("sigma_asked")]
+    noisy = [record for record in records if record.get("sigma_target")]
     if not noisy:
         return "no noise in any step, as configured"
     inside = sum(_inside(record) for record in noisy)
@@ -176,11 +176,13 @@ def deviation(runs: Sequence[Run]) -> Chart | None:
     for run in runs:
         found: dict[float, tuple[float, tuple[float, float]]] = {}
         for record in run.of_kind.get("noise", []):
-            asked, realised, interval = (record.get(key) for key in ("sigma_asked", "sigma_realised", "sigma_interval"))
-            if not asked or finite(realised) is None or not interval or not isinstance(record.get("step"), int):
+            target, measured, interval = (
+                record.get(key) for key in ("sigma_target", "sigma_measured", "sigma_interval")
+            )
+            if not target or finite(measured) is None or not interval or not isinstance(record.get("step"), int):
                 continue
-            low, high = (100 * (end / asked - 1) for end in interval)
-            found[record["step"] + 1.0] = 100 * (realised / asked - 1), (low, high)
+            low, high = (100 * (end / target - 1) for end in interval)
+            found[record["step"] + 1.0] = 100 * (measured / target - 1), (low, high)
         if found:
             steps = sorted(found)
             points = [(step, found[step][0]) for step in steps]
@@ -212,15 +214,15 @@ def noise_table(run: Run) -> Table:
             readings.setdefault((step, id(record)), (step, [], record))[1].append(rank)
     rows = []
     for step, ranks, record in sorted(readings.values(), key=lambda one: one[:2]):
-        asked, realised, interval = (record.get(key) for key in ("sigma_asked", "sigma_realised", "sigma_interval"))
-        held = " to ".join(number(end) for end in interval) if interval and asked else "–"
+        target, measured, interval = (record.get(key) for key in ("sigma_target", "sigma_measured", "sigma_interval"))
+        held = " to ".join(number(end) for end in interval) if interval and target else "–"
         rows.append(
             [
                 Cell(str(step + 1), step),
                 Cell(_spans(ranks), ranks[0]),
-                Cell("–" if asked is None else number(asked), asked),
-                Cell("–" if realised is None else number(realised), realised),
-                Cell(held, interval[0] if interval else None, good=_inside(record) if asked else None),
+                Cell("–" if target is None else number(target), target),
+                Cell("–" if measured is None else number(measured), measured),
+                Cell(held, interval[0] if interval else None, good=_inside(record) if target else None),
                 Cell(str(record.get("modules", "–")), record.get("modules")),
                 Cell(_short(record.get("weights_digest")), code=True),
             ]
@@ -252,11 +254,11 @@ def adapter_table(run: Run) -> Table:
 
 
 def _inside(record: Record) -> bool:
-    interval, realised = record.get("sigma_interval"), finite(record.get("sigma_realised"))
-    if not interval or realised is None:
+    interval, measured = record.get("sigma_interval"), finite(record.get("sigma_measured"))
+    if not interval or measured is None:
         return False
     rounding = record.get("sigma_rounding") or 0.0
-    return interval[0] - rounding <= realised <= interval[1] + rounding
+    return interval[0] - rounding <= measured <= interval[1] + rounding
 
 
 def _interval(values: Sequence[float] | None) -> str:

@@ -58,7 +58,7 @@ TOGETHER = (
         "entropy",
         "Entropy",
         "Nats a token. Trainer: over the whole vocabulary. Rollout, with noise: from its sampled tokens.",
-        (("trainer", "actor/entropy"), ("rollout", "aqn/parity/rollout_entropy_sampled")),
+        (("trainer", "actor/entropy"), ("rollout", "aqn/mismatch/rollout_entropy_sampled")),
         zero=True,
     ),
 )
@@ -110,7 +110,7 @@ MISMATCH = tuple(
         key,
         title,
         note,
-        tuple((name, value(f"aqn/parity/{part}{metric}")) for name, part in _PARTS),
+        tuple((name, value(f"aqn/mismatch/{part}{metric}")) for name, part in _PARTS),
         unit,
         ".1f" if unit else "",
         zero=True,

@@ -12,7 +12,7 @@ from verl_aqn.integrations.verl.token_mismatch import (
     can_rescore,
     clip_range,
     gap,
-    parity_metrics,
+    mismatch_metrics,
     scored_again,
     split_metrics,
     step_metrics,
@@ -64,25 +64,25 @@ def test_entropies_are_of_rollout_and_trainer():
     generator = torch.Generator().manual_seed(4)
     p = torch.randn(50, generator=generator).log_softmax(0)
     tokens = torch.multinomial(p.exp(), 200_000, replacement=True, generator=generator)
-    found = parity_metrics(p[tokens], p[tokens] - 0.5, torch.full((200_000,), 1.5), CLIP)
-    assert found["aqn/parity/rollout_entropy_sampled"] == pytest.approx(-(p.exp() * p).sum().item(), rel=0.01)
-    assert found["aqn/parity/trainer_surprisal"] == pytest.approx(found["aqn/parity/rollout_entropy_sampled"] + 0.5)
-    assert found["aqn/parity/trainer_entropy"] == 1.5
-    assert found["aqn/parity/tokens"] == 200_000
+    found = mismatch_metrics(p[tokens], p[tokens] - 0.5, torch.full((200_000,), 1.5), CLIP)
+    assert found["aqn/mismatch/rollout_entropy_sampled"] == pytest.approx(-(p.exp() * p).sum().item(), rel=0.01)
+    assert found["aqn/mismatch/trainer_surprisal"] == pytest.approx(found["aqn/mismatch/rollout_entropy_sampled"] + 0.5)
+    assert found["aqn/mismatch/trainer_entropy"] == 1.5
+    assert found["aqn/mismatch/tokens"] == 200_000
 
 
 def test_split_gives_each_cause_its_own():
     noisy = logp(5)
     only_noise = split_metrics(noisy, noisy - 0.4, noisy - 0.4, CLIP)
-    assert only_noise["aqn/parity/noise/abs_dlogp_mean"] == pytest.approx(0.4)
-    assert only_noise["aqn/parity/kernels/abs_dlogp_mean"] == 0
+    assert only_noise["aqn/mismatch/noise/abs_dlogp_mean"] == pytest.approx(0.4)
+    assert only_noise["aqn/mismatch/kernels/abs_dlogp_mean"] == 0
     only_kernels = split_metrics(noisy, noisy, noisy + 0.01, CLIP)
-    assert only_kernels["aqn/parity/noise/kl_k3"] == 0
-    assert only_kernels["aqn/parity/kernels/abs_dlogp_mean"] == pytest.approx(0.01, rel=1e-4)
-    assert only_kernels["aqn/parity/rescored_tokens"] == 301
+    assert only_kernels["aqn/mismatch/noise/kl_k3"] == 0
+    assert only_kernels["aqn/mismatch/kernels/abs_dlogp_mean"] == pytest.approx(0.01, rel=1e-4)
+    assert only_kernels["aqn/mismatch/rescored_tokens"] == 301
     noise_in_both = split_metrics(noisy, noisy - 0.4, noisy + 0.01, CLIP, noisy_trainer=True)
-    assert noise_in_both["aqn/parity/noise/abs_dlogp_mean"] == pytest.approx(0.4)
-    assert noise_in_both["aqn/parity/kernels/abs_dlogp_mean"] == pytest.approx(0.01, rel=1e-4)
+    assert noise_in_both["aqn/mismatch/noise/abs_dlogp_mean"] == pytest.approx(0.4)
+    assert noise_in_both["aqn/mismatch/kernels/abs_dlogp_mean"] == pytest.approx(0.01, rel=1e-4)
 
 
 def test_step_reads_response_tokens_only_and_finds_rescored_samples_by_name():
@@ -94,12 +94,12 @@ def test_step_reads_response_tokens_only_and_finds_rescored_samples_by_name():
         "entropy": torch.tensor([[1.0, 1.0, nan], [1.0, 1.0, 6.0]]),
     }
     found = step_metrics(data, ["a", "b"], {"b": [-1.0, -1.4]}, CLIP)  # there was no room to score the last token
-    assert found["aqn/parity/tokens"] == 5
-    assert found["aqn/parity/abs_dlogp_mean"] == pytest.approx(0.1)
-    assert found["aqn/parity/trainer_entropy"] == pytest.approx(2.0)
-    assert found["aqn/parity/rescored_tokens"] == 2
-    assert found["aqn/parity/noise/abs_dlogp_mean"] == pytest.approx(0.2)
-    assert found["aqn/parity/kernels/abs_dlogp_mean"] == pytest.approx(0.05)
+    assert found["aqn/mismatch/tokens"] == 5
+    assert found["aqn/mismatch/abs_dlogp_mean"] == pytest.approx(0.1)
+    assert found["aqn/mismatch/trainer_entropy"] == pytest.approx(2.0)
+    assert found["aqn/mismatch/rescored_tokens"] == 2
+    assert found["aqn/mismatch/noise/abs_dlogp_mean"] == pytest.approx(0.2)
+    assert found["aqn/mismatch/kernels/abs_dlogp_mean"] == pytest.approx(0.05)
     assert not any("rescored" in name for name in step_metrics(data, ["a", "b"], {}, CLIP))
 
 
