@@ -101,6 +101,9 @@ def step(
     model: Annotated[str, typer.Option(help="A model folder, or 'embedded'.")] = "embedded",
     steps: Annotated[int, typer.Option(min=1, help="Measured steps of each run, after a warm-up step.")] = 4,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each arm; the arms take turns.")] = 2,
+    workload: Annotated[
+        str, typer.Option(help="Tokens of a response: 24 (6 prompts × 8 responses), 192 (4 × 4) or 512 (2 × 8).")
+    ] = "24",
     small: Annotated[bool, typer.Option("--small", help="2 prompts × 4 samples, for test models.")] = False,
     tuned: Annotated[
         bool,
@@ -109,9 +112,11 @@ def step(
     as_json: Json = False,
 ) -> None:
     """Measure the whole RL step on CPUs beside stock verl with a bf16 base (with its defaults, and tuned)."""
-    from verl_aqn.bench.step import ARMS, check, measure, overrides, table
+    from verl_aqn.bench.step import ARMS, WORKLOADS, check, measure, overrides, table
 
-    settings = [*overrides(model, steps, small), *(settings or [])]
+    if workload not in WORKLOADS:
+        raise ConfigError(f"--workload {workload} is not one of {', '.join(WORKLOADS)}")
+    settings = [*overrides(model, steps, small, workload), *(settings or [])]
     names = ARMS[:2] if tuned else ARMS
     check(settings)
     base = Path(tempfile.mkdtemp(prefix="verl-aqn-bench-"))  # kept if a run fails, because it has the log

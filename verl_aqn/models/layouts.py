@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from verl_aqn.errors import ModelError, first_line
 from verl_aqn.models.attention import NAME, LayoutError, Rule, Watch, laid_out
@@ -40,13 +41,15 @@ class Layout:
     """The layouts that a model supports.
 
     `together`: whether several sequences may be in one row; if not, `reason` says why. `rules`: the mask rules of the
-    kinds of layers, on `device`. `keeps`: whether the model supports `logits_to_keep`.
+    kinds of layers, on `device`. `keeps`: whether the model supports `logits_to_keep`. `bare`: whether the model
+    returns what its head returns, one row for each kept token, without scaling or capping.
     """
 
     together: bool
     reason: str = ""
     rules: tuple[Rule, ...] = field(default=(), compare=False)
     keeps: bool = True
+    bare: bool = False
     device: torch.device | str = "cpu"
 
     def full(self, length: int) -> bool:
@@ -79,10 +82,10 @@ def agreed(found: Layout | None) -> Layout:
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         assert found
         return found
-    told: list[tuple[bool, str, bool] | None] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(told, found and (found.together, found.reason, found.keeps))
-    together, reason, keeps = min(answer for answer in told if answer)  # False before True
-    return Layout(together, reason, found.rules if found else (), keeps)
+    told: list[tuple[bool, str, bool, bool] | None] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(told, found and (found.together, found.reason, found.keeps, found.bare))
+    together, reason, keeps, bare = min(answer for answer in told if answer)  # False before True
+    return Layout(together, reason, found.rules if found else (), keeps, bare)
 
 
 def agree_on_attention(model: PreTrainedModel, decided: bool) -> None:
@@ -131,11 +134,11 @@ def _takes_cache(module: nn.Module) -> bool:
 def _decide(model: PreTrainedModel) -> Layout:
     told = attention_of(model)
     samples, watch = _probe_inputs(model), Watch()
-    reason, shared = "", None
+    reason, shared, bare = "", None, False
     with _evaluating(model):
         try:
             if use_attention(model, NAME):
-                shared = _shared_logits(model, samples, watch)
+                shared, bare = _shared_logits(model, samples, watch)
             else:
                 reason = f"{type(model).__name__} does not use transformers' attention interface"
         except LayoutError as error:
@@ -157,11 +160,37 @@ def _decide(model: PreTrainedModel) -> Layout:
             reason = _difference(model, samples, shared, told)
         if reason and told == "sdpa":
             use_attention(model, _faithful(model, samples, told))
-    return Layout(not reason, reason, tuple(watch.rules), _keeps(model), samples[0][0].device)
+    return Layout(not reason, reason, tuple(watch.rules), _keeps(model), bare, samples[0][0].device)
 
 
 def _keeps(model: PreTrainedModel) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def has_bare_head(model: PreTrainedModel) -> bool:
+    """Return whether a model, which may be on meta, returns what its head returns, and for the kept tokens alone.
+
+    Only the model's own `forward` runs here, on hidden states that its decoder did not compute.
+    """
+    head, decoder, said = model.get_output_embeddings(), model.get_decoder(), []
+    if head is None or decoder is model or not _keeps(model):
+        return False
+    states = torch.zeros(1, 4, model.config.get_text_config().hidden_size, device="meta", dtype=model.dtype)
+
+    def speak(hidden: Tensor) -> Tensor:
+        said.append(hidden.new_zeros(*hidden.shape[:-1], 1))
+        return said[-1]
+
+    decoder.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=states)
+    head.forward = speak
+    tokens = torch.zeros(1, 4, dtype=torch.int64, device="meta")
+    try:
+        result = model(input_ids=tokens, use_cache=False, logits_to_keep=2).logits
+    except Exception:  # the code of a model may raise any error
+        return False
+    finally:
+        del decoder.forward, head.forward
+    return len(said) == 1 and said[0] is result and result.shape[1] == 2
 
 
 def shared_inputs(layout: SharedPrompts, keeps: bool) -> dict[str, Tensor]:
@@ -188,16 +217,25 @@ def _probe_inputs(model: PreTrainedModel) -> tuple[list[Tensor], list[Tensor]]:
     return [first, first, first, last], [tokens(length) for length in _RESPONSES]
 
 
-def _shared_logits(model: PreTrainedModel, samples: tuple[list[Tensor], list[Tensor]], watch: Watch) -> Tensor:
-    """Compute the logits [N, V] of the response tokens in one row."""
+def _shared_logits(
+    model: PreTrainedModel, samples: tuple[list[Tensor], list[Tensor]], watch: Watch
+) -> tuple[Tensor, bool]:
+    """Compute the logits [N, V] of the response tokens in one row, and whether they are what the head returned."""
     layout = share_prompts(*samples)
+    head, said = model.get_output_embeddings(), []
     with laid_out(layout, watch), _NoSlots(model, layout.input_ids.shape[1]):
-        logits = model(**shared_inputs(layout, _keeps(model)), use_cache=False).logits[0]
+        hook = head and head.register_forward_hook(lambda _, __, result: said.append(result))
+        try:
+            result = model(**shared_inputs(layout, _keeps(model)), use_cache=False).logits
+        finally:
+            if hook:
+                hook.remove()
+    logits = result[0]
     if not _keeps(model):
         logits = logits[layout.column]
     if len(logits) != len(layout.column):
         raise LayoutError(f"{type(model).__name__} gives {len(logits)} logits, but {len(layout.column)} were requested")
-    return logits
+    return logits, _keeps(model) and len(said) == 1 and said[0] is result
 
 
 def _difference(model: PreTrainedModel, samples: tuple[list[Tensor], list[Tensor]], shared: Tensor, told: str) -> str:

@@ -267,9 +267,11 @@ def _layer(shape: Shape, sizes: Sizes) -> int:
 def score_logits(shape: Shape, sizes: Sizes, micro: MicroBatch) -> int:
     """Return the bytes of logits for log-probs and entropies without gradient.
 
-    Padded: bf16 logits of all columns, and four fp32 [T, V] at once (logits, log-softmax, its exponential, their
-    product). Packed: bf16 logits, their softmax and the product of both.
+    Padded with a bare head: see `scoring_bytes`. Padded: bf16 logits of all columns, and four fp32 [T, V] at once
+    (logits, log-softmax, its exponential, their product). Packed: bf16 logits, their softmax and the product of both.
     """
+    if sizes.padded and sizes.rank and shape.bare_head:
+        return scoring_bytes(shape, micro, kept=False)
     if sizes.padded:
         return shape.vocabulary * (BF16 * micro.scored + 4 * FP32 * micro.answers)
     return shape.vocabulary * 3 * BF16 * micro.scored
@@ -278,13 +280,23 @@ def score_logits(shape: Shape, sizes: Sizes, micro: MicroBatch) -> int:
 def update_logits(shape: Shape, sizes: Sizes, micro: MicroBatch) -> int:
     """Return the bytes of logits at the beginning of backward.
 
-    Padded: log-softmax, its gradient and the gradient of the logits in fp32 [T, V]; before that, bf16 logits of all
-    columns and two of these. Packed: bf16 logits and their gradient.
+    Padded with a bare head: see `scoring_bytes`. Padded: log-softmax, its gradient and the gradient of the logits in
+    fp32 [T, V]; before that, bf16 logits of all columns and two of these. Packed: bf16 logits and their gradient.
     """
+    if sizes.padded and sizes.rank and shape.bare_head:
+        return scoring_bytes(shape, micro, kept=True)
     if sizes.padded:
         forward = BF16 * micro.scored + 2 * FP32 * micro.answers
         return shape.vocabulary * max(forward, 3 * FP32 * micro.answers)
     return shape.vocabulary * 2 * BF16 * micro.scored
+
+
+def scoring_bytes(shape: Shape, micro: MicroBatch, *, kept: bool) -> int:
+    """Return the bytes of `verl_aqn.models.vocabulary`: buffers, and with `kept` the slope [T, H] and its gradient."""
+    from verl_aqn.models.vocabulary import BUFFER
+
+    tokens = min(micro.answers, max(1, BUFFER // (FP32 * shape.vocabulary)))
+    return tokens * shape.vocabulary * (2 * FP32 + BF16) + kept * 2 * BF16 * micro.answers * shape.hidden
 
 
 def cache_bytes(shape: Shape, sizes: Sizes) -> int:

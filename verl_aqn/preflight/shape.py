@@ -13,7 +13,7 @@ class Shape:
     `adapted`: Σ (N + K) over the linear layers, so that a LoRA adapter of rank r has r · adapted elements. `query`,
     `key_value`: features of all heads together. `inner`: features between the two halves of an MLP for one token,
     summed over its `experts`, which are chosen from `routed` experts. `packed_experts`: whether the experts are packed
-    too.
+    too. `bare_head`: whether the model returns what its head returns, so that its logits need not exist at once.
     """
 
     layers: int
@@ -36,6 +36,7 @@ class Shape:
     adapted: int
     routed: int = 0
     packed_experts: bool = False
+    bare_head: bool = False
 
     def divides_heads(self, parts: int) -> bool:
         """Return whether vLLM can divide the heads among `parts` tensor-parallel ranks."""

@@ -11,6 +11,7 @@ from verl_aqn.checkpoints.naming import Naming
 from verl_aqn.checkpoints.packing_plan import matches, routers
 from verl_aqn.checkpoints.storage import Weights, has_weights, read_config
 from verl_aqn.errors import ModelError
+from verl_aqn.models.layouts import has_bare_head
 from verl_aqn.mxfp4.experts import STACKS, is_fused, why_not_packable
 from verl_aqn.preflight.shape import Shape
 
@@ -72,6 +73,7 @@ def shape_of(folder: Path, exclude: tuple[str, ...]) -> Shape:
         routed=max((len(modules[name].get_parameter("down_proj")) for name in experts), default=0),
         packed_experts=any(name in packed for name in experts),
         key_value_heads=key_value_heads,
+        bare_head=has_bare_head(model),
     )
 
 

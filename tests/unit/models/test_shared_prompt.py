@@ -16,8 +16,11 @@ from tests.helpers.sharing_models import GQA, SEPARATED, SHARING, V, make
 from verl_aqn.errors import ConfigError, ModelError
 from verl_aqn.integrations.verl.engine import AqnFSDPEngine
 from verl_aqn.models.attention import NAME, attention, lay_out
-from verl_aqn.models.layouts import PACKED, SEPARATE, SHARED, attention_of, decide, use_attention
+from verl_aqn.models.layouts import PACKED, SEPARATE, SHARED, attention_of, decide, has_bare_head, use_attention
 from verl_aqn.models.shared_prompts import share_prompts
+
+# These scale or cap the logits of their head, so all logits are computed.
+CHANGED_LOGITS = {"gemma2", "granite", "cohere", "cohere2"}
 
 
 def engine_of(model: nn.Module, remove_padding: bool = False) -> AqnFSDPEngine:
@@ -108,6 +111,19 @@ def test_shared_prompts_give_what_each_sample_gives_alone(kind):
     model = make(kind)
     engine = engine_of(model)
     assert engine.layout == SHARED
+    check(model, engine)
+
+
+@pytest.mark.parametrize("kind", SHARING)
+def test_a_frozen_head_gives_the_same_log_probs_without_all_logits(kind):
+    model = make(kind)
+    for parameter in model.get_output_embeddings().parameters():
+        parameter.requires_grad_(False)
+    engine = engine_of(model)
+    engine._decide_scores(model)
+    assert has_bare_head(model) <= engine.scores == engine.taken.bare  # the plan of memory expects no less
+    assert has_bare_head(model) or kind != "llama"
+    assert engine.scores == (kind not in CHANGED_LOGITS)
     check(model, engine)
 
 

@@ -26,6 +26,7 @@ from verl_aqn.integrations.verl.packed_base import PackedBase
 from verl_aqn.models.attention import lay_out
 from verl_aqn.models.layouts import SHARED, shared_inputs
 from verl_aqn.models.shared_prompts import SharedPrompts, share_prompts
+from verl_aqn.models.vocabulary import Scored, score, scores_of, use_scoring_head
 from verl_aqn.mxfp4.experts import packed_layers
 from verl_aqn.noise import NoiseInjector
 
@@ -43,6 +44,7 @@ class AqnFSDPEngine(PackedBase):
     sent_adapters: tuple[str, ...] = ()
     sent_bytes: int = 0
     noise: NoiseInjector | None = None
+    scores: bool = False  # whether the head returns log-probs and entropies, and no logits
     _served: tuple[tuple[str, torch.Tensor], ...] = ()  # the first adapter that was sent, until `slicings` is known
 
     def _build_module(self):
@@ -61,6 +63,15 @@ class AqnFSDPEngine(PackedBase):
             # At this point the norms are whole and have the rollout's names; PEFT and FSDP wrap them later.
             self.noise = NoiseInjector(module, beside=True)
         return module
+
+    def _build_lora_module(self, module):
+        module = super()._build_lora_module(module)
+        self._decide_scores(module)
+        return module
+
+    def _decide_scores(self, module) -> None:
+        """Let the head of a built model return log-probs instead of logits, if model and layout allow it."""
+        self.scores = self.layout == SHARED and self.taken.bare and use_scoring_head(module)
 
     @cached_property
     def text_part(self) -> bool:
@@ -123,6 +134,8 @@ class AqnFSDPEngine(PackedBase):
             return super().prepare_model_inputs(micro_batch)
         shared = share_prompts(list(micro_batch["prompts"].unbind()), list(micro_batch["responses"].unbind()))
         lay_out(shared)  # for the forward that follows
+        if self.scores:
+            score(Scored(shared.label, _temperatures(micro_batch, shared), _wants_entropy(micro_batch)))
         return shared_inputs(shared, self.taken.keeps), {"shared": shared}
 
     def prepare_model_outputs(self, output, output_args, micro_batch, logits_processor_func):
@@ -130,18 +143,15 @@ class AqnFSDPEngine(PackedBase):
         if not self._shares_prompts(micro_batch):
             return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
         lay_out(None)
+        score(None)
         shared: SharedPrompts = output_args["shared"]
-        logits = output.logits[0] if self.taken.keeps else output.logits[0, shared.column]
-        logits = logits.float()  # [N, V]
-        temperature = micro_batch["temperature"]
-        if isinstance(temperature, torch.Tensor):
-            logits = logits / temperature.float()[shared.sample].unsqueeze(1).clamp(min=1e-8)
-        elif temperature != 1:
-            logits = logits / max(float(temperature), 1e-8)
-        logp = torch.log_softmax(logits, dim=-1)
-        result = {"log_probs": logp.gather(1, shared.label.unsqueeze(1)).squeeze(1)}
-        if tu.get_non_tensor_data(data=micro_batch, key="calculate_entropy", default=False):
-            result["entropy"] = -(logp.exp() * logp).sum(-1)
+        found = output.logits[0] if self.taken.keeps else output.logits[0, shared.column]
+        if not self.scores:  # the head returned logits [N, V]
+            tokens = Scored(shared.label, _temperatures(micro_batch, shared), _wants_entropy(micro_batch))
+            found = scores_of(found, tokens)
+        result = {"log_probs": found[:, 0]}
+        if _wants_entropy(micro_batch):
+            result["entropy"] = found[:, 1]
         offsets = micro_batch["input_ids"].offsets()
         total = int(offsets[-1])
         return {
@@ -158,6 +168,16 @@ class AqnFSDPEngine(PackedBase):
             or tu.get_non_tensor_data(data=micro_batch, key="calculate_sum_pi_squared", default=False)
             or tu.get_non_tensor_data(data=micro_batch, key="distillation_use_topk", default=False)
         )
+
+
+def _temperatures(micro_batch, shared: SharedPrompts) -> float | torch.Tensor:
+    """Return the temperature, or that of each response token."""
+    temperature = micro_batch["temperature"]
+    return temperature.float()[shared.sample] if isinstance(temperature, torch.Tensor) else float(temperature)
+
+
+def _wants_entropy(micro_batch) -> bool:
+    return bool(tu.get_non_tensor_data(data=micro_batch, key="calculate_entropy", default=False))
 
 
 def _digests(served: tuple[tuple[str, torch.Tensor], ...], slicings: tuple[Slices, ...]) -> tuple[str, ...]:
