@@ -1,5 +1,6 @@
 """A linear layer whose frozen weight stays packed in MXFP4; modules around it (LoRA, norms) can be trained."""
 
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
@@ -10,6 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4.codec import BLOCK, dequantize, fake_quantize, quantize
+
+_MEMORY = threading.local()  # one weight for each dtype
 
 
 class Activation(NamedTuple):
@@ -147,7 +150,7 @@ class PackedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(packed, scale)
-        return F.linear(x, dequantize(packed, scale, x.dtype), bias)
+        return F.linear(x, _short_lived(packed, scale, x.dtype), bias)
 
     @staticmethod
     @once_differentiable
@@ -155,10 +158,26 @@ class PackedProduct(torch.autograd.Function):
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             packed, scale = ctx.saved_tensors
-            grad_x = grad @ dequantize(packed, scale, grad.dtype)
+            grad_x = grad @ _short_lived(packed, scale, grad.dtype)
         if ctx.needs_input_grad[3]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
         return grad_x, None, None, grad_bias
+
+
+def _short_lived(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return W [N, K] in memory that the next call on this thread overwrites, on CPUs.
+
+    glibc returns blocks above 32 MB to the system at once: the pages of every new weight would be mapped again. The
+    allocators of accelerators keep their memory.
+    """
+    if packed.device.type != "cpu" or torch.compiler.is_compiling():
+        return dequantize(packed, scale, dtype)
+    kept: dict[Any, Tensor] = vars(_MEMORY)
+    if dtype not in kept or kept[dtype].numel() < 2 * packed.numel():
+        with torch.inference_mode(False):  # a tensor of inference mode could not be written in training
+            kept[dtype] = torch.empty(2 * packed.numel(), dtype=dtype)
+    out = kept[dtype][: 2 * packed.numel()].view(len(packed), -1)
+    return dequantize(packed, scale, dtype, out=out)
 
 
 def _frozen(data: Tensor) -> nn.Parameter:

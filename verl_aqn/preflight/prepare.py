@@ -173,6 +173,8 @@ def tell_workers(config: DictConfig) -> None:
     elif noise.enabled and "norm" in noise.targets and aqn.profile != "npu" and actor_rollout.actor.strategy == "fsdp2":
         # The trainer can then measure the effect of noise once, as a reference for the rollout.
         OmegaConf.update(actor_rollout, "model.override_config.noise_measured", True, force_add=True)
+    if keeps_forward(config):
+        OmegaConf.update(actor_rollout, "model.override_config.update_keeps_forward", True, force_add=True)
     if mxfp4.cache_dequantized:
         OmegaConf.update(actor_rollout, "model.override_config.mxfp4_cache_dequantized", True, force_add=True)
     if mxfp4.activation == "none":
@@ -188,11 +190,24 @@ def tell_workers(config: DictConfig) -> None:
         actor_rollout.rollout.engine_kwargs.vllm.linear_backend = "auto"  # Marlin keeps activations in 16 bits
 
 
+def keeps_forward(config: DictConfig) -> bool:
+    """Return whether the update is of the same tokens and weights as the log-probs before it, on one process.
+
+    It is if a batch is one mini-batch of one epoch. With gradient checkpointing there is no graph to keep, and with
+    `bypass_mode` no log-probs are computed.
+    """
+    actor = config.actor_rollout_ref.actor
+    ranks = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
+    bypass = OmegaConf.select(config, "algorithm.rollout_correction.bypass_mode")
+    whole = int(actor.ppo_mini_batch_size) == int(config.data.train_batch_size) and int(actor.ppo_epochs) == 1
+    return whole and ranks == 1 and not bypass and not config.actor_rollout_ref.model.enable_gradient_checkpointing
+
+
 def untell_workers(config: DictConfig) -> None:
     """Remove from a run's resolved config what `tell_workers` added: an evaluation may need other settings."""
     actor_rollout = config.actor_rollout_ref
     told, engine = actor_rollout.model.override_config, actor_rollout.rollout.engine_kwargs.vllm
-    for key in ("noise_in_actor", "noise_measured", "mxfp4_cache_dequantized"):
+    for key in ("noise_in_actor", "noise_measured", "update_keeps_forward", "mxfp4_cache_dequantized"):
         told.pop(key, None)
     if told.pop("mxfp4_activation", None) is None:
         return

@@ -3,12 +3,14 @@
 import copy
 import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from verl_aqn.errors import ModelError
@@ -286,6 +288,45 @@ def test_backward_keeps_no_dense_weight() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         packed_layer(bias=False)(torch.randn(4, 64, requires_grad=True))
     assert {t.dtype for t in saved} == {torch.uint8}
+
+
+def test_layers_of_all_sizes_take_turns_in_the_memory_of_one_weight() -> None:
+    """Also in inference mode first, in several threads at once, and with a smaller layer after a larger one."""
+    layers = [packed_layer(k, n, seed=k + n) for k, n in ((64, 96), (32, 32), (96, 128), (64, 32))]
+    given = [torch.randn(5, layer.in_features) for layer in layers]
+    wanted = [dense_twin(layer)(x) for layer, x in zip(layers, given, strict=True)]
+    with torch.inference_mode():
+        layers[1](given[1])
+
+    def check(_: int) -> bool:
+        inputs = [x.clone().requires_grad_() for x in given]
+        outputs = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
+        for out, want in zip(outputs, wanted, strict=True):
+            torch.testing.assert_close(out, want)
+        sum(out.square().sum() for out in outputs).backward()
+        for layer, x, out in zip(layers, inputs, outputs, strict=True):
+            torch.testing.assert_close(x.grad, 2 * out.detach() @ dense_twin(layer).weight)
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(check, range(20)))
+
+
+def test_no_forward_or_backward_allocates_a_weight_again() -> None:
+    class Allocated(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = func(*args, **(kwargs or {}))
+            if "empty" in func.__name__ and isinstance(result, Tensor):
+                self.largest = max(self.largest, result.numel())
+            return result
+
+    layer, x = packed_layer(512, 2048), torch.randn(2, 512, requires_grad=True)  # larger than in other tests
+    for warm in (False, True):
+        with Allocated() as allocated:
+            layer(x).sum().backward()
+        assert warm == (allocated.largest < 512 * 2048)
 
 
 def test_refuses_what_mxfp4_cannot_hold() -> None:

@@ -22,6 +22,7 @@ from verl_aqn.checkpoints.packing import is_packed
 from verl_aqn.checkpoints.slices import Slices, cut
 from verl_aqn.digest import tensor_digest
 from verl_aqn.integrations.verl.critic import AqnValueEngine
+from verl_aqn.integrations.verl.kept_forward import KeptForward
 from verl_aqn.integrations.verl.packed_base import PackedBase
 from verl_aqn.models.attention import lay_out
 from verl_aqn.models.layouts import SHARED, shared_inputs
@@ -31,7 +32,7 @@ from verl_aqn.mxfp4.experts import packed_layers
 from verl_aqn.noise import NoiseInjector
 
 
-class AqnFSDPEngine(PackedBase):
+class AqnFSDPEngine(KeptForward, PackedBase):
     """The actor's engine: a packed base (uint8), and LoRA with fp32 master weights that is used and sent in bf16.
 
     `noise` is set if the recipe has noise on norms: for all forwards of a step if the recipe wants the noise in the
@@ -82,7 +83,11 @@ class AqnFSDPEngine(PackedBase):
     def disable_adapter(self):
         """Switch adapter and noise off, which gives the reference policy."""
         with super().disable_adapter(), self.noise.paused() if self.noise else nullcontext():
-            yield
+            self.adapter_is_off = True
+            try:
+                yield
+            finally:
+                self.adapter_is_off = False
 
     def get_per_tensor_param(self, layered_summon=False, base_sync_done=False, **kwargs):
         """Return the adapter's tensors in bf16 for the rollout, and keep the digests that its ranks must show later.
@@ -141,7 +146,7 @@ class AqnFSDPEngine(PackedBase):
     def prepare_model_outputs(self, output, output_args, micro_batch, logits_processor_func):
         """Return log_probs (and entropy), jagged like input_ids as in verl; prompt positions are 0 and never read."""
         if not self._shares_prompts(micro_batch):
-            return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
+            return self.noted(super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func))
         lay_out(None)
         score(None)
         shared: SharedPrompts = output_args["shared"]
@@ -154,12 +159,14 @@ class AqnFSDPEngine(PackedBase):
             result["entropy"] = found[:, 1]
         offsets = micro_batch["input_ids"].offsets()
         total = int(offsets[-1])
-        return {
-            name: torch.nested.nested_tensor_from_jagged(
-                values.new_zeros(total).index_put((shared.flat,), values), offsets
-            )
-            for name, values in result.items()
-        }
+        return self.noted(
+            {
+                name: torch.nested.nested_tensor_from_jagged(
+                    values.new_zeros(total).index_put((shared.flat,), values), offsets
+                )
+                for name, values in result.items()
+            }
+        )
 
     def _shares_prompts(self, micro_batch) -> bool:
         return self.layout == SHARED and not (

@@ -19,6 +19,7 @@ FACTOR = "aqn.noise"
 _COPIES = {  # settings that are derived from another one
     ".noise_in_actor": "aqn.noise.apply_to",
     ".noise_measured": "aqn.noise.enabled",
+    ".update_keeps_forward": "actor_rollout_ref.actor.ppo_mini_batch_size",
     "critic.model.path": "actor_rollout_ref.model.path",
     ".prometheus.served_model_name": "actor_rollout_ref.model.path",
     "versions.base": "actor_rollout_ref.model.path",
