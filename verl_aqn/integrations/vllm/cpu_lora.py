@@ -2,26 +2,45 @@
 
 vLLM's own CPU operators gather a copy of A and B for every token (`weights[token_indices]`), which costs more than
 the model itself. With `max_loras=1` every token of a batch has that adapter or none, so plain matrix products are
-enough.
+enough: two for each layer, also where vLLM fuses several layers into one (q, k and v, for example).
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 
 class SingleAdapterPunicaWrapper(PunicaWrapperCPU):
     """Computes `y += (x Aᵀ) Bᵀ` for one adapter, and uses the parent's operators for several adapters."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._joined: dict[int, tuple[Tensor, Tensor]] = {}  # by the address of the first A
+        self._with_adapter: Tensor | None = None  # which tokens of the batch have it; None until they are known
+        self._none = self._all = False
+
+    def update_metadata(self, *args: Any, **kwargs: Any) -> None:
+        """Note for a new batch which tokens have the adapter. All layers ask for it."""
+        super().update_metadata(*args, **kwargs)
+        self._with_adapter = None
+
+    def _look(self, tokens: int) -> None:
+        if self._with_adapter is None or len(self._with_adapter) != tokens:
+            self._with_adapter = self.token_lora_indices[:tokens] >= 0
+            self._none, self._all = not bool(self._with_adapter.any()), bool(self._with_adapter.all())
+
     def add_lora_linear(
         self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        lora_a_stacked: tuple[torch.Tensor, ...],
-        lora_b_stacked: tuple[torch.Tensor, ...],
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: tuple[Tensor, ...],
+        lora_b_stacked: tuple[Tensor, ...],
         scale: float,
         output_slices: tuple[int, ...],
         *,
-        buffer: tuple[torch.Tensor, ...] | None = None,
+        buffer: tuple[Tensor, ...] | None = None,
         **kwargs,
     ) -> None:
         """Add the adapter's product to y [T, N] in place.
@@ -32,28 +51,47 @@ class SingleAdapterPunicaWrapper(PunicaWrapperCPU):
         if lora_a_stacked[0].shape[0] != 1:
             super().add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, buffer=buffer, **kwargs)
             return
-        x = x.view(-1, x.shape[-1])
-        rows = y.view(-1, y.shape[-1])
-        has_adapter = self.token_lora_indices[: x.shape[0]] >= 0
-        if not bool(has_adapter.any()):
+        x, rows = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        self._look(len(x))
+        if self._none:
             return
-        start = 0
-        for a, b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-            inner = torch.nn.functional.linear(x, a[0, 0])
-            if not bool(has_adapter.all()):
-                inner = inner * has_adapter.unsqueeze(-1)
-            rows[:, start : start + width].addmm_(inner, b[0, 0].t(), alpha=scale)
-            start += width
+        a, b = self._join(lora_a_stacked, lora_b_stacked)
+        inner = torch.nn.functional.linear(x, a)
+        if not self._all:
+            assert self._with_adapter is not None
+            inner = inner * self._with_adapter.unsqueeze(-1)
+        rows[:, : len(b)].addmm_(inner, b.t(), alpha=scale)
+
+    def _join(self, some_a: tuple[Tensor, ...], some_b: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Return A [s · r, K] and B [N, s · r] of all s slices; B is zero outside its blocks.
+
+        The given tensors become views of these, so that whatever vLLM writes into them later is here too.
+        """
+        key = some_a[0].data_ptr()
+        if key not in self._joined:
+            a = torch.cat([one[0, 0] for one in some_a])
+            b = torch.block_diag(*(one[0, 0] for one in some_b))
+            if len(some_a) == 1:
+                a, b = some_a[0][0, 0], some_b[0][0, 0]
+            row = column = 0
+            for one, other in zip(some_a, some_b, strict=True):
+                (rank, _), (width, _) = one.shape[2:], other.shape[2:]
+                one.data = a[None, None, column : column + rank]
+                other.data = b[None, None, row : row + width, column : column + rank]
+                row, column = row + width, column + rank
+            key = a.data_ptr()
+            self._joined[key] = a, b
+        return self._joined[key]
 
     def add_lora_logits(
         self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        lora_a_stacked: torch.Tensor,
-        lora_b_stacked: torch.Tensor,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: Tensor,
+        lora_b_stacked: Tensor,
         scale,
         *,
-        buffer: torch.Tensor | None = None,
+        buffer: Tensor | None = None,
         **kwargs,
     ) -> None:
         """Add the head's adapter to the logits as the parent does, but do nothing if the head has none (A is zero).
