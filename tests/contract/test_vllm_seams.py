@@ -77,33 +77,46 @@ def test_the_lora_patch_of_vllm_is_in_place():
         assert list(ours.parameters) == list(theirs.parameters)
 
 
-def test_lora_products_equal_vllm_s_own(monkeypatch):
-    """One adapter, tokens with and without it: the sum of plain products equals the gathered product."""
+@pytest.mark.parametrize("widths", [(8,), (8, 12), (8, 4, 12)])
+def test_lora_products_equal_vllm_s_own(widths):
+    """Tokens with and without the adapter, batch after batch, also after vLLM has written another adapter."""
     import torch
+    from vllm.lora.layers import LoRAMapping
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
     from verl_aqn.integrations.vllm.cpu_lora import SingleAdapterPunicaWrapper
 
     torch.manual_seed(0)
-    a = tuple(torch.randn(1, 1, 4, 16) for _ in range(2))
-    b = tuple(torch.randn(1, 1, n, 4) for n in (8, 12))
-    x, y = torch.randn(5, 16), torch.randn(5, 20)
-    results = []
-    for cls in (PunicaWrapperCPU, SingleAdapterPunicaWrapper):
-        wrapper = cls(max_num_batched_tokens=8, max_batches=8, device="cpu")
-        indices = torch.zeros(5, dtype=torch.long)
-        monkeypatch.setattr(cls, "token_lora_indices", property(lambda self, i=indices: i), raising=False)
-        wrapper.is_prefill = False
-        out = y.clone()
-        wrapper.add_lora_linear(out, x, a, b, 1.0, (8, 12))
-        results.append(out)
-    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
-    indices = torch.tensor([0, -1, 0, -1, -1])
-    monkeypatch.setattr(SingleAdapterPunicaWrapper, "token_lora_indices", property(lambda self: indices))
-    out = y.clone()
-    wrapper.add_lora_linear(out, x, a, b, 1.0, (8, 12))
-    assert torch.equal(out[indices < 0], y[indices < 0])
-    torch.testing.assert_close(out[indices == 0], results[0][indices == 0], atol=1e-5, rtol=1e-5)
+    rank, size = 4, sum(widths)
+    made = [
+        (
+            cls(max_num_batched_tokens=8, max_batches=8, device="cpu"),
+            tuple(torch.zeros(1, 1, rank, 16) for _ in widths),
+            tuple(torch.zeros(1, 1, n, rank) for n in widths),
+        )
+        for cls in (PunicaWrapperCPU, SingleAdapterPunicaWrapper)
+    ]
+    batches = [(7, 7, 7), (0, 7, 0, 7, 7), (0, 0, 0), (7, 7, 7, 0, 0), (7, 7, 7, 7, 7)]
+    for number, tokens in enumerate(batches):
+        if number % 2 == 0:  # as `set_lora` does, outside of inference mode
+            for slot in range(len(widths)):
+                a, b = torch.randn(rank, 16), torch.randn(widths[slot], rank)
+                for _, some_a, some_b in made:
+                    some_a[slot][0, 0, :rank, :16].copy_(a, non_blocking=True)
+                    some_b[slot][0, 0, : widths[slot], :rank].copy_(b, non_blocking=True)
+        x, y = torch.randn(len(tokens), 16), torch.randn(len(tokens), size)
+        results = []
+        for wrapper, some_a, some_b in made:
+            mapping = LoRAMapping(index_mapping=tokens, prompt_mapping=tokens, is_prefill=False)
+            wrapper.update_metadata(mapping, [7], 1, 32)
+            out = y.clone()
+            with torch.inference_mode():
+                wrapper.add_lora_linear(out, x, some_a, some_b, 1.0, widths)
+            results.append(out)
+        without = torch.tensor(tokens) == 0  # vLLM's operators take index −1 for these, which is the last adapter
+        torch.testing.assert_close(*(out[~without] for out in results), atol=1e-5, rtol=1e-5)
+        assert torch.equal(results[1][without], y[without])
+        assert not torch.equal(results[1], y) or without.all()
 
 
 def test_vllm_folds_the_scaling_into_b():

@@ -24,6 +24,7 @@ from verl_aqn.integrations.verl.token_mismatch import can_rescore, clip_range, s
 from verl_aqn.integrations.verl.workers import AqnActorWorker, AqnTrainingWorker
 from verl_aqn.preflight.prepare import check_steps
 from verl_aqn.preflight.run_data import data_files
+from verl_aqn.runs.folder import folder_of
 from verl_aqn.runs.judge.records import END, VALIDATION
 from verl_aqn.runs.phases import TRACKERS
 
@@ -48,7 +49,7 @@ class AqnTrainer(ComparingTrainer):
         buffer = super()._build_replay_buffer()
         buffer.__class__ = AqnReplayBuffer
         buffer.on_failure = self.refuse_failed
-        buffer.folder = self.folder
+        buffer.folder = folder_of(self.config)
         buffer.begin()  # prompts are added before the first sample is taken
         buffer.poll_interval = 0.1  # verl checks for finished responses only every 2 s
         return buffer

@@ -67,18 +67,19 @@ class SingleAdapterPunicaWrapper(PunicaWrapperCPU):
 
         The given tensors become views of these, so that whatever vLLM writes into them later is here too.
         """
+        if len(some_a) == 1:
+            return some_a[0][0, 0], some_b[0][0, 0]
         key = some_a[0].data_ptr()
         if key not in self._joined:
-            a = torch.cat([one[0, 0] for one in some_a])
-            b = torch.block_diag(*(one[0, 0] for one in some_b))
-            if len(some_a) == 1:
-                a, b = some_a[0][0, 0], some_b[0][0, 0]
-            row = column = 0
-            for one, other in zip(some_a, some_b, strict=True):
-                (rank, _), (width, _) = one.shape[2:], other.shape[2:]
-                one.data = a[None, None, column : column + rank]
-                other.data = b[None, None, row : row + width, column : column + rank]
-                row, column = row + width, column + rank
+            with torch.inference_mode(False):  # vLLM writes adapters outside of inference mode
+                a = torch.cat([one[0, 0] for one in some_a])
+                b = torch.block_diag(*(one[0, 0] for one in some_b))
+                row = column = 0
+                for one, other in zip(some_a, some_b, strict=True):
+                    (rank, _), (width, _) = one.shape[2:], other.shape[2:]
+                    one.data = a[None, None, column : column + rank]
+                    other.data = b[None, None, row : row + width, column : column + rank]
+                    row, column = row + width, column + rank
             key = a.data_ptr()
             self._joined[key] = a, b
         return self._joined[key]
