@@ -20,6 +20,7 @@ from verl_aqn.models.shared_prompts import share_prompts
 
 # These scale or cap the logits of their head, so all logits are computed.
 CHANGED_LOGITS = {"gemma2", "granite", "cohere", "cohere2"}
+SCORED = ["llama", "qwen3_moe", "gemma3", "gemma4", "gpt_oss", "deepseek_v3", "gpt_neox", "llama4 chunks"]
 
 
 def log_probs(engine: AqnFSDPEngine, prompts, responses, remove_padding: bool = False) -> torch.Tensor:
@@ -74,7 +75,7 @@ def test_shared_prompts_give_what_each_sample_gives_alone(kind):
     check(model, engine)
 
 
-@pytest.mark.parametrize("kind", SHARING)
+@pytest.mark.parametrize("kind", [*SCORED, *sorted(CHANGED_LOGITS)])
 def test_a_frozen_head_gives_the_same_log_probs_without_all_logits(kind):
     model = make(kind)
     for parameter in model.get_output_embeddings().parameters():
