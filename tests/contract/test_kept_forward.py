@@ -125,7 +125,7 @@ def test_a_forward_is_used_once():
     assert (one.forwards, one.engine.used_forwards) == (2, 1)
 
 
-@pytest.mark.parametrize("what", ["tokens", "old log-probs", "rows", "a later forward"])
+@pytest.mark.parametrize("what", ["tokens", "old log-probs", "rows", "a later forward", "more outputs"])
 def test_another_batch_or_other_log_probs_get_their_own_forward(what):
     one = Counted()
     data, old = given(), one.log_probs(given())
@@ -139,6 +139,8 @@ def test_another_batch_or_other_log_probs_get_their_own_forward(what):
         order = torch.tensor([1, 0, 2, 3, 4, 5])
         data = tu.index_select_tensor_dict(data, order)
         old = jagged([old.unbind()[n] for n in order])
+    elif what == "more outputs":
+        tu.assign_non_tensor(data, calculate_sum_pi_squared=True)
     else:  # for example with noise, to measure its effect
         next(p for n, p in one.module.named_parameters() if "norm" in n).data.mul_(1.1)
         one.log_probs(given())
@@ -178,6 +180,7 @@ def test_dropout_is_recognised():
         ("actor_rollout_ref.actor.ppo_epochs=2", False),
         ("actor_rollout_ref.model.enable_gradient_checkpointing=true", False),
         ("trainer.n_gpus_per_node=2", False),
+        ("critic.enable=true", False),
         ("algorithm.rollout_correction.bypass_mode=true", False),
     ],
 )

@@ -12,6 +12,7 @@ from verl_aqn.config.schema import parse_aqn
 from verl_aqn.config.serving import fit_engine, prepare_serving
 from verl_aqn.errors import ConfigError, ModelError, first_line
 from verl_aqn.preflight.placing import place_adapter
+from verl_aqn.preflight.settings import uses_critic
 from verl_aqn.preflight.text_part import use_text_alone
 from verl_aqn.preflight.vllm_says import ask
 from verl_aqn.terminal import progress_bar
@@ -194,13 +195,14 @@ def keeps_forward(config: DictConfig) -> bool:
     """Return whether the update is of the same tokens and weights as the log-probs before it, on one process.
 
     It is if a batch is one mini-batch of one epoch. With gradient checkpointing there is no graph to keep, and with
-    `bypass_mode` no log-probs are computed.
+    `bypass_mode` no log-probs are computed. A critic is updated in between, and needs the memory.
     """
     actor = config.actor_rollout_ref.actor
     ranks = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
     bypass = OmegaConf.select(config, "algorithm.rollout_correction.bypass_mode")
     whole = int(actor.ppo_mini_batch_size) == int(config.data.train_batch_size) and int(actor.ppo_epochs) == 1
-    return whole and ranks == 1 and not bypass and not config.actor_rollout_ref.model.enable_gradient_checkpointing
+    alone = ranks == 1 and not uses_critic(config)
+    return whole and alone and not bypass and not config.actor_rollout_ref.model.enable_gradient_checkpointing
 
 
 def untell_workers(config: DictConfig) -> None:

@@ -19,6 +19,13 @@ from verl.workers.utils.padding import response_from_nested
 KEPT = "update_keeps_forward"
 """Setting in the model's override_config: the update may use the forward of the log-probs."""
 
+MORE = {
+    "entropy": "calculate_entropy",
+    "sum_pi_squared": "calculate_sum_pi_squared",
+    "distillation_losses": "distillation_use_topk",
+}
+"""Outputs besides log-probs → the setting with which verl asks for them."""
+
 
 class Kept(NamedTuple):
     """A forward with its graph: the tokens it is of, and what `prepare_model_outputs` made of it."""
@@ -36,6 +43,7 @@ class KeptForward:
     used_forwards = 0
     adapter_is_off = False
     _kept: Kept | None = None
+    _keeping = False
     _live: dict[str, Tensor] | None = None
     _rows = 0  # of the batch that is computed
 
@@ -54,12 +62,15 @@ class KeptForward:
             del kept
             if loss_function is not None or not self._keeps(micro_batch):
                 return step(micro_batch, loss_function, forward_only)
-            with torch.enable_grad():
-                result = step(micro_batch, loss_function, forward_only)
-            live, self._live = self._live, None
+            self._keeping = True
+            try:
+                with torch.enable_grad():
+                    result = step(micro_batch, loss_function, forward_only)
+            finally:
+                self._keeping, live, self._live = False, self._live, None
             self._kept = Kept(micro_batch["input_ids"], live) if live else None
             return result
-        wanted = ["log_probs", *(["entropy"] if _wants_entropy(micro_batch) else [])]
+        wanted = ["log_probs", *(name for name, key in MORE.items() if tu.get_non_tensor_data(micro_batch, key, False))]
         if kept is None or not fits(kept, micro_batch, wanted):
             del kept
             return step(micro_batch, loss_function, forward_only)
@@ -74,8 +85,9 @@ class KeptForward:
         return loss, {"model_output": detached, "loss": loss.detach().item(), "metrics": metrics}
 
     def noted(self, result: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return what a forward gave, and note it if it has a graph, because verl returns it without."""
-        self._live = result if torch.is_grad_enabled() else None
+        """Return what a forward gave, and note it if its graph is to be kept, because verl returns it without."""
+        if self._keeping:
+            self._live = result
         return result
 
     def _keeps(self: Any, micro_batch: Any) -> bool:
@@ -95,10 +107,6 @@ def fits(kept: Kept, micro_batch: Any, wanted: list[str]) -> bool:
     if not same or old is None:
         return False
     return _same(response_from_nested(kept.output["log_probs"].detach(), micro_batch["response_mask"]), old)
-
-
-def _wants_entropy(micro_batch: Any) -> bool:
-    return bool(tu.get_non_tensor_data(data=micro_batch, key="calculate_entropy", default=False))
 
 
 def is_random_in_training(config: Any) -> bool:
