@@ -24,7 +24,7 @@ from verl_aqn.tasks.smollm2 import tiny_model
 
 # Layers of 512 features: 71 and 92 M parameters, of which the embeddings and the head are 50.
 LAYERS = (8, 16)
-# Logits weigh most in one, activations in the other.
+# Responses weigh most in one, prompts in the other.
 ACTOR = {
     "short prompts": ["data.train_batch_size=6", "actor_rollout_ref.actor.ppo_mini_batch_size=6"],
     "long prompts": ["data.max_prompt_length=256", "data.max_response_length=8"],

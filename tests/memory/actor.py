@@ -64,6 +64,7 @@ def main(path: Path) -> None:
     actor = config.actor_rollout_ref.actor
     torch.distributed.init_process_group("gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1)
     actor_config = omega_conf_to_dataclass(actor)
+    actor_config.engine.max_token_len_per_gpu = int(actor.ppo_max_token_len_per_gpu)  # as verl's worker does
     engine = EngineRegistry.new(
         model_type="language_model",
         backend=actor.strategy,

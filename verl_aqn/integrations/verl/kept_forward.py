@@ -97,7 +97,7 @@ class KeptForward:
         if is_random_in_training(self.model_config.hf_config):
             return False
         tokens = int(micro_batch["input_ids"].offsets()[-1])
-        return len(micro_batch) == self._rows and tokens <= self.engine_config.max_token_len_per_gpu
+        return len(micro_batch) == self._rows and tokens <= (self.engine_config.max_token_len_per_gpu or 0)
 
 
 def fits(kept: Kept, micro_batch: Any, wanted: list[str]) -> bool:
