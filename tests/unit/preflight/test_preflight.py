@@ -32,7 +32,7 @@ def shape() -> Shape:
     return Shape(
         layers=2, hidden=64, query=64, key_value=64, heads=2, key_value_heads=2, inner=128, experts=0, vocabulary=49152,
         head_norms=False, linears=2 * layer, kept=outside + 5 * 64, root=outside + 64, norms=5 * 64,
-        layer_linears=layer, layer_kept=2 * 64, largest=64 * 128, adapted=2 * (4 * 128 + 3 * 192),
+        layer_linears=layer, layer_kept=2 * 64, largest=64 * 128, adapted=2 * (4 * 128 + 3 * 192), bare_head=True,
     )  # fmt: skip
 
 
