@@ -14,7 +14,7 @@ from scipy import stats
 from verl_aqn.bench import letters
 from verl_aqn.bench.codec_speed import device_name
 from verl_aqn.bench.shapes import write_model
-from verl_aqn.bench.step import PHASES, RECIPE, Arm, overrides, run_arm
+from verl_aqn.bench.step import PHASES, RECIPE, Arm, batch_of, overrides, run_arm
 from verl_aqn.checkpoints.packing import quantize_checkpoint
 from verl_aqn.config.compose import load_recipe
 from verl_aqn.preflight.recipe_checks import recipe_shape
@@ -45,10 +45,8 @@ def settings(point: Point, model: Path, steps: int) -> list[str]:
     """Return the recipe's overrides for one run. A random model is rewarded for letters, so that rewards differ."""
     return [
         *overrides(str(model), steps, small=True),
-        f"data.train_batch_size={point.prompts}",
-        f"actor_rollout_ref.actor.ppo_mini_batch_size={point.prompts}",
+        *batch_of(point.prompts, point.samples),
         f"data.max_response_length={point.response}",
-        f"actor_rollout_ref.rollout.n={point.samples}",
         f"actor_rollout_ref.rollout.max_model_len={136 + point.response}",
         f"reward.custom_reward_function.path={letters.__file__}",
         "reward.reward_kwargs.overlong_buffer_cfg.len=4",

@@ -30,7 +30,6 @@ RECIPE = "e12_aggressive_1ep"
 SYNCED_LOG = "VERL_AQN_BENCH_SYNCED"
 """Environment variable: the file where stock's engine records the bytes it sent (`verl_aqn/bench/stock_run.py`)."""
 ACTOR, ROLLOUT = "ray::WorkerDict", "VLLM::Worker"
-_SMALL = ("data.train_batch_size=2", "actor_rollout_ref.actor.ppo_mini_batch_size=2", "actor_rollout_ref.rollout.n=4")
 WORKLOADS = {"24": (), "192": (4, 4, 192), "512": (2, 8, 512)}
 """Tokens of a response → prompts, responses to each and tokens of each; () is the recipe's 6 × 8 of 24."""
 _PROMPT = 256  # tokens; enough for GSM8K's prompts too
@@ -49,15 +48,22 @@ class Arm:
     """Bytes: resident memory of `actor` and `rollout`; `all`: decrease of the machine's available memory."""
 
 
+def batch_of(prompts: int, samples: int) -> list[str]:
+    """Return the overrides of a batch that is one mini-batch: prompts, and responses to each."""
+    return [
+        f"data.train_batch_size={prompts}",
+        f"actor_rollout_ref.actor.ppo_mini_batch_size={prompts}",
+        f"actor_rollout_ref.rollout.n={samples}",
+    ]
+
+
 def sizes_of(workload: str) -> list[str]:
     """Return the overrides of a workload: batch, responses, and lengths."""
     if not (told := WORKLOADS[workload]):
         return []
     prompts, samples, tokens = told
     return [
-        f"data.train_batch_size={prompts}",
-        f"actor_rollout_ref.actor.ppo_mini_batch_size={prompts}",
-        f"actor_rollout_ref.rollout.n={samples}",
+        *batch_of(prompts, samples),
         f"data.max_prompt_length={_PROMPT}",
         f"data.max_response_length={tokens}",
         f"actor_rollout_ref.rollout.max_model_len={_PROMPT + tokens}",
@@ -72,7 +78,7 @@ def overrides(model: str, steps: int, small: bool, workload: str = "24") -> list
         "experiment=embedded",
         f"actor_rollout_ref.model.path={model}",
         *sizes_of(workload),
-        *(_SMALL if small else ()),
+        *(batch_of(2, 4) if small else ()),
         "actor_rollout_ref.rollout.ignore_eos=true",
         f"trainer.total_training_steps={steps + 1}",
         "data.val_max_samples=8",

@@ -136,12 +136,14 @@ class AqnFSDPEngine(KeptForward, PackedBase):
         """Prepare each prompt once for all of its samples if the model supports that, or else verl's own rows."""
         if not self._shares_prompts(micro_batch):
             lay_out(None)
+            score(None)
             return super().prepare_model_inputs(micro_batch)
         shared = share_prompts(list(micro_batch["prompts"].unbind()), list(micro_batch["responses"].unbind()))
         lay_out(shared)  # for the forward that follows
+        tokens = _tokens_of(micro_batch, shared)
         if self.scores:
-            score(Scored(shared.label, _temperatures(micro_batch, shared), _wants_entropy(micro_batch)))
-        return shared_inputs(shared, self.taken.keeps), {"shared": shared}
+            score(tokens)
+        return shared_inputs(shared, self.taken.keeps), {"shared": shared, "tokens": tokens}
 
     def prepare_model_outputs(self, output, output_args, micro_batch, logits_processor_func):
         """Return log_probs (and entropy), jagged like input_ids as in verl; prompt positions are 0 and never read."""
@@ -150,12 +152,12 @@ class AqnFSDPEngine(KeptForward, PackedBase):
         lay_out(None)
         score(None)
         shared: SharedPrompts = output_args["shared"]
+        tokens: Scored = output_args["tokens"]
         found = output.logits[0] if self.taken.keeps else output.logits[0, shared.column]
         if not self.scores:  # the head returned logits [N, V]
-            tokens = Scored(shared.label, _temperatures(micro_batch, shared), _wants_entropy(micro_batch))
             found = scores_of(found, tokens)
         result = {"log_probs": found[:, 0]}
-        if _wants_entropy(micro_batch):
+        if tokens.entropy:
             result["entropy"] = found[:, 1]
         offsets = micro_batch["input_ids"].offsets()
         total = int(offsets[-1])
@@ -177,14 +179,13 @@ class AqnFSDPEngine(KeptForward, PackedBase):
         )
 
 
-def _temperatures(micro_batch, shared: SharedPrompts) -> float | torch.Tensor:
-    """Return the temperature, or that of each response token."""
+def _tokens_of(micro_batch, shared: SharedPrompts) -> Scored:
+    """Return the response tokens of a micro-batch, with the temperature of each and what verl asks of them."""
     temperature = micro_batch["temperature"]
-    return temperature.float()[shared.sample] if isinstance(temperature, torch.Tensor) else float(temperature)
-
-
-def _wants_entropy(micro_batch) -> bool:
-    return bool(tu.get_non_tensor_data(data=micro_batch, key="calculate_entropy", default=False))
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.float()[shared.sample]
+    entropy = tu.get_non_tensor_data(data=micro_batch, key="calculate_entropy", default=False)
+    return Scored(shared.label, temperature, bool(entropy))
 
 
 def _digests(served: tuple[tuple[str, torch.Tensor], ...], slicings: tuple[Slices, ...]) -> tuple[str, ...]:

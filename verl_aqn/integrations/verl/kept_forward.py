@@ -48,7 +48,7 @@ class KeptForward:
     _rows = 0  # of the batch that is computed
 
     def forward_backward_batch(self: Any, data: Any, loss_function: Callable | None, forward_only: bool = False):
-        """Compute as verl does."""
+        """Compute as verl does, and note the size of the batch, of which `forward_step` sees only parts."""
         self._rows = len(data)
         return super().forward_backward_batch(data, loss_function, forward_only)  # type: ignore[misc]
 
