@@ -117,6 +117,7 @@ def test_lora_products_equal_vllm_s_own(widths):
         torch.testing.assert_close(*(out[~without] for out in results), atol=1e-5, rtol=1e-5)
         assert torch.equal(results[1][without], y[without])
         assert not torch.equal(results[1], y) or without.all()
+    assert len(made[1][0]._joined) == (len(widths) > 1)  # joined once, and not again in every batch
 
 
 def test_vllm_folds_the_scaling_into_b():

@@ -1,11 +1,16 @@
 """`verl-aqn bench step`: the evaluation of its runs' metrics. The runs themselves take minutes and are not here."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
 
+from verl_aqn.bench import step
 from verl_aqn.bench.step import ARMS, Arm, add_evidence, overrides, seconds, stock_config, summary, table
+from verl_aqn.errors import EnvironmentFault
 
 STEP = {
     "timing_s/gen": 2.0,
@@ -20,10 +25,24 @@ STEP = {
 
 def arm(factor: int) -> Arm:
     steps = [{key: value * n * factor for key, value in seconds(STEP).items()} for n in (1, 2, 9)]
-    for step in steps:
-        step["tokens"] = 700
+    for one in steps:
+        one["tokens"] = 700
     peak = {"actor": 10**9, "rollout": 2 * 10**9, "all": 4 * 10**9}
     return Arm(steps=steps, start_s=40 * factor, synced=10**7 * factor, peak=peak)
+
+
+def test_our_arm_is_the_command(tmp_path):
+    module, arguments, env = step.command("ours", [], tmp_path, str(tmp_path))
+    called = [sys.executable, "-m", module, arguments[0], "--help"]
+    told = subprocess.run(called, capture_output=True, text=True, env=env, check=False)
+    assert told.returncode == 0
+    assert "Usage" in told.stdout
+
+
+def test_an_arm_that_ends_well_without_a_run_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "command", lambda *_: ("json.scanner", [], dict(os.environ)))  # does nothing
+    with pytest.raises(EnvironmentFault, match="ours ended with 0 runs"):
+        step.run_arm("ours", [], tmp_path, lambda: None)
 
 
 def test_validation_is_no_part_of_a_step():

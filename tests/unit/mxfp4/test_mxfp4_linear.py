@@ -4,6 +4,7 @@ import copy
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from verl_aqn.errors import ModelError
-from verl_aqn.mxfp4 import Mxfp4Linear, fake_quantize
+from verl_aqn.mxfp4 import Mxfp4Linear, codec, fake_quantize
 from verl_aqn.mxfp4.experts import packed_layers
+from verl_aqn.mxfp4.kernels import native, reference
 from verl_aqn.mxfp4.linear import Activation
 
 
@@ -290,15 +292,17 @@ def test_backward_keeps_no_dense_weight() -> None:
     assert {t.dtype for t in saved} == {torch.uint8}
 
 
-def test_layers_of_all_sizes_take_turns_in_the_memory_of_one_weight() -> None:
+@pytest.mark.parametrize("kernels", [native, reference])
+def test_layers_of_all_sizes_take_turns_in_the_memory_of_one_weight(kernels: ModuleType, monkeypatch) -> None:
     """Also in inference mode first, in several threads at once, and with a smaller layer after a larger one."""
     layers = [packed_layer(k, n, seed=k + n) for k, n in ((64, 96), (32, 32), (96, 128), (64, 32))]
     given = [torch.randn(5, layer.in_features) for layer in layers]
     wanted = [dense_twin(layer)(x) for layer, x in zip(layers, given, strict=True)]
-    with torch.inference_mode():
-        layers[1](given[1])
+    monkeypatch.setattr(codec, "_kernel", lambda *_: kernels)
 
     def check(_: int) -> bool:
+        with torch.inference_mode():
+            layers[2](given[2])  # the largest, so that training uses its memory
         inputs = [x.clone().requires_grad_() for x in given]
         outputs = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
         for out, want in zip(outputs, wanted, strict=True):

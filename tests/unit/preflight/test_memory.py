@@ -101,6 +101,22 @@ def test_parts_of_an_actor_rank_by_hand(tmp_path):
     assert found.phases["log-probs"]["logits"] == 6 * 151936 * 16384
 
 
+def test_logits_of_a_bare_head_do_not_grow_with_the_tokens(tmp_path):
+    """On CPUs the head works in three buffers of a few tokens; the update keeps a slope [T, H] and its gradient."""
+    shape = qwen(tmp_path)
+    assert shape.bare_head
+    given = [recipe(f"data.max_response_length={tokens}", profile="cpu") for tokens in (512, 1024)]
+    buffers = 151936 * ((24 << 20) // (4 * 151936)) * (4 + 4 + 2)
+    for one in given:
+        found, answers = memory.actor(shape, one, CPU), micro_batch(one, one.mini_batch, one.update_tokens).answers
+        assert found.phases["log-probs"]["logits"] == buffers
+        assert found.phases["update"]["logits"] == buffers + 2 * 2 * answers * 1536
+    capped = replace(shape, bare_head=False)
+    assert all(memory.actor(capped, one, CPU).phases["log-probs"]["logits"] > 100 * buffers for one in given)
+    trained = replace(given[0], rank=0)  # without an adapter, the head is trained and needs its logits
+    assert memory.score_logits(shape, trained, micro_batch(trained, 1, 4096)) > 10 * buffers
+
+
 def test_parts_of_a_rollout_rank_by_hand(tmp_path):
     shape, given = qwen(tmp_path), recipe("actor_rollout_ref.rollout.tensor_model_parallel_size=2")
     found = memory.rollout(shape, given, DEVICE, 3_000_000_000)
