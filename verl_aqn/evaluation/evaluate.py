@@ -22,7 +22,7 @@ from verl_aqn.errors import AqnError, ConfigError, DataError, EnvironmentFault, 
 from verl_aqn.launch.console import RULES, Console
 from verl_aqn.launch.train import attempt, identity, launch, resolve
 from verl_aqn.preflight.prepare import untell_workers
-from verl_aqn.preflight.recipe_checks import check_machine
+from verl_aqn.preflight.recipe_checks import check_request
 from verl_aqn.runs.checkpoints import config_of, find_checkpoint
 from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.runs.stats.arms import run_in
@@ -184,8 +184,8 @@ def evaluate(
     base = Path(named).expanduser() if named else usual
     own_folder(base, make=False)
     OmegaConf.update(config, "aqn.run.dir", str(base))
-    check_machine(config)
-    prepared = resolve(config, fit=False)
+    check_request(config)
+    prepared = resolve(config, fit=False, here=True)
     run = open_run(base, identity(prepared.config), fresh=True)
     launch(run, prepared)
     used = "mxfp4" if parse_aqn(config).mxfp4.enabled else "bf16"

@@ -17,7 +17,7 @@ from verl_aqn.errors import Stopped, StrengthError
 from verl_aqn.launch.console import Console
 from verl_aqn.launch.supervise import Outcome, supervise
 from verl_aqn.preflight.prepare import check_steps, prepare_model, warnings_of
-from verl_aqn.preflight.recipe_checks import check_machine
+from verl_aqn.preflight.recipe_checks import check_machine, check_request
 from verl_aqn.preflight.run_data import data_files, prepare_data
 from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.runs.judge.records import VERSION
@@ -54,17 +54,20 @@ def compose(recipe: str, overrides: list[str]) -> DictConfig:
 def prepare(recipe: str, overrides: list[str]) -> Prepared:
     """Compose the recipe, prepare its model and data, and check all that can be checked without starting a process."""
     config = compose(recipe, overrides)
-    check_machine(config)
-    return resolve(config)
+    check_request(config)
+    return resolve(config, here=True)
 
 
-def resolve(config: DictConfig, *, fit: bool = True) -> Prepared:
+def resolve(config: DictConfig, *, fit: bool = True, here: bool = False) -> Prepared:
     """Prepare data and model as files, and set the steps and, if the recipe gives a target KL, σ_start in `config`.
 
-    Without `fit`, σ_start is not changed: for looking at a recipe without measuring.
+    `fit`: set σ_start; without it, a recipe can be looked at without measuring. `here`: the run starts on this machine
+    now, so check the machine between the data and the model, whose quantisation takes time.
     """
     data = prepare_data(config)
     steps = check_steps(config, data.rows["train"])
+    if here:
+        check_machine(config)
     config.trainer.total_training_steps = steps  # for the schedule and the trainer, which stops if it finds fewer steps
     if config.trainer.test_freq < 1:
         config.trainer.test_freq = steps  # with 0 or -1 verl skips the validation after the last step, too
@@ -84,8 +87,8 @@ def train(recipe: str, overrides: list[str], *, dry_run: bool = False) -> int:
     base = Path(parse_aqn(config).run.dir or f"/tmp/mxfp4_{Path(recipe).stem}").expanduser()
     if not dry_run:
         own_folder(base, make=False)  # fails early, before the first minute of work
-    check_machine(config, elsewhere=dry_run)
-    prepared = resolve(config)
+    check_request(config, elsewhere=dry_run)
+    prepared = resolve(config, here=not dry_run)
     if dry_run:
         for text in prepared.warnings:
             console.warn(text)

@@ -1,6 +1,6 @@
 """Check one by one what a recipe requires of the machines that it runs on.
 
-`check_machine` raises the first fault that would stop a run; `verl-aqn doctor` shows all of them.
+`check_request` and `check_machine` raise the first fault that would stop a run; `verl-aqn doctor` shows all of them.
 """
 
 import os
@@ -24,7 +24,15 @@ from verl_aqn.preflight.memory_plan import CPU, DEVICE, actor, machine, rollout,
 from verl_aqn.preflight.node import PACKAGES, Node, devices_here, free_disk
 from verl_aqn.preflight.prepare import find_model, positions_of, refuse_adapter_settings
 from verl_aqn.preflight.reward_function import check_reward, settle_reward
-from verl_aqn.preflight.run_data import KEYS, check_data, files_on_disk, first_items, sets_of, steps_in_data
+from verl_aqn.preflight.run_data import (
+    KEYS,
+    check_data,
+    check_files,
+    files_on_disk,
+    first_items,
+    sets_of,
+    steps_in_data,
+)
 from verl_aqn.preflight.settings import check_settings
 from verl_aqn.preflight.shape import Shape
 from verl_aqn.preflight.verl_says import check_verl
@@ -348,13 +356,14 @@ def check_memory(config: DictConfig, shape: Shape, free: int, devices: list[int]
         )
 
 
-def refuse_recipe(config: DictConfig) -> Shape:
-    """Raise the first fault of the recipe that does not depend on the machine, and return the shape of its model.
+def refuse_recipe(config: DictConfig) -> None:
+    """Raise the first fault of the recipe that does not depend on the machine. Takes seconds.
 
     Raises:
         EnvironmentFault: a fault was found; the message says what was found and what to do.
     """
     _raise_first(check_recipe(config))
+    check_files(config)
     shape = recipe_shape(config)
     folder = find_model(config, weights=False)
     _raise_first([*check_settings(config, positions_of(folder)), *check_heads(config, shape)])
@@ -362,16 +371,32 @@ def refuse_recipe(config: DictConfig) -> Shape:
     settle_reward(config)
     _raise_first(check_verl(config))
     _raise_first(check_served(config, folder))
-    return shape
 
 
-def refuse(config: DictConfig) -> None:
-    """Raise the first fault of the recipe (`refuse_recipe`) or of this machine. Takes seconds.
+def check_request(config: DictConfig, *, elsewhere: bool = False) -> None:
+    """Check what the recipe requires of any machine, its folders and the packages that validation scores with.
 
-    On a cluster, only what can be checked from this machine is checked.
+    `elsewhere`: the run is for another machine, so folders are not checked.
+
+    Raises:
+        EnvironmentFault: the first fault, with what to do.
+    """
+    check_installed()
+    _raise_first(check_places(config, elsewhere=elsewhere))
+    refuse_recipe(config)
+
+
+def check_machine(config: DictConfig) -> None:
+    """Check that this machine has the ports, devices, disk and memory that the recipe needs now.
+
+    On a cluster, only what can be checked from this machine is checked. This comes after `check_request` and after the
+    data: a mistake in the recipe is reported even if other work uses the memory at this moment.
+
+    Raises:
+        EnvironmentFault: the first fault, with what to do.
     """
     profile, alone = parse_aqn(config).profile, cluster_address(config) is None
-    shape = refuse_recipe(config)
+    shape = recipe_shape(config)
     devices = devices_here(profile) if alone else []
     folder = Path(parse_aqn(config).run.dir or "/tmp").expanduser()
     shared = shutil.disk_usage("/dev/shm").free
@@ -383,19 +408,6 @@ def refuse(config: DictConfig) -> None:
             *(check_memory(config, shape, host.memory().available, devices) if alone else ()),
         ]
     )
-
-
-def check_machine(config: DictConfig, *, elsewhere: bool = False) -> None:
-    """Check what the recipe requires of this machine, and the packages that validation scores with.
-
-    `elsewhere`: check only what the recipe requires of any machine.
-
-    Raises:
-        EnvironmentFault: the first fault, with what to do.
-    """
-    check_installed()
-    _raise_first(check_places(config, elsewhere=elsewhere))
-    (refuse_recipe if elsewhere else refuse)(config)
 
 
 def _raise_first(findings: Iterable[Finding]) -> None:

@@ -14,6 +14,7 @@ import yaml
 from tests.helpers.command import one_line, run
 from tests.helpers.run_folders import write_run
 from verl_aqn.cli import main as cli
+from verl_aqn.errors import ConfigError, DataError, ModelError
 from verl_aqn.noise.schedule import KINDS
 from verl_aqn.tasks.parquet import row, write_parquet
 
@@ -172,6 +173,26 @@ def test_too_little_memory(monkeypatch):
     monkeypatch.setattr(host, "memory", lambda: host.Memory(2 * 10**9, 10**9))
     with pytest.raises(EnvironmentFault, match=r"GB of memory are free, the run of embedded needs 1\d\.\d GB"):
         checks.check_machine(load_recipe("e12", ["profile=cpu"]))
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "words"),
+    [
+        ("data.train_batch_size=9", ConfigError, "not a multiple of actor.ppo_mini_batch_size"),
+        ("data.gen_batch_size=4", ConfigError, "not a multiple of data.gen_batch_size"),
+        ("data.train_max_samples=16", ConfigError, "give 2 steps"),
+        ("aqn.noise.off_from_step=29", ConfigError, "takes 29 steps"),
+        ("data.val_files=[embedded,/nowhere.parquet]", DataError, "/nowhere.parquet: no such file"),
+        ("actor_rollout_ref.model.path=/nowhere", ModelError, "model folder /nowhere does not exist"),
+    ],
+)
+def test_faults_of_a_recipe_come_before_those_of_the_moment(override, error, words, monkeypatch, tmp_path):
+    from verl_aqn.launch import train
+    from verl_aqn.runs import host
+
+    monkeypatch.setattr(host, "memory", lambda: host.Memory(2 * 10**9, 10**9))
+    with pytest.raises(error, match=words):
+        train.train("e12", ["profile=cpu", override, f"aqn.run.dir={tmp_path}"])
 
 
 def test_folder_that_cannot_be_written(tmp_path):

@@ -277,7 +277,8 @@ def too_strong(overrides):
 
 
 def test_a_run_whose_sigma_leaves_nothing_ends_before_anything_is_started(too_strong, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "check_machine", lambda config, *, elsewhere: None)
+    monkeypatch.setattr(train, "check_request", lambda config, *, elsewhere: None)
+    monkeypatch.setattr(train, "check_machine", lambda config: None)
     monkeypatch.setattr(train, "supervise", lambda run, console: pytest.fail("Ray would have been started"))
     runs = []
     monkeypatch.setattr(train, "open_run", lambda *args, **kwargs: runs.append(open_run(*args, **kwargs)) or runs[-1])
