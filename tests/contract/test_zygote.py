@@ -15,6 +15,7 @@ from verl.trainer.main_ppo import run_ppo
 
 from verl_aqn.cluster.process_environment import starts_warm
 from verl_aqn.config.compose import load_recipe
+from verl_aqn.launch.forkserver.ahead import Ahead
 from verl_aqn.launch.forkserver.server import ENDS, PYTHON, warm_python
 
 TELL = """
@@ -181,3 +182,39 @@ def test_without_a_server_it_is_an_ordinary_python(tmp_path):
     script.write_text("print(6 * 7)")
     done = subprocess.run([python, script], capture_output=True, text=True, check=True)
     assert done.stdout == "42\n"
+
+
+def test_a_server_that_was_started_ahead_of_its_run_has_the_environment_and_the_log_of_the_run(tmp_path, monkeypatch):
+    """Its clients may ask before its imports have finished."""
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    early = {**os.environ, "VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1", "GONE": "here"}
+    script, log = tmp_path / "default_worker.py", tmp_path / "training.log"
+    script.write_text("import tempfile; print(tempfile.gettempdir(), flush=True)\n" + TELL)
+    python, server = warm_python(str(tmp_path))
+    env = {**early, PYTHON: str(python), "TMPDIR": str(tmp_path)}
+    env.pop("GONE")
+    with Ahead(early) as ahead:
+        os.write(ahead._said.fileno(), b"a warning of an import\n")
+        assert ahead.hand_over(server, env, log)
+        assert not ahead.hand_over(server, env, log), "it serves one run"
+        done = subprocess.run([python, script], env=env, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr + log.read_text()
+        folder, told = done.stdout.splitlines()
+        assert (folder, json.loads(told)[-1]) == (str(tmp_path), None), done.stderr
+        assert json.loads(told)[5], "verl is imported"
+        assert "a warning of an import" in log.read_text()
+        assert len((tmp_path / ENDS).read_text().splitlines()) == 1
+    assert ahead.process.poll() is None, "it belongs to the run now"
+    ahead.process.terminate()
+    assert ahead.process.wait() == -signal.SIGTERM
+
+
+def test_a_server_without_a_run_ends_with_its_parent_or_at_once(tmp_path):
+    with Ahead({**os.environ, "VERL_PLATFORM": "cpu"}) as ahead:
+        pass
+    assert ahead.process.poll() == -signal.SIGTERM
+    with Ahead({**os.environ, "VERL_PLATFORM": "cpu"}) as ahead:
+        ahead.process.kill()
+        ahead.process.wait()
+        ahead.wait()
+        assert not ahead.hand_over(tmp_path / "zygote", {}, tmp_path / "log"), "the run starts a server of its own"

@@ -20,6 +20,7 @@ from verl_aqn.config.schema import parse_aqn
 from verl_aqn.config.verl_keys import check_keys
 from verl_aqn.errors import AqnError, ConfigError, DataError, EnvironmentFault, EvidenceError, first_line
 from verl_aqn.launch.console import RULES, Console
+from verl_aqn.launch.forkserver.ahead import ahead_of
 from verl_aqn.launch.train import attempt, identity, launch, resolve
 from verl_aqn.preflight.prepare import untell_workers
 from verl_aqn.preflight.recipe_checks import check_request
@@ -185,17 +186,18 @@ def evaluate(
     own_folder(base, make=False)
     OmegaConf.update(config, "aqn.run.dir", str(base))
     check_request(config)
-    prepared = resolve(config, fit=False, here=True)
-    run = open_run(base, identity(prepared.config), fresh=True)
-    launch(run, prepared)
-    used = "mxfp4" if parse_aqn(config).mxfp4.enabled else "bf16"
-    console.say(f"run      {run.path}")
-    console.say(f"model    {config.actor_rollout_ref.model.path} ({used})")
-    console.say(f"adapter  {adapter or target.checkpoint or 'none'}, unmerged")
-    console.say(f"data     {prepared.rows['test']:,} validation prompts, noise off")
-    for text in prepared.warnings:
-        console.warn(text)
-    outcome = attempt(run, console)
+    with ahead_of(config) as ahead:
+        prepared = resolve(config, fit=False, here=True)
+        run = open_run(base, identity(prepared.config), fresh=True)
+        launch(run, prepared)
+        used = "mxfp4" if parse_aqn(config).mxfp4.enabled else "bf16"
+        console.say(f"run      {run.path}")
+        console.say(f"model    {config.actor_rollout_ref.model.path} ({used})")
+        console.say(f"adapter  {adapter or target.checkpoint or 'none'}, unmerged")
+        console.say(f"data     {prepared.rows['test']:,} validation prompts, noise off")
+        for text in prepared.warnings:
+            console.warn(text)
+        outcome = attempt(run, console, ahead)
     if outcome.status != "finished":
         raise AqnError(f"{outcome.message} (log: {run.log})")
     result = read(run, str(path), used)

@@ -23,7 +23,7 @@ from verl_aqn.terminal import print_wide
 
 if TYPE_CHECKING:
     from verl_aqn.launch.train import Prepared
-    from verl_aqn.preflight.probe import Strength
+    from verl_aqn.preflight.strength_figures import Strength
 
 
 # Name of a rule in the table → its key in the record of a validation.

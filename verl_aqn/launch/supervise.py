@@ -14,6 +14,7 @@ from verl_aqn.cluster.process_environment import MEMORY_S, environment, launched
 from verl_aqn.config.schema import parse_aqn
 from verl_aqn.environment import cluster_address
 from verl_aqn.launch.cause import Fault, death
+from verl_aqn.launch.forkserver.ahead import Ahead
 from verl_aqn.launch.forkserver.server import PYTHON, warm_python
 from verl_aqn.launch.watchdog import Watchdog
 from verl_aqn.launch.witness import Witness
@@ -46,11 +47,11 @@ class Listener(Protocol):
     def record(self, name: str, record: dict) -> None: ...
 
 
-def supervise(run: RunFolder, listener: Listener) -> Outcome:
+def supervise(run: RunFolder, listener: Listener, ahead: Ahead | None = None) -> Outcome:
     """Run `verl_aqn.launch.driver` on the run folder until it ends.
 
     Its output and that of Ray, verl and vLLM go to training.log. Ctrl-C and SIGTERM stop it cleanly. All its descendant
-    processes are ended by process id before this function returns.
+    processes are ended by process id before this function returns. `ahead`: a fork server that was started before.
     """
     adopt_orphans()
     clean_after_killed(run)
@@ -72,9 +73,9 @@ def supervise(run: RunFolder, listener: Listener) -> Outcome:
             python, server = warm_python(folder)
             env[PYTHON] = str(python)
             # The server runs no part of the run itself, so it does not report stacks or errors.
-            start_module(
-                "verl_aqn.launch.forkserver.server", [server], {**env, stacks.FOLDER: "", faults.PLACE: ""}, run.log
-            )
+            silent = {**env, stacks.FOLDER: "", faults.PLACE: ""}
+            if ahead is None or not ahead.hand_over(server, silent, run.log):
+                start_module("verl_aqn.launch.forkserver.server", [server], silent, run.log)
         process = start_module("verl_aqn.launch.driver", [run.path], env, run.log)
         error: dict = {}
         while process.poll() is None and not stop:

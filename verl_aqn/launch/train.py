@@ -6,7 +6,7 @@ Read `train` first: it shows the whole sequence.
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -15,18 +15,17 @@ from verl_aqn.config.noise_settings import schedule_of
 from verl_aqn.config.schema import parse_aqn
 from verl_aqn.errors import Stopped, StrengthError
 from verl_aqn.launch.console import Console
+from verl_aqn.launch.forkserver.ahead import Ahead, ahead_of
 from verl_aqn.launch.supervise import Outcome, supervise
 from verl_aqn.preflight.prepare import check_steps, prepare_model, warnings_of
 from verl_aqn.preflight.recipe_checks import check_machine, check_request
 from verl_aqn.preflight.run_data import data_files, prepare_data
+from verl_aqn.preflight.strength_figures import Strength, read_start, store_start, stored_start
 from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.runs.judge.records import VERSION
 from verl_aqn.runs.provenance import model_digest, provenance
 from verl_aqn.runs.stats.arms import differences, flatten
 from verl_aqn.safe_files import own_folder
-
-if TYPE_CHECKING:
-    from verl_aqn.preflight.probe import Strength
 
 
 @dataclass
@@ -37,7 +36,7 @@ class Prepared:
     steps: int
     rows: dict[str, int]
     source: Path
-    fitted: "Strength | None" = None
+    fitted: Strength | None = None
     """The measurement at the σ_start that was found for `aqn.noise.target_kl`."""
     warnings: list[str] = field(default_factory=list)
     """Warnings of verl about the first rows of the data."""
@@ -85,29 +84,34 @@ def train(recipe: str, overrides: list[str], *, dry_run: bool = False) -> int:
     console = Console()
     config = compose(recipe, overrides)
     base = Path(parse_aqn(config).run.dir or f"/tmp/mxfp4_{Path(recipe).stem}").expanduser()
-    if not dry_run:
-        own_folder(base, make=False)  # fails early, before the first minute of work
-    check_request(config, elsewhere=dry_run)
-    prepared = resolve(config, here=not dry_run)
     if dry_run:
+        check_request(config, elsewhere=True)
+        prepared = resolve(config)
         for text in prepared.warnings:
             console.warn(text)
         print(OmegaConf.to_yaml(prepared.config, resolve=True))
         return 0
-    run, outcome = execute(prepared, base, console)
+    own_folder(base, make=False)  # fails early, before the first minute of work
+    check_request(config)
+    with ahead_of(config) as ahead:
+        prepared = resolve(config, here=True)
+        run, outcome = execute(prepared, base, console, ahead)
     return console.end(run, prepared, outcome)
 
 
-def execute(prepared: Prepared, base: Path, console: Console) -> tuple[RunFolder, Outcome]:
-    """Run in a folder under `base`. After a crash or a hang, resume up to `aqn.run.restarts` times."""
+def execute(prepared: Prepared, base: Path, console: Console, ahead: Ahead | None = None) -> tuple[RunFolder, Outcome]:
+    """Run in a folder under `base`. After a crash or a hang, resume up to `aqn.run.restarts` times.
+
+    `ahead`: a fork server that was started before (`ahead_of`).
+    """
     settings = parse_aqn(prepared.config).run
     run = open_run(base, identity(prepared.config), fresh=settings.fresh)
     changed = launch(run, prepared)
     console.start(run, prepared)
     warn(run, [*warnings_of(prepared.config), *prepared.warnings, *changed], console)
-    measure_noise(run, prepared, console)
+    measure_noise(run, prepared, console, ahead)
     try:
-        outcome = attempt(run, console)
+        outcome = attempt(run, console, ahead)
         for restart in range(settings.restarts if outcome.again else 0):
             console.warn(f"{outcome.message}: restart {restart + 1} of {settings.restarts}, from the last checkpoint")
             run = open_run(base, identity(prepared.config))
@@ -127,13 +131,13 @@ def warn(run: RunFolder, texts: list[str], console: Console) -> None:
         console.warn(text)
 
 
-def attempt(run: RunFolder, console: Console) -> Outcome:
+def attempt(run: RunFolder, console: Console, ahead: Ahead | None = None) -> Outcome:
     """Make one attempt at a run and record how it ends.
 
     Raises:
         Stopped: a signal ended the attempt.
     """
-    outcome = supervise(run, console)
+    outcome = supervise(run, console, ahead)
     run.set_status(outcome.status, outcome.message)
     run.close()
     if outcome.status == "interrupted":
@@ -141,25 +145,35 @@ def attempt(run: RunFolder, console: Console) -> Outcome:
     return outcome
 
 
-def measure_noise(run: RunFolder, prepared: Prepared, console: Console) -> None:
+def measure_noise(run: RunFolder, prepared: Prepared, console: Console, ahead: Ahead | None = None) -> None:
     """Measure and record, once per run and before anything starts, the effect of σ_start (`aqn.noise.probe`).
+
+    The figures are deterministic. If an earlier run had the same inputs, its figures are recorded.
 
     Raises:
         StrengthError: σ_start is so strong that nothing is left to learn from. The run is recorded as failed.
     """
-    noise = parse_aqn(prepared.config).noise
+    config = prepared.config
+    noise = parse_aqn(config).noise
     if not noise.enabled or not noise.probe or noise.sigma_start == 0:
         return
     if any(record["kind"] == "strength" for record in run.read("evidence.jsonl")):
         return
-    from verl_aqn.preflight.probe import measure_start
+    file = stored_start(identity(prepared.config), run.block("versions.json") or versions_now(config), config)
+    figures = read_start(file)
+    if figures is None:
+        from verl_aqn.preflight.probe import measure_start
 
-    console.say("measuring what σ_start does to the policy")
-    try:
-        clean, noisy = measure_start(prepared.config, prepared.steps)
-    except StrengthError as error:
-        run.set_status("failed", str(error))
-        raise
+        console.say("measuring what σ_start does to the policy")
+        if ahead:
+            ahead.wait()  # two cores are too few for its imports and for this
+        try:
+            figures = measure_start(config, prepared.steps)
+        except StrengthError as error:
+            run.set_status("failed", str(error))
+            raise
+        store_start(file, figures)
+    clean, noisy = figures
     run.add_evidence({"kind": "strength", "clean": clean.to_dict(), "noisy": noisy.to_dict()})
     console.strength(clean, noisy)
 

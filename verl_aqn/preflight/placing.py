@@ -10,7 +10,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl_aqn.checkpoints.building import linear_layers
 from verl_aqn.errors import ConfigError
 from verl_aqn.preflight.expert_adapters import keep_adapter_off_experts
 
@@ -31,6 +30,8 @@ def place_adapter(config: DictConfig, answer: dict[str, Any] | None) -> None:
     model = config.actor_rollout_ref.model
     if model.lora_rank <= 0 or answer is None or "without_slot" not in answer:
         return
+    from verl_aqn.checkpoints.building import linear_layers  # imports transformers
+
     linears = linear_layers(Path(model.path))
     faults = peft_refuses(Path(model.path), linears)
     faults |= {name: "vLLM has no adapter slot for this layer" for name in answer["without_slot"] if name in linears}

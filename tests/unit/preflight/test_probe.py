@@ -1,6 +1,7 @@
 """The effect of σ on the policy: exactness, keys, the search for a KL, and the command."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -259,6 +260,41 @@ def test_a_run_measures_its_start_once_and_says_so(prepared, overrides, tmp_path
     run.close()
 
 
+def test_a_start_with_the_same_inputs_is_not_measured_again(prepared, tmp_path, monkeypatch):
+    """The figures of the first run are used while the config, the files, the commit and the packages are equal."""
+    rows = [Strength(0.0, (0, 0, 0), (1, 1, 1), (0.5, 0, 1), (1.0, 0, 1), 0.0)]
+    rows.append(replace(rows[0], sigma=0.05, kl=(0.1, 0.05, 0.2), accuracy=None, variance=None))
+    measured = []
+    monkeypatch.setattr(probe, "measure_start", lambda config, steps: measured.append(config) or rows)
+    monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path / "cache"))
+    clean = {"dirty": False, "commit": "a", "base": "b"}
+
+    def start(number, versions=clean, config=prepared.config):
+        monkeypatch.setattr(train, "versions_now", lambda config: versions)
+        run = open_run(tmp_path / str(number), {})
+        measure_noise(run, replace(prepared, config=config), Console())
+        (record,) = run.read("evidence.jsonl")
+        run.close()
+        assert Strength.from_dict(record["noisy"]) == rows[1]
+        return len(measured)
+
+    ours = prepared.config.copy()
+    ours.reward.custom_reward_function.path = load_recipe("e12", ["profile=cpu"]).reward.custom_reward_function.path
+    assert [start(1, config=ours), start(2, config=ours)] == [1, 1]
+    assert start(3, {**clean, "base": "c"}, ours) == 2
+    other = ours.copy()
+    other.aqn.noise.sigma_end = 1e-3
+    assert start(4, config=other) == 3
+    assert [start(n, {**clean, "dirty": True}, ours) for n in (5, 6)] == [4, 5], "code that is not committed"
+    assert [start(n) for n in (7, 8)] == [6, 7], "a user's own reward function may have changed"
+    (file, *_) = (tmp_path / "cache" / "strength").iterdir()
+    for damaged in ("", "[]", '[{"sigma": 1}, {}]'):
+        for one in file.parent.iterdir():
+            one.write_text(damaged)
+        measured.clear()
+        assert start(f"damaged{len(damaged)}", config=ours) == 1
+
+
 def test_no_rewards_are_measured_where_the_answers_need_tools(prepared, capsys):
     """A tool call is no final answer. It would be scored as wrong, and a good σ would be rejected."""
     config = prepared.config.copy()
@@ -277,9 +313,9 @@ def too_strong(overrides):
 
 
 def test_a_run_whose_sigma_leaves_nothing_ends_before_anything_is_started(too_strong, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "check_request", lambda config, *, elsewhere: None)
+    monkeypatch.setattr(train, "check_request", lambda config: None)
     monkeypatch.setattr(train, "check_machine", lambda config: None)
-    monkeypatch.setattr(train, "supervise", lambda run, console: pytest.fail("Ray would have been started"))
+    monkeypatch.setattr(train, "supervise", lambda run, console, ahead: pytest.fail("Ray would have been started"))
     runs = []
     monkeypatch.setattr(train, "open_run", lambda *args, **kwargs: runs.append(open_run(*args, **kwargs)) or runs[-1])
     for _ in range(2):  # the second time the dead run is resumed, and rejected as well

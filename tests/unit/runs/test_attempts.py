@@ -72,7 +72,7 @@ def test_a_run_that_a_signal_ended_is_on_record_and_has_the_signal_s_exit_code(
 ):
     calls = []
 
-    def supervise(run, console):
+    def supervise(run, console, ahead):
         calls.append(run.path)
         return Outcome("interrupted", f"stopped by {by}", signal=number)
 

@@ -20,6 +20,7 @@ import signal
 import socket
 import struct
 import sys
+import tempfile
 import time
 import types
 from collections.abc import Iterable, Iterator
@@ -249,15 +250,44 @@ def become(request: Request) -> None:
 
 def main(path: str) -> None:
     """Listen at once, so that clients wait while modules are being imported."""
-    ends = Path(path).with_name(ENDS)
-    ends.touch()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(64)
         preload(FIRST)
-        request = Zygote(listener, ends).serve()
+        request = serve_at(listener, path)
     become(request)
 
 
+def main_ahead(link: int) -> None:
+    """Import first, and then wait on the socket `link` for the run to serve (`verl_aqn.launch.forkserver.ahead`)."""
+    with socket.socket(fileno=link) as parent:
+        preload(FIRST)
+        try:
+            parent.sendall(b"!")  # the imports have finished
+            told = receive(parent)
+        except OSError:  # there is no run: its recipe was rejected
+            return
+    listener, log = (told.files[number] for number in (0, 1))
+    for number in (1, 2):
+        os.dup2(log, number)
+    os.close(log)
+    os.environ.clear()
+    os.environ.update(told.environment)
+    tempfile.tempdir = None  # read TMPDIR again: each run has its own
+    with socket.socket(fileno=listener) as listening:
+        request = serve_at(listening, told.arguments[0])
+    become(request)
+
+
+def serve_at(listener: socket.socket, path: str) -> Request:
+    """Serve clients of the socket at `path`. In each child, return the request that the child has to run."""
+    ends = Path(path).with_name(ENDS)
+    ends.touch()
+    return Zygote(listener, ends).serve()
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    if sys.argv[1] == "--ahead":
+        main_ahead(int(sys.argv[2]))
+    else:
+        main(sys.argv[1])

@@ -14,7 +14,7 @@ between them come from the noise.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,34 +33,13 @@ from verl_aqn.preflight.policy import end_tokens, load_base, load_tokenizer
 from verl_aqn.preflight.probe.probe_inputs import Prompt, first_noise, read_prompts
 from verl_aqn.preflight.reward_function import reward_of
 from verl_aqn.preflight.run_data import items_of
+from verl_aqn.preflight.strength_figures import Strength
 from verl_aqn.runs.accuracy import acc_in, reward_in
 from verl_aqn.runs.stats.intervals import ratio_interval, wilson
 
 PROMPTS, SAMPLES = 16, 4
 TOLERANCE = 0.03  # relative tolerance of the search for a KL
 _TOGETHER = 64  # sequences per batch
-
-
-@dataclass(frozen=True)
-class Strength:
-    """Measurements of the policy with noise of σ: value, and low and high end of the 95 % interval.
-
-    Units are nats per token, and shares as fractions of 1. `kl` is KL(clean || noisy) and `entropy` that of the noisy
-    policy, with intervals from a bootstrap over prompts. `accuracy` is the mean of `acc`, and `variance` the share of
-    groups with different rewards, with Wilson intervals, as if the samples of a prompt were independent. These two are
-    None if nothing was sampled. `dlogp`: mean |log p_clean − log p_noisy| of the tokens that the clean policy samples;
-    a run compares it with its rollout (`verl_aqn.runs.judge.noise_use`).
-    """
-
-    sigma: float
-    kl: tuple[float, float, float]
-    entropy: tuple[float, float, float]
-    accuracy: tuple[float, float, float] | None = None
-    variance: tuple[float, float, float] | None = None
-    dlogp: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Probe:
