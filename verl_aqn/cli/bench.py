@@ -319,3 +319,21 @@ def verdicts(
         cells += [f"{100 * low:.0f}–{100 * high:.0f}" for low, high in row["reached"].values()]
         view.add_row(str(row["seeds"]), str(row["items"]), *cells)
     print_wide(view)
+
+
+@bench_app.command("memory")
+def memory(
+    recipe: Annotated[str, typer.Argument(help="Recipe whose sizes are used.")] = "e12_aggressive_1ep",
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings of the recipe: KEY=VALUE.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Estimate, from config.json alone, how many devices of which kind public models need for a recipe."""
+    from verl_aqn.bench.what_fits import estimate, parts_table, table
+
+    rows = estimate(recipe, overrides=overrides or ())
+    if as_json:
+        print(json.dumps(rows))
+        return
+    print(table(rows))
+    for device in ("H100", "A2, one die of A3"):
+        print(f"\n{device}\n\n{parts_table(rows, device)}")
