@@ -14,6 +14,7 @@ from tests.helpers.npu_operators import ANTI, DYNAMIC
 from verl_aqn.config.compose import load_recipe
 from verl_aqn.config.schema import parse_aqn
 from verl_aqn.integrations.vllm.readback import METHOD_ACTIVATIONS
+from verl_aqn.preflight.engine_settings import ASCEND_PASSES
 
 SCHEMAS = "torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml"
 MXFP4 = "vllm_ascend/quantization/methods/w4a4_mxfp4.py"
@@ -196,3 +197,16 @@ def test_devices_are_asked_for_as_npu_and_blocks_are_of_128():
     assert "num_gpus" not in config.ray_kwargs.ray_init  # with `--num-gpus`, requests for NPUs stayed pending forever
     assert config.actor_rollout_ref.rollout.engine_kwargs.vllm.block_size == 128
     assert "cache_config.block_size = 128" in ast.unparse(node("vllm_ascend/utils.py", "refresh_block_size"))
+
+
+# ---- graphs ----
+
+
+def test_every_pass_that_fuses_a_norm_is_off_in_the_profile():
+    """`fuse_muls_add` matches no norm. With enforce_eager=false a graph then calls our forward of the norms."""
+    initial = node("vllm_ascend/ascend_config.py", "AscendCompilationConfig", "__init__")
+    of_norms = {argument.arg for argument in initial.args.args if re.search("norm|rms", argument.arg)}
+    assert of_norms == set(ASCEND_PASSES)
+    engine = load_recipe("e12", ["profile=npu"]).actor_rollout_ref.rollout.engine_kwargs.vllm
+    assert engine.additional_config == {"ascend_compilation_config": dict.fromkeys(ASCEND_PASSES, False)}
+    assert 'additional_config.get("ascend_compilation_config"' in read("vllm_ascend/ascend_config.py")

@@ -10,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from verl_aqn.config.compose import load_recipe
+from verl_aqn.preflight.engine_settings import CUDA_PASSES, FP8_CACHES, PLAIN_CACHES
 
 
 def test_marlin_is_a_backend_and_serves_mxfp4_alone():
@@ -39,7 +40,7 @@ def test_no_pass_of_vllm_fuses_a_norm():
     of_norms = {field.name for field in fields(PassConfig) if "norm" in field.name or "rms" in field.name}
     elsewhere = {"fuse_mla_dual_rms_norm", "fuse_qk_norm_rope_kvcache"}  # ROCm; off by default
     assert of_norms - elsewhere == {"fuse_norm_quant", "fuse_allreduce_rms", "enable_qk_norm_rope_fusion"}
-    assert of_norms - elsewhere <= set(passes)
+    assert of_norms - elsewhere <= set(passes) == set(CUDA_PASSES)
     # Only some patterns have vLLM's own check that a norm's weight has the dtype of its input.
     source = (Path(fusion.__path__[0]) / "allreduce_rms_fusion.py").read_text()
     assert 0 < source.count("extra_check=_norm_input_weight_dtype_match") < source.count("extra_check=")
@@ -62,3 +63,11 @@ def test_vllm_s_kernels_for_norms_stand_back_where_weights_are_float32():
     (folder,) = find_spec("vllm").submodule_search_locations
     source = (Path(folder) / "kernels/vllm_c.py").read_text()
     assert source.count("variance_size is None and (weight is None or weight.dtype == x.dtype)") == 2
+
+
+def test_cpu_engines_have_the_fp8_caches_that_a_recipe_may_ask_for():
+    from vllm.config.cache import CacheDType
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert {*PLAIN_CACHES, *FP8_CACHES} <= set(typing.get_args(CacheDType))
+    assert set(FP8_CACHES) <= set(CPUAttentionBackend.supported_kv_cache_dtypes)

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from verl_aqn.config.schema import AqnConfig, parse_aqn
 from verl_aqn.config.serving import form_of, served_rank
 from verl_aqn.errors import EnvironmentFault
+from verl_aqn.preflight.engine_settings import FP8_CACHES, cache_dtype
 from verl_aqn.preflight.shape import Shape
 
 PACKED = 0.5 + 1 / 32  # bytes per element in MXFP4: four bits, and a scale byte for 32 elements
@@ -109,6 +110,7 @@ def sizes(config: DictConfig) -> "Sizes":
         batched_tokens=int(rollout.max_num_batched_tokens),
         utilization=float(rollout.gpu_memory_utilization),
         eager=bool(rollout.enforce_eager),
+        cache_width=1 if cache_dtype(config) in FP8_CACHES else BF16,
         critic=config.algorithm.adv_estimator == "gae",
         agents=-(-int(rollout.agent.num_workers) // int(config.trainer.nnodes)),
         reward_workers=-(-int(config.reward.num_workers) // int(config.trainer.nnodes)),
@@ -132,7 +134,8 @@ def _limit(dynamic: bool, tokens: int, rows: int | None, length: int) -> int:
 class Sizes:
     """The numbers of a recipe that memory depends on, see `sizes`.
 
-    `ranks`: of the actor, on all nodes; `samples`: responses per prompt; tokens: per micro-batch.
+    `ranks`: of the actor, on all nodes; `samples`: responses per prompt; tokens: per micro-batch; `cache_width`: bytes
+    of an element in the KV cache.
     """
 
     ranks: int
@@ -156,6 +159,7 @@ class Sizes:
     batched_tokens: int
     utilization: float
     eager: bool
+    cache_width: int
     critic: bool
     agents: int
     reward_workers: int
@@ -300,8 +304,8 @@ def scoring_bytes(shape: Shape, micro: MicroBatch, *, kept: bool) -> int:
 
 
 def cache_bytes(shape: Shape, sizes: Sizes) -> int:
-    """Return the bytes of one token in the rollout's KV cache on each rank: keys and values of its heads in bf16."""
-    return 2 * BF16 * shape.layers * shape.key_value_of_rank(sizes.tensor_parallel)
+    """Return the bytes of one token in the rollout's KV cache on each rank: keys and values of its heads."""
+    return 2 * sizes.cache_width * shape.layers * shape.key_value_of_rank(sizes.tensor_parallel)
 
 
 def rollout(shape: Shape, sizes: Sizes, costs: Costs, cache: int) -> Estimate:

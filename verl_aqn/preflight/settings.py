@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from omegaconf import DictConfig, OmegaConf
 
+from verl_aqn.preflight.engine_settings import check_engine
 from verl_aqn.preflight.findings import Finding
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
@@ -25,6 +26,7 @@ def check_settings(config: DictConfig, positions: int | None) -> Iterator[Findin
     yield _sampling(config)
     yield _shares(config)
     yield _overlong(config)
+    yield from check_engine(config)
 
 
 def uses_critic(config: DictConfig) -> bool:

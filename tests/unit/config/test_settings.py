@@ -4,11 +4,12 @@ import pytest
 
 from tests.helpers.composed import recipe_with
 from verl_aqn.config.allowed import check_names
-from verl_aqn.config.compose import recipe_names
+from verl_aqn.config.compose import load_recipe, recipe_names
 from verl_aqn.config.schema import parse_aqn
 from verl_aqn.errors import ConfigError, EnvironmentFault
 from verl_aqn.launch.train import train
 from verl_aqn.preflight.doctor import examine
+from verl_aqn.preflight.engine_settings import check_engine
 from verl_aqn.preflight.settings import check_settings, uses_critic
 
 ACTOR, ROLLOUT, CRITIC = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "critic"
@@ -141,3 +142,45 @@ def test_dry_run_and_doctor_tell_what_contradicts():
     found = {one.what: one.fix for one in examine("e12", both).findings if one.fix}
     assert f"{OVERLONG}.len" in found["overlong penalty"]
     assert "no such file" in found["reward"]
+
+
+ENGINE = "actor_rollout_ref.rollout.engine_kwargs.vllm"
+GRAPHS = "actor_rollout_ref.rollout.enforce_eager=false"
+PASSES = f"{ENGINE}.compilation_config.pass_config"
+FUSED = "additional_config.ascend_compilation_config"
+
+
+@pytest.mark.parametrize(
+    ("profile", "overrides", "words"),
+    [
+        ("cuda", [f"+{ENGINE}.quantization=fp8"], f"remove {ENGINE}.quantization=fp8"),
+        ("cuda", [f"+{ENGINE}.kv_cache_dtype=fp8"], ""),
+        ("cpu", [f"+{ENGINE}.kv_cache_dtype=fp8_e5m2"], ""),
+        ("npu", [f"+{ENGINE}.kv_cache_dtype=fp8"], f"vllm-ascend has no FP8 cache for these models: remove {ENGINE}"),
+        ("cuda", [f"+{ENGINE}.kv_cache_dtype=int3"], "kv_cache_dtype to one of auto, bfloat16, fp8"),
+        ("cuda", [f"+{ENGINE}.speculative_config={{method:ngram}}"], f"remove {ENGINE}.speculative_config"),
+        ("npu", [GRAPHS], ""),
+        ("npu", [GRAPHS, f"{ENGINE}.{FUSED}.fuse_qknorm_rope=true"], f"set {ENGINE}.{FUSED}.fuse_qknorm_rope=false"),
+        ("npu", [GRAPHS, f"{ENGINE}.additional_config=null"], f"set {ENGINE}.{FUSED}.fuse_norm_quant=false"),
+        ("npu", [f"{ENGINE}.additional_config=null"], ""),
+        ("npu", [GRAPHS, f"+{ENGINE}.additional_config.xlite_graph_config={{enabled:true}}"], "xlite_graph_config=nu"),
+        ("cuda", [f"{PASSES}.fuse_norm_quant=true"], f"set {PASSES}.fuse_norm_quant=false"),
+        ("cuda", [f"{PASSES}.fuse_norm_quant=true", "aqn.noise.enabled=false"], ""),
+    ],
+)  # fmt: skip
+def test_what_an_engine_computes_is_planned_for_or_refused_by_name(profile, overrides, words):
+    found = [one for one in check_engine(load_recipe("e12", [f"profile={profile}", *overrides])) if one.fix]
+    if not words:
+        assert found == []
+        return
+    (one,) = found
+    assert words in f"{one.what}: {one.found}: {one.fix}"
+
+
+def test_an_fp8_cache_holds_twice_as_many_tokens():
+    from verl_aqn.preflight.memory_plan import sizes
+
+    plain, half = (
+        sizes(load_recipe("e12", ["profile=cuda", *more])) for more in ([], [f"+{ENGINE}.kv_cache_dtype=fp8"])
+    )
+    assert (plain.cache_width, half.cache_width) == (2, 1)
