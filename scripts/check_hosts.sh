@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Tries other versions of the packages that this one builds on, without changing .venv: lists the private places of theirs
+# whose source differs from the recorded one, and runs the tests that guard them.
+#   bash scripts/check_hosts.sh verl==0.9.0 [PACKAGE==VERSION...] [-- PYTEST_ARGUMENTS]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+packages=()
+while (($#)) && [[ $1 != -- ]]; do packages+=("$1"); shift; done
+if ((${#packages[@]} == 0)); then
+    echo "usage: bash scripts/check_hosts.sh verl==VERSION [PACKAGE==VERSION...] [-- PYTEST_ARGUMENTS]" >&2
+    exit 2
+fi
+(($#)) && shift
+bash scripts/setup.sh
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+.venv/bin/uv pip install --quiet --python .venv --no-deps --target "$folder" "${packages[@]}"
+export PYTHONPATH="$folder:$PWD" VERL_PLATFORM=cpu
+changed=0
+.venv/bin/python -m tests.helpers.seams || changed=$?
+.venv/bin/pytest -p tests.helpers.any_version -q "${@:-tests/contract}" --deselect \
+    tests/contract/test_seam_list.py::test_the_hosts_sources_are_those_that_were_read
+exit $changed
