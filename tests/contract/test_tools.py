@@ -163,8 +163,8 @@ def test_a_recipe_without_tools_asks_nothing(items, monkeypatch):
 def test_a_tool_that_raises_as_it_is_loaded_is_named(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("import nothing_like_this\n")
-    asked = {"loops": ["tool_agent"], "format": "hermes", "own": None, "tool_config_path": None}
-    found = answer(asked | {"function_tool_path": str(file)})
+    request = {"loops": ["tool_agent"], "format": "hermes", "own": None, "tool_config_path": None}
+    found = answer(request | {"function_tool_path": str(file)})
     assert "mine.py cannot be loaded: ModuleNotFoundError: No module named 'nothing_like_this'" in found["fault"]
 
 
@@ -172,8 +172,8 @@ def test_the_tool_of_the_docs_is_loaded(tmp_path):
     text = (Path(__file__).parents[2] / "docs/workloads.md").read_text()
     file = tmp_path / "my_tools.py"
     file.write_text(text.split("```python\n")[1].split("```")[0])
-    asked = {"loops": ["tool_agent"], "format": "hermes", "own": None, "tool_config_path": None}
-    assert answer(asked | {"function_tool_path": str(file)}) == {"fault": "", "tools": ["lookup"]}
+    request = {"loops": ["tool_agent"], "format": "hermes", "own": None, "tool_config_path": None}
+    assert answer(request | {"function_tool_path": str(file)}) == {"fault": "", "tools": ["lookup"]}
 
 
 def test_a_row_may_name_its_agent_loop():

@@ -374,7 +374,7 @@ def test_verl_is_asked_in_its_own_process_once(model, tmp_path, monkeypatch):
     def never(config):
         raise AssertionError("asked again")
 
-    monkeypatch.setattr(rows, "_asked", {})
+    monkeypatch.setattr(rows, "_answers", {})
     monkeypatch.setattr(rows, "_ask", never)
     assert prepare_data(config).rows == {"train": 10, "test": 5}
     for change in ("data.max_prompt_length=63", "data.prompt_key=prompt"):

@@ -38,7 +38,7 @@ DESCRIBED = {
         *(f"{ranks}[0].{field}" for ranks in ("rollout", "rollout_ranks") for field in ("kernel", "layers", "experts")),
     },
     "noise": {"weights_digest"},
-    "adapter": {"held[0].b_max"},
+    "adapter": {"actual[0].b_max"},
     "actor clean": {"uses"},
     "mismatch": {"abs_dlogp_error"},
     "use": {"predicted", "predicted_by", "here", "error"},
@@ -59,8 +59,8 @@ def alike(record: dict) -> dict:
     if "rank" in record:
         record["ranks"] = [record.pop("rank")]
     if record["kind"] == "adapter":
-        ranks = zip(record.pop("wanted"), record["held"], strict=True)
-        record["held"] = grouped([{"wanted": wanted, **one} for wanted, one in ranks])
+        ranks = zip(record.pop("expected"), record["actual"], strict=True)
+        record["actual"] = grouped([{"expected": wanted, **one} for wanted, one in ranks])
     if record["kind"] == "base":
         for one in record["rollout"]:
             assert one.pop("slices") == {}

@@ -200,7 +200,7 @@ def test_evidence_is_checked_anew(tmp_path):
     run = write_run(tmp_path, steps=3)
     assert [row[1].good for row in checks(read_runs([run.path])).rows] == [True] * 4
     run.append("evidence.jsonl", {"kind": "base", "when": "end", "disk": BASE, "actor": ["x"], "rollout": []})
-    run.append("evidence.jsonl", {"kind": "adapter", "step": 4, "sent": "s", "held": [{"adapter_digest": "other"}]})
+    run.append("evidence.jsonl", {"kind": "adapter", "step": 4, "sent": "s", "actual": [{"adapter_digest": "other"}]})
     run.append("evidence.jsonl", {"kind": "noise", "step": 3, "sigma_target": 0.1, "sigma_measured": 0.3, "modules": 5,
                                   "sigma_interval": [0.09, 0.11], "changed_outside": 2})  # fmt: skip
     run.append("evidence.jsonl", {"kind": "clean", "weights_digest": "x", "clean_digest": "x"})
