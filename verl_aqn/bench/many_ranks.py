@@ -127,6 +127,16 @@ class Simulation:
 
     def simulate(self) -> list[Row]:
         """Simulate a run from its start to its report."""
+        gc.collect()
+        gc.freeze()  # so that the collection before each measurement does not visit everything from before again
+        try:
+            self.measure()
+        finally:
+            gc.unfreeze()
+        return self.rows
+
+    def measure(self) -> None:
+        """Take all measurements in order."""
         self.begin()
         for step in range(1, STEPS + 1):
             self.step(step)
@@ -135,7 +145,6 @@ class Simulation:
         self.look_up()
         self.read()
         self.score()
-        return self.rows
 
     def begin(self) -> None:
         """Record everything that a run records before generation."""
