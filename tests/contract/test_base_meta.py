@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 
 from tests.helpers.base_answers import loaded
 from tests.helpers.family_models import make
-from verl_aqn.checkpoints.held_base import held_base
+from verl_aqn.checkpoints.actual_base import actual_base
 from verl_aqn.checkpoints.packing import quantize_checkpoint
 
 pytest.importorskip("verl")
@@ -51,9 +51,9 @@ def check(rank: int, folder: Path) -> None:
     state = module.state_dict()
     apply_fsdp2(module, settings, {"wrap_policy": {}})
     fsdp2_load_full_state_dict(module, state, mesh, None)
-    held, wanted = held_base(module, folder), held_base(loaded(folder), folder)
-    assert held.tensors == wanted.tensors
-    assert (held.digest, held.faults) == (wanted.digest, [])
+    actual, expected = actual_base(module, folder), actual_base(loaded(folder), folder)
+    assert actual.tensors == expected.tensors
+    assert (actual.digest, actual.faults) == (expected.digest, [])
     tokens = torch.arange(1, 9).unsqueeze(0)
     use_attention(module.get_base_model(), "eager")  # the attention for shared prompts needs a layout
     got, want = module(tokens).logits.float(), loaded(folder)(tokens).logits.float()

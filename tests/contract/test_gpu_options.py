@@ -19,11 +19,11 @@ def test_marlin_is_a_backend_and_serves_mxfp4_alone():
     from vllm.model_executor.kernels import linear
     from vllm.platforms import PlatformEnum
 
-    asked = load_recipe("e12", ["profile=cuda"]).actor_rollout_ref.rollout.engine_kwargs.vllm
-    assert asked.linear_backend in typing.get_args(LinearBackend)
-    assert asked.keys() <= {field.name for field in fields(EngineArgs)}
+    options = load_recipe("e12", ["profile=cuda"]).actor_rollout_ref.rollout.engine_kwargs.vllm
+    assert options.linear_backend in typing.get_args(LinearBackend)
+    assert options.keys() <= {field.name for field in fields(EngineArgs)}
     possible = linear._POSSIBLE_MXFP4_KERNELS[PlatformEnum.CUDA]
-    left = linear._filter_kernels_by_backend(asked.linear_backend, possible)
+    left = linear._filter_kernels_by_backend(options.linear_backend, possible)
     assert [kernel.__name__ for kernel in left] == ["MarlinMxFp4LinearKernel"]
 
 
@@ -32,10 +32,10 @@ def test_no_pass_of_vllm_fuses_a_norm():
     import vllm.compilation.passes.fusion as fusion
     from vllm.config import CompilationConfig, PassConfig
 
-    asked = load_recipe("e12", ["profile=cuda"]).actor_rollout_ref.rollout.engine_kwargs.vllm.compilation_config
-    passes = OmegaConf.to_container(asked.pass_config)
+    options = load_recipe("e12", ["profile=cuda"]).actor_rollout_ref.rollout.engine_kwargs.vllm.compilation_config
+    passes = OmegaConf.to_container(options.pass_config)
     assert passes == dict.fromkeys(passes, False)
-    config = CompilationConfig(**OmegaConf.to_container(asked)).pass_config
+    config = CompilationConfig(**OmegaConf.to_container(options)).pass_config
     assert not any(getattr(config, key) for key in passes)
     of_norms = {field.name for field in fields(PassConfig) if "norm" in field.name or "rms" in field.name}
     elsewhere = {"fuse_mla_dual_rms_norm", "fuse_qk_norm_rope_kvcache"}  # ROCm; off by default

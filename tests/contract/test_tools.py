@@ -1,6 +1,7 @@
 """Tools: verl's agent loop with our calculator, verl's form of a conversation, and what is rejected before a run."""
 
 import asyncio
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -140,14 +141,29 @@ def test_masked_tokens_are_in_no_loss(mode):
     [
         ([f"{ROLLOUT}.multi_turn.function_tool_path=/nowhere.py"], "/nowhere.py: this file does not exist"),
         ([f"{ROLLOUT}.multi_turn.function_tool_path=pkg://verl_aqn.nothing"], "module verl_aqn.nothing does not exist"),
-        ([f"{ROLLOUT}.multi_turn.function_tool_path=pkg://verl_aqn.errors"], "has no tool: put @function_tool"),
         ([f"{ROLLOUT}.multi_turn.function_tool_path=null"], "default_agent_loop=tool_agent has no tool"),
         ([f"{ROLLOUT}.multi_turn.format=herms"], "multi_turn.format=herms is not known: verl knows"),
         ([f"{ROLLOUT}.agent.default_agent_loop=tools"], "there is no agent loop 'tools': verl has single_turn_agent"),
         ([f"{ROLLOUT}.agent.default_agent_loop=single_turn_agent"], "generates one response and calls no tool"),
     ],
 )
-def test_tools_that_would_fail_or_never_be_called_are_refused(items, overrides, text):
+def test_tools_that_would_fail_or_never_be_called_are_refused(items, overrides, text, monkeypatch):
+    monkeypatch.setattr(
+        "verl_aqn.preflight.agent_tools.ask_module",
+        lambda module, about, arguments, **_: answer(json.loads(*arguments)),
+    )
+    check_refused(items, overrides, text)
+
+
+def test_a_module_without_a_tool_is_refused_in_a_process_of_its_own(items):
+    check_refused(
+        items,
+        [f"{ROLLOUT}.multi_turn.function_tool_path=pkg://verl_aqn.errors"],
+        "has no tool: put @function_tool",
+    )
+
+
+def check_refused(items, overrides, text):
     config = load_recipe("multi_turn", ["profile=cpu", *overrides])
     with pytest.raises(ConfigError, match="actor_rollout_ref") as error:
         prepare_tools(config, items)
@@ -163,8 +179,8 @@ def test_a_recipe_without_tools_asks_nothing(items, monkeypatch):
 def test_a_tool_that_raises_as_it_is_loaded_is_named(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("import nothing_like_this\n")
-    asked = {"loops": ["tool_agent"], "format": "hermes", "own": None, "tool_config_path": None}
-    found = answer(asked | {"function_tool_path": str(file)})
+    request = {"loops": ["tool_agent"], "format": "hermes", "own": None, "tool_config_path": None}
+    found = answer(request | {"function_tool_path": str(file)})
     assert "mine.py cannot be loaded: ModuleNotFoundError: No module named 'nothing_like_this'" in found["fault"]
 
 
@@ -172,8 +188,8 @@ def test_the_tool_of_the_docs_is_loaded(tmp_path):
     text = (Path(__file__).parents[2] / "docs/workloads.md").read_text()
     file = tmp_path / "my_tools.py"
     file.write_text(text.split("```python\n")[1].split("```")[0])
-    asked = {"loops": ["tool_agent"], "format": "hermes", "own": None, "tool_config_path": None}
-    assert answer(asked | {"function_tool_path": str(file)}) == {"fault": "", "tools": ["lookup"]}
+    request = {"loops": ["tool_agent"], "format": "hermes", "own": None, "tool_config_path": None}
+    assert answer(request | {"function_tool_path": str(file)}) == {"fault": "", "tools": ["lookup"]}
 
 
 def test_a_row_may_name_its_agent_loop():

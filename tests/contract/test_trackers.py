@@ -141,8 +141,8 @@ def written(tmp_path_factory):
             ("http_proxy", "https_proxy", "all_proxy"), f"http://127.0.0.1:{proxy.getsockname()[1]}"
         )
         env |= proxies | {name.upper(): value for name, value in proxies.items()}
-        asked = threading.Thread(target=_hear, args=(proxy, folder / "asked.txt"), daemon=True)
-        asked.start()
+        listener = threading.Thread(target=_hear, args=(proxy, folder / "asked.txt"), daemon=True)
+        listener.start()
         logged = json.dumps(LOGGED)
         done = _python(WRITE, PACKAGES, json.dumps(BACKENDS), logged, env=env, cwd=folder / "cwd")
         (folder / "said.txt").write_text(done.stdout + done.stderr)

@@ -12,7 +12,7 @@ from verl_aqn.cache import cache_dir
 from verl_aqn.config.allowed import REWARD_MANAGERS
 from verl_aqn.config.compose import recipe_names
 from verl_aqn.integrations.verl.ask_verl import faults
-from verl_aqn.preflight import verl_says as asked
+from verl_aqn.preflight import verl_says
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 GROUPS = ["algorithm.filter_groups.enable=true"]
@@ -20,7 +20,7 @@ GROUPS = ["algorithm.filter_groups.enable=true"]
 
 def say(*overrides: str, recipe: str = "e12") -> list[str]:
     config = recipe_with(recipe, *overrides)
-    found = faults(OmegaConf.create(json.loads(json.dumps(asked.question(config)))))
+    found = faults(OmegaConf.create(json.loads(json.dumps(verl_says.question(config)))))
     return [f"{one['what']}: {one['found']}: {one['fix']}" for one in found]
 
 
@@ -84,17 +84,17 @@ def test_verl_is_asked_in_a_process_of_its_own_and_its_yes_is_remembered(tmp_pat
     monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path))
     assert cache_dir() == tmp_path
     config = recipe_with("e12", "algorithm.adv_estimator=remax")
-    (finding,) = asked.check_verl(config)
+    (finding,) = verl_says.check_verl(config)
     assert "reward_baselines" in finding.found
     assert not list(tmp_path.rglob("verl/*"))
     config.algorithm.adv_estimator = "rloo"
-    (finding,) = asked.check_verl(config)
+    (finding,) = verl_says.check_verl(config)
     assert (finding.fix, len(list(tmp_path.rglob("verl/*")))) == ("", 1)
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("asked again"))
     config.data.train_files, config.trainer.save_freq = "other.parquet", 3
-    assert [one.fix for one in asked.check_verl(config)] == [""]
+    assert [one.fix for one in verl_says.check_verl(config)] == [""]
     monkeypatch.undo()
     monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path))
     monkeypatch.setattr(sys, "executable", "/bin/false")
     config.algorithm.adv_estimator = "gpg"
-    assert "could not be asked" in next(iter(asked.check_verl(config))).found
+    assert "could not be asked" in next(iter(verl_says.check_verl(config))).found

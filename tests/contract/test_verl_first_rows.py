@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from datasets.fingerprint import generate_random_fingerprint
 from omegaconf import OmegaConf
 from verl.utils import hf_tokenizer
 from verl.utils.dataset.rl_dataset import RLHFDataset
@@ -168,6 +169,14 @@ def verl_reads(file, config, tokenizer):
         return False
 
 
+@pytest.fixture
+def unhashed(monkeypatch):
+    """Do not hash verl's functions with their tokenizers for the cache of `datasets`, which takes half of the time."""
+    for module in ("fingerprint", "arrow_dataset"):
+        monkeypatch.setattr(f"datasets.{module}.update_fingerprint", lambda *_: generate_random_fingerprint())
+
+
+@pytest.mark.usefixtures("unhashed")
 @pytest.mark.parametrize("form", FORMS)
 def test_we_take_what_verl_reads_and_refuse_the_rest_in_one_line(form, model, tokenizer, tmp_path):
     draw, taken = random.Random(form), set()
@@ -374,7 +383,7 @@ def test_verl_is_asked_in_its_own_process_once(model, tmp_path, monkeypatch):
     def never(config):
         raise AssertionError("asked again")
 
-    monkeypatch.setattr(rows, "_asked", {})
+    monkeypatch.setattr(rows, "_answers", {})
     monkeypatch.setattr(rows, "_ask", never)
     assert prepare_data(config).rows == {"train": 10, "test": 5}
     for change in ("data.max_prompt_length=63", "data.prompt_key=prompt"):

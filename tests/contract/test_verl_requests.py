@@ -19,8 +19,8 @@ EVERY_PART = [
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """`asked(seed, …)`: the sampling parameters with which a session of our worker begins."""
+def parameters_of(monkeypatch):
+    """`parameters_of(seed, …)`: the sampling parameters with which a session of our worker begins."""
     from verl_aqn.config.schema import AqnConfig
     from verl_aqn.integrations.verl import keyed
 
@@ -40,16 +40,16 @@ def asked(monkeypatch):
     return ask
 
 
-def test_each_request_has_the_seed_of_run_part_step_prompt_and_sample(asked):
-    found = [asked(seed, *parts) for seed in (0, 1) for parts in EVERY_PART]
+def test_each_request_has_the_seed_of_run_part_step_prompt_and_sample(parameters_of):
+    found = [parameters_of(seed, *parts) for seed in (0, 1) for parts in EVERY_PART]
     assert [one["seed"] for one in found] == [request_seed(seed, *parts) for seed in (0, 1) for parts in EVERY_PART]
     assert len({one["seed"] for one in found}) == 2 * len(EVERY_PART)
     assert all({key: one[key] for key in SAMPLING} == SAMPLING for one in found)
     assert "seed" not in SAMPLING, "sessions of a prompt share this"
 
 
-def test_without_request_seeds_verl_s_parameters_are_left_alone(asked):
-    assert asked(0, *EVERY_PART[0], on=False) == SAMPLING
+def test_without_request_seeds_verl_s_parameters_are_left_alone(parameters_of):
+    assert parameters_of(0, *EVERY_PART[0], on=False) == SAMPLING
 
 
 @pytest.mark.parametrize("by_name", [True, False])

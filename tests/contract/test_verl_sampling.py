@@ -28,11 +28,11 @@ class Queue:
     """TransferQueue with a rollout whose responses arrive in random order; `flat` prompts have no reward variance."""
 
     def __init__(self, chance: random.Random):
-        self.chance, self.tags, self.asked = chance, {}, []
+        self.chance, self.tags, self.requested = chance, {}, []
 
     def kv_batch_put(self, keys, partition_id, tags):
         self.tags |= dict(zip(keys, tags, strict=True))
-        self.asked += keys
+        self.requested += keys
 
     def kv_list(self):
         return {"train": dict(self.tags)}
@@ -133,13 +133,13 @@ def steps_of(made, first=1, last=STEPS):
 
 @pytest.mark.parametrize("filtering", [True, False])
 def test_batches_are_the_same_whenever_answers_come(trainer, filtering):
-    batches, asked = [], set()
+    batches, requested = [], set()
     for chance in range(25):
         made = trainer(chance, filtering)
         batches.append(steps_of(made))
-        asked.add(tuple(made.queue.asked))
+        requested.add(tuple(made.queue.requested))
     assert all(batch == batches[0] for batch in batches)
-    assert (len(asked) > 1) == filtering, "the chance must show somewhere, or nothing was tested"
+    assert (len(requested) > 1) == filtering, "the chance must show somewhere, or nothing was tested"
     for keys in batches[0]:
         assert len(keys) == 2 * BATCH
         assert keys == sorted(keys, key=order_of_key)

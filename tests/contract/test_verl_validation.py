@@ -158,7 +158,7 @@ def test_answers_of_a_step_count_against_those_asked_for(trainer):
     trainer.folder.append("failures.jsonl", record | {"stage": "reward", "reason": "/r.py:3: KeyError: 'a'"})
     with pytest.raises(RewardError, match=r"step 29: 1 of 8 .*: the reward of training item 3 \('How\?'\): /r"):
         trainer.refuse_failed("train")
-    trainer.asked = 16  # including groups that replace discarded ones
+    trainer.requested = 16  # including groups that replace discarded ones
     trainer.refuse_failed("train")
     trainer.refuse_failed("train", missing=1)
     with pytest.raises(RewardError, match="2 of 16"):

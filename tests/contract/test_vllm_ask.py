@@ -20,7 +20,7 @@ LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nop
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path / "cache"))
-    vllm._asked.clear()
+    vllm._answers.clear()
 
 
 def folder_of(path: Path, config: PretrainedConfig) -> Path:
@@ -50,7 +50,7 @@ def test_windows_in_all_layers_are_served_in_blocks_of_16(tmp_path, monkeypatch)
     assert answer["without_slot"] == []
     fit_engine(config, answer)
     assert config.actor_rollout_ref.rollout.engine_kwargs.vllm.block_size == 16
-    vllm._asked.clear()
+    vllm._answers.clear()
     monkeypatch.setattr(sys, "executable", "/bin/false")  # the reply is cached, also for other processes
     assert vllm.ask(config, folder) == answer
     assert vllm.ask(recipe(folder, profile="cuda"), folder) is None  # this vLLM is not the right one for that device

@@ -109,7 +109,7 @@ def test_every_rank_tells_its_part_of_the_experts_under_the_trainer_s_names(fold
     block, root = folders
     modules = packed_modules(open_packed(root / "packed"))
     assert len(modules) == 2 * EXPERTS * 3
-    held = []
+    answers = []
     with vllm_on_cpu():
         from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExperts
 
@@ -122,14 +122,14 @@ def test_every_rank_tells_its_part_of_the_experts_under_the_trainer_s_names(fold
                     layer.w13_weight, layer.w2_weight = layer.w13_weight_packed, layer.w2_weight_packed
                 else:
                     layer.quant_method.process_weights_after_loading(layer)
-            held.append(describe_base(model, modules))
-    for said in held:
+            answers.append(describe_base(model, modules))
+    for said in answers:
         assert (said["form"], said["layers"], said["activations"]) == (form, 2, ["none"])
         assert said["base_digest"] == checkpoint_digest(root / "packed", said["slices"], form)
         assert said["experts"] == len(modules) // sizes[1]
     elements = DiskBase(root / "packed").elements.__getitem__
-    assert not_covered([said["slices"] for said in held], elements) is None
-    slices = held[0]["slices"]
+    assert not_covered([said["slices"] for said in answers], elements) is None
+    slices = answers[0]["slices"]
     name = f"model.layers.1.{block}.experts.3." + ("down_proj" if block == "mlp" else "w2")
     assert slices.get(name) == {ONE: None, TENSOR: [0, 64, 0, 64], EXPERT: NOTHING}[sizes]
     if sizes != ONE:

@@ -27,7 +27,7 @@ def rank_of(rank: int, world: int, monkeypatch):
         yield
 
 
-def held(rank: int, world: int, monkeypatch):
+def loaded_on(rank: int, world: int, monkeypatch):
     """(tensors by name, `Loaded`, parameters) of a rank's fused, split and padded layers, in bfloat16."""
     from vllm.model_executor.layers import linear
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -66,7 +66,7 @@ def test_what_the_ranks_hold_is_what_was_loaded_and_together_it_is_all(world, mo
 
     holders = []
     for rank in range(world):
-        tensors, loaded, parameters = held(rank, world, monkeypatch)
+        tensors, loaded, parameters = loaded_on(rank, world, monkeypatch)
         regions = {name: loaded.region(name) for name in tensors}
         for name, tensor in tensors.items():
             assert torch.equal(loaded.read(name, parameters.__getitem__), cut(tensor, regions[name])), name

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from verl_aqn.checkpoints.actual_base import actual_base
 from verl_aqn.checkpoints.disk_base import DiskBase, Part
-from verl_aqn.checkpoints.held_base import held_base
 from verl_aqn.checkpoints.loading import load_dense, load_model
 from verl_aqn.checkpoints.packing import combined_digest
 from verl_aqn.checkpoints.slices import NOTHING, Slices
@@ -19,7 +19,7 @@ def records(folder) -> BaseRecords:
 
 
 def actor_of(model: nn.Module, folder) -> dict[str, Any]:
-    return held_base(model, folder)._asdict() | {"activations": ["none"] if folder.name == "packed" else []}
+    return actual_base(model, folder)._asdict() | {"activations": ["none"] if folder.name == "packed" else []}
 
 
 def loaded(folder) -> nn.Module:
@@ -40,10 +40,10 @@ def rollout_of(folder, slices: Slices | None = None) -> dict[str, Any]:
     found = {(n, p): digests[(n, p)] for n, p in parts.items()}
     tensors = {n: [found[(n, p)], p.form, p.form != "packed", slices.get(n)] for n, p in parts.items()}
     packed = [(n, tensors[n][0]) for n, group in disk.groups.items() if group == "packed" and n in tensors]
-    held = {n: s for n, s in slices.items() if disk.groups[n] == "packed"}
+    packed_slices = {n: s for n, s in slices.items() if disk.groups[n] == "packed"}
     form = "packed" if disk.quantised else "bf16"
     return {
-        **KERNEL, "form": form, "base_digest": combined_digest(packed), "slices": held, "kernel_digest": None,
+        **KERNEL, "form": form, "base_digest": combined_digest(packed), "slices": packed_slices, "kernel_digest": None,
         "activations": ["none"] if packed else [], "tensors": tensors, "computed": {}, "lost": {},
     }  # fmt: skip
 

@@ -87,7 +87,7 @@ def write_run(
     evidence = {"clean_digest": CLEAN, "modules": 5, "elements": 1000, "changed_outside": 0}
     clean = {"rank": 0, "sigma_target": 0.0, "sigma_measured": 0.0, "weights_digest": CLEAN, **evidence}
     ends = {"disk": BASE, "actor": [BASE]}
-    held = {"base_digest": BASE, "slices": {}, "weights_equal_base": True, "kernel": "CpuMxfp4LinearKernel"}
+    rollout = {"base_digest": BASE, "slices": {}, "weights_equal_base": True, "kernel": "CpuMxfp4LinearKernel"}
     answers = answers or {
         f"{number} + 1?": (str(number + 1), f"#### {number + number % 2}", number % 2 == 1) for number in range(9)
     }
@@ -111,7 +111,7 @@ def write_run(
         run.append("metrics.jsonl", {"kind": "validation", "step": step, "accuracy": share, "items": len(answers)})
 
     run.append("evidence.jsonl", {"kind": "rollout", "norms": 5, "clean_digest": CLEAN})
-    run.append("evidence.jsonl", {"kind": "base", "when": "start", **ends, "rollout": [held]})
+    run.append("evidence.jsonl", {"kind": "base", "when": "start", **ends, "rollout": [rollout]})
     run.append("events.jsonl", {"kind": "warning", "text": "rollout.top_p=0.9: biased"})
     validate(0)
     for step in range(1, steps + 1):
@@ -124,12 +124,13 @@ def write_run(
         )
         adapter = f"{step:064d}"
         run.append(
-            "evidence.jsonl", {"kind": "adapter", "step": step, "sent": adapter, "held": [{"adapter_digest": adapter}]}
+            "evidence.jsonl",
+            {"kind": "adapter", "step": step, "sent": adapter, "actual": [{"adapter_digest": adapter}]},
         )
         if step == steps:
             validate(step)
         run.append("metrics.jsonl", {"kind": "step", "step": step, "total": steps, "metrics": metrics(step, sigma)})
-    run.append("evidence.jsonl", {"kind": "base", "when": "end", **ends, "rollout": [held]})
+    run.append("evidence.jsonl", {"kind": "base", "when": "end", **ends, "rollout": [rollout]})
     return end_run(run, status, message)
 
 
@@ -166,7 +167,7 @@ def validated_run(
 
 
 def write_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write records to a JSONL file in place of what it held."""
+    """Write records to a JSONL file in place of its old content."""
     file.write_text("".join(json.dumps(one) + "\n" for one in records))
 
 

@@ -24,10 +24,10 @@ def _freeze(module: Any) -> None:
     kept, forward = module.weight.data.clone(), module.forward
 
     def deaf(*args: Any, **named: Any) -> Any:
-        held, module.weight.data = module.weight.data, kept
+        adapted, module.weight.data = module.weight.data, kept
         try:
             return forward(*args, **named)
         finally:
-            module.weight.data = held
+            module.weight.data = adapted
 
     module.forward = deaf

@@ -16,13 +16,13 @@ def save_shard(worker, out: str) -> None:
 
     worker.aqn_prepare(ORDER)
     targets = [target for target, _ in worker.aqn_injector._select(NoiseSpec.from_dict(ORDER))]
-    held = {}
+    shards = {}
     for when, write in (("clean", worker.aqn_restore), ("noisy", lambda: worker.aqn_apply_noise(ORDER))):
         write()
         for target in targets:
-            entry = held.setdefault(target.name, {"spans": [(span.offset, span.numel) for span in target.spans]})
+            entry = shards.setdefault(target.name, {"spans": [(span.offset, span.numel) for span in target.spans]})
             entry[when] = target.data().flatten().clone()
-    torch.save(held, f"{out}/rank{worker.rank}.pt")
+    torch.save(shards, f"{out}/rank{worker.rank}.pt")
 
 
 def main(model: str, out: str) -> None:

@@ -52,9 +52,9 @@ def test_grpo_on_two_ranks_with_correction_and_a_warning_where_top_p_biases_it(r
     assert [(record["kind"], record["ranks"]) for record in noise] == [("noise", [0, 1]), ("actor noise", [0, 1])]
     assert len({record["weights_digest"] for record in noise}) == 1
     (start, end), adapter = lines(evidence, "base"), lines(evidence, "adapter")[-1]
-    assert [len(start["actor"]), len(start["rollout"]), adapter["held"][0]["ranks"]] == [2, 2, [0, 1]]
+    assert [len(start["actor"]), len(start["rollout"]), adapter["actual"][0]["ranks"]] == [2, 2, [0, 1]]
     assert read_adapter(outcome[2] / "checkpoints/global_step_2/actor").digest() == adapter["sent"]
-    assert {*start["actor"], *end["actor"], *(held["base_digest"] for held in end["rollout"])} == {start["disk"]}
+    assert {*start["actor"], *end["actor"], *(answer["base_digest"] for answer in end["rollout"])} == {start["disk"]}
     validations = lines(outcome[2] / "metrics.jsonl", "validation")
     assert [record["step"] for record in validations] == [2]  # the last step's, with test_freq=-1
     assert step["actor/kl_loss"] >= 0
@@ -88,9 +88,9 @@ def test_dapo_on_a_tensor_parallel_rollout_tells_noise_from_kernels_and_validate
         lines(outcome[2] / "evidence.jsonl", "base")[0],
         lines(outcome[2] / "evidence.jsonl", "adapter")[-1],
     )
-    assert [held["sliced"]["matrices"] for held in start["rollout"]] == [14, 14]
-    assert len({start["disk"], *(held["base_digest"] for held in start["rollout"])}) == 3
-    assert len({adapter["sent"], *(held["adapter_digest"] for held in adapter["held"])}) == 3
+    assert [answer["sliced"]["matrices"] for answer in start["rollout"]] == [14, 14]
+    assert len({start["disk"], *(answer["base_digest"] for answer in start["rollout"])}) == 3
+    assert len({adapter["sent"], *(answer["adapter_digest"] for answer in adapter["actual"])}) == 3
     for step in (clean, noisy):
         assert step["aqn/groups"] >= 2 + step["aqn/groups_without_variance"]
         assert 0 < step["aqn/mismatch/rescored_tokens"] <= step["aqn/mismatch/tokens"] / 1.5
@@ -109,7 +109,7 @@ def test_ppo_trains_a_critic_on_the_packed_base_with_noise_in_the_actor_too(run)
     in_actor = ["aqn.noise.apply_to=rollout+actor", "aqn.mismatch.rescore=2"]
     some = "actor_rollout_ref.model.target_modules=[q_proj,v_proj]"  # of what vLLM fuses in one layer
     outcome = run("ppo", *TWO_STEPS, "algorithm.filter_groups.enable=false", *fast, *in_actor, some)
-    assert [held["modules"] for held in lines(outcome[2] / "evidence.jsonl", "adapter")[-1]["held"]] == [4]
+    assert [answer["modules"] for answer in lines(outcome[2] / "evidence.jsonl", "adapter")[-1]["actual"]] == [4]
     first, second = steps_of(outcome)
     # Actor and rollout have the same noise, so the remaining mismatch comes from the kernels.
     (rollout,) = [record for record in lines(outcome[2] / "evidence.jsonl", "noise") if record["sigma_target"]]
@@ -148,8 +148,8 @@ def test_an_estimator_with_kl_in_the_reward_beside_a_loss_of_another_kind(run, r
     assert second["actor/reward_kl_penalty"] > 1e-3
     assert second["critic/rewards/mean"] != pytest.approx(second["critic/score/mean"], abs=1e-4)
     assert min(first["actor/grad_norm"], second["actor/grad_norm"]) > 0
-    (held,) = lines(outcome[2] / "evidence.jsonl", "adapter")[-1]["held"]
-    assert held["modules"] == (14 if modules == "all-linear" else 2)
+    (answer,) = lines(outcome[2] / "evidence.jsonl", "adapter")[-1]["actual"]
+    assert answer["modules"] == (14 if modules == "all-linear" else 2)
 
 
 def test_a_run_whose_groups_never_differ_stops_and_says_why(run):

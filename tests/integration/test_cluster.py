@@ -177,9 +177,11 @@ def test_both_nodes_take_part_and_hold_the_same(run):
     assert set(placed["actor_nodes"]) == set(placed["rollout_nodes"]) == {HEAD, WORKER}
     for record in lines(run / "evidence.jsonl", "base"):
         assert len(record["actor"]) == len(record["rollout"]) == 2
-        assert {*record["actor"], *(held["base_digest"] for held in record["rollout"])} == {record["disk"]}
+        assert {*record["actor"], *(answer["base_digest"] for answer in record["rollout"])} == {record["disk"]}
     for record in lines(run / "evidence.jsonl", "adapter"):
-        assert [(held["adapter_digest"], held["ranks"]) for held in record["held"]] == [(record["sent"], [0, 1])]
+        assert [(answer["adapter_digest"], answer["ranks"]) for answer in record["actual"]] == [
+            (record["sent"], [0, 1])
+        ]
     noise = lines(run / "evidence.jsonl", "noise")
     assert [record["ranks"] for record in noise] == [[0, 1]] * 3  # equal in both replicas, in every step
 

@@ -60,9 +60,9 @@ def test_a_failed_answer_stops_a_run_that_may_go_on_and_is_counted(train, files)
     assert process.returncode == 0, said + (run / "training.log").read_text()[-3000:]
     assert len(list((files / "run" / "runs").glob("2*"))) == 1
     said, result = " ".join(said.split()), " ".join(result.split())
-    held = {one["set"]: (one["files"], one["kept"], one["too_long"], one["failed"])
+    counts = {one["set"]: (one["files"], one["kept"], one["too_long"], one["failed"])
             for one in lines(run / "events.jsonl", "rows")}  # fmt: skip
-    assert held == {"train": (6, 5, 1, 0), "val": (6, 5, 1, 0)}
+    assert counts == {"train": (6, 5, 1, 0), "val": (6, 5, 1, 0)}
     assert "validation data: 6 rows, 1 too long (row 5: 2," in said
     for step, record in zip((0, 1), lines(run / "metrics.jsonl", "validation"), strict=True):
         assert record["step"] == step

@@ -76,8 +76,8 @@ def test_a_moe_trains_with_its_experts_read_back_and_no_noise_before_its_routers
         assert (rollout["form"], rollout["layers"], rollout["experts"]) == ("bf16", 6, 24)
         assert rollout["weights_digest"]
     adapters = lines(run / "evidence.jsonl", "adapter")
-    assert [record["held"][0]["adapter_digest"] for record in adapters] == [record["sent"] for record in adapters]
-    assert {record["held"][0]["modules"] for record in adapters} == {8}  # attention's
+    assert [record["actual"][0]["adapter_digest"] for record in adapters] == [record["sent"] for record in adapters]
+    assert {record["actual"][0]["modules"] for record in adapters} == {8}  # attention's
     assert len({record["sent"] for record in adapters}) == 3
     _, noise = lines(run / "evidence.jsonl", "noise")
     noisy = [name for group in noise["groups"] for name in group["modules"]]
@@ -95,12 +95,12 @@ def test_experts_are_shared_out_among_ranks_that_each_tell_of_theirs(train, mixt
     for record in lines(run / "evidence.jsonl", "base"):
         assert {record["disk"], *record["actor"]} == {checkpoint_digest(packed)}
         assert len(record["rollout"]) == 2
-        for rank, held in enumerate(record["rollout"]):
+        for rank, answer in enumerate(record["rollout"]):
             here = record["holders"][f"rollout {rank}"]["packed"]
-            assert held["base_digest"] == here["disk"]
+            assert answer["base_digest"] == here["disk"]
             # Of each of two layers the matrices of two experts are the other rank's, and halves of q, k, v and o.
-            assert (held["experts"], here["elsewhere"], held["sliced"]["matrices"]) == (12, 12, 12 + 8)
-        assert len({held["base_digest"] for held in record["rollout"]}) == 2
+            assert (answer["experts"], here["elsewhere"], answer["sliced"]["matrices"]) == (12, 12, 12 + 8)
+        assert len({answer["base_digest"] for answer in record["rollout"]}) == 2
     noise = [one for one in lines(run / "evidence.jsonl", "noise") if one["sigma_target"]]
     actor = [one for one in lines(run / "evidence.jsonl", "actor noise") if one["sigma_target"]]
     assert [one["ranks"] for one in noise + actor] == [[0, 1], [0, 1]]
@@ -132,8 +132,8 @@ def test_one_weight_of_one_expert_on_one_rank_stops_the_run(train, mixtral, tmp_
     assert "Traceback" not in err
     (record,) = lines(run / "evidence.jsonl", "base")
     holders = [record["holders"][f"rollout {rank}"]["packed"] for rank in range(2)]
-    assert [one["held"] == one["disk"] for one in holders] == [True, False]  # the expert is on the second rank
-    assert [held["base_digest"] == one["disk"] for held, one in zip(record["rollout"], holders, strict=True)] == [
+    assert [one["actual"] == one["disk"] for one in holders] == [True, False]  # the expert is on the second rank
+    assert [answer["base_digest"] == one["disk"] for answer, one in zip(record["rollout"], holders, strict=True)] == [
         True, False,
     ]  # fmt: skip
     assert not lines(run / "metrics.jsonl", "step")

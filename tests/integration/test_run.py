@@ -116,11 +116,11 @@ def test_every_frozen_tensor_was_compared_and_the_console_says_which(finished):
 def test_adapter_changes_at_every_step_and_reaches_the_rollout(finished):
     records = lines(finished / "evidence.jsonl", "adapter")
     assert [record["step"] for record in records] == [0, 1, 2, 3]
-    assert all(record["held"][0]["adapter_digest"] == record["sent"] for record in records)
-    assert all(record["held"][0]["modules"] == 14 for record in records)
+    assert all(record["actual"][0]["adapter_digest"] == record["sent"] for record in records)
+    assert all(record["actual"][0]["modules"] == 14 for record in records)
     assert len({record["sent"] for record in records}) == 4
-    assert records[0]["held"][0]["b_max"] == 0.0
-    assert records[-1]["held"][0]["b_max"] > 0.0
+    assert records[0]["actual"][0]["b_max"] == 0.0
+    assert records[-1]["actual"][0]["b_max"] > 0.0
 
 
 def test_noise_is_what_the_schedule_says_at_every_step(finished):
@@ -405,9 +405,9 @@ def test_eval_of_a_folder_in_bf16_with_an_exported_adapter(finished, exported, w
 
 @pytest.mark.parametrize("precision", ["bf16", "mxfp4"])
 def test_eval_of_a_bf16_folder_as_it_is_and_quantised(finished, tiny_model, warm_cache, tmp_path, precision):
-    asked = [] if precision == "bf16" else ["--precision", precision]
+    options = [] if precision == "bf16" else ["--precision", precision]
     where = [*TINY, "data.val_max_samples=2", f"aqn.run.dir={tmp_path}"]
-    result = evaluated(tiny_model, *where, *asked, cache=warm_cache)
+    result = evaluated(tiny_model, *where, *options, cache=warm_cache)
     assert (result["precision"], result["step"], result["items"]) == (precision, 0, 2)
     start, *_ = lines(Path(result["run"]) / "evidence.jsonl", "base")
     if precision == "bf16":

@@ -13,8 +13,8 @@ def test_several_answers_are_drawn_recorded_and_compared(tiny_model, warm_cache,
     results = []
     for temperature in (1.0, 0.7):
         where = [*TINY, "data.val_max_samples=3", f"aqn.run.dir={tmp_path / str(temperature)}"]
-        asked = [f"{VAL}.temperature={temperature}", "--samples", "4", "--json"]
-        process = verl_aqn("eval", str(tiny_model), *where, *asked, cache=warm_cache)
+        options = [f"{VAL}.temperature={temperature}", "--samples", "4", "--json"]
+        process = verl_aqn("eval", str(tiny_model), *where, *options, cache=warm_cache)
         out, err = process.communicate(timeout=400)
         assert process.returncode == 0, err
         results.append(json.loads(out))

@@ -28,5 +28,5 @@ def test_a_packed_actor_and_a_bf16_rollout_hold_one_base(train, tmp_path):
     assert first["training/rollout_actor_probs_pearson_corr"] > 0.98
     assert (first["aqn/sigma"], second["aqn/sigma"]) == (0.0, 0.05)
     assert all(
-        record["held"][0]["adapter_digest"] == record["sent"] for record in lines(run / "evidence.jsonl", "adapter")
+        record["actual"][0]["adapter_digest"] == record["sent"] for record in lines(run / "evidence.jsonl", "adapter")
     )

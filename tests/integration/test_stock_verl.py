@@ -114,7 +114,7 @@ def test_a_stock_run_is_proved(main_ppo, tmp_path):
     adapters = [one for one in evidence if one["kind"] == "adapter"]
     assert [one["step"] for one in adapters] == [0, 1, 2]
     assert len({one["sent"] for one in adapters}) == 3  # it was trained, and each version reached the rollout
-    assert adapters[0]["held"][0]["b_max"] == 0 < adapters[1]["held"][0]["b_max"]
+    assert adapters[0]["actual"][0]["b_max"] == 0 < adapters[1]["actual"][0]["b_max"]
     assert [one["requests"] for one in adapters] == [{"with": n, "without": 0} for n in (0, 8, 8)]
     mismatches = [one for one in evidence if one["kind"] == "mismatch"]
     assert all(one["source"] == "sampled" and one["abs_dlogp_mean"] < 0.1 for one in mismatches)

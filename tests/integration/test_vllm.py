@@ -146,14 +146,14 @@ def test_noise_on_linear_weights_changes_the_answers_and_is_taken_away_bit_for_b
 
 def whole(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """Every weight that can carry noise, assembled from the files of the ranks: {name: {"clean", "noisy"}}."""
-    held = [torch.load(path) for path in sorted(folder.iterdir())]
+    shards = [torch.load(path) for path in sorted(folder.iterdir())]
     found: dict[str, dict[str, torch.Tensor]] = {}
-    for name in held[0]:
-        spans = [span for rank in held for span in rank[name]["spans"]]
+    for name in shards[0]:
+        spans = [span for rank in shards for span in rank[name]["spans"]]
         found[name] = {}
         for when in ("clean", "noisy"):
             found[name][when] = torch.full((max(offset + numel for offset, numel in spans),), torch.nan)
-            parts = torch.cat([rank[name][when] for rank in held]).float().split([numel for _, numel in spans])
+            parts = torch.cat([rank[name][when] for rank in shards]).float().split([numel for _, numel in spans])
             for (offset, numel), part in zip(spans, parts, strict=True):
                 found[name][when][offset : offset + numel] = part
     return found

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, FalconH1Config
 
 from tests.helpers.base_answers import actor_of, loaded
 from tests.integration.conftest import ask_vllm
-from verl_aqn.checkpoints.adapter import held_name, served_adapter
+from verl_aqn.checkpoints.adapter import digest_name, served_adapter
 from verl_aqn.checkpoints.loading import load_model
 from verl_aqn.checkpoints.packing import checkpoint_digest, quantize_checkpoint
 from verl_aqn.digest import tensor_digest
@@ -51,7 +51,7 @@ def test_renamed_and_fused_modules_are_told_under_the_trainer_s_names(folders):
     from peft import PeftModel
     from safetensors.torch import load_file
 
-    said = ask_vllm("held", folders / "packed", folders / "adapter")
+    said = ask_vllm("read_back", folders / "packed", folders / "adapter")
     assert said["base"]["base_digest"] == checkpoint_digest(folders / "packed")
     assert (said["base"]["slices"], said["base"]["weights_equal_base"]) == ({}, True)
     packed = folders / "packed"
@@ -64,7 +64,7 @@ def test_renamed_and_fused_modules_are_told_under_the_trainer_s_names(folders):
     assert [(one["code"], one["tensors"]) for one in record["not_compared"]] == [("computed", 2)]
     sent = load_file(folders / "adapter" / "adapter_model.safetensors")
     served = served_adapter(((name, tensor.bfloat16()) for name, tensor in sent.items()), lambda name: 16 / 8, 8)
-    digest = tensor_digest((held_name(name), tensor) for name, tensor in served)
+    digest = tensor_digest((digest_name(name), tensor) for name, tensor in served)
     assert said["adapter"]["adapter_digest"] == digest
     assert (said["adapter"]["modules"], said["adapter"]["slices"]) == (2 * len(TARGETS), {})
     model = PeftModel.from_pretrained(load_model(folders / "packed"), folders / "adapter").eval()

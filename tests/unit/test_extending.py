@@ -19,6 +19,14 @@ PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 WITH_CHANGES = [name for name, text in SECTIONS.items() if "```diff" in text]
+FAIL = """
+import runpy, sys
+for script in sys.argv[1:]:
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except Exception:
+        print(script, "failed", flush=True)
+"""
 
 
 def file_of(title: str, root: Path) -> Path:
@@ -60,17 +68,22 @@ def test_the_example_works(section, tmp_path):
             file.write_text(changed(file.read_text(encoding="utf-8"), text), encoding="utf-8")
     (code,) = [text for kind, title, text in blocks if (kind, title) == ("python", "")]
     script.write_text(code, encoding="utf-8")
-    environment = os.environ | {"VERL_AQN_CACHE": str(tmp_path / "cache")}
-
-    def run(package: Path) -> subprocess.CompletedProcess:
-        own = environment | {"PYTHONPATH": str(package)}
-        return subprocess.run(
-            [sys.executable, str(script)], cwd=tmp_path, env=own, capture_output=True, text=True, check=False
-        )
-
-    done = run(copy)
+    environment = os.environ | {"VERL_AQN_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(copy)}
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
-    assert run(ROOT).returncode == 1  # without the changes
+
+
+def test_the_examples_fail_without_their_changes(tmp_path):
+    """In one process, which imports torch only once."""
+    for number, section in enumerate(WITH_CHANGES):
+        (code,) = [text for kind, title, text in BLOCK.findall(SECTIONS[section]) if (kind, title) == ("python", "")]
+        (tmp_path / f"{number}.py").write_text(code, encoding="utf-8")
+    environment = os.environ | {"VERL_AQN_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", FAIL, *(f"{number}.py" for number in range(len(WITH_CHANGES)))]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == [f"{number}.py failed" for number in range(len(WITH_CHANGES))], done.stderr
 
 
 def test_the_task_is_taken_and_scores_as_it_says(tmp_path, monkeypatch):

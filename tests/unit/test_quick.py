@@ -14,6 +14,6 @@ def test_every_slow_file_is_there():
 
 def test_a_slow_file_is_left_out_in_the_quick_loop_alone():
     slow, quick = TESTS / "unit" / min(SLOW), Path(__file__)
-    for asked, path, ignored in ((True, slow, True), (True, quick, None), (False, slow, None), (False, quick, None)):
-        config = SimpleNamespace(getoption={"--quick": asked}.get)
+    for option, path, ignored in ((True, slow, True), (True, quick, None), (False, slow, None), (False, quick, None)):
+        config = SimpleNamespace(getoption={"--quick": option}.get)
         assert pytest_ignore_collect(path, config) is ignored

@@ -62,17 +62,20 @@ with weights_only():
     state = torch.load(sys.argv[1], weights_only=False)  # as verl's checkpoint manager does
 print(sorted(state))
 torch.load(sys.argv[2], weights_only=False)  # and its messages between processes are not checkpoints
+print("message")
+with weights_only():
+    torch.load(sys.argv[3], weights_only=False)
+print("loaded")
 """
 
 
-def load_as_a_run_does(file: Path, message: Path) -> subprocess.CompletedProcess:
+def load_as_a_run_does(good: Path, message: Path, bad: Path) -> subprocess.CompletedProcess:
     from verl_aqn.cluster.process_environment import engine_environment
 
-    env = engine_environment(str(file.parent), cpu=True, ranks=1)
+    env = engine_environment(str(good.parent), cpu=True, ranks=1)
     env["PYTHONPATH"] = os.pathsep.join(sys.path)
-    return subprocess.run(
-        [sys.executable, "-c", LOAD, str(file), str(message)], env=env, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", LOAD, str(good), str(message), str(bad)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
 class Harmful:
@@ -89,11 +92,9 @@ def test_a_checkpoint_is_loaded_as_weights_and_never_run(tmp_path):
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     torch.save(TensorDict({"ids": torch.ones(2)}, batch_size=2), tmp_path / "message.pt")
     torch.save({"lr_scheduler": scheduler.state_dict(), "rng": rng}, tmp_path / "good.pt")
-    good = load_as_a_run_does(tmp_path / "good.pt", tmp_path / "message.pt")
-    assert good.stdout.splitlines()[-1] == "['lr_scheduler', 'rng']", good.stderr
-
     torch.save({"rng": Harmful(tmp_path / "harmed")}, tmp_path / "bad.pt")
-    bad = load_as_a_run_does(tmp_path / "bad.pt", tmp_path / "message.pt")
-    assert bad.returncode != 0
-    assert "Weights only load failed" in bad.stderr
+    done = load_as_a_run_does(*(tmp_path / f"{name}.pt" for name in ("good", "message", "bad")))
+    assert done.stdout.splitlines()[-2:] == ["['lr_scheduler', 'rng']", "message"], done.stderr  # and no "loaded"
+    assert done.returncode != 0
+    assert "Weights only load failed" in done.stderr
     assert not (tmp_path / "harmed").exists()

@@ -127,6 +127,16 @@ class Simulation:
 
     def simulate(self) -> list[Row]:
         """Simulate a run from its start to its report."""
+        gc.collect()
+        gc.freeze()  # so that the collection before each measurement does not visit everything from before again
+        try:
+            self.measure()
+        finally:
+            gc.unfreeze()
+        return self.rows
+
+    def measure(self) -> None:
+        """Take all measurements in order."""
         self.begin()
         for step in range(1, STEPS + 1):
             self.step(step)
@@ -135,7 +145,6 @@ class Simulation:
         self.look_up()
         self.read()
         self.score()
-        return self.rows
 
     def begin(self) -> None:
         """Record everything that a run records before generation."""
@@ -157,35 +166,37 @@ class Simulation:
         if when == "start":
             self.made = BaseRecords(self.model, "packed", "none", lambda _: None)
             self.answers, self.actor = _answers(DiskBase(self.model), self.sizes.ways), _actor(DiskBase(self.model))
-        asked: list[int] = []
+        sent_tables: list[int] = []
         replicas = self.sizes.ranks // self.sizes.ways
         told = [[answer for answer, _ in self.answers]] * replicas
 
         def tables_of(replica: int) -> list[dict[str, Any]]:
-            asked.append(replica)
+            sent_tables.append(replica)
             return [tables for _, tables in self.answers]
 
         with self.measured(f"base at the {when}", EVIDENCE):
-            held = with_tables(told, tables_of)
+            actual = with_tables(told, tables_of)
             counts = {"actor": self.sizes.ranks, "rollout": self.sizes.ranks}
-            record = self.made.record(when, [self.actor] * self.sizes.ranks, held, counts)
+            record = self.made.record(when, [self.actor] * self.sizes.ranks, actual, counts)
             self.record("base", grouped_base(record))
-        self.rows[-1].name += f" ({len(asked)} of {replicas} replicas sent tables)"
+        self.rows[-1].name += f" ({len(sent_tables)} of {replicas} replicas sent tables)"
 
     def adapter(self, step: int) -> None:
         """Record which adapter every rank has."""
         ways = [f"{step * 1000 + way:064x}" for way in range(self.sizes.ways)]
         with self.measured(f"adapter after step {step}", EVIDENCE):
-            held = [
+            actual = [
                 {
-                    "wanted": ways[rank % len(ways)],
+                    "expected": ways[rank % len(ways)],
                     "modules": 448,
                     "adapter_digest": ways[rank % len(ways)],
                     "b_max": 0.5,
                 }
                 for rank in range(self.sizes.ranks)
             ]
-            self.record("adapter", {"step": step, "whole": False, "sent": "a" * 64, "bytes": 1, "held": grouped(held)})
+            self.record(
+                "adapter", {"step": step, "whole": False, "sent": "a" * 64, "bytes": 1, "actual": grouped(actual)}
+            )
 
     def step(self, step: int) -> None:
         """Record noise, samples, mismatch and sync of a step."""

@@ -60,7 +60,7 @@ class Adapter:
 
     def digest(self) -> str:
         """Return the digest of the tensors in the form that the rollout holds (`sent` in evidence.jsonl)."""
-        return tensor_digest((held_name(name), tensor) for name, tensor in self.served())
+        return tensor_digest((digest_name(name), tensor) for name, tensor in self.served())
 
     def uniform(self) -> "Adapter":
         """Return the same adapter with one rank and one α for all modules, because vLLM does not read patterns."""
@@ -107,7 +107,7 @@ def split_name(name: str) -> tuple[str, str]:
     return module.removeprefix(PEFT_PREFIX), kind
 
 
-def held_name(name: str) -> str:
+def digest_name(name: str) -> str:
     """Return the name of a LoRA tensor that digests use."""
     return ".".join(split_name(name))
 

@@ -121,7 +121,7 @@ class DiskBase:
             packed, scale = self.weights.read(name + PACKED), self.weights.read(name + SCALE)
             return lambda part: part_digest(packed, scale, part.slice, part.form)
         values = self.weights.read(name)
-        return lambda part: plain_digest(_held(values, part))
+        return lambda part: plain_digest(_as_loaded(values, part))
 
     def _files(self) -> list[tuple[str, int, int, int]]:
         stats = [(file.name, file.stat()) for file in self.weights.files]
@@ -133,17 +133,17 @@ class DiskBase:
         return len(self._state), sum(size for _, size, _, _ in self._state)
 
 
-def _held(values: Tensor, part: Part) -> Tensor:
+def _as_loaded(values: Tensor, part: Part) -> Tensor:
     """Return the part as a loader copies it into a parameter of that dtype."""
     matrix = cut(as_matrix(values), part.slice)
     return matrix.to(getattr(torch, part.form)) if values.is_floating_point() else matrix
 
 
-def rounds(disk: str, held: str) -> bool:
-    """Return whether a tensor of dtype ``disk`` may be rounded in dtype ``held`` (both without ``torch.``)."""
-    if disk == held:
+def rounds(disk: str, loaded: str) -> bool:
+    """Return whether a tensor of dtype ``disk`` may be rounded in dtype ``loaded`` (both without ``torch.``)."""
+    if disk == loaded:
         return False
-    one, other = getattr(torch, disk), getattr(torch, held)
+    one, other = getattr(torch, disk), getattr(torch, loaded)
     if not (one.is_floating_point and other.is_floating_point):
         return True
     fits = torch.finfo(one).eps >= torch.finfo(other).eps and torch.finfo(one).max <= torch.finfo(other).max

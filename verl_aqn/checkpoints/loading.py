@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from verl_aqn.checkpoints.building import build, is_multimodal
-from verl_aqn.checkpoints.building import empty_model as empty_model  # asked for here, too  # re-exported
+from verl_aqn.checkpoints.building import empty_model as empty_model  # imported from here, too
 from verl_aqn.checkpoints.naming import Naming
 from verl_aqn.checkpoints.storage import Spec, Weights, read_config
 from verl_aqn.checkpoints.writing import MAX_SHARD_BYTES, new_folder, write_model

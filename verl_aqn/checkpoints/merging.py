@@ -26,8 +26,8 @@ class MergeReport:
     """The changes that a merge made to the adapted weights. Δ is scaling·B·A, and D is the difference that was written.
 
     `changed`: how many of the `tensors` differ from the base. `elements_changed`: the share of their elements that
-    differ. `asked_db`: ‖Δ‖/‖W‖, and `got_db`: ‖D‖/‖W‖, both as 20·log10 over all tensors. `kept`: ⟨D, Δ⟩/‖Δ‖², the
-    share of the adapter that bf16 could hold. `loss`: ‖D − Δ‖/‖Δ‖. bf16 has 8 significant bits, so that an update
+    differ. `expected_db`: ‖Δ‖/‖W‖, and `actual_db`: ‖D‖/‖W‖, both as 20·log10 over all tensors. `kept`: ⟨D, Δ⟩/‖Δ‖²,
+    the share of the adapter that bf16 could hold. `loss`: ‖D − Δ‖/‖Δ‖. bf16 has 8 significant bits, so that an update
     smaller than 2^-9 of a weight is lost in rounding. `modules`: {module: {"elements_changed", "kept"}} for each module
     separately (`kept` is None if Δ is zero).
     """
@@ -35,8 +35,8 @@ class MergeReport:
     tensors: int
     changed: int
     elements_changed: float
-    asked_db: float
-    got_db: float
+    expected_db: float
+    actual_db: float
     kept: float
     loss: float
     modules: dict[str, dict[str, float | None]] = field(default_factory=dict)
@@ -52,24 +52,24 @@ class _Sums:
 
     def __init__(self) -> None:
         self.changed = self.elements = self.differing = 0
-        self.base = self.asked = self.got = self.both = self.off = 0.0
+        self.base = self.expected = self.actual = self.both = self.off = 0.0
         self.modules: dict[str, dict[str, float | None]] = {}
 
     def add(self, module: str, base: Tensor, delta: Tensor, merged: Tensor) -> None:
         base = base.float()
-        got = merged.float() - base
-        differing = int(torch.count_nonzero(got))
+        actual = merged.float() - base
+        differing = int(torch.count_nonzero(actual))
         self.changed += differing > 0
         self.differing += differing
-        self.elements += got.numel()
+        self.elements += actual.numel()
         self.base += _dot(base, base)
-        asked, both = _dot(delta, delta), _dot(got, delta)
-        self.asked += asked
-        self.got += _dot(got, got)
+        expected, both = _dot(delta, delta), _dot(actual, delta)
+        self.expected += expected
+        self.actual += _dot(actual, actual)
         self.both += both
-        kept = both / asked if asked else None
-        self.modules[module] = {"elements_changed": differing / got.numel(), "kept": kept}
-        off = got - delta
+        kept = both / expected if expected else None
+        self.modules[module] = {"elements_changed": differing / actual.numel(), "kept": kept}
+        off = actual - delta
         self.off += _dot(off, off)
 
     def report(self, tensors: int) -> MergeReport:
@@ -77,10 +77,10 @@ class _Sums:
             tensors=tensors,
             changed=self.changed,
             elements_changed=self.differing / self.elements,
-            asked_db=_db(self.asked, self.base),
-            got_db=_db(self.got, self.base),
-            kept=self.both / self.asked if self.asked else 0.0,
-            loss=math.sqrt(self.off / self.asked) if self.asked else 0.0,
+            expected_db=_db(self.expected, self.base),
+            actual_db=_db(self.actual, self.base),
+            kept=self.both / self.expected if self.expected else 0.0,
+            loss=math.sqrt(self.off / self.expected) if self.expected else 0.0,
             modules=dict(sorted(self.modules.items())),
         )
 

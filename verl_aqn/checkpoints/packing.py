@@ -18,7 +18,7 @@ from verl_aqn.checkpoints.packing_plan import EXCLUDE, make_plan
 from verl_aqn.checkpoints.promises import as_kept, check_opens
 from verl_aqn.checkpoints.slices import NOTHING, Slice, Slices, cut, scaled
 from verl_aqn.checkpoints.storage import Spec, Weights, read_config
-from verl_aqn.checkpoints.values import values_digest as values_digest  # asked for here, too
+from verl_aqn.checkpoints.values import values_digest as values_digest  # imported from here, too
 from verl_aqn.checkpoints.writing import MAX_SHARD_BYTES, new_folder, tensor_bytes, write_model
 from verl_aqn.errors import ConfigError, ModelError
 from verl_aqn.mxfp4.codec import BLOCK, SCALE_RULES, Mxfp4Tensor, dequantize, quantize

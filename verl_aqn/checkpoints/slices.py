@@ -100,7 +100,7 @@ class Loaded:
     packed: bool = False
 
     @cached_property
-    def held_in(self) -> dict[str, list[str]]:
+    def sources_in(self) -> dict[str, list[str]]:
         """The names of the source tensors of every parameter."""
         found: dict[str, dict[str, None]] = {}
         for source, pieces in self.pieces.items():
@@ -110,7 +110,7 @@ class Loaded:
 
     def names(self) -> dict[str, str]:
         """Return the checkpoint name of every parameter that comes from exactly one tensor."""
-        return {place: sources[0] for place, sources in self.held_in.items() if len(sources) == 1}
+        return {place: sources[0] for place, sources in self.sources_in.items() if len(sources) == 1}
 
     def blocks(self, source: str) -> list[Block]:
         """Return the pieces of a source as blocks of its rows and columns.
@@ -145,25 +145,25 @@ class Loaded:
         height, width = self.sources[source].matrix
         columns: dict[tuple[int, int], Tensor] = {}
         for block in blocks:
-            held = columns.setdefault((block.column, block.columns), torch.zeros(height, dtype=torch.bool))
-            held[block.rows] = True
+            rows_here = columns.setdefault((block.column, block.columns), torch.zeros(height, dtype=torch.bool))
+            rows_here[block.rows] = True
         (first, end), *others = sorted(columns)
         end += first
         for column, count in others:
-            if column != end or not torch.equal(columns[(column, count)], held):
+            if column != end or not torch.equal(columns[(column, count)], rows_here):
                 raise EvidenceError(
                     f"{block.piece.place} holds parts of {source} that are not blocks of rows and columns"
                 )
             end += count
-        if first == 0 and end == width and bool(held.all()):
+        if first == 0 and end == width and bool(rows_here.all()):
             return None
-        edges = torch.nn.functional.pad(held.int(), (1, 1)).diff().nonzero().flatten().tolist()
+        edges = torch.nn.functional.pad(rows_here.int(), (1, 1)).diff().nonzero().flatten().tolist()
         return [
             number for b, e in zip(edges[::2], edges[1::2], strict=True) for number in (b, e - b, first, end - first)
         ]
 
     def read(self, source: str, parameter: Callable[[str], Tensor]) -> Tensor:
-        """Assemble the held part [rows, columns] of a source from the current parameters.
+        """Assemble the part [rows, columns] of a source that this rank holds from the current parameters.
 
         Raises:
             EvidenceError: the model holds a region twice, and the two copies differ.
@@ -179,8 +179,8 @@ class Loaded:
         filled: dict[int, Tensor] = {}
         blocks = self.blocks(source)
         for block in blocks:
-            held = parameter(block.piece.place).contiguous().view(-1)
-            values = held.as_strided(block.shape, block.strides, held.storage_offset() + block.piece.here)
+            values = parameter(block.piece.place).contiguous().view(-1)
+            values = values.as_strided(block.shape, block.strides, values.storage_offset() + block.piece.here)
             values = values.reshape(len(block.rows), block.columns)
             if len(blocks) == 1 and _is_run(block.rows):
                 return values
@@ -226,8 +226,8 @@ def parts_of(model: nn.Module, name: str, layer: nn.Module) -> list[Part]:
         height, width = weight.shape
         return [Part(name, slice(0, height), (0, 0), (height, width), width, True)]
     parts: list[Part] = []
-    codes = next(p for p in (f"{name}.weight_packed", f"{name}.weight") if p in loaded.held_in)
-    for source in loaded.held_in[codes]:
+    codes = next(p for p in (f"{name}.weight_packed", f"{name}.weight") if p in loaded.sources_in)
+    for source in loaded.sources_in[codes]:
         columns, whole = loaded.sources[source].matrix[1] * 2, loaded.region(source) is None
         for block in loaded.blocks(source):
             row, rest = divmod(block.piece.here, block.columns)
@@ -327,12 +327,12 @@ def cut(matrix: Tensor, part: Slice | None) -> Tensor:
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def distinct(held: Sequence[Slices]) -> tuple[list[Slices], list[int]]:
-    """Return the distinct elements of `held`, {} (the whole model) first, and the index of each of `held` in them."""
+def distinct(of_ranks: Sequence[Slices]) -> tuple[list[Slices], list[int]]:
+    """Return the distinct slices, {} (the whole model) first, and the index of each rank's slices among them."""
     ways: list[Slices] = [{}]
     number: dict[str, int] = {_text({}): 0}
-    texts = [_text(slices) for slices in held]
-    for slices, text in zip(held, texts, strict=True):
+    texts = [_text(slices) for slices in of_ranks]
+    for slices, text in zip(of_ranks, texts, strict=True):
         if text not in number:
             number[text] = len(ways)
             ways.append(slices)

@@ -50,8 +50,8 @@ def lines_of(proof: dict[str, Any], dst: Path) -> list[str]:
         if "read_back" in merge:
             lines.append(f"all {merge['read_back']} tensors, read back, are bit for bit base + scaling·B·A in bf16")
         lines += [
-            f"{merge['changed']} of {merge['tensors']} adapted weights changed, by {merge['got_db']:.1f} dB "
-            f"(expected: {merge['asked_db']:.1f} dB); verl_aqn_export.json lists the share of each",
+            f"{merge['changed']} of {merge['tensors']} adapted weights changed, by {merge['actual_db']:.1f} dB "
+            f"(expected: {merge['expected_db']:.1f} dB); verl_aqn_export.json lists the share of each",
             f"bf16 kept {100 * merge['kept']:.0f} % of the adapter's update: "
             "an update below 2^-9 of a weight is lost in rounding",
         ]

@@ -148,8 +148,8 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
         raise ConfigError(f"{path.name}: {_hydra_message(error, path, groups)}") from error
     # The value comes from the recipe's file, or from a file that it builds on.
     for key, used in (("profile", profile), ("experiment", experiment)):
-        said, asked = config.aqn.get(key, "auto"), (f"{key}=", f"aqn.{key}=")
-        if said not in ("auto", used) and not any(o.startswith(asked) for o in overrides or []):
+        said, prefixes = config.aqn.get(key, "auto"), (f"{key}=", f"aqn.{key}=")
+        if said not in ("auto", used) and not any(o.startswith(prefixes) for o in overrides or []):
             return load_recipe(recipe, [f"{key}={said}", *(overrides or [])])
     OmegaConf.update(config, "aqn.profile", profile)
     for key, count in _workers(int(config.trainer.nnodes)).items():

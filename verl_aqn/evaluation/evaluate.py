@@ -55,7 +55,7 @@ class Evaluation:
     `items` problems are in `file`, with a JSON line for each of their `samples` responses. `scores`, by rule, are means
     over all responses. `pass_at`, by k, is for the rule "strict"; {} with one response each. `failed`: responses that
     are missing and count as wrong (None: an older record without this number). `step`: RL steps of the adapter. `base`
-    and `adapter`: digests of what the rollout held; None for an unquantised base. `run`: the folder of the evaluation,
+    and `adapter`: actual digests in the rollout; None for an unquantised base. `run`: the folder of the evaluation,
     a run folder like any other. `adapter_is`: what the digest of the adapter was compared with, in words, or that it
     was not compared.
     """
@@ -309,9 +309,9 @@ def with_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
 
 
 def _follow(config: DictConfig, key: str, before: Any) -> None:
-    """Set what takes its value from `key`, and so held `before` too, to what `key` holds now."""
+    """Give the keys that take their value from `key`, and so had the value `before` too, the present value of `key`."""
     for other, source in followers("base", config.aqn.profile).items():
-        if source == key and (held := OmegaConf.select(config, other)) is not None and held == before:
+        if source == key and (value := OmegaConf.select(config, other)) is not None and value == before:
             OmegaConf.update(config, other, OmegaConf.select(config, key))
             _follow(config, other, before)
 

@@ -206,15 +206,15 @@ def launch(run: RunFolder, prepared: Prepared) -> list[str]:
         # It is already recorded. With val_only this must stay true: otherwise verl would train.
         config.trainer.val_before_train = False
     text, versions = OmegaConf.to_yaml(config, resolve=True), versions_now(config)
-    asked = {
+    contents = {
         "config.yaml": text,
         "versions.json": json.dumps(versions, indent=2),
         "schedule.json": json.dumps(schedule_of(config, prepared.steps).table()),
     }
     quantization = Path(config.actor_rollout_ref.model.path) / "quantization.json"
     if quantization.is_file():  # absent with a bf16 base, or with one that another tool packed
-        asked[quantization.name] = quantization.read_text()
-    for name, content in asked.items():
+        contents[quantization.name] = quantization.read_text()
+    for name, content in contents.items():
         if not (run.path / name).exists():  # a resumed run has them, unless it died before its launch
             run.write_text(name, content)
     run.replace_text("launch.yaml", text)  # the config of the newest attempt

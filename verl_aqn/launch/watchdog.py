@@ -60,7 +60,7 @@ class Watchdog:
         self.durations: dict[str, list[float]] = {}
         self.vital: dict[int, str] = {}
         self.dead: dict[int, float] = {}
-        self.asked = self.worked = self.weighed = now
+        self.last_check = self.worked = self.weighed = now
         self.looked = now - LOOK_S
         self.seconds: dict[int, float] = {}  # processor seconds of each process at `weighed`
         self.told = 0  # hours of the present phase that were reported
@@ -114,10 +114,10 @@ class Watchdog:
         Call this often; it checks the processes every `LOOK_S` seconds.
         """
         now = self.clock()
-        if (asleep := now - self.asked) > ASLEEP_S:
+        if (asleep := now - self.last_check) > ASLEEP_S:
             self.began, self.since, self.worked = (one + asleep for one in (self.began, self.since, self.worked))
             self.dead = {pid: since + asleep for pid, since in self.dead.items()}
-        self.asked = now
+        self.last_check = now
         usual = self.durations.get(self.phase)
         if now - self.since > self.limit():
             often = f" (usually {statistics.median(usual):.0f} s)" if usual else ""

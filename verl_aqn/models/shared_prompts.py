@@ -100,11 +100,11 @@ def share_prompts(prompts: Sequence[Tensor], responses: Sequence[Tensor]) -> Sha
             flat = starts[sample] + len(prompt) - 1 + torch.arange(len(response))
             places[sample] = (column, response, flat, torch.full_like(column, sample))
     blocks = [*_blocks(whole), *_blocks(continued)]
-    asked = torch.cat([block.queries.flatten()[block.real] for block in blocks])
+    query_rows = torch.cat([block.queries.flatten()[block.real] for block in blocks])
     found = [torch.cat(parts).to(device) for parts in zip(*places, strict=True)]
     row, place_in = (torch.cat(parts).unsqueeze(0).to(device) for parts in (ids, positions))
     moved = tuple(Block(*(t.to(device) for t in (b.keys, b.queries, b.first, b.lengths, b.real))) for b in blocks)
-    return SharedPrompts(row, place_in, moved, asked.argsort().to(device), *found)
+    return SharedPrompts(row, place_in, moved, query_rows.argsort().to(device), *found)
 
 
 def _blocks(sequences: list[tuple[Tensor, int]]) -> Iterator[Block]:

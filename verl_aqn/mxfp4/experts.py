@@ -21,8 +21,8 @@ STACKS = ("gate_up_proj", "down_proj")
 def is_fused(module: nn.Module) -> bool:
     """Return whether ``module`` holds the fused experts of a MoE layer of transformers 5, in any layout."""
     stacks = [getattr(module, name, None) for name in ("gate_up_proj", "up_proj", "down_proj")]
-    held = [isinstance(stack, nn.Parameter) and stack.dim() == 3 for stack in stacks]
-    return held[2] and (held[0] or held[1])
+    are_stacks = [isinstance(stack, nn.Parameter) and stack.dim() == 3 for stack in stacks]
+    return are_stacks[2] and (are_stacks[0] or are_stacks[1])
 
 
 def why_not_packable(experts: nn.Module) -> str:

@@ -79,7 +79,9 @@ def check_old_reading(evidence: Mapping[str, Any], sigma: float, clean_digest: s
     told = {key: value for key in (*OLD_FIELDS, "sigma_interval") if (value := evidence.get(key)) is not None}
     rounding = evidence.get("sigma_rounding") or 0.0
     if told.get("sigma_target", sigma) != sigma:
-        raise EvidenceError(f"the schedule has σ {sigma:g}, but the worker was asked for σ {told['sigma_target']:g}")
+        raise EvidenceError(
+            f"expected σ {sigma:g} from the schedule, but the worker's target is σ {told['sigma_target']:g}"
+        )
     if told.get("changed_outside"):
         raise EvidenceError(f"{told['changed_outside']} weights changed that should be clean at σ {sigma:g}")
     if sigma and told.get("modules") == 0:
@@ -109,7 +111,7 @@ def _check_reading(
         )
     if target != sigma:
         raise EvidenceError(
-            f"noise of σ {sigma:g} was ordered, but the worker was asked for σ {target:g}: it may have an old order"
+            f"expected noise of σ {sigma:g}, but the worker's target is σ {target:g}: it may have an old noise spec"
         )
     if order and (evidence["step"], evidence["unit"]) != (order.step, order.unit):
         raise EvidenceError(
@@ -191,12 +193,12 @@ def check_used(evidence: Mapping[str, Any], sigma: float) -> None:
         raise EvidenceError(f"σ is 0, but {evidence['uses']} forwards of the actor had noise")
 
 
-def _check_order(held: Mapping[str, Any], order: NoiseSpec) -> None:
-    wanted, received = (json.loads(json.dumps(one)) for one in (order.to_dict(), dict(held)))  # lists for tuples
-    for key in wanted.keys() | received.keys():
-        if received.get(key) != wanted.get(key):
+def _check_order(actual: Mapping[str, Any], order: NoiseSpec) -> None:
+    expected, received = (json.loads(json.dumps(one)) for one in (order.to_dict(), dict(actual)))  # lists for tuples
+    for key in expected.keys() | received.keys():
+        if received.get(key) != expected.get(key):
             raise EvidenceError(
-                f"the noise order has {key} = {wanted.get(key)}, but the worker received {received.get(key)}: the "
+                f"the noise order has {key} = {expected.get(key)}, but the worker received {received.get(key)}: the "
                 "value was lost on its way"
             )
 
@@ -241,14 +243,14 @@ def check_norms(expected: Collection[str], ranks: Collection[Mapping[str, Any]],
         return
     wanted = {name for name in expected if order.selects(name)}
     for rank, answer in enumerate(ranks):
-        held = {name for name in answer["names"] if order.selects(name)}
+        actual = {name for name in answer["names"] if order.selects(name)}
         for names, fault in (
-            (wanted - held, "the model folder has it, but rollout rank {} does not: vLLM fuses it or leaves it out"),
-            (held - wanted, "rollout rank {} has it, but the model folder does not: vLLM adds or renames it"),
+            (wanted - actual, "the model folder has it, but rollout rank {} does not: vLLM fuses it or leaves it out"),
+            (actual - wanted, "rollout rank {} has it, but the model folder does not: vLLM adds or renames it"),
         ):
             if names:
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
                 raise EvidenceError(
-                    f"norm {min(names)}{more}: {fault.format(rank)} ({len(held)} found, {len(wanted)} expected): "
+                    f"norm {min(names)}{more}: {fault.format(rank)} ({len(actual)} found, {len(wanted)} expected): "
                     "exclude it in aqn.noise.exclude, or remove `norm` from aqn.noise.targets"
                 )

@@ -65,10 +65,10 @@ def prepare_tools(config: DictConfig, *sets: Any) -> None:
     find_tools(config)
     given = next((key for key in TOOLS if turns.get(key)), None)
     if loops == {SINGLE}:
-        asked = f"multi_turn.{given}={turns[given]}" if given else "multi_turn.enable=true"
+        setting = f"multi_turn.{given}={turns[given]}" if given else "multi_turn.enable=true"
         if given or turns.enable:
             raise ConfigError(
-                f"{_ROLLOUT}.{asked}, but {SINGLE} generates one response and calls no tool: set "
+                f"{_ROLLOUT}.{setting}, but {SINGLE} generates one response and calls no tool: set "
                 f"{_ROLLOUT}.agent.default_agent_loop=tool_agent"
             )
         return

@@ -34,7 +34,7 @@ _CODE = (
 )
 
 Answer = dict[str, Any]
-_asked: dict[str, Answer] = {}
+_answers: dict[str, Answer] = {}
 
 
 def ask(config: DictConfig, folder: Path, files: Iterable[Path], *, own: bool) -> Answer:
@@ -54,13 +54,13 @@ def ask(config: DictConfig, folder: Path, files: Iterable[Path], *, own: bool) -
     config = with_model(config, folder)
     key = "" if own else _key(config, folder, files)
     file = cache_dir() / "rows" / f"{key}.json"
-    found = (_asked.get(key) or kept(file, _is_good)) if key else None
+    found = (_answers.get(key) or kept(file, _is_good)) if key else None
     if found is None:
         found = _ask(config)
         if fault := found.get("fault"):
             raise getattr(errors, found["kind"])(fault)
     if key:
-        _asked[key] = found
+        _answers[key] = found
         if not found["warnings"]:
             keep(file, found)
     return found

@@ -44,10 +44,10 @@ def plan_table(rows: list[dict[str, Any]], recipe: str) -> Table:
         if row["fault"]:
             view.add_row(size, "too small", "", "", "", "", "", row["fault"])
             continue
-        held = row["rollout"]["bytes"] - row["kv_cache_bytes"]
+        without_cache = row["rollout"]["bytes"] - row["kv_cache_bytes"]
         view.add_row(
             size, str(row["devices"]), str(row["tensor_parallel"]), f"{row['update_tokens']:,}",
-            gb(row["actor"]["bytes"]), gb(held), gb(row["kv_cache_bytes"]), f"{row['sequences']:,}",
+            gb(row["actor"]["bytes"]), gb(without_cache), gb(row["kv_cache_bytes"]), f"{row['sequences']:,}",
         )  # fmt: skip
     return view
 

@@ -216,8 +216,8 @@ def saved_activations(shape: Shape, sizes: Sizes, micro: MicroBatch) -> int:
     token = 4 * 2 * h + BF16 * (2 * h + q) + 4 * BF16 * shape.inner + BF16 * 7 * sizes.rank
     token += 4 * (q + c) if shape.head_norms else 0
     token += shape.experts * 2 * BF16 * h  # one row for each expert of a token, input and output
-    asked = (BF16 * q + 4 * shape.heads + (BF16 * q if sizes.padded else 0)) * micro.queries
-    return micro.forward * token + asked + 2 * BF16 * c * micro.keys + FP32 * micro.masked
+    query_bytes = (BF16 * q + 4 * shape.heads + (BF16 * q if sizes.padded else 0)) * micro.queries
+    return micro.forward * token + query_bytes + 2 * BF16 * c * micro.keys + FP32 * micro.masked
 
 
 def actor(shape: Shape, sizes: Sizes, costs: Costs) -> Estimate:
@@ -361,11 +361,11 @@ def machine(config: DictConfig, shape: Shape, cache: int) -> Bytes:
     """
     given = sizes(config)
     replicas = max(1, given.ranks // given.tensor_parallel)
-    held = {
+    processes = {
         "actor": given.ranks * (actor(shape, given, CPU).total + RAY_WORKER - SHARED_PAGES),
         "rollout": replicas * given.tensor_parallel * (rollout(shape, given, CPU, cache).total - SHARED_PAGES),
         "engines and servers": replicas * ENGINE,
         "agent loops": given.agents * AGENT_LOOP,
         "reward workers": given.reward_workers * REWARD_WORKER,
     }
-    return held | HOST
+    return processes | HOST

@@ -31,8 +31,8 @@ def check_settings(config: DictConfig, positions: int | None) -> Iterator[Findin
 
 def uses_critic(config: DictConfig) -> bool:
     """Return whether verl trains a critic (its `need_critic`)."""
-    asked = config.critic.enable
-    return config.algorithm.adv_estimator == "gae" if asked is None else bool(asked)
+    enabled = config.critic.enable
+    return config.algorithm.adv_estimator == "gae" if enabled is None else bool(enabled)
 
 
 def _context(config: DictConfig, positions: int | None) -> Finding:

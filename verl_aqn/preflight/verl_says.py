@@ -55,8 +55,8 @@ def ask(config: DictConfig, version: str) -> list[Finding]:
     Raises:
         EnvironmentFault: verl's process ended without an answer.
     """
-    asked = question(config)
-    text = json.dumps([asked, version, verl_aqn.__version__], sort_keys=True, default=str)
+    blocks = question(config)
+    text = json.dumps([blocks, version, verl_aqn.__version__], sort_keys=True, default=str)
     key = hashlib.sha256(text.encode() + ASK.read_bytes()).hexdigest()[:24]
     file = cache_dir() / "verl" / f"{key}.json"
     own = config.reward.reward_manager.source == "importlib"  # a file of the user's, which may change
@@ -65,7 +65,7 @@ def ask(config: DictConfig, version: str) -> list[Finding]:
     env = {**os.environ, "VERL_PLATFORM": "cpu"}  # nothing is computed that needs a device
     about = "verl whether it accepts the settings"
     answer = ask_module(
-        "verl_aqn.integrations.verl.ask_verl", about, text=json.dumps(asked), env=env, timeout=TIMEOUT_S, fits=_fits
+        "verl_aqn.integrations.verl.ask_verl", about, text=json.dumps(blocks), env=env, timeout=TIMEOUT_S, fits=_fits
     )
     if not answer["faults"] and not own:
         keep(file, answer)
@@ -78,9 +78,9 @@ def _fits(answer: Any) -> bool:
 
 def question(config: DictConfig) -> dict[str, Any]:
     """Return the resolved blocks that verl is asked about, without settings that do not affect its checks."""
-    asked = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    blocks = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
     for key in NOT_ASKED:
-        if OmegaConf.select(asked, key) is not None:
-            OmegaConf.update(asked, key, None)
-    container: Any = OmegaConf.to_container(asked)
+        if OmegaConf.select(blocks, key) is not None:
+            OmegaConf.update(blocks, key, None)
+    container: Any = OmegaConf.to_container(blocks)
     return {block: container[block] for block in BLOCKS if block in container}

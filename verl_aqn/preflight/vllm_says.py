@@ -26,7 +26,7 @@ TIMEOUT_S = 600
 BUILDS = ("hf_overrides", "limit_mm_per_prompt", "language_model_only", "model_impl", "mamba_ssm_cache_dtype")
 
 Answer = dict[str, Any]
-_asked: dict[str, Answer] = {}
+_answers: dict[str, Answer] = {}
 
 
 def ask(config: DictConfig, folder: Path) -> Answer | None:
@@ -52,12 +52,12 @@ def ask(config: DictConfig, folder: Path) -> Answer | None:
             "language_model_only", True
         )  # `verl_aqn.preflight.text_part` sets the same option for the run
     key = _key(version, read_config(folder), options, tensor_names(folder))
-    if key not in _asked:
+    if key not in _answers:
         file = cache_dir() / "vllm" / f"{key}.json"
-        _asked[key] = kept(file, _fits) or _ask(folder, options)
-        if "fault" not in _asked[key]:  # a fault may disappear after the next installation
-            keep(file, _asked[key])
-    answer = _asked[key]
+        _answers[key] = kept(file, _fits) or _ask(folder, options)
+        if "fault" not in _answers[key]:  # a fault may disappear after the next installation
+            keep(file, _answers[key])
+    answer = _answers[key]
     return answer if answer and answer["platform"] == parse_aqn(config).profile else None
 
 

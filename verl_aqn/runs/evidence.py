@@ -158,7 +158,7 @@ def expected_of(run: RunFolder, lines: Sequence[bytes], finished: bool | None = 
     table = _table(run)
     config = run.block("config.yaml") or {}
     stock = is_stock(config)
-    noise, schedule, fault = (None, None, "") if stock else _asked(config, table)
+    noise, schedule, fault = (None, None, "") if stock else _expected_noise(config, table)
     done = Done(
         steps=steps,
         validations=run.by_step("metrics.jsonl", "validation"),
@@ -188,7 +188,9 @@ def _close(one: Any, other: float) -> bool:
     return isinstance(one, int | float) and math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-9)
 
 
-def _asked(config: dict[str, Any], table: list[dict[str, Any]]) -> tuple[NoiseConfig | None, SigmaSchedule | None, str]:
+def _expected_noise(
+    config: dict[str, Any], table: list[dict[str, Any]]
+) -> tuple[NoiseConfig | None, SigmaSchedule | None, str]:
     """Return the noise that the recorded config specifies, and what is wrong with the record of it."""
     try:
         noise = parse_aqn(config).noise

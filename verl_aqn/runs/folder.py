@@ -187,8 +187,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Release the lock. The kernel does the same when the process ends for any reason."""
-        if self._lock in _held:
-            _held.remove(self._lock)
+        if self._lock in _locks:
+            _locks.remove(self._lock)
             os.close(self._lock)
             self._lock = None
 
@@ -360,7 +360,7 @@ def _now() -> str:
 
 # ---------------------------------------------------------------- locks
 
-_held: set[int] = set()
+_locks: set[int] = set()
 
 
 def _close_in_child() -> None:
@@ -368,9 +368,9 @@ def _close_in_child() -> None:
 
     The child shares its parent's flock and would keep it after the parent's death.
     """
-    for handle in _held:
+    for handle in _locks:
         os.close(handle)
-    _held.clear()
+    _locks.clear()
 
 
 os.register_at_fork(after_in_child=_close_in_child)
@@ -378,7 +378,7 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 def _hold(run: RunFolder) -> RunFolder:
     if run._lock is not None:
-        _held.add(run._lock)
+        _locks.add(run._lock)
     return run
 
 

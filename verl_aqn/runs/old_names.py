@@ -30,8 +30,12 @@ OLD_FIELDS = {
     "aqn/sigma_realised": "aqn/sigma_measured",
     "aqn/parity/": "aqn/mismatch/",
 }
-# A quote in a text is escaped in JSON, so this matches keys only.
+# Fields of records of the base and of adapters. Other files may have such keys of the user's own.
+OLD_SIDES = {"held": "actual", "wanted": "expected"}
+# A quote in a text is escaped in JSON, so these match keys only.
 _FIELD = re.compile(rb'"(sigma_asked|sigma_realised|aqn/sigma_realised|aqn/parity/)([^"\\]*": )')
+_SIDE = re.compile(rb'"(held|wanted)": ')
+_WITH_SIDES = re.compile(rb'"kind": "(base|adapter)"')
 _OLD = re.compile(rf"\b({'|'.join(map(re.escape, OLD_NAMES))})\b")
 
 
@@ -42,7 +46,10 @@ def current_names(text: str) -> str:
 
 def current_fields(line: bytes) -> bytes:
     """Return a line of a JSON-lines file with today's names of fields and metrics."""
-    return _FIELD.sub(lambda match: b'"%s%s' % (OLD_FIELDS[match[1].decode()].encode(), match[2]), line)
+    line = _FIELD.sub(lambda match: b'"%s%s' % (OLD_FIELDS[match[1].decode()].encode(), match[2]), line)
+    if _WITH_SIDES.search(line):
+        line = _SIDE.sub(lambda match: b'"%s": ' % OLD_SIDES[match[1].decode()].encode(), line)
+    return line
 
 
 def rename_settings(config: Any) -> None:

@@ -85,8 +85,8 @@ def device() -> str:
     """Return the number and name of the accelerators if their tool reports them, otherwise of the processor's cores."""
     for command, pattern in _DEVICE_NAMES:
         if tool := shutil.which(command[0]):
-            asked = subprocess.run([tool, *command[1:]], capture_output=True, text=True, check=False)
-            if asked.returncode == 0 and (names := re.findall(pattern, asked.stdout, re.MULTILINE)):
+            done = subprocess.run([tool, *command[1:]], capture_output=True, text=True, check=False)
+            if done.returncode == 0 and (names := re.findall(pattern, done.stdout, re.MULTILINE)):
                 return f"{len(names)} x {names[0]}"
     return f"{len(os.sched_getaffinity(0))} cores of {processor()}"
 

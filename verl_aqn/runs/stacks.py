@@ -59,16 +59,16 @@ def crashes(folder: Path) -> str:
 
 def collect(folder: Path, processes: Mapping[int, str]) -> str:
     """Return the stacks, as text, of those of `processes` (pid → description) that listen and are alive."""
-    asked = []
+    signalled = []
     for pid in sorted(listening(folder) & set(processes)):
         try:
             os.kill(pid, SIGNAL)
         except ProcessLookupError:
             continue
-        asked.append(pid)
+        signalled.append(pid)
     deadline = time.monotonic() + WAIT_S
-    while time.monotonic() < deadline and not all((folder / f"{pid}.txt").stat().st_size for pid in asked):
+    while time.monotonic() < deadline and not all((folder / f"{pid}.txt").stat().st_size for pid in signalled):
         time.sleep(0.1)
-    time.sleep(0.2 if asked else 0)  # the last one may still be writing
-    told = {pid: (folder / f"{pid}.txt").read_text(errors="replace") for pid in asked}
-    return "\n".join(f"== {pid} {processes[pid]}\n{told[pid] or '(no answer)'}" for pid in asked)
+    time.sleep(0.2 if signalled else 0)  # the last one may still be writing
+    told = {pid: (folder / f"{pid}.txt").read_text(errors="replace") for pid in signalled}
+    return "\n".join(f"== {pid} {processes[pid]}\n{told[pid] or '(no answer)'}" for pid in signalled)

@@ -185,9 +185,9 @@ def check_told(item: dict, where: str) -> None:
         raise DataError(
             f"{where} has no data_source (the name of its data set), which verl passes to the reward; {HELP}"
         )
-    held = item.get("reward_model")
-    if not isinstance(held, dict) or "ground_truth" not in held:
-        kind = "is missing" if held is None else f"has no ground_truth but {str(held)[:60]!r}"
+    block = item.get("reward_model")
+    if not isinstance(block, dict) or "ground_truth" not in block:
+        kind = "is missing" if block is None else f"has no ground_truth but {str(block)[:60]!r}"
         raise DataError(
             f"{where}: the column 'reward_model' {kind}: write "
             f'{{"style": "rule", "ground_truth": the right answer}} into it, which verl tells the reward; {HELP}'
@@ -195,8 +195,8 @@ def check_told(item: dict, where: str) -> None:
 
 
 def _truth_in(row: dict) -> object:
-    held = row["reward_model"]
-    return held.get("ground_truth") if isinstance(held, dict) else None
+    block = row["reward_model"]
+    return block.get("ground_truth") if isinstance(block, dict) else None
 
 
 def _is_truth(value: object, rounded: str) -> bool:

@@ -26,7 +26,7 @@ def test_codec_benchmark(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 
 def test_a_report_has_speeds_and_ratios_of_one_round_each() -> None:
-    """Medians of ratios, not ratios of medians; a round trip is held against two copies of half its bytes."""
+    """Medians of ratios, not ratios of medians; a round trip is compared with two copies of half its bytes."""
     copy = {"name": "copy of 1,000 MB", "dtype": "bfloat16", "bytes": 10**9, "times": [0.1, 0.2, 0.4]}
     quantised = {"name": "quantise", "dtype": "bfloat16", "bytes": 10**9, "times": [0.2, 0.8, 0.8]}
     trip = {"name": "quantise + dequantise", "dtype": "bfloat16", "bytes": 2 * 10**9, "times": [0.5, 0.5, 0.5]}

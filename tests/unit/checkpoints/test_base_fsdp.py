@@ -9,8 +9,8 @@ import torch.multiprocessing as mp
 
 from tests.helpers.base_answers import loaded
 from tests.helpers.family_models import make
-from verl_aqn.checkpoints.held_adapter import HeldAdapter, held_adapter
-from verl_aqn.checkpoints.held_base import Held, held_base
+from verl_aqn.checkpoints.actual_adapter import ActualAdapter, actual_adapter
+from verl_aqn.checkpoints.actual_base import ActualBase, actual_base
 from verl_aqn.checkpoints.packing import quantize_checkpoint
 from verl_aqn.mxfp4.sharding import allow_packed_shards
 
@@ -25,19 +25,19 @@ def adapted(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
 def check_fsdp2(rank: int, folder: Path) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    whole, model = held_base(loaded(folder), folder), adapted(folder, torch.bfloat16)
-    adapter = held_adapter(model)
+    whole, model = actual_base(loaded(folder), folder), adapted(folder, torch.bfloat16)
+    adapter = actual_adapter(model)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     layers = model.base_model.model.model.layers
     for layer in layers:
         fully_shard(layer, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
-    assert_equal(held_base(model, folder), whole)
-    assert_same_adapter(held_adapter(model), adapter)
+    assert_equal(actual_base(model, folder), whole)
+    assert_same_adapter(actual_adapter(model), adapter)
     if rank == 1:  # one value, only in its shard
         with torch.no_grad():
             layers[1].input_layernorm.weight.to_local()[0] += 1
-    differs = [name for name, one in held_base(model, folder).tensors.items() if one != whole.tensors[name]]
+    differs = [name for name, one in actual_base(model, folder).tensors.items() if one != whole.tensors[name]]
     assert differs == ["model.layers.1.input_layernorm.weight"]  # both ranks see it
 
 
@@ -46,21 +46,21 @@ def check_fsdp1(folder: Path) -> None:
     from verl.utils.fsdp_utils import get_fsdp_wrap_policy
 
     model = adapted(folder, torch.float32)  # FSDP1 needs a single dtype
-    adapter = held_adapter(model)
+    adapter = actual_adapter(model)
     wrap = get_fsdp_wrap_policy(model, None, is_lora=True)
     model = FullyShardedDataParallel(model, auto_wrap_policy=wrap, device_id=torch.device("cpu"))
-    assert_equal(held_base(model, folder), held_base(loaded(folder).float(), folder))
-    assert_same_adapter(held_adapter(model), adapter)
+    assert_equal(actual_base(model, folder), actual_base(loaded(folder).float(), folder))
+    assert_same_adapter(actual_adapter(model), adapter)
 
 
-def assert_same_adapter(sharded: HeldAdapter, whole: HeldAdapter) -> None:
+def assert_same_adapter(sharded: ActualAdapter, whole: ActualAdapter) -> None:
     assert (sharded.scalings, sharded.faults) == (whole.scalings, [])
     assert sharded.tensors.keys() == whole.tensors.keys()
     assert len(whole.tensors) >= 4
     assert all(torch.equal(tensor, whole.tensors[name]) for name, tensor in sharded.tensors.items())
 
 
-def assert_equal(sharded: Held, whole: Held) -> None:
+def assert_equal(sharded: ActualBase, whole: ActualBase) -> None:
     assert (sharded.tensors, sharded.faults) == (whole.tensors, [])
     assert (sharded.digest, sharded.packed_digest) == (whole.digest, whole.packed_digest)
     assert len(whole.tensors) >= 20

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.helpers.tiny_configs import SMALL
-from verl_aqn.checkpoints.adapter import held_name
+from verl_aqn.checkpoints.adapter import digest_name
 from verl_aqn.checkpoints.disk_base import DiskBase
 from verl_aqn.checkpoints.loading import PACKED, SCALE, open_packed, packed_modules
 from verl_aqn.checkpoints.packing import (
@@ -66,15 +66,15 @@ class Rank(nn.Module):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_actor_knows_the_digest_of_the_adapter_s_parts(rank):
     model, other = Rank(rank), describe_adapter(Rank(1 - rank))["slices"]
-    held = describe_adapter(model)
+    actual = describe_adapter(model)
     first, second = (48, 144) if rank else (0, 96)
-    assert held["slices"]["gate_up_proj.B"] == [first, 48, 0, R, second, 48, 0, R]
-    assert held["slices"].keys() == {"gate_up_proj.B", "down_proj.A"}
-    served = [(held_name(name), tensor) for name, tensor in model.sent.items()]
-    digests = [tensor_digest((n, cut(t, slices.get(n))) for n, t in served) for slices in (held["slices"], other)]
-    assert held["adapter_digest"] == digests[0] != digests[1]
-    assert not_covered([held["slices"], other], held["sizes"].__getitem__) is None
-    assert "down_proj.A" in not_covered([held["slices"]] * 2, held["sizes"].__getitem__)
+    assert actual["slices"]["gate_up_proj.B"] == [first, 48, 0, R, second, 48, 0, R]
+    assert actual["slices"].keys() == {"gate_up_proj.B", "down_proj.A"}
+    served = [(digest_name(name), tensor) for name, tensor in model.sent.items()]
+    digests = [tensor_digest((n, cut(t, slices.get(n))) for n, t in served) for slices in (actual["slices"], other)]
+    assert actual["adapter_digest"] == digests[0] != digests[1]
+    assert not_covered([actual["slices"], other], actual["sizes"].__getitem__) is None
+    assert "down_proj.A" in not_covered([actual["slices"]] * 2, actual["sizes"].__getitem__)
 
 
 def test_a_lost_copied_wrong_or_foreign_adapter_shows():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.helpers.command import one_line, run
+from tests.helpers.command import one_line, run, run_all
 from tests.helpers.run_folders import write_run
 from verl_aqn.cli import main as cli
 from verl_aqn.errors import ConfigError, DataError, ModelError
@@ -47,17 +47,20 @@ def test_schedule_of_every_kind_as_json_table_and_picture(kind, tmp_path, capsys
 
 def test_schedule_takes_the_steps_from_the_data_where_the_recipe_does_not_say(tmp_path):
     null = "trainer.total_training_steps=null"
-    table = json.loads(run("schedule", "e12", "profile=cpu", null, "data.train_max_samples=60", "--json").stdout)
-    assert len(table) == 10  # 60 rows at batch 6
     file = tmp_path / "train.parquet"
     prompts = [row("x", [{"role": "user", "content": "y"}], "1", split="train", index=i, question="y", answer="1")
                for i in range(20)]  # fmt: skip
     write_parquet(prompts, file)
-    table = json.loads(run("schedule", "e12_2ep", "profile=cpu", null, f"data.train_files={file}", "--json").stdout)
-    assert len(table) == 6  # 20 rows at batch 6, two epochs
-    missing = run("schedule", "e12", "profile=cpu", null, "data.train_files=/nowhere.parquet")
+    embedded, own, missing, told = run_all(
+        ["schedule", "e12", "profile=cpu", null, "data.train_max_samples=60", "--json"],
+        ["schedule", "e12_2ep", "profile=cpu", null, f"data.train_files={file}", "--json"],
+        ["schedule", "e12", "profile=cpu", null, "data.train_files=/nowhere.parquet"],
+        ["schedule", "e12", null, "profile=cpu", "--steps", "7", "--json"],
+    )
+    assert len(json.loads(embedded.stdout)) == 10  # 60 rows at batch 6
+    assert len(json.loads(own.stdout)) == 6  # 20 rows at batch 6, two epochs
     assert "give --steps N" in one_line(missing, 2)
-    assert len(json.loads(run("schedule", "e12", null, "profile=cpu", "--steps", "7", "--json").stdout)) == 7
+    assert len(json.loads(told.stdout)) == 7
 
 
 def test_exit_code_of_a_command_that_failed_without_an_exception(monkeypatch):
@@ -79,27 +82,33 @@ def test_dry_run_prints_the_resolved_config_and_starts_nothing(tmp_path):
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "words"),
-    [
-        (["train", "e12_agressive"], 2, "no recipe 'e12_agressive'"),
-        (["train", "missing.yaml"], 2, "no recipe file missing.yaml"),
-        (["train", "e12", "profile=cpu", "aqn.noise.sgima_end=0"], 2, "unknown key aqn.noise.sgima_end"),
-        (["train", "e12", "profile=cpu", "aqn.noise.sigma_end=1"], 2, "sigma"),
-        (["train", "e12", "profile=cpu", "actor_rollout_ref.model.path=/nowhere"], 1, "model folder /nowhere does"),
-        (["train", "e12", "profile=cpu", "data.train_files=/nowhere.parquet"], 1, "/nowhere.parquet"),
-        (["train", "e12", "profile=cpu", "data.train_max_samples=16"], 2, "give 2 steps"),
-        (["train", "e12", "profile=cpu", "data.train_batch_size=9"], 2, "not a multiple"),
-        (["train", "e12", "profile=cpu", "data.gen_batch_size=4"], 2, "not a multiple of data.gen_batch_size"),
-        (["train", "e12", "profile=cpu", "aqn.noise.off_from_step=29"], 2, "takes 29 steps"),
-        (["schedule", "e12", "profile=cpu", "--plot", "/nowhere/s.png"], 2, "/nowhere/s.png"),
-        (["schedule"], 2, "recipe"),
-        (["trian"], 2, "trian"),
-        (["quantize", "/nowhere", "/tmp/verl-aqn-never"], 1, "/nowhere"),
-    ],
-)
-def test_mistakes_are_one_line(arguments, code, words):
-    assert words in one_line(run(*arguments), code)
+MISTAKES = [
+    (["train", "e12_agressive"], 2, "no recipe 'e12_agressive'"),
+    (["train", "missing.yaml"], 2, "no recipe file missing.yaml"),
+    (["train", "e12", "profile=cpu", "aqn.noise.sgima_end=0"], 2, "unknown key aqn.noise.sgima_end"),
+    (["train", "e12", "profile=cpu", "aqn.noise.sigma_end=1"], 2, "sigma"),
+    (["train", "e12", "profile=cpu", "actor_rollout_ref.model.path=/nowhere"], 1, "model folder /nowhere does"),
+    (["train", "e12", "profile=cpu", "data.train_files=/nowhere.parquet"], 1, "/nowhere.parquet"),
+    (["train", "e12", "profile=cpu", "data.train_max_samples=16"], 2, "give 2 steps"),
+    (["train", "e12", "profile=cpu", "data.train_batch_size=9"], 2, "not a multiple"),
+    (["train", "e12", "profile=cpu", "data.gen_batch_size=4"], 2, "not a multiple of data.gen_batch_size"),
+    (["train", "e12", "profile=cpu", "aqn.noise.off_from_step=29"], 2, "takes 29 steps"),
+    (["schedule", "e12", "profile=cpu", "--plot", "/nowhere/s.png"], 2, "/nowhere/s.png"),
+    (["schedule"], 2, "recipe"),
+    (["trian"], 2, "trian"),
+    (["quantize", "/nowhere", "/tmp/verl-aqn-never"], 1, "/nowhere"),
+]
+
+
+@pytest.fixture(scope="module")
+def mistaken() -> list[subprocess.CompletedProcess]:
+    return run_all(*(arguments for arguments, _, _ in MISTAKES))
+
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)), ids=[" ".join(arguments) for arguments, _, _ in MISTAKES])
+def test_mistakes_are_one_line(mistaken, number):
+    _, code, words = MISTAKES[number]
+    assert words in one_line(mistaken[number], code)
 
 
 @pytest.fixture
@@ -205,10 +214,12 @@ def test_quantize_prints_sqnr_and_size(tmp_path):
     from verl_aqn.tasks.smollm2 import tiny_model
 
     source = tiny_model(tmp_path / "tiny")
-    report = json.loads(run("quantize", str(source), str(tmp_path / "packed"), "--json").stdout)
+    command = ["quantize", str(source), str(tmp_path / "packed")]
+    first, again = run_all([*command, "--json"], command)
+    report = json.loads(first.stdout)
     assert report["modules"][0]["sqnr_db"] > 15
     assert report["bytes_after"] < report["bytes_before"]
-    assert "exists" in one_line(run("quantize", str(source), str(tmp_path / "packed")), 1)
+    assert "exists" in one_line(again, 1)
 
 
 def test_gsm8k_from_a_local_folder(tmp_path):

@@ -20,7 +20,7 @@ worker.set_up_worker()
 with open(f"/dev/shm/psm_aqn-test-{os.getpid()}", "w+b") as file:
     file.write(bytes(64))
     file.flush()
-    held = mmap.mmap(file.fileno(), 64)
+    mapped = mmap.mmap(file.fileno(), 64)
     seen, inode = Path(os.environ["VERL_AQN_TEMPORARY"]) / "shared-memory", os.fstat(file.fileno()).st_ino
 os.unlink(file.name)
 deadline = time.monotonic() + 60

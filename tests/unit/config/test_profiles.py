@@ -129,5 +129,5 @@ def test_doctor_finds_a_vllm_ascend_of_another_chip_and_no_chip_at_all(monkeypat
 def test_processes_beside_the_model_grow_with_the_nodes(overrides, workers, storage):
     config = load_recipe("e12", overrides)
     assert (config.actor_rollout_ref.rollout.agent.num_workers, config.reward.num_workers) == workers
-    held = config.transfer_queue.backend.SimpleStorage
-    assert (held.num_data_storage_units, held.total_storage_size) == (storage, None)
+    storages = config.transfer_queue.backend.SimpleStorage
+    assert (storages.num_data_storage_units, storages.total_storage_size) == (storage, None)

@@ -132,7 +132,8 @@ def test_a_manager_of_one_s_own_may_have_any_name():
     check_names(recipe_with("e12", "reward.reward_manager.name=Mine", "reward.reward_manager.source=importlib"))
 
 
-def test_dry_run_and_doctor_tell_what_contradicts():
+def test_dry_run_and_doctor_tell_what_contradicts(monkeypatch):
+    monkeypatch.setattr("verl_aqn.preflight.doctor._nodes", lambda *_: [])  # a process that imports torch and verl
     overrides = ["profile=cpu", f"{OVERLONG}.len=256"]
     with pytest.raises(EnvironmentFault, match=rf"{OVERLONG}\.len=256, {RESPONSE}=24: set"):
         train("e12", overrides, dry_run=True)

@@ -219,11 +219,11 @@ def validated(run, rollout, base) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("problems", "recorded", "asked", "known"),
+    ("problems", "recorded", "prompts", "known"),
     [(40, 40, 32, 32), (40, 5, 32, 5), (40, 0, 32, 0), (7, 7, 7, 7), (7, 3, 7, 3)],
 )
 def test_the_proof_rests_on_32_prompts_those_with_a_recorded_answer_first(
-    base, state, tmp_path, problems, recorded, asked, known
+    base, state, tmp_path, problems, recorded, prompts, known
 ):
     """With fewer prompts, all are used."""
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -236,7 +236,7 @@ def test_the_proof_rests_on_32_prompts_those_with_a_recorded_answer_first(
     questions = read_questions(source, tokenizer)
     assert questions.answers == [f"answer {number}" for number in range(known)]
     assert questions.prompts[:known] == [everything[text] for text in answered[:known]]
-    assert len({tuple(ids) for ids in questions.prompts}) == len(questions.prompts) == asked
+    assert len({tuple(ids) for ids in questions.prompts}) == len(questions.prompts) == prompts
 
 
 def test_the_adapter_as_peft_loads_it(validated, rollout, base, engine, tmp_path):
@@ -307,7 +307,7 @@ def test_a_merged_model_is_base_and_adapter_rounded_once(validated, state, base,
             assert torch.equal(merged[name], weight), name
     assert (proof["merge"]["tensors"], proof["merge"]["changed"]) == (14, 14)
     assert proof["merge"]["kept"] == pytest.approx(1, abs=1e-2)
-    assert proof["merge"]["got_db"] == pytest.approx(proof["merge"]["asked_db"], abs=0.1)
+    assert proof["merge"]["actual_db"] == pytest.approx(proof["merge"]["expected_db"], abs=0.1)
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
     assert (tmp_path / "out/generation_config.json").is_file() == (base / "generation_config.json").is_file()
     assert not (tmp_path / "out/quantization.json").exists()

@@ -208,7 +208,7 @@ def test_a_record_of_an_earlier_version_is_told_and_not_called_proved(tmp_path):
     assert "proved" not in said
 
 
-# ---- wrong exports, asked ----
+# ---- wrong exports, with responses of the exported model ----
 
 
 def layers(adapter: Adapter, of: dict[int, int]) -> Adapter:
@@ -239,39 +239,39 @@ WRONG = {
 
 
 @pytest.fixture(scope="module")
-def asked(base, state, tmp_path_factory):
+def sources(base, state, tmp_path_factory):
     """(source, its questions, adapter, tokenizer) of a run without a recorded answer."""
-    source = find_source(exported_run(tmp_path_factory.mktemp("asked") / "run", base, state, problems=PROBLEMS))
+    source = find_source(exported_run(tmp_path_factory.mktemp("sources") / "run", base, state, problems=PROBLEMS))
     tokenizer = AutoTokenizer.from_pretrained(base)
     return source, read_questions(source, tokenizer), adapter_of(state), tokenizer
 
 
-def tried(asked, exported: Adapter, folder: Path, engine) -> Trial:
-    source, questions, adapter, tokenizer = asked
+def tried(sources, exported: Adapter, folder: Path, engine) -> Trial:
+    source, questions, adapter, tokenizer = sources
     folder.mkdir()
     write_peft_folder(folder, exported, source.base)
     return judge(try_out(source, questions, adapter, folder, False, tokenizer), 1.0)
 
 
-def test_the_right_export_is_told_from_the_base(asked, engine, tmp_path):
-    found = tried(asked, asked[2], tmp_path / "out", engine)
+def test_the_right_export_is_told_from_the_base(sources, engine, tmp_path):
+    found = tried(sources, sources[2], tmp_path / "out", engine)
     assert found.effect.error < found.effect.allowed / 2
     assert not found.undecided
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_a_wrong_export_fails_though_no_answer_is_on_record(asked, engine, tmp_path, what):
+def test_a_wrong_export_fails_though_no_answer_is_on_record(sources, engine, tmp_path, what):
     """In an earlier version both sides read the exported folder, and agreed."""
     with pytest.raises(EvidenceError):
-        tried(asked, WRONG[what](asked[2]), tmp_path / "out", engine)
+        tried(sources, WRONG[what](sources[2]), tmp_path / "out", engine)
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_log_probabilities_alone_find_it(asked, engine, tmp_path, what, monkeypatch):
+def test_log_probabilities_alone_find_it(sources, engine, tmp_path, what, monkeypatch):
     monkeypatch.setattr(trial, "_differing", lambda *_: [])
     monkeypatch.setattr(trial, "TELLING", 99)
     with pytest.raises(EvidenceError, match="does not have the adapter's effect on log-probabilities"):
-        tried(asked, WRONG[what](asked[2]), tmp_path / "out", engine)
+        tried(sources, WRONG[what](sources[2]), tmp_path / "out", engine)
 
 
 @pytest.mark.parametrize("what", WRONG)
@@ -372,8 +372,8 @@ def test_only_errors_of_writing_are_called_that(run, tmp_path, monkeypatch):
         export(run, tmp_path / "file/out")
 
 
-def test_a_trainer_s_model_without_room_leaves_the_recorded_answers(asked, engine, tmp_path, monkeypatch):
-    source, questions, adapter, tokenizer = asked
+def test_a_trainer_s_model_without_room_leaves_the_recorded_answers(sources, engine, tmp_path, monkeypatch):
+    source, questions, adapter, tokenizer = sources
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")

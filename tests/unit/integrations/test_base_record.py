@@ -170,15 +170,15 @@ def test_experts_of_other_ranks_are_counted_as_theirs(tmp_path):
     quantize_checkpoint(tmp_path / "source", tmp_path / "packed")
     folder = tmp_path / "packed"
     experts = [name for name in DiskBase(folder).groups if ".experts." in name]
-    held = [{n: NOTHING for n in experts if (int(n.split(".")[5]) < 2) == bool(rank)} for rank in range(2)]
+    slices_of = [{n: NOTHING for n in experts if (int(n.split(".")[5]) < 2) == bool(rank)} for rank in range(2)]
     actor = [actor_of(loaded(folder), folder)]
-    record = record_of(folder, actor, [rollout_of(folder, slices) for slices in held])
+    record = record_of(folder, actor, [rollout_of(folder, slices) for slices in slices_of])
     check_base(record, None)
     packed = record["holders"]["rollout 0"]["packed"]
     assert (packed["tensors"], packed["elsewhere"]) == (20, 12)
     assert record["expected"]["routers"] == 2
     with pytest.raises(EvidenceError, match=r"experts\.2"):
-        check_base(record_of(folder, actor, [rollout_of(folder, held[0])] * 2), None)
+        check_base(record_of(folder, actor, [rollout_of(folder, slices_of[0])] * 2), None)
 
 
 def test_rounding_to_the_served_dtype_is_done_on_disk_s_side_and_on_record(tmp_path):
@@ -262,12 +262,12 @@ def test_tables_are_asked_for_once_and_are_those_that_were_told(folders):
         {key: value for key, value in answer.items() if key not in TABLES} | {"told": table_digest(one)}
         for answer, one in zip(whole, tables, strict=True)
     ]
-    asked = []
-    held = with_tables([told] * 3, lambda replica: asked.append(replica) or tables)
-    assert asked == [0]
-    assert [answer["tensors"] for answer in held] == [one["tensors"] for one in tables] * 3
+    replicas = []
+    rollout = with_tables([told] * 3, lambda replica: replicas.append(replica) or tables)
+    assert replicas == [0]
+    assert [answer["tensors"] for answer in rollout] == [one["tensors"] for one in tables] * 3
     actor = [actor_of(loaded(folder), folder)]
-    record = record_of(folder, actor, held)
+    record = record_of(folder, actor, rollout)
     check_base(record, None)
     assert {**record, "seconds": 0} == {**record_of(folder, actor, whole * 3), "seconds": 0}
     with pytest.raises(EvidenceError, match="rank 0 of replica 0 reported other tensors when it was asked again"):
@@ -277,9 +277,9 @@ def test_tables_are_asked_for_once_and_are_those_that_were_told(folders):
     with pytest.raises(EvidenceError, match="rank 1 of replica 0"):
         with_tables([told], lambda replica: changed)
     other = [told[0], told[1] | {"told": table_digest(changed[1])}]  # the second replica's second rank
-    held = with_tables([told, other], lambda replica: changed if replica else tables)
+    rollout = with_tables([told, other], lambda replica: changed if replica else tables)
     with pytest.raises(EvidenceError, match=r"model\.norm\.weight in rollout 3"):
-        check_base(record_of(folder, actor, held), None)
-    held = with_tables([told, other, other], lambda replica: changed if replica else tables)
+        check_base(record_of(folder, actor, rollout), None)
+    rollout = with_tables([told, other, other], lambda replica: changed if replica else tables)
     with pytest.raises(EvidenceError, match=r"model\.norm\.weight in rollout 3 .* \(and 1 more ranks\)"):
-        check_base(record_of(folder, actor, held), None)
+        check_base(record_of(folder, actor, rollout), None)

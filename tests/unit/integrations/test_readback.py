@@ -223,7 +223,7 @@ def test_a_stack_of_experts_is_read_back_as_its_folder_holds_it(tmp_path):
     others = [module for module in packed_modules(open_packed(tmp_path / "packed")) if module != name]
     wanted = checkpoint_digest(tmp_path / "packed", dict.fromkeys(others, NOTHING), "bf16")
 
-    def held(values: torch.Tensor) -> dict:
+    def described(values: torch.Tensor) -> dict:
         model = torch.nn.Module()
         model.experts = torch.nn.Module()
         model.experts.w2_weight = torch.nn.Parameter(torch.zeros_like(stack.transpose(1, 2).contiguous()))
@@ -234,8 +234,8 @@ def test_a_stack_of_experts_is_read_back_as_its_folder_holds_it(tmp_path):
         keep(model, trace)
         return describe_base(model, [name, *others])
 
-    assert held(stack)["base_digest"] == wanted
-    assert held(stack)["slices"] == dict.fromkeys(others, NOTHING)
+    assert described(stack)["base_digest"] == wanted
+    assert described(stack)["slices"] == dict.fromkeys(others, NOTHING)
     wrong = stack.clone()
     wrong[-1, -1, -1] += 1
-    assert held(wrong)["base_digest"] != wanted
+    assert described(wrong)["base_digest"] != wanted

@@ -37,8 +37,8 @@ def test_rows_and_columns_of_a_rank():
     loaded, parameters = load(rows_and_columns, tensors, qk=(6, 6), o=(6, 4))
     assert {name: loaded.region(name) for name in tensors} == {"q": [4, 4, 0, 6], "k": [2, 2, 0, 6], "o": [0, 6, 4, 4]}
     for name, (row, rows, column, columns) in {n: loaded.region(n) for n in tensors}.items():
-        held = loaded.read(name, parameters.__getitem__)
-        assert torch.equal(held, tensors[name][row : row + rows, column : column + columns])
+        part = loaded.read(name, parameters.__getitem__)
+        assert torch.equal(part, tensors[name][row : row + rows, column : column + columns])
     assert loaded.names() == {"o": "o"}
 
 
@@ -74,7 +74,7 @@ def test_every_way_of_copying_gives_the_tensors_back(loader):
         assert torch.equal(loaded.read(name, parameters.__getitem__), value)
     parameters["w"].data[3, 3] += 1
     read = [loaded.read(name, parameters.__getitem__) for name in tensors]
-    assert [torch.equal(held, value) for held, value in zip(read, tensors.values(), strict=True)].count(False) == 1
+    assert [torch.equal(part, value) for part, value in zip(read, tensors.values(), strict=True)].count(False) == 1
 
 
 def test_halves_of_a_fused_tensor_are_blocks_of_rows():
@@ -122,7 +122,7 @@ def test_what_is_overwritten_is_not_held_and_what_cannot_be_followed_is_told():
 
     loaded, _ = load(loader, {"a": tensor(4, 6), "b": tensor(4, 6)}, w=(4, 6), v=(4, 6), u=(4, 6))
     assert loaded.pieces.keys() == {"b"}
-    assert loaded.held_in == {"w": ["b"]}
+    assert loaded.sources_in == {"w": ["b"]}
     assert "sum" in loaded.lost["a"]
 
 

@@ -59,9 +59,9 @@ def test_no_parameter_is_touched_and_restoring_gives_the_old_answers():
     assert torch.equal(logits(model), before)
     injector.apply(ORDER)
     assert not torch.equal(logits(model), before)
-    held = model.state_dict()
-    assert held.keys() == state.keys()
-    assert all(torch.equal(held[name], tensor) for name, tensor in state.items())
+    after = model.state_dict()
+    assert after.keys() == state.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in state.items())
     check_evidence(injector.restore(), None, injector.clean_digest)
     assert torch.equal(logits(model), before)
 

@@ -481,8 +481,8 @@ def test_no_copy_of_a_linear_weight_is_kept():
     injector = NoiseInjector(Engine())
     noisy(injector, LINEAR)
     for target in injector._linears.values():
-        held = [value for value in vars(target).values() if isinstance(value, torch.Tensor)]
-        assert held == []
+        tensors = [value for value in vars(target).values() if isinstance(value, torch.Tensor)]
+        assert tensors == []
 
 
 def test_parts_of_a_norm_alone_have_the_digest_of_nothing():

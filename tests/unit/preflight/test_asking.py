@@ -16,12 +16,12 @@ def fits(answer) -> bool:
 def ask(tmp_path):
     """`ask(code)` → the reply of a module with this code; `timeout` in seconds."""
 
-    def asked(code: str, *arguments: str, timeout: float = 60, text: str | None = None):
+    def ask(code: str, *arguments: str, timeout: float = 60, text: str | None = None):
         (tmp_path / "host.py").write_text(code)
         env = os.environ | {"PYTHONPATH": str(tmp_path)}
         return ask_module("host", "host what it says", arguments, timeout=timeout, fits=fits, text=text, env=env)
 
-    return asked
+    return ask
 
 
 def test_the_last_line_is_the_answer(ask):

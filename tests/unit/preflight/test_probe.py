@@ -74,13 +74,13 @@ def prepared(overrides):
 
 
 @pytest.fixture(scope="module")
-def held(prepared):
+def prober(prepared):
     return Probe(prepared.config, prepared.steps, 4, 2)
 
 
-def test_accuracy_is_of_acc_and_variance_of_the_reward_that_training_uses(prepared, overrides, held):
-    found = held.measure(0)
-    texts = [held.tokenizer.batch_decode(group, skip_special_tokens=True) for group in held.answers]
+def test_accuracy_is_of_acc_and_variance_of_the_reward_that_training_uses(prepared, overrides, prober):
+    found = prober.measure(0)
+    texts = [prober.tokenizer.batch_decode(group, skip_special_tokens=True) for group in prober.answers]
     odd = [[len(text) % 2 for text in group] for group in texts]
     assert 0 < sum(map(sum, odd)) < 8, "the test needs both"
     assert found.accuracy[0] == sum(map(sum, odd)) / 8
@@ -94,8 +94,8 @@ def test_accuracy_is_of_acc_and_variance_of_the_reward_that_training_uses(prepar
     assert (right.accuracy[0], right.variance) == (1, found.variance)
 
 
-def test_the_clean_policy_is_at_no_distance_and_noise_takes_it_away(held):
-    rows = survey(held, [0.3, 0.003, 0.03])
+def test_the_clean_policy_is_at_no_distance_and_noise_takes_it_away(prober):
+    rows = survey(prober, [0.3, 0.003, 0.03])
     assert [row.sigma for row in rows] == [0, 0.003, 0.03, 0.3]
     assert rows[0].kl == (0, 0, 0)
     kls = [row.kl[0] for row in rows]
@@ -104,52 +104,52 @@ def test_the_clean_policy_is_at_no_distance_and_noise_takes_it_away(held):
     assert all(low <= middle <= high for row in rows for middle, low, high in (row.kl, row.entropy, row.accuracy))
 
 
-def test_same_seed_same_numbers_another_seed_others(held, prepared):
-    one = held.measure(0.05)
+def test_same_seed_same_numbers_another_seed_others(prober, prepared):
+    one = prober.measure(0.05)
     again = Probe(prepared.config, prepared.steps, 4, 2)
     assert again.measure(0.05) == one
-    assert again.answers == held.answers
+    assert again.answers == prober.answers
     config = prepared.config.copy()
     config.aqn.noise.seed = 1
     assert Probe(config, prepared.steps, 4, 2).measure(0.05).kl != one.kl
 
 
-def test_the_model_is_clean_afterwards_bit_for_bit(held):
-    before = {name: tensor.clone() for name, tensor in held.model.state_dict().items()}
-    with held._noise(0.1):
-        assert not torch.equal(held.model.state_dict()["model.norm.weight"], before["model.norm.weight"])
-    held.measure(0.1)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in held.model.state_dict().items())
+def test_the_model_is_clean_afterwards_bit_for_bit(prober):
+    before = {name: tensor.clone() for name, tensor in prober.model.state_dict().items()}
+    with prober._noise(0.1):
+        assert not torch.equal(prober.model.state_dict()["model.norm.weight"], before["model.norm.weight"])
+    prober.measure(0.1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in prober.model.state_dict().items())
 
 
-def test_a_policy_that_begins_with_an_adapter_is_measured_with_it(prepared, held, tmp_path):
+def test_a_policy_that_begins_with_an_adapter_is_measured_with_it(prepared, prober, tmp_path):
     """The noise has the same names as without an adapter, which are the rollout's."""
     config = prepared.config.copy()
     base = Path(config.actor_rollout_ref.model.path)
     adapter = write_adapter(tmp_path / "adapter", load_model(base), use_rslora=True, target_modules=["q_proj"])
     config.actor_rollout_ref.model.lora_adapter_path = str(adapter)
     begun = Probe(config, prepared.steps, 4, 2)
-    ids = torch.tensor([held.prompts[0].ids])
+    ids = torch.tensor([prober.prompts[0].ids])
     with torch.no_grad():
         expected = PeftModel.from_pretrained(load_model(base, torch.float32), str(adapter))(ids).logits
         torch.testing.assert_close(begun.model(ids).logits, expected, rtol=1e-4, atol=1e-4)
-        assert not torch.allclose(held.model(ids).logits, expected, atol=1e-2)
-    assert begun.injector.clean_digest == held.injector.clean_digest
+        assert not torch.allclose(prober.model(ids).logits, expected, atol=1e-2)
+    assert begun.injector.clean_digest == prober.injector.clean_digest
     assert begun.measure(0.05).kl[0] > 0
 
 
-def test_batches_do_not_change_what_is_sampled_or_measured(prepared, held, monkeypatch):
+def test_batches_do_not_change_what_is_sampled_or_measured(prepared, prober, monkeypatch):
     """Shared prefix, left padding and dropped rows against one prompt at a time from its first token."""
     monkeypatch.setattr(measure, "_TOGETHER", 1)
     alone = Probe(prepared.config, prepared.steps, 4, 2)
-    pairs = [pair for groups in zip(alone.answers, held.answers, strict=True) for pair in zip(*groups, strict=True)]
+    pairs = [pair for groups in zip(alone.answers, prober.answers, strict=True) for pair in zip(*groups, strict=True)]
     # A random model's distribution is so flat that rounding may change a draw to the next token.
     assert sum(one == other for one, other in pairs) >= len(pairs) - 1
-    assert alone.measure(0.05).kl[0] == pytest.approx(held.measure(0.05).kl[0], rel=1e-3)
-    ids = held.prompts[0].ids + held.answers[0][0][:-1]
+    assert alone.measure(0.05).kl[0] == pytest.approx(prober.measure(0.05).kl[0], rel=1e-3)
+    ids = prober.prompts[0].ids + prober.answers[0][0][:-1]
     with torch.inference_mode():
-        logits = held.model(torch.tensor([ids])).logits[0, len(held.prompts[0].ids) - 1 :]
-        ours = held.model.get_output_embeddings()(held.clean_states[0])
+        logits = prober.model(torch.tensor([ids])).logits[0, len(prober.prompts[0].ids) - 1 :]
+        ours = prober.model.get_output_embeddings()(prober.clean_states[0])
     torch.testing.assert_close(ours, logits, rtol=1e-3, atol=1e-3)
 
 

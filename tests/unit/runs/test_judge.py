@@ -1,72 +1,22 @@
 """The judge of records: any change to the records of a real run is reported as a fault."""
 
-import copy
-import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow.json
 import pytest
 
-from tests.helpers.nested import paths
+from tests.helpers.real_records import FORMS, REAL, lines_of, records_of
 from verl_aqn.errors import EvidenceError
 from verl_aqn.noise.spec import NoiseSpec
-from verl_aqn.runs.chain import LINK, broken, linked
-from verl_aqn.runs.evidence import CHAIN, check_proved, expected_of, judge_lines, judge_run
+from verl_aqn.runs.chain import LINK
+from verl_aqn.runs.evidence import CHAIN, check_proved, judge_run
 from verl_aqn.runs.folder import EVIDENCE, RunFolder
-from verl_aqn.runs.judge.base_record import EMPTY_DIGEST
-from verl_aqn.runs.judge.ranks import grouped, grouped_base
 from verl_aqn.runs.judge.records import IDENTITY, VERSION, Judge
-from verl_aqn.runs.old_names import current_fields
 from verl_aqn.runs.report.evidence_section import checks
 from verl_aqn.runs.report.page_data import read_runs
 from verl_aqn.runs.stats.arms import read_run
-
-# Records of real runs on a tiny model (tests/integration/conftest.py's settings), one with noise in the actor too.
-REAL = sorted((Path(__file__).parent / "real_runs").iterdir())
-# Descriptive fields: no other record determines their value. Only the chain of records protects them.
-DESCRIBED = {
-    "placed": {"actor_nodes[0]", "rollout_nodes[0]"},
-    "layout": {"layout"},
-    "rollout": {"vllm", "dtype", "linears", "multipliers", "multipliers[0]"},
-    "base": {
-        "seconds",
-        "files.tensors",
-        *(f"{ranks}[0].{field}" for ranks in ("rollout", "rollout_ranks") for field in ("kernel", "layers", "experts")),
-    },
-    "noise": {"weights_digest"},
-    "adapter": {"held[0].b_max"},
-    "actor clean": {"uses"},
-    "mismatch": {"abs_dlogp_error"},
-    "use": {"predicted", "predicted_by", "here", "error"},
-}
-
-
-FORMS = ("each rank", "alike ranks")
-"""Records of the runs as they were written, and as they are today: one for all ranks that say the same."""
-
-
-def records_of(run: Path, form: str = FORMS[0]) -> list[dict]:
-    records = [json.loads(current_fields(line)) for line in (run / EVIDENCE).read_bytes().splitlines()]
-    records = records if form == FORMS[0] else [alike(one) for one in records]
-    return [json.loads(line) for line in lines_of(records)]  # linked under today's names of fields
-
-
-def alike(record: dict) -> dict:
-    if "rank" in record:
-        record["ranks"] = [record.pop("rank")]
-    if record["kind"] == "adapter":
-        ranks = zip(record.pop("wanted"), record["held"], strict=True)
-        record["held"] = grouped([{"wanted": wanted, **one} for wanted, one in ranks])
-    if record["kind"] == "base":
-        for one in record["rollout"]:
-            assert one.pop("slices") == {}
-            one["sliced"] = {"matrices": 0, "digest": EMPTY_DIGEST}
-        record = grouped_base(record)
-    return record
 
 
 @pytest.fixture
@@ -77,11 +27,7 @@ def folder(tmp_path):
         copied = tmp_path / "run"
         if not copied.exists():
             shutil.copytree(run, copied)
-        before, lines = b"", []
-        for record in records:
-            lines.append(json.dumps(linked(before, record) if link else record).encode())
-            before = lines[-1]
-        (copied / EVIDENCE).write_bytes(b"".join(line + b"\n" for line in lines))
+        (copied / EVIDENCE).write_bytes(b"".join(line + b"\n" for line in lines_of(records, link)))
         return RunFolder(copied)
 
     return make
@@ -99,110 +45,12 @@ def test_the_records_of_a_real_run_hold(run, form, folder):
     assert judge_run(RunFolder(run)).faults == []
 
 
-def name_of(path: tuple) -> str:
-    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
-
-
-def mutations(record: dict) -> Iterator[tuple[str, str, dict]]:
-    """Yield (description of the change, field, changed record)."""
-    for path in paths({key: value for key, value in record.items() if key != LINK}):
-        inner = record
-        for key in path[:-1]:
-            inner = inner[key]
-        value = inner[path[-1]]
-        changes: list[tuple[str, Any]] = [("null", None)]
-        if isinstance(value, bool):
-            changes.append(("flipped", not value))
-        elif isinstance(value, int | float):
-            changes += [("scaled", value * 20 + 1), ("negated", -value - 1)]
-        elif isinstance(value, str):
-            changes.append(("another", "0" * len(value) + "x"))
-        elif isinstance(value, list | dict) and value:
-            changes.append(("emptied", type(value)()))
-        for what, new in changes:
-            if new == value:
-                continue
-            changed = copy.deepcopy(record)
-            target = changed
-            for key in path[:-1]:
-                target = target[key]
-            target[path[-1]] = new
-            yield what, name_of(path), changed
-        changed = copy.deepcopy(record)
-        target = changed
-        for key in path[:-1]:
-            target = target[key]
-        del target[path[-1]]
-        yield "deleted", name_of(path), changed
-
-
-def lines_of(records: list[dict], link: bool = True) -> list[bytes]:
-    """Return lines of evidence.jsonl, linked again so that the chain finds nothing."""
-    lines = [b""]
-    for record in records:
-        lines.append(json.dumps(linked(lines[-1], record) if link else record).encode())
-    return lines[1:]
-
-
 @pytest.mark.parametrize("run", REAL, ids=lambda run: run.name)
 def test_records_of_all_kinds_are_one_table(run, tmp_path):
     """A field has one type in all records, as pyarrow and pandas require."""
     assert pyarrow.json.read_json(run / EVIDENCE).num_rows == len(records_of(run))
     (tmp_path / EVIDENCE).write_bytes(b"".join(line + b"\n" for line in lines_of(records_of(run, FORMS[1]))))
     assert pyarrow.json.read_json(tmp_path / EVIDENCE).num_rows == len(records_of(run))
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("run", REAL, ids=lambda run: run.name)
-def test_a_changed_field_is_found_without_the_chain(run, form):
-    """Fields outside `DESCRIBED` are checked by their values, not by the chain."""
-    records, passed = records_of(run, form), []
-    expected = expected_of(RunFolder(run), lines_of(records))
-    for at, record in enumerate(records):
-        if record["kind"] not in IDENTITY:
-            continue
-        for what, field, changed in mutations(record):
-            if what != "deleted" and field in DESCRIBED.get(record["kind"], ()):
-                continue
-            if not judge_lines(expected, lines_of([*records[:at], changed, *records[at + 1 :]])).faults:
-                passed.append(f"{record['kind']}: {field} {what}")
-    assert sorted(set(passed)) == []
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("run", REAL, ids=lambda run: run.name)
-def test_any_changed_field_is_found(run, form):
-    records = records_of(run, form)
-    lines = lines_of(records, link=False)
-    assert broken(lines) == (len(lines), [])
-    for at, record in enumerate(records):
-        for what, field, changed in mutations(record):
-            _, breaks = broken([*lines[:at], *lines_of([changed], link=False), *lines[at + 1 :]])
-            assert breaks, f"{record['kind']}: {field} {what}"
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("run", REAL, ids=lambda run: run.name)
-def test_lost_swapped_and_repeated_records_are_found_without_the_chain(run, form):
-    records = records_of(run, form)
-    expected = expected_of(RunFolder(run), lines_of(records))
-
-    def faults(changed: list[dict]) -> list[str]:
-        return judge_lines(expected, lines_of(changed)).faults
-
-    for at, record in enumerate(records):
-        if record["kind"] not in IDENTITY:
-            continue
-        told = f"{record['kind']} {at}"
-        assert faults(records[:at] + records[at + 1 :]), told
-        assert faults([*records[: at + 1], *records[at:]]), told
-        for other in range(at + 1, len(records)):
-            if records[other]["kind"] == record["kind"] and "step" in record:
-                swapped = copy.deepcopy(records)
-                one, two = swapped[at], swapped[other]
-                one["step"], two["step"] = two["step"], one["step"]
-                if one["step"] != two["step"]:
-                    assert faults(swapped), f"{told} and {other}"
 
 
 def test_all_records_of_a_kind_may_not_vanish(folder):

@@ -194,13 +194,14 @@ def test_activations_are_rounded_as_the_recipe_asks(pair):
     start = wide_base(pair[0])
     if not start["quantised"]:
         return
-    for asked, actor, rollout, fault in (
+    for expected, actor, rollout, fault in (
         ("none", "none", "rceil/nearest", r"kernel Kernel rounds activations.*linear_backend"),
         ("none", "even/nearest", "none", "actor rank 0 rounds"),
         ("even/nearest", "none", "none", "actor rank 0 rounds"),
         ("even/nearest", "even/nearest", "even/nearest", None),
     ):
-        record = copy.deepcopy(start) | {"activation": asked, "actor_activations": [[actor]] * start["ranks"]["actor"]}
+        actors = [[actor]] * start["ranks"]["actor"]
+        record = copy.deepcopy(start) | {"activation": expected, "actor_activations": actors}
         for one in record["rollout"]:
             one["activations"] = [rollout]
         if fault is None:

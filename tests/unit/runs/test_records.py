@@ -135,7 +135,7 @@ def mixed(tmp_path) -> Path:
         "groups": [{"modules": ["a"], "multiplier": 1.0}],
         "weights_digest": "d",
     }
-    held = [{"modules": 14, "adapter_digest": "d", "b_max": np.float32(0)}]
+    actual = [{"modules": 14, "adapter_digest": "d", "b_max": np.float32(0)}]
     base = {"disk": "d", "actor": ["d"], "rollout": [{"layers": 8, "slices": {}, "weights_equal_base": None}]}
     evidence = [
         {
@@ -146,7 +146,7 @@ def mixed(tmp_path) -> Path:
         {"kind": "rollout", "norms": 5, "clean_digest": "d", "router_norms": []},
         {"kind": "base", "when": "start", **base},
         {"kind": "base", "when": "end", "quantised": False},
-        {"kind": "adapter", "step": 0, "sent": "d", "held": held},
+        {"kind": "adapter", "step": 0, "sent": "d", "actual": actual},
         {"kind": "noise", "rank": 0, "stage": 1, "step": 1, "order": {"seed": 0, "share": 0.5}, **noise},
         {"kind": "clean", "rank": 0, "step": None, "order": None, **noise, "groups": []},
     ]
@@ -210,3 +210,17 @@ def test_an_old_runs_fields_and_metrics_have_todays_names(tmp_path):
     (record,) = RunFolder(tmp_path).read("metrics.jsonl")
     text = '"sigma_asked": "aqn/parity/x": '
     assert record == {"sigma_target": 0.1, "aqn/mismatch/kernels/kl_k3": 0.2, "text": text, "a": []}
+
+
+def test_the_two_sides_of_an_old_record_of_weights_have_todays_names_and_a_users_keys_keep_theirs(tmp_path):
+    lines = (
+        '{"kind": "adapter", "wanted": ["d"], "held": [{"adapter_digest": "d", "wanted": "d"}], "text": "held"}',
+        '{"kind": "base", "holders": {"actor": {"packed": {"held": "d", "disk": "d"}}}}',
+        '{"kind": "response", "held": 1, "wanted": 2}',
+    )
+    (tmp_path / "evidence.jsonl").write_text("".join(line + "\n" for line in lines))
+    assert list(RunFolder(tmp_path).read("evidence.jsonl")) == [
+        {"kind": "adapter", "expected": ["d"], "actual": [{"adapter_digest": "d", "expected": "d"}], "text": "held"},
+        {"kind": "base", "holders": {"actor": {"packed": {"actual": "d", "disk": "d"}}}},
+        {"kind": "response", "held": 1, "wanted": 2},
+    ]

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.helpers.command import run_all
 from tests.helpers.pages import Text, page_of
 from tests.helpers.run_folders import BASE, metrics, write_run
 from verl_aqn.errors import ConfigError, DataError
@@ -200,7 +201,7 @@ def test_evidence_is_checked_anew(tmp_path):
     run = write_run(tmp_path, steps=3)
     assert [row[1].good for row in checks(read_runs([run.path])).rows] == [True] * 4
     run.append("evidence.jsonl", {"kind": "base", "when": "end", "disk": BASE, "actor": ["x"], "rollout": []})
-    run.append("evidence.jsonl", {"kind": "adapter", "step": 4, "sent": "s", "held": [{"adapter_digest": "other"}]})
+    run.append("evidence.jsonl", {"kind": "adapter", "step": 4, "sent": "s", "actual": [{"adapter_digest": "other"}]})
     run.append("evidence.jsonl", {"kind": "noise", "step": 3, "sigma_target": 0.1, "sigma_measured": 0.3, "modules": 5,
                                   "sigma_interval": [0.09, 0.11], "changed_outside": 2})  # fmt: skip
     run.append("evidence.jsonl", {"kind": "clean", "weights_digest": "x", "clean_digest": "x"})
@@ -301,24 +302,17 @@ def test_charts_place_zeros_below_a_logarithmic_axis_and_leave_gaps():
     ]  # fmt: skip
 
 
-def command(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "verl_aqn.cli", "report", *map(str, arguments)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-
 def test_command_takes_a_base_folder_and_overwrites_nothing(tmp_path):
     write_run(tmp_path / "base")
+    write_run(tmp_path / "other", seed=1)
     page = tmp_path / "page.html"
-    done = command(tmp_path / "base", "-o", page)
+    done, again = run_all(["report", tmp_path / "base", "-o", page], ["report", tmp_path / "other", "-o", page])
     assert (done.returncode, done.stderr) == (0, "")
     assert re.fullmatch(rf"{page}: 1 run, 0\.\d MB\n", done.stdout)
-    before = page.read_bytes()
-    again = command(tmp_path / "base", "-o", page)
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr == f"error: {page} exists and is not overwritten: remove it, or give another file with -o\n"
-    assert page.read_bytes() == before
+    assert "seed 0" in page.read_text()
+    assert "seed 1" not in page.read_text()
 
 
 def test_mistakes_are_one_line(tmp_path):

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -11,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from verl_aqn.checkpoints.held_adapter import held_adapter
+from verl_aqn.checkpoints.actual_adapter import actual_adapter
 from verl_aqn.config.stock_settings import DIR_VARIABLE, OPTION, StockSettings, check_supported, is_stock
 from verl_aqn.errors import ConfigError
 from verl_aqn.runs.evidence import judge_run
-from verl_aqn.runs.folder import open_run
+from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.runs.judge.records import Done
 from verl_aqn.runs.judge.stock_records import StockJudge, is_visible
 from verl_aqn.runs.report.page import write_report
 
 BASE = next(
     record
-    for record in map(json.loads, (Path(__file__).parent / "real_runs" / "actor" / "evidence.jsonl").open())
+    for record in RunFolder(Path(__file__).parent / "real_runs" / "actor").read("evidence.jsonl")
     if record["kind"] == "base"
 )
 PLACED = {
@@ -39,11 +38,11 @@ def base(when: str) -> dict[str, Any]:
 
 def adapter(step: int, digest: str = "", **more: Any) -> dict[str, Any]:
     digest = digest or f"digest {step}"
-    held = {"adapter_digest": digest, "modules": 14, "b_max": 0.1, "dtype": "bfloat16"}
-    asked = {"with": 8 * bool(step), "without": 0}
+    answer = {"adapter_digest": digest, "modules": 14, "b_max": 0.1, "dtype": "bfloat16"}
+    requests = {"with": 8 * bool(step), "without": 0}
     record = {
-        "kind": "adapter", "step": step, "sent": digest, "wanted": [digest], "modules": 14, "bytes": 100, "faults": [],
-        "held": [held], "listed": [True], "requests": asked, "uncovered": [],
+        "kind": "adapter", "step": step, "sent": digest, "expected": [digest], "modules": 14, "bytes": 100,
+        "faults": [], "actual": [answer], "listed": [True], "requests": requests, "uncovered": [],
     }  # fmt: skip
     return record | more
 
@@ -87,22 +86,22 @@ def test_a_record_that_is_not_there_is_missed(place):
 
 
 NOT_IN_ROLLOUT = {
-    "nothing came": ({"held": [{"fault": "the rollout has no adapter"}]}, "is not in the rollout (rank 0)"),
-    "another": ({"held": [adapter(1, "other")["held"][0]]}, "the adapter in the rollout is not the actor's"),
+    "nothing came": ({"actual": [{"fault": "the rollout has no adapter"}]}, "is not in the rollout (rank 0)"),
+    "another": ({"actual": [adapter(1, "other")["actual"][0]]}, "the adapter in the rollout is not the actor's"),
     "that of the step before": (
-        {"held": adapter(0)["held"]},
+        {"actual": adapter(0)["actual"]},
         "after step 1 the adapter in the rollout is not the actor's",
     ),
     "not listed": ({"listed": [False]}, "does not list the adapter"),
     "no replica": ({"listed": []}, "does not list the adapter"),
-    "no rank": ({"held": [], "wanted": []}, "0 of 1 ranks reported their adapter"),
+    "no rank": ({"actual": [], "expected": []}, "0 of 1 ranks reported their adapter"),
     "fewer modules": ({"modules": 15}, "an adapter on [14] modules, the actor on 15"),
     "a part": ({"sent": "whole"}, "holds just a part of the adapter"),
     "not covered": ({"uncovered": ["q_proj.A"]}, "do not hold all of the adapter of q_proj.A"),
     "not sent": ({"faults": ["lora_magnitude_vector is trained"]}, "lora_magnitude_vector is trained"),
     "some without": ({"requests": {"with": 7, "without": 1}}, "1 of 8 requests were answered without the adapter"),
     "no request": ({"requests": {"with": 0, "without": 0}}, "no request to the rollout was seen"),
-    "not finite": ({"held": [adapter(1)["held"][0] | {"b_max": float("nan")}]}, "is not finite"),
+    "not finite": ({"actual": [adapter(1)["actual"][0] | {"b_max": float("nan")}]}, "is not finite"),
 }
 
 
@@ -215,13 +214,13 @@ def test_the_adapter_that_an_actor_holds():
     model = get_peft_model(TwoLayers(), LoraConfig(r=2, lora_alpha=3, use_rslora=True, target_modules=["q_proj"]))
     with torch.no_grad():
         model.base_model.model.q_proj.lora_B.default.weight.normal_()
-    held = held_adapter(model)
+    actual = actual_adapter(model)
     name = "base_model.model.q_proj.lora_{}.weight"
-    assert sorted(held.tensors) == [name.format("A"), name.format("B")]
-    assert held.faults == []
+    assert sorted(actual.tensors) == [name.format("A"), name.format("B")]
+    assert actual.faults == []
     b = model.base_model.model.q_proj.lora_B.default.weight.detach()
-    served = held.served(torch.bfloat16)
+    served = actual.served(torch.bfloat16)
     assert torch.equal(served[name.format("B")], b.bfloat16() * (3 / 2**0.5))
-    assert torch.equal(served[name.format("A")], held.tensors[name.format("A")].bfloat16())
+    assert torch.equal(served[name.format("A")], actual.tensors[name.format("A")].bfloat16())
     model.base_model.model.o_proj.bias.requires_grad_(True)
-    assert "o_proj.bias is trained" in held_adapter(model).faults[0]
+    assert "o_proj.bias is trained" in actual_adapter(model).faults[0]

@@ -46,8 +46,8 @@ def read_questions(source: Source, tokenizer: Any) -> Questions:
             f"{len(unknown)} prompts of {source.run.path / file} are not in data.val_files="
             f"{source.config.data.val_files}: restore the file that the run was validated on"
         )
-    asked = list(answers | prompts)[:PROMPTS]  # prompts with a recorded response first
-    return Questions([prompts[text] for text in asked], list(answers.values()))
+    chosen = list(answers | prompts)[:PROMPTS]  # prompts with a recorded response first
+    return Questions([prompts[text] for text in chosen], list(answers.values()))
 
 
 def validation_prompts(config: DictConfig, tokenizer: Any) -> dict[str, list[int]]:

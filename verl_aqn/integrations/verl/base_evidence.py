@@ -63,10 +63,10 @@ class BaseRecords:
         ways = [rollout[rank] for rank in first_ranks]
         first = {f"rollout {way}": f"rollout {rank}" for way, rank in enumerate(first_ranks)}
         alike = Counter(way_of)
-        held = [dict(answer["tensors"]) for answer in ways]
+        tables = [dict(answer["tensors"]) for answer in ways]
         parts: dict[str, dict[str, Part]] = {"actor": {n: Part(form) for n, (_, form) in actor[0]["tensors"].items()}}
         found = {"actor": {name: digest for name, (digest, _) in actor[0]["tensors"].items()}}
-        for way, tensors in enumerate(held):
+        for way, tensors in enumerate(tables):
             parts[f"rollout {way}"] = {n: Part(f, tuple(s) if s else None) for n, (_, f, _, s) in tensors.items()}
             found[f"rollout {way}"] = {name: digest for name, (digest, *_) in tensors.items()}
         differ = [
@@ -108,7 +108,7 @@ class BaseRecords:
         differ += left.missing
         files, size = disk.size
         groups = {
-            (holder, kernel): self._groups(holder, compared, found, parts, digests, held, left, kernel)
+            (holder, kernel): self._groups(holder, compared, found, parts, digests, tables, left, kernel)
             for holder in parts
             for kernel in (False, True)
         }
@@ -141,7 +141,7 @@ class BaseRecords:
             "not_compared": left.listed(),
             "left": _of_ranks(alone, way_of),
             "differ": differ[:SHOWN],
-            "uncovered": self._uncovered(held),
+            "uncovered": self._uncovered(tables),
             "files": {"files": files, "bytes": size, "tensors": read, "read": "now" if read else "at the start"},
         }
         return record | {"seconds": round(time.monotonic() - began, 2)}
@@ -170,7 +170,7 @@ class BaseRecords:
         found: Mapping[str, Mapping[str, str]],
         parts: Mapping[str, Mapping[str, Part]],
         digests: Mapping[tuple[str, Part], str],
-        held: Sequence[Mapping[str, Any]],
+        tables: Sequence[Mapping[str, Any]],
         left: "_Left",
         kernel: bool,
     ) -> dict[str, dict[str, Any]]:
@@ -184,7 +184,7 @@ class BaseRecords:
             names = [name for name in compared[holder] if self.disk.groups[name] == group]
             live = len(names)
             if side == "rollout":
-                live = sum(bool(held[int(way)][name][2]) for name in names)
+                live = sum(bool(tables[int(way)][name][2]) for name in names)
                 if group == "packed" and kernel:
                     live = len(names)
             elsewhere = 0
@@ -194,7 +194,7 @@ class BaseRecords:
                 "tensors": len(names),
                 "elsewhere": elsewhere,
                 "live": live,
-                "held": combined_digest((name, found[holder][name]) for name in names),
+                "actual": combined_digest((name, found[holder][name]) for name in names),
                 "disk": combined_digest((name, digests[(name, parts[holder][name])]) for name in names),
             }
         return groups
@@ -207,12 +207,12 @@ class BaseRecords:
         )
         return dict(changes)
 
-    def _uncovered(self, held: Sequence[Mapping[str, Any]]) -> list[str]:
+    def _uncovered(self, tables: Sequence[Mapping[str, Any]]) -> list[str]:
         """Return the first tensor that the ranks of the rollout hold only in part, as a list, or []."""
-        names = dict.fromkeys(name for tensors in held for name in tensors)
+        names = dict.fromkeys(name for tensors in tables for name in tensors)
         slices: list[Slices] = [
             {name: part for name in names if (part := tensors[name][3] if name in tensors else NOTHING)}
-            for tensors in held
+            for tensors in tables
         ]
         missing = not_covered(slices, lambda name: self.disk.elements.get(name, 0))
         return [missing] if missing else []
@@ -356,5 +356,5 @@ def _sliced(slices: Mapping[str, Sequence[int]]) -> dict[str, Any]:
 
 
 def _fault(digest: str, part: Part) -> str:
-    held = f"rows and columns {list(part.slice)} of the tensor" if part.slice else "the tensor"
-    return f"it holds {held} with the digest {digest[:12]}… ({part.form})" if len(digest) == 64 else digest
+    what = f"rows and columns {list(part.slice)} of the tensor" if part.slice else "the tensor"
+    return f"it holds {what} with the digest {digest[:12]}… ({part.form})" if len(digest) == 64 else digest

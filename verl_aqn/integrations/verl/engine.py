@@ -15,9 +15,9 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.model import convert_weight_keys, extract_multi_modal_inputs
 from verl.workers.engine.base import EngineRegistry
 
-from verl_aqn.checkpoints.adapter import ADAPTER_DTYPE, held_name, served_adapter, unwrapped
+from verl_aqn.checkpoints.actual_base import actual_base
+from verl_aqn.checkpoints.adapter import ADAPTER_DTYPE, digest_name, served_adapter, unwrapped
 from verl_aqn.checkpoints.building import is_multimodal
-from verl_aqn.checkpoints.held_base import held_base
 from verl_aqn.checkpoints.packing import is_packed
 from verl_aqn.checkpoints.slices import Slices, cut
 from verl_aqn.digest import tensor_digest
@@ -102,9 +102,9 @@ class AqnFSDPEngine(KeptForward, PackedBase):
         renamed = self.module.checkpoint_names.adapter_name if self.text_part else str
         adapter = [(renamed(name), tensor) for name, tensor in served_adapter(tensors, scalings.__getitem__, rank)]
         self.sent_bytes = sum(tensor.nbytes for _, tensor in adapter)
-        held = tuple((held_name(name), tensor) for name, tensor in adapter)
-        self._served = () if self.slicings else tuple((name, tensor.cpu()) for name, tensor in held)
-        self.sent_adapters = _digests(held, self.slicings or ({},))
+        named = tuple((digest_name(name), tensor) for name, tensor in adapter)
+        self._served = () if self.slicings else tuple((name, tensor.cpu()) for name, tensor in named)
+        self.sent_adapters = _digests(named, self.slicings or ({},))
         one = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
         return iter(adapter), peft_config | one
 
@@ -121,14 +121,14 @@ class AqnFSDPEngine(KeptForward, PackedBase):
             self.sent_adapters, self._served = _digests(self._served, slicings), ()
 
     def base(self, every: bool) -> dict[str, Any]:
-        """Return the current `mxfp4.held_base.Held` of this process, without its tensors unless `every`.
+        """Return the current `mxfp4.actual_base.ActualBase` of this process, without its tensors unless `every`.
 
         All ranks must call this together. `activations`: how the packed layers round their inputs, with one entry if
         all do the same.
         """
-        held = held_base(self.module, self.model_config.local_path)._asdict()
+        actual = actual_base(self.module, self.model_config.local_path)._asdict()
         rounding = sorted({str(layer.activation or "none") for layer in packed_layers(self.module)})
-        return {key: value for key, value in held.items() if every or "digest" in key or key == "faults"} | {
+        return {key: value for key, value in actual.items() if every or "digest" in key or key == "faults"} | {
             "activations": rounding
         }
 

@@ -90,11 +90,11 @@ def failures_of(folder: RunFolder, part: str, step: int) -> list[dict]:
     return list(latest.values())
 
 
-def refuse_failures(folder: RunFolder, part: str, step: int, asked: int, allowed: float, missing: int = 0) -> None:
+def refuse_failures(folder: RunFolder, part: str, step: int, requested: int, allowed: float, missing: int = 0) -> None:
     """Stop a run if more responses failed than the recipe allows.
 
     Args:
-        part: train or val. asked: how many responses were requested. allowed: the share of them that may fail.
+        part: train or val. requested: how many responses were requested. allowed: the share of them that may fail.
         missing: how many responses are missing, if this is known; otherwise the recorded failures count.
 
     Raises:
@@ -102,10 +102,10 @@ def refuse_failures(folder: RunFolder, part: str, step: int, asked: int, allowed
     """
     records = failures_of(folder, part, step)
     count = max(missing, len(records))
-    if count <= allowed * asked:
+    if count <= allowed * requested:
         return
-    text = failure_text(folder, part, step, asked, count)
-    share = f"aqn.run.allow_failed={allowed:g} allows {int(allowed * asked):,}"
+    text = failure_text(folder, part, step, requested, count)
+    share = f"aqn.run.allow_failed={allowed:g} allows {int(allowed * requested):,}"
     if any(record["stage"] == "reward" for record in records):
         raise RewardError(f"{text}: fix the reward function, or allow more failures ({share})")
     raise ProcessFault(f"{text}: see training.log, or allow more failures ({share})")
@@ -116,12 +116,12 @@ def moment(part: str, step: int) -> str:
     return f"validation after step {step}" if part == "val" else f"step {step}"
 
 
-def failure_text(folder: RunFolder, part: str, step: int, asked: int, count: int) -> str:
-    """Say that `count` of `asked` responses of a step failed, with the most frequent reason if one is known.
+def failure_text(folder: RunFolder, part: str, step: int, requested: int, count: int) -> str:
+    """Say that `count` of `requested` responses of a step failed, with the most frequent reason if one is known.
 
     `part` is train or val.
     """
-    told = f"{moment(part, step)}: {count:,} of {asked:,} responses failed"
+    told = f"{moment(part, step)}: {count:,} of {requested:,} responses failed"
     reason = failure_reason(folder, part, step, count)
     return f"{told}: {reason}" if reason else f"{told}; see training.log for the reason"
 

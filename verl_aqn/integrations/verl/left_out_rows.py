@@ -155,7 +155,7 @@ def rows_of(dataset: Any, files: Sequence[str]) -> Rows:
     if (rows := getattr(dataset, "rows", None)) is not None:
         return rows
     try:
-        held = sum(map(count_rows, files))
+        count = sum(map(count_rows, files))
     except DataError:  # a file format that only the user's class can read
-        held = len(dataset)
-    return Rows(held, held, len(dataset))
+        count = len(dataset)
+    return Rows(count, count, len(dataset))

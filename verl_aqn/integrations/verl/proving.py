@@ -129,29 +129,29 @@ class ProvingTrainer(ValidatingTrainer):
     def check_adapter(self) -> None:
         """Check that the rollout multiplies with the adapter that the actor sent."""
         first = not self.slicing_of_rank
-        held = self.rollout("aqn_adapter", first)
+        actual = self.rollout("aqn_adapter", first)
         if first:  # the first sync shows which parts of the adapter the ranks hold
-            slices, sizes = ([answer.pop(key) for answer in held] for key in ("slices", "sizes"))
+            slices, sizes = ([answer.pop(key) for answer in actual] for key in ("slices", "sizes"))
             slicings, self.slicing_of_rank = distinct(slices)
             self.actor_rollout_wg.expect_slices(slicings)
             if missing := not_covered(slices, sizes[0].__getitem__):
                 raise EvidenceError(f"the rollout's ranks together do not hold all of the adapter of {missing}")
         digests, self.synced_bytes = self.actor_rollout_wg.sent_adapters()[0]
-        wanted = [digests[slicing] for slicing in self.slicing_of_rank]
+        expected = [digests[slicing] for slicing in self.slicing_of_rank]
         # `whole`: every rank holds the whole adapter, so all digests are equal.
         whole, told = len(digests) == 1, {"sent": digests[0], "bytes": self.synced_bytes}
-        ranks = [{"wanted": one, **answer} for one, answer in zip(wanted, held, strict=True)]
-        self.record("adapter", step=self.global_steps, whole=whole, **told, held=grouped(ranks))
+        ranks = [{"expected": one, **answer} for one, answer in zip(expected, actual, strict=True)]
+        self.record("adapter", step=self.global_steps, whole=whole, **told, actual=grouped(ranks))
 
     def check_base(self, when: str) -> str:
         """Compare every frozen tensor of actor and rollout with the folder; return what was compared, in one line."""
         self.doing("base")  # the watchdog expects about the same time at the end as at the start
         began, servers = time.monotonic(), self.servers()
-        asked = [server.aqn_call.remote("aqn_base_told", self.base.packed, clear_cache=False) for server in servers]
+        pending = [server.aqn_call.remote("aqn_base_told", self.base.packed, clear_cache=False) for server in servers]
         actor = self.actor_rollout_wg.base()  # while the rollout reads its own base
-        held = with_tables(ray.get(asked), self._tables_of)
+        actual = with_tables(ray.get(pending), self._tables_of)
         ranks = {"actor": self.actor_rollout_wg.world_size, "rollout": self.actor_rollout_wg.world_size}
-        record = self.base.record(when, actor, held, ranks, began)
+        record = self.base.record(when, actor, actual, ranks, began)
         self.record("base", **grouped_base(record))
         return sentence(record)
 

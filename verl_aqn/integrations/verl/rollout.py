@@ -21,7 +21,7 @@ class AqnHttpServer(vLLMHttpServer):
     """verl's server, extended by calls that return the workers' answers; verl's `collective_rpc` drops them."""
 
     _server_address: str  # the address at which verl's own servers listen: the node's
-    asked_by_http = False
+    serves_http = False
 
     def __init__(self, *args, **kwargs):
         assert_loaded("rollout server")
@@ -34,10 +34,10 @@ class AqnHttpServer(vLLMHttpServer):
 
         The HTTP server is needed only for metrics collectors and for a reward model; then it listens only on loopback.
         """
-        asked = self.asked_by_http or self.config.prometheus.enable or RLInsightLogger.enabled()
+        needs_server = self.serves_http or self.config.prometheus.enable or RLInsightLogger.enabled()
         address, self._server_address = self._server_address, "127.0.0.1"
         verls = vllm_async_server.run_uvicorn
-        if not asked:
+        if not needs_server:
             vllm_async_server.run_uvicorn = _serve_nobody
         try:
             await super().run_server(args)
@@ -47,10 +47,11 @@ class AqnHttpServer(vLLMHttpServer):
 
     async def generate(self, *args, **kwargs):
         """Generate as verl does, but with a separate seed for each turn of a session that has a seed."""
-        asked = inspect.signature(super().generate).bind(*args, **kwargs).arguments
-        if (seed := asked["sampling_params"].get("seed")) is not None:
-            asked["sampling_params"] = asked["sampling_params"] | {"seed": turn_seed(seed, len(asked["prompt_ids"]))}
-        return await super().generate(**asked)
+        arguments = inspect.signature(super().generate).bind(*args, **kwargs).arguments
+        if (seed := arguments["sampling_params"].get("seed")) is not None:
+            seed = turn_seed(seed, len(arguments["prompt_ids"]))
+            arguments["sampling_params"] = arguments["sampling_params"] | {"seed": seed}
+        return await super().generate(**arguments)
 
     async def aqn_call(self, method: str, *args: Any, clear_cache: bool = False) -> list[Any]:
         """Call `method` on every rank of the engine.
@@ -81,7 +82,7 @@ async def _serve_nobody(app: Any, args: Any, address: str) -> tuple[int, None]:
 class AqnRewardServer(AqnHttpServer):
     """The server of a reward model, which verl's router calls by HTTP."""
 
-    asked_by_http = True
+    serves_http = True
 
 
 class AqnReplica(vLLMReplica):

@@ -54,15 +54,15 @@ class ComparingTrainer(ProvingTrainer):
         """Return the log-probs that the rollout, with this step's adapter and clean norms, gives to its responses."""
         self.restore_clean(RESCORING)
         data = transfer_queue.kv_batch_get(keys=keys, partition_id="train", select_fields=["prompts", "responses"])
-        servers, asked = self.servers(), []
+        servers, requests = self.servers(), []
         longest = self.config.actor_rollout_ref.rollout.max_model_len - 1  # the engine needs room for one more token
         for n, (prompt, response) in enumerate(zip(data["prompts"].unbind(), data["responses"].unbind(), strict=True)):
             tokens = [*prompt.tolist(), *response.tolist()]
             params = {"prompt_logprobs": 0, "max_tokens": 1}
             request = servers[n % len(servers)].generate.remote(tokens[:longest], params, f"score-{keys[n]}")
-            asked.append((keys[n], len(prompt), request))
+            requests.append((keys[n], len(prompt), request))
         found = {}
-        for key, start, request in asked:
+        for key, start, request in requests:
             scores = ray.get(request).extra_fields["prompt_logprobs"]  # of tokens 1, 2, …; the last one is padding
             found[key] = [score for (score,) in scores[start - 1 : -1]]
         return found
@@ -129,8 +129,8 @@ class ComparingTrainer(ProvingTrainer):
         order = order_of(self.aqn.noise, self.schedule, self.global_steps - 1)
         reason = next(filter(None, self.actor_rollout_wg.cannot_carry_noise(order.to_dict())), "")
         if not reason:
-            held = self.actor_rollout_wg.apply_noise(order.to_dict())
-            if {one["weights_digest"] for one in held} == {self.rollout_noise["rollout rank 0"]["weights_digest"]}:
+            ranks = self.actor_rollout_wg.apply_noise(order.to_dict())
+            if {one["weights_digest"] for one in ranks} == {self.rollout_noise["rollout rank 0"]["weights_digest"]}:
                 self.trainer_log_probs(batch)
                 noisy = fields_of(batch, ["old_log_probs"]).to_padded_tensor()["old_log_probs"]
                 if all(one["uses"] for one in self.actor_rollout_wg.restore_clean()):

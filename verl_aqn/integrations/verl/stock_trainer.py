@@ -46,11 +46,11 @@ class StockTrainer(PPOTrainerSync):
         """Create the run's folder. Called as soon as the number of steps is known."""
         self.judge = StockJudge()
         self.warned = False
-        asked = self.config.copy()
-        OmegaConf.update(asked, "trainer.total_training_steps", self.total_training_steps, force_add=True)
-        plain: Any = OmegaConf.to_container(asked, resolve=True)
+        config = self.config.copy()
+        OmegaConf.update(config, "trainer.total_training_steps", self.total_training_steps, force_add=True)
+        plain: Any = OmegaConf.to_container(config, resolve=True)
         self.folder = open_run(self.settings.base, plain, fresh=True)
-        self.folder.write_text("config.yaml", OmegaConf.to_yaml(asked, resolve=True))
+        self.folder.write_text("config.yaml", OmegaConf.to_yaml(config, resolve=True))
         state = self.folder.state
         self.folder.append("events.jsonl", {"kind": "attempt", **state, "evidence": VERSION})
         self.tell(f"evidence of this run: {self.folder.path} (verl-aqn report {self.folder.path} -o evidence.html)")
@@ -159,21 +159,21 @@ class StockTrainer(PPOTrainerSync):
 
     def check_adapter(self) -> None:
         """Compare the adapter that the rollout multiplies with to the adapter in the actor."""
-        held = self.ask("aqn_adapter_or_fault")
-        slices, sizes = ([answer.pop(key, {}) for answer in held] for key in ("slices", "sizes"))
+        actual = self.ask("aqn_adapter_or_fault")
+        slices, sizes = ([answer.pop(key, {}) for answer in actual] for key in ("slices", "sizes"))
         slicings, of_rank = distinct(slices)
-        dtype = next((one["dtype"] for one in held if "dtype" in one), "bfloat16")
+        dtype = next((one["dtype"] for one in actual if "dtype" in one), "bfloat16")
         actor = self.actor_rollout_wg.adapter(dtype, slicings)[0]
         uncovered = not_covered(slices, sizes[0].__getitem__)
         good = self.record(
             "adapter",
             step=self.global_steps,
             sent=actor["digest"],
-            wanted=[actor["parts"][place] for place in of_rank],
+            expected=[actor["parts"][place] for place in of_rank],
             modules=actor["modules"],
             bytes=actor["bytes"],
             faults=actor["faults"],
-            held=held,
+            actual=actual,
             uncovered=[uncovered] if uncovered else [],
             **self.requests(),
         )

@@ -14,9 +14,9 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
-from verl_aqn.checkpoints.adapter import held_name
-from verl_aqn.checkpoints.held_adapter import HeldAdapter, held_adapter
-from verl_aqn.checkpoints.held_base import held_base
+from verl_aqn.checkpoints.actual_adapter import ActualAdapter, actual_adapter
+from verl_aqn.checkpoints.actual_base import actual_base
+from verl_aqn.checkpoints.adapter import digest_name
 from verl_aqn.checkpoints.slices import Slices, cut
 from verl_aqn.config.stock_settings import model_folder
 from verl_aqn.digest import tensor_digest
@@ -25,7 +25,7 @@ from verl_aqn.digest import tensor_digest
 class StockActorWorker(ActorRolloutRefWorker):
     """verl's worker for the actor and its side of the rollout, extended by readings of base and adapter."""
 
-    held: HeldAdapter
+    actual: ActualAdapter
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self):
@@ -44,30 +44,32 @@ class StockActorWorker(ActorRolloutRefWorker):
         """Return what this rank holds of the base; only the first rank lists every tensor."""
         engine = self.actor.engine
         with on_device(engine):
-            held = held_base(engine.module, model_folder(engine.model_config.local_path))._asdict()
-        told = {key: value for key, value in held.items() if self.rank == 0 or "digest" in key or key == "faults"}
+            actual = actual_base(engine.module, model_folder(engine.model_config.local_path))._asdict()
+        told = {key: value for key, value in actual.items() if self.rank == 0 or "digest" in key or key == "faults"}
         return told | {"activations": []}
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def remember_adapter(self) -> None:
         """Copy this actor's adapter to the CPU, to compare it with the rollout's after the sync that follows."""
         with on_device(self.actor.engine):
-            self.held = held_adapter(self.actor.engine.module)
+            self.actual = actual_adapter(self.actor.engine.module)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def adapter(self, dtype: str, slicings: list[Slices]) -> dict[str, Any]:
         """Return the digest of the remembered adapter in ``dtype``, and the digest of each of ``slicings``."""
         module = self.actor.engine.module
         named = convert_weight_keys(
-            self.held.served(getattr(torch, dtype)), getattr(module, "_fsdp_wrapped_module", module)
+            self.actual.served(getattr(torch, dtype)), getattr(module, "_fsdp_wrapped_module", module)
         )
-        held = [(held_name(name), tensor) for name, tensor in named.items()]
+        tensors = [(digest_name(name), tensor) for name, tensor in named.items()]
         return {
-            "modules": len({name.rpartition(".")[0] for name, _ in held}),
-            "digest": tensor_digest(held),
-            "parts": [tensor_digest((name, cut(tensor, part.get(name))) for name, tensor in held) for part in slicings],
-            "bytes": sum(tensor.nbytes for _, tensor in held),
-            "faults": self.held.faults[:8],
+            "modules": len({name.rpartition(".")[0] for name, _ in tensors}),
+            "digest": tensor_digest(tensors),
+            "parts": [
+                tensor_digest((name, cut(tensor, part.get(name))) for name, tensor in tensors) for part in slicings
+            ],
+            "bytes": sum(tensor.nbytes for _, tensor in tensors),
+            "faults": self.actual.faults[:8],
         }
 
 
@@ -112,8 +114,8 @@ class StockHttpServer(vLLMHttpServer):
 
     async def aqn_requests(self) -> dict[str, Any]:
         """Return whether the engine lists an adapter, and how many requests had one or not since the last call."""
-        asked, self.requests = self.requests, {"with": 0, "without": 0}
-        return {"listed": bool(await self.engine.list_loras()), **asked}
+        counts, self.requests = self.requests, {"with": 0, "without": 0}
+        return {"listed": bool(await self.engine.list_loras()), **counts}
 
 
 class StockReplica(vLLMReplica):

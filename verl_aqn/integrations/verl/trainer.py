@@ -62,7 +62,7 @@ class AqnTrainer(ComparingTrainer):
     def _submit_batch_to_rollout(self, *args, **kwargs):
         self.doing("generation")  # also for a refill of discarded groups, so that the watchdog sees progress
         count = super()._submit_batch_to_rollout(*args, **kwargs)
-        self.asked += count * self.config.actor_rollout_ref.rollout.n
+        self.requested += count * self.config.actor_rollout_ref.rollout.n
         return count
 
     def on_init_end(self):
@@ -73,16 +73,16 @@ class AqnTrainer(ComparingTrainer):
 
     def on_step_begin(self):
         self.doing("noise")
-        self.asked = 0
+        self.requested = 0
         super().on_step_begin()
         self.apply_noise(self.global_steps - 1)
 
     def on_sample_end(self):
         rollout = self.config.actor_rollout_ref.rollout
-        asked = self.config.data.train_batch_size * rollout.n
+        requested = self.config.data.train_batch_size * rollout.n
         taken = self.replay_buffer.taken.keys
-        failed = asked - answered(taken)
-        self.tell_failed("train", asked, failed)
+        failed = requested - answered(taken)
+        self.tell_failed("train", requested, failed)
         self.noise_metrics["aqn/answers_failed"] = failed
         keys = scored_again(taken, self.aqn.mismatch.rescore if can_rescore(rollout) else 0)
         sigma = self.noise_metrics["aqn/sigma"]

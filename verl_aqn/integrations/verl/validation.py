@@ -29,7 +29,7 @@ class ValidatingTrainer(KeyedTrainer):
     shares: dict[str, float]  # share of right responses in the last validation, by rule
     pass_at: dict[str, float]  # probability that at least one of k responses is right, by k
     failed: int  # number of missing responses
-    asked: int = 0  # number of responses requested in this step, with refills
+    requested: int = 0  # number of responses requested in this step, with refills
     by_source: dict[str, dict[str, float]]  # problems and shares of each data source; {} if there is only one
 
     def _validate(self) -> dict[str, float]:
@@ -100,12 +100,12 @@ class ValidatingTrainer(KeyedTrainer):
         """
         rollout, allowed = self.config.actor_rollout_ref.rollout, parse_aqn(self.config).run.allow_failed
         if part == "val":
-            asked = len(self.val_dataset) * self.samples
+            requested = len(self.val_dataset) * self.samples
         else:
-            asked = max(self.asked, self.config.data.train_batch_size * rollout.n)
-        refuse_failures(self.folder, part, self.global_steps, asked, allowed, missing)
+            requested = max(self.requested, self.config.data.train_batch_size * rollout.n)
+        refuse_failures(self.folder, part, self.global_steps, requested, allowed, missing)
 
-    def tell_failed(self, part: str, asked: int, failed: int) -> None:
+    def tell_failed(self, part: str, requested: int, failed: int) -> None:
         """Stop the run for missing responses, or warn if the run allows that many. `part`: train or val.
 
         Raises:
@@ -114,7 +114,7 @@ class ValidatingTrainer(KeyedTrainer):
         self.refuse_failed(part, failed)
         if failed:
             counted = "they count as wrong" if part == "val" else "their groups are smaller"
-            text = f"{failure_text(self.folder, part, self.global_steps, asked, failed)}; {counted}"
+            text = f"{failure_text(self.folder, part, self.global_steps, requested, failed)}; {counted}"
             self.folder.append("events.jsonl", {"kind": "warning", "text": text})
 
 

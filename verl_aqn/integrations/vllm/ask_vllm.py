@@ -209,15 +209,15 @@ def without_slot(model: Any, config: Any, linears: dict[str, str]) -> list[str]:
             device=torch.device("meta"),
             vllm_config=config,
         )
-    held = set(manager.modules)
+    accepted = set(manager.modules)
     for fused, parts in manager.packed_modules.items():
-        held |= set(parts) | {fused}
+        accepted |= set(parts) | {fused}
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     mapper = getattr(mapper, "get_unstacked_mapper", lambda: mapper)()  # as verl does when it loads an adapter
     return [
         name
         for name, sent in linears.items()
-        if parse_fine_tuned_lora_name(f"base_model.model.{sent}.lora_A.weight", mapper)[0] not in held
+        if parse_fine_tuned_lora_name(f"base_model.model.{sent}.lora_A.weight", mapper)[0] not in accepted
     ]
 
 

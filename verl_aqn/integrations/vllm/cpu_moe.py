@@ -26,11 +26,11 @@ class CpuMoEMethod(UnquantizedFusedMoEMethod):
 class _LocalExperts:
     """A mixin before an experts class of vLLM's CPU platform: a rank computes only the experts that it holds."""
 
-    _held: Tensor | None = None
+    _expert_map: Tensor | None = None
 
     def process_weights_after_loading(self, layer: Any) -> None:
         super().process_weights_after_loading(layer)  # type: ignore[misc]
-        self._held = layer.expert_map
+        self._expert_map = layer.expert_map
 
     def _select_experts(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return weights [T, k] in float32 and the experts' indices on this rank [T, k] in int32.
@@ -38,7 +38,7 @@ class _LocalExperts:
         Experts of other ranks get weight 0 and index 0. The outputs of all ranks are summed afterwards.
         """
         weights, experts = super()._select_experts(*args, **kwargs)  # type: ignore[misc]
-        if self._held is None:
+        if self._expert_map is None:
             return weights, experts
-        places = self._held[experts.long()]
+        places = self._expert_map[experts.long()]
         return weights.masked_fill(places < 0, 0.0), places.clamp(min=0)

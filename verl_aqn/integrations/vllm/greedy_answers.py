@@ -66,18 +66,18 @@ def _score(llm: Any, request: dict[str, Any], lora: Any) -> list[list[float]]:
 
     # vLLM generates one token after the scored ones, so the context needs room for it.
     room = llm.llm_engine.model_config.max_model_len - 1
-    asked = {
+    requests = {
         number: (prompt, [*prompt, *answer][:room])
         for number, (prompt, answer) in enumerate(zip(request["prompts"], request["scored"], strict=True))
         if answer
     }
     found: list[list[float]] = [[] for _ in request["prompts"]]
-    if not asked:
+    if not requests:
         return found
-    prompts = [{"prompt_token_ids": ids} for _, ids in asked.values()]
+    prompts = [{"prompt_token_ids": ids} for _, ids in requests.values()]
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
     result = llm.generate(prompts, params, lora_request=lora, use_tqdm=False)
-    for (number, (prompt, ids)), output in zip(asked.items(), result, strict=True):
+    for (number, (prompt, ids)), output in zip(requests.items(), result, strict=True):
         places = zip(ids[len(prompt) :], output.prompt_logprobs[len(prompt) :], strict=True)
         found[number] = [place[token].logprob for token, place in places]
     return found

@@ -57,7 +57,7 @@ def _correct_packing(model: Any, loaded: Loaded) -> None:
     mapping: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
     wrong: set[str] = set()
     right: set[str] = set()
-    for place, sources in loaded.held_in.items():
+    for place, sources in loaded.sources_in.items():
         parent = place.rpartition(".")[0].rpartition(".")[2]
         if parent in mapping and place.endswith((".weight", ".weight_packed")):
             leaves = {module_of(source).rpartition(".")[2] for source in sources}

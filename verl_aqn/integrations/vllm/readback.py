@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from verl_aqn.checkpoints.adapter import held_name, split_name
+from verl_aqn.checkpoints.adapter import digest_name, split_name
 from verl_aqn.checkpoints.formats import FORMATS
 from verl_aqn.checkpoints.packing import combined_digest, module_digest
 from verl_aqn.checkpoints.slices import NOTHING, Loaded, Slices, blocks_of
@@ -75,8 +75,8 @@ def remember_base(model: torch.nn.Module) -> None:
     parameter = parameters_of(model)
     packed: dict[str, tuple[str, ...]] = {m: n for m in _modules(loaded) if (n := _packed_names(loaded, m))}
     loaded.digests, loaded.packed = {}, bool(packed)
-    held = {place: parameter(place) for place in loaded.held_in}
-    loaded.parameters = {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in held.items()}
+    parameters = {place: parameter(place) for place in loaded.sources_in}
+    loaded.parameters = {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in parameters.items()}
     for module, names in packed.items():
         if not (pieces := [piece for name in names for piece in loaded.pieces.get(name, ())]):
             continue  # another rank holds it
@@ -114,8 +114,8 @@ def loaded_of(model: torch.nn.Module) -> Loaded:
 def parameters_of(model: torch.nn.Module) -> Callable[[str], Tensor]:
     """Return a function from a name at loading, without LoRA's wrapper, to the current parameter or buffer."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    held = {name.replace(".base_layer.", "."): parameter.data for name, parameter in named}
-    return held.__getitem__
+    parameters = {name.replace(".base_layer.", "."): parameter.data for name, parameter in named}
+    return parameters.__getitem__
 
 
 def _modules(loaded: Loaded) -> list[str]:
@@ -189,10 +189,10 @@ def describe_base(model: torch.nn.Module, modules: Collection[str]) -> dict:
             continue
         digests.append((module, loaded.digests[key]))
         names = (_packed_names(loaded, module) if loaded.packed else None) or (weight_name(loaded, module),)
-        held_in = [piece.place.rpartition(".")[0] for piece in loaded.pieces[names[0]]]
-        for place in held_in:
+        layers_here = [piece.place.rpartition(".")[0] for piece in loaded.pieces[names[0]]]
+        for place in layers_here:
             places.setdefault(place, []).append(module)
-        experts += is_experts(named[held_in[0]])
+        experts += is_experts(named[layers_here[0]])
         if part := slice_of(loaded, module):
             slices[module] = part
     layers: dict[str, Any] = {name: layer for name, layer in named.items() if name in places}
@@ -263,14 +263,14 @@ def describe_adapter(model: torch.nn.Module) -> dict:
             f"{' …' if len(homeless) > 3 else ''} ({len(homeless)} modules): leave them out of "
             "actor_rollout_ref.model.target_modules"
         )
-    foreign = [place for place, buffer in buffers.items() if place not in sent.held_in and bool(buffer.any())]
+    foreign = [place for place, buffer in buffers.items() if place not in sent.sources_in and bool(buffer.any())]
     if foreign:
         raise EvidenceError(f"vLLM multiplies with adapter values in {foreign[0]} that were not sent")
     tensors: list[tuple[str, Tensor]] = []
     slices: Slices = {}
     sizes: dict[str, int] = {}
     for source in sent.sources:
-        name = held_name(source)
+        name = digest_name(source)
         tensors.append((name, sent.read(source, buffers.__getitem__)))
         if part := sent.region(source):
             slices[name], sizes[name] = part, sent.sources[source].numel

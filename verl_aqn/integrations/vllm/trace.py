@@ -69,12 +69,12 @@ class Trace(TorchDispatchMode):
     def name(self, name: str, tensor: Tensor) -> None:
         """Follow `tensor` under `name`; the loader may later reuse its memory for another tensor."""
         self.sources[name] = Source(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-        held, box = self._storage(tensor, create=True), _box(tensor)
-        if held.itemsize != tensor.element_size():
+        storage, box = self._storage(tensor, create=True), _box(tensor)
+        if storage.itemsize != tensor.element_size():
             self._lost[name] = "one buffer for several dtypes"
             return
-        held.erase(box)
-        held.add(name, box)
+        storage.erase(box)
+        storage.add(name, box)
 
     def loaded(self, parameters: Iterable[tuple[str, Tensor]]) -> Loaded:
         """Return which parts of the named tensors `parameters`, given by name, hold."""
@@ -177,24 +177,24 @@ class Trace(TorchDispatchMode):
             return self._lose(tensor, how)
         tensor = tensor.expand(target.shape)
         view = _box(tensor, target)
-        held = self._storage(target, create=True)
-        if held.itemsize != target.element_size():
+        storage = self._storage(target, create=True)
+        if storage.itemsize != target.element_size():
             return self._lose(tensor, how)
-        if held.boxes:
+        if storage.boxes:
             self._erase(target)
         for source, box in list(known.boxes.values()):
             found = compose(view, box)
             if found is None:
                 self._lost[source] = f"{how} of {tuple(tensor.shape)}"
             for part in found or []:
-                held.add(source, part)
+                storage.add(source, part)
         return None
 
     def _erase(self, target: Tensor) -> None:
         """Forget the earlier content of the region of `target`."""
-        held = self._storage(target)
-        if held is not None:
-            held.erase(_box(target))
+        storage = self._storage(target)
+        if storage is not None:
+            storage.erase(_box(target))
 
     def _storage(self, tensor: Tensor, create: bool = False) -> Any:
         storage = tensor.untyped_storage()

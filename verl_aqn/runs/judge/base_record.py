@@ -8,7 +8,7 @@ The trainer checks each record when it writes it, and `report` checks it again. 
 - `expected`: for each group (`GROUPS`) the number of tensors in the folder; a packed module counts as one.
 - `holders`: for each of "actor", "rollout 0", … and each group: `tensors`, how many were compared; `elsewhere`, how
   many other ranks hold; `live`, how many were read where the model computes with them (the others were compared as they
-  were loaded); and two combined digests: `held`, of what the process holds, and `disk`, of the same parts of the same
+  were loaded); and two combined digests: `actual`, of what the process holds, and `disk`, of the same parts of the same
   tensors on disk.
 - `converted`: for each holder, how many tensors were rounded to the dtype of the process, by "from → to".
 - `not_compared`: list of {"side", "group", "code" (`CODES`), "reason", "tensors", "names"}.
@@ -287,17 +287,20 @@ def _check_holders(
                 and not (side == "actor" and elsewhere),
                 f"{what}: {tensors} compared, {elsewhere} on other ranks and {out} left out, of {expected[group]}",
             )
-            _must(_digest(one.get("held")) and one.get("held") == one.get("disk"), f"{what} differ from the folder's")
             _must(
-                (one["held"] == EMPTY_DIGEST) == (tensors == 0), f"{what} have a digest that does not fit their number"
+                _digest(one.get("actual")) and one.get("actual") == one.get("disk"), f"{what} differ from the folder's"
+            )
+            _must(
+                (one["actual"] == EMPTY_DIGEST) == (tensors == 0),
+                f"{what} have a digest that does not fit their number",
             )
             _must(
                 live == tensors or (side == "rollout" and group != "norms"),
                 f"{what} were compared as they were loaded, not as they are now",
             )
     for group, count in expected.items():
-        held = any(holders[name][group]["tensors"] for name in wanted[1:])
-        _must(held or left.get(("rollout", group), 0) == count, f"{where}no rank of the rollout holds {group}")
+        compared = any(holders[name][group]["tensors"] for name in wanted[1:])
+        _must(compared or left.get(("rollout", group), 0) == count, f"{where}no rank of the rollout holds {group}")
     _must(
         isinstance(digests, list) and len(digests) == ranks["actor"] and all(map(_digest, digests)),
         f"{where}not every rank of the actor reported what it holds",
@@ -306,19 +309,21 @@ def _check_holders(
 
 
 def _ranks_of(record: Mapping[str, Any], ranks: Mapping[str, int], where: str) -> list[Mapping[str, Any]]:
-    held = record.get("rollout")
+    answers = record.get("rollout")
     _must(
-        isinstance(held, list) and len(held) == ranks["rollout"] and all(isinstance(one, Mapping) for one in held),
+        isinstance(answers, list)
+        and len(answers) == ranks["rollout"]
+        and all(isinstance(one, Mapping) for one in answers),
         f"{where}not every rank of the rollout answered",
     )
-    assert isinstance(held, list)
-    return held
+    assert isinstance(answers, list)
+    return answers
 
 
 def _check_packed(record: Mapping[str, Any], quantised: bool, form: str, ranks: Mapping[str, int], where: str) -> None:
     """Check the digests of the packed modules, and what their kernels compute with."""
-    held = _ranks_of(record, ranks, where)
-    for rank, one in enumerate(held):
+    answers = _ranks_of(record, ranks, where)
+    for rank, one in enumerate(answers):
         # None means that the kernel stores the weights in its own layout; then they must not change after the start.
         _must(
             "weights_equal_base" in one and one["weights_equal_base"] in (True, None),
@@ -336,7 +341,7 @@ def _check_packed(record: Mapping[str, Any], quantised: bool, form: str, ranks: 
         )
         _must(_tells_parts(one), f"{where}{name} does not say which parts it holds")
     if not quantised:
-        alone = all((one.get("base_digest"), one["weights_equal_base"]) == (EMPTY_DIGEST, None) for one in held)
+        alone = all((one.get("base_digest"), one["weights_equal_base"]) == (EMPTY_DIGEST, None) for one in answers)
         _must(alone, f"{where}a 16-bit base has packed matrices")
         return
     disk, served, actor = (_get(record, name, where) for name in ("disk", "served", "actor"))
@@ -345,16 +350,16 @@ def _check_packed(record: Mapping[str, Any], quantised: bool, form: str, ranks: 
         f"{where}the MXFP4 base of the actor is not the folder's",
     )
     _must((served == disk) == (form == "packed"), f"{where}the form of the rollout's base is not {form}")
-    for rank, one in enumerate(held):
+    for rank, one in enumerate(answers):
         name = f"rollout {rank}"
         packed = record["holders"][name]["packed"]
         _must(
             packed["live"] == (packed["tensors"] if one["weights_equal_base"] else 0),
             f"{where}the record contradicts itself about what {name} computes with",
         )
-        wanted = packed["disk"] if holds_parts(one) else served
+        expected = packed["disk"] if holds_parts(one) else served
         _must(
-            one.get("base_digest") == wanted == packed["held"],
+            one.get("base_digest") == expected == packed["actual"],
             f"{where}the MXFP4 base of {name} is not the folder's",
         )
         _must(_count(one["layers"]) or not packed["tensors"], f"{where}{name} has no layer")
@@ -362,24 +367,26 @@ def _check_packed(record: Mapping[str, Any], quantised: bool, form: str, ranks: 
 
 def _check_activations(record: Mapping[str, Any], ranks: Mapping[str, int], where: str) -> None:
     """Check how both sides round the activations that they multiply packed weights with."""
-    asked, actor = _get(record, "activation", where), _get(record, "actor_activations", where)
+    expected, actor = _get(record, "activation", where), _get(record, "actor_activations", where)
     _must(
         isinstance(actor, list) and len(actor) == ranks["actor"],
         f"{where}not every rank of the actor reported its rounding",
     )
     if not record["quantised"]:
         rounding = [*actor, *(one.get("activations") for one in record["rollout"])]
-        _must(asked == "none" and rounding == [[]] * len(rounding), f"{where}a 16-bit base rounds activations")
+        _must(expected == "none" and rounding == [[]] * len(rounding), f"{where}a 16-bit base rounds activations")
         return
     for rank, found in enumerate(actor):
-        if found != [asked]:
-            raise EvidenceError(f"actor rank {rank} rounds activations as {found}, but the recipe asks for {asked!r}")
+        if found != [expected]:
+            raise EvidenceError(
+                f"actor rank {rank} rounds activations as {found}, but the recipe asks for {expected!r}"
+            )
     for one in record["rollout"]:
-        if one.get("activations") != [asked]:
+        if one.get("activations") != [expected]:
             raise EvidenceError(
                 f"the rollout's kernel {one.get('kernel')} rounds activations as {one.get('activations')}, but the "
-                f"recipe asks for {asked!r}: set actor_rollout_ref.rollout.engine_kwargs.vllm.linear_backend (marlin "
-                "for W4A16), or aqn.mxfp4.activation"
+                f"recipe asks for {expected!r}: set actor_rollout_ref.rollout.engine_kwargs.vllm.linear_backend "
+                "(marlin for W4A16), or aqn.mxfp4.activation"
             )
 
 

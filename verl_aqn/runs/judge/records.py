@@ -281,39 +281,39 @@ class Judge:
             self._base_at_start = record
 
     def _on_adapter(self, record: Fields) -> None:
-        sent, held = record["sent"], record["held"]
-        if not held:
+        sent, actual = record["sent"], record["actual"]
+        if not actual:
             raise EvidenceError(f"after step {record['step']} no rank of the rollout reported its adapter")
-        digests = [answer["adapter_digest"] for answer in held]
+        digests = [answer["adapter_digest"] for answer in actual]
         if not self.whole:
             # `sent` is the digest of what the first rank holds; other ranks may hold other slices.
             if digests[0] != sent:
                 raise EvidenceError(f"after step {record['step']} the rollout's adapter is not the one that was sent")
             return
         step = record["step"]
-        if any("ranks" in answer for answer in held):
-            held = [Fields(answer) for answer in by_rank(held, "rollout")]
-            digests, wanted = ([answer[key] for answer in held] for key in ("adapter_digest", "wanted"))
+        if any("ranks" in answer for answer in actual):
+            actual = [Fields(answer) for answer in by_rank(actual, "rollout")]
+            digests, expected = ([answer[key] for answer in actual] for key in ("adapter_digest", "expected"))
         else:
-            wanted = record["wanted"]
+            expected = record["expected"]
         if step < 0 or (self._last_sync is not None and step != self._last_sync + 1):
             raise EvidenceError(f"there is a sync of step {step}, but the sync before it was of step {self._last_sync}")
         self._last_sync = step
         if self.rollout_ranks == 1 and not record["whole"]:
             raise EvidenceError(f"after step {step} the only rank of the rollout holds just a part of the adapter")
-        if len(held) != self.rollout_ranks or len(wanted) != self.rollout_ranks:
+        if len(actual) != self.rollout_ranks or len(expected) != self.rollout_ranks:
             raise EvidenceError(
-                f"after step {record['step']} {len(held)} of {self.rollout_ranks} ranks reported their adapter"
+                f"after step {record['step']} {len(actual)} of {self.rollout_ranks} ranks reported their adapter"
             )
-        if digests != wanted or (record["whole"] and set(wanted) != {sent}):
+        if digests != expected or (record["whole"] and set(expected) != {sent}):
             raise EvidenceError(f"after step {record['step']} the rollout's adapter is not the one that was sent")
-        modules = {answer["modules"] for answer in held}
+        modules = {answer["modules"] for answer in actual}
         before = self._last_adapter
         if min(modules) < 1 or record["bytes"] < 1 or len(modules) > 1:
             raise EvidenceError(f"after step {record['step']} the adapter in the rollout has {sorted(modules)} modules")
-        if before and (before["held"][0]["modules"] not in modules or before["bytes"] != record["bytes"]):
+        if before and (before["actual"][0]["modules"] not in modules or before["bytes"] != record["bytes"]):
             raise EvidenceError(f"after step {record['step']} the size of the adapter has changed")
-        if not all(0 <= answer["b_max"] < float("inf") for answer in held):
+        if not all(0 <= answer["b_max"] < float("inf") for answer in actual):
             raise EvidenceError(f"after step {record['step']} the adapter in the rollout is not finite")
         self._last_adapter = record
 
@@ -364,11 +364,11 @@ class Judge:
             if not linear:  # with linear layers, a reading contains those that had noise before, so its size varies
                 self._same("elements of all norms", record["elements"])
             return
-        held = [name for group in record["groups"] if group["kind"] == "norm" for name in group["modules"]]
-        if sorted(held) != sorted(expected):
-            name = min(set(held) ^ expected, default="one norm")
+        actual = [name for group in record["groups"] if group["kind"] == "norm" for name in group["modules"]]
+        if sorted(actual) != sorted(expected):
+            name = min(set(actual) ^ expected, default="one norm")
             raise EvidenceError(
-                f"step {record['step']}: {name} should have noise and has none, or the other way round ({len(held)} "
+                f"step {record['step']}: {name} should have noise and has none, or the other way round ({len(actual)} "
                 f"norms with noise, {len(expected)} expected)"
             )
 
@@ -529,13 +529,13 @@ def _check_packed_base(record: Fields) -> None:
     """Raise unless a record of an older version, which compared packed modules only, shows them to be equal."""
     if record.get("quantised") is False:
         raise Missing("a comparison of the 16-bit base")
-    disk, actor, held = record["disk"], record["actor"], record["rollout"]
+    disk, actor, rollout = record["disk"], record["actor"], record["rollout"]
     served = record.get("served") or disk
-    if not actor or not held or set(actor) != {disk}:
+    if not actor or not rollout or set(actor) != {disk}:
         raise EvidenceError(f"at the {record['when']} the MXFP4 base of the actor differs from the one on disk")
-    if any(one.get("base_digest") != served for one in held if not one.get("slices")):
+    if any(one.get("base_digest") != served for one in rollout if not one.get("slices")):
         raise EvidenceError(f"at the {record['when']} the MXFP4 base of the rollout differs from the one on disk")
-    if any(one.get("weights_equal_base") is False for one in held):
+    if any(one.get("weights_equal_base") is False for one in rollout):
         raise EvidenceError(f"at the {record['when']} the rollout computes with weights that are not its MXFP4 base")
 
 

@@ -1,8 +1,8 @@
 """The judge of a run of stock verl (`verl_aqn.stock`): it judges adapter, base and mismatch, but no noise.
 
 The base of such a run is never packed. Fields of the record `adapter` here: `step`, after which the sync took place;
-`sent`, the digest of the actor's own adapter in the dtype of the rollout; `wanted`, the same for the part that each
-rank of the rollout holds; `modules`, how many have an adapter in the actor; `faults` of the actor's adapter; `held`,
+`sent`, the digest of the actor's own adapter in the dtype of the rollout; `expected`, the same for the part that each
+rank of the rollout holds; `modules`, how many have an adapter in the actor; `faults` of the actor's adapter; `actual`,
 what each rank of the rollout multiplies with, or its `fault`; `listed`, for each replica whether its requests get the
 adapter; `requests` since the sync before, `with` and `without` an adapter; `uncovered`, what the ranks together do not
 hold. The record `requests` at the end has only `listed` and `requests`.
@@ -57,31 +57,31 @@ class StockJudge(Judge):
             raise EvidenceError("the record of the run's nodes counts no rank of the rollout")
 
     def _on_adapter(self, record: Fields) -> None:
-        step, held, wanted = record["step"], record["held"], record["wanted"]
+        step, actual, expected = record["step"], record["actual"], record["expected"]
         where = f"after step {step}" if step else "at the start"
         if step < 0 or (self._last_sync is not None and step != self._last_sync + 1):
             raise EvidenceError(f"there is a sync of step {step}, but the sync before it was of step {self._last_sync}")
         self._last_sync = step
         if faults := record["faults"]:
             raise EvidenceError(f"{where}: {faults[0]}")
-        if len(held) != self.rollout_ranks:
-            raise EvidenceError(f"{where} {len(held)} of {self.rollout_ranks} ranks reported their adapter")
-        for rank, one in enumerate(held):
+        if len(actual) != self.rollout_ranks:
+            raise EvidenceError(f"{where} {len(actual)} of {self.rollout_ranks} ranks reported their adapter")
+        for rank, one in enumerate(actual):
             if fault := one.get("fault"):
                 raise EvidenceError(f"{where} the adapter is not in the rollout (rank {rank}): {fault}")
         if missing := record["uncovered"]:
             raise EvidenceError(f"{where} the rollout's ranks together do not hold all of the adapter of {missing[0]}")
         self._check_requests(record, where)
-        if {one["modules"] for one in held} != {record["modules"]} or record["modules"] < 1:
-            counts = sorted({one["modules"] for one in held})
+        if {one["modules"] for one in actual} != {record["modules"]} or record["modules"] < 1:
+            counts = sorted({one["modules"] for one in actual})
             raise EvidenceError(
                 f"{where} the rollout has an adapter on {counts} modules, the actor on {record['modules']}"
             )
-        if len(wanted) != len(held) or [one["adapter_digest"] for one in held] != wanted:
+        if len(expected) != len(actual) or [one["adapter_digest"] for one in actual] != expected:
             raise EvidenceError(f"{where} the adapter in the rollout is not the actor's")
-        if len(wanted) == 1 and wanted != [record["sent"]]:
+        if len(expected) == 1 and expected != [record["sent"]]:
             raise EvidenceError(f"{where} the only rank of the rollout holds just a part of the adapter")
-        if not all(0 <= one["b_max"] < math.inf for one in held):
+        if not all(0 <= one["b_max"] < math.inf for one in actual):
             raise EvidenceError(f"{where} the adapter in the rollout is not finite")
         if self._last_adapter and not record["requests"]["with"]:
             raise EvidenceError(f"{where}: no request to the rollout was seen")
@@ -98,10 +98,10 @@ class StockJudge(Judge):
             raise EvidenceError(
                 f"{where} the rollout does not list the adapter: requests would be answered with the base model"
             )
-        asked = record["requests"]
-        if asked["without"]:
-            count = asked["with"] + asked["without"]
-            raise EvidenceError(f"{where}: {asked['without']} of {count} requests were answered without the adapter")
+        counts = record["requests"]
+        if counts["without"]:
+            count = counts["with"] + counts["without"]
+            raise EvidenceError(f"{where}: {counts['without']} of {count} requests were answered without the adapter")
 
     def _on_adapter_use(self, record: Fields) -> None:
         step = record["step"]

@@ -78,10 +78,10 @@ def _base(run: Run, records: Sequence[Record]) -> str:
         return f"{sentence(records[0])} ({when})"
     if any(record.get("quantised") is False for record in records):
         return "unquantised base: there was nothing to compare"
-    held = [one for record in records for one in record.get("rollout") or []]
-    slices = any(one.get("slices") for one in held)
+    ranks = [one for record in records for one in record.get("rollout") or []]
+    slices = any(one.get("slices") for one in ranks)
     sliced = "; the rollout's ranks have slices of the base, which the run itself compared" if slices else ""
-    kernels = ", ".join(sorted({str(one.get("kernel")) for one in held}))
+    kernels = ", ".join(sorted({str(one.get("kernel")) for one in ranks}))
     return f"packed modules {_short(records[-1].get('disk'))} on disk = actor = rollout ({when}){sliced}; {kernels}"
 
 
@@ -215,14 +215,14 @@ def noise_table(run: Run) -> Table:
     rows = []
     for step, ranks, record in sorted(readings.values(), key=lambda one: one[:2]):
         target, measured, interval = (record.get(key) for key in ("sigma_target", "sigma_measured", "sigma_interval"))
-        held = " to ".join(number(end) for end in interval) if interval and target else "–"
+        bounds = " to ".join(number(end) for end in interval) if interval and target else "–"
         rows.append(
             [
                 Cell(str(step + 1), step),
                 Cell(_spans(ranks), ranks[0]),
                 Cell("–" if target is None else number(target), target),
                 Cell("–" if measured is None else number(measured), measured),
-                Cell(held, interval[0] if interval else None, good=_inside(record) if target else None),
+                Cell(bounds, interval[0] if interval else None, good=_inside(record) if target else None),
                 Cell(str(record.get("modules", "–")), record.get("modules")),
                 Cell(_short(record.get("weights_digest")), code=True),
             ]
@@ -238,14 +238,14 @@ def adapter_table(run: Run) -> Table:
     }
     rows = []
     for step, record in sorted(newest.items()):
-        held = record.get("held") or []
-        ranks = sum(len(one.get("ranks") or [0]) for one in held)
-        equal = bool(held) and held[0].get("adapter_digest") == record.get("sent")
+        actual = record.get("actual") or []
+        ranks = sum(len(one.get("ranks") or [0]) for one in actual)
+        equal = bool(actual) and actual[0].get("adapter_digest") == record.get("sent")
         rows.append(
             [
                 Cell(str(step), step),
                 Cell(str(record.get("sent", "–")), code=True),
-                Cell(_short(held[0].get("adapter_digest")) if held else "–", good=equal, code=True),
+                Cell(_short(actual[0].get("adapter_digest")) if actual else "–", good=equal, code=True),
                 Cell(str(ranks), ranks),
             ]
         )

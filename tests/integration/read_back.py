@@ -1,4 +1,4 @@
-"""`python -m tests.integration.held MODEL ADAPTER`: vLLM's weights of both and its responses, as a JSON line.
+"""`python -m tests.integration.read_back MODEL ADAPTER`: vLLM's weights of both and its responses, as a JSON line.
 
 This runs in its own process, because an engine sets up its process only once.
 """

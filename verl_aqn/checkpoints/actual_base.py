@@ -1,4 +1,4 @@
-"""Digests of the tensors that a transformers model holds of its folder, also inside PEFT and FSDP2."""
+"""Digests of the tensors that a transformers model has in memory, also inside PEFT and FSDP2."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +19,12 @@ _ADAPTER = (".lora_", ".modules_to_save.", ".ranknum.")
 _PACKED = ("weight_packed", "weight_scale")
 
 
-class Held(NamedTuple):
+class ActualBase(NamedTuple):
     """The tensors that one process holds.
 
     `tensors`: (digest, dtype or "packed") by the name in the checkpoint. `converted`: tensors that transformers turns
     into others when it loads them, with the conversion. `passed`: tensors that are not in the text model. `faults`:
-    messages about errors in this process. `digest`: over all held tensors, to compare ranks. `packed_digest`: over
+    messages about errors in this process. `digest`: over all these tensors, to compare ranks. `packed_digest`: over
     the packed modules; None if there are none.
     """
 
@@ -36,7 +36,7 @@ class Held(NamedTuple):
     packed_digest: str | None
 
 
-def held_base(model: nn.Module, path: str | Path) -> Held:
+def actual_base(model: nn.Module, path: str | Path) -> ActualBase:
     """Compute the digest of every frozen parameter and persistent buffer of ``model``, loaded from folder ``path``.
 
     Packed modules get `module_digest` under the module's name, other tensors get `plain_digest`. Under FSDP2 each
@@ -71,7 +71,9 @@ def held_base(model: nn.Module, path: str | Path) -> Held:
     for name in homeless:
         faults += _tied_fault(name, ties, model, tensors, made_of)
     found = combined_digest((name, f"{digest} {form}") for name, (digest, form) in tensors.items())
-    return Held(tensors, converted, sorted(naming.passed), faults, found, combined_digest(packed) if packed else None)
+    return ActualBase(
+        tensors, converted, sorted(naming.passed), faults, found, combined_digest(packed) if packed else None
+    )
 
 
 def _dense_faults(model: nn.Module) -> list[str]:

@@ -8,14 +8,14 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from verl_aqn.checkpoints.actual_base import own_modules
 from verl_aqn.checkpoints.adapter import unwrapped
-from verl_aqn.checkpoints.held_base import own_modules
 from verl_aqn.checkpoints.packing import whole
 
 _MATRICES = (".lora_A.default", ".lora_B.default")
 
 
-class HeldAdapter(NamedTuple):
+class ActualAdapter(NamedTuple):
     """A [r, K] and B [N, r] on the CPU by their PEFT names, and PEFT's scaling by the name of B.
 
     `faults`: messages about parameters that are trained but that no rollout receives.
@@ -27,13 +27,13 @@ class HeldAdapter(NamedTuple):
 
     def served(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the tensors as a rollout holds them: rounded to ``dtype``, then each B multiplied by its scaling."""
-        held = {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
+        rounded = {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
         return {
-            name: tensor * self.scalings[name] if name in self.scalings else tensor for name, tensor in held.items()
+            name: tensor * self.scalings[name] if name in self.scalings else tensor for name, tensor in rounded.items()
         }
 
 
-def held_adapter(model: nn.Module) -> HeldAdapter:
+def actual_adapter(model: nn.Module) -> ActualAdapter:
     """Copy the adapter of ``model``. Under FSDP each tensor is gathered in turn, so all ranks must call this."""
     layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer))
     scalings = {unwrapped(f"{name}.lora_B.weight"): layer.scaling["default"] for name, layer in layers}
@@ -45,7 +45,7 @@ def held_adapter(model: nn.Module) -> HeldAdapter:
             tensors[f"{module.removesuffix('.default')}.weight"] = whole(parameter.detach()).cpu().clone()
         else:
             faults.append(f"{full} is trained in the actor but is not a LoRA matrix: the rollout does not receive it")
-    return HeldAdapter(tensors, scalings, faults)
+    return ActualAdapter(tensors, scalings, faults)
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
