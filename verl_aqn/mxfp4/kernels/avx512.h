@@ -1,13 +1,8 @@
 // MXFP4 with AVX-512: the 32 elements of a block in one register of 16-bit integers. native.cpp includes this file
 // instead of its namespace `portable` where the compiler's target has these instructions. The results have the same
 // bits.
-//
-// NOT_HERE leaves a block to the general code of native.cpp: scales at the ends of the range, blocks with NaN or Inf,
-// and blocks that both scales of the rule `mse` fit almost equally well.
 
 namespace avx512 {
-
-constexpr int32_t NOT_HERE = -1;
 
 // The values of all 16 codes for all 256 scales, as computed by the portable code. A block needs one line of 32 bytes.
 struct Tables {
@@ -69,20 +64,31 @@ inline __m512i upper_halves(__m512i a, __m512i b) {
     return _mm512_permutex2var_epi16(a, first, b);
 }
 
-// A block as bfloat16 rounded to odd, and as two registers of floats.
+// A block as bfloat16 rounded to odd, and as floats.
+template <class T>
 struct Block {
     __m512i patterns;
     __m512 floats[2];
 };
-inline Block load_block(const bfloat16* x) { return {_mm512_loadu_si512(x), {}}; }
-inline Block load_block(__m512 a, __m512 b) {
+template <>
+struct Block<bfloat16> {
+    __m512i patterns;
+};
+inline Block<bfloat16> load_block(const bfloat16* x) { return {_mm512_loadu_si512(x)}; }
+inline Block<float> load_block(const float* x) {
+    const __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + 16);
     return {upper_halves(_mm512_castps_si512(a), _mm512_castps_si512(b)), {a, b}};
 }
-inline Block load_block(const float* x) { return load_block(_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16)); }
-inline Block load_block(const float16* x) {
-    const __m512i bits = _mm512_loadu_si512(x);
-    return load_block(_mm512_cvtph_ps(_mm512_castsi512_si256(bits)),
-                     _mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1)));
+inline Block<float> load_block(const float16* x) {
+    alignas(64) float floats[BLOCK];
+    _mm512_store_ps(floats, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))));
+    _mm512_store_ps(floats + 16, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 16))));
+    return load_block(floats);
+}
+
+template <class T>
+inline __m512i magnitudes(const Block<T>& x) {
+    return _mm512_and_si512(x.patterns, _mm512_set1_epi16(0x7FFF));
 }
 
 inline int32_t largest(__m512i magnitudes) {
@@ -93,67 +99,61 @@ inline int32_t largest(__m512i magnitudes) {
     return 0xFFFF ^ _mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(quarter, _mm_set1_epi16(-1))), 0);
 }
 
-// How much larger the squared error is with the scale of exponent `low + 1` than with `low`, in units of the squared
-// smaller scale. With y = |x| / scale, amax is in [4, 8). Between 2 and 7 both scales round y to the same value. Below 2
-// one rounds to multiples of 1 and the other to multiples of 1/2. If d is the distance of y to 1/2 or 3/2, whichever is
-// nearer, and d < 1/4, the errors are 1/2 - d and d, and the difference of their squares is 1/4 - d. Above 7 one rounds
-// to 8 and the other to 6: the difference is (8 - y)^2 - (y - 6)^2 = -4 (y - 7). So it is a sum of linear functions.
+// The rule `mse` without rounding. With y = |x| / scale for the smaller scale, amax is in [4, 8). How much larger is the
+// squared error with twice the scale, in units of the squared scale? Between 2 and 7 both round y to the same value.
+// Below 2 one rounds to multiples of 1 and the other to multiples of 1/2. If d is the distance of y to 1/2 or 3/2,
+// whichever is nearer, and d < 1/4, the errors are 1/2 - d and d, and the difference of their squares is 1/4 - d. Above 7
+// one rounds to 8 and the other to 6, and the difference is (8 - y)^2 - (y - 6)^2 = -4 (y - 7). So the excess is a sum of
+// linear functions. The general code compares sums with rounding errors below 2^-40: a larger excess has the same sign
+// there.
 
-// For bfloat16 it is exact in 16-bit integers, in units of 2^-9. (Below 1/4 y is taken for 0.)
-inline int32_t excess(__m512i magnitudes, int32_t low) {
-    const __m512i exponent = _mm512_sub_epi16(_mm512_srli_epi16(magnitudes, 7), _mm512_set1_epi16(int16_t(low - 2)));
-    const __m512i one = _mm512_set1_epi16(0x80);
-    const __m512i mantissa = _mm512_or_si512(_mm512_and_si512(magnitudes, _mm512_set1_epi16(0x7F)), one);
-    const __m512i y = _mm512_sllv_epi16(mantissa, exponent);
+// For bfloat16 the sum is exact in units of 2^-9. (y below 1/4 is taken for 0.)
+inline int32_t better(const Block<bfloat16>& x, int32_t low) {
+    const __m512i m = magnitudes(x), above = _mm512_sub_epi16(_mm512_srli_epi16(m, 7), _mm512_set1_epi16(low - 2));
+    const __m512i mantissa = _mm512_or_si512(_mm512_and_si512(m, _mm512_set1_epi16(0x7F)), _mm512_set1_epi16(0x80));
+    const __m512i y = _mm512_sllv_epi16(mantissa, above);  // a negative number shifts everything out
     const __m512i from_one = _mm512_abs_epi16(_mm512_sub_epi16(y, _mm512_set1_epi16(512)));
     const __m512i d = _mm512_abs_epi16(_mm512_sub_epi16(from_one, _mm512_set1_epi16(256)));
     const __m512i finer = _mm512_subs_epu16(_mm512_set1_epi16(128), d);
     const __m512i clipped = _mm512_slli_epi16(_mm512_subs_epu16(y, _mm512_set1_epi16(7 * 512)), 2);
     const __m512i pairs = _mm512_madd_epi16(_mm512_sub_epi16(finer, clipped), _mm512_set1_epi16(1));
-    return _mm512_reduce_add_epi32(pairs);
+    const int32_t excess = _mm512_reduce_add_epi32(pairs);
+    return excess == 0 ? NOT_HERE : low + (excess < 0);
 }
 
-// For floats the error of the sum is below 2^-14.
-inline float excess(const __m512* floats, int32_t low) {
+// For floats the sum has an error below 2^-14.
+inline int32_t better(const Block<float>& x, int32_t low) {
     const __m512 inverse = _mm512_set1_ps(as_float((254 - low) << 23)), zero = _mm512_setzero_ps();
     __m512 sums[2];
     for (int i = 0; i < 2; ++i) {
-        const __m512 y = _mm512_mul_ps(_mm512_abs_ps(floats[i]), inverse);
+        const __m512 y = _mm512_mul_ps(_mm512_abs_ps(x.floats[i]), inverse);
         const __m512 from_one = _mm512_abs_ps(_mm512_sub_ps(y, _mm512_set1_ps(1)));
         const __m512 d = _mm512_abs_ps(_mm512_sub_ps(from_one, _mm512_set1_ps(0.5f)));
         const __m512 finer = _mm512_max_ps(_mm512_sub_ps(_mm512_set1_ps(0.25f), d), zero);
         const __m512 clipped = _mm512_max_ps(_mm512_sub_ps(y, _mm512_set1_ps(7)), zero);
         sums[i] = _mm512_fnmadd_ps(_mm512_set1_ps(4), clipped, finer);
     }
-    return _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
+    const float excess = _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
+    return std::fabs(excess) < 0x1p-12f ? NOT_HERE : low + (excess < 0);
 }
 
-// Return whether the larger scale fits better (1) or not (0). The portable code compares sums with rounding errors of
-// less than 2^-40, so an excess that is not almost zero has the same sign there.
-inline int32_t larger_fits(const Block&, __m512i magnitudes, int32_t low, const bfloat16*) {
-    const int32_t e = excess(magnitudes, low);
-    return e == 0 ? NOT_HERE : e < 0;
-}
-template <class T>
-inline int32_t larger_fits(const Block& x, __m512i, int32_t low, const T*) {
-    const float e = excess(x.floats, low);
-    return std::fabs(e) < 0x1p-12f ? NOT_HERE : e < 0;
-}
-
-// Return the biased exponent of the scale, and write the 32 codes.
 template <int RULE, class T>
-inline int32_t encode(const T* from, __m512i& codes) {
-    const Block x = load_block(from);
-    const __m512i magnitudes = _mm512_and_si512(x.patterns, _mm512_set1_epi16(0x7FFF));
-    int32_t exponent = (((largest(magnitudes) << 16) + CARRY[RULE]) >> 23) - 2;
-    if (exponent < 3 || exponent > 249) return NOT_HERE;
-    if (RULE == MSE) {
-        const int32_t larger = larger_fits(x, magnitudes, exponent, from);
-        if (larger == NOT_HERE) return NOT_HERE;
-        exponent += larger;
+inline void exponents(const T* x, int64_t blocks, int32_t* exponent) {
+    // Each loop is short for one block, so that the CPU works on many blocks at once.
+    for (int64_t b = 0; b < blocks; ++b) {
+        const int32_t e = (((largest(magnitudes(load_block(x + b * BLOCK))) << 16) + CARRY[RULE]) >> 23) - 2;
+        exponent[b] = e < 3 || e > 249 ? NOT_HERE : e;
     }
-    // As in `portable::quantize`.
-    const __m512i m = _mm512_sub_epi16(magnitudes, _mm512_set1_epi16(int16_t(exponent << 7)));
+    if (RULE != MSE) return;
+    for (int64_t b = 0; b < blocks; ++b)
+        if (exponent[b] != NOT_HERE) exponent[b] = better(load_block(x + b * BLOCK), exponent[b]);
+}
+
+// Return the codes in 16 bits each. The arithmetic is explained at `portable::rounded_pattern`.
+template <class T>
+inline __m512i codes(const T* from, int32_t exponent) {
+    const auto x = load_block(from);
+    const __m512i m = _mm512_sub_epi16(magnitudes(x), _mm512_set1_epi16(int16_t(exponent << 7)));
     const __m512i one = _mm512_set1_epi16(1), above = _mm512_max_epi16(m, _mm512_setzero_si512());
     __m512i sum = _mm512_add_epi16(above, _mm512_set1_epi16(31));
     sum = _mm512_mask_add_epi16(sum, _mm512_test_epi16_mask(above, _mm512_set1_epi16(0x40)), sum, one);
@@ -161,28 +161,18 @@ inline int32_t encode(const T* from, __m512i& codes) {
     code = _mm512_mask_add_epi16(code, _mm512_cmpgt_epi16_mask(m, _mm512_set1_epi16(-0x100)), code, one);
     code = _mm512_mask_add_epi16(code, _mm512_cmpge_epi16_mask(m, _mm512_set1_epi16(-0x40)), code, one);
     const __m512i sign = _mm512_and_si512(_mm512_srli_epi16(x.patterns, 12), _mm512_set1_epi16(8));
-    codes = _mm512_or_si512(code, sign);
-    return exponent;
+    return _mm512_or_si512(code, sign);
 }
 
-template <int RULE, class T>
-inline bool quantize(const T* x, uint8_t* scale, uint8_t* packed) {
-    __m512i codes;
-    const int32_t exponent = encode<RULE>(x, codes);
-    if (exponent == NOT_HERE) return false;
-    *scale = uint8_t(exponent);
-    const __m512i pairs = _mm512_or_si512(codes, _mm512_srli_epi32(codes, 12));
+template <class T>
+inline void quantize(const T* x, int32_t exponent, uint8_t* packed) {
+    const __m512i c = codes(x, exponent), pairs = _mm512_or_si512(c, _mm512_srli_epi32(c, 12));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm512_cvtepi32_epi8(pairs));
-    return true;
 }
 
-template <int RULE, class T>
-inline bool fake_quantize(const T* x, T* out) {
-    __m512i codes;
-    const int32_t exponent = encode<RULE>(x, codes);
-    if (exponent == NOT_HERE) return false;
-    store_values(out, codes, exponent);
-    return true;
+template <class T>
+inline void fake_quantize(const T* x, int32_t exponent, T* out) {
+    store_values(out, codes(x, exponent), exponent);
 }
 
 }  // namespace avx512

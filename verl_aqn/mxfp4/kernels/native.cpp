@@ -184,34 +184,39 @@ inline void pack(const uint8_t* codes, uint8_t* packed) {
     for (int i = 0; i < BLOCK / 2; ++i) packed[i] = uint8_t(pairs[i] | (pairs[i] >> 4));
 }
 
-// Shortcuts for blocks of ordinary values and rounding to nearest. `quantize` and `fake_quantize` return false where the
-// general code (`encode`) is needed.
+// A shortcut for rounding to nearest, in 16-bit integers. `exponents` chooses the scales of some blocks, and NOT_HERE for
+// blocks that need the general code above: scales at the ends of the range, NaN and Inf, and blocks that both scales of
+// the rule `mse` fit almost equally well. `quantize` and `fake_quantize` do the others.
+constexpr int32_t NOT_HERE = -1;
+constexpr int64_t GROUP = 16;
+
 #ifdef AQN_AVX512
 #include "avx512.h"
 namespace shortcut = avx512;
 #else
 namespace portable {
 
-// Rounding of bfloat16 to nearest in 16-bit integers, for scales that are not at the ends of the range. Bit patterns of
-// positive floats are ordered and spaced like their values, so rounding is integer arithmetic. `below[i]` is the
-// pattern of |x| minus that of the scale. Returns the biased exponent of the scale, or -1 at the ends of the range
-// and for the rule `mse`.
+// For bfloat16 and all rules but `mse`.
 template <int RULE>
-inline int32_t narrow(const bfloat16* x, int16_t* below) {
-    int16_t amax = 0;
-    for (int i = 0; i < BLOCK; ++i) {
-        below[i] = int16_t(x[i].bits & 0x7FFF);
-        amax = below[i] > amax ? below[i] : amax;
+inline void exponents(const bfloat16* x, int64_t blocks, int32_t* exponent) {
+    for (int64_t b = 0; b < blocks; ++b) {
+        int16_t amax = 0;
+        for (int i = 0; i < BLOCK; ++i) {
+            const int16_t m = int16_t(x[b * BLOCK + i].bits & 0x7FFF);
+            amax = m > amax ? m : amax;
+        }
+        const int32_t e = (((int32_t(amax) << 16) + CARRY[RULE]) >> 23) - 2;
+        exponent[b] = RULE == MSE || e < 3 || e > 250 ? NOT_HERE : e;
     }
-    const int32_t exponent = (((int32_t(amax) << 16) + CARRY[RULE]) >> 23) - 2;
-    if (RULE == MSE || exponent < 3 || exponent > 250) return -1;
-    for (int i = 0; i < BLOCK; ++i) below[i] = int16_t(below[i] - (exponent << 7));
-    return exponent;
 }
 template <int RULE, class T>
-inline int32_t narrow(const T*, int16_t*) { return -1; }  // other dtypes
+inline void exponents(const T*, int64_t blocks, int32_t* exponent) {
+    for (int64_t b = 0; b < blocks; ++b) exponent[b] = NOT_HERE;
+}
 
-// From 1 on, the grid has a value at every 64th pattern. Round `m` to these, ties to even, and limit it to that of 6.
+// Bit patterns of positive floats are ordered and spaced like their values, so rounding is integer arithmetic. `m` is the
+// pattern of |x| minus that of the scale. From 1 on, the grid has a value at every 64th pattern. Round `m` to these, ties
+// to even, and limit it to that of 6. Below 1, values above 0.25 become 0.5, and values from 0.75 on become 1.
 inline int16_t rounded_pattern(int16_t m) {
     const int16_t above = m > 0 ? m : int16_t(0);
     const int16_t odd = int16_t(int16_t(above >> 6) & 1);
@@ -219,42 +224,31 @@ inline int16_t rounded_pattern(int16_t m) {
     return pattern > 0x140 ? int16_t(0x140) : pattern;
 }
 
-// Below 1, values above 0.25 become 0.5, and values from 0.75 on become 1.
-template <int RULE>
-inline bool quantize(const bfloat16* x, uint8_t* scale, uint8_t* packed) {
-    alignas(64) int16_t below[BLOCK];
+inline void quantize(const bfloat16* x, int32_t exponent, uint8_t* packed) {
     alignas(64) uint8_t codes[BLOCK];
-    const int32_t exponent = narrow<RULE>(x, below);
-    if (exponent < 0) return false;
-    *scale = uint8_t(exponent);
     for (int i = 0; i < BLOCK; ++i) {
-        const int16_t m = below[i];
+        const int16_t m = int16_t((x[i].bits & 0x7FFF) - (exponent << 7));
         const int16_t half = m > -0x100 ? int16_t(1) : int16_t(0), one = m >= -0x40 ? int16_t(1) : int16_t(0);
         const int16_t code = int16_t(int16_t(rounded_pattern(m) >> 6) + half + one);
         codes[i] = uint8_t(code | ((x[i].bits >> 12) & 8));
     }
     pack(codes, packed);
-    return true;
 }
-template <int RULE, class T>
-inline bool quantize(const T*, uint8_t*, uint8_t*) { return false; }
 
-template <int RULE>
-inline bool fake_quantize(const bfloat16* x, bfloat16* out) {
-    alignas(64) int16_t below[BLOCK];
-    const int32_t exponent = narrow<RULE>(x, below);
-    if (exponent < 0) return false;
-    const int16_t one = int16_t(exponent << 7);
+inline void fake_quantize(const bfloat16* x, int32_t exponent, bfloat16* out) {
+    const int16_t scale = int16_t(exponent << 7);
     for (int i = 0; i < BLOCK; ++i) {
-        const int16_t m = below[i];
-        const int16_t small = m > -0x100 ? int16_t(one - 0x80) : int16_t(0);
-        const int16_t value = m >= -0x40 ? int16_t(one + rounded_pattern(m)) : small;
+        const int16_t m = int16_t((x[i].bits & 0x7FFF) - scale);
+        const int16_t small = m > -0x100 ? int16_t(scale - 0x80) : int16_t(0);
+        const int16_t value = m >= -0x40 ? int16_t(scale + rounded_pattern(m)) : small;
         out[i].bits = uint16_t(value | (x[i].bits & 0x8000));
     }
-    return true;
 }
-template <int RULE, class T>
-inline bool fake_quantize(const T*, T*) { return false; }
+
+template <class T>
+inline void quantize(const T*, int32_t, uint8_t*) {}  // not called, see `exponents`
+template <class T>
+inline void fake_quantize(const T*, int32_t, T*) {}
 
 template <class T>
 void dequantize(const uint8_t* packed, const uint8_t* scale, int64_t begin, int64_t end, T* out) {
@@ -274,40 +268,72 @@ namespace shortcut = portable;
 #endif
 
 template <class T, int RULE, int ROUNDING>
-void quantize(const T* x, int64_t begin, int64_t end, uint64_t seed, uint8_t* packed, uint8_t* scale) {
-    for (int64_t b = begin; b < end; ++b) {
-        uint8_t* to = packed + b * (BLOCK / 2);
-        if (ROUNDING == NEAREST && shortcut::quantize<RULE>(x + b * BLOCK, scale + b, to)) continue;
-        alignas(64) int32_t bits[BLOCK];
-        alignas(64) uint8_t codes[BLOCK];
-        Rounded r;
-        load(x + b * BLOCK, bits);
-        const int32_t exponent = encode<RULE, ROUNDING>(bits, b, seed, r);
-        scale[b] = uint8_t(exponent);
-        if (exponent == 255) {
-            std::memset(to, 0, BLOCK / 2);
+inline void quantize_block(const T* x, int64_t block, uint64_t seed, uint8_t* packed, uint8_t* scale) {
+    alignas(64) int32_t bits[BLOCK];
+    alignas(64) uint8_t codes[BLOCK];
+    Rounded r;
+    load(x, bits);
+    const int32_t exponent = encode<RULE, ROUNDING>(bits, block, seed, r);
+    *scale = uint8_t(exponent);
+    if (exponent == 255) {
+        std::memset(packed, 0, BLOCK / 2);
+        return;
+    }
+    for (int i = 0; i < BLOCK; ++i) codes[i] = uint8_t(r.codes[i] | ((bits[i] >> 31) & 8));
+    pack(codes, packed);
+}
+
+template <class T, int RULE, int ROUNDING>
+inline void fake_quantize_block(const T* x, int64_t block, uint64_t seed, T* out) {
+    alignas(64) int32_t bits[BLOCK];
+    Rounded r;
+    load(x, bits);
+    const int32_t exponent = encode<RULE, ROUNDING>(bits, block, seed, r);
+    // Half of the value times twice the scale, because 2^-127 is not a normal float; the exponent is at most 253.
+    const float unit = exponent == 255 ? as_float(0x7FC00000) : as_float((exponent + 1) << 23);
+    if (exponent == 255) std::memset(r.values, 0, sizeof r.values);
+    for (int i = 0; i < BLOCK; ++i)
+        r.values[i] = as_float(as_bits(r.values[i] * 0.5f * unit) | (exponent == 255 ? 0 : bits[i] & INT32_MIN));
+    store(out, r.values);
+}
+
+// Call `quick(block, exponent)` for each block that has a shortcut, and `general(block)` for the others.
+template <int RULE, int ROUNDING, class T, class Quick, class General>
+inline void each_block(const T* x, int64_t begin, int64_t end, Quick quick, General general) {
+    for (int64_t first = begin; first < end; first += GROUP) {
+        const int64_t blocks = end - first < GROUP ? end - first : GROUP;
+        int32_t exponent[GROUP];
+        bool all = ROUNDING == NEAREST;
+        if (ROUNDING == NEAREST) shortcut::exponents<RULE>(x + first * BLOCK, blocks, exponent);
+        for (int64_t i = 0; i < blocks && ROUNDING == NEAREST; ++i) all &= exponent[i] != NOT_HERE;
+        if (all) {  // a loop without general code, so that its constants stay in registers
+            for (int64_t i = 0; i < blocks; ++i) quick(first + i, exponent[i]);
             continue;
         }
-        for (int i = 0; i < BLOCK; ++i) codes[i] = uint8_t(r.codes[i] | ((bits[i] >> 31) & 8));
-        pack(codes, to);
+        for (int64_t i = 0; i < blocks; ++i)
+            ROUNDING == NEAREST && exponent[i] != NOT_HERE ? quick(first + i, exponent[i]) : general(first + i);
     }
 }
 
 template <class T, int RULE, int ROUNDING>
+void quantize(const T* x, int64_t begin, int64_t end, uint64_t seed, uint8_t* packed, uint8_t* scale) {
+    each_block<RULE, ROUNDING>(
+        x, begin, end,
+        [=](int64_t b, int32_t exponent) {
+            scale[b] = uint8_t(exponent);
+            shortcut::quantize(x + b * BLOCK, exponent, packed + b * (BLOCK / 2));
+        },
+        [=](int64_t b) {
+            quantize_block<T, RULE, ROUNDING>(x + b * BLOCK, b, seed, packed + b * (BLOCK / 2), scale + b);
+        });
+}
+
+template <class T, int RULE, int ROUNDING>
 void fake_quantize(const T* x, int64_t begin, int64_t end, uint64_t seed, T* out) {
-    for (int64_t b = begin; b < end; ++b) {
-        if (ROUNDING == NEAREST && shortcut::fake_quantize<RULE>(x + b * BLOCK, out + b * BLOCK)) continue;
-        alignas(64) int32_t bits[BLOCK];
-        Rounded r;
-        load(x + b * BLOCK, bits);
-        const int32_t exponent = encode<RULE, ROUNDING>(bits, b, seed, r);
-        // Half of the value times twice the scale, because 2^-127 is not a normal float; the exponent is at most 253.
-        const float unit = exponent == 255 ? as_float(0x7FC00000) : as_float((exponent + 1) << 23);
-        if (exponent == 255) std::memset(r.values, 0, sizeof r.values);
-        for (int i = 0; i < BLOCK; ++i)
-            r.values[i] = as_float(as_bits(r.values[i] * 0.5f * unit) | (exponent == 255 ? 0 : bits[i] & INT32_MIN));
-        store(out + b * BLOCK, r.values);
-    }
+    each_block<RULE, ROUNDING>(
+        x, begin, end,
+        [=](int64_t b, int32_t exponent) { shortcut::fake_quantize(x + b * BLOCK, exponent, out + b * BLOCK); },
+        [=](int64_t b) { fake_quantize_block<T, RULE, ROUNDING>(x + b * BLOCK, b, seed, out + b * BLOCK); });
 }
 
 template <class F>
