@@ -17,6 +17,7 @@ from torch import Tensor
 from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4 import dequantize, fake_quantize, quantize
 from verl_aqn.mxfp4.codec import ROUNDINGS, SCALE_RULES
+from verl_aqn.mxfp4.error_split import split_error
 from verl_aqn.mxfp4.kernels import native, reference
 
 
@@ -155,6 +156,13 @@ def test_every_scale(build: str, rule: str, dtype: torch.dtype) -> None:
     x = (x * torch.exp2(torch.arange(-150.0, 130.0, dtype=torch.float64)).view(-1, 1, 1)).to(dtype).view(-1, 32)
     for a, b in zip(run(native, x, rule, "nearest"), run(reference, x, rule, "nearest"), strict=True):
         assert_same_bits(a.float(), b.float())
+
+
+def test_both_builds_find_the_parts_of_the_error(build: str) -> None:
+    x = torch.randn(3000, 32, generator=torch.Generator().manual_seed(4))
+    codes = quantize(x, "mse")
+    expected = split_error(x.double(), *codes)  # in plain PyTorch
+    assert split_error(x, *codes) == pytest.approx(expected, rel=1e-12)
 
 
 def test_threads_do_not_show(build: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -374,6 +374,8 @@ void quantize_as(int rule, int rounding, const void* x, int64_t blocks, uint64_t
     }
 }
 
+#include "error_parts.h"
+
 }  // namespace
 
 // Quantise x [blocks, 32] of `dtype` to packed [blocks, 16] and scale [blocks], or, if `fake` is given, write the
@@ -394,6 +396,23 @@ extern "C" void aqn_dequantize(const uint8_t* packed, const uint8_t* scale, int6
             case FLOAT32: return shortcut::dequantize(packed, scale, begin, end, static_cast<float*>(out));
             case BFLOAT16: return shortcut::dequantize(packed, scale, begin, end, static_cast<bfloat16*>(out));
             default: return shortcut::dequantize(packed, scale, begin, end, static_cast<float16*>(out));
+        }
+    });
+}
+
+// Write to parts [chunks, PARTS] the parts of the error of x [blocks, 32], for each chunk of `chunk` blocks. The result
+// does not depend on the number of threads.
+extern "C" void aqn_error_parts(const void* x, int dtype, const uint8_t* packed, const uint8_t* scale, int64_t blocks,
+                                int64_t chunk, double* parts, int threads) {
+    parallel((blocks + chunk - 1) / chunk, threads, [=](int64_t first, int64_t last) {
+        for (int64_t c = first; c < last; ++c) {
+            const int64_t begin = c * chunk, end = begin + chunk < blocks ? begin + chunk : blocks;
+            double* to = parts + c * PARTS;
+            switch (dtype) {
+                case FLOAT32: error_parts(static_cast<const float*>(x), packed, scale, begin, end, to); break;
+                case BFLOAT16: error_parts(static_cast<const bfloat16*>(x), packed, scale, begin, end, to); break;
+                default: error_parts(static_cast<const float16*>(x), packed, scale, begin, end, to);
+            }
         }
     });
 }
