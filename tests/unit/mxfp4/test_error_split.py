@@ -112,18 +112,18 @@ def test_refuses_codes_of_another_shape() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 31, 3000])
+@pytest.mark.parametrize("rows", [1, 33, 3000])
 def test_the_compiled_code_finds_the_same_parts(rows: int, dtype: torch.dtype) -> None:
     """Weights of all sizes, values at the edges of the groups, and codes from elsewhere with any scale."""
     generator = torch.Generator().manual_seed(rows)
-    weight = torch.randn(rows, 64, generator=generator)
+    weight = torch.randn(rows, 32, generator=generator)
     edges = torch.tensor([0.0, -0.0, 0.25, 0.5, 2.0, 4.0, 5.0, 6.0, 6.01, 7.0, 8.0])
     at_edge = torch.rand(weight.shape, generator=generator) < 0.3
     weight[at_edge] = edges[torch.randint(len(edges), (int(at_edge.sum()),), generator=generator)]
     weight = (weight * torch.exp2(torch.randint(-8, 8, (rows, 1), generator=generator))).to(dtype)
     elsewhere = Mxfp4Tensor(
-        torch.randint(256, (rows, 32), dtype=torch.uint8, generator=generator),
-        torch.randint(110, 140, (rows, 2), dtype=torch.uint8, generator=generator),
+        torch.randint(256, (rows, 16), dtype=torch.uint8, generator=generator),
+        torch.randint(110, 140, (rows, 1), dtype=torch.uint8, generator=generator),
     )
     for codes in (*(quantize(weight, rule) for rule in SCALE_RULES), elsewhere):
         split = split_error(weight, *codes)
