@@ -20,8 +20,9 @@ from verl_aqn.mxfp4 import Mxfp4Linear, Mxfp4Tensor, dequantize, fake_quantize, 
 from verl_aqn.mxfp4.kernels import native, reference
 from verl_aqn.runs.provenance import processor
 
-# [tokens, K, N] of a micro-batch in SmolLM2-135M's largest layers, and in Qwen2.5-1.5B's.
-LINEAR_SHAPES = ((1024, 576, 1536), (1024, 1536, 8960))
+# [tokens, K, N] of a micro-batch in the largest layers of SmolLM2-135M, Qwen2.5-1.5B and Qwen2.5-7B. The last one's
+# weight is larger than 32 MB: glibc returns such memory to the system at once, so every new copy has page faults.
+LINEAR_SHAPES = ((1024, 576, 1536), (1024, 1536, 8960), (128, 3584, 18944))
 
 
 def measure(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4 import dequantize, fake_quantize, quantize
-from verl_aqn.mxfp4.codec import ROUNDINGS, SCALE_RULES
+from verl_aqn.mxfp4.codec import ROUNDINGS, SCALE_RULES, dequantize_transposed
 from verl_aqn.mxfp4.error_split import split_error
 from verl_aqn.mxfp4.kernels import native, reference
 
@@ -156,6 +156,27 @@ def test_every_scale(build: str, rule: str, dtype: torch.dtype) -> None:
     x = (x * torch.exp2(torch.arange(-150.0, 130.0, dtype=torch.float64)).view(-1, 1, 1)).to(dtype).view(-1, 32)
     for a, b in zip(run(native, x, rule, "nearest"), run(reference, x, rule, "nearest"), strict=True):
         assert_same_bits(a.float(), b.float())
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (31, 64), (32, 32), (97, 96), (1100, 160)])
+@pytest.mark.parametrize("ends", [False, True])
+def test_transposed(build: str, shape: tuple[int, int], ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that do not fill a tile, scales at both ends of the range, and several threads."""
+    generator = torch.Generator().manual_seed(5)
+    n, k = shape
+    packed = torch.randint(256, (n, k // 2), dtype=torch.uint8, generator=generator)
+    low, high = (0, 256) if ends else (2, 253)
+    scale = torch.randint(low, high, (n, k // 32), dtype=torch.uint8, generator=generator)
+    expected = dequantize(packed, scale).t()
+    for threads in (1, min(3, k // 32)):
+        monkeypatch.setattr(native, "_threads", lambda blocks, t=threads: t)
+        out = torch.full((k, n), 99, dtype=torch.bfloat16)
+        assert dequantize_transposed(packed, scale, out) is out
+        assert_same_bits(out, expected.contiguous())
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert_same_bits(dequantize_transposed(packed, scale, torch.empty_like(out)), out)
+    with pytest.raises(ModelError, match="out must be contiguous"):
+        dequantize_transposed(packed, scale, torch.empty(n, k + 1, dtype=torch.bfloat16))
 
 
 def test_both_builds_find_the_parts_of_the_error(build: str) -> None:

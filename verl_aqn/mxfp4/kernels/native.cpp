@@ -375,6 +375,7 @@ void quantize_as(int rule, int rounding, const void* x, int64_t blocks, uint64_t
 }
 
 #include "error_parts.h"
+#include "transposed.h"
 
 }  // namespace
 
@@ -414,5 +415,13 @@ extern "C" void aqn_error_parts(const void* x, int dtype, const uint8_t* packed,
                 default: error_parts(static_cast<const float16*>(x), packed, scale, begin, end, to);
             }
         }
+    });
+}
+
+// Write the transpose of W [rows, columns * 32] to out [columns * 32, rows] in bfloat16.
+extern "C" void aqn_dequantize_transposed(const uint8_t* packed, const uint8_t* scale, int64_t rows, int64_t columns,
+                                          void* out, int threads) {
+    parallel(columns, threads, [=](int64_t begin, int64_t end) {
+        dequantize_transposed(packed, scale, rows, columns, begin, end, static_cast<uint16_t*>(out));
     });
 }
