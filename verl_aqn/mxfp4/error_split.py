@@ -83,13 +83,15 @@ def split_error(weight: Tensor, packed: Tensor, scale: Tensor) -> ErrorSplit:
     if not len(blocks) == len(codes) == len(scales):
         raise ModelError(f"codes {list(packed.shape)} and scales {list(scale.shape)} do not match {list(weight.shape)}")
     if _has_kernel(blocks, codes, scales):
-        *energies, dead, saturated = native.error_parts(blocks.contiguous(), codes.contiguous(), scales.contiguous())
-        return ErrorSplit(*energies, blocks.numel(), int(dead), int(saturated))
-    parts = [
+        parts = native.error_parts(blocks.contiguous(), codes.contiguous(), scales.contiguous())
+        signal, deadzone, clipped, scale_bias, grid_noise, dead, saturated = parts
+        numbers = (blocks.numel(), int(dead), int(saturated))
+        return ErrorSplit(signal, deadzone, clipped, scale_bias, grid_noise, *numbers)
+    splits = [
         _split_blocks(blocks[i : i + _STEP].double(), codes[i : i + _STEP], scales[i : i + _STEP])
         for i in range(0, blocks.shape[0], _STEP)
     ]
-    return ErrorSplit.pooled(parts)
+    return ErrorSplit.pooled(splits)
 
 
 def _has_kernel(blocks: Tensor, codes: Tensor, scales: Tensor) -> bool:

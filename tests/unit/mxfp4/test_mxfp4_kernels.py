@@ -90,6 +90,24 @@ def test_every_byte_with_every_scale(build: str, dtype: torch.dtype) -> None:
     assert_same_bits(ours, theirs)
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_larger_than_the_caches(
+    build: str, dtype: torch.dtype, shift: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are written past the caches where the memory is aligned for it."""
+    monkeypatch.setattr(native, "_threads", lambda blocks: 1)
+    blocks = (1 << 25) // (32 * dtype.itemsize) + 3
+    x = torch.randn(1000, 32, generator=torch.Generator().manual_seed(6)).to(dtype)
+    codes = [part.repeat(blocks // 1000 + 1, *[1] * (part.dim() - 1))[:blocks] for part in quantize(x, "mse")]
+    codes[1] = codes[1].reshape(-1)
+    out = torch.full((blocks * 32 + shift + 1,), 99, dtype=dtype)
+    native.dequantize(*codes, out[shift:-1].view(-1, 32))
+    expected = fake_quantize(x, "mse").repeat(blocks // 1000 + 1, 1)[:blocks]
+    assert torch.equal(out[shift:-1].view(-1, 32), expected)
+    assert out[-1] == 99
+
+
 @pytest.mark.parametrize("blocks", [1, 2, 15, 16, 17, 33])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_nothing_is_written_beyond_the_last_block(build: str, blocks: int, dtype: torch.dtype) -> None:

@@ -4,6 +4,8 @@
 
 namespace avx512 {
 
+constexpr int64_t STREAMED = 1 << 25;  // bytes that one thread writes
+
 // The values of all 16 codes for all 256 scales, as computed by the portable code. A block needs one line of 32 bytes.
 struct Tables {
     alignas(64) uint16_t brain[256][16], half[256][16];
@@ -42,14 +44,32 @@ inline void store_values(float* out, __m512i codes, int scale) {
     _mm512_storeu_si512(out + 16, _mm512_slli_epi32(second, 16));
 }
 
+// As `store_values`, past the caches: `out` is aligned to 64 bytes.
+template <class T>
+inline void stream_values(T* out, __m512i codes, int scale) {
+    alignas(64) T values[BLOCK];
+    store_values(values, codes, scale);
+    for (size_t i = 0; i < sizeof values / 64; ++i)
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(out) + i,
+                            _mm512_load_si512(reinterpret_cast<const __m512i*>(values) + i));
+}
+
 template <class T>
 void dequantize(const uint8_t* packed, const uint8_t* scale, int64_t begin, int64_t end, T* out) {
-    for (int64_t b = begin; b < end; ++b) {
+    const auto codes = [=](int64_t b) {
         const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + b * (BLOCK / 2)));
         // One byte in each 32-bit number: its low nibble for the low 16 bits, its high nibble for the high 16 bits.
         const __m512i pairs = _mm512_cvtepu8_epi32(bytes);
-        store_values(out + b * BLOCK, _mm512_or_si512(pairs, _mm512_slli_epi32(pairs, 12)), scale[b]);
+        return _mm512_or_si512(pairs, _mm512_slli_epi32(pairs, 12));
+    };
+    // Values that no cache can hold are written past the caches, which would read the old values first.
+    const bool large = (end - begin) * BLOCK * int64_t(sizeof(T)) >= STREAMED;
+    if (large && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
+        for (int64_t b = begin; b < end; ++b) stream_values(out + b * BLOCK, codes(b), scale[b]);
+        _mm_sfence();
+        return;
     }
+    for (int64_t b = begin; b < end; ++b) store_values(out + b * BLOCK, codes(b), scale[b]);
 }
 
 // The upper 16 bits of 32 floats. The last bit is set if one of the lower 16 bits is ("rounding to odd"), so that the
