@@ -1,11 +1,13 @@
 """`verl-aqn bench mxfp4`: the codec beside a memory copy, torchao and compressed-tensors; the linear layer beside bf16.
 
 Each round measures all rows once, one after another, so that other load on the machine affects all of them alike.
-Ratios are medians of the rounds' own ratios.
+Ratios are medians of the rounds' own ratios. With one thread on a CPU (``OMP_NUM_THREADS=1``) the times are CPU times
+of this thread, which do not count the time of other processes.
 """
 
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
@@ -14,14 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
+from torch.utils.benchmark.utils.timer import timer as default_timer
 
 from verl_aqn.errors import ConfigError, first_line
 from verl_aqn.mxfp4 import Mxfp4Linear, Mxfp4Tensor, dequantize, fake_quantize, quantize
 from verl_aqn.mxfp4.kernels import native, reference
 from verl_aqn.runs.provenance import processor
 
-# [tokens, K, N] of a micro-batch in SmolLM2-135M's largest layers, and in Qwen2.5-1.5B's.
-LINEAR_SHAPES = ((1024, 576, 1536), (1024, 1536, 8960))
+# [tokens, K, N] of a micro-batch in the largest layers of SmolLM2-135M, Qwen2.5-1.5B and Qwen2.5-7B. The last one's
+# weight is larger than 32 MB: glibc returns such memory to the system at once, so every new copy has page faults.
+LINEAR_SHAPES = ((1024, 576, 1536), (1024, 1536, 8960), (128, 3584, 18944))
 
 
 def measure(
@@ -72,11 +76,12 @@ def _codec_rows(device: str, size: int) -> Iterator[dict[str, Any]]:
         short = str(dtype).removeprefix("torch.")
 
         def row(name: str, nbytes: int, run: Callable, short: str = short, **more: Any) -> dict[str, Any]:
-            return _row(run, name=name, dtype=short, bytes=nbytes, **more)
+            return _row(device, run, name=name, dtype=short, bytes=nbytes, **more)
 
         both, half = 2 * x.nbytes, x.nbytes + packed_bytes
         for nbytes in (both, half):
-            a, b = (torch.empty(nbytes // 2, dtype=torch.uint8, device=device) for _ in range(2))
+            # Written before they are read: pages that nobody wrote are all the same page of zeros, in the cache.
+            a, b = (torch.full((nbytes // 2,), 1, dtype=torch.uint8, device=device) for _ in range(2))
             yield row(f"copy of {nbytes / 2e6:,.0f} MB", nbytes, lambda a=a, b=b: b.copy_(a))
         for rule, suffix in (("even", ""), ("mse", ", mse")):
             yield row("fake-quantise" + suffix, both, lambda x=x, o=out, r=rule: fake_quantize(x, r, out=o))
@@ -103,6 +108,7 @@ def _linear_rows(device: str) -> Iterator[dict[str, Any]]:
         names, layers = ("bf16", "packed", "packed, cache_dequantized"), (dense, packed, kept)
         for name, layer, size in zip(names, layers, nbytes, strict=True):
             yield _row(
+                device,
                 lambda f=layer, x=x, g=grad: torch.autograd.grad(f(x), x, g),
                 name=name,
                 shape=[tokens, k, n],
@@ -110,8 +116,10 @@ def _linear_rows(device: str) -> Iterator[dict[str, Any]]:
             )
 
 
-def _row(run: Callable, **fields: Any) -> dict[str, Any]:
-    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+def _row(device: str, run: Callable, **fields: Any) -> dict[str, Any]:
+    threads = torch.get_num_threads()
+    clock = time.thread_time if device == "cpu" and threads == 1 else default_timer
+    timer = Timer("run()", timer=clock, globals={"run": run}, num_threads=threads)
     return {**fields, "timer": timer, "times": []}
 
 

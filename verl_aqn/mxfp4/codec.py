@@ -111,13 +111,7 @@ def dequantize(packed: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat1
             contiguous.
     """
     *lead, half = packed.shape
-    if packed.dtype != torch.uint8 or scale.dtype != torch.uint8:
-        raise ModelError(f"packed codes and scales must be uint8, not {packed.dtype} and {scale.dtype}")
-    if list(scale.shape) != [*lead, half // 16] or half % 16:
-        raise ModelError(
-            f"packed codes {list(packed.shape)} and scales {list(scale.shape)} do not match: "
-            "for a weight [N, K] they must be [N, K/2] and [N, K/32]"
-        )
+    _check_codes(packed, scale)
     shape = (*lead, 2 * half)
     if torch.compiler.is_compiling() and out is None:
         return torch.ops.verl_aqn.mxfp4_dequantize(packed, scale, dtype)
@@ -127,6 +121,21 @@ def dequantize(packed: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat1
         _check_out(out, dtype, shape)
     codes = packed.detach().reshape(-1, BLOCK // 2).contiguous()
     _kernel(codes, dtype).dequantize(codes, scale.detach().reshape(-1).contiguous(), out.view(-1, BLOCK))
+    return out
+
+
+def dequantize_transposed(packed: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+    """Dequantise ``packed`` uint8 [N, K/2] with ``scale`` uint8 [N, K/32] to the bfloat16 ``out`` [K, N]: to W^T.
+
+    Raises:
+        ModelError: as `dequantize`.
+    """
+    n, half = packed.shape
+    _check_out(out, torch.bfloat16, (2 * half, n))
+    if out.device.type != "cpu" or _kernel(packed) is not native:
+        return out.copy_(dequantize(packed, scale, torch.bfloat16).t())
+    _check_codes(packed, scale)
+    native.dequantize_transposed(packed.detach().contiguous(), scale.detach().contiguous(), out)
     return out
 
 
@@ -195,6 +204,17 @@ def _check(x: Tensor, scale_rule: str, rounding: str) -> None:
             raise ModelError(f"unknown {name} {value!r}: use one of {', '.join(valid)}")
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ModelError(f"cannot quantise {x.dtype} to MXFP4: convert it to float32, bfloat16 or float16")
+
+
+def _check_codes(packed: Tensor, scale: Tensor) -> None:
+    *lead, half = packed.shape
+    if packed.dtype != torch.uint8 or scale.dtype != torch.uint8:
+        raise ModelError(f"packed codes and scales must be uint8, not {packed.dtype} and {scale.dtype}")
+    if list(scale.shape) != [*lead, half // 16] or half % 16:
+        raise ModelError(
+            f"packed codes {list(packed.shape)} and scales {list(scale.shape)} do not match: "
+            "for a weight [N, K] they must be [N, K/2] and [N, K/32]"
+        )
 
 
 def _check_out(out: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

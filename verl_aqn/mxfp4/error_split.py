@@ -23,7 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4.codec import BLOCK, dequantize
+from verl_aqn.mxfp4.kernels import native
 
 # Blocks per chunk: float64 temporaries stay in the caches of a CPU, and PyTorch uses one thread (see
 # `verl_aqn.mxfp4.kernels.reference`).
@@ -76,17 +78,34 @@ def split_error(weight: Tensor, packed: Tensor, scale: Tensor) -> ErrorSplit:
     Raises:
         ModelError: as `dequantize`.
     """
-    blocks = weight.detach().reshape(-1, BLOCK)
+    blocks = weight.detach().reshape(-1, BLOCK).resolve_neg()
     codes, scales = packed.reshape(-1, BLOCK // 2), scale.reshape(-1, 1)
-    parts = [
+    if not len(blocks) == len(codes) == len(scales):
+        raise ModelError(f"codes {list(packed.shape)} and scales {list(scale.shape)} do not match {list(weight.shape)}")
+    if _has_kernel(blocks, codes, scales):
+        parts = native.error_parts(blocks.contiguous(), codes.contiguous(), scales.contiguous())
+        signal, deadzone, clipped, scale_bias, grid_noise, dead, saturated = parts
+        numbers = (blocks.numel(), int(dead), int(saturated))
+        return ErrorSplit(signal, deadzone, clipped, scale_bias, grid_noise, *numbers)
+    splits = [
         _split_blocks(blocks[i : i + _STEP].double(), codes[i : i + _STEP], scales[i : i + _STEP])
         for i in range(0, blocks.shape[0], _STEP)
     ]
-    return ErrorSplit.pooled(parts)
+    return ErrorSplit.pooled(splits)
+
+
+def _has_kernel(blocks: Tensor, codes: Tensor, scales: Tensor) -> bool:
+    """Return whether the compiled code, which takes pointers, can read these tensors."""
+    return (
+        all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" for x in (blocks, codes, scales))
+        and codes.dtype == scales.dtype == torch.uint8
+        and blocks.dtype in native.DTYPES
+        and native.available()
+    )
 
 
 def _split_blocks(w: Tensor, packed: Tensor, scale: Tensor) -> ErrorSplit:
-    """Split the error of the codes of float64 blocks [B, 32]."""
+    """Split the error of the codes of float64 blocks [B, 32]. ``error_parts.h`` computes the same on CPUs."""
     q = dequantize(packed, scale, torch.float32).double()
     error = (w - q).square_()
     size = w.abs()

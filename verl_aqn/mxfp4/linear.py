@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from verl_aqn.errors import ModelError
-from verl_aqn.mxfp4.codec import BLOCK, dequantize, fake_quantize, quantize
+from verl_aqn.mxfp4.codec import BLOCK, dequantize, dequantize_transposed, fake_quantize, quantize
 
 _MEMORY = threading.local()  # one weight for each dtype
+# A larger weight is multiplied in slices that stay in a CPU's cache. The sizes are of bytes.
+_LARGE, _SLICE = 1 << 25, 1 << 22
 
 
 class Activation(NamedTuple):
@@ -150,7 +152,18 @@ class PackedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(packed, scale)
-        return F.linear(x, _short_lived(packed, scale, x.dtype), bias)
+        n, k = len(packed), 2 * packed.shape[1]
+        rows = n
+        if _on_cpu(packed) and n * k * x.itemsize > _LARGE:
+            rows = max(1, _SLICE // (k * x.itemsize))
+        if rows >= n:
+            return F.linear(x, _short_lived(packed, scale, x.dtype), bias)
+        y = x.new_empty(*x.shape[:-1], n)
+        for start in range(0, n, rows):
+            part = slice(start, min(start + rows, n))
+            weight = _short_lived(packed[part], scale[part], x.dtype)
+            y[..., part] = F.linear(x, weight, None if bias is None else bias[part])
+        return y
 
     @staticmethod
     @once_differentiable
@@ -158,7 +171,13 @@ class PackedProduct(torch.autograd.Function):
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             packed, scale = ctx.saved_tensors
-            grad_x = grad @ _short_lived(packed, scale, grad.dtype)
+            if _on_cpu(packed) and grad.dtype == torch.bfloat16:
+                # A bfloat16 product on CPUs is faster with W^T in the layout of a linear layer's weight, by more than
+                # what the transposed dequantisation costs.
+                weight = _kept_memory(packed, grad.dtype).view(-1, len(packed))
+                grad_x = F.linear(grad, dequantize_transposed(packed, scale, out=weight))
+            else:
+                grad_x = grad @ _short_lived(packed, scale, grad.dtype)
         if ctx.needs_input_grad[3]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
         return grad_x, None, None, grad_bias
@@ -170,14 +189,22 @@ def _short_lived(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     glibc returns blocks above 32 MB to the system at once: the pages of every new weight would be mapped again. The
     allocators of accelerators keep their memory.
     """
-    if packed.device.type != "cpu" or torch.compiler.is_compiling():
+    if not _on_cpu(packed):
         return dequantize(packed, scale, dtype)
+    return dequantize(packed, scale, dtype, out=_kept_memory(packed, dtype).view(len(packed), -1))
+
+
+def _on_cpu(packed: Tensor) -> bool:
+    return packed.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _kept_memory(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the memory of `_short_lived` for as many elements as ``packed`` has codes."""
     kept: dict[Any, Tensor] = vars(_MEMORY)
     if dtype not in kept or kept[dtype].numel() < 2 * packed.numel():
         with torch.inference_mode(False):  # a tensor of inference mode could not be written in training
             kept[dtype] = torch.empty(2 * packed.numel(), dtype=dtype)
-    out = kept[dtype][: 2 * packed.numel()].view(len(packed), -1)
-    return dequantize(packed, scale, dtype, out=out)
+    return kept[dtype][: 2 * packed.numel()]
 
 
 def _frozen(data: Tensor) -> nn.Parameter:

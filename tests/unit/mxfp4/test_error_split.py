@@ -7,8 +7,16 @@ from tests.helpers.sqnr import energies
 from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4.codec import SCALE_RULES, Mxfp4Tensor, dequantize, quantize
 from verl_aqn.mxfp4.error_split import ErrorSplit, split_error
+from verl_aqn.mxfp4.kernels import native
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+
+
+@pytest.fixture(params=["native", "plain"], autouse=True)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every test with the compiled and with the plain code."""
+    if request.param == "plain":
+        monkeypatch.setattr(native, "available", lambda: False)
 
 
 def weights(dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
@@ -101,3 +109,38 @@ def test_refuses_codes_of_another_shape() -> None:
     codes = Mxfp4Tensor(torch.zeros(2, 32, dtype=torch.uint8), torch.zeros(2, 3, dtype=torch.uint8))
     with pytest.raises((ModelError, RuntimeError)):
         split_error(torch.ones(2, 64), *codes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 33, 3000])
+def test_the_compiled_code_finds_the_same_parts(rows: int, dtype: torch.dtype) -> None:
+    """Weights of all sizes, values at the edges of the groups, and codes from elsewhere with any scale."""
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(rows, 32, generator=generator)
+    edges = torch.tensor([0.0, -0.0, 0.25, 0.5, 2.0, 4.0, 5.0, 6.0, 6.01, 7.0, 8.0])
+    at_edge = torch.rand(weight.shape, generator=generator) < 0.3
+    weight[at_edge] = edges[torch.randint(len(edges), (int(at_edge.sum()),), generator=generator)]
+    weight = (weight * torch.exp2(torch.randint(-8, 8, (rows, 1), generator=generator))).to(dtype)
+    elsewhere = Mxfp4Tensor(
+        torch.randint(256, (rows, 16), dtype=torch.uint8, generator=generator),
+        torch.randint(110, 140, (rows, 1), dtype=torch.uint8, generator=generator),
+    )
+    for codes in (*(quantize(weight, rule) for rule in SCALE_RULES), elsewhere):
+        split = split_error(weight, *codes)
+        plain = split_error(weight.double(), *codes)  # float64 has no compiled code
+        assert (split.elements, split.dead, split.saturated) == (plain.elements, plain.dead, plain.saturated)
+        for name in ("signal", "deadzone", "clipped", "grid_noise"):
+            assert getattr(split, name) == pytest.approx(getattr(plain, name), rel=1e-12, abs=1e-14 * plain.noise)
+        assert split.scale_bias == pytest.approx(plain.scale_bias, rel=1e-12, abs=1e-12 * plain.noise)
+
+
+def test_threads_and_strides_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(3000, 128, generator=torch.Generator().manual_seed(0))
+    codes = quantize(weight)
+    split = split_error(weight, *codes)
+    monkeypatch.setattr(native, "_threads", lambda blocks: 5)
+    assert split_error(weight, *codes) == split
+    assert split_error(weight.t().contiguous().t(), *codes) == split
+    assert split_error(weight.requires_grad_(), *codes) == split
+    empty = Mxfp4Tensor(torch.empty(0, 32, dtype=torch.uint8), torch.empty(0, 2, dtype=torch.uint8))
+    assert split_error(torch.empty(0, 64), *empty) == ErrorSplit()

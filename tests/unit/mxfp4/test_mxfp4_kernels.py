@@ -1,8 +1,11 @@
 """The compiled kernels against the plain ones, rounding against its definition, and fallback without a compiler."""
 
+import functools
 import os
+import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,8 @@ from torch import Tensor
 
 from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4 import dequantize, fake_quantize, quantize
-from verl_aqn.mxfp4.codec import ROUNDINGS, SCALE_RULES
+from verl_aqn.mxfp4.codec import ROUNDINGS, SCALE_RULES, dequantize_transposed
+from verl_aqn.mxfp4.error_split import split_error
 from verl_aqn.mxfp4.kernels import native, reference
 
 
@@ -44,6 +48,21 @@ def assert_same_bits(a: Tensor, b: Tensor) -> None:
     assert torch.equal(a[~nan].view(bits), b[~nan].view(bits))
 
 
+@pytest.fixture(scope="module", params=["this CPU", "any CPU"])
+def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Compile the kernels for this CPU, and for the oldest one of its kind: that build has no AVX-512."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "any CPU":
+            if platform.machine() != "x86_64":
+                pytest.skip("the kernels use special instructions only on x86_64")
+            flags = ["-march=x86-64" if flag == "-march=native" else flag for flag in native._FLAGS]
+            patch.setenv("VERL_AQN_CACHE", str(tmp_path_factory.mktemp("cache")))
+            patch.setattr(native, "_FLAGS", flags)
+            patch.setattr(native, "_library", functools.cache(native._library.__wrapped__))
+            assert native.available(), native.status().detail
+        yield request.param
+
+
 def test_the_compiled_kernels_are_there() -> None:
     assert native.status().available, native.status().detail
 
@@ -51,7 +70,7 @@ def test_the_compiled_kernels_are_there() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("rule", SCALE_RULES)
-def test_native_equals_reference(rule: str, rounding: str, dtype: torch.dtype) -> None:
+def test_native_equals_reference(build: str, rule: str, rounding: str, dtype: torch.dtype) -> None:
     x = hard_inputs().to(dtype)
     ours, theirs = run(native, x, rule, rounding), run(reference, x, rule, rounding)
     assert torch.equal(ours[0], theirs[0])
@@ -61,7 +80,131 @@ def test_native_equals_reference(rule: str, rounding: str, dtype: torch.dtype) -
     assert_same_bits(theirs[3], theirs[2])
 
 
-def test_threads_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_byte_with_every_scale(build: str, dtype: torch.dtype) -> None:
+    packed = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(256, 16, 16).reshape(-1, 16)
+    scale = torch.arange(256, dtype=torch.uint8).repeat_interleave(16)
+    ours, theirs = torch.empty(len(packed), 32, dtype=dtype), torch.empty(len(packed), 32, dtype=dtype)
+    native.dequantize(packed, scale, ours)
+    reference.dequantize(packed, scale, theirs)
+    assert_same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_larger_than_the_caches(
+    build: str, dtype: torch.dtype, shift: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are written past the caches where the memory is aligned for it."""
+    monkeypatch.setattr(native, "_threads", lambda blocks: 1)
+    blocks = (1 << 25) // (32 * dtype.itemsize) + 3
+    x = torch.randn(1000, 32, generator=torch.Generator().manual_seed(6)).to(dtype)
+    codes = [part.repeat(blocks // 1000 + 1, *[1] * (part.dim() - 1))[:blocks] for part in quantize(x, "mse")]
+    codes[1] = codes[1].reshape(-1)
+    out = torch.full((blocks * 32 + shift + 1,), 99, dtype=dtype)
+    native.dequantize(*codes, out[shift:-1].view(-1, 32))
+    expected = fake_quantize(x, "mse").repeat(blocks // 1000 + 1, 1)[:blocks]
+    assert torch.equal(out[shift:-1].view(-1, 32), expected)
+    assert out[-1] == 99
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 15, 16, 17, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nothing_is_written_beyond_the_last_block(build: str, blocks: int, dtype: torch.dtype) -> None:
+    """The blocks are at an odd address for their dtype's vectors, and lie between others that must not change."""
+    x = torch.randn(blocks * 32 + 1, generator=torch.Generator().manual_seed(blocks)).to(dtype)[1:].view(-1, 32)
+    codes, scales = torch.full((blocks + 2, 16), 99, dtype=torch.uint8), torch.full((blocks + 2,), 99).byte()
+    values, fakes = torch.full((2, blocks * 32 + 65), 99.0, dtype=dtype)
+    native.quantize(x, "mse", "nearest", 0, codes[1:-1], scales[1:-1])
+    native.dequantize(codes[1:-1], scales[1:-1], values[33:-32].view(-1, 32))
+    native.fake_quantize(x, "mse", "nearest", 0, fakes[33:-32].view(-1, 32))
+    expected = run(reference, x, "mse", "nearest")
+    for whole, inside, by_reference in zip(
+        (codes, scales, values, fakes),
+        (codes[1:-1], scales[1:-1], values[33:-32].view(-1, 32), fakes[33:-32].view(-1, 32)),
+        expected,
+        strict=True,
+    ):
+        assert torch.equal(inside, by_reference)
+        assert (whole == 99).sum() == whole.numel() - inside.numel() + (by_reference == 99).sum()
+
+
+def excess(y: Tensor) -> Tensor:
+    """Return how much larger the squared error of y [B, 32] is with scale 2 than with scale 1, float64 [B]."""
+    step = torch.where(y < 2, 0.5, torch.where(y < 4, 1.0, 2.0)).double()
+    finer = y - ((y / step).round() * step).clamp(max=6)
+    step = torch.where(y < 4, 1.0, 2.0).double()
+    return ((y - (y / step).round() * step).square() - finer.square()).sum(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_that_fit_almost_equally_well(build: str, dtype: torch.dtype) -> None:
+    """The rule mse decides by the last bits of two sums here; a tie takes the smaller scale."""
+    generator = torch.Generator().manual_seed(2)
+    y = torch.rand(40_000, 32, generator=generator, dtype=torch.float64) * torch.tensor([4.0] * 16 + [1.0] * 16)
+    y[:, :3] += 4
+    y = y.to(dtype).double()
+    # An element of 1/4 + d, 0 <= d <= 1/4, adds d to the excess.
+    y[:, 20] = 0.25
+    y[:, 20] -= excess(y)
+    y = y[(y[:, 20] >= 0.25) & (y[:, 20] <= 0.5)]
+    assert len(y) > 1000
+    nudges = torch.tensor([0.0, 1e-9, -1e-9, 1e-7, -1e-7, 1e-5, -1e-5, 1e-3, -1e-3, 0.004]).double()
+    y[:, 20] += nudges[torch.arange(len(y)) % len(nudges)]
+    y = y.to(dtype).double()
+    for bound in (2.0**-12, 2.0**-7):
+        assert (excess(y).abs() < bound).sum() > 100
+        assert (excess(y).abs() >= bound / 4).sum() > 100
+    sign = 1 - 2 * torch.randint(2, y.shape, generator=generator)
+    exponent = torch.randint(-110, 110, (len(y), 1), generator=generator)
+    x = (y * sign * torch.exp2(exponent.double())).to(dtype)
+    ours, theirs = run(native, x, "mse", "nearest"), run(reference, x, "mse", "nearest")
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+    larger = theirs[1].long() - 127 - exponent.view(-1)
+    decided = excess(y).abs() > 1e-12
+    assert torch.equal(larger[decided], (excess(y)[decided] < 0).long())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", SCALE_RULES)
+def test_every_scale(build: str, rule: str, dtype: torch.dtype) -> None:
+    """Include both ends of the range, where float32 has subnormal values and the scale cannot become smaller."""
+    x = torch.randn(280, 8, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    x = (x * torch.exp2(torch.arange(-150.0, 130.0, dtype=torch.float64)).view(-1, 1, 1)).to(dtype).view(-1, 32)
+    for a, b in zip(run(native, x, rule, "nearest"), run(reference, x, rule, "nearest"), strict=True):
+        assert_same_bits(a.float(), b.float())
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (31, 64), (32, 32), (97, 96), (1100, 160)])
+@pytest.mark.parametrize("ends", [False, True])
+def test_transposed(build: str, shape: tuple[int, int], ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that do not fill a tile, scales at both ends of the range, and several threads."""
+    generator = torch.Generator().manual_seed(5)
+    n, k = shape
+    packed = torch.randint(256, (n, k // 2), dtype=torch.uint8, generator=generator)
+    low, high = (0, 256) if ends else (2, 253)
+    scale = torch.randint(low, high, (n, k // 32), dtype=torch.uint8, generator=generator)
+    expected = dequantize(packed, scale).t()
+    for threads in (1, min(3, k // 32)):
+        monkeypatch.setattr(native, "_threads", lambda blocks, t=threads: t)
+        out = torch.full((k, n), 99, dtype=torch.bfloat16)
+        assert dequantize_transposed(packed, scale, out) is out
+        assert_same_bits(out, expected.contiguous())
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert_same_bits(dequantize_transposed(packed, scale, torch.empty_like(out)), out)
+    with pytest.raises(ModelError, match="out must be contiguous"):
+        dequantize_transposed(packed, scale, torch.empty(n, k + 1, dtype=torch.bfloat16))
+
+
+def test_both_builds_find_the_parts_of_the_error(build: str) -> None:
+    x = torch.randn(3000, 32, generator=torch.Generator().manual_seed(4))
+    codes = quantize(x, "mse")
+    expected = split_error(x.double(), *codes)  # in plain PyTorch
+    assert split_error(x, *codes) == pytest.approx(expected, rel=1e-12)
+
+
+def test_threads_do_not_show(build: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(40_000, 32, generator=torch.Generator().manual_seed(0))
     alone = run(native, x, "even", "stochastic")
     monkeypatch.setattr(native, "_threads", lambda blocks: 7)

@@ -10,12 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from verl_aqn.errors import ModelError
-from verl_aqn.mxfp4 import Mxfp4Linear, codec, fake_quantize
+from verl_aqn.mxfp4 import Mxfp4Linear, codec, fake_quantize, linear
 from verl_aqn.mxfp4.experts import packed_layers
 from verl_aqn.mxfp4.kernels import native, reference
 from verl_aqn.mxfp4.linear import Activation
@@ -80,6 +81,26 @@ def test_equals_dense_forward_and_backward(bias: bool, dtype: torch.dtype) -> No
     torch.testing.assert_close(x.grad, x2.grad)
     if bias:
         torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("bias", [False, True])
+def test_slices_of_a_large_weight_do_not_show(bias: bool, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last slice is smaller; the output has the bits of the whole product."""
+    layer = packed_layer(96, 200, bias=bias).bfloat16()
+    x = torch.randn(2, tokens, 96).bfloat16().requires_grad_()
+    grad = torch.randn(2, tokens, 200).bfloat16()
+    whole = layer(x)
+    (expected,) = torch.autograd.grad(whole, x, grad)
+    monkeypatch.setattr(linear, "_LARGE", 1000)
+    monkeypatch.setattr(linear, "_SLICE", 64 * 96 * 2)
+    sizes = []
+    monkeypatch.setattr(F, "linear", lambda x, w, b=None, of=F.linear: sizes.append(len(w)) or of(x, w, b))
+    y = layer(x)
+    assert sizes == [64, 64, 64, 8]
+    torch.testing.assert_close(y, whole, rtol=0, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(y, x, grad)[0], expected, rtol=0, atol=0)
+    torch.testing.assert_close(expected, grad @ layer.weight.bfloat16())
 
 
 def test_gradients_to_machine_precision() -> None:

@@ -1,7 +1,8 @@
 // MXFP4 on a CPU: one pass over memory for each of quantise, dequantise and fake-quantise.
 //
 // The arithmetic is bit for bit that of reference.py, whose comments derive it. Every loop has 32 iterations and no
-// branch, so that the compiler can use vector instructions of any width; nothing here is specific to one CPU.
+// branch, so that the compiler can use vector instructions of any width; nothing here is specific to one CPU. On CPUs
+// with AVX-512, avx512.h replaces the code of the namespace `portable`.
 // Compile with -ffp-contract=off and without -ffast-math: results must not depend on the compiler.
 
 #include <cmath>
@@ -9,6 +10,10 @@
 #include <cstring>
 #include <thread>
 #include <vector>
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define AQN_AVX512
+#include <immintrin.h>
+#endif
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "two codes are read as one little-endian number");
 
@@ -144,107 +149,6 @@ inline int32_t encode(const int32_t* bits, uint64_t block, uint64_t seed, Rounde
     return exponent;
 }
 
-// Rounding of bfloat16 to nearest in 16-bit integers, for scales that are not at the ends of the range. Bit patterns of
-// positive floats are ordered and spaced like their values, so rounding is integer arithmetic. `below[i]` is the
-// pattern of |x| minus that of the scale. Returns the biased exponent of the scale, or -1 at the ends of the range.
-template <int RULE>
-inline int32_t narrow(const bfloat16* x, int16_t* below) {
-    int16_t amax = 0;
-    for (int i = 0; i < BLOCK; ++i) {
-        below[i] = int16_t(x[i].bits & 0x7FFF);
-        amax = below[i] > amax ? below[i] : amax;
-    }
-    const int32_t exponent = (((int32_t(amax) << 16) + CARRY[RULE]) >> 23) - 2;
-    if (exponent < 3 || exponent > 250) return -1;
-    for (int i = 0; i < BLOCK; ++i) below[i] = int16_t(below[i] - (exponent << 7));
-    return exponent;
-}
-template <int RULE, class T>
-inline int32_t narrow(const T*, int16_t*) { return -1; }
-
-// From 1 on, the grid has a value at every 64th pattern. Round `m` to these, ties to even, and limit it to that of 6.
-inline int16_t rounded_pattern(int16_t m) {
-    const int16_t above = m > 0 ? m : int16_t(0);
-    const int16_t odd = int16_t(int16_t(above >> 6) & 1);
-    const int16_t pattern = int16_t(int16_t(above + 31 + odd) & -64);
-    return pattern > 0x140 ? int16_t(0x140) : pattern;
-}
-
-// Below 1, values above 0.25 become 0.5, and values from 0.75 on become 1.
-template <int RULE>
-inline bool quantize_narrow(const bfloat16* x, uint8_t* scale, uint8_t* codes) {
-    alignas(64) int16_t below[BLOCK];
-    const int32_t exponent = narrow<RULE>(x, below);
-    if (exponent < 0) return false;
-    *scale = uint8_t(exponent);
-    for (int i = 0; i < BLOCK; ++i) {
-        const int16_t m = below[i];
-        const int16_t half = m > -0x100 ? int16_t(1) : int16_t(0), one = m >= -0x40 ? int16_t(1) : int16_t(0);
-        const int16_t code = int16_t(int16_t(rounded_pattern(m) >> 6) + half + one);
-        codes[i] = uint8_t(code | ((x[i].bits >> 12) & 8));
-    }
-    return true;
-}
-template <int RULE, class T>
-inline bool quantize_narrow(const T*, uint8_t*, uint8_t*) { return false; }
-
-template <int RULE>
-inline bool fake_quantize_narrow(const bfloat16* x, bfloat16* out) {
-    alignas(64) int16_t below[BLOCK];
-    const int32_t exponent = narrow<RULE>(x, below);
-    if (exponent < 0) return false;
-    const int16_t one = int16_t(exponent << 7);
-    for (int i = 0; i < BLOCK; ++i) {
-        const int16_t m = below[i];
-        const int16_t small = m > -0x100 ? int16_t(one - 0x80) : int16_t(0);
-        const int16_t value = m >= -0x40 ? int16_t(one + rounded_pattern(m)) : small;
-        out[i].bits = uint16_t(value | (x[i].bits & 0x8000));
-    }
-    return true;
-}
-template <int RULE, class T>
-inline bool fake_quantize_narrow(const T*, T*) { return false; }
-
-template <class T, int RULE, int ROUNDING>
-void quantize(const T* x, int64_t begin, int64_t end, uint64_t seed, uint8_t* packed, uint8_t* scale) {
-    for (int64_t b = begin; b < end; ++b) {
-        alignas(64) uint8_t codes[BLOCK];
-        alignas(64) uint16_t pairs[BLOCK / 2];  // two codes each, the even index in the low byte
-        uint8_t* to = packed + b * (BLOCK / 2);
-        if (RULE == MSE || ROUNDING != NEAREST || !quantize_narrow<RULE>(x + b * BLOCK, scale + b, codes)) {
-            alignas(64) int32_t bits[BLOCK];
-            Rounded r;
-            load(x + b * BLOCK, bits);
-            const int32_t exponent = encode<RULE, ROUNDING>(bits, b, seed, r);
-            scale[b] = uint8_t(exponent);
-            if (exponent == 255) {
-                std::memset(to, 0, BLOCK / 2);
-                continue;
-            }
-            for (int i = 0; i < BLOCK; ++i) codes[i] = uint8_t(r.codes[i] | ((bits[i] >> 31) & 8));
-        }
-        std::memcpy(pairs, codes, sizeof codes);
-        for (int i = 0; i < BLOCK / 2; ++i) to[i] = uint8_t(pairs[i] | (pairs[i] >> 4));
-    }
-}
-
-template <class T, int RULE, int ROUNDING>
-void fake_quantize(const T* x, int64_t begin, int64_t end, uint64_t seed, T* out) {
-    for (int64_t b = begin; b < end; ++b) {
-        if (RULE != MSE && ROUNDING == NEAREST && fake_quantize_narrow<RULE>(x + b * BLOCK, out + b * BLOCK)) continue;
-        alignas(64) int32_t bits[BLOCK];
-        Rounded r;
-        load(x + b * BLOCK, bits);
-        const int32_t exponent = encode<RULE, ROUNDING>(bits, b, seed, r);
-        // Half of the value times twice the scale, because 2^-127 is not a normal float; the exponent is at most 253.
-        const float unit = exponent == 255 ? as_float(0x7FC00000) : as_float((exponent + 1) << 23);
-        if (exponent == 255) std::memset(r.values, 0, sizeof r.values);
-        for (int i = 0; i < BLOCK; ++i)
-            r.values[i] = as_float(as_bits(r.values[i] * 0.5f * unit) | (exponent == 255 ? 0 : bits[i] & INT32_MIN));
-        store(out + b * BLOCK, r.values);
-    }
-}
-
 // Write the bfloat16 bit patterns of 32 codes (0..15) with a scale; every value is exact in bfloat16.
 inline void decode(const uint8_t* codes, int32_t scale, uint16_t* bits) {
     if (scale >= 2 && scale <= 252) {
@@ -273,6 +177,79 @@ inline void store(float16* out, const uint16_t* bits) {
     for (int i = 0; i < BLOCK; ++i) out[i] = float16(as_float(int32_t(uint32_t(bits[i]) << 16)));
 }
 
+// Write 32 codes to 16 bytes.
+inline void pack(const uint8_t* codes, uint8_t* packed) {
+    alignas(64) uint16_t pairs[BLOCK / 2];  // two codes each, the even index in the low byte
+    std::memcpy(pairs, codes, BLOCK);
+    for (int i = 0; i < BLOCK / 2; ++i) packed[i] = uint8_t(pairs[i] | (pairs[i] >> 4));
+}
+
+// A shortcut for rounding to nearest, in 16-bit integers. `exponents` chooses the scales of some blocks, and NOT_HERE for
+// blocks that need the general code above: scales at the ends of the range, NaN and Inf, and blocks that both scales of
+// the rule `mse` fit almost equally well. `quantize` and `fake_quantize` do the others.
+constexpr int32_t NOT_HERE = -1;
+constexpr int64_t GROUP = 16;
+
+#ifdef AQN_AVX512
+#include "avx512.h"
+namespace shortcut = avx512;
+#else
+namespace portable {
+
+// For bfloat16 and all rules but `mse`.
+template <int RULE>
+inline void exponents(const bfloat16* x, int64_t blocks, int32_t* exponent) {
+    for (int64_t b = 0; b < blocks; ++b) {
+        int16_t amax = 0;
+        for (int i = 0; i < BLOCK; ++i) {
+            const int16_t m = int16_t(x[b * BLOCK + i].bits & 0x7FFF);
+            amax = m > amax ? m : amax;
+        }
+        const int32_t e = (((int32_t(amax) << 16) + CARRY[RULE]) >> 23) - 2;
+        exponent[b] = RULE == MSE || e < 3 || e > 250 ? NOT_HERE : e;
+    }
+}
+template <int RULE, class T>
+inline void exponents(const T*, int64_t blocks, int32_t* exponent) {
+    for (int64_t b = 0; b < blocks; ++b) exponent[b] = NOT_HERE;
+}
+
+// Bit patterns of positive floats are ordered and spaced like their values, so rounding is integer arithmetic. `m` is the
+// pattern of |x| minus that of the scale. From 1 on, the grid has a value at every 64th pattern. Round `m` to these, ties
+// to even, and limit it to that of 6. Below 1, values above 0.25 become 0.5, and values from 0.75 on become 1.
+inline int16_t rounded_pattern(int16_t m) {
+    const int16_t above = m > 0 ? m : int16_t(0);
+    const int16_t odd = int16_t(int16_t(above >> 6) & 1);
+    const int16_t pattern = int16_t(int16_t(above + 31 + odd) & -64);
+    return pattern > 0x140 ? int16_t(0x140) : pattern;
+}
+
+inline void quantize(const bfloat16* x, int32_t exponent, uint8_t* packed) {
+    alignas(64) uint8_t codes[BLOCK];
+    for (int i = 0; i < BLOCK; ++i) {
+        const int16_t m = int16_t((x[i].bits & 0x7FFF) - (exponent << 7));
+        const int16_t half = m > -0x100 ? int16_t(1) : int16_t(0), one = m >= -0x40 ? int16_t(1) : int16_t(0);
+        const int16_t code = int16_t(int16_t(rounded_pattern(m) >> 6) + half + one);
+        codes[i] = uint8_t(code | ((x[i].bits >> 12) & 8));
+    }
+    pack(codes, packed);
+}
+
+inline void fake_quantize(const bfloat16* x, int32_t exponent, bfloat16* out) {
+    const int16_t scale = int16_t(exponent << 7);
+    for (int i = 0; i < BLOCK; ++i) {
+        const int16_t m = int16_t((x[i].bits & 0x7FFF) - scale);
+        const int16_t small = m > -0x100 ? int16_t(scale - 0x80) : int16_t(0);
+        const int16_t value = m >= -0x40 ? int16_t(scale + rounded_pattern(m)) : small;
+        out[i].bits = uint16_t(value | (x[i].bits & 0x8000));
+    }
+}
+
+template <class T>
+inline void quantize(const T*, int32_t, uint8_t*) {}  // not called, see `exponents`
+template <class T>
+inline void fake_quantize(const T*, int32_t, T*) {}
+
 template <class T>
 void dequantize(const uint8_t* packed, const uint8_t* scale, int64_t begin, int64_t end, T* out) {
     for (int64_t b = begin; b < end; ++b) {
@@ -284,6 +261,79 @@ void dequantize(const uint8_t* packed, const uint8_t* scale, int64_t begin, int6
         decode(codes, scale[b], bits);
         store(out + b * BLOCK, bits);
     }
+}
+
+}  // namespace portable
+namespace shortcut = portable;
+#endif
+
+template <class T, int RULE, int ROUNDING>
+inline void quantize_block(const T* x, int64_t block, uint64_t seed, uint8_t* packed, uint8_t* scale) {
+    alignas(64) int32_t bits[BLOCK];
+    alignas(64) uint8_t codes[BLOCK];
+    Rounded r;
+    load(x, bits);
+    const int32_t exponent = encode<RULE, ROUNDING>(bits, block, seed, r);
+    *scale = uint8_t(exponent);
+    if (exponent == 255) {
+        std::memset(packed, 0, BLOCK / 2);
+        return;
+    }
+    for (int i = 0; i < BLOCK; ++i) codes[i] = uint8_t(r.codes[i] | ((bits[i] >> 31) & 8));
+    pack(codes, packed);
+}
+
+template <class T, int RULE, int ROUNDING>
+inline void fake_quantize_block(const T* x, int64_t block, uint64_t seed, T* out) {
+    alignas(64) int32_t bits[BLOCK];
+    Rounded r;
+    load(x, bits);
+    const int32_t exponent = encode<RULE, ROUNDING>(bits, block, seed, r);
+    // Half of the value times twice the scale, because 2^-127 is not a normal float; the exponent is at most 253.
+    const float unit = exponent == 255 ? as_float(0x7FC00000) : as_float((exponent + 1) << 23);
+    if (exponent == 255) std::memset(r.values, 0, sizeof r.values);
+    for (int i = 0; i < BLOCK; ++i)
+        r.values[i] = as_float(as_bits(r.values[i] * 0.5f * unit) | (exponent == 255 ? 0 : bits[i] & INT32_MIN));
+    store(out, r.values);
+}
+
+// Call `quick(block, exponent)` for each block that has a shortcut, and `general(block)` for the others.
+template <int RULE, int ROUNDING, class T, class Quick, class General>
+inline void each_block(const T* x, int64_t begin, int64_t end, Quick quick, General general) {
+    for (int64_t first = begin; first < end; first += GROUP) {
+        const int64_t blocks = end - first < GROUP ? end - first : GROUP;
+        int32_t exponent[GROUP];
+        bool all = ROUNDING == NEAREST;
+        if (ROUNDING == NEAREST) shortcut::exponents<RULE>(x + first * BLOCK, blocks, exponent);
+        for (int64_t i = 0; i < blocks && ROUNDING == NEAREST; ++i) all &= exponent[i] != NOT_HERE;
+        if (all) {  // a loop without general code, so that its constants stay in registers
+            for (int64_t i = 0; i < blocks; ++i) quick(first + i, exponent[i]);
+            continue;
+        }
+        for (int64_t i = 0; i < blocks; ++i)
+            ROUNDING == NEAREST && exponent[i] != NOT_HERE ? quick(first + i, exponent[i]) : general(first + i);
+    }
+}
+
+template <class T, int RULE, int ROUNDING>
+void quantize(const T* x, int64_t begin, int64_t end, uint64_t seed, uint8_t* packed, uint8_t* scale) {
+    each_block<RULE, ROUNDING>(
+        x, begin, end,
+        [=](int64_t b, int32_t exponent) {
+            scale[b] = uint8_t(exponent);
+            shortcut::quantize(x + b * BLOCK, exponent, packed + b * (BLOCK / 2));
+        },
+        [=](int64_t b) {
+            quantize_block<T, RULE, ROUNDING>(x + b * BLOCK, b, seed, packed + b * (BLOCK / 2), scale + b);
+        });
+}
+
+template <class T, int RULE, int ROUNDING>
+void fake_quantize(const T* x, int64_t begin, int64_t end, uint64_t seed, T* out) {
+    each_block<RULE, ROUNDING>(
+        x, begin, end,
+        [=](int64_t b, int32_t exponent) { shortcut::fake_quantize(x + b * BLOCK, exponent, out + b * BLOCK); },
+        [=](int64_t b) { fake_quantize_block<T, RULE, ROUNDING>(x + b * BLOCK, b, seed, out + b * BLOCK); });
 }
 
 template <class F>
@@ -324,6 +374,9 @@ void quantize_as(int rule, int rounding, const void* x, int64_t blocks, uint64_t
     }
 }
 
+#include "error_parts.h"
+#include "transposed.h"
+
 }  // namespace
 
 // Quantise x [blocks, 32] of `dtype` to packed [blocks, 16] and scale [blocks], or, if `fake` is given, write the
@@ -341,9 +394,34 @@ extern "C" void aqn_dequantize(const uint8_t* packed, const uint8_t* scale, int6
                                int threads) {
     parallel(blocks, threads, [=](int64_t begin, int64_t end) {
         switch (dtype) {
-            case FLOAT32: return dequantize(packed, scale, begin, end, static_cast<float*>(out));
-            case BFLOAT16: return dequantize(packed, scale, begin, end, static_cast<bfloat16*>(out));
-            default: return dequantize(packed, scale, begin, end, static_cast<float16*>(out));
+            case FLOAT32: return shortcut::dequantize(packed, scale, begin, end, static_cast<float*>(out));
+            case BFLOAT16: return shortcut::dequantize(packed, scale, begin, end, static_cast<bfloat16*>(out));
+            default: return shortcut::dequantize(packed, scale, begin, end, static_cast<float16*>(out));
         }
+    });
+}
+
+// Write to parts [chunks, PARTS] the parts of the error of x [blocks, 32], for each chunk of `chunk` blocks. The result
+// does not depend on the number of threads.
+extern "C" void aqn_error_parts(const void* x, int dtype, const uint8_t* packed, const uint8_t* scale, int64_t blocks,
+                                int64_t chunk, double* parts, int threads) {
+    parallel((blocks + chunk - 1) / chunk, threads, [=](int64_t first, int64_t last) {
+        for (int64_t c = first; c < last; ++c) {
+            const int64_t begin = c * chunk, end = begin + chunk < blocks ? begin + chunk : blocks;
+            double* to = parts + c * PARTS;
+            switch (dtype) {
+                case FLOAT32: error_parts(static_cast<const float*>(x), packed, scale, begin, end, to); break;
+                case BFLOAT16: error_parts(static_cast<const bfloat16*>(x), packed, scale, begin, end, to); break;
+                default: error_parts(static_cast<const float16*>(x), packed, scale, begin, end, to);
+            }
+        }
+    });
+}
+
+// Write the transpose of W [rows, columns * 32] to out [columns * 32, rows] in bfloat16.
+extern "C" void aqn_dequantize_transposed(const uint8_t* packed, const uint8_t* scale, int64_t rows, int64_t columns,
+                                          void* out, int threads) {
+    parallel(columns, threads, [=](int64_t begin, int64_t end) {
+        dequantize_transposed(packed, scale, rows, columns, begin, end, static_cast<uint16_t*>(out));
     });
 }

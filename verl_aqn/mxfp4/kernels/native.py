@@ -7,6 +7,7 @@ Without a C++ compiler, or with ``VERL_AQN_NATIVE=0``, `reference` is used, whic
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -22,6 +23,7 @@ from verl_aqn.cache import cache_dir
 from verl_aqn.safe_files import own_folder
 
 _SOURCE = Path(__file__).with_name("native.cpp")
+_INCLUDED = [_SOURCE.with_name(name) for name in ("avx512.h", "error_parts.h", "transposed.h")]
 _FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-shared", "-fPIC", "-pthread"]
 if platform.machine() == "x86_64":
     _FLAGS.append("-mprefer-vector-width=512")  # for CPUs with AVX-512; 20 % to 33 % faster than GCC's default
@@ -30,6 +32,8 @@ _ROUNDINGS = {"nearest": 0, "half_away": 1, "stochastic": 2}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Minimum work per thread: starting a thread costs as much as quantising some ten thousand elements.
 _ELEMENTS_PER_THREAD = 1 << 18
+_PARTS = 7  # of `error_parts`, as in error_parts.h
+_BLOCKS_PER_SUM = 1024
 
 
 class Status(NamedTuple):
@@ -68,6 +72,38 @@ def dequantize(packed: Tensor, scale: Tensor, out: Tensor) -> None:
     library.aqn_dequantize(
         packed.data_ptr(), scale.data_ptr(), blocks, DTYPES[out.dtype], out.data_ptr(), _threads(blocks)
     )
+
+
+def dequantize_transposed(packed: Tensor, scale: Tensor, out: Tensor) -> None:
+    """Fill ``out`` bfloat16 [K, N] from the contiguous ``packed`` uint8 [N, K/2] and ``scale`` uint8 [N, K/32]."""
+    library = _library()[0]
+    assert library is not None
+    rows, blocks = scale.shape
+    library.aqn_dequantize_transposed(
+        packed.data_ptr(), scale.data_ptr(), rows, blocks, out.data_ptr(), min(_threads(rows * blocks), max(blocks, 1))
+    )
+
+
+def error_parts(x: Tensor, packed: Tensor, scale: Tensor) -> list[float]:
+    """Sum the parts of the error of the codes of ``x`` [B, 32]: the fields of `ErrorSplit` without ``elements``.
+
+    The result does not depend on the number of threads.
+    """
+    library = _library()[0]
+    assert library is not None
+    blocks = x.shape[0]
+    parts = torch.empty(-(-blocks // _BLOCKS_PER_SUM), _PARTS, dtype=torch.float64)
+    library.aqn_error_parts(
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        packed.data_ptr(),
+        scale.data_ptr(),
+        blocks,
+        _BLOCKS_PER_SUM,
+        parts.data_ptr(),
+        _threads(blocks),
+    )
+    return [math.fsum(part) for part in parts.T.tolist()]
 
 
 def _call_quantize(
@@ -115,14 +151,24 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
         pointer, integer, ctypes.c_int64, integer, integer, ctypes.c_uint64, pointer, pointer, pointer, integer
     ]  # fmt: skip
     library.aqn_dequantize.argtypes = [pointer, pointer, ctypes.c_int64, integer, pointer, integer]
-    library.aqn_quantize.restype = library.aqn_dequantize.restype = None
+    library.aqn_error_parts.argtypes = [
+        pointer, integer, pointer, pointer, ctypes.c_int64, ctypes.c_int64, pointer, integer
+    ]  # fmt: skip
+    library.aqn_dequantize_transposed.argtypes = [pointer, pointer, ctypes.c_int64, ctypes.c_int64, pointer, integer]
+    for function in (
+        library.aqn_quantize,
+        library.aqn_dequantize,
+        library.aqn_error_parts,
+        library.aqn_dequantize_transposed,
+    ):
+        function.restype = None
     return library, str(file)
 
 
 def _built(compiler: str) -> Path:
     """Return the file of the library; compile it if the cache has none for this source, compiler and CPU."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = hashlib.sha256(_SOURCE.read_bytes())
+    key = hashlib.sha256(b"".join(file.read_bytes() for file in (_SOURCE, *_INCLUDED)))
     # The key includes the CPU's features: machines may share a cache, and -march=native depends on the machine.
     key.update(repr((_FLAGS, version, platform.machine(), _cpu_features())).encode())
     file = cache_dir() / "kernels" / f"mxfp4-{key.hexdigest()[:16]}.so"
