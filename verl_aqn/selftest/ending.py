@@ -21,7 +21,7 @@ Found = dict[int, str]
 
 
 def end(process: subprocess.Popen, token: str, *, grace_s: float = GRACE_S) -> list[int]:
-    """End `process` and its descendants by SIGTERM, after `grace_s` seconds by SIGKILL; return the ids that are left."""
+    """End `process` and its descendants by SIGTERM, after `grace_s` seconds by SIGKILL. Return ids that are left."""
     found = of_rung(process.pid, token)
     for number, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 5.0)):
         _send(process, found, number)

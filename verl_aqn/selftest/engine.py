@@ -54,7 +54,9 @@ def base(context: Context) -> Reading:
         "kernel": kernel, "form": answer[0]["form"], "layers": answer[0]["layers"],
         "activations": answer[0]["activations"], "start_s": engine.start_s, **engine.compiled(),
     }  # fmt: skip
-    return Reading(f"{sentence(record)}; kernel {kernel}, form {figures['form']}, {engine.start_s:.0f} s to load", figures)
+    return Reading(
+        f"{sentence(record)}; kernel {kernel}, form {figures['form']}, {engine.start_s:.0f} s to load", figures
+    )
 
 
 def read_base(engine: EngineProbe, served: Served) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -99,8 +101,8 @@ def lora(context: Context) -> Reading:
     send(context, engine, reference.adapter)
     figures = lora_figures(engine, reference)
     return Reading(
-        f"{figures['prefill_nats']:.4f} (prefill) and {figures['decoding_nats']:.4f} nats a token (decoding) from PEFT, "
-        f"{figures['prefill_error']:.3f} and {figures['decoding_error']:.3f} of the adapter's effect",
+        f"{figures['prefill_nats']:.4f} (prefill) and {figures['decoding_nats']:.4f} nats a token (decoding) from "
+        f"PEFT, {figures['prefill_error']:.3f} and {figures['decoding_error']:.3f} of the adapter's effect",
         figures,
     )
 

@@ -48,7 +48,7 @@ def examine(context: Context) -> Reading:
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages that are installed."""
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

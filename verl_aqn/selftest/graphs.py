@@ -27,8 +27,8 @@ def noise(context: Context) -> Reading:
     figures = {**compiled, **use(context, engine), "start_s": engine.start_s}
     return Reading(
         f"{compiled['captured']} graphs captured ({compiled['graphs']}); noise on each of {figures['norms']} norms is "
-        f"used (error {figures['largest_error']:.3f}), log-probs {figures['decoding_nats']:.4f} nats a token from PEFT; "
-        f"fusion passes: {', '.join(compiled['passes']) or 'none'}",
+        f"used (error {figures['largest_error']:.3f}), log-probs {figures['decoding_nats']:.4f} nats a token from "
+        f"PEFT; fusion passes: {', '.join(compiled['passes']) or 'none'}",
         figures,
     )
 
@@ -66,7 +66,16 @@ def _trial(context: Context, name: str) -> dict[str, Any]:
     """Run one engine in a new process, because a process can set up only one."""
     request, result = (context.folder / f"{name}.{end}" for end in ("request", "result"))
     result.unlink(missing_ok=True)
-    request.write_text(json.dumps({"device": context.device, "count": context.count, "folder": str(context.folder), "passes": context.done["graph-noise"]["passes"]}))
+    request.write_text(
+        json.dumps(
+            {
+                "device": context.device,
+                "count": context.count,
+                "folder": str(context.folder),
+                "passes": context.done["graph-noise"]["passes"],
+            }
+        )
+    )
     done = subprocess.run([sys.executable, "-m", "verl_aqn.selftest.graphs", name, request, result], check=False)
     return json.loads(result.read_text()) if result.is_file() else {"fault": f"exit code {done.returncode}"}
 

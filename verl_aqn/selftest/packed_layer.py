@@ -21,7 +21,8 @@ SPEED = (1024, 1536, 8960)  # tokens, K, N of Qwen2.5-1.5B's largest layer
 
 def check(context: Context) -> Reading:
     """Compare values, gradients, saved memory and time of the packed layer with those of a dense one."""
-    device, far = context.device, {}
+    device = context.device
+    far: dict[str, float] = {}
     packed, weight = _packed(device)
     for cached in (False, True):
         packed.cache_dequantized = cached
@@ -125,6 +126,10 @@ def _times(device: str) -> dict[str, float]:
     packed = Mxfp4Linear.from_linear(dense)
     x = torch.randn(tokens, k, device=device, dtype=torch.bfloat16, requires_grad=True)
     grad = torch.randn(tokens, n, device=device, dtype=torch.bfloat16)
-    seconds = [seconds_of(lambda f=layer: torch.autograd.grad(f(x), x, grad), device, 3) for layer in (packed, dense)]
+
+    def seconds(layer: nn.Module) -> float:
+        return seconds_of(lambda: torch.autograd.grad(layer(x), x, grad), device, 3)
+
+    ratio = seconds(packed) / seconds(dense)
     held = sum(parameter.nbytes for parameter in packed.parameters())
-    return {"time_of_bf16": seconds[0] / seconds[1], "bytes_of_bf16": held / dense.weight.nbytes}
+    return {"time_of_bf16": ratio, "bytes_of_bf16": held / dense.weight.nbytes}

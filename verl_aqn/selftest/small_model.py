@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 HIDDEN, INNER, LAYERS, HEADS, KEY_VALUE_HEADS = 512, 1024, 2, 4, 2
-SPECIAL = ("<|im_start|>", "<|im_end|>", "<|pad|>")
-VOCABULARY = 320  # 256 bytes and the special tokens, rounded up
+VOCABULARY = 320
+# verl masks the logits of tokens that the tokenizer lacks in the rollout, but not in the actor. So it lacks none.
+SPECIAL = ("<|im_start|>", "<|im_end|>", "<|pad|>", *(f"<|unused_{number}|>" for number in range(VOCABULARY - 259)))
 CHAT = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

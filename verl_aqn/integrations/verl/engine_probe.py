@@ -1,4 +1,4 @@
-"""vLLM's engine as a run's rollout has it, without the run: for `verl-aqn selftest`. Adapters are loaded as by a sync."""
+"""vLLM's engine as a run's rollout has it, without the run (`verl-aqn selftest`). It gets adapters as in a sync."""
 
 import time
 from collections.abc import Sequence
