@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_aqn.selftest.ending import TOKEN, end, exit_code
-from verl_aqn.selftest.rung import FAILED, NOT_RUN, PASSED, Outcome, Rung
+from verl_aqn.selftest.rung import DEVICES, FAILED, NOT_RUN, PASSED, Outcome, Rung
 
 POLL_S = 0.1
 LEAST_S = 3.0
@@ -69,12 +69,12 @@ class Climb:
     def _obstacle(self, rung: Rung, before: Sequence[Rung] = ()) -> str:
         """Return why a rung cannot be run now, or ""; `before`: rungs that will have passed by then."""
         coming = {one.name for one in before}
+        if rung.needs and self.device in DEVICES and self.device not in rung.devices:
+            return rung.elsewhere
         for need in rung.needs:
             known = self.outcomes.get(need)
             if need not in coming and (known is None or known.status != PASSED):
                 return f"needs {need}"
-        if rung.needs and self.device not in rung.devices:
-            return rung.elsewhere
         if rung.needs and self.count < rung.least:
             return f"needs {rung.least} devices, there is {self.count}"
         if self._deadline - time.monotonic() < LEAST_S:

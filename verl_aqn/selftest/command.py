@@ -10,9 +10,9 @@ from typing import Any
 from verl_aqn.errors import ConfigError, is_full, reason
 from verl_aqn.selftest.climb import CHILD, Climb
 from verl_aqn.selftest.ladder import chosen
-from verl_aqn.selftest.page import document, write
 from verl_aqn.selftest.rung import DEVICES, FAILED, Outcome, Rung
 from verl_aqn.selftest.scrub import owner
+from verl_aqn.selftest.selftest_page import document, write
 
 
 def selftest(

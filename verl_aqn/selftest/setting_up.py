@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from verl_aqn.checkpoints.packing import quantize_checkpoint
+from verl_aqn.cluster.process_environment import bind_cores
 from verl_aqn.config.compose import load_recipe
 from verl_aqn.config.schema import parse_aqn
 from verl_aqn.config.serving import SERVED, prepare_serving
@@ -83,6 +84,8 @@ def start(context: Context, base: Served, **options: Any) -> EngineProbe:
     # TMPDIR is short and belongs to this rung (`climb`), as sockets need it.
     os.environ.update(environment(base.config, os.environ.get("TMPDIR", "/tmp")))
     if ranks > 1:
+        if context.device == "cpu":
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = bind_cores(sorted(os.sched_getaffinity(0)), ranks)
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # adapters are sent to the ranks by a call
     rollout = base.config.actor_rollout_ref.rollout
     special = {"enable_sleep_mode": True} if context.device != "cpu" and rollout.enable_sleep_mode else {}

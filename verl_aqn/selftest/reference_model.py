@@ -94,9 +94,9 @@ def check_effect(
 ) -> dict[str, float]:
     """Compare an engine's log-probs with the right ones, in prefill and in decoding, and return the figures.
 
-    error = ‖engine − right‖ / ‖right − without‖, where `without` are log-probs without the adapter or noise. It is 0 for
-    an engine that computes what it should, 1 for one that ignores the adapter or noise, and about 0.25 for a scaling
-    that is wrong by a quarter.
+    error = ‖engine − right‖ / ‖right − without‖, where `without` are log-probs without the adapter or noise. It is 0
+    for an engine that computes what it should, 1 for one that ignores the adapter or noise, and about 0.25 for a
+    scaling that is wrong by a quarter.
 
     Raises:
         Broken: an error is larger than `ALLOWED`, or the effect is too small to be seen.
@@ -116,7 +116,8 @@ def check_effect(
         if apart > allowed * size:
             raise Broken(
                 f"{what}, {part}: log-probs are {found[f'{part}_nats']:.3f} nats a token from the reference; the "
-                f"effect is {found[f'{part}_effect_nats']:.3f}, so the error is {apart / size:.2f} of it (allowed {allowed:g})"
+                f"effect is {found[f'{part}_effect_nats']:.3f}, so the error is {apart / size:.2f} of it "
+                f"(allowed {allowed:g})"
             )
     return found
 

@@ -16,6 +16,8 @@ from verl_aqn.selftest.rung import Broken, Context, Reading
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 SEED = 0x9E3779B97F4A7C15  # both words of the key are in use, and both are negative as int32
 LARGE = (1024, 4096)
+SIDE = 4096
+"""Rows and columns for the speed: larger than caches."""
 SLOWEST = 2.0
 """Kernels may take this many times as long as plain PyTorch on the device, because measurements have noise."""
 
@@ -97,11 +99,12 @@ def _many_blocks(device: str) -> int:
 
 def speed(context: Context) -> Reading:
     """Measure the codec beside a copy on the device of as many bytes, and beside plain PyTorch."""
-    side = 2048 if context.device == "cpu" else 8192
+    side = SIDE
     x = torch.randn(side, side, generator=torch.Generator().manual_seed(0)).to(context.device, torch.bfloat16)
     codes, out = quantize(x), torch.empty_like(x)
     moved = x.nbytes + codes.packed.nbytes + codes.scale.nbytes
-    a, b = (torch.empty(moved // 2, dtype=torch.uint8, device=x.device) for _ in range(2))
+    # Ones, because untouched memory and zeros may be one page for all.
+    a, b = (torch.ones(moved // 2, dtype=torch.uint8, device=x.device) for _ in range(2))
     blocks, plain = x.view(-1, BLOCK), _empty(x.view(-1, BLOCK))
     runs: dict[str, Callable[[], object]] = {
         "copy": lambda: _copy(a, b),

@@ -10,6 +10,8 @@ from verl_aqn.selftest.setting_up import Served, serve, start
 BATCHES = {"cpu": (1, 8, 32), "cuda": (1, 32, 256), "npu": (1, 32, 256)}
 TOKENS = {"cpu": 16, "cuda": 64, "npu": 64}
 PROMPT = 32
+ROUNDS = 3
+"""The fastest counts, because other work on the machine only makes it slower."""
 LARGE: dict[str, dict[str, int]] = {
     kind: {"hidden": 2048, "inner": 8192, "layers": 4, "heads": 16} for kind in ("cuda", "npu")
 }
@@ -50,7 +52,7 @@ def _measured(context: Context, engine: EngineProbe, answer: dict[str, Any]) -> 
     found = {}
     for batch in BATCHES[context.device]:
         engine.tokens_per_second(batch, PROMPT, 4)  # warms up: caches, compiled code
-        found[str(batch)] = engine.tokens_per_second(batch, PROMPT, tokens)
+        found[str(batch)] = max(engine.tokens_per_second(batch, PROMPT, tokens) for _ in range(ROUNDS))
     figure = ", ".join(f"{rate:,.0f} tokens/s at batch {batch}" for batch, rate in found.items())
     kernel = answer["kernel"]
     return Reading(f"{figure} ({kernel})", {"tokens_per_second": found, "kernel": kernel, **engine.compiled()})

@@ -1,6 +1,6 @@
 """Rungs of noise and adapter under graphs (CUDA or ACL graphs) and under fusion passes.
 
-`python -m verl_aqn.selftest.graphs PASS REQUEST RESULT` is one engine in which PASS alone is on.
+`python -m verl_aqn.selftest.graph_rungs PASS REQUEST RESULT` is one engine in which PASS alone is on.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from verl_aqn.integrations.verl.engine_probe import EngineProbe
-from verl_aqn.selftest.engine import lora_figures, noise_figures, reference_of, send, served_of
+from verl_aqn.selftest.engine_rungs import lora_figures, noise_figures, reference_of, send, served_of
 from verl_aqn.selftest.rung import Broken, Context, NotApplicable, Reading
 from verl_aqn.selftest.setting_up import start
 
@@ -76,7 +76,7 @@ def _trial(context: Context, name: str) -> dict[str, Any]:
             }
         )
     )
-    done = subprocess.run([sys.executable, "-m", "verl_aqn.selftest.graphs", name, request, result], check=False)
+    done = subprocess.run([sys.executable, "-m", "verl_aqn.selftest.graph_rungs", name, request, result], check=False)
     return json.loads(result.read_text()) if result.is_file() else {"fault": f"exit code {done.returncode}"}
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from verl_aqn.mxfp4 import Mxfp4Linear
 from verl_aqn.selftest import definition
-from verl_aqn.selftest.codec import seconds_of
+from verl_aqn.selftest.codec_rungs import seconds_of
 from verl_aqn.selftest.rung import Broken, Context, Reading
 
 N, K, T = 512, 256, 64

@@ -100,7 +100,7 @@ def judged(run: RunFolder) -> Reading:
 
 def memory(context: Context) -> Reading:
     """Compare the peaks that actor and rollout recorded with the estimate for the run's recipe."""
-    run = newest(context.folder.parent / "grpo" / "run")
+    run = newest(context.folder / "run")
     peaks = [record for record in run.read("events.jsonl") if record["kind"] == "memory"]
     if not peaks:
         raise Broken("the run recorded no memory")

@@ -1,6 +1,6 @@
 """The rung of FSDP2: a packed base in shards, on as many ranks as there are devices.
 
-`python -m verl_aqn.selftest.sharded RANK WORLD DEVICE FOLDER` is one rank; it writes FOLDER/rank<RANK>.json.
+`python -m verl_aqn.selftest.shard_rung RANK WORLD DEVICE FOLDER` is one rank; it writes FOLDER/rank<RANK>.json.
 """
 
 import json
@@ -27,7 +27,7 @@ CPU_RANKS = 2
 FEATURES, RANK, ROWS = 256, 8, 4
 CLOSE = {False: 1e-5, True: 3e-2}
 """Largest allowed relative distance from one process, in float32 and with bfloat16 mixed precision."""
-RANK_MODULE = "verl_aqn.selftest.sharded"
+RANK_MODULE = "verl_aqn.selftest.shard_rung"
 
 
 class Layer(nn.Module):

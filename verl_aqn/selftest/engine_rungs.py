@@ -8,10 +8,10 @@ from verl_aqn.checkpoints.held_base import held_base
 from verl_aqn.checkpoints.loading import load_model
 from verl_aqn.errors import AqnError
 from verl_aqn.integrations.verl.base_evidence import BaseRecords
-from verl_aqn.integrations.verl.engine_probe import EngineProbe
+from verl_aqn.integrations.verl.engine_probe import Answer, EngineProbe
 from verl_aqn.noise import NoiseSpec, check_evidence
 from verl_aqn.runs.judge.base_record import check_base, sentence
-from verl_aqn.selftest import expected
+from verl_aqn.selftest import reference_model
 from verl_aqn.selftest.rung import Broken, Context, Reading
 from verl_aqn.selftest.setting_up import RANK, Served, serve, start
 
@@ -32,9 +32,9 @@ def served_of(context: Context) -> Served:
     return once(context, "served", lambda: serve(context))
 
 
-def reference_of(context: Context) -> expected.Expected:
+def reference_of(context: Context) -> reference_model.Expected:
     base = served_of(context)
-    return once(context, "reference", lambda: expected.Expected(base.packed, base.activation))
+    return once(context, "reference", lambda: reference_model.Expected(base.packed, base.activation))
 
 
 def engine_of(context: Context) -> EngineProbe:
@@ -95,6 +95,10 @@ def send(context: Context, engine: EngineProbe, adapter: Any) -> float:
     return seconds
 
 
+def _answers(engine: EngineProbe, *, adapter: bool) -> list[Answer]:
+    return engine.answers(reference_model.prompts(), reference_model.RESPONSE, adapter=adapter)
+
+
 def lora(context: Context) -> Reading:
     """Compare the engine's log-probs with an adapter with PEFT's."""
     engine, reference = engine_of(context), reference_of(context)
@@ -107,11 +111,11 @@ def lora(context: Context) -> Reading:
     )
 
 
-def lora_figures(engine: EngineProbe, reference: expected.Expected) -> dict[str, float]:
-    """Return how far the engine's log-probs with the adapter are from PEFT's, see `expected.check_effect`."""
-    answers = engine.answers(expected.prompts(), expected.RESPONSE, adapter=True)
+def lora_figures(engine: EngineProbe, reference: reference_model.Expected) -> dict[str, float]:
+    """Return how far the engine's log-probs with the adapter are from PEFT's, see `reference_model.check_effect`."""
+    answers = _answers(engine, adapter=True)
     right, without = (reference.scores(answers, adapter=on) for on in (True, False))
-    return expected.check_effect(answers, right, without, reference.activation, "with the adapter")
+    return reference_model.check_effect(answers, right, without, reference.activation, "with the adapter")
 
 
 def noise(context: Context) -> Reading:
@@ -124,7 +128,7 @@ def noise(context: Context) -> Reading:
     )
 
 
-def noise_figures(engine: EngineProbe, reference: expected.Expected) -> dict[str, Any]:
+def noise_figures(engine: EngineProbe, reference: reference_model.Expected) -> dict[str, Any]:
     """Return the number of norms and the largest error, over all norms one after another and all of them together.
 
     Raises:
@@ -134,23 +138,23 @@ def noise_figures(engine: EngineProbe, reference: expected.Expected) -> dict[str
     names = found[0]["names"]
     if sorted(names) != sorted(reference.injector.names):
         raise Broken(f"the engine has the norms {names}, the model has {reference.injector.names}")
-    digest, prompts = found[0]["clean_digest"], expected.prompts()
-    clean = engine.answers(prompts, expected.RESPONSE, adapter=False)
+    digest = found[0]["clean_digest"]
+    clean = _answers(engine, adapter=False)
     worst, where = 0.0, ""
     for step, chosen in enumerate([(name,) for name in names] + [()]):
         spec = order(step, chosen)
         what = f"with noise on {chosen[0] if chosen else 'all norms'}"
         for evidence in engine.call("aqn_apply_noise", spec.to_dict()):
             _proved(evidence, spec, digest, what)
-        answers = engine.answers(prompts, expected.RESPONSE, adapter=False)
+        answers = _answers(engine, adapter=False)
         right = reference.scores(answers, adapter=False, noise=spec)
         without = reference.scores(answers, adapter=False)
-        errors = expected.check_effect(answers, right, without, reference.activation, what)
+        errors = reference_model.check_effect(answers, right, without, reference.activation, what)
         largest = max(errors["prefill_error"], errors["decoding_error"])
         worst, where = max((worst, where), (largest, what))
     for evidence in engine.call("aqn_restore"):
         _proved(evidence, None, digest, "after the noise")
-    if engine.answers(prompts, expected.RESPONSE, adapter=False) != clean:
+    if _answers(engine, adapter=False) != clean:
         raise Broken("after the noise was taken away the engine's answers differ from those before it")
     return {"norms": len(names), "largest_error": worst, "where": where, "sigma": SIGMA}
 
@@ -172,7 +176,7 @@ def sync(context: Context) -> Reading:
     engine, reference = engine_of(context), reference_of(context)
     seconds = []
     for number in range(SYNCS):
-        other = expected.random_adapter(reference.layers, seed=10 + number)
+        other = reference_model.random_adapter(reference.layers, seed=10 + number)
         seconds.append(send(context, engine, other))
     sent = sum(tensor.nbytes for _, tensor in reference.adapter.served())
     figures = {"bytes": sent, "seconds": statistics.median(seconds), "slowest_s": max(seconds), "syncs": SYNCS}
@@ -188,7 +192,7 @@ def sleep(context: Context) -> Reading:
 
     send(context, engine, reference.adapter)
     device = runtime(context.device)
-    before, answers = _held(engine, served), engine.answers(expected.prompts(), expected.RESPONSE, adapter=True)
+    before, answers = _held(engine, served), _answers(engine, adapter=True)
     awake = device.mem_get_info()[0]
     engine.sleep()
     asleep = device.mem_get_info()[0]
@@ -198,7 +202,7 @@ def sleep(context: Context) -> Reading:
         if after[what] != value:
             raise Broken(f"{what} differ after sleep and wake")
     figures = {"freed_gb": (asleep - awake) / 1e9}
-    if engine.answers(expected.prompts(), expected.RESPONSE, adapter=True) != answers:
+    if _answers(engine, adapter=True) != answers:
         figures |= lora_figures(engine, reference)  # other sums are allowed, other results are not
     if figures["freed_gb"] <= 0:
         raise Broken(f"sleep freed no memory ({figures['freed_gb']:.2f} GB)")
