@@ -15,7 +15,7 @@ fully_shard, train = shard_rung.fully_shard, shard_rung._train
 
 def changed(module: Any, **more: Any) -> Any:
     made = fully_shard(module, **more)
-    for parameter in made.parameters():
+    for parameter in made.parameters() if isinstance(module, torch.nn.Sequential) else ():
         if parameter.dtype == torch.uint8 and rank == 1:
             parameter.to_local().view(-1)[0] ^= 1
     return made

@@ -17,15 +17,18 @@ from verl_aqn.selftest.rung import Context
 
 @contextmanager
 def changed(context: Context, find: Callable, by: float = 1.0) -> Iterator[None]:
-    """Add `by` to the first value of a weight of the engine's model, and take it away."""
-    engine = rungs.engine_of(context)
+    """Add `by` to the first value of a weight of the engine's model, and put the old value back."""
+    kept = []
 
-    def change(add: float) -> None:
-        engine.llm.collective_rpc(lambda worker: find(worker.model_runner.get_model()).data.view(-1)[:1].add_(add))
+    def change(worker) -> None:
+        value = find(worker.model_runner.get_model()).data.view(-1)[:1]
+        kept.append((value, value.clone()))
+        value.add_(by)
 
-    change(by)
+    rungs.engine_of(context).llm.collective_rpc(change)
     yield
-    change(-by)
+    for value, old in kept:
+        value.copy_(old)
 
 
 @contextmanager
@@ -119,7 +122,7 @@ def kernel(model):
 FAULTS: dict[str, tuple[str, Callable[[Context], object]]] = {
     "a norm of the base changed": ("base", lambda c: changed(c, norm)),
     "a weight of the kernel changed": ("base", lambda c: changed(c, kernel)),
-    "the head changed": ("base", lambda c: changed(c, lambda m: m.model.embed_tokens.weight)),
+    "an embedding changed": ("base", lambda c: changed(c, lambda m: m.model.embed_tokens.weight)),
     "an adapter that is a quarter too strong": ("lora", lambda c: adapter_scaled(c, 1.25)),
     "an adapter that is not used": ("lora", lambda c: adapter_scaled(c, 0.0)),
     "an adapter that is not replaced": ("sync", adapter_lost),

@@ -74,8 +74,8 @@ def check(context: Context) -> Reading:
 
 def _join(ranks: list[subprocess.Popen]) -> None:
     """Wait until all ranks have ended. If one fails, end the others, which would wait for it for ever."""
-    while any(rank.poll() is None for rank in ranks):
-        if any(rank.returncode for rank in ranks):
+    while None in (codes := [rank.poll() for rank in ranks]):
+        if any(codes):
             time.sleep(2)  # the others may be about to report their own fault
             for rank in ranks:
                 if rank.poll() is None:
