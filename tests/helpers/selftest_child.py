@@ -30,7 +30,8 @@ for name in asked["rungs"]:
         sleep = [sys.executable, "-c", "import time; time.sleep(300)"]
         plain = subprocess.Popen(sleep)
         apart = subprocess.Popen(sleep, start_new_session=True)
-        orphan = f"import subprocess, sys; print(subprocess.Popen({sleep!r}, start_new_session=True, stdout=-3, stderr=-3).pid)"
+        quiet = "start_new_session=True, stdout=-3, stderr=-3"
+        orphan = f"import subprocess; print(subprocess.Popen({sleep!r}, {quiet}).pid)"
         left = subprocess.run([sys.executable, "-c", orphan], capture_output=True, text=True, check=True).stdout
         (folder / "children").write_text(f"{plain.pid} {apart.pid} {left}")
         time.sleep(300)

@@ -22,8 +22,11 @@ SLOWEST = 2.0
 """Kernels may take this many times as long as plain PyTorch on the device, because measurements have noise."""
 
 
-def inputs(dtype: torch.dtype) -> Tensor:
-    """Return blocks [B, 32] around every tie, of every magnitude, and of all that is special, on the CPU."""
+def inputs(dtype: torch.dtype, random: int = 64) -> Tensor:
+    """Return blocks [B, 32] around every tie, of every magnitude, and of all that is special, on the CPU.
+
+    `random`: number of blocks with random magnitudes.
+    """
     generator = torch.Generator().manual_seed(0)
     top = 2.0**15 if dtype == torch.float16 else 2.0**127
     ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 6, 7])
@@ -32,10 +35,11 @@ def inputs(dtype: torch.dtype) -> Tensor:
     amax = torch.tensor([4, 5.9375, 6, 6.0625, 6.9375, 7, 7.0625, 7.9375])
     tie_blocks = torch.cat([amax[:, None], near.expand(8, 27).minimum(amax[:, None]), torch.zeros(8, 4)], dim=1)
     tie_blocks = torch.cat([tie_blocks * 2.0**e for e in (-14, -3, 0, 12)])
-    spread = torch.randn(64, 32, generator=generator) * torch.exp2(torch.randint(-20, 1, (64, 32), generator=generator))
-    spread = spread * torch.exp2(torch.randint(-120, 120, (64, 1), generator=generator).float())
-    tiny = torch.randint(0, 0x02000000, (32, 32), generator=generator, dtype=torch.int32).view(torch.float32)
-    x = torch.cat([tie_blocks, spread, tiny, torch.randn(64, 32, generator=generator)])
+    spread = torch.randn(random, 32, generator=generator)
+    spread = spread * torch.exp2(torch.randint(-20, 1, (random, 32), generator=generator))
+    spread = spread * torch.exp2(torch.randint(-120, 120, (random, 1), generator=generator).float())
+    tiny = torch.randint(0, 0x02000000, (random // 4, 32), generator=generator, dtype=torch.int32).view(torch.float32)
+    x = torch.cat([tie_blocks, spread, tiny, torch.randn(2 * random, 32, generator=generator)])
     x = x * torch.where(torch.rand(x.shape, generator=generator) < 0.5, -1, 1)
     special = torch.ones(8, 32)
     special[0], special[1] = 0, -0.0

@@ -1,6 +1,7 @@
 """The command: climb, tell what happens, write the page. Imports nothing but the standard library."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -30,8 +31,8 @@ def selftest(
     """
     if device not in ("auto", *DEVICES):
         raise ConfigError(f"--device {device} is not one of {', '.join(DEVICES)}")
-    if not minutes > 0:
-        raise ConfigError(f"--minutes {minutes:g} is not above 0")
+    if not 0 < minutes < math.inf:
+        raise ConfigError(f"--minutes {minutes:g} is not a number above 0")
     folder = _folder(output)
     rungs, began = chosen(kernels), time.monotonic()
     lines = _Lines(len(rungs))

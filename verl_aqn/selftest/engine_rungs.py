@@ -1,5 +1,6 @@
 """Rungs of one engine: what it holds, and whether it uses it."""
 
+import math
 import statistics
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -19,6 +20,8 @@ Thing = TypeVar("Thing")
 SIGMA = 0.3
 """σ of the noise on one norm, in units of the norm's rms: strong, so that its effect is seen above bf16's rounding."""
 SYNCS = 5
+REPEATED = 1e-3
+"""Nats per token between two answers of the same weights: 0 unless the device's sums depend on the moment."""
 
 
 def once(context: Context, name: str, make: Callable[[], Thing]) -> Thing:
@@ -154,9 +157,17 @@ def noise_figures(engine: EngineProbe, reference: reference_model.Expected) -> d
         worst, where = max((worst, where), (largest, what))
     for evidence in engine.call("aqn_restore"):
         _proved(evidence, None, digest, "after the noise")
-    if _answers(engine, adapter=False) != clean:
-        raise Broken("after the noise was taken away the engine's answers differ from those before it")
+    if (apart := apart_of(clean, _answers(engine, adapter=False))) > REPEATED:
+        raise Broken(f"after the noise was taken away log-probs are {apart:.3g} nats a token from those before it")
     return {"norms": len(names), "largest_error": worst, "where": where, "sigma": SIGMA}
+
+
+def apart_of(before: list[Answer], after: list[Answer]) -> float:
+    """Return the mean distance of log-probs in nats per token, infinity if tokens differ."""
+    if [one.tokens for one in before] != [one.tokens for one in after]:
+        return math.inf
+    pairs = zip(reference_model.scores_of(before), reference_model.scores_of(after), strict=True)
+    return statistics.mean(abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True))
 
 
 def order(step: int, include: tuple[str, ...] = ()) -> NoiseSpec:

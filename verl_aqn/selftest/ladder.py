@@ -63,11 +63,6 @@ RUNGS = (
         LOG, needs=("engine-noise",), limit_s=150, devices=ACCELERATORS, elsewhere="there are no graphs on a CPU",
     ),
     Rung(
-        "fusion-noise", "graph_rungs.fusions",
-        "Each fusion pass that is on in a run leaves every norm's noise in effect.",
-        LOG, needs=("graph-noise",), limit_s=240, devices=ACCELERATORS, elsewhere="there are no fusion passes on a CPU",
-    ),
-    Rung(
         "grpo", "run_rungs.grpo",
         "Two steps of GRPO with noise run to the end, and every record of evidence that a run must have is right.",
         "the run folder below work/run (it contains paths of this machine)", needs=("engine-base",), limit_s=300,
@@ -94,6 +89,11 @@ RUNGS = (
         "speed-bf16", "speed_rungs.bf16",
         "The same base in bf16 generates; the figure is its tokens per second, and those of packed as a fraction.",
         LOG, needs=("speed-packed",), limit_s=150,
+    ),
+    Rung(
+        "fusion-noise", "graph_rungs.fusions",
+        "Each fusion pass that is on in a run leaves every norm's noise in effect.",
+        LOG, needs=("graph-noise",), limit_s=240, devices=ACCELERATORS, elsewhere="there are no fusion passes on a CPU",
     ),
 )  # fmt: skip
 

@@ -14,8 +14,9 @@ DTYPES = (torch.bfloat16, torch.float32)
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 """Largest allowed ‖device − float64‖ / ‖float64‖; TF32 and Ascend's HF32 round float32 inputs to about 2^-11."""
 LOOSE = {torch.bfloat16: 2e-2, torch.float32: 2e-3}
-SAME = 1e-3
-"""Largest allowed relative distance from the dense layer of the same dtype on the same device."""
+SAME, SAME_LOOSE = 1e-3, 5e-3
+"""Largest allowed relative distance from a dense layer of the same dtype on a CPU, and on an accelerator, where a
+product with another layout may be summed in parts that are rounded."""
 SPEED = (1024, 1536, 8960)  # tokens, K, N of Qwen2.5-1.5B's largest layer
 
 
@@ -76,7 +77,8 @@ def _compare(layer: Mxfp4Linear, weight: Tensor, dtype: torch.dtype, device: str
         limit = TOLERANCE[dtype] if device == "cpu" else LOOSE[dtype]
         # A bias in bfloat16 has its gradient in bfloat16.
         limit = max(limit, TOLERANCE[torch.bfloat16]) if name == "gradient of the bias" else limit
-        allowed = limit if name == "gradient of the bias" else SAME
+        allowed = SAME if device == "cpu" else SAME_LOOSE
+        allowed = limit if name == "gradient of the bias" else allowed
         if not (off <= limit and beside <= allowed):
             raise Broken(
                 f"{name} ({what}) differs: {off:.2e} from float64 (allowed {limit:g}), {beside:.2e} from a dense layer "

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from verl_aqn.errors import EnvironmentFault, first_line
 from verl_aqn.mxfp4.chips import generation
 from verl_aqn.mxfp4.kernels import native
 from verl_aqn.selftest import devices
@@ -74,8 +75,15 @@ def hardware(device: str) -> dict[str, Any]:
             "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         }
     else:
-        found |= {"generation": generation(found["name"]), "cann": cann()}
+        found |= {"generation": _generation(found["name"]), "cann": cann()}
     return found
+
+
+def _generation(name: str) -> str:
+    try:
+        return generation(name)
+    except EnvironmentFault as fault:  # a chip of tomorrow: the other rungs say what works on it
+        return first_line(fault)
 
 
 def cann() -> str:

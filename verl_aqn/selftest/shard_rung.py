@@ -27,6 +27,8 @@ CPU_RANKS = 2
 FEATURES, RANK, ROWS = 256, 8, 4
 CLOSE = {False: 1e-5, True: 3e-2}
 """Largest allowed relative distance from one process, in float32 and with bfloat16 mixed precision."""
+LOOSE = {False: 1e-3, True: 3e-2}
+"""The same on an accelerator, where products of other sizes are summed in another order, and float32 may be rounded."""
 RANK_MODULE = "verl_aqn.selftest.shard_rung"
 
 
@@ -127,10 +129,11 @@ def rank_of(rank: int, world: int, device: str, folder: Path) -> dict[str, Any]:
             else:
                 trained.append(whole.flatten().float().cpu())
                 pairs.append((name, whole, other.detach()))
+        allowed = (CLOSE if device == "cpu" else LOOSE)[mixed]
         for name, got, want in pairs:
             far = float((got.double() - want.double()).norm() / want.double().norm())
-            if not far <= CLOSE[mixed]:
-                raise Broken(f"{name} is {far:.1e} from one process (allowed {CLOSE[mixed]:g}, bfloat16: {mixed})")
+            if not far <= allowed:
+                raise Broken(f"{name} is {far:.1e} from one process (allowed {allowed:g}, bfloat16: {mixed})")
             found["worst"] = max(found["worst"], far)
         found |= {
             "bytes": bytes_, "whole_bytes": sum(p.nbytes for p in alone.parameters() if p.dtype == torch.uint8),

@@ -54,6 +54,43 @@ def test_log_probs_that_are_not_numbers_fail():
         check_effect(answers([float("nan"), *RIGHT[1:]]), [RIGHT], [WITHOUT], "none", "adapter")
 
 
+def test_answers_of_the_same_weights_are_near():
+    before = answers(RIGHT)
+    assert engine_rungs.apart_of(before, answers(RIGHT)) == 0
+    assert engine_rungs.apart_of(before, answers([value + 0.5 for value in RIGHT])) == pytest.approx(0.5)
+    other = [Answer(before[0].prompt, [1] * RESPONSE, before[0].of_prompt, before[0].of_tokens)]
+    assert engine_rungs.apart_of(before, other) == float("inf")
+
+
+class Compiled:
+    """An engine that captured graphs, or not."""
+
+    start_s = 1.0
+
+    def __init__(self, captured: int) -> None:
+        self.captured = captured
+
+    def compiled(self) -> dict[str, Any]:
+        return GRAPHS | {"captured": self.captured}
+
+
+@pytest.mark.parametrize("captured", [12, 0])
+@pytest.mark.parametrize("fault", ["", "noise on a norm is not used"])
+def test_the_rung_of_graphs_needs_graphs_and_noise_in_them(monkeypatch, tmp_path, captured, fault):
+    def use(*_: Any) -> dict[str, Any]:
+        if fault:
+            raise Broken(fault)
+        return {"norms": 5, "largest_error": 0.02, "decoding_nats": 0.01}
+
+    started: dict[str, Any] = {}
+    monkeypatch.setattr(graph_rungs, "use", use)
+    monkeypatch.setattr(graph_rungs, "served_of", lambda context: None)
+    monkeypatch.setattr(graph_rungs, "start", lambda *_, **options: started.update(options) or Compiled(captured))
+    said = answer("graph_rungs.noise", Context("cuda", 1, tmp_path))
+    assert said["status"] == (PASSED if captured and not fault else FAILED)
+    assert started == {"enforce_eager": False}
+
+
 GRAPHS = {"eager": False, "graphs": "FULL_AND_PIECEWISE", "captured": 12, "passes": ["fuse_norm_quant"]}
 
 
