@@ -1,4 +1,6 @@
-"""`python -m tests.integration.selftest_faults FOLDER`: each rung of the engine with its subject broken, in one engine.
+"""`python -m tests.integration.selftest_faults FOLDER [pair]`: rungs of an engine with their subject broken.
+
+With `pair`, the rung of two ranks, unbroken, on a CPU.
 
 The output is one JSON line: {fault: {"status", "why"}}. "nothing" and "nothing again" are the rungs without a fault.
 """
@@ -133,9 +135,11 @@ FAULTS: dict[str, tuple[str, Callable[[Context], object]]] = {
 }
 
 
-def main(folder: str) -> dict:
+def main(folder: str, what: str = "faults") -> dict:
     context = Context("cpu", 1, Path(folder) / "work" / "engine")
     context.folder.mkdir(parents=True)
+    if what == "pair":
+        return {"two ranks": answer("engine_rungs.two_ranks", context)}
     names = ("base", "lora", "noise", "sync")
     found = {"nothing": {name: answer(f"engine_rungs.{name}", context) for name in names}}
     for fault, (name, broken) in FAULTS.items():
@@ -147,4 +151,4 @@ def main(folder: str) -> dict:
 
 
 if __name__ == "__main__":
-    print("RESULT " + json.dumps(main(sys.argv[1])), flush=True)
+    print("RESULT " + json.dumps(main(*sys.argv[1:])), flush=True)

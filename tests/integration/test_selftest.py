@@ -54,8 +54,9 @@ def test_page_and_document_do_not_say_whose_machine_it_is(climbed):
 
 @pytest.fixture
 def run(climbed, tmp_path) -> RunFolder:
-    (newest,) = (climbed / "work" / "run" / "run" / "runs").iterdir()
-    shutil.copytree(newest, tmp_path / "run")
+    from verl_aqn.selftest.run_rungs import newest
+
+    shutil.copytree(newest(climbed / "work" / "run" / "run").path, tmp_path / "run")
     return RunFolder(tmp_path / "run")
 
 
@@ -105,3 +106,10 @@ def test_the_rungs_of_the_engine_pass_before_and_after_the_faults(broken):
 def test_no_rung_passes_when_its_subject_is_broken(broken, fault):
     assert broken[fault]["status"] == FAILED
     assert broken[fault]["why"]
+
+
+def test_the_rung_of_two_ranks_passes_on_two_cores(tmp_path):
+    """The ladder runs it on accelerators alone; here are its code and what it compares."""
+    said = ask_vllm("selftest_faults", tmp_path / "out", "pair")["two ranks"]
+    assert (said["status"], said["why"]) == (PASSED, "")
+    assert said["figures"]["norms"] == 5
