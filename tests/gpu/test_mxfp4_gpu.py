@@ -16,6 +16,7 @@ from torch import Tensor
 from tests.helpers import mxfp4_definition as definition
 from verl_aqn.mxfp4 import dequantize, fake_quantize, quantize
 from verl_aqn.mxfp4.kernels import gpu
+from verl_aqn.selftest import codec_rungs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -38,27 +39,7 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def inputs(dtype: torch.dtype) -> Tensor:
     """Blocks [B, 32] around every tie, of every magnitude, and of all that is special."""
-    generator = torch.Generator().manual_seed(0)
-    top = 2.0**15 if dtype == torch.float16 else 2.0**127
-    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 6, 7])
-    step = torch.finfo(dtype).eps
-    near = torch.cat([ties * (1 - step), ties, ties * (1 + step)])  # 27 values
-    amax = torch.tensor([4, 5.9375, 6, 6.0625, 6.9375, 7, 7.0625, 7.9375])
-    tie_blocks = torch.cat([amax[:, None], near.expand(8, 27).minimum(amax[:, None]), torch.zeros(8, 4)], dim=1)
-    tie_blocks = torch.cat([tie_blocks * 2.0**e for e in (-14, -3, 0, 12)])
-    spread = torch.randn(256, 32, generator=generator) * torch.exp2(
-        torch.randint(-20, 1, (256, 32), generator=generator)
-    )
-    spread = spread * torch.exp2(torch.randint(-120, 120, (256, 1), generator=generator).float())
-    tiny = torch.randint(0, 0x02000000, (64, 32), generator=generator, dtype=torch.int32).view(torch.float32)
-    gaussian = torch.randn(512, 32, generator=generator)
-    x = torch.cat([tie_blocks, spread, tiny, gaussian])
-    x = x * torch.where(torch.rand(x.shape, generator=generator) < 0.5, -1, 1)
-    special = torch.ones(8, 32)
-    special[0], special[1] = 0, -0.0
-    special[2, 3], special[3, 31], special[4, 0] = float("nan"), float("inf"), float("-inf")
-    special[5], special[6], special[7] = top, torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
-    return torch.cat([x, special]).to(dtype)
+    return codec_rungs.inputs(dtype, random=256)
 
 
 def gpu_quantize(x: Tensor, rule: str, rounding: str, seed: int) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from verl_aqn.cli.cluster import node_app, submit
 from verl_aqn.cli.convert import convert
 from verl_aqn.cli.export import export
 from verl_aqn.cli.quantize import quantize
+from verl_aqn.cli.selftest import selftest
 from verl_aqn.environment import settle
 from verl_aqn.errors import AqnError, ConfigError, EnvironmentFault, Stopped, system_line
 from verl_aqn.safe_files import keep_to_oneself
@@ -35,6 +36,7 @@ app.command()(submit)
 app.command()(quantize)
 app.command()(export)
 app.command()(convert)
+app.command()(selftest)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Recipe = Annotated[str, typer.Argument(help="A file, or the bare name of one in recipes/.")]

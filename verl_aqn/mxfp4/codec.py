@@ -198,6 +198,11 @@ def _kernel(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> ModuleType:
     return reference
 
 
+def kernel_name(device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> str:
+    """Return the name of the module of `kernels` that works on tensors of ``dtype`` on ``device``."""
+    return _kernel(torch.empty(0, device=device, dtype=dtype), dtype).__name__.rpartition(".")[2]
+
+
 def _check(x: Tensor, scale_rule: str, rounding: str) -> None:
     for name, value, valid in (("scale rule", scale_rule, SCALE_RULES), ("rounding", rounding, ROUNDINGS)):
         if value not in valid:
