@@ -88,7 +88,7 @@ def quantize_checkpoint(
         for done, piece in enumerate(plan.pieces, start=1):
             weight = piece.read(weights)
             packed, scale = quantizer(piece.module, weight) if quantizer else quantize(weight, scale_rule)
-            if (scale == 255).any():
+            if scale.max() == 255:
                 file = weights.file_of(piece.tensor)
                 raise ModelError(f"tensor {piece.tensor} of {file} contains NaN or Inf: use another checkpoint")
             yield piece.module + packed_name, packed

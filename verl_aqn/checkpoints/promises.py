@@ -52,10 +52,18 @@ def as_kept(name: str, weights: Weights, dtype: torch.dtype) -> Tensor:
     """
     tensor = weights.read(name)
     kept = tensor.to(dtype)
-    if kept.is_floating_point() and not kept.isfinite().all():
-        fault = f"values beyond the range of {dtype}" if tensor.isfinite().all() else "NaN or Inf"
+    if kept.is_floating_point() and not _is_finite(kept):
+        fault = f"values beyond the range of {dtype}" if _is_finite(tensor) else "NaN or Inf"
         raise ModelError(f"tensor {name} of {weights.file_of(name)} contains {fault}: use another checkpoint")
     return kept
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Return whether all values are finite: whether the smallest and the largest are, because both are NaN for any NaN.
+
+    This takes one pass and no memory; ``x.isfinite()`` was 50 times as slow on a CPU.
+    """
+    return x.numel() == 0 or all(bool(extreme.isfinite()) for extreme in x.aminmax())
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.helpers.tiny_configs import SMALL, SMALL_ASCEND
 from verl_aqn.checkpoints import packing as checkpoint
+from verl_aqn.checkpoints import promises
 from verl_aqn.checkpoints.foreign import import_checkpoint
 from verl_aqn.checkpoints.loading import load_model
 from verl_aqn.checkpoints.packing import checkpoint_digest, quantize_checkpoint
@@ -239,3 +240,17 @@ def test_the_report_says_what_is_left(source: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/quantization.json").read_text())["left_in_16_bits"] == list(report.left)
     assert checkpoint_digest(tmp_path / "out") == report.base_digest
     assert SMALL["num_hidden_layers"] == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("size", [1, 7, 1000, 70_000])
+def test_every_value_is_checked(size: int, dtype: torch.dtype) -> None:
+    """Also where a vector of the CPU ends, and on every thread."""
+    x = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert promises._is_finite(x)
+    assert promises._is_finite(x[:0])
+    for place in {0, size // 3, size // 2, size - 1}:
+        for value in (float("nan"), float("inf"), float("-inf")):
+            broken = x.clone()
+            broken[place] = value
+            assert not promises._is_finite(broken)
