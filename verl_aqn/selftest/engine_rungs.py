@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from verl_aqn.checkpoints.held_base import held_base
+from verl_aqn.checkpoints.actual_base import actual_base
 from verl_aqn.checkpoints.loading import load_model
 from verl_aqn.errors import AqnError
 from verl_aqn.integrations.verl.base_evidence import BaseRecords
@@ -71,7 +71,7 @@ def read_base(engine: EngineProbe, served: Served) -> tuple[dict[str, Any], list
     told: Callable[[str], None] = lambda text: print(text, flush=True)  # noqa: E731
     records = BaseRecords(served.packed, served.form, served.activation, told)
     model = load_model(served.packed).requires_grad_(False)
-    actor = held_base(model, served.packed)._asdict() | {"activations": [served.activation]}
+    actor = actual_base(model, served.packed)._asdict() | {"activations": [served.activation]}
     answers = engine.call("aqn_base", records.packed)
     record = records.record("start", [actor], answers, {"actor": 1, "rollout": len(answers)})
     try:
