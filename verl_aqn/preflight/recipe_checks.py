@@ -38,6 +38,7 @@ from verl_aqn.preflight.shape import Shape
 from verl_aqn.preflight.verl_says import check_verl
 from verl_aqn.preflight.vllm_says import check_served
 from verl_aqn.runs import host
+from verl_aqn.runs.processes import memory_of_children
 from verl_aqn.tasks.math_verify import check_installed
 
 SETUP = "bash scripts/setup.sh"
@@ -400,12 +401,13 @@ def check_machine(config: DictConfig) -> None:
     devices = devices_here(profile) if alone else []
     folder = Path(parse_aqn(config).run.dir or "/tmp").expanduser()
     shared = shutil.disk_usage("/dev/shm").free
+    free = host.memory().available + memory_of_children()  # of the fork server, which is part of the estimate
     _raise_first(
         [
             *check_ports(config),
             *([check_devices(config, len(devices))] if alone else []),
             *check_storage(config, shape, shared, free_disk(folder), ""),
-            *(check_memory(config, shape, host.memory().available, devices) if alone else ()),
+            *(check_memory(config, shape, free, devices) if alone else ()),
         ]
     )
 

@@ -73,6 +73,15 @@ def end_descendants() -> None:
                 pass
 
 
+def memory_of_children() -> int:
+    """Return the bytes of private memory that the descendants of this process hold."""
+    total = 0
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            total += process.memory_full_info().uss
+    return total
+
+
 def oom_kills() -> int:
     """Return how many processes the kernel has killed because memory ran out, in this container or on the machine."""
     for path in ("/sys/fs/cgroup/memory.events", "/proc/vmstat"):

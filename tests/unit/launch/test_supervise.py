@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from verl_aqn.cluster.process_environment import bind_cores
-from verl_aqn.runs.processes import SharedMemory
+from verl_aqn.runs.processes import SharedMemory, memory_of_children
 
 
 def test_orphans_that_ignore_sigterm_are_ended():
@@ -32,6 +32,18 @@ def test_orphans_that_ignore_sigterm_are_ended():
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert "LEFT [] []" in result.stdout, result.stdout + result.stderr
+
+
+def test_memory_of_children_is_that_of_all_descendants():
+    """The fork server is part of the estimate: a machine is not refused because it has started already."""
+    code = "x = bytearray(b'1' * 10**8); print('up', flush=True); import time; time.sleep(60)"
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
+    before = memory_of_children()
+    with subprocess.Popen([sys.executable, "-c", outer], stdout=subprocess.PIPE, process_group=0) as process:
+        assert process.stdout
+        process.stdout.readline()
+        assert memory_of_children() - before == pytest.approx(1.1e8, rel=0.25)
+        os.killpg(process.pid, 9)
 
 
 MAKE = (
