@@ -98,7 +98,17 @@ def source_of(seam: str) -> str:
         match getattr(inner, "body", None):
             case [ast.Expr(value=ast.Constant() as text), *_]:
                 text.value = ""
-    return hashlib.sha256(ast.dump(node).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(_tree(node)).encode()).hexdigest()[:16]
+
+
+def _tree(node: Any) -> Any:
+    """Return a syntax tree as plain lists without empty fields, which differ between versions of Python."""
+    if isinstance(node, list):
+        return [_tree(one) for one in node]
+    if not isinstance(node, ast.AST):
+        return node
+    fields = [(name, _tree(value)) for name, value in ast.iter_fields(node) if value is not None and value != []]
+    return [type(node).__name__, *fields]
 
 
 def _in_file(file: Path) -> Iterator[str]:
