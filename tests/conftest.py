@@ -2,6 +2,12 @@
 
 from pathlib import Path
 
+import hypothesis
+
+# Small tests run beside real ones with the lowest priority, so an example may wait for a core.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
+
 SLOW = frozenset(
     line for line in Path(__file__).with_name("slow.txt").read_text().splitlines() if line and not line.startswith("#")
 )

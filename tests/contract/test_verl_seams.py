@@ -76,8 +76,9 @@ def test_overrides_are_of_methods_of_verl_and_take_what_those_take():
         theirs = next((base for base in from_verl(cls) if method in vars(base)), None)
         assert theirs, f"{name}: verl has none"
         ours, verls = (inspect.signature(getattr(owner, method)).parameters for owner in (cls, theirs))
+        verls = [name for name in verls if name != "_ray_trace_ctx"]  # Ray adds it to a class that is made an actor
         takes_all = {parameter.kind for parameter in ours.values()} >= {Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD}
-        assert takes_all or list(ours)[: len(verls)] == list(verls), f"{name}{[*ours]}: verl's takes {[*verls]}"
+        assert takes_all or list(ours)[: len(verls)] == verls, f"{name}{[*ours]}: verl's takes {verls}"
 
 
 def test_plugin_is_the_cpu_platform_after_importing_verl():

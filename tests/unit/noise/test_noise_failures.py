@@ -108,7 +108,7 @@ def test_failure_step_never_passed_on():
 def test_failure_sigma_of_an_earlier_stage():
     injector = NoiseInjector(make_model())
     evidence = injector.apply(replace(ORDER, step=7))
-    with pytest.raises(EvidenceError, match=r"0\.0172 was ordered"):
+    with pytest.raises(EvidenceError, match=r"expected noise of σ 0\.0172"):
         check_evidence(evidence, replace(ORDER, step=7, sigma=0.0172), injector.clean_digest)
 
 
