@@ -196,13 +196,14 @@ def test_a_server_that_was_started_ahead_of_its_run_has_the_environment_and_the_
     with Ahead(early) as ahead:
         os.write(ahead._said.fileno(), b"a warning of an import\n")
         assert ahead.hand_over(server, env, log)
+        os.write(ahead._said.fileno(), b"another, while it still imports\n")
         assert not ahead.hand_over(server, env, log), "it serves one run"
         done = subprocess.run([python, script], env=env, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr + log.read_text()
         folder, told = done.stdout.splitlines()
         assert (folder, json.loads(told)[-1]) == (str(tmp_path), None), done.stderr
         assert json.loads(told)[5], "verl is imported"
-        assert "a warning of an import" in log.read_text()
+        assert "a warning of an import\nanother, while it still imports" in log.read_text()
         assert len((tmp_path / ENDS).read_text().splitlines()) == 1
     assert ahead.process.poll() is None, "it belongs to the run now"
     ahead.process.terminate()

@@ -3,13 +3,13 @@
 Nothing here was measured on a device. `verl_aqn.preflight.memory_plan` has the formulas.
 """
 
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from verl_aqn.bench.shapes import write_config
 from verl_aqn.config.compose import load_recipe
 from verl_aqn.config.schema import parse_aqn
 from verl_aqn.preflight.device_plan import Fit, fewest
@@ -39,40 +39,21 @@ DEVICES = (
 )
 
 
-def _qwen(hidden: int, inner: int, layers: int, heads: int, keys: int, vocabulary: int = 152064) -> dict[str, Any]:
-    return {
-        "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": hidden,
-        "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": keys, "vocab_size": vocabulary, "tie_word_embeddings": hidden < 3000,
-        "max_position_embeddings": 32768,
-    }  # fmt: skip
-
-
-def _llama(hidden: int, inner: int, layers: int, heads: int) -> dict[str, Any]:
-    return {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": hidden,
-        "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
-        "max_position_embeddings": 131072,
-    }  # fmt: skip
-
-
-# The sizes in the models' own config.json.
+# Name of a model → its shape in `verl_aqn.bench.shapes`, and its family.
 MODELS = {
-    "Qwen2.5-1.5B": _qwen(1536, 8960, 28, 12, 2, 151936),
-    "Qwen2.5-7B": _qwen(3584, 18944, 28, 28, 4),
-    "Llama-3.1-8B": _llama(4096, 14336, 32, 32),
-    "Qwen2.5-14B": _qwen(5120, 13824, 48, 40, 8),
-    "Qwen2.5-32B": _qwen(5120, 27648, 64, 40, 8),
-    "Llama-3.1-70B": _llama(8192, 28672, 80, 64),
+    "Qwen2.5-1.5B": ("1.5B", "qwen2"),
+    "Qwen2.5-7B": ("7B", "qwen2"),
+    "Llama-3.1-8B": ("8B", "llama"),
+    "Qwen2.5-14B": ("14B", "qwen2"),
+    "Qwen2.5-32B": ("32B", "qwen2"),
+    "Llama-3.1-70B": ("70B", "llama"),
 }
 
 
-def shape(config: dict[str, Any], exclude: tuple[str, ...]) -> Shape:
-    """Return the shape of a model with this config.json, without the layers `exclude` among those that are packed."""
+def shape(model: str, exclude: tuple[str, ...]) -> Shape:
+    """Return the shape of a model of `MODELS`, whose layers are packed without those that `exclude` names."""
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config))
-        return shape_of(Path(folder), exclude)
+        return shape_of(write_config(MODELS[model][0], Path(folder), MODELS[model][1]), exclude)
 
 
 def estimate(recipe: str, models: Sequence[str] = tuple(MODELS), overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -84,7 +65,7 @@ def estimate(recipe: str, models: Sequence[str] = tuple(MODELS), overrides: Sequ
     for model in models:
         for device in DEVICES:
             config = load_recipe(recipe, [f"profile={device.profile}", *device.settings, *overrides])
-            found = fewest(shape(MODELS[model], parse_aqn(config).mxfp4.exclude), sizes(config), int(device.gb * 1e9))
+            found = fewest(shape(model, parse_aqn(config).mxfp4.exclude), sizes(config), int(device.gb * 1e9))
             rows.append(
                 {"model": model, "device": device.name, "estimated": True, **found.to_dict(), "text": cell(found)}
             )

@@ -24,15 +24,7 @@ from verl_aqn.preflight.memory_plan import CPU, DEVICE, actor, machine, rollout,
 from verl_aqn.preflight.node import PACKAGES, Node, devices_here, free_disk
 from verl_aqn.preflight.prepare import find_model, positions_of, refuse_adapter_settings
 from verl_aqn.preflight.reward_function import check_reward, settle_reward
-from verl_aqn.preflight.run_data import (
-    KEYS,
-    check_data,
-    check_files,
-    files_on_disk,
-    first_items,
-    sets_of,
-    steps_in_data,
-)
+from verl_aqn.preflight.run_data import KEYS, check_data, files_on_disk, first_items, sets_of, steps_in_data
 from verl_aqn.preflight.settings import check_settings
 from verl_aqn.preflight.shape import Shape
 from verl_aqn.preflight.verl_says import check_verl
@@ -357,14 +349,17 @@ def check_memory(config: DictConfig, shape: Shape, free: int, devices: list[int]
         )
 
 
-def refuse_recipe(config: DictConfig) -> None:
-    """Raise the first fault of the recipe that does not depend on the machine. Takes seconds.
+def check_request(config: DictConfig, *, elsewhere: bool = False) -> None:
+    """Check what the recipe requires of any machine, its folders and the packages that validation scores with.
+
+    This takes seconds. `elsewhere`: the run is for another machine, so folders are not checked.
 
     Raises:
-        EnvironmentFault: a fault was found; the message says what was found and what to do.
+        EnvironmentFault: the first fault, with what was found and what to do.
     """
+    check_installed()
+    _raise_first(check_places(config, elsewhere=elsewhere))
     _raise_first(check_recipe(config))
-    check_files(config)
     shape = recipe_shape(config)
     folder = find_model(config, weights=False)
     _raise_first([*check_settings(config, positions_of(folder)), *check_heads(config, shape)])
@@ -372,19 +367,6 @@ def refuse_recipe(config: DictConfig) -> None:
     settle_reward(config)
     _raise_first(check_verl(config))
     _raise_first(check_served(config, folder))
-
-
-def check_request(config: DictConfig, *, elsewhere: bool = False) -> None:
-    """Check what the recipe requires of any machine, its folders and the packages that validation scores with.
-
-    `elsewhere`: the run is for another machine, so folders are not checked.
-
-    Raises:
-        EnvironmentFault: the first fault, with what to do.
-    """
-    check_installed()
-    _raise_first(check_places(config, elsewhere=elsewhere))
-    refuse_recipe(config)
 
 
 def check_machine(config: DictConfig) -> None:

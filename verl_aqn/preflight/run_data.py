@@ -31,7 +31,6 @@ from verl_aqn.tasks.data_files import (
 # Rows of the embedded task; a recipe uses as many as its steps need.
 N_TRAIN, N_TEST = 2048, 384
 KEYS = {"train": "train_files", "test": "val_files"}
-MADE = ("embedded", "embedded_tool", "gsm8k")  # data sets that a run creates or downloads
 LIMITS = {"train": "train_max_samples", "test": "val_max_samples"}
 
 
@@ -262,20 +261,12 @@ def steps_in_data(config: DictConfig) -> int | None:
     return check_steps(config, min(rows, limit) if limit > 0 else rows)
 
 
-def check_files(config: DictConfig) -> None:
-    """Check that the files of both sets exist, except those that a run creates or downloads. Raises DataError."""
-    for key in KEYS.values():
-        for name in _names_of(config, key):
-            if name not in MADE:
-                check_there(Path(name).expanduser())
-
-
 def files_on_disk(config: DictConfig, key: str) -> list[Path] | None:
     """Return the files of a set as a run would use them, or None if some are missing.
 
     Nothing is created or downloaded.
     """
     names = {"train_files": "train.parquet", "val_files": "test.parquet"}
-    short = {name: made_folder(name) / names[key] for name in MADE}
+    short = {name: made_folder(name) / names[key] for name in ("gsm8k", "embedded", "embedded_tool")}
     files = [short.get(name, Path(name).expanduser()) for name in _names_of(config, key)]
     return files if all(file.is_file() for file in files) else None

@@ -28,24 +28,24 @@ def cuda(*overrides: str):
      ("Qwen2.5-32B", 32.76), ("Llama-3.1-70B", 70.55)],
 )  # fmt: skip
 def test_models_have_the_parameters_that_they_are_published_with(model, billions):
-    assert shape(MODELS[model], EXCLUDE).parameters / 1e9 == pytest.approx(billions, abs=0.005)
+    assert shape(model, EXCLUDE).parameters / 1e9 == pytest.approx(billions, abs=0.005)
 
 
 def test_32b_packed_fits_on_one_device_of_80_gb_as_qerl_says_and_in_bf16_it_does_not():
-    found = fewest(shape(MODELS["Qwen2.5-32B"], EXCLUDE), cuda(), 80 * 10**9)
+    found = fewest(shape("Qwen2.5-32B", EXCLUDE), cuda(), 80 * 10**9)
     assert (found.fault, found.sizes.ranks, found.sizes.tensor_parallel) == ("", 1, 1)
-    dense = fewest(shape(MODELS["Qwen2.5-32B"], EXCLUDE), cuda("aqn.mxfp4.enabled=false"), 80 * 10**9)
+    dense = fewest(shape("Qwen2.5-32B", EXCLUDE), cuda("aqn.mxfp4.enabled=false"), 80 * 10**9)
     assert dense.sizes.ranks > 1
 
 
 def test_70b_fits_on_8_devices_of_80_gb_as_verl_says():
     given = replace(cuda("aqn.mxfp4.enabled=false"), bf16_master=True, ranks=8, tensor_parallel=8)
-    found = fit(shape(MODELS["Llama-3.1-70B"], EXCLUDE), given, 80 * 10**9)
+    found = fit(shape("Llama-3.1-70B", EXCLUDE), given, 80 * 10**9)
     assert (found.fault, found.sequences > 0) == ("", True)
 
 
 def test_8b_s_cache_and_weights_are_those_that_unsloth_published():
-    model, given = shape(MODELS["Llama-3.1-8B"], EXCLUDE), cuda("aqn.mxfp4.enabled=false")
+    model, given = shape("Llama-3.1-8B", EXCLUDE), cuda("aqn.mxfp4.enabled=false")
     assert 20_000 * cache_bytes(model, given) / 2**30 == pytest.approx(2.5, abs=0.1)
     assert rollout(model, given, DEVICE, 0).resident["base"] / 1e9 == pytest.approx(16, abs=0.1)
 

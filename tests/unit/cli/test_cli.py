@@ -191,7 +191,7 @@ def test_too_little_memory(monkeypatch):
         ("data.gen_batch_size=4", ConfigError, "not a multiple of data.gen_batch_size"),
         ("data.train_max_samples=16", ConfigError, "give 2 steps"),
         ("aqn.noise.off_from_step=29", ConfigError, "takes 29 steps"),
-        ("data.val_files=[embedded,/nowhere.parquet]", DataError, "/nowhere.parquet: no such file"),
+        ("data.val_files=/nowhere.parquet", DataError, "/nowhere.parquet: no such file"),
         ("actor_rollout_ref.model.path=/nowhere", ModelError, "model folder /nowhere does not exist"),
     ],
 )

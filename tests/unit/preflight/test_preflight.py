@@ -171,10 +171,10 @@ def test_memory_is_judged_by_the_recipe_at_hand(shape):
 def test_refusal_names_the_first_fault(model, monkeypatch):
     there = f"actor_rollout_ref.model.path={model}"
     monkeypatch.setattr(host, "memory", lambda: host.Memory(20 * 10**9, 20 * 10**9))
-    checks.refuse_recipe(config(there))
+    checks.check_request(config(there))
     checks.check_machine(config(there))
     with pytest.raises(EnvironmentFault, match=r"LoRA rank: 600.*set actor_rollout_ref.model.lora_rank"):
-        checks.refuse_recipe(config(there, "actor_rollout_ref.model.lora_rank=600"))
+        checks.check_request(config(there, "actor_rollout_ref.model.lora_rank=600"))
     monkeypatch.setattr(host, "memory", lambda: host.Memory(20 * 10**9, 10**9))
     with pytest.raises(EnvironmentFault, match=r"1\.\d GB of memory are free"):
         checks.check_machine(config(there))

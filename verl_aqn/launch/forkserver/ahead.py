@@ -24,11 +24,11 @@ WAIT_S = 60  # for imports that take ten seconds
 
 
 class Ahead:
-    """A fork server that is not yet part of a run. `hand_over` makes it one, and `close` ends it otherwise."""
+    """A fork server that has no run yet. `hand_over` gives it one, and `close` ends a server without a run."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._link, theirs = socket.socketpair()
-        # What it prints before it has a run; the run's log then gets it.
+        # Its output before it has a run. The server copies it to the run's log then.
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `close`)
         with theirs:
             self.process = subprocess.Popen(
@@ -44,15 +44,18 @@ class Ahead:
         self.given = False
 
     def wait(self) -> None:
-        """Wait until its imports have finished, so that they take no core from a computation. Never raises."""
+        """Wait until the server's imports have finished, so that they take no core from a computation.
+
+        Return anyway if the server dies or takes longer than `WAIT_S`.
+        """
         self._link.settimeout(WAIT_S)
         with contextlib.suppress(OSError):
             self._link.recv(1, socket.MSG_PEEK)
 
     def hand_over(self, path: Path, environment: Mapping[str, str], log: Path) -> bool:
-        """Let it serve a run at the socket `path`. Return False if it has died, or already serves one.
+        """Let the server serve a run at the socket `path`. Return False if it has died or already serves one.
 
-        Clients may connect at once; they wait until it has finished its imports.
+        Clients may connect at once; they wait until the imports have finished.
         """
         if self.given or self.process.poll() is not None:
             return False
@@ -60,12 +63,10 @@ class Ahead:
                            "files": [0, 1]}).encode()  # fmt: skip
         with (
             socket.socket(socket.AF_UNIX) as listener,
-            open(open_own(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab", buffering=0) as output,
+            open(open_own(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as output,
         ):
             listener.bind(str(path))
             listener.listen(64)
-            self._said.seek(0)
-            output.write(self._said.read())
             try:
                 socket.send_fds(self._link, [struct.pack("!I", len(data))], [listener.fileno(), output.fileno()])
                 self._link.settimeout(WAIT_S)
@@ -73,11 +74,11 @@ class Ahead:
             except OSError:
                 path.unlink()
                 return False
-        self.given = True  # the link stays open: it would end with an error at the server's side
+        self.given = True  # the link stays open, because closing it would be an error for the server
         return True
 
     def close(self) -> None:
-        """End it, unless it serves a run."""
+        """End the server, unless it serves a run."""
         self._link.close()
         self._said.close()
         if not self.given:
@@ -99,6 +100,6 @@ def ahead_of(config: DictConfig) -> Iterator[Ahead | None]:
         return
     ranks = int(config.actor_rollout_ref.rollout.tensor_model_parallel_size)
     environment = engine_environment(tempfile.gettempdir(), cpu=True, ranks=ranks)
-    # It runs no part of the run itself, so it does not report stacks or errors.
+    # The server runs no part of the run itself, so it does not report stacks or errors.
     with Ahead({**environment, stacks.FOLDER: "", faults.PLACE: ""}) as ahead:
         yield ahead

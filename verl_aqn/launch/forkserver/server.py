@@ -268,6 +268,7 @@ def main_ahead(link: int) -> None:
         except OSError:  # there is no run: its recipe was rejected
             return
     listener, log = (told.files[number] for number in (0, 1))
+    os.write(log, os.pread(1, os.fstat(1).st_size, 0))  # what the imports printed
     for number in (1, 2):
         os.dup2(log, number)
     os.close(log)
