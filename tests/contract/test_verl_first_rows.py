@@ -394,6 +394,16 @@ def test_verl_is_asked_in_its_own_process_once(model, tmp_path, monkeypatch):
         prepare_data(config)
 
 
+def test_verl_is_not_asked_again_about_data_that_each_run_makes_anew(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path / "cache"))
+    questions = []
+    monkeypatch.setattr(rows, "_ask", lambda config: questions.append(1) or {"rows": None, "warnings": []})
+    for _ in range(2):
+        monkeypatch.setattr(rows, "_answers", {})  # as in another process
+        prepare_data(load_recipe("e12", ["profile=cpu", f"actor_rollout_ref.model.path={model}"]))
+    assert len(questions) == 1
+
+
 def test_the_doctor_tells_what_is_wrong_with_the_data(model, tmp_path, monkeypatch):
     monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(rows, "_ask", answer)

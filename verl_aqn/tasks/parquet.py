@@ -1,5 +1,6 @@
 """Write parquet files for verl's data set; `verl_aqn.tasks.data_files` reads them."""
 
+import filecmp
 import os
 import uuid
 from pathlib import Path
@@ -44,6 +45,9 @@ def row(source: str, prompt: list[Message], truth: str, *, split: str, index: in
 def write_parquet(rows: list[dict], path: str | Path) -> Path:
     """Write `rows` to `path`, completely or not at all: to a temporary file first, which is then renamed.
 
+    A file that already has the same bytes is left as it is, so that answers about it, which are stored by its time of
+    change, stay valid.
+
     Raises:
         DataError: there are no rows.
         EnvironmentFault: the folder cannot be created or written.
@@ -56,7 +60,8 @@ def write_parquet(rows: list[dict], path: str | Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), working)
-            os.replace(working, path)
+            if path.is_symlink() or not path.is_file() or not filecmp.cmp(working, path, shallow=False):
+                os.replace(working, path)
         finally:
             working.unlink(missing_ok=True)
     except OSError as error:

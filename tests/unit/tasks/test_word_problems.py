@@ -51,7 +51,17 @@ def test_files(tmp_path):
     assert rows[5]["prompt"] == prompt(rows[5]["extra_info"]["question"])
     assert rows[5]["reward_model"] == {"style": "rule", "ground_truth": problems(6, "train", 0)[5].truth}
     assert len({str(r["prompt"][:-1]) for r in rows}) == 1  # the shared first part
+    state = paths["train"].stat()
     assert prepare_word_problems(tmp_path, 12, 6, seed=0)["train"].read_bytes() == before
+    assert paths["train"].stat().st_mtime_ns == state.st_mtime_ns, "an equal file is left as it is"
+    prepare_word_problems(tmp_path, 12, 6, seed=1)
+    assert paths["train"].read_bytes() != before
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_bytes(before)
+    paths["train"].unlink()
+    paths["train"].symlink_to(elsewhere)
+    assert not prepare_word_problems(tmp_path, 12, 6, seed=0)["train"].is_symlink()
+    assert [file.name for file in sorted(tmp_path.iterdir())] == ["elsewhere", "test.parquet", "train.parquet"]
 
 
 def test_refusals(tmp_path):
