@@ -28,15 +28,21 @@ if ! command -v chromium chromium-browser google-chrome > /dev/null; then
 fi
 # Real runs leave a core idle for much of their time. Small tests take it, with the lowest priority; the benchmark's test
 # follows alone. Linux shares time between sessions first, hence `setsid` and the session's own priority.
-small=$(mktemp)
+outputs=$(mktemp -d)
 OMP_NUM_THREADS=1 setsid nice -n 19 bash -c '
     { echo 19 > /proc/self/autogroup; } 2> /dev/null
-    exec .venv/bin/pytest -n logical --dist loadscope tests/unit tests/contract' > "$small" 2>&1 &
+    exec .venv/bin/pytest -n logical --dist loadscope tests/unit tests/contract' > "$outputs/small" 2>&1 &
 session=$!
-trap 'kill -- -$session 2> /dev/null; rm -f "$small"' EXIT
+trap 'kill -- -$session 2> /dev/null; rm -rf "$outputs"' EXIT
 failed=0
-.venv/bin/pytest tests/integration --ignore tests/integration/test_speed.py --durations=30 || failed=1
+.venv/bin/pytest tests/integration --ignore tests/integration/test_speed.py --durations=30 2>&1 \
+    | tee "$outputs/integration" || failed=1
 wait "$session" || failed=1
-cat "$small"
-.venv/bin/pytest tests/integration/test_speed.py || failed=1
+cat "$outputs/small"
+.venv/bin/pytest tests/integration/test_speed.py 2>&1 | tee "$outputs/speed" || failed=1
+# Three suites print one after the other: who reads only the end still sees what failed, and why.
+if ((failed)); then
+    echo "run_tests: what failed:"
+    grep -hE '^(FAILED|ERROR|E  |_{3,} |[^ ]+:[0-9]+: [A-Z][A-Za-z]+(Error|Exception|Failed)?$)' "$outputs"/* | cut -c1-600 | tail -n 100
+fi
 exit $failed
