@@ -39,8 +39,8 @@ def test_every_kernel_of_vllm_is_known_by_what_it_does_to_activations():
     assert names - {"CpuMxfp4LinearKernel"} == set(KERNEL_ACTIVATIONS)
 
 
-@pytest.mark.parametrize("activation", ["none", "even/nearest", "floor/half_away"])
-def test_the_kernel_computes_what_the_trainer_s_layer_does(activation):
+def packed_layer(k: int, n: int, activation: str = "none"):
+    """Return (the trainer's packed layer, vLLM's layer with the same bytes and this package's kernel)."""
     from types import SimpleNamespace
 
     import torch
@@ -52,14 +52,75 @@ def test_the_kernel_computes_what_the_trainer_s_layer_does(activation):
     from verl_aqn.mxfp4.linear import Activation
 
     torch.manual_seed(0)
-    ours = Mxfp4Linear.from_linear(torch.nn.Linear(64, 48).bfloat16())
+    ours = Mxfp4Linear.from_linear(torch.nn.Linear(k, n).bfloat16())
     ours.activation = Activation.parse(activation)
-    layer = SimpleNamespace(weight=ours.weight_packed, weight_scale=ours.weight_scale, params_dtype=torch.bfloat16)
     with set_current_vllm_config(VllmConfig(additional_config={"mxfp4_activation": activation})):
         kernel = CpuMxfp4LinearKernel(MxFp4LinearLayerConfig())
+    layer = SimpleNamespace(weight=ours.weight_packed, weight_scale=ours.weight_scale, params_dtype=torch.bfloat16)
+    layer.scheme = SimpleNamespace(kernel=kernel)
+    layer.quant_method = SimpleNamespace(apply=kernel.apply_weights)
     kernel.process_weights_after_loading(layer)
-    x = torch.randn(5, 64).bfloat16()
-    assert torch.equal(kernel.apply_weights(layer, x, ours.bias), ours(x))
+    return ours, layer
+
+
+@pytest.mark.parametrize("native_product", [True, False])
+@pytest.mark.parametrize("tokens", [5, 300])
+@pytest.mark.parametrize("activation", ["none", "even/nearest", "floor/half_away"])
+def test_the_kernel_computes_what_the_trainer_s_layer_does(activation, tokens, native_product, monkeypatch):
+    import torch
+
+    from verl_aqn.mxfp4.kernels import native
+
+    if not native_product:
+        monkeypatch.setattr(native, "can_multiply", lambda: False)
+    ours, layer = packed_layer(64, 48, activation)
+    packed = native.can_multiply()
+    assert layer.weight.dtype == (torch.uint8 if packed else torch.bfloat16)
+    x = torch.randn(tokens, 64).bfloat16()
+    theirs, wanted = layer.scheme.kernel.apply_weights(layer, x, ours.bias), ours(x)
+    if packed and tokens == 5:  # one rounding of a float32 sum: a bfloat16 beside the other at most
+        torch.testing.assert_close(theirs, wanted, rtol=2**-7, atol=2**-12)
+        assert (theirs == wanted).float().mean() > 0.9
+    else:
+        assert torch.equal(theirs, wanted)
+
+
+def test_a_packed_layer_and_its_adapter_are_one_operation(monkeypatch):
+    """For a batch in which all tokens have the adapter; for others, the parts are added as vLLM does."""
+    import torch
+    from vllm.lora.layers import LoRAMapping
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+
+    from verl_aqn.integrations.vllm import cpu_lora, vllm_plugin
+    from verl_aqn.mxfp4.kernels import native
+
+    vllm_plugin.register()
+    assert BaseLinearLayerWithLoRA._apply_sync is cpu_lora.apply_packed
+    ours, base = packed_layer(64, 48)
+    layer = object.__new__(BaseLinearLayerWithLoRA)
+    torch.nn.Module.__init__(layer)
+    layer._enable_aux_cuda_stream = False
+    object.__setattr__(layer, "base_layer", base)
+    layer.lora_a_stacked = tuple(torch.randn(1, 1, 8, 64).bfloat16() for _ in range(2))
+    layer.lora_b_stacked = tuple(torch.randn(1, 1, 24, 8).bfloat16() for _ in range(2))
+    layer.output_slices = (24, 24)
+    layer.punica_wrapper = cpu_lora.SingleAdapterPunicaWrapper(max_num_batched_tokens=8, max_batches=8, device="cpu")
+    called = []
+    parts = cpu_lora._apply_parts
+    monkeypatch.setattr(cpu_lora, "_apply_parts", lambda *a: called.append(len(a[1])) or parts(*a))
+    a, b = (torch.cat([one[0, 0] for one in stack]) for stack in (layer.lora_a_stacked, layer.lora_b_stacked))
+    for tokens in ((7, 7, 7), (7, 0, 7, 7), (0, 0)):
+        mapping = LoRAMapping(index_mapping=tokens, prompt_mapping=tokens, is_prefill=False)
+        layer.punica_wrapper.update_metadata(mapping, [7], 1, 32)
+        x = torch.randn(len(tokens), 64).bfloat16()
+        with torch.inference_mode():
+            y = layer.apply(x, ours.bias)
+        has = (torch.tensor(tokens) == 7).unsqueeze(1)
+        inner = (x.float() @ a.float().T).bfloat16().float() * has
+        adapter = torch.cat([inner[:, :8] @ b[:24].float().T, inner[:, 8:] @ b[24:].float().T], dim=1)
+        wanted = x.float() @ ours.weight.float().T + ours.bias.float() + adapter
+        torch.testing.assert_close(y.float(), wanted, rtol=2**-6, atol=0.05)
+    assert called == ([4, 2] if native.can_multiply() else [3, 4, 2])
 
 
 def test_the_lora_patch_of_vllm_is_in_place():

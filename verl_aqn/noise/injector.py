@@ -218,7 +218,7 @@ class NoiseInjector:
         kept = set(but)
         for target in (*self._norms.values(), *self._touched.values()):
             if target.name not in kept:
-                target.write(target.clean())
+                target.write_clean()
 
     # ---- measuring ----
 

@@ -61,6 +61,10 @@ class Target:
         with torch.no_grad():
             self.data().copy_(values.view(self.data().shape))
 
+    def write_clean(self) -> None:
+        """Take the noise away."""
+        self.write(self.clean())
+
 
 class Norm(Target):
     """The weight [H] of a norm; a clean copy is kept on the CPU, where the engine's sleep mode cannot free it.
@@ -156,12 +160,18 @@ class NormBeside(Norm):
 
 
 class PackedLinear(Target):
-    """Rows of a layer that keeps `weight` [N, K] dequantised beside its codes; clean values are dequantised again."""
+    """Rows of a layer that keeps `weight` [N, K] dequantised beside its codes; clean values are dequantised again.
+
+    If the layer multiplies with its codes, its `weight` is dequantised for as long as one of its parts has noise.
+    """
 
     kind = "linear"
 
     def __init__(self, part: Part, layer: nn.Module):
         self._layer, self._rows = layer, part.rows
+        weight: nn.Parameter = layer.weight  # type: ignore[assignment]
+        self._from_codes = weight.dtype == torch.uint8
+        self._dtype: torch.dtype = layer.params_dtype if self._from_codes else weight.dtype  # type: ignore[assignment]
         (row, column), (rows, local) = part.origin, part.shape
         if local == part.columns:
             spans = [Span(part.name, row * local, rows * local)]
@@ -171,12 +181,36 @@ class PackedLinear(Target):
 
     def data(self) -> torch.Tensor:
         weight: nn.Parameter = self._layer.weight  # type: ignore[assignment]
-        return weight.data[self._rows]
+        return self.clean() if weight.dtype == torch.uint8 else weight.data[self._rows]
 
     def clean(self) -> torch.Tensor:
         packed: torch.Tensor = self._layer.mxfp4_packed  # type: ignore[assignment]
         scale: nn.Parameter = self._layer.weight_scale  # type: ignore[assignment]
-        return dequantize(packed[self._rows], scale.data[self._rows], self.data().dtype).cpu()
+        return dequantize(packed[self._rows], scale.data[self._rows], self._dtype).cpu()
+
+    def write(self, values: torch.Tensor) -> None:
+        weight: nn.Parameter = self._layer.weight  # type: ignore[assignment]
+        if weight.dtype == torch.uint8:
+            scale: nn.Parameter = self._layer.weight_scale  # type: ignore[assignment]
+            self._layer.weight = nn.Parameter(dequantize(weight.data, scale.data, self._dtype), requires_grad=False)
+        self._noisy_parts().add(self.name)
+        super().write(values)
+
+    def write_clean(self) -> None:
+        self._noisy_parts().discard(self.name)
+        if not self._from_codes:
+            super().write_clean()
+        elif not self._noisy_parts():
+            codes: torch.Tensor = self._layer.mxfp4_packed  # type: ignore[assignment]
+            self._layer.weight = nn.Parameter(codes, requires_grad=False)
+        elif self._layer.weight.dtype != torch.uint8:
+            with torch.no_grad():
+                self.data().copy_(self.clean())
+
+    def _noisy_parts(self) -> set[str]:
+        if not hasattr(self._layer, "aqn_noisy_parts"):
+            self._layer.aqn_noisy_parts = set()  # type: ignore[assignment]
+        return self._layer.aqn_noisy_parts  # type: ignore[return-value]
 
 
 def find_linears(model: nn.Module) -> Iterator[PackedLinear]:

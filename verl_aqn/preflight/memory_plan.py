@@ -90,6 +90,7 @@ def sizes(config: DictConfig) -> "Sizes":
         ranks=int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes),
         packed=aqn.mxfp4.enabled,
         served_packed=aqn.mxfp4.enabled and _served(aqn) == "packed",
+        served_values=aqn.profile == "cpu" and _keeps_values(aqn),
         cache_dequantized=aqn.mxfp4.cache_dequantized,
         bf16_master=aqn.mxfp4.enabled or aqn.noise.in_actor or actor.fsdp_config.model_dtype in ("bf16", "bfloat16"),
         rank=int(model.lora_rank),
@@ -126,6 +127,13 @@ def _served(aqn: AqnConfig) -> str:
         return "bf16"
 
 
+def _keeps_values(aqn: AqnConfig) -> bool:
+    """Return whether a rollout on this CPU keeps the values of a packed base in bf16 beside the packed bytes."""
+    from verl_aqn.mxfp4.kernels import native  # imports torch
+
+    return (aqn.noise.enabled and "linear" in aqn.noise.targets) or not native.can_multiply()
+
+
 def _limit(dynamic: bool, tokens: int, rows: int | None, length: int) -> int:
     return int(tokens) if dynamic else int(rows or 1) * length
 
@@ -135,12 +143,13 @@ class Sizes:
     """The numbers of a recipe that memory depends on, see `sizes`.
 
     `ranks`: of the actor, on all nodes; `samples`: responses per prompt; tokens: per micro-batch; `cache_width`: bytes
-    of an element in the KV cache.
+    of an element in the KV cache; `served_values`: whether the rollout keeps the values of a packed base in bf16, too.
     """
 
     ranks: int
     packed: bool
     served_packed: bool
+    served_values: bool
     cache_dequantized: bool
     bf16_master: bool
     rank: int
@@ -312,14 +321,14 @@ def rollout(shape: Shape, sizes: Sizes, costs: Costs, cache: int) -> Estimate:
     """Estimate one tensor-parallel rank of the rollout, with `cache` bytes of KV cache.
 
     The base is packed unless the rollout uses the equal bf16 weights (as for experts on a CPU, see
-    `verl_aqn.config.serving`); the CPU's kernel holds a bf16 copy in addition to the packed bytes. Adapters have a slot
-    of rank r' (the next rank that vLLM supports) and one more copy from which the slot is filled; the slot of the head
-    has V rows too. Norms are in fp32, with a clean copy. CUDA graphs: vLLM's own figure for its capture, 2 % of the
-    weights and 0.5 GB.
+    `verl_aqn.config.serving`); a CPU's kernel may hold a bf16 copy in addition to the packed bytes. Adapters have a
+    slot of rank r' (the next rank that vLLM supports) and one more copy from which the slot is filled; the slot of the
+    head has V rows too. Norms are in fp32, with a clean copy. CUDA graphs: vLLM's own figure for its capture, 2 % of
+    the weights and 0.5 GB.
     """
     parts, rank = sizes.tensor_parallel, served_rank(sizes.rank)
     packed = sizes.served_packed and not (sizes.cpu and shape.packed_experts)
-    linear = (PACKED + BF16 * sizes.cpu) if packed else BF16
+    linear = (PACKED + BF16 * sizes.served_values) if packed else BF16
     again = shape.key_value_of_rank(parts) - shape.key_value / parts  # features of keys that other ranks hold too
     weights = int((linear * shape.linears + BF16 * shape.kept) / parts)
     weights += int(linear * shape.layers * 2 * shape.hidden * again)

@@ -73,6 +73,30 @@ def test_digest_is_the_trainer_s_although_the_kernel_has_rearranged_the_weights(
     assert (said["form"], said["slices"]) == ("packed", {})
 
 
+@pytest.mark.parametrize("form", ["codes", "values"])
+def test_a_kernel_that_keeps_the_codes_is_read_back_with_each_of_its_bytes(form):
+    """This package's CPU kernel multiplies with the codes, or with their values if it must."""
+    torch.manual_seed(0)
+    parts = [quantize(torch.randn(n, 64)) for n in (8, 4, 4)]
+    model = fused_model(parts)
+    layer = model.attn.inner.qkv_proj
+    layer.mxfp4_packed = torch.cat([part.packed for part in parts])
+    layer.weight_scale.data.copy_(torch.cat([part.scale for part in parts]))
+    values = dequantize(layer.mxfp4_packed, layer.weight_scale.data, torch.bfloat16)
+    layer.weight = nn.Parameter(layer.mxfp4_packed if form == "codes" else values, requires_grad=False)
+    assert describe_base(model, NAMES)["weights_equal_base"] is True
+    for tensor, step in ((layer.mxfp4_packed, 0x11), (layer.weight_scale.data, 1), (layer.weight.data, 1)):
+        before = tensor[9, 1].clone()
+        tensor[9, 1] += step
+        assert describe_base(model, NAMES)["weights_equal_base"] is False
+        tensor[9, 1] = before
+    # Codes and values that agree with each other, but not with what was loaded.
+    layer.mxfp4_packed[0, 0] ^= 0x01
+    if form == "values":
+        layer.weight.data.copy_(dequantize(layer.mxfp4_packed, layer.weight_scale.data, torch.bfloat16))
+    assert describe_base(model, NAMES)["weights_equal_base"] is False
+
+
 def plain_model(parts, excluded):
     """Return the bf16 equivalent of `parts` as vLLM loads it, with a layer that the packed base leaves in bf16."""
     layers = {"attn.qkv_proj": nn.Module(), "head": nn.Module()}

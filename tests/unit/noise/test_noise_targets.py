@@ -348,7 +348,7 @@ class Engine(nn.Module):
             (f"layer.{fused}.{end}", getattr(self.layer.get_submodule(fused), at))
             for fused in ("qkv_proj", "down_proj")
             for end, at in (
-                ("weight_packed", "mxfp4_packed" if kernel == "cpu" else "weight"),
+                ("weight_packed", "weight" if kernel == "marlin" else "mxfp4_packed"),
                 ("weight_scale", "weight_scale"),
             )
         )
@@ -361,6 +361,9 @@ class Engine(nn.Module):
         if kernel == "cpu":
             layer.mxfp4_packed = codes
             layer.weight = nn.Parameter(dequantize(codes, scale, torch.bfloat16), requires_grad=False)
+        elif kernel == "codes":  # the CPU kernel, where it multiplies with the codes
+            layer.mxfp4_packed, layer.params_dtype = codes, torch.bfloat16
+            layer.weight = nn.Parameter(codes, requires_grad=False)
         else:
             layer.weight = nn.Parameter(codes.flip(0), requires_grad=False)
         return layer
@@ -389,6 +392,30 @@ def test_linear_noise_comes_and_goes_bit_for_bit(unit):
     check_evidence(injector.restore(), None, injector.clean_digest)
     assert all(torch.equal(weight, clean[name]) for name, weight in model.parts().items())
     assert addresses == [weight.data_ptr() for weight in model.parts().values()]
+
+
+def test_a_layer_that_multiplies_with_its_codes_has_values_while_it_has_noise():
+    kept, codes = Engine(), Engine(kernel="codes")
+    injector, layers = NoiseInjector(codes), [codes.layer.qkv_proj, codes.layer.down_proj]
+
+    def dtypes() -> list[torch.dtype]:
+        return [layer.weight.dtype for layer in layers]
+
+    noisy(injector, replace(LINEAR, targets=("norm",)))
+    assert dtypes() == [torch.uint8, torch.uint8]
+    both = [one.apply(LINEAR) for one in (NoiseInjector(kept), injector)]
+    check_evidence(both[1], LINEAR, injector.clean_digest)
+    assert both[0]["groups"] == both[1]["groups"]
+    assert all(torch.equal(weight, kept.parts()[name]) for name, weight in codes.parts().items())
+    # Noise on one of the fused layers only: the others are clean, and computed from the same matrix.
+    only_k = replace(LINEAR, step=4, include=("*.k_proj",))
+    check_evidence(injector.apply(only_k), only_k, injector.clean_digest)
+    assert dtypes() == [torch.bfloat16, torch.uint8]
+    clean = dequantize(layers[0].mxfp4_packed, layers[0].weight_scale.data, torch.bfloat16)
+    changed = (codes.layer.qkv_proj.weight.data != clean).any(dim=1)
+    assert changed.tolist() == [False] * 64 + [True] * 32 + [False] * 32
+    check_evidence(injector.restore(), None, injector.clean_digest)
+    assert all(layer.weight.data_ptr() == layer.mxfp4_packed.data_ptr() for layer in layers)
 
 
 def test_linear_noise_is_told_by_kind_and_multiplier():

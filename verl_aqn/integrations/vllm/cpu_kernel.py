@@ -1,6 +1,7 @@
 """A kernel for dense MXFP4 layers on vLLM's CPU platform, which has none: W4A16 or W4A4.
 
-The weights are dequantised once, when the model is loaded.
+On CPUs with AVX512-BF16 it multiplies with the packed bytes. On others the weights are dequantised once, when the model
+is loaded.
 """
 
 from typing import Any
@@ -12,7 +13,12 @@ from vllm.model_executor.kernels.linear.mxfp4 import MxFp4LinearKernel, MxFp4Lin
 from vllm.platforms import current_platform
 
 from verl_aqn.mxfp4 import dequantize, fake_quantize
-from verl_aqn.mxfp4.linear import Activation
+from verl_aqn.mxfp4.kernels import native
+from verl_aqn.mxfp4.linear import Activation, PackedProduct
+
+# The packed product reads few bytes and is fastest for few tokens. Above this number oneDNN's products are faster, also
+# with the time of the dequantisation.
+FEW_TOKENS = 128
 
 
 class CpuMxfp4LinearKernel(MxFp4LinearKernel):
@@ -39,14 +45,44 @@ class CpuMxfp4LinearKernel(MxFp4LinearKernel):
         return True, None
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Dequantise the weight, and keep the packed bytes too: a run reads these back as its base."""
+        """Keep the packed bytes, which a run reads back as its base; dequantise them if they cannot be multiplied.
+
+        Noise on linear layers needs a dequantised weight, too: `verl_aqn.noise.targets` then replaces `layer.weight`.
+        """
         layer.mxfp4_packed = layer.weight.data
         layer.weight_scale = Parameter(layer.weight_scale.data, requires_grad=False)
-        weight = dequantize(layer.mxfp4_packed, layer.weight_scale.data, layer.params_dtype)
-        layer.weight = Parameter(weight, requires_grad=False)
+        if layer.params_dtype != torch.bfloat16 or not native.can_multiply():
+            weight = dequantize(layer.mxfp4_packed, layer.weight_scale.data, layer.params_dtype)
+            layer.weight = Parameter(weight, requires_grad=False)
 
     def apply_weights(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Apply the layer to x [T, K] and return [T, N]."""
+        """Apply the layer to x [..., K] and return [..., N]."""
+        if x.dim() == 2 and multiplies_packed(layer, x):
+            return self.multiply(layer, x, bias)
         if self.activation is not None:
             x = fake_quantize(x, *self.activation)
+        if layer.weight.dtype == torch.uint8:
+            return PackedProduct.apply(x, layer.weight.data, layer.weight_scale.data, bias)
         return torch.nn.functional.linear(x, layer.weight, bias)
+
+    def multiply(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor | None = None,
+        b: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Apply a layer of `multiplies_packed` and an adapter A [r, K], B [N, r] to x [T, K] in one operation.
+
+        The adapter's input is not rounded: with a rounding of activations there must be no adapter.
+        """
+        if self.activation is not None:
+            assert a is None
+            x = fake_quantize(x, *self.activation)
+        return native.multiply(layer.weight.data, layer.weight_scale.data, x.contiguous(), bias, a, b)
+
+
+def multiplies_packed(layer: Any, x: torch.Tensor) -> bool:
+    """Return whether the product of the layer with x [T, K] is computed from the packed bytes."""
+    return layer.weight.dtype == torch.uint8 and len(x) <= FEW_TOKENS

@@ -2,14 +2,18 @@
 
 vLLM's own CPU operators gather a copy of A and B for every token (`weights[token_indices]`), which costs more than
 the model itself. With `max_loras=1` every token of a batch has that adapter or none, so plain matrix products are
-enough: two for each layer, also where vLLM fuses several layers into one (q, k and v, for example).
+enough: two for each layer, also where vLLM fuses several layers into one (q, k and v, for example). Packed layers
+compute their own product and the adapter's in one operation.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+from verl_aqn.integrations.vllm.cpu_kernel import CpuMxfp4LinearKernel, multiplies_packed
 
 
 class SingleAdapterPunicaWrapper(PunicaWrapperCPU):
@@ -30,6 +34,15 @@ class SingleAdapterPunicaWrapper(PunicaWrapperCPU):
         if self._with_adapter is None or len(self._with_adapter) != tokens:
             self._with_adapter = self.token_lora_indices[:tokens] >= 0
             self._none, self._all = not bool(self._with_adapter.any()), bool(self._with_adapter.all())
+
+    def adapter_of_all(
+        self, tokens: int, some_a: tuple[Tensor, ...], some_b: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return the A and B of `_join` if there is one adapter and all tokens of the batch have it, else None."""
+        if some_a[0].shape[0] != 1:
+            return None
+        self._look(tokens)
+        return self._join(some_a, some_b) if self._all else None
 
     def add_lora_linear(
         self,
@@ -101,3 +114,22 @@ class SingleAdapterPunicaWrapper(PunicaWrapperCPU):
         """
         if bool(lora_a_stacked.any()):
             super().add_lora_logits(y, x, lora_a_stacked, lora_b_stacked, scale, buffer=buffer, **kwargs)
+
+
+_apply_parts = BaseLinearLayerWithLoRA._apply_sync
+
+
+def apply_packed(self: BaseLinearLayerWithLoRA, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute a LoRA layer of vLLM in one operation if its weight is packed and all tokens have the adapter.
+
+    This replaces `BaseLinearLayerWithLoRA._apply_sync`, which adds the adapter's products to the base layer's.
+    """
+    base: Any = self.base_layer
+    kernel = getattr(getattr(base, "scheme", None), "kernel", None)
+    if isinstance(kernel, CpuMxfp4LinearKernel) and kernel.activation is None and x.dim() == 2:
+        adapter = None
+        if multiplies_packed(base, x):
+            adapter = self.punica_wrapper.adapter_of_all(len(x), self.lora_a_stacked, self.lora_b_stacked)
+        if adapter is not None and len(adapter[1]) == len(base.weight):
+            return kernel.multiply(base, x, bias, *adapter)
+    return _apply_parts(self, x, bias)

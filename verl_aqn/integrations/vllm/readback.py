@@ -227,7 +227,19 @@ def equals_loaded(loaded: Loaded, layer: Any, modules: list[str], parameter: Cal
         return None
     weight = layer.weight.data
     if hasattr(layer, "mxfp4_packed"):  # set by this package's CPU kernel
-        return torch.equal(weight, dequantize(layer.mxfp4_packed, layer.weight_scale.data, weight.dtype))
+        codes, scale = layer.mxfp4_packed, layer.weight_scale.data
+        held = dict(zip(FORMATS["compressed-tensors"], (codes, scale), strict=True))
+
+        def bytes_of(place: str) -> Tensor:
+            return held["." + place.rpartition(".")[2]]
+
+        for module in modules:
+            names = _packed_names(loaded, module)
+            assert names is not None
+            if module_digest(*(loaded.read(name, bytes_of) for name in names)) != loaded.digests[module]:
+                return False
+        # The kernel multiplies with the codes themselves, or with their values.
+        return torch.equal(weight, codes if weight.dtype == codes.dtype else dequantize(codes, scale, weight.dtype))
     sources = [f"{module}.weight" for module in modules]
     if loaded.packed or weight.dim() != 2 or any(_outgrown(loaded, source, parameter) for source in sources):
         return None

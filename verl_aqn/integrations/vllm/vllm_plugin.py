@@ -73,6 +73,11 @@ def register() -> None:
         type(current_platform).get_punica_wrapper = classmethod(
             lambda cls: "verl_aqn.integrations.vllm.cpu_lora.SingleAdapterPunicaWrapper"
         )
+        from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+
+        from verl_aqn.integrations.vllm.cpu_lora import apply_packed
+
+        BaseLinearLayerWithLoRA._apply_sync = apply_packed
     _registered = True
 
 

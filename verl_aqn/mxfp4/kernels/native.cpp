@@ -376,6 +376,7 @@ void quantize_as(int rule, int rounding, const void* x, int64_t blocks, uint64_t
 
 #include "error_parts.h"
 #include "transposed.h"
+#include "product.h"
 
 }  // namespace
 
@@ -424,4 +425,23 @@ extern "C" void aqn_dequantize_transposed(const uint8_t* packed, const uint8_t* 
     parallel(columns, threads, [=](int64_t begin, int64_t end) {
         dequantize_transposed(packed, scale, rows, columns, begin, end, static_cast<uint16_t*>(out));
     });
+}
+
+// Whether `aqn_multiply` can be called: it needs AVX512-BF16 and OpenMP.
+extern "C" int aqn_can_multiply() {
+#ifdef AQN_PRODUCT
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+// Write y [tokens, n] = x [tokens, k] W^T + (x A^T) B^T + bias, all bfloat16, with W [n, k] packed, A [rank, k] and
+// B [n, rank]. rank may be 0, bias may be null. `inner` [tokens, rank] is overwritten by x A^T.
+extern "C" void aqn_multiply(const uint8_t* packed, const uint8_t* scale, int64_t n, int64_t k, const uint16_t* x,
+                             int64_t tokens, const uint16_t* bias, const uint16_t* a, const uint16_t* b, int64_t rank,
+                             uint16_t* inner, uint16_t* y, int threads) {
+#ifdef AQN_PRODUCT
+    product::compute(packed, scale, n, k, x, tokens, bias, a, b, rank, inner, y, threads);
+#endif
 }

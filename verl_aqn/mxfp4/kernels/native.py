@@ -23,10 +23,12 @@ from verl_aqn.cache import cache_dir
 from verl_aqn.safe_files import own_folder
 
 _SOURCE = Path(__file__).with_name("native.cpp")
-_INCLUDED = [_SOURCE.with_name(name) for name in ("avx512.h", "error_parts.h", "transposed.h")]
+_INCLUDED = [_SOURCE.with_name(name) for name in ("avx512.h", "error_parts.h", "product.h", "transposed.h")]
 _FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-shared", "-fPIC", "-pthread"]
 if platform.machine() == "x86_64":
     _FLAGS.append("-mprefer-vector-width=512")  # for CPUs with AVX-512; 20 % to 33 % faster than GCC's default
+# Torch's OpenMP is already loaded under the same name, so that both share one set of threads.
+_OPENMP = "-fopenmp"
 _RULES = {"mse": 0, "even": 1, "floor": 2, "rceil": 3}
 _ROUNDINGS = {"nearest": 0, "half_away": 1, "stochastic": 2}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -82,6 +84,40 @@ def dequantize_transposed(packed: Tensor, scale: Tensor, out: Tensor) -> None:
     library.aqn_dequantize_transposed(
         packed.data_ptr(), scale.data_ptr(), rows, blocks, out.data_ptr(), min(_threads(rows * blocks), max(blocks, 1))
     )
+
+
+def can_multiply() -> bool:
+    """Return whether `multiply` can be called here: it needs a processor with AVX512-BF16, and OpenMP."""
+    library = _library()[0]
+    return library is not None and bool(library.aqn_can_multiply())
+
+
+def multiply(
+    packed: Tensor, scale: Tensor, x: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None
+) -> Tensor:
+    """Return ``x W^T + (x A^T) B^T + bias`` bfloat16 [T, N] for the contiguous ``x`` bfloat16 [T, K].
+
+    W [N, K] is given by ``packed`` uint8 [N, K/2] and ``scale`` uint8 [N, K/32]; A [r, K] and B [N, r] may be None.
+    All tensors are contiguous, ``bias`` [N], A and B are bfloat16. Sums are float32; ``x A^T`` and the result are
+    rounded once. The result of a token does not depend on the other tokens.
+    """
+    library = _library()[0]
+    assert library is not None
+    (tokens, k), n = x.shape, len(packed)
+    y = x.new_empty(tokens, n)
+    rank, inner = 0, None
+    if a is not None:
+        rank = len(a)
+        inner = x.new_empty(tokens, rank)
+    library.aqn_multiply(
+        packed.data_ptr(), scale.data_ptr(), n, k, x.data_ptr(), tokens, _address(bias), _address(a), _address(b), rank,
+        _address(inner), y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def error_parts(x: Tensor, packed: Tensor, scale: Tensor) -> list[float]:
@@ -155,7 +191,14 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
         pointer, integer, pointer, pointer, ctypes.c_int64, ctypes.c_int64, pointer, integer
     ]  # fmt: skip
     library.aqn_dequantize_transposed.argtypes = [pointer, pointer, ctypes.c_int64, ctypes.c_int64, pointer, integer]
+    library.aqn_can_multiply.restype = integer
+    integer64 = ctypes.c_int64
+    library.aqn_multiply.argtypes = [
+        pointer, pointer, integer64, integer64, pointer, integer64, pointer, pointer, pointer, integer64, pointer,
+        pointer, integer,
+    ]  # fmt: skip
     for function in (
+        library.aqn_multiply,
         library.aqn_quantize,
         library.aqn_dequantize,
         library.aqn_error_parts,
@@ -170,16 +213,17 @@ def _built(compiler: str) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     key = hashlib.sha256(b"".join(file.read_bytes() for file in (_SOURCE, *_INCLUDED)))
     # The key includes the CPU's features: machines may share a cache, and -march=native depends on the machine.
-    key.update(repr((_FLAGS, version, platform.machine(), _cpu_features())).encode())
+    key.update(repr((_FLAGS, _OPENMP, version, platform.machine(), _cpu_features())).encode())
     file = cache_dir() / "kernels" / f"mxfp4-{key.hexdigest()[:16]}.so"
     own_folder(file.parent, "VERL_AQN_CACHE=DIR", or_roots=True)  # the files in this folder are loaded as code
     if not file.is_file():
         # Several processes may compile at once: each compiles into its own folder, and all rename to the same file.
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
             new = Path(folder) / file.name
-            subprocess.run(
-                [compiler, *_FLAGS, str(_SOURCE), "-o", str(new)], capture_output=True, text=True, check=True
-            )
+            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(new)]
+            # A compiler without OpenMP (clang without libomp) builds everything but `multiply`.
+            if subprocess.run([*command, _OPENMP], capture_output=True).returncode:
+                subprocess.run(command, capture_output=True, text=True, check=True)
             new.rename(file)
     return file
 
