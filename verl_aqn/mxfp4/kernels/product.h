@@ -96,7 +96,8 @@ void compute(const uint8_t* packed, const uint8_t* scale, int64_t n, int64_t k, 
     const int64_t blocks = k / BLOCK, limit = CACHED / (2 * k) / TOKENS * TOKENS, chunk = limit < TOKENS ? TOKENS : limit;
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<uint16_t> memory(ROWS * k + 32);
+        static thread_local std::vector<uint16_t> memory;
+        if (memory.size() < size_t(ROWS * k + 32)) memory.resize(ROWS * k + 32);
         uint16_t* decoded = memory.data();
         while (reinterpret_cast<uintptr_t>(decoded) % 64) ++decoded;
         for (int64_t begin = 0; begin < tokens; begin += chunk) {
