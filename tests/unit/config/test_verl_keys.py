@@ -82,6 +82,7 @@ def check(composed, overrides):
         (["+trainer.v1.sampler.sampler_kwargs.a=1"], "its arguments are not read"),
         (["reward.sandbox_fusion.url=http://a"], "set reward.custom_reward_function.path=null too"),
         (["reward.reward_manager.module.path=mine.py"], "if reward.reward_manager.source=importlib"),
+        ([f"{ACTOR}.checkpoint.async_save=true"], "FSDP engine does not read it"),
         (["critic.fsdp.entropy_checkpointing=true"], "a critic computes no entropy"),
         (["reward_model.reward_manager=dapo"], "set reward.reward_manager.name"),
         (["custom_reward_function.path=x.py"], "set reward.custom_reward_function"),
