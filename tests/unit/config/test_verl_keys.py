@@ -40,6 +40,7 @@ def check(composed, overrides):
         (["trainer.max_critic_ckpt_to_keep=5"], "set trainer.max_actor_ckpt_to_keep"),
         (["trainer.default_hdfs_dir=hdfs://x"], "never writes there"),
         (["trainer.device=npu"], "set profile=cpu, cuda or npu"),
+        (["critic.model.path=/my/critic"], "set actor_rollout_ref.model.path"),
         (["trainer.use_v1=false"], "trainer.use_v1=false: noise and evidence need verl's V1 trainer"),
         (["+actor_rollout_ref.rollout.agent.agent_loop_manager_class=my.Manager"], "request seeds and the record"),
         (["actor_rollout_ref.model.external_lib=mine"], "registers the engine"),
