@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -302,6 +303,40 @@ def test_a_row_without_what_a_reward_is_told(model, tmp_path, changes, words):
     assert words.replace("row 2", "row 2" if table is not None else "row 0") in said
     managed = ["reward.reward_manager.source=importlib", "reward.reward_manager.module.path=mine.py"]
     assert "fault" not in answer(recipe(model, file, None, *managed)), "a manager of the user's own may not need it"
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [("mine", "raises NotImplementedError (Reward function is not implemented for data_source='mine')"),
+     ("numina_olympiads", "raises ModuleNotFoundError"), ("openai/gsm8k", ""), ("math_dapo", "")],
+)  # fmt: skip
+def test_verl_s_own_reward_is_asked_where_a_recipe_names_none(model, tmp_path, source, words, monkeypatch):
+    monkeypatch.setitem(sys.modules, "verl.utils.reward_score.prime_math", None)  # as if sympy were missing
+    good = lines(tmp_path / "a.jsonl", [row(data_source="openai/gsm8k")] * 3)
+    file = lines(tmp_path / "b.jsonl", [row(data_source=source)] * 3)
+    config = recipe(model, [good, file], good, "reward.custom_reward_function.path=null")
+    if not words:
+        assert "fault" not in answer(config)
+        return
+    said = fault(config, "ConfigError")
+    assert said.startswith(f"{file}: row 0: verl's own reward function {words}")
+    assert said.endswith("set reward.custom_reward_function.path to one of yours (docs/rewards.md)")
+    assert "fault" not in answer(recipe(model, file, good)), "another function judges"
+
+
+def test_verl_s_own_reward_runs_no_code_before_a_run(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("verl.utils.reward_score.default_compute_score", lambda *_, **__: pytest.fail("called"))
+    file = lines(tmp_path / "a.jsonl", [row(data_source="codecontests")] * 3)
+    assert "fault" not in answer(recipe(model, file, None, "reward.custom_reward_function.path=null"))
+
+
+def test_an_answer_about_another_reward_is_not_used_again(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(rows, "_ask", answer)
+    file = lines(tmp_path / "a.jsonl", [row()] * 3)
+    assert check_data(recipe(model, file)).rows == {"train": 3, "test": 3}
+    with pytest.raises(ConfigError, match="verl's own reward function"):
+        check_data(recipe(model, file, None, "reward.custom_reward_function.path=null"))
 
 
 def test_files_that_verl_cannot_join_or_fills_up(model, tmp_path):

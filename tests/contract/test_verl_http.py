@@ -86,3 +86,24 @@ def test_a_reward_models_replica_has_the_server_that_is_asked(monkeypatch):
     monkeypatch.setattr(rollout.vLLMReplica, "__init__", init)
     classes = [rollout.AqnReplica(reward).server_class.__ray_actor_class__ for reward in (False, True)]
     assert classes == [rollout.AqnHttpServer, rollout.AqnRewardServer]
+
+
+@pytest.mark.parametrize("user_says", [None, "1"])
+def test_nobody_may_load_adapters_by_http(monkeypatch, tmp_path, user_says):
+    from fastapi import FastAPI
+    from vllm.entrypoints.serve.lora.api_router import attach_router
+
+    from verl_aqn.cluster.process_environment import engine_environment
+
+    name = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+    if user_says:
+        monkeypatch.setenv(name, user_says)
+    env = engine_environment(str(tmp_path), cpu=True, ranks=1)
+
+    def paths(value: str) -> set[str]:
+        monkeypatch.setenv(name, value)
+        attach_router(app := FastAPI())
+        return {route.path for route in app.routes}
+
+    assert "/v1/load_lora_adapter" not in paths(env[name])
+    assert "/v1/load_lora_adapter" in paths("1"), "the route whose absence is checked"

@@ -8,7 +8,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from verl_aqn.errors import DataError
+from tests.helpers.full_disk import full_disk
+from verl_aqn.errors import DataError, EnvironmentFault
 from verl_aqn.runs.checkpoints import damage_of, publish
 from verl_aqn.runs.folder import RunFolder
 
@@ -99,6 +100,31 @@ def test_prompts_that_were_put_back_are_saved_with_a_checkpoint_and_taken_up_aga
     trainer._load_checkpoint()
     assert (trainer.global_steps, trainer.loaded[-1]) == (3, 3)
     assert list(trainer.put_back) == [417, 5]
+
+
+def test_a_full_disk_is_told_as_one_and_the_checkpoint_before_stays(trainer, tmp_path):
+    """torch says "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"."""
+    saves(trainer).save()
+    trainer.global_steps = 4
+    trainer.train_dataloader.state_dict = lambda: {"step": torch.arange(10_000)}
+    with full_disk(), pytest.raises(EnvironmentFault, match=r"global_step_4.* could not be written.*free some space"):
+        trainer.save()
+    assert damage_of(tmp_path / "own/global_step_3") == ""
+    trainer.save()
+    assert damage_of(tmp_path / "own/global_step_4") == ""
+
+
+def test_a_full_disk_is_told_by_the_actor_too(tmp_path, monkeypatch):
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+    from verl_aqn.integrations.verl.packed_base import PackedBase
+
+    def save(self, local_path, *_, **__):
+        torch.save(torch.zeros(10_000), f"{local_path}/model.pt")
+
+    monkeypatch.setattr(FSDPEngineWithLMHead, "save_checkpoint", save)
+    with full_disk(), pytest.raises(EnvironmentFault, match=rf"{tmp_path} could not be written"):
+        PackedBase.__new__(PackedBase).save_checkpoint(str(tmp_path))
 
 
 def test_a_checkpoint_of_an_older_version_put_nothing_back(trainer):

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import re
 from importlib.metadata import entry_points
@@ -13,6 +14,7 @@ import pytest
 import verl_aqn
 from verl_aqn.config.allowed import STRATEGIES
 from verl_aqn.config.trackers import LOGGERS
+from verl_aqn.launch import watchdog
 
 # Names imported inside functions, or called with named parameters. Overrides are found in the code (below).
 SYMBOLS = {
@@ -200,3 +202,11 @@ def test_adapter_only_checkpoints_keep_the_value_head():
 
     assert 'if "lora_" in k or ".adapter_" in k' in inspect.getsource(FSDPCheckpointManager.save_checkpoint)
     assert BaseCheckpointManager.is_lora_only_state_dict({"base_model.model.lm_head.adapter_row": None})
+
+
+def test_processes_that_are_watched_have_the_names_of_actors():
+    """The watchdog knows a process by its title, which is the name of the actor's class."""
+    folders = [Path(importlib.util.find_spec(name).origin).parent for name in ("verl", "transfer_queue", "verl_aqn")]
+    text = [file.read_text(encoding="utf-8") for folder in folders for file in folder.rglob("*.py")]
+    classes = {name for one in text for name in re.findall(r"^ *class (\w+)", one, re.MULTILINE)}
+    assert set(watchdog._ACTORS) - classes == set()

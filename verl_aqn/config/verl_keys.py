@@ -19,8 +19,9 @@ KINDS = ("passed", "owned", "refused")
 class Rule:
     """A rule of the table for one key, or for one block with everything below it.
 
-    `accept`: values that are allowed in addition to the value from `base` and the profile. `conditions`: the rule
-    applies if each (key, values, wanted) has one of the values, or none of them if `wanted` is False.
+    `accept`: values that are allowed in addition to the value from `base` and the profile. `like`: a key whose value is
+    allowed too. `conditions`: the rule applies if each (key, values, wanted) has one of the values, or none of them if
+    `wanted` is False.
     """
 
     kind: str
@@ -30,12 +31,17 @@ class Rule:
     by: str = ""
     bad: Any = None
     accept: tuple[Any, ...] = ()
+    like: str = ""
     beyond: bool = False
     conditions: tuple[tuple[str, tuple[Any, ...], bool], ...] = ()
 
     def covers(self, key: str) -> bool:
         """Return whether the rule applies to `key`."""
         return key == self.key or (self.whole and key.startswith(f"{self.key}."))
+
+    def accepts(self, value: Any, config: DictConfig) -> bool:
+        """Return whether a composed `config` may have this value."""
+        return value in self.accept or (bool(self.like) and value == _select(config, self.like))
 
     def holds(self, config: DictConfig) -> bool:
         """Return whether the rule's conditions are met in a composed `config`."""
@@ -50,21 +56,26 @@ def rules() -> tuple[Rule, ...]:
 
 
 def _expand(kind: str, entry: dict[str, Any]) -> Iterator[Rule]:
-    known = {"under", "keys", "why", "instead", "by", "bad", "accept", "beyond", "when", "unless"}
+    known = {"under", "keys", "why", "instead", "by", "bad", "accept", "like", "beyond", "when", "unless"}
     assert set(entry) <= known, f"verl_keys.yaml: {set(entry) - known}"
     for block in entry.get("under", [""]):
         conditions = [
-            (f"{block}{key}" if key.startswith(".") else key, tuple(values) if isinstance(values, list) else (values,),
-             wanted)
+            (_whole(key, block), tuple(values) if isinstance(values, list) else (values,), wanted)
             for name, wanted in (("when", True), ("unless", False))
             for key, values in entry.get(name, {}).items()
-        ]  # fmt: skip
+        ]
         for word in entry["keys"].split():
             key = ".".join(filter(None, (block, word.removesuffix("*").removesuffix("."))))
             yield Rule(
                 kind, key, word.endswith("*"), entry.get("why") or entry.get("instead", ""), entry.get("by", ""),
-                entry.get("bad"), tuple(entry.get("accept", ())), entry.get("beyond", False), tuple(conditions),
+                entry.get("bad"), tuple(entry.get("accept", ())), _whole(entry.get("like", ""), block),
+                entry.get("beyond", False), tuple(conditions),
             )  # fmt: skip
+
+
+def _whole(key: str, block: str) -> str:
+    """Return the whole key; one that begins with a dot is in the block."""
+    return f"{block}{key}" if key.startswith(".") else key
 
 
 def rules_of(key: str) -> list[Rule]:
@@ -93,7 +104,7 @@ def check_keys(config: DictConfig, usual: Any) -> None:
         if _get(usual, key) == value:
             continue
         for rule in rules_of(key):
-            if rule.kind != "passed" and _select(config, key) not in rule.accept and rule.holds(config):
+            if rule.kind != "passed" and not rule.accepts(_select(config, key), config) and rule.holds(config):
                 raise ConfigError(f"{key}={_shown(config, key)}: {rule.reason}")
 
 

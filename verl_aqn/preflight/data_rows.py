@@ -30,6 +30,7 @@ _CODE = (
     "integrations/verl/first_rows.py",
     "integrations/verl/rendering.py",
     "integrations/verl/left_out_rows.py",
+    "integrations/verl/verls_reward.py",
     "tasks/data_files.py",
 )
 
@@ -90,6 +91,7 @@ def _key(config: DictConfig, folder: Path, files: Iterable[Path]) -> str:
         OmegaConf.select(config, "actor_rollout_ref.rollout.agent.agent_loop_config_path"),
         OmegaConf.select(config, "reward.reward_manager.source"),
         OmegaConf.select(config, "reward.reward_model.enable"),
+        not OmegaConf.select(config, "reward.custom_reward_function.path"),
         [importlib.metadata.version(name) for name in ("verl", "transformers", "datasets")],
         verl_aqn.__version__,
     ]

@@ -87,9 +87,10 @@ def _micro_batches(config: DictConfig) -> Finding:
         ),
     ]  # fmt: skip
     if uses_critic(config):
-        critic, answers = config.critic, int(config.critic.ppo_mini_batch_size) * int(rollout.n)
-        keys = "critic.ppo_max_token_len_per_gpu", "critic.ppo_micro_batch_size_per_gpu"
-        parts.append((critic.use_dynamic_bsz, *keys, answers))
+        dynamic, tokens = config.critic.use_dynamic_bsz, "critic.ppo_max_token_len_per_gpu"
+        answers = int(config.critic.ppo_mini_batch_size) * int(rollout.n)
+        parts.append((dynamic, tokens, "critic.ppo_micro_batch_size_per_gpu", answers))
+        parts.append((dynamic, tokens, "critic.forward_micro_batch_size_per_gpu", batch))
     for dynamic, tokens_key, size_key, answers in parts:
         if fix := _micro_batch_fault(config, dynamic, tokens_key, size_key, answers):
             return Finding(what, found, fix)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from verl_aqn.errors import DataError
+from verl_aqn.errors import AqnError, DataError, EnvironmentFault, is_full
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.old_names import load_recorded
 from verl_aqn.runs.provenance import file_digest
@@ -22,6 +22,8 @@ from verl_aqn.runs.stats.arms import find_run
 DIGESTS = "digests.json"
 WRITING = ".writing"
 LATEST = "latest_checkpointed_iteration.txt"  # verl's name
+# What torch and safetensors say if a file cannot be written; neither raises an OSError, and torch names no reason.
+_NOT_WRITTEN = re.compile(r"inline_container|PytorchStreamWriter|\(os error (27|28|122)\)")
 _STEP = re.compile(r"global_step_(\d+)")
 
 
@@ -37,6 +39,28 @@ def weights_only() -> Iterator[None]:
         yield
     finally:
         del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+
+
+@contextmanager
+def saving(folder: Path) -> Iterator[None]:
+    """Turn the error of a checkpoint in `folder` that could not be written into one line about its disk.
+
+    Raises:
+        EnvironmentFault: a file could not be written. All other errors stay as they are.
+    """
+    try:
+        yield
+    except AqnError:
+        raise
+    except Exception as error:
+        full = is_full(error) if isinstance(error, OSError) else _NOT_WRITTEN.search(str(error))
+        if not full:
+            raise
+        left = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+        raise EnvironmentFault(
+            f"the checkpoint in {folder} could not be written ({left / 1e9:.1f} GB are free): free some space, or "
+            "choose another disk (aqn.run.dir), and start the run again"
+        ) from error
 
 
 def find_checkpoint(path: Path) -> tuple[RunFolder, int]:

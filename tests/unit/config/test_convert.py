@@ -39,6 +39,7 @@ def said(made, key):
         (f"{ACTOR}.optim.lr_warmup_steps", "default", -1),  # base has 10, and with that the ratio would be ignored
         (f"{ACTOR}.use_dynamic_bsz", "default", False),
         ("reward.reward_manager.name", None, None),
+        (f"{ROLLOUT}.agent.num_workers", None, None),  # base has as many as nodes need, and a CPU one
         ("algorithm.filter_groups.enable", "default", False),
         (f"{ACTOR}.grad_clip", "renamed", 0.5),
         (f"{ACTOR}.ppo_micro_batch_size", "renamed", 4),  # 16 over four devices

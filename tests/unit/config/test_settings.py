@@ -90,6 +90,10 @@ def test_a_critic_s_micro_batches_count_where_there_is_one():
     assert fault("e12", *overrides) == ""
     assert fault("e12", *overrides, f"{CRITIC}.enable=true")
     assert not uses_critic(recipe_with("ppo", f"{CRITIC}.enable=false"))
+    fixed = [f"{CRITIC}.use_dynamic_bsz=false", f"{CRITIC}.ppo_micro_batch_size_per_gpu=6"]
+    assert fault("ppo", *fixed) == ""
+    size = f"{CRITIC}.forward_micro_batch_size_per_gpu=5"
+    assert f"{size} does not divide the 48 responses of a rank" in fault("ppo", *fixed, size)
 
 
 def test_limits_that_just_hold_are_no_fault():

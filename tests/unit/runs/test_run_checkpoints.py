@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from verl_aqn.errors import DataError
-from verl_aqn.runs.checkpoints import DIGESTS, LATEST, damage_of, newest_whole, point_to, publish
+from tests.helpers.full_disk import full_disk
+from verl_aqn.errors import ConfigError, DataError, EnvironmentFault
+from verl_aqn.runs.checkpoints import DIGESTS, LATEST, damage_of, newest_whole, point_to, publish, saving
 
 
 def write(checkpoints: Path, step: int, keep: int | None = 2) -> Path:
@@ -37,6 +38,30 @@ def test_the_newest_are_kept_and_the_last_is_named(tmp_path):
     assert set(json.loads((tmp_path / "global_step_9" / DIGESTS).read_text())) == {"actor/model.pt", "data.pt"}
     write(tmp_path, 11, keep=None)
     assert len(names(tmp_path)) == 3
+
+
+def test_whatever_finds_the_disk_full_says_so(tmp_path):
+    torch, safetensors = pytest.importorskip("torch"), pytest.importorskip("safetensors.torch")
+    large = {"a": torch.zeros(10_000)}
+    for write_file in (
+        lambda: torch.save(large, tmp_path / "model.pt"),
+        lambda: safetensors.save_file(large, tmp_path / "adapter.safetensors"),
+        lambda: (tmp_path / "told.json").write_text("1" * 10_000),
+    ):
+        with (
+            full_disk(),
+            pytest.raises(EnvironmentFault, match=rf"{tmp_path} could not be written") as caught,
+            saving(tmp_path),
+        ):
+            write_file()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [ConfigError("ours"), RuntimeError("another"), FileNotFoundError("gone")])
+def test_other_errors_of_a_checkpoint_stay(tmp_path, error):
+    with pytest.raises(type(error)) as caught, saving(tmp_path):
+        raise error
+    assert caught.value is error
 
 
 @pytest.mark.parametrize("harm", ["changed", "cut", "missing", "digests"])

@@ -367,7 +367,7 @@ def _refuse(one: Setting, config: DictConfig, base: Any) -> None:
     if _select(base, one.name) == one.value:
         return
     for rule in rules_of(one.name):
-        if rule.kind == "passed" or one.value in rule.accept or not rule.holds(config):
+        if rule.kind == "passed" or rule.accepts(one.value, config) or not rule.holds(config):
             if rule.by != "config.check_names":
                 continue
             try:

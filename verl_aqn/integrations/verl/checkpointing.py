@@ -10,7 +10,7 @@ from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from verl_aqn.errors import DataError
-from verl_aqn.runs.checkpoints import WRITING, damage_of, newest_whole, point_to, publish, weights_only
+from verl_aqn.runs.checkpoints import WRITING, damage_of, newest_whole, point_to, publish, saving, weights_only
 from verl_aqn.runs.folder import RunFolder
 
 PUT_BACK = "put_back.json"
@@ -44,12 +44,15 @@ class SavingTrainer(PPOTrainerSync):
         # The user's callback is called after the checkpoint has been moved to its final place.
         callback = self.checkpoint_callback
         self.checkpoint_callback = CheckpointCallback()
-        super()._save_checkpoint()
-        self.checkpoint_callback = callback
-        trainer.merge_with(was)
         written = place / WRITING / f"global_step_{self.global_steps}"
-        (written / PUT_BACK).write_text(json.dumps(list(self.put_back)))
-        size = publish(written, place, was.max_actor_ckpt_to_keep)
+        with saving(written):
+            try:
+                super()._save_checkpoint()
+            finally:
+                self.checkpoint_callback = callback
+                trainer.merge_with(was)
+            (written / PUT_BACK).write_text(json.dumps(list(self.put_back)))
+            size = publish(written, place, was.max_actor_ckpt_to_keep)
         shutil.rmtree(place / WRITING)
         seconds = time.monotonic() - began
         self.folder.append(

@@ -17,6 +17,7 @@ from verl.utils.dataset.rl_dataset import get_dataset_class
 from verl_aqn.errors import AqnError, ConfigError, DataError, first_line
 from verl_aqn.integrations.verl.left_out_rows import rows_of, told_rows
 from verl_aqn.integrations.verl.rendering import NotRendered, Template, fault_of, remedy
+from verl_aqn.integrations.verl.verls_reward import check_verls_reward, judges
 from verl_aqn.preflight.run_data import KEYS, LIMITS, has_own_class, needs_truth
 from verl_aqn.tasks.data_files import check_name, check_told, no_column, no_rows, unreadable
 
@@ -181,11 +182,14 @@ class FirstRows:
 
         Raises:
             DataError: a row fails the check, and the class does not leave it out.
+            ConfigError: the recipe names no reward function, and verl's own cannot judge the rows.
         """
         where = files[0] if len(files) == 1 else ", ".join(Path(file).name for file in files)
         if needs_truth(self.config):
             for place, item in enumerate(items):
                 check_told(item, f"{where}: row {place}")
+        if judges(self.config):
+            check_verls_reward(items[0], f"{where}: row 0")
         if not self.renders:
             return ""
         failed, long = self._render(items, where, getattr(dataset, "tool_schemas", None))

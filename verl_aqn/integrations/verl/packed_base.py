@@ -1,6 +1,7 @@
 """The common engine of actor and critic: a packed MXFP4 base, and adapters with fp32 master weights."""
 
 import math
+from pathlib import Path
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -28,6 +29,7 @@ from verl_aqn.mxfp4.experts import packed_layers
 from verl_aqn.mxfp4.linear import Activation, Mxfp4Linear
 from verl_aqn.mxfp4.sharding import allow_packed_shards
 from verl_aqn.noise.norms import find_norms
+from verl_aqn.runs.checkpoints import saving
 
 
 def norm_tensors(model: PreTrainedModel) -> list[str]:
@@ -155,7 +157,8 @@ class PackedBase(FSDPEngineWithLMHead):
 
     def save_checkpoint(self, local_path: str, *arguments, **named) -> None:
         """Save as verl does, and add PEFT's own config: verl's lora_train_meta.json lacks rsLoRA and patterns."""
-        super().save_checkpoint(local_path, *arguments, **named)
-        peft = getattr(getattr(self.module, "_fsdp_wrapped_module", self.module), "peft_config", None)
-        if peft and torch.distributed.get_rank() == 0:
-            peft["default"].save_pretrained(local_path)
+        with saving(Path(local_path)):
+            super().save_checkpoint(local_path, *arguments, **named)
+            peft = getattr(getattr(self.module, "_fsdp_wrapped_module", self.module), "peft_config", None)
+            if peft and torch.distributed.get_rank() == 0:
+                peft["default"].save_pretrained(local_path)

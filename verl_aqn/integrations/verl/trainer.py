@@ -19,6 +19,7 @@ from verl_aqn.integrations.verl.failures import answered
 from verl_aqn.integrations.verl.figures import cut_share, drop_meaningless, numbers_in
 from verl_aqn.integrations.verl.groups import AqnReplayBuffer, check_refill, count_groups, remedy
 from verl_aqn.integrations.verl.left_out_rows import rows_of, told_rows
+from verl_aqn.integrations.verl.micro_batches import settle_critic
 from verl_aqn.integrations.verl.step_mismatch import ComparingTrainer
 from verl_aqn.integrations.verl.token_mismatch import can_rescore, clip_range, scored_again, step_metrics
 from verl_aqn.integrations.verl.workers import AqnActorWorker, AqnTrainingWorker
@@ -37,6 +38,7 @@ class AqnTrainer(ComparingTrainer):
         for role in self.role_worker_mapping:
             cls = AqnTrainingWorker if role == Role.Critic else AqnActorWorker
             self.role_worker_mapping[role] = ray.remote(cls)
+        settle_critic(self.config.critic)
 
     def _init_dataloader(self):
         with told_rows(self.config):
