@@ -1,5 +1,6 @@
 """Printing for commands; light, so that `verl-aqn --help` is fast."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,3 +23,17 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int, str], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total, module: bar.update(task, completed=done, total=total, description=f"{what} {module}")
+
+
+@contextmanager
+def stdout_as_stderr() -> Iterator[None]:
+    """Send what libraries print meanwhile to stderr, also from compiled code, so that stdout holds results only."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -28,6 +28,17 @@ def test_a_step_is_faster_than_stock_verl_s_with_the_same_settings(tiny_model, t
     assert result["ours_of"]["stock tuned"]["step"] < 1, (ours, stock)
 
 
+def test_a_decode_step_is_measured_beside_its_products():
+    arguments = ("--sequences", "2", "--tokens", "8", "--rounds", "1", "--json")
+    process = verl_aqn("bench", "decode", *arguments)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, out + err
+    (row,) = json.loads(out)["rows"]
+    assert row["sequences"] == 2
+    assert all(row[name]["median"] > 1e-3 for name in ("packed", "bf16", "products"))  # seconds; 0.02 were measured
+    assert "leaked" not in err
+
+
 def test_prompts_shared_or_not_the_update_is_of_the_same_answers():
     """The loss that `bench update` measures is the same in both layouts."""
     model = update.build("135M", 2, "cpu", NAME).float()

@@ -1,6 +1,8 @@
 """The commands `verl-aqn bench NAME`."""
 
+import atexit
 import json
+import os
 import shutil
 import tempfile
 from dataclasses import asdict
@@ -13,7 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from verl_aqn.errors import ConfigError
-from verl_aqn.terminal import print_wide
+from verl_aqn.terminal import print_wide, stdout_as_stderr
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measurements for the documentation, each beside its peers.")
 
@@ -208,6 +210,40 @@ def update(
         print(json.dumps(result))
     else:
         print_wide(table(result))
+
+
+@bench_app.command("decode")
+def decode(
+    shape: Annotated[str, typer.Option(help="A model's size: 135M, 1.5B, 7B, …")] = "135M",
+    sequences: Annotated[
+        list[int] | None, typer.Option(min=1, help="Sequences at once; by default 1, 16 and 48.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=8, help="Decode steps of each round.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each arm.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Measure a decode step of vLLM on this CPU, packed and bf16, beside the time of its matrix products alone."""
+    from verl_aqn.bench.shapes import SHAPES
+
+    if shape not in SHAPES:
+        raise ConfigError(f"--shape {shape} is not known: use one of {', '.join(SHAPES)}")
+    from verl_aqn.bench.decode_speed import measure, table
+
+    with stdout_as_stderr(), Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("measuring", total=1)
+        result = measure(
+            shape,
+            sequences or [1, 16, 48],
+            tokens,
+            rounds,
+            lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print_wide(table(result))
+    # Triton's library, which vLLM imports, lists its own objects when the process ends.
+    atexit.register(os.dup2, os.open(os.devnull, os.O_WRONLY), 2)
 
 
 @bench_app.command("families")

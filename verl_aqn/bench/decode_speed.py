@@ -1,0 +1,167 @@
+"""A decode step of the rollout on a CPU, beside the time of its matrix products alone, in one process.
+
+Random weights, an adapter of rank 32 on every linear layer, and vLLM's engine in this process. The products alone are
+`torch.nn.functional.linear` with bf16 weights of the same shapes for as many tokens, without adapters: what a decode
+step would take if nothing else cost time. Each layer has its own weight, as in the model, so that caches do not help.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median, quantiles
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+from torch import Tensor
+
+from verl_aqn.bench.codec_speed import device_name
+from verl_aqn.bench.shapes import SHAPES, write_model
+
+ARMS = ("packed", "bf16")
+PROMPT, RANK = 60, 32
+VOCABULARY = 49_152  # of `write_model`
+
+
+def measure(
+    shape: str, sequences: list[int], tokens: int, rounds: int, on_part: Callable[[int, int], None] = lambda *_: None
+) -> dict[str, Any]:
+    """Return the seconds of decode steps with a packed and with a bf16 base, and of the products alone.
+
+    Args:
+        shape: a name in `SHAPES`.
+        sequences: numbers of sequences that are decoded at once.
+        tokens: decode steps of each round.
+        rounds: rounds of each arm, in turn with the products alone.
+        on_part: called with the number of finished and of all parts.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine computes in this process
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    parts, done = len(ARMS) * len(sequences) * rounds, 0
+    rows: dict[int, dict[str, Any]] = {n: {"products": []} for n in sequences}
+    products = {n: _products(shape, n) for n in sequences}
+    with TemporaryDirectory(prefix="verl-aqn-bench-") as folder:
+        folders = _write(shape, Path(folder))
+        for arm in ARMS:
+            engine, adapter = _engine(folders[arm], folders["adapter"], max(sequences), PROMPT + tokens + 4)
+            _steps(engine, adapter, max(sequences), 8)  # warms up
+            for n in sequences:
+                rows[n][arm] = []
+                for _ in range(rounds):
+                    rows[n][arm] += _steps(engine, adapter, n, tokens)
+                    rows[n]["products"] += [_timed(products[n]) for _ in range(tokens // 4)]
+                    done += 1
+                    on_part(done, parts)
+            del engine
+    return {
+        "device": device_name("cpu"),
+        "threads": torch.get_num_threads(),
+        "shape": shape,
+        "tokens": tokens,
+        "rows": [{"sequences": n, **{name: _figures(times) for name, times in rows[n].items()}} for n in sequences],
+    }
+
+
+def _write(shape: str, folder: Path) -> dict[str, Path]:
+    """Write the model, its packed form and an adapter; return their folders."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from verl_aqn.checkpoints.packing import quantize_checkpoint
+
+    folders = {"bf16": write_model(shape, folder / "bf16"), "packed": folder / "packed", "adapter": folder / "adapter"}
+    quantize_checkpoint(folders["bf16"], folders["packed"])
+    model = AutoModelForCausalLM.from_pretrained(folders["bf16"], dtype=torch.bfloat16)
+    adapted = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    adapted.save_pretrained(folders["adapter"])
+    return folders
+
+
+def _engine(model: Path, adapter: Path, sequences: int, length: int) -> tuple[Any, Any]:
+    from vllm import LLM
+    from vllm.lora.request import LoRARequest
+
+    llm = LLM(
+        str(model),
+        enforce_eager=True,
+        dtype="bfloat16",
+        max_model_len=length,
+        max_num_seqs=sequences,
+        gpu_memory_utilization=0.1,
+        enable_lora=True,
+        max_loras=1,
+        max_lora_rank=RANK,
+        enable_prefix_caching=False,
+    )
+    return llm.llm_engine, LoRARequest("adapter", 1, str(adapter))
+
+
+def _steps(engine: Any, adapter: Any, sequences: int, tokens: int) -> list[float]:
+    """Return the seconds of each step in which all sequences get one token, without the first two of these."""
+    from vllm import SamplingParams
+
+    asked = SamplingParams(temperature=1.0, seed=0, max_tokens=tokens + 2, ignore_eos=True)
+    for number in range(sequences):
+        prompt = {"prompt_token_ids": [(7 * number + i) % VOCABULARY for i in range(PROMPT)]}
+        engine.add_request(f"{time.monotonic_ns()}-{number}", prompt, asked, lora_request=adapter)
+    while engine.engine_core.engine_core.scheduler.waiting:
+        engine.step()
+    times = []
+    while engine.has_unfinished_requests():
+        times.append(_timed(engine.step))
+    return times[2:]
+
+
+def _products(shape: str, tokens: int) -> Callable[[], None]:
+    """Return a function that computes all matrix products of a decode step, each layer fused as vLLM fuses it."""
+    layers, hidden, inner, heads, key_value, _ = SHAPES[shape]
+    kv = hidden // heads * key_value
+    sizes = [(hidden + 2 * kv, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)]
+    weights = [torch.randn(size).bfloat16() for _ in range(layers) for size in sizes]
+    weights.append(torch.randn(VOCABULARY, hidden).bfloat16())
+    inputs: dict[int, Tensor] = {k: torch.randn(tokens, k).bfloat16() for k in (hidden, inner)}
+
+    @torch.inference_mode()
+    def compute() -> None:
+        for weight in weights:
+            F.linear(inputs[weight.shape[1]], weight)
+
+    return compute
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+def _figures(times: list[float]) -> dict[str, float]:
+    low, _, high = quantiles(times, n=4)
+    return {"median": median(times), "quarter": low, "three_quarters": high}
+
+
+def table(result: dict[str, Any]) -> Table:
+    """Return a table with one row per number of sequences."""
+    view = Table(
+        title=f"Decode step of {result['shape']} with an adapter of rank {RANK}, {result['device']}, "
+        f"{result['threads']} threads; medians, with the middle half",
+        title_justify="left",
+    )
+    heads = ("sequences", "packed, ms", "bf16, ms", "products alone, ms", "packed / products", "packed / bf16")
+    for head in heads:
+        view.add_column(head, justify="right")
+    for row in result["rows"]:
+        times = [
+            f"{1e3 * one['median']:.1f} ({1e3 * one['quarter']:.1f} to {1e3 * one['three_quarters']:.1f})"
+            for one in (row["packed"], row["bf16"], row["products"])
+        ]
+        packed, bf16, products = (row[name]["median"] for name in ("packed", "bf16", "products"))
+        view.add_row(str(row["sequences"]), *times, f"{packed / products:.2f}", f"{packed / bf16:.2f}")
+    return view
