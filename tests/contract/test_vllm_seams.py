@@ -78,9 +78,9 @@ def test_the_kernel_computes_what_the_trainer_s_layer_does(activation, tokens, n
     assert layer.weight.dtype == (torch.uint8 if packed else torch.bfloat16)
     x = torch.randn(tokens, 64).bfloat16()
     theirs, wanted = layer.scheme.kernel.apply_weights(layer, x, ours.bias), ours(x)
-    if packed and tokens == 5:  # one rounding of a float32 sum: a bfloat16 beside the other at most
+    if packed:  # float32 sums in another order: rarely, a bfloat16 beside the other
         torch.testing.assert_close(theirs, wanted, rtol=2**-7, atol=2**-12)
-        assert (theirs == wanted).float().mean() > 0.9
+        assert (theirs == wanted).float().mean() > 0.99
     else:
         assert torch.equal(theirs, wanted)
 

@@ -14,11 +14,7 @@ from vllm.platforms import current_platform
 
 from verl_aqn.mxfp4 import dequantize, fake_quantize
 from verl_aqn.mxfp4.kernels import native
-from verl_aqn.mxfp4.linear import Activation, PackedProduct
-
-# The packed product reads few bytes and is fastest for few tokens. Above this number oneDNN's products are faster, also
-# with the time of the dequantisation.
-FEW_TOKENS = 128
+from verl_aqn.mxfp4.linear import Activation
 
 
 class CpuMxfp4LinearKernel(MxFp4LinearKernel):
@@ -57,32 +53,24 @@ class CpuMxfp4LinearKernel(MxFp4LinearKernel):
 
     def apply_weights(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Apply the layer to x [..., K] and return [..., N]."""
-        if x.dim() == 2 and multiplies_packed(layer, x):
-            return self.multiply(layer, x, bias)
         if self.activation is not None:
             x = fake_quantize(x, *self.activation)
-        if layer.weight.dtype == torch.uint8:
-            return PackedProduct.apply(x, layer.weight.data, layer.weight_scale.data, bias)
+        if multiplies_packed(layer):
+            return self.multiply(layer, x.reshape(-1, x.shape[-1]), bias).view(*x.shape[:-1], -1)
         return torch.nn.functional.linear(x, layer.weight, bias)
 
+    @staticmethod
     def multiply(
-        self,
         layer: Any,
         x: torch.Tensor,
         bias: torch.Tensor | None,
         a: torch.Tensor | None = None,
         b: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Apply a layer of `multiplies_packed` and an adapter A [r, K], B [N, r] to x [T, K] in one operation.
-
-        The adapter's input is not rounded: with a rounding of activations there must be no adapter.
-        """
-        if self.activation is not None:
-            assert a is None
-            x = fake_quantize(x, *self.activation)
+        """Apply a layer of `multiplies_packed` and an adapter A [r, K], B [N, r] to x [T, K] in one operation."""
         return native.multiply(layer.weight.data, layer.weight_scale.data, x.contiguous(), bias, a, b)
 
 
-def multiplies_packed(layer: Any, x: torch.Tensor) -> bool:
-    """Return whether the product of the layer with x [T, K] is computed from the packed bytes."""
-    return layer.weight.dtype == torch.uint8 and len(x) <= FEW_TOKENS
+def multiplies_packed(layer: Any) -> bool:
+    """Return whether the layer's products are computed from the packed bytes."""
+    return bool(layer.weight.dtype == torch.uint8)

@@ -128,7 +128,7 @@ def apply_packed(self: BaseLinearLayerWithLoRA, x: Tensor, bias: Tensor | None =
     kernel = getattr(getattr(base, "scheme", None), "kernel", None)
     if isinstance(kernel, CpuMxfp4LinearKernel) and kernel.activation is None and x.dim() == 2:
         adapter = None
-        if multiplies_packed(base, x):
+        if multiplies_packed(base):
             adapter = self.punica_wrapper.adapter_of_all(len(x), self.lora_a_stacked, self.lora_b_stacked)
         if adapter is not None and len(adapter[1]) == len(base.weight):
             return kernel.multiply(base, x, bias, *adapter)
