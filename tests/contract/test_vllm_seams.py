@@ -181,6 +181,55 @@ def test_lora_products_equal_vllm_s_own(widths):
     assert len(made[1][0]._joined) == (len(widths) > 1)  # joined once, and not again in every batch
 
 
+def test_float32_norms_are_one_operation_on_a_cpu():
+    """vLLM's plain code serves what the compiled norm does not support, with the same values."""
+    import torch
+    from vllm.ir import ops
+    from vllm.platforms import current_platform
+
+    from verl_aqn.integrations.vllm import vllm_plugin
+
+    vllm_plugin.register()
+    order = current_platform.get_default_ir_op_priority(None)
+    assert order.rms_norm == order.fused_add_rms_norm == ["verl_aqn", "native"]
+    torch.manual_seed(0)
+    x, rest, weight = torch.randn(9, 576).bfloat16(), torch.randn(9, 576).bfloat16(), torch.randn(576)
+    for op, given in ((ops.rms_norm, (x, weight, 1e-5)), (ops.fused_add_rms_norm, (x, rest, weight, 1e-5))):
+        with op.set_priority(["verl_aqn", "native"]):
+            assert op.dispatch(*given).provider == "verl_aqn"
+            ours = op(*given)
+            plain = (weight.bfloat16(), None, weight[:64])
+            for other, size in zip(plain, (None, None, 64), strict=True):
+                assert op.dispatch(*given[:-2], other, 1e-5, size).provider == "native"
+            assert op.dispatch(*(t.float() if isinstance(t, torch.Tensor) else t for t in given)).provider == "native"
+        with op.set_priority(["native"]):
+            theirs = op(*given)
+        pairs = [(ours, theirs)] if op is ops.rms_norm else list(zip(ours, theirs, strict=True))
+        for one, other in pairs:
+            assert (one == other).float().mean() > 0.99
+            torch.testing.assert_close(one, other, rtol=2**-7, atol=0)
+
+
+def test_an_embedding_without_an_adapter_costs_nothing():
+    import torch
+    from vllm.lora.layers import LoRAMapping
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    from verl_aqn.integrations.vllm.cpu_lora import SingleAdapterPunicaWrapper
+
+    torch.manual_seed(0)
+    for b in (torch.zeros(1, 1, 16, 4), torch.randn(1, 1, 16, 4)):
+        results = []
+        for cls in (PunicaWrapperCPU, SingleAdapterPunicaWrapper):
+            wrapper = cls(max_num_batched_tokens=8, max_batches=8, device="cpu")
+            mapping = LoRAMapping(index_mapping=(7, 7, 7), prompt_mapping=(7, 7, 7), is_prefill=False)
+            wrapper.update_metadata(mapping, [7], 1, 32)
+            y = torch.ones(3, 16)
+            wrapper.add_lora_embedding(y, torch.arange(12.0).view(3, 4), b)
+            results.append(y)
+        assert torch.equal(*results)
+
+
 def test_vllm_folds_the_scaling_into_b():
     """The trainer's digest of the sent adapter does the same."""
     from vllm.lora.lora_weights import LoRALayerWeights

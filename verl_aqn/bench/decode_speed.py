@@ -40,7 +40,7 @@ def measure(
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine computes in this process
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     parts, done = len(ARMS) * len(sequences) * rounds, 0
     rows: dict[int, dict[str, Any]] = {n: {"products": []} for n in sequences}
     products = {n: _products(shape, n) for n in sequences}
@@ -99,6 +99,7 @@ def _engine(model: Path, adapter: Path, sequences: int, length: int) -> tuple[An
         max_loras=1,
         max_lora_rank=RANK,
         enable_prefix_caching=False,
+        worker_extension_cls="verl_aqn.integrations.verl.worker_extension.AqnWorkerExtension",  # norms as in a run
     )
     return llm.llm_engine, LoRARequest("adapter", 1, str(adapter))
 

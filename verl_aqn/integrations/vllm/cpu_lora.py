@@ -97,6 +97,13 @@ class SingleAdapterPunicaWrapper(PunicaWrapperCPU):
             self._joined[key] = a, b
         return self._joined[key]
 
+    def add_lora_embedding(
+        self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, add_inputs: bool = True, **kwargs: Any
+    ) -> None:
+        """Add the embedding's adapter to y as the parent does, but do nothing if the embedding has none (B is zero)."""
+        if bool(lora_b_stacked.any()):
+            super().add_lora_embedding(y, x, lora_b_stacked, add_inputs, **kwargs)
+
     def add_lora_logits(
         self,
         y: Tensor,

@@ -55,11 +55,12 @@ def register() -> None:
         from vllm.model_executor.kernels.linear import register_linear_kernel
         from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
-        from verl_aqn.integrations.vllm import cpu_sampler
+        from verl_aqn.integrations.vllm import cpu_norm, cpu_sampler
         from verl_aqn.integrations.vllm.cpu_kernel import CpuMxfp4LinearKernel
         from verl_aqn.integrations.vllm.cpu_moe import CpuMoEMethod
 
         cpu_sampler.patch()
+        cpu_norm.register()
 
         # An engine waits in a busy loop for its worker's answer, and so takes a core from the worker's threads.
         shm_broadcast.sched_yield = lambda: time.sleep(POLL_S)

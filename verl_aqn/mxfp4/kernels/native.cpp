@@ -377,6 +377,7 @@ void quantize_as(int rule, int rounding, const void* x, int64_t blocks, uint64_t
 #include "error_parts.h"
 #include "transposed.h"
 #include "product.h"
+#include "norm.h"
 
 }  // namespace
 
@@ -444,4 +445,12 @@ extern "C" void aqn_multiply(const uint8_t* packed, const uint8_t* scale, int64_
 #ifdef AQN_PRODUCT
     product::compute(packed, scale, n, k, x, tokens, bias, a, b, rank, inner, y, threads);
 #endif
+}
+
+// y = RMSNorm of x [rows, width] + residual, see norm.h. `residual` and `sum` may be null.
+extern "C" void aqn_rms_norm(const uint16_t* x, const uint16_t* residual, const float* weight, double epsilon,
+                             int64_t rows, int64_t width, uint16_t* y, uint16_t* sum, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int t = 0; t < threads; ++t)
+        rms_norm(x, residual, weight, epsilon, rows * t / threads, rows * (t + 1) / threads, width, y, sum);
 }

@@ -23,7 +23,7 @@ from verl_aqn.cache import cache_dir
 from verl_aqn.safe_files import own_folder
 
 _SOURCE = Path(__file__).with_name("native.cpp")
-_INCLUDED = [_SOURCE.with_name(name) for name in ("avx512.h", "error_parts.h", "product.h", "transposed.h")]
+_INCLUDED = [_SOURCE.with_name(name) for name in ("avx512.h", "error_parts.h", "norm.h", "product.h", "transposed.h")]
 _FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-shared", "-fPIC", "-pthread"]
 if platform.machine() == "x86_64":
     _FLAGS.append("-mprefer-vector-width=512")  # for CPUs with AVX-512; 20 % to 33 % faster than GCC's default
@@ -34,6 +34,7 @@ _ROUNDINGS = {"nearest": 0, "half_away": 1, "stochastic": 2}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Minimum work per thread: starting a thread costs as much as quantising some ten thousand elements.
 _ELEMENTS_PER_THREAD = 1 << 18
+_NUMBERS_PER_THREAD = 1 << 14  # of a norm: starting OpenMP's threads takes as long as a few thousand
 _PARTS = 7  # of `error_parts`, as in error_parts.h
 _BLOCKS_PER_SUM = 1024
 
@@ -114,6 +115,25 @@ def multiply(
         _address(inner), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
+
+
+def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor | None]:
+    """Return ``(z / rms(z) * weight, z)`` bfloat16 [..., H] for ``z = x + residual``; z is None without a residual.
+
+    ``x`` and ``residual`` are contiguous bfloat16 [..., H], ``weight`` is float32 [H]. Everything is computed in
+    float32 and rounded once.
+    """
+    library = _library()[0]
+    assert library is not None
+    y, total = torch.empty_like(x), None if residual is None else torch.empty_like(x)
+    width = x.shape[-1]
+    rows = x.numel() // width
+    threads = max(1, min(torch.get_num_threads(), x.numel() // _NUMBERS_PER_THREAD))
+    library.aqn_rms_norm(
+        x.data_ptr(), _address(residual), weight.data_ptr(), epsilon, rows, width, y.data_ptr(), _address(total),
+        threads,
+    )  # fmt: skip
+    return y, total
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -197,8 +217,12 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
         pointer, pointer, integer64, integer64, pointer, integer64, pointer, pointer, pointer, integer64, pointer,
         pointer, integer,
     ]  # fmt: skip
+    library.aqn_rms_norm.argtypes = [
+        pointer, pointer, pointer, ctypes.c_double, integer64, integer64, pointer, pointer, integer
+    ]  # fmt: skip
     for function in (
         library.aqn_multiply,
+        library.aqn_rms_norm,
         library.aqn_quantize,
         library.aqn_dequantize,
         library.aqn_error_parts,
