@@ -39,7 +39,23 @@ def test_every_kernel_of_vllm_is_known_by_what_it_does_to_activations():
     assert names - {"CpuMxfp4LinearKernel"} == set(KERNEL_ACTIVATIONS)
 
 
-@pytest.mark.parametrize("activation", ["none", "even/nearest", "floor/half_away"])
+def test_no_kernel_of_vllm_has_mxfp4_weights_and_mxfp8_activations():
+    """`check_activations` refuses W4A8 on CUDA. If a kernel appears, accept it there and name it in the read-back."""
+    from vllm.model_executor.kernels import linear
+    from vllm.model_executor.kernels.linear.mxfp4 import MxFp4LinearLayerConfig
+    from vllm.model_executor.layers.quantization.utils.quant_utils import kMxfp4Dynamic, kMxfp8Dynamic
+    from vllm.platforms import PlatformEnum
+
+    def able(activations) -> list[str]:
+        config = MxFp4LinearLayerConfig(activations)
+        kernels = linear._POSSIBLE_MXFP4_KERNELS[PlatformEnum.CUDA]
+        return [kernel.__name__ for kernel in kernels if kernel.can_implement(config)[0]]
+
+    assert {"FlashInferMxFp4LinearKernel", "MarlinMxFp4LinearKernel"} <= set(able(kMxfp4Dynamic))
+    assert able(kMxfp8Dynamic) == []
+
+
+@pytest.mark.parametrize("activation", ["none", "even/nearest", "floor/half_away", "mxfp8/floor/nearest"])
 def test_the_kernel_computes_what_the_trainer_s_layer_does(activation):
     from types import SimpleNamespace
 
@@ -48,6 +64,7 @@ def test_the_kernel_computes_what_the_trainer_s_layer_does(activation):
     from vllm.model_executor.kernels.linear.mxfp4 import MxFp4LinearLayerConfig
 
     from verl_aqn.integrations.vllm.cpu_kernel import CpuMxfp4LinearKernel
+    from verl_aqn.integrations.vllm.readback import kernel_activation
     from verl_aqn.mxfp4 import Mxfp4Linear
     from verl_aqn.mxfp4.linear import Activation
 
@@ -60,6 +77,7 @@ def test_the_kernel_computes_what_the_trainer_s_layer_does(activation):
     kernel.process_weights_after_loading(layer)
     x = torch.randn(5, 64).bfloat16()
     assert torch.equal(kernel.apply_weights(layer, x, ours.bias), ours(x))
+    assert kernel_activation(kernel) == activation
 
 
 def test_the_lora_patch_of_vllm_is_in_place():

@@ -9,7 +9,7 @@ from verl_aqn.cache import cache_dir
 from verl_aqn.config.compose import megatron_lora
 from verl_aqn.config.noise_settings import order_of, schedule_of
 from verl_aqn.config.schema import parse_aqn
-from verl_aqn.config.serving import fit_engine, prepare_serving
+from verl_aqn.config.serving import check_activations, fit_engine, prepare_serving
 from verl_aqn.errors import ConfigError, ModelError, first_line
 from verl_aqn.preflight.placing import place_adapter
 from verl_aqn.preflight.settings import uses_critic
@@ -33,6 +33,7 @@ def prepare_model(config: DictConfig) -> Path:
     from verl_aqn.preflight.adapter_folder import check_new_adapter, take_adapter
 
     refuse_unread(config)
+    check_activations(parse_aqn(config))
     source = find_model(config)
     take_adapter(config, source)  # before the base is quantised, which may take minutes
     check_new_adapter(config, source)
@@ -150,7 +151,7 @@ def tell_workers(config: DictConfig) -> None:
     """Copy the settings in `aqn` about the model's layers to where verl's actor and vLLM's kernel read them.
 
     Raises:
-        ConfigError: 4-bit activations need a quantised base, the actor does not support its noise, or a packed base
+        ConfigError: rounded activations need a quantised base, the actor does not support its noise, or a packed base
             has no adapter.
     """
     aqn, actor_rollout = parse_aqn(config), config.actor_rollout_ref
@@ -181,7 +182,9 @@ def tell_workers(config: DictConfig) -> None:
     if mxfp4.activation == "none":
         return
     if not mxfp4.enabled:
-        raise ConfigError("aqn.mxfp4.activation=mxfp4 needs the quantised base: set aqn.mxfp4.enabled=true")
+        raise ConfigError(
+            f"aqn.mxfp4.activation={mxfp4.activation} needs the quantised base: set aqn.mxfp4.enabled=true"
+        )
     activation = mxfp4.activation_arithmetic
     OmegaConf.update(actor_rollout, "model.override_config.mxfp4_activation", activation, force_add=True)
     engine = "rollout.engine_kwargs.vllm"
