@@ -151,8 +151,8 @@ def tell_workers(config: DictConfig) -> None:
     """Copy the settings in `aqn` about the model's layers to where verl's actor and vLLM's kernel read them.
 
     Raises:
-        ConfigError: rounded activations need a quantised base, the actor does not support its noise, or a packed base
-            has no adapter.
+        ConfigError: rounded activations need a quantised base, or another key has another rounding; the actor does not
+            support its noise; or a packed base has no adapter.
     """
     aqn, actor_rollout = parse_aqn(config), config.actor_rollout_ref
     mxfp4, noise = aqn.mxfp4, aqn.noise
@@ -189,7 +189,13 @@ def tell_workers(config: DictConfig) -> None:
     OmegaConf.update(actor_rollout, "model.override_config.mxfp4_activation", activation, force_add=True)
     engine = "rollout.engine_kwargs.vllm"
     if aqn.profile == "cpu":
-        OmegaConf.update(actor_rollout, f"{engine}.additional_config.mxfp4_activation", activation, force_add=True)
+        key = f"{engine}.additional_config.mxfp4_activation"
+        if (given := OmegaConf.select(actor_rollout, key)) not in (None, activation):
+            raise ConfigError(
+                f"actor_rollout_ref.{key}={given}, but aqn.mxfp4.activation={mxfp4.activation} rounds as {activation} "
+                "in actor and rollout: remove the former"
+            )
+        OmegaConf.update(actor_rollout, key, activation, force_add=True)
     elif OmegaConf.select(actor_rollout, f"{engine}.linear_backend") == "marlin":
         actor_rollout.rollout.engine_kwargs.vllm.linear_backend = "auto"  # Marlin keeps activations in 16 bits
 

@@ -378,6 +378,19 @@ def test_four_bit_activations_reach_actor_and_rollout(profile, arithmetic):
         assert engine.additional_config.mxfp4_activation == arithmetic
 
 
+def test_another_rounding_for_one_side_is_refused():
+    mxfp8 = ["profile=cpu", "aqn.mxfp4.activation=mxfp8"]
+    with pytest.raises(ConfigError, match="mxfp4_activation=even/nearest: a packed base is built from the config"):
+        load_recipe("e12", [*mxfp8, "+actor_rollout_ref.model.override_config.mxfp4_activation=even/nearest"])
+    key = "actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config.mxfp4_activation"
+    config = load_recipe("e12", [*mxfp8, f"+{key}=even/nearest"])
+    with pytest.raises(ConfigError, match=rf"^{key}=even/nearest, but .*mxfp8 rounds as {ARITHMETIC} in actor and"):
+        tell_workers(config)
+    OmegaConf.update(config, key, ARITHMETIC)
+    tell_workers(config)
+    tell_workers(config)  # an evaluation's config is that of a run
+
+
 @pytest.mark.parametrize("profile", ["cpu", "cuda", "npu"])
 def test_mxfp8_has_one_arithmetic_and_other_settings_for_it_are_refused(profile):
     mxfp8 = [f"profile={profile}", "aqn.mxfp4.activation=mxfp8"]
