@@ -18,6 +18,7 @@ from verl_aqn.preflight.engine_settings import ASCEND_PASSES
 
 SCHEMAS = "torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml"
 MXFP4 = "vllm_ascend/quantization/methods/w4a4_mxfp4.py"
+MXFP8 = "vllm_ascend/quantization/methods/w4a8_mxfp4.py"
 NORMS = "vllm_ascend/ops/layernorm.py"
 
 
@@ -81,8 +82,40 @@ def test_the_scheme_for_mxfp4_rounds_activations_as_the_profile_says():
     assert keywords(multiply)["group_sizes"] == "[1, 1, self.group_size]"
 
 
+def test_the_scheme_for_w4a8_rounds_activations_to_mxfp8():
+    """The published page of the operator defines scale_alg=0 as the floor of log2 of amax minus 8, of E4M3."""
+    from verl_aqn.mxfp4.mxfp8 import ARITHMETIC
+
+    apply = node(MXFP8, "AscendW4A8MXFPDynamicLinearMethod", "apply")
+    (quantise,) = calls(apply, "npu_dynamic_mx_quant")
+    assert keywords(quantise) == {"dst_type": "torch.float8_e4m3fn"}
+    defaults = {argument.name: argument.default_value for argument in schema("npu_dynamic_mx_quant").arguments}
+    assert {name: defaults[name] for name in ("scale_alg", "block_size", "axis", "round_mode")} == {
+        "scale_alg": 0, "block_size": 32, "axis": -1, "round_mode": "rint"  # floor; to nearest, ties to even
+    }  # fmt: skip
+    aqn = parse_aqn(load_recipe("e12", ["profile=npu", "aqn.mxfp4.activation=mxfp8"]))
+    assert METHOD_ACTIVATIONS["AscendW4A8MXFPDynamicLinearMethod"] == aqn.mxfp4.activation_arithmetic == ARITHMETIC
+    (multiply,) = calls(apply, "npu_quant_matmul")
+    known = {argument.name for argument in schema("npu_quant_matmul").arguments}
+    assert keywords(multiply).keys() <= known
+    assert keywords(multiply)["group_sizes"] == "[0, 0, self.group_size]"
+    assert keywords(multiply)["pertoken_scale_dtype"] == "torch_npu.float8_e8m0fnu"
+    assert "get('group_size', 32)" in ast.unparse(node(MXFP8, "AscendW4A8MXFPDynamicLinearMethod", "__init__"))
+
+
+def test_verl_takes_a_w4a8_base_for_one_that_it_loads_anew_but_never_with_an_adapter():
+    """verl rounds bf16 weights again for such a base. An adapter that is sent to a loaded base takes another way."""
+    from verl.utils.vllm import vllm_quant_utils
+    from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
+
+    assert '("W8A8_MXFP8", "W4A8_MXFP")' in inspect.getsource(vllm_quant_utils.is_vllm_ascend_mx_quant)
+    update = inspect.getsource(vLLMColocateWorkerExtension.update_weights_from_ipc)
+    adapter = update.index("elif peft_config and base_sync_done:")
+    assert adapter < update.index("elif is_quantized_model(")
+
+
 def test_no_dense_scheme_of_vllm_ascend_leaves_activations_alone():
-    """An Ascend 950 therefore means W4A4.
+    """An Ascend 950 therefore means W4A4 or W4A8.
 
     This is also why the compressed-tensors folder is not served there unchanged.
     """

@@ -39,6 +39,22 @@ def test_every_kernel_of_vllm_is_known_by_what_it_does_to_activations():
     assert names - {"CpuMxfp4LinearKernel"} == set(KERNEL_ACTIVATIONS)
 
 
+def test_no_kernel_of_vllm_has_mxfp4_weights_and_mxfp8_activations():
+    """`check_activations` refuses W4A8 on CUDA. If a kernel appears, accept it there and name it in the read-back."""
+    from vllm.model_executor.kernels import linear
+    from vllm.model_executor.kernels.linear.mxfp4 import MxFp4LinearLayerConfig
+    from vllm.model_executor.layers.quantization.utils.quant_utils import kMxfp4Dynamic, kMxfp8Dynamic
+    from vllm.platforms import PlatformEnum
+
+    def able(activations) -> list[str]:
+        config = MxFp4LinearLayerConfig(activations)
+        kernels = linear._POSSIBLE_MXFP4_KERNELS[PlatformEnum.CUDA]
+        return [kernel.__name__ for kernel in kernels if kernel.can_implement(config)[0]]
+
+    assert {"FlashInferMxFp4LinearKernel", "MarlinMxFp4LinearKernel"} <= set(able(kMxfp4Dynamic))
+    assert able(kMxfp8Dynamic) == []
+
+
 def packed_layer(k: int, n: int, activation: str = "none"):
     """Return (the trainer's packed layer, vLLM's layer with the same bytes and this package's kernel)."""
     from types import SimpleNamespace
@@ -65,10 +81,11 @@ def packed_layer(k: int, n: int, activation: str = "none"):
 
 @pytest.mark.parametrize("native_product", [True, False])
 @pytest.mark.parametrize("tokens", [5, 300])
-@pytest.mark.parametrize("activation", ["none", "even/nearest", "floor/half_away"])
+@pytest.mark.parametrize("activation", ["none", "even/nearest", "floor/half_away", "mxfp8/floor/nearest"])
 def test_the_kernel_computes_what_the_trainer_s_layer_does(activation, tokens, native_product, monkeypatch):
     import torch
 
+    from verl_aqn.integrations.vllm.readback import kernel_activation
     from verl_aqn.mxfp4.kernels import native
 
     if not native_product:
@@ -76,6 +93,7 @@ def test_the_kernel_computes_what_the_trainer_s_layer_does(activation, tokens, n
     ours, layer = packed_layer(64, 48, activation)
     packed = native.can_multiply()
     assert layer.weight.dtype == (torch.uint8 if packed else torch.bfloat16)
+    assert kernel_activation(layer.scheme.kernel) == activation
     x = torch.randn(tokens, 64).bfloat16()
     theirs, wanted = layer.scheme.kernel.apply_weights(layer, x, ours.bias), ours(x)
     if packed:  # float32 sums in another order: rarely, a bfloat16 beside the other

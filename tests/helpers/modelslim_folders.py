@@ -1,6 +1,7 @@
-"""Two tiny models, dense and MoE, each written for Ascend and for vLLM."""
+"""Two tiny models, dense and MoE, each written for Ascend's two schemes and for vLLM."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,15 +15,29 @@ CONFIGS = {
     "qwen3_moe": Qwen3MoeConfig(**SMALL_ASCEND, moe_intermediate_size=64, num_experts=2, num_experts_per_tok=1),
 }
 LAYER = "model.layers.0."
+SCHEMES = {"modelslim": "W4A4_MXFP4", "modelslim-w4a8": "W4A8_MXFP"}
 
 
-@pytest.fixture(scope="module", params=CONFIGS, name="folders")
-def modelslim_folders(request, tmp_path_factory) -> tuple[str, Path, Path]:
-    """Return (model type, ModelSlim folder, compressed-tensors folder of the same model)."""
-    root = tmp_path_factory.mktemp(request.param)
+class Folders(NamedTuple):
+    kind: str
+    """The model type."""
+    folder: Path
+    """The folder for Ascend."""
+    packed: Path
+    """The folder of compressed-tensors of the same model."""
+    scheme: str
+    """The scheme of vllm-ascend that `folder` names."""
+
+
+@pytest.fixture(
+    scope="module", params=[(kind, form) for kind in CONFIGS for form in SCHEMES], ids="-".join, name="folders"
+)
+def modelslim_folders(request, tmp_path_factory) -> Folders:
+    kind, form = request.param
+    root = tmp_path_factory.mktemp(kind)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[request.param], dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind], dtype=torch.bfloat16)
     model.save_pretrained(root / "source")
-    quantize_checkpoint(root / "source", root / "modelslim", format="modelslim")
+    quantize_checkpoint(root / "source", root / "modelslim", format=form)
     quantize_checkpoint(root / "source", root / "packed")
-    return request.param, root / "modelslim", root / "packed"
+    return Folders(kind, root / "modelslim", root / "packed", SCHEMES[form])

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 
-def main(model: str, adapter: str, out: str, activation: str = "none") -> dict:
+def main(model: str, adapter: str, out: str, activation: str = "none", dtype: str = "auto") -> dict:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -19,6 +19,7 @@ def main(model: str, adapter: str, out: str, activation: str = "none") -> dict:
 
     llm = LLM(
         model,
+        dtype=dtype,
         max_model_len=128,
         enforce_eager=True,
         gpu_memory_utilization=0.1,

@@ -458,6 +458,17 @@ def test_four_bit_activations_in_actor_and_rollout(rounded):
         assert record["rollout"][0]["weights_equal_base"]
 
 
+def test_eight_bit_activations_in_actor_and_rollout(train, tmp_path):
+    run, _ = finish(train(tmp_path, *ONE_STEP, "aqn.mxfp4.activation=mxfp8"), tmp_path)
+    records = lines(run / "evidence.jsonl", "base")
+    assert [record["when"] for record in records] == ["start", "end"]
+    for record in records:
+        assert record["activation"] == "mxfp8/floor/nearest"
+        assert record["actor_activations"] == [["mxfp8/floor/nearest"]]
+        assert record["rollout"][0]["activations"] == ["mxfp8/floor/nearest"]
+        assert record["rollout"][0]["weights_equal_base"]
+
+
 def test_eval_of_a_checkpoint_that_is_not_the_last_in_bf16(rounded, warm_cache):
     """The run has 4-bit activations, which a bf16 base cannot have."""
     result = evaluated(rounded / "checkpoints/global_step_1", "--precision", "bf16", cache=warm_cache)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.npu_operators import ANTI, DYNAMIC, inputs
+from verl_aqn.mxfp4 import mxfp8
 from verl_aqn.mxfp4.kernels import npu, reference
 
 torch_npu = pytest.importorskip("torch_npu")
@@ -34,6 +35,18 @@ def test_equals_the_cpu(rule: str, rounding: str) -> None:
     reference.dequantize(packed, scale, want)
     npu.dequantize(got_packed, got_scale, got)
     torch.testing.assert_close(got.cpu(), want, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_operator_of_w4a8_rounds_as_the_actor_does() -> None:
+    """The scheme W4A8_MXFP calls it so. Blocks with a mantissa above 1.75 show whether it clips at 448."""
+    gaussian = torch.randn(4096 * 128, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    usual = inputs()[(inputs().abs().float().amax(-1) > 2.0**-100) & inputs().isfinite().all(-1)]
+    x = torch.cat([gaussian, usual[: len(usual) // 2 * 2]]).view(-1, 64)
+    codes, scale = torch_npu.npu_dynamic_mx_quant(x.to("npu"), dst_type=torch.float8_e4m3fn)
+    expected = mxfp8.quantize(x)
+    assert torch.equal(scale.cpu().view(torch.uint8).view(len(x), -1), expected.scale)
+    assert torch.equal(codes.cpu().view(torch.uint8), expected.codes)
+    assert torch.equal(mxfp8.fake_quantize(x.to("npu")).cpu(), mxfp8.fake_quantize(x))
 
 
 def devices(x: Tensor):

@@ -13,6 +13,7 @@ from typing import Any
 from verl_aqn.checkpoints.checksums import check_checksums, known_digest
 from verl_aqn.checkpoints.error_report import FILE
 from verl_aqn.checkpoints.foreign import foreign_layout, import_checkpoint
+from verl_aqn.checkpoints.formats import MODELSLIM_FORMATS
 from verl_aqn.checkpoints.loading import dequantize_checkpoint
 from verl_aqn.checkpoints.packing import EXCLUDE, checkpoint_digest, is_packed, quantize_checkpoint
 from verl_aqn.checkpoints.storage import Weights, companions, read_config, read_json
@@ -77,11 +78,17 @@ def dequantized_cache(
 
 
 def modelslim_cache(
-    src: str | Path, cache_dir: str | Path, progress: Callable[[int, int, str], None] | None = None
+    src: str | Path,
+    cache_dir: str | Path,
+    progress: Callable[[int, int, str], None] | None = None,
+    activation: str = "mxfp4",
 ) -> Path:
-    """Return packed folder ``src`` in ModelSlim's format, with the same bytes; make it if it does not exist yet."""
-    make = partial(import_checkpoint, format="modelslim")
-    return _made_of(Path(src), Path(cache_dir), "modelslim", make, progress)
+    """Return packed folder ``src`` in ModelSlim's format, with the same bytes; make it if it does not exist yet.
+
+    ``activation`` (`mxfp4` or `mxfp8`) says how vllm-ascend will round activations.
+    """
+    format = MODELSLIM_FORMATS[activation]
+    return _made_of(Path(src), Path(cache_dir), format, partial(import_checkpoint, format=format), progress)
 
 
 def check_made(folder: Path, progress: Callable[[int, int, str], None] | None = None) -> None:

@@ -6,7 +6,7 @@ layout              tensors                                                   ``
 compressed-tensors  ``M.weight_packed`` [N, K/2], ``M.weight_scale`` [N, K/32]  ``compressed-tensors``
 Quark               ``M.weight`` uint8 [N, K/2], ``M.weight_scale`` [N, K/32]   ``quark``, weights fp4 / e8m0
 gpt-oss             ``S_blocks`` uint8 [E, N, K/32, 16], ``S_scales`` [E, N, K/32]  ``mxfp4``
-ModelSlim           as Quark, for modules with ``W4A4_MXFP4`` in ``quant_model_description.json``
+ModelSlim           as Quark, for modules with a scheme of `SCHEMES` in ``quant_model_description.json``
 ==================  ========================================================  ============================
 
 All have the even index in the low nibble and E8M0 scales along K. Bytes are kept; only names and shapes change.
@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from verl_aqn.checkpoints.building import build
-from verl_aqn.checkpoints.formats import FORMATS, finish, packed_specs
+from verl_aqn.checkpoints.formats import FORMATS, MODELSLIM_FORMATS, finish, packed_specs
 from verl_aqn.checkpoints.loading import PACKED, PACKED_FORMAT, SCALE, ignored_names
-from verl_aqn.checkpoints.modelslim import DESCRIPTION, SCHEME
+from verl_aqn.checkpoints.modelslim import DESCRIPTION, SCHEMES
 from verl_aqn.checkpoints.naming import Naming
 from verl_aqn.checkpoints.packing_plan import of_other_parts, routers
 from verl_aqn.checkpoints.promises import check_opens
@@ -90,8 +90,8 @@ def import_checkpoint(
         raise ModelError(
             f"{src} is not an MXFP4 checkpoint of compressed-tensors, Quark, gpt-oss or ModelSlim: start from bf16"
         )
-    if kind == format:
-        raise ModelError(f"{src} is already MXFP4 in the format {format}: there is nothing to convert")
+    if kind == format or (kind == "modelslim" and format in MODELSLIM_FORMATS.values()):
+        raise ModelError(f"{src} is already MXFP4 in the format {kind}: there is nothing to convert")
     weights = Weights(src)
     codes, scales = _SUFFIXES[kind]
     shapes = {
@@ -103,8 +103,8 @@ def import_checkpoint(
         _check_schemes(src)
     if not shapes:
         raise ModelError(f"{src} has no MXFP4 tensor, although its config.json says {kind}: download it again")
-    if kind == "gpt-oss" and format == "modelslim":
-        raise ModelError(f"{src}: the format modelslim does not support fused experts: use compressed-tensors")
+    if kind == "gpt-oss" and format in MODELSLIM_FORMATS.values():
+        raise ModelError(f"{src}: the format {format} does not support fused experts: use compressed-tensors")
     used = {module + suffix for module in shapes for suffix in (codes, scales)}
     kept = [name for name in weights.specs if name not in used]
     _check_kept(src, weights, kept)
@@ -154,9 +154,10 @@ def _check_schemes(src: Path) -> None:
         ModelError: a weight has another scheme.
     """
     for name, scheme in read_json(src / DESCRIPTION).items():
-        if name.endswith(".weight") and scheme not in (SCHEME, "FLOAT"):
+        if name.endswith(".weight") and scheme not in (*SCHEMES.values(), "FLOAT"):
             raise ModelError(
-                f"{src / DESCRIPTION} has {name} in {scheme}, but only {SCHEME} can be converted: start from bf16"
+                f"{src / DESCRIPTION} has {name} in {scheme}, but only {' and '.join(SCHEMES.values())} can be "
+                "converted: start from bf16"
             )
 
 

@@ -1,4 +1,4 @@
-"""The two formats of packed checkpoints: their tensor names and the files that describe them to a loader."""
+"""The formats of packed checkpoints: their tensor names and the files that describe them to a loader."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,12 +7,16 @@ from typing import Any
 import torch
 
 from verl_aqn.checkpoints.loading import PACKED, PACKED_FORMAT, SCALE
-from verl_aqn.checkpoints.modelslim import DESCRIPTION, describe
+from verl_aqn.checkpoints.modelslim import DESCRIPTION, SCHEMES, describe
 from verl_aqn.checkpoints.storage import Spec
 from verl_aqn.mxfp4.codec import BLOCK
 
+# The formats of ModelSlim by the format that vllm-ascend rounds activations to. They differ in the description alone.
+MODELSLIM_FORMATS = {"mxfp4": "modelslim", "mxfp8": "modelslim-w4a8"}
 # Suffixes of the names of codes and scales, by format.
-FORMATS = {"compressed-tensors": (PACKED, SCALE), "modelslim": (".weight", ".weight_scale")}
+FORMATS = {"compressed-tensors": (PACKED, SCALE)} | dict.fromkeys(
+    MODELSLIM_FORMATS.values(), (".weight", ".weight_scale")
+)
 
 
 def packed_specs(module: str, shape: tuple[int, ...], format: str) -> dict[str, Spec]:
@@ -35,8 +39,9 @@ def finish(
     """
     config = {key: value for key, value in config.items() if key not in ("torch_dtype", "quantization_config")}
     config["dtype"] = "bfloat16"
-    if format == "modelslim":
-        return config, {DESCRIPTION: describe(layout, modules, src)}
+    for activation, name in MODELSLIM_FORMATS.items():
+        if format == name:
+            return config, {DESCRIPTION: describe(layout, modules, src, SCHEMES[activation])}
     return config | {"quantization_config": quantization_config(ignored)}, {}
 
 

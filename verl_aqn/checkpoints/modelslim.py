@@ -11,7 +11,9 @@ The format is taken from the wheel of vllm-ascend 0.23.0 (contract test: tests/c
 * ``vllm_ascend/quantization/methods/w4a4_mxfp4.py``: scheme ``W4A4_MXFP4`` loads ``weight`` uint8 [N, K/2] and
   ``weight_scale`` uint8 [N, K/group_size]. ``group_size`` is read from the description; the default is 32. After
   loading, the scales are viewed as [N, K/64, 2], so K must be a multiple of 64. Activations are quantised too.
-* ``model_quant_type`` and ``version`` are fields of ModelSlim; vllm-ascend reads ``version`` only for W4A8.
+* ``vllm_ascend/quantization/methods/w4a8_mxfp4.py``: scheme ``W4A8_MXFP`` loads the same tensors, views the scales in
+  the same way, and quantises activations to E4M3 with one E8M0 scale for 32 values. It casts weights to the layout NZ.
+* ``model_quant_type`` and ``version`` are fields of ModelSlim; vllm-ascend reads ``version`` only for ``W4A8_DYNAMIC``.
 
 Nibble order and scale bytes are those of compressed-tensors (even index in the low nibble, E8M0).
 """
@@ -24,11 +26,14 @@ from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4.codec import BLOCK
 
 DESCRIPTION = "quant_model_description.json"
-SCHEME = "W4A4_MXFP4"
+# The schemes of vllm-ascend with MXFP4 weights, by the format of activations (`aqn.mxfp4.activation`).
+SCHEMES = {"mxfp4": "W4A4_MXFP4", "mxfp8": "W4A8_MXFP"}
 
 
-def describe(layout: dict[str, Spec], modules: set[str], src: Path) -> dict[str, Any]:
+def describe(layout: dict[str, Spec], modules: set[str], src: Path, scheme: str) -> dict[str, Any]:
     """Return the description of a folder with the tensors of ``layout``, of which ``modules`` are MXFP4.
+
+    ``scheme`` is one of `SCHEMES`.
 
     Raises:
         ModelError: a module of ``src`` has a number of inputs that vllm-ascend cannot load.
@@ -41,8 +46,8 @@ def describe(layout: dict[str, Spec], modules: set[str], src: Path) -> dict[str,
             )
     coded = {module + suffix for module in modules for suffix in (".weight", ".weight_scale")}
     return {
-        "model_quant_type": SCHEME,
+        "model_quant_type": scheme,
         "version": "1.0.0",
         "group_size": BLOCK,
-        **{name: SCHEME if name in coded else "FLOAT" for name in layout},
+        **{name: scheme if name in coded else "FLOAT" for name in layout},
     }

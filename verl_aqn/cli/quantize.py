@@ -28,7 +28,8 @@ def quantize(
         typer.Option(help="A module to leave in bf16: its name, the end of it, or a pattern with *. May be repeated."),
     ] = None,
     format_: Annotated[
-        str, typer.Option("--format", help="compressed-tensors (vLLM) or modelslim (vllm-ascend).")
+        str,
+        typer.Option("--format", help="compressed-tensors (vLLM), modelslim (vllm-ascend, W4A4) or modelslim-w4a8."),
     ] = "compressed-tensors",
     calibrate: Annotated[
         list[str] | None,

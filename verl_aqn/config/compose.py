@@ -152,6 +152,7 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
         if said not in ("auto", used) and not any(o.startswith(prefixes) for o in overrides or []):
             return load_recipe(recipe, [f"{key}={said}", *(overrides or [])])
     OmegaConf.update(config, "aqn.profile", profile)
+    parse_aqn(config)  # again, because some checks depend on the profile
     for key, count in _workers(int(config.trainer.nnodes)).items():
         if OmegaConf.select(config, key) is None:
             OmegaConf.update(config, key, count)

@@ -16,6 +16,8 @@ Experiment = Literal["embedded", "gsm8k", "none"]
 PROFILES: tuple[Profile, ...] = get_args(Profile)
 EXPERIMENTS: tuple[Experiment, ...] = get_args(Experiment)
 ScaleRule = Literal["mse", "even", "floor", "rceil"]
+# Scale rule and rounding of 4-bit activations that each profile sets (`conf/profile`).
+FOUR_BIT = {"cpu": ("even", "nearest"), "cuda": ("rceil", "nearest"), "npu": ("floor", "half_away")}
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,9 @@ class Mxfp4Config:
 
     enabled: bool = True
     scale_rule: ScaleRule = "mse"
-    activation: Literal["none", "mxfp4"] = "none"  # or "mxfp4": W4A4, activations rounded in both trainer and rollout
-    # How an engine with 4-bit activations rounds them; a profile sets what its kernels do.
+    # "mxfp8": W4A8, "mxfp4": W4A4; activations are rounded in both trainer and rollout
+    activation: Literal["none", "mxfp8", "mxfp4"] = "none"
+    # How an engine with 4-bit activations rounds them; a profile sets what its kernels do. MXFP8 has one arithmetic.
     activation_scale_rule: ScaleRule = "even"
     activation_rounding: Literal["nearest", "half_away"] = "nearest"
     rollout_weight_format: Literal["auto", "packed", "bf16"] = (
@@ -85,7 +88,12 @@ class Mxfp4Config:
 
     @property
     def activation_arithmetic(self) -> str:
-        """Return `none` for W4A16 or `RULE/ROUNDING` for W4A4, the value that actor and rollout receive and report."""
+        """Return the value that actor and rollout receive and report.
+
+        It is `none` for W4A16, `RULE/ROUNDING` for W4A4, and `mxfp8/floor/nearest` for W4A8.
+        """
+        if self.activation == "mxfp8":
+            return "mxfp8/floor/nearest"  # `verl_aqn.mxfp4.mxfp8.ARITHMETIC`, which needs torch
         return "none" if self.activation == "none" else f"{self.activation_scale_rule}/{self.activation_rounding}"
 
 
@@ -195,6 +203,16 @@ class AqnConfig:
     run: RunConfig = field(default_factory=RunConfig)
     profile: Literal["auto", Profile] = "auto"
     experiment: Literal["auto", Experiment] = "auto"
+
+    def __post_init__(self) -> None:
+        rounding = (self.mxfp4.activation_scale_rule, self.mxfp4.activation_rounding)
+        if self.mxfp4.activation != "mxfp8" or self.profile == "auto":  # `load_recipe` checks again with the profile
+            return
+        if rounding not in (FOUR_BIT[self.profile], ("floor", "nearest")):
+            raise ConfigError(
+                f"aqn.mxfp4.activation_scale_rule={rounding[0]} and activation_rounding={rounding[1]} are not for "
+                "aqn.mxfp4.activation=mxfp8, which has the scale rule floor and rounds to nearest: remove them"
+            )
 
 
 def nearest(name: str, valid: list[str]) -> str:

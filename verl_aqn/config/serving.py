@@ -6,6 +6,7 @@ other names. For both cases a separate folder is made in the cache.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from verl_aqn.cache import cache_dir
 from verl_aqn.config.schema import AqnConfig, parse_aqn
-from verl_aqn.errors import ConfigError
+from verl_aqn.errors import ConfigError, EnvironmentFault
 from verl_aqn.mxfp4.chips import chip_name, has_mx_units
 from verl_aqn.terminal import progress_bar
 
@@ -59,15 +60,47 @@ def fit_engine(config: DictConfig, answer: dict[str, Any] | None) -> None:
         OmegaConf.update(rollout, "engine_kwargs.vllm.mamba_ssm_cache_dtype", "float32", force_add=True)
 
 
+def check_activations(aqn: AqnConfig, chip: Callable[[], str] = chip_name) -> None:
+    """Check that the rollout's device can round activations as `aqn.mxfp4.activation` says, before any work.
+
+    With the format `packed` the driver's machine may have no NPU; then only the profile is checked.
+
+    Raises:
+        ConfigError: the device cannot; the message says what to set.
+        EnvironmentFault: the format is `auto` on NPUs and no Ascend device responds.
+    """
+    key = f"aqn.mxfp4.activation={aqn.mxfp4.activation}"
+    if not aqn.mxfp4.enabled or aqn.mxfp4.activation == "none":
+        return
+    if aqn.mxfp4.activation == "mxfp8" and aqn.profile == "cuda":
+        raise ConfigError(
+            f"{key}: vLLM has no CUDA kernel for linear layers with MXFP4 weights and MXFP8 activations: set "
+            "aqn.mxfp4.activation=none, or mxfp4 on Blackwell"
+        )
+    if form_of(aqn, chip) == "bf16":
+        raise ConfigError(
+            f"{key} needs a packed base in the rollout: with a bf16 base (always on Ascend A2 and A3) the rollout does "
+            "not round activations: set aqn.mxfp4.activation=none, or aqn.mxfp4.rollout_weight_format=packed elsewhere"
+        )
+    if aqn.profile == "npu":
+        with suppress(EnvironmentFault):
+            if not has_mx_units(name := chip()):
+                raise ConfigError(
+                    f"{key}: {name} has no MX units (only the Ascend 950 has): set aqn.mxfp4.activation=none and "
+                    "aqn.mxfp4.rollout_weight_format=bf16"
+                )
+
+
 def prepare_serving(config: DictConfig, chip: Callable[[], str] = chip_name) -> None:
     """Make the folder that the rollout serves from the packed base in `model.path`, and set the format in `config`.
 
-    On an Ascend 950 `auto` turns `aqn.mxfp4.activation` on, because the dense MXFP4 layers of vllm-ascend always round
-    activations.
+    On an Ascend 950 `auto` sets `aqn.mxfp4.activation` to `mxfp4` if it is `none`, because the dense MXFP4 layers of
+    vllm-ascend always round activations.
 
     Raises:
-        ConfigError: `aqn.mxfp4.activation` is set but the rollout serves a bf16 base, or is not set on an Ascend 950;
-            packed experts are requested on a CPU; or noise targets packed layers but the rollout serves a bf16 base.
+        ConfigError: as `check_activations`; `aqn.mxfp4.activation` is not set on an Ascend 950, or is `mxfp8` there for
+            a model with experts; packed experts are requested on a CPU; or noise targets packed layers but the rollout
+            serves a bf16 base.
         EnvironmentFault: the format is `auto` and no Ascend device responds.
     """
     from verl_aqn.checkpoints.cached import dequantized_cache, modelslim_cache
@@ -81,6 +114,7 @@ def prepare_serving(config: DictConfig, chip: Callable[[], str] = chip_name) -> 
             del actor_rollout.rollout.engine_kwargs.vllm.quantization
     if not aqn.mxfp4.enabled:
         return
+    check_activations(aqn, chip)
     path = Path(actor_rollout.model.path)
     experts = has_packed_experts(path)
     if (
@@ -100,17 +134,17 @@ def prepare_serving(config: DictConfig, chip: Callable[[], str] = chip_name) -> 
         )
     form = "bf16" if stacks else form_of(aqn, chip, experts)
     ascend = form == "packed" and aqn.profile == "npu"
-    if ascend and aqn.mxfp4.rollout_weight_format == "auto":
+    if ascend and aqn.mxfp4.activation == "none" and aqn.mxfp4.rollout_weight_format == "auto":
         config.aqn.mxfp4.activation = "mxfp4"
     elif ascend and aqn.mxfp4.activation == "none":
         raise ConfigError(
-            "aqn.mxfp4.rollout_weight_format=packed on NPUs rounds activations too (vllm-ascend has W4A4_MXFP4 only): "
-            "set aqn.mxfp4.activation=mxfp4, or aqn.mxfp4.rollout_weight_format=bf16"
+            "aqn.mxfp4.rollout_weight_format=packed on NPUs rounds activations too (vllm-ascend has W4A8_MXFP and "
+            "W4A4_MXFP4 only): set aqn.mxfp4.activation=mxfp8 or mxfp4, or aqn.mxfp4.rollout_weight_format=bf16"
         )
-    if form == "bf16" and aqn.mxfp4.activation != "none":
+    if ascend and experts and aqn.mxfp4.activation == "mxfp8":
         raise ConfigError(
-            "aqn.mxfp4.activation=mxfp4 needs aqn.mxfp4.rollout_weight_format=packed: with a bf16 base the rollout "
-            "does not round activations"
+            f"aqn.mxfp4.activation=mxfp8 on NPUs is not for experts ({path}), whose rounding is not read back: set "
+            "aqn.mxfp4.rollout_weight_format=bf16 and aqn.mxfp4.activation=none"
         )
     if form == "bf16" and aqn.noise.enabled and "linear" in aqn.noise.targets:
         raise ConfigError(
@@ -119,7 +153,7 @@ def prepare_serving(config: DictConfig, chip: Callable[[], str] = chip_name) -> 
     config.aqn.mxfp4.rollout_weight_format = form
     if ascend:
         with progress_bar("preparing the rollout's base:") as progress:
-            served = modelslim_cache(path, cache_dir() / "modelslim", progress)
+            served = modelslim_cache(path, cache_dir() / "modelslim", progress, config.aqn.mxfp4.activation)
         OmegaConf.update(actor_rollout, engine, ASCEND, force_add=True)
     elif form == "bf16":
         with progress_bar("preparing the rollout's base:") as progress:

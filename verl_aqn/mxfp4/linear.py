@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from verl_aqn.errors import ModelError
-from verl_aqn.mxfp4.codec import BLOCK, dequantize, dequantize_transposed, fake_quantize, quantize
+from verl_aqn.mxfp4 import mxfp8
+from verl_aqn.mxfp4.codec import (
+    BLOCK,
+    ROUNDINGS,
+    SCALE_RULES,
+    dequantize,
+    dequantize_transposed,
+    fake_quantize,
+    quantize,
+)
 
 _MEMORY = threading.local()  # one weight for each dtype
 # A larger weight is multiplied in slices that stay in a CPU's cache. The sizes are of bytes.
@@ -18,18 +27,39 @@ _LARGE, _SLICE = 1 << 25, 1 << 22
 
 
 class Activation(NamedTuple):
-    """The rounding of a layer's input to MXFP4 (W4A4), with the scale rules and roundings of `quantize`."""
+    """The rounding of a layer's input.
+
+    With the format ``mxfp4`` (W4A4) it has the scale rules and roundings of `quantize`. ``mxfp8`` (W4A8) has one
+    arithmetic, that of `verl_aqn.mxfp4.mxfp8`.
+    """
 
     scale_rule: str = "even"
     rounding: str = "nearest"
+    format: str = "mxfp4"
 
     @classmethod
     def parse(cls, text: str | None) -> Self | None:
-        """Parse ``SCALE_RULE/ROUNDING``, the form that is sent between processes; None and ``none`` mean W4A16."""
-        return cls(*text.split("/")) if text not in (None, "none") else None
+        """Parse the form that is sent between processes and recorded.
+
+        It is ``SCALE_RULE/ROUNDING`` for MXFP4 and `mxfp8.ARITHMETIC` for MXFP8; None and ``none`` mean W4A16.
+
+        Raises:
+            ModelError: the text is none of these.
+        """
+        if text in (None, "none"):
+            return None
+        if text == mxfp8.ARITHMETIC:
+            return cls("floor", "nearest", "mxfp8")
+        rule, _, rounding = str(text).partition("/")
+        if rule not in SCALE_RULES or rounding not in ROUNDINGS:
+            raise ModelError(
+                f"unknown rounding of activations {text!r}: use none, {mxfp8.ARITHMETIC}, or RULE/ROUNDING with a rule "
+                f"of {', '.join(SCALE_RULES)} and a rounding of {', '.join(ROUNDINGS)}"
+            )
+        return cls(rule, rounding)
 
     def __str__(self) -> str:
-        return f"{self.scale_rule}/{self.rounding}"
+        return "/".join((self.format, *self[:2]) if self.format == "mxfp8" else self[:2])
 
 
 class Mxfp4Linear(nn.Linear):
@@ -46,7 +76,7 @@ class Mxfp4Linear(nn.Linear):
 
     ``name_in_checkpoint`` is the module's name in the folder that it was loaded from, if known.
 
-    ``activation`` rounds x to MXFP4 first, as an engine with 4-bit activations does; the gradient is passed straight
+    ``activation`` rounds x first, as an engine with MXFP4 or MXFP8 activations does; the gradient is passed straight
     through. With None (the default) x is not rounded. With ``cache_dequantized`` the layer keeps W in ``compute_dtype``
     beside the bytes from its first forward on. This needs four times the memory of the bytes in addition, for the whole
     weight on every rank, and saves the dequantisation in forward and backward. The copy is neither a parameter nor part
@@ -139,11 +169,20 @@ class Mxfp4Linear(nn.Linear):
 
 
 def prepare_input(x: Tensor, activation: Activation | None) -> Tensor:
-    """Return ``x`` as a packed layer multiplies it: cast to the autocast dtype if that is on, and rounded for W4A4."""
+    """Return ``x`` as a packed layer multiplies it: cast to the autocast dtype if that is on, and rounded."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
-    return x if activation is None else fake_quantize(x, *activation)
+    return rounded(x, activation)
+
+
+def rounded(x: Tensor, activation: Activation | None) -> Tensor:
+    """Return ``x`` rounded as ``activation`` says; with None (W4A16) ``x`` itself."""
+    if activation is None:
+        return x
+    if activation.format == "mxfp8":
+        return mxfp8.fake_quantize(x)
+    return fake_quantize(x, activation.scale_rule, activation.rounding)
 
 
 class PackedProduct(torch.autograd.Function):

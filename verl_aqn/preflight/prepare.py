@@ -9,7 +9,7 @@ from verl_aqn.cache import cache_dir
 from verl_aqn.config.compose import megatron_lora
 from verl_aqn.config.noise_settings import order_of, schedule_of
 from verl_aqn.config.schema import parse_aqn
-from verl_aqn.config.serving import fit_engine, prepare_serving
+from verl_aqn.config.serving import check_activations, fit_engine, prepare_serving
 from verl_aqn.errors import ConfigError, ModelError, first_line
 from verl_aqn.preflight.placing import place_adapter
 from verl_aqn.preflight.settings import uses_critic
@@ -33,6 +33,7 @@ def prepare_model(config: DictConfig) -> Path:
     from verl_aqn.preflight.adapter_folder import check_new_adapter, take_adapter
 
     refuse_unread(config)
+    check_activations(parse_aqn(config))
     source = find_model(config)
     take_adapter(config, source)  # before the base is quantised, which may take minutes
     check_new_adapter(config, source)
@@ -150,8 +151,8 @@ def tell_workers(config: DictConfig) -> None:
     """Copy the settings in `aqn` about the model's layers to where verl's actor and vLLM's kernel read them.
 
     Raises:
-        ConfigError: 4-bit activations need a quantised base, the actor does not support its noise, or a packed base
-            has no adapter.
+        ConfigError: rounded activations need a quantised base, or another key has another rounding; the actor does not
+            support its noise; or a packed base has no adapter.
     """
     aqn, actor_rollout = parse_aqn(config), config.actor_rollout_ref
     mxfp4, noise = aqn.mxfp4, aqn.noise
@@ -181,12 +182,20 @@ def tell_workers(config: DictConfig) -> None:
     if mxfp4.activation == "none":
         return
     if not mxfp4.enabled:
-        raise ConfigError("aqn.mxfp4.activation=mxfp4 needs the quantised base: set aqn.mxfp4.enabled=true")
+        raise ConfigError(
+            f"aqn.mxfp4.activation={mxfp4.activation} needs the quantised base: set aqn.mxfp4.enabled=true"
+        )
     activation = mxfp4.activation_arithmetic
     OmegaConf.update(actor_rollout, "model.override_config.mxfp4_activation", activation, force_add=True)
     engine = "rollout.engine_kwargs.vllm"
     if aqn.profile == "cpu":
-        OmegaConf.update(actor_rollout, f"{engine}.additional_config.mxfp4_activation", activation, force_add=True)
+        key = f"{engine}.additional_config.mxfp4_activation"
+        if (given := OmegaConf.select(actor_rollout, key)) not in (None, activation):
+            raise ConfigError(
+                f"actor_rollout_ref.{key}={given}, but aqn.mxfp4.activation={mxfp4.activation} rounds as {activation} "
+                "in actor and rollout: remove the former"
+            )
+        OmegaConf.update(actor_rollout, key, activation, force_add=True)
     elif OmegaConf.select(actor_rollout, f"{engine}.linear_backend") == "marlin":
         actor_rollout.rollout.engine_kwargs.vllm.linear_backend = "auto"  # Marlin keeps activations in 16 bits
 

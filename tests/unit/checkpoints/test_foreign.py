@@ -75,6 +75,21 @@ def test_quark_to_modelslim(tmp_path: Path) -> None:
     assert description["lm_head.weight"] == "FLOAT"
 
 
+def test_a_w4a8_folder_of_modelslim_gives_the_same_bytes(tmp_path: Path) -> None:
+    theirs, ours = quark(tmp_path, LlamaConfig(**SMALL_ASCEND))
+    import_checkpoint(theirs, tmp_path / "slim", format="modelslim-w4a8")
+    file = tmp_path / "slim/quant_model_description.json"
+    assert json.loads(file.read_text())["model.layers.0.mlp.down_proj.weight"] == "W4A8_MXFP"
+    assert import_checkpoint(tmp_path / "slim", tmp_path / "back").imported == "modelslim"
+    assert (tmp_path / "back/model.safetensors").read_bytes() == (ours / "model.safetensors").read_bytes()
+    for form in ("modelslim", "modelslim-w4a8"):
+        with pytest.raises(ModelError, match="is already MXFP4 in the format modelslim: there is nothing to convert"):
+            import_checkpoint(tmp_path / "slim", tmp_path / "again", format=form)
+    file.write_text(file.read_text().replace("W4A8_MXFP", "W8A8_MXFP8"))
+    with pytest.raises(ModelError, match="in W8A8_MXFP8, but only W4A4_MXFP4 and W4A8_MXFP can be converted"):
+        import_checkpoint(tmp_path / "slim", tmp_path / "other")
+
+
 def gpt_oss(folder: Path) -> Path:
     """A tiny model in the form of openai/gpt-oss-* on the hub: stacks of experts in blocks, the rest in bf16."""
     torch.manual_seed(0)

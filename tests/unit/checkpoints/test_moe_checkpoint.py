@@ -15,8 +15,9 @@ from verl_aqn.checkpoints.error_report import pool_experts
 from verl_aqn.checkpoints.loading import dequantize_checkpoint, load_model
 from verl_aqn.checkpoints.packing import checkpoint_digest, quantize_checkpoint
 from verl_aqn.errors import ConfigError, ModelError
-from verl_aqn.mxfp4 import dequantize, quantize
+from verl_aqn.mxfp4 import dequantize, fake_quantize, mxfp8, quantize
 from verl_aqn.mxfp4.experts import Mxfp4Experts
+from verl_aqn.mxfp4.linear import Activation
 
 CONFIGS = {
     "qwen3": Qwen3MoeConfig(**SMALL_MOE, moe_intermediate_size=32, num_experts=4, mlp_only_layers=[1]),
@@ -126,6 +127,29 @@ def test_gradients_through_packed_experts_equal_those_of_dense_ones(tmp_path: Pa
         model(TOKENS, labels=TOKENS).loss.backward()
         gradients.append(embedding.grad)
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ["even/nearest", "mxfp8/floor/nearest"])
+def test_experts_round_the_input_of_each_product(activation: str, tmp_path: Path) -> None:
+    quantize_checkpoint(make(tmp_path / "source", "qwen3"), tmp_path / "packed")
+    model = load_model(tmp_path / "packed", dtype=torch.float32)
+    (experts,) = (module for module in model.modules() if isinstance(module, Mxfp4Experts))
+    round_ = mxfp8.fake_quantize if "mxfp8" in activation else fake_quantize
+    experts.activation = Activation.parse(activation)
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    chosen = torch.tensor([0, 1, 2, 3, 0, 1])
+    y = experts(x, chosen.view(6, 1), torch.ones(6, 1))
+    up_weight, down_weight = (
+        dequantize(getattr(experts, f"{name}_packed"), getattr(experts, f"{name}_scale"), torch.float32)
+        for name in ("gate_up_proj", "down_proj")
+    )
+    for t, e in enumerate(chosen.tolist()):
+        gate, up = (round_(x[t].detach()) @ up_weight[e].T).chunk(2)
+        expected = round_(torch.nn.functional.silu(gate) * up) @ down_weight[e].T
+        torch.testing.assert_close(y[t], expected)
+    y.sum().backward()
+    assert x.grad.isfinite().all()
+    assert x.grad.abs().sum() > 0
 
 
 def test_excluding_experts(tmp_path: Path) -> None:

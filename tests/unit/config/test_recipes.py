@@ -9,9 +9,10 @@ from omegaconf import OmegaConf
 from verl_aqn.config.allowed import check_names, check_numbers
 from verl_aqn.config.compose import find_recipe, load_recipe, recipe_names
 from verl_aqn.config.noise_settings import schedule_of
-from verl_aqn.config.schema import AqnConfig, parse_aqn
+from verl_aqn.config.schema import FOUR_BIT, AqnConfig, parse_aqn
 from verl_aqn.errors import ConfigError
 from verl_aqn.launch.train import identity
+from verl_aqn.mxfp4.mxfp8 import ARITHMETIC
 from verl_aqn.preflight.prepare import tell_workers
 from verl_aqn.runs.stats.arms import settings_of
 
@@ -377,6 +378,34 @@ def test_four_bit_activations_reach_actor_and_rollout(profile, arithmetic):
         assert engine.additional_config.mxfp4_activation == arithmetic
 
 
+def test_another_rounding_for_one_side_is_refused():
+    mxfp8 = ["profile=cpu", "aqn.mxfp4.activation=mxfp8"]
+    with pytest.raises(ConfigError, match="mxfp4_activation=even/nearest: a packed base is built from the config"):
+        load_recipe("e12", [*mxfp8, "+actor_rollout_ref.model.override_config.mxfp4_activation=even/nearest"])
+    key = "actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config.mxfp4_activation"
+    config = load_recipe("e12", [*mxfp8, f"+{key}=even/nearest"])
+    with pytest.raises(ConfigError, match=rf"^{key}=even/nearest, but .*mxfp8 rounds as {ARITHMETIC} in actor and"):
+        tell_workers(config)
+    OmegaConf.update(config, key, ARITHMETIC)
+    tell_workers(config)
+    tell_workers(config)  # an evaluation's config is that of a run
+
+
+@pytest.mark.parametrize("profile", ["cpu", "cuda", "npu"])
+def test_mxfp8_has_one_arithmetic_and_other_settings_for_it_are_refused(profile):
+    mxfp8 = [f"profile={profile}", "aqn.mxfp4.activation=mxfp8"]
+    plain = parse_aqn(load_recipe("e12", [f"profile={profile}"])).mxfp4
+    assert (plain.activation_scale_rule, plain.activation_rounding) == FOUR_BIT[profile]
+    explicit = ["aqn.mxfp4.activation_scale_rule=floor", "aqn.mxfp4.activation_rounding=nearest"]
+    for overrides in (mxfp8, [*mxfp8, *explicit]):
+        assert parse_aqn(load_recipe("e12", overrides)).mxfp4.activation_arithmetic == ARITHMETIC
+    for other in ("activation_scale_rule=mse", "activation_rounding=half_away"):
+        if profile == "npu" and "half_away" in other:
+            continue  # that profile's own value
+        with pytest.raises(ConfigError, match=r"are not for aqn.mxfp4.activation=mxfp8, .*: remove them"):
+            parse_aqn(load_recipe("e12", [*mxfp8, f"aqn.mxfp4.{other}"]))
+
+
 @pytest.mark.parametrize("recipe", ["e12_aggressive_1ep", "ppo"])
 def test_one_seed_is_everybody_s(recipe):
     config = load_recipe(recipe, ["profile=cpu", "aqn.seed=5"])
@@ -407,9 +436,10 @@ def test_weight_only_is_the_default_and_forced_on_gpus():
     assert parse_aqn(config).mxfp4.activation_arithmetic == "none"
     assert config.actor_rollout_ref.rollout.engine_kwargs.vllm.linear_backend == "marlin"
     assert "mxfp4_activation" not in config.actor_rollout_ref.model.override_config
-    config = load_recipe("e12", ["profile=cuda", "aqn.mxfp4.activation=mxfp4", "aqn.mxfp4.enabled=false"])
-    with pytest.raises(ConfigError, match="needs the quantised base"):
-        tell_workers(config)
+    for activation in ("mxfp4", "mxfp8"):
+        config = load_recipe("e12", ["profile=cuda", f"aqn.mxfp4.activation={activation}", "aqn.mxfp4.enabled=false"])
+        with pytest.raises(ConfigError, match=f"aqn.mxfp4.activation={activation} needs the quantised base"):
+            tell_workers(config)
 
 
 @pytest.mark.parametrize(

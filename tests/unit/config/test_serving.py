@@ -14,10 +14,11 @@ from verl_aqn.checkpoints.loading import open_packed, packed_modules
 from verl_aqn.checkpoints.packing import checkpoint_digest, combined_digest, quantize_checkpoint, values_digest
 from verl_aqn.config.compose import load_recipe
 from verl_aqn.config.schema import parse_aqn
-from verl_aqn.config.serving import form_of, prepare_serving
+from verl_aqn.config.serving import check_activations, form_of, prepare_serving
 from verl_aqn.errors import ConfigError, EnvironmentFault
 from verl_aqn.mxfp4.chips import chip_name, generation
-from verl_aqn.preflight.prepare import tell_workers
+from verl_aqn.mxfp4.mxfp8 import ARITHMETIC
+from verl_aqn.preflight.prepare import prepare_model, tell_workers
 
 A3, ASCEND_950 = "Ascend910_9392", "Ascend950PR_9589"
 
@@ -121,8 +122,64 @@ def test_an_ascend_950_serves_the_packed_bytes_and_both_sides_round_activations(
     assert description["model.layers.0.mlp.up_proj.weight"] == "W4A4_MXFP4"
 
 
+def test_an_ascend_950_rounds_activations_to_mxfp8_if_the_recipe_says_so(packed):
+    """It stays W4A4 by default: which one is better in RL has not been measured."""
+    w4a8, w4a4 = (prepared(packed, ASCEND_950, "profile=npu", *more) for more in (["aqn.mxfp4.activation=mxfp8"], []))
+    assert parse_aqn(w4a4).mxfp4.activation == "mxfp4"
+    aqn, actor_rollout = parse_aqn(w4a8), w4a8.actor_rollout_ref
+    assert (aqn.mxfp4.rollout_weight_format, aqn.mxfp4.activation_arithmetic) == ("packed", ARITHMETIC)
+    assert actor_rollout.model.override_config.mxfp4_activation == ARITHMETIC
+    assert actor_rollout.rollout.engine_kwargs.vllm.quantization == "ascend"
+    served, other = (Path(config.actor_rollout_ref.model.override_config.served_path) for config in (w4a8, w4a4))
+    assert (served / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    text = (served / "quant_model_description.json").read_text()
+    assert json.loads(text)["model.layers.0.mlp.up_proj.weight"] == "W4A8_MXFP"
+    assert text.replace("W4A8_MXFP", "W4A4_MXFP4") == (other / "quant_model_description.json").read_text()
+
+
+def test_the_cpu_s_rollout_rounds_to_mxfp8_as_the_actor_does(packed):
+    config = prepared(packed, None, "profile=cpu", "aqn.mxfp4.activation=mxfp8")
+    actor_rollout = config.actor_rollout_ref
+    assert actor_rollout.model.override_config.mxfp4_activation == ARITHMETIC
+    assert actor_rollout.rollout.engine_kwargs.vllm.additional_config.mxfp4_activation == ARITHMETIC
+
+
+@pytest.mark.parametrize(
+    ("chip", "overrides", "words"),
+    [
+        (None, ["profile=cuda"], "no CUDA kernel for linear layers with MXFP4 weights and MXFP8 activations"),
+        (A3, ["profile=npu"], r"with a bf16 base \(always on Ascend A2 and A3\) the rollout does not round"),
+        (A3, ["profile=npu", "aqn.mxfp4.rollout_weight_format=packed"], f"{A3} has no MX units"),
+        (None, ["profile=npu", "aqn.mxfp4.rollout_weight_format=bf16"], "needs a packed base in the rollout"),
+        (None, ["profile=cpu", "aqn.mxfp4.rollout_weight_format=bf16"], "needs a packed base in the rollout"),
+    ],
+)
+def test_a_device_without_mxfp8_is_told_in_a_line_before_any_work(chip, overrides, words):
+    """Nothing is read: there is no base yet."""
+    aqn = parse_aqn(load_recipe("e12", ["aqn.mxfp4.activation=mxfp8", *overrides]))
+    with pytest.raises(ConfigError, match=words) as refused:
+        check_activations(aqn, lambda: chip or pytest.fail("the chip was asked for"))
+    assert "\n" not in str(refused.value)
+    assert str(refused.value).startswith("aqn.mxfp4.activation=mxfp8")
+    assert "set aqn.mxfp4.activation=none" in str(refused.value)
+
+
+def test_prepare_model_asks_first(monkeypatch):
+    monkeypatch.setattr("verl_aqn.preflight.prepare.find_model", lambda config: pytest.fail("work has begun"))
+    with pytest.raises(ConfigError, match="no CUDA kernel"):
+        prepare_model(load_recipe("e12", ["profile=cuda", "aqn.mxfp4.activation=mxfp8"]))
+
+
+def test_a_driver_without_an_npu_starts_a_run_of_the_format_that_the_recipe_names(packed):
+    def absent() -> str:
+        raise EnvironmentFault("no Ascend device responds")
+
+    overrides = ["profile=npu", "aqn.mxfp4.rollout_weight_format=packed", "aqn.mxfp4.activation=mxfp8"]
+    check_activations(parse_aqn(load_recipe("e12", overrides)), absent)
+
+
 def test_what_cannot_be_is_refused(packed):
-    with pytest.raises(ConfigError, match=r"W4A4_MXFP4 only.*aqn\.mxfp4\.rollout_weight_format=bf16"):
+    with pytest.raises(ConfigError, match=r"W4A8_MXFP and W4A4_MXFP4 only.*aqn\.mxfp4\.rollout_weight_format=bf16"):
         prepared(packed, None, "profile=npu", "aqn.mxfp4.rollout_weight_format=packed")
     with pytest.raises(ConfigError, match="the rollout does not round activations"):
         prepared(packed, A3, "profile=npu", "aqn.mxfp4.activation=mxfp4")

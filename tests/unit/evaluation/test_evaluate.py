@@ -147,13 +147,16 @@ def test_precision_is_one_of_two(model):
         settings(find_target(model), [], None, "int4")
 
 
-@pytest.fixture(params=["cpu", "cuda", "npu"])
+@pytest.fixture(
+    params=[("cpu", "mxfp4"), ("cuda", "mxfp4"), ("npu", "mxfp4"), ("cpu", "mxfp8"), ("npu", "mxfp8")], ids="-".join
+)
 def rounded(request, tmp_path, model):
-    """A run with 4-bit activations, whose config has what the workers were told; and the config of a run without."""
+    """A run with rounded activations, whose config has what the workers were told; and the config of a run without."""
+    profile, activation = request.param
     configs = []
-    for wanted in (["aqn.mxfp4.activation=mxfp4", "aqn.mxfp4.cache_dequantized=true"], []):
+    for wanted in ([f"aqn.mxfp4.activation={activation}", "aqn.mxfp4.cache_dequantized=true"], []):
         path = f"actor_rollout_ref.model.path={model}"
-        configs.append(load_recipe("e12", [f"profile={request.param}", path, *wanted]))
+        configs.append(load_recipe("e12", [f"profile={profile}", path, *wanted]))
         tell_workers(configs[-1])
     run = open_run(tmp_path / "rounded", {})
     run.write_text("config.yaml", OmegaConf.to_yaml(configs[0], resolve=True))
@@ -169,7 +172,7 @@ def told(config):
     return parse_aqn(config).mxfp4.activation_arithmetic, actor_rollout.model.override_config, engine
 
 
-def test_in_bf16_nothing_is_left_of_four_bit_activations(rounded):
+def test_in_bf16_nothing_is_left_of_rounded_activations(rounded):
     target, _, plain = rounded
     config = settings(target, [], None, "bf16")
     assert not config.aqn.mxfp4.enabled

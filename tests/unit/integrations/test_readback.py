@@ -16,6 +16,8 @@ from verl_aqn.integrations.vllm.readback import describe_base, kernel_activation
 from verl_aqn.integrations.vllm.tensor_digests import describe_tensors
 from verl_aqn.integrations.vllm.trace import Trace
 from verl_aqn.mxfp4 import dequantize, quantize
+from verl_aqn.mxfp4.linear import Activation
+from verl_aqn.mxfp4.mxfp8 import ARITHMETIC
 
 
 def loaded_model(layers: dict[str, nn.Module], tensors: dict[str, torch.Tensor], load) -> nn.Module:
@@ -227,6 +229,9 @@ def test_every_kernel_is_known_by_how_it_rounds_activations():
     names = ("FlashInferMxFp4LinearKernel", "MarlinMxFp4LinearKernel", "NewKernel")
     assert [kernel_activation(named_kernel(name)) for name in names] == ["rceil/nearest", "none", "unknown"]
     assert kernel_activation(named_kernel("CpuMxfp4LinearKernel", activation=None)) == "none"
+    for text in ("even/nearest", ARITHMETIC):
+        assert kernel_activation(named_kernel("CpuMxfp4LinearKernel", activation=Activation.parse(text))) == text
+    assert kernel_activation(named_kernel("AscendW4A8MXFPDynamicLinearMethod")) == ARITHMETIC
 
 
 def test_a_stack_of_experts_is_read_back_as_its_folder_holds_it(tmp_path):

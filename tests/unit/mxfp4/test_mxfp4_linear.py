@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from verl_aqn.errors import ModelError
-from verl_aqn.mxfp4 import Mxfp4Linear, codec, fake_quantize, linear
+from verl_aqn.mxfp4 import Mxfp4Linear, codec, fake_quantize, linear, mxfp8
+from verl_aqn.mxfp4.dense import DequantizedLinear
 from verl_aqn.mxfp4.experts import packed_layers
 from verl_aqn.mxfp4.kernels import native, reference
 from verl_aqn.mxfp4.linear import Activation
@@ -141,7 +142,38 @@ def test_four_bit_activations() -> None:
         assert torch.equal(layer(x), expected)
 
 
-@pytest.mark.parametrize("activation", [None, Activation()])
+def test_eight_bit_activations() -> None:
+    """W4A8: as W4A4, with MXFP8 instead."""
+    layer = packed_layer()
+    layer.activation = Activation.parse("mxfp8/floor/nearest")
+    assert str(layer.activation) == mxfp8.ARITHMETIC == "mxfp8/floor/nearest"
+    dense = dense_twin(layer)
+    x = torch.randn(4, 64, requires_grad=True)
+    y = layer(x)
+    assert torch.equal(y, dense(mxfp8.fake_quantize(x.detach())))
+    assert not torch.allclose(y, dense(x), atol=1e-3)
+    assert not torch.allclose(y, dense(fake_quantize(x)), atol=1e-2)
+    y.backward(torch.ones_like(y))
+    assert torch.equal(x.grad, torch.ones_like(y) @ dense.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = torch.nn.functional.linear(
+            mxfp8.fake_quantize(x.bfloat16()), dense.weight.bfloat16(), layer.bias.bfloat16()
+        )
+        assert torch.equal(layer(x), expected)
+    assert torch.equal(DequantizedLinear(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    "text", ["mxfp8", "mxfp8/even/nearest", "mxfp8/floor/half_away", "floor", "floor/odd", "ocp/nearest", ""]
+)
+def test_an_unknown_rounding_of_activations_is_refused(text: str) -> None:
+    with pytest.raises(
+        ModelError, match=f"unknown rounding of activations {text!r}: use none, mxfp8/floor/nearest, or"
+    ):
+        Activation.parse(text)
+
+
+@pytest.mark.parametrize("activation", [None, Activation(), Activation.parse(mxfp8.ARITHMETIC)])
 def test_dense_copy_changes_nothing_but_the_memory(activation: Activation | None) -> None:
     model, kept = lora_net(), lora_net()
     for layer in packed_layers(model):
@@ -193,10 +225,11 @@ def test_kinds_of_lora(options: dict[str, bool]) -> None:
         torch.testing.assert_close(dict(model.named_parameters())[name].grad, grads[name])
 
 
+@pytest.mark.parametrize("activation", ["even/nearest", mxfp8.ARITHMETIC])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_inside_torch_compile(backend: str) -> None:
+def test_inside_torch_compile(backend: str, activation: str) -> None:
     model = lora_net()
-    packed_layers(model)[0].activation = Activation()
+    packed_layers(model)[0].activation = Activation.parse(activation)
     x = torch.randn(4, 64)
     results = []
     for run in (model, torch.compile(model, fullgraph=True, backend=backend)):

@@ -79,12 +79,19 @@ def test_packed_experts_are_served_in_bf16_on_a_cpu(root, name, profile, form):
     [
         ("aqn.mxfp4.rollout_weight_format=packed", "vLLM has no kernel for packed experts on a CPU"),
         ("aqn.mxfp4.activation=mxfp4", "vLLM has no kernel for packed experts on a CPU"),
+        ("aqn.mxfp4.activation=mxfp8", "vLLM has no kernel for packed experts on a CPU"),
         ("aqn.noise.targets=[norm,linear]", "aqn.noise.targets has `linear`"),
     ],
 )
 def test_what_a_bf16_base_cannot_do_is_refused(root, override, words):
     with pytest.raises(ConfigError, match=words):
         prepare_serving(recipe(root / "mixtral", override))
+
+
+def test_experts_with_mxfp8_activations_are_refused_on_an_ascend_950(root):
+    config = recipe(root / "qwen3", "aqn.mxfp4.activation=mxfp8", profile="npu")
+    with pytest.raises(ConfigError, match=r"mxfp8 on NPUs is not for experts \(.*qwen3\), whose rounding is not read"):
+        prepare_serving(config, lambda: "Ascend950PR_9589")
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen2", "mixtral"])

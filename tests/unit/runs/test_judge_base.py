@@ -199,6 +199,9 @@ def test_activations_are_rounded_as_the_recipe_asks(pair):
         ("none", "even/nearest", "none", "actor rank 0 rounds"),
         ("even/nearest", "none", "none", "actor rank 0 rounds"),
         ("even/nearest", "even/nearest", "even/nearest", None),
+        ("mxfp8/floor/nearest", "mxfp8/floor/nearest", "floor/nearest", r"kernel Kernel rounds activations"),
+        ("mxfp8/floor/nearest", "none", "mxfp8/floor/nearest", "actor rank 0 rounds"),
+        ("mxfp8/floor/nearest", "mxfp8/floor/nearest", "mxfp8/floor/nearest", None),
     ):
         actors = [[actor]] * start["ranks"]["actor"]
         record = copy.deepcopy(start) | {"activation": expected, "actor_activations": actors}

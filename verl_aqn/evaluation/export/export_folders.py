@@ -79,7 +79,8 @@ def write_card(folder: Path, proof: dict[str, Any]) -> None:
             "an update below 2^-9 of a weight is lost in rounding. The unmerged adapter has no such loss.",
         ]
         if proof["activation"] != "none":
-            text += ["The run also rounded activations to MXFP4; this model does not."]
+            format = "MXFP8" if proof["activation"].startswith("mxfp8") else "MXFP4"
+            text += [f"The run also rounded activations to {format}; this model does not."]
     else:
         text = [
             f"# {proof['run']}, step {proof['step']}, LoRA adapter",

@@ -90,7 +90,7 @@ def with_adapter(base: nn.Module, adapter: Adapter) -> Any:
 def merge(model: Any, adapter: Adapter) -> nn.Module:
     """Return the base of ``model`` with plain layers of W + scaling·B·A instead of the adapted ones.
 
-    As in a merged folder, activations are not rounded to 4 bits.
+    As in a merged folder, activations are not rounded.
     """
     base = model.unload()
     for module in adapter.matrices:

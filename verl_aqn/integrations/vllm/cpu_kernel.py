@@ -1,4 +1,4 @@
-"""A kernel for dense MXFP4 layers on vLLM's CPU platform, which has none: W4A16 or W4A4.
+"""A kernel for dense MXFP4 layers on vLLM's CPU platform, which has none: W4A16, W4A8 or W4A4.
 
 On CPUs with AVX512-BF16 it multiplies with the packed bytes. On others the weights are dequantised once, when the model
 is loaded.
@@ -12,9 +12,9 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.kernels.linear.mxfp4 import MxFp4LinearKernel, MxFp4LinearLayerConfig
 from vllm.platforms import current_platform
 
-from verl_aqn.mxfp4 import dequantize, fake_quantize
+from verl_aqn.mxfp4 import dequantize
 from verl_aqn.mxfp4.kernels import native
-from verl_aqn.mxfp4.linear import Activation
+from verl_aqn.mxfp4.linear import Activation, rounded
 
 
 class CpuMxfp4LinearKernel(MxFp4LinearKernel):
@@ -22,8 +22,8 @@ class CpuMxfp4LinearKernel(MxFp4LinearKernel):
 
     vLLM's compressed-tensors scheme requests dynamic MXFP4 activations for every checkpoint. Like vLLM's Marlin kernel,
     this kernel does not round activations, unless the engine's ``additional_config`` has ``mxfp4_activation``. Then it
-    rounds them in that way, as the actor does. MXFP4 values are exact in bf16, so the products are the same as with
-    4-bit weights.
+    rounds them in that way, as the actor does. MXFP4 and MXFP8 values are exact in bf16, so the products are the same
+    as with 4-bit weights.
     """
 
     def __init__(self, config: MxFp4LinearLayerConfig) -> None:
@@ -53,8 +53,7 @@ class CpuMxfp4LinearKernel(MxFp4LinearKernel):
 
     def apply_weights(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Apply the layer to x [..., K] and return [..., N]."""
-        if self.activation is not None:
-            x = fake_quantize(x, *self.activation)
+        x = rounded(x, self.activation)
         if multiplies_packed(layer):
             return self.multiply(layer, x.reshape(-1, x.shape[-1]), bias).view(*x.shape[:-1], -1)
         return torch.nn.functional.linear(x, layer.weight, bias)

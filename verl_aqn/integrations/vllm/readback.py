@@ -40,11 +40,12 @@ METHOD_ACTIVATIONS = {
     "CpuMoEMethod": "none",
     "MarlinExperts": "none",
     "AscendW4A4MXFP4DynamicLinearMethod": "floor/half_away",
+    "AscendW4A8MXFPDynamicLinearMethod": "mxfp8/floor/nearest",
 }
 
 
 def kernel_activation(kernel: Any) -> str:
-    """Return how ``kernel`` rounds activations: "none" (W4A16), "RULE/ROUNDING" (W4A4), or "unknown"."""
+    """Return how ``kernel`` rounds activations: "none" (W4A16), "RULE/ROUNDING" (W4A4), that of MXFP8, or "unknown"."""
     if type(kernel).__name__ == "CpuMxfp4LinearKernel":
         return str(kernel.activation or "none")
     return (KERNEL_ACTIVATIONS | METHOD_ACTIVATIONS).get(type(kernel).__name__, "unknown")

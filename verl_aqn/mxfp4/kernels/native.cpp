@@ -375,6 +375,7 @@ void quantize_as(int rule, int rounding, const void* x, int64_t blocks, uint64_t
 }
 
 #include "error_parts.h"
+#include "mxfp8.h"
 #include "transposed.h"
 #include "product.h"
 #include "norm.h"
@@ -399,6 +400,20 @@ extern "C" void aqn_dequantize(const uint8_t* packed, const uint8_t* scale, int6
             case FLOAT32: return shortcut::dequantize(packed, scale, begin, end, static_cast<float*>(out));
             case BFLOAT16: return shortcut::dequantize(packed, scale, begin, end, static_cast<bfloat16*>(out));
             default: return shortcut::dequantize(packed, scale, begin, end, static_cast<float16*>(out));
+        }
+    });
+}
+
+// Round x [blocks, 32] of `dtype` to MXFP8 and write the values to out [blocks, 32] of the same dtype.
+extern "C" void aqn_mxfp8_fake_quantize(const void* x, int dtype, int64_t blocks, void* out, int threads) {
+    parallel(blocks, threads, [=](int64_t begin, int64_t end) {
+        const auto round = [=](auto* from, auto* to) {
+            for (int64_t b = begin; b < end; ++b) fake_quantize_mxfp8(from + b * BLOCK, to + b * BLOCK);
+        };
+        switch (dtype) {
+            case FLOAT32: return round(static_cast<const float*>(x), static_cast<float*>(out));
+            case BFLOAT16: return round(static_cast<const bfloat16*>(x), static_cast<bfloat16*>(out));
+            default: return round(static_cast<const float16*>(x), static_cast<float16*>(out));
         }
     });
 }

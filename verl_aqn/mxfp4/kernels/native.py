@@ -1,4 +1,4 @@
-"""MXFP4 on a CPU through ``native.cpp``, which is compiled on first use and kept in the cache.
+"""MXFP4, and rounding to MXFP8, on a CPU through ``native.cpp``, which is compiled on first use and kept in the cache.
 
 Without a C++ compiler, or with ``VERL_AQN_NATIVE=0``, `reference` is used, which gives the same bits more slowly.
 `status` tells which kernels are used and why.
@@ -23,7 +23,8 @@ from verl_aqn.cache import cache_dir
 from verl_aqn.safe_files import own_folder
 
 _SOURCE = Path(__file__).with_name("native.cpp")
-_INCLUDED = [_SOURCE.with_name(name) for name in ("avx512.h", "error_parts.h", "norm.h", "product.h", "transposed.h")]
+_HEADERS = ("avx512.h", "error_parts.h", "mxfp8.h", "norm.h", "product.h", "transposed.h")
+_INCLUDED = [_SOURCE.with_name(name) for name in _HEADERS]
 _FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-shared", "-fPIC", "-pthread"]
 if platform.machine() == "x86_64":
     _FLAGS.append("-mprefer-vector-width=512")  # for CPUs with AVX-512; 20 % to 33 % faster than GCC's default
@@ -75,6 +76,14 @@ def dequantize(packed: Tensor, scale: Tensor, out: Tensor) -> None:
     library.aqn_dequantize(
         packed.data_ptr(), scale.data_ptr(), blocks, DTYPES[out.dtype], out.data_ptr(), _threads(blocks)
     )
+
+
+def mxfp8_fake_quantize(x: Tensor, out: Tensor) -> None:
+    """Fill ``out`` [B, 32] with ``x`` [B, 32] of the same dtype, rounded as `verl_aqn.mxfp4.mxfp8` defines."""
+    library = _library()[0]
+    assert library is not None
+    blocks = x.shape[0]
+    library.aqn_mxfp8_fake_quantize(x.data_ptr(), DTYPES[x.dtype], blocks, out.data_ptr(), _threads(blocks))
 
 
 def dequantize_transposed(packed: Tensor, scale: Tensor, out: Tensor) -> None:
@@ -207,6 +216,7 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
         pointer, integer, ctypes.c_int64, integer, integer, ctypes.c_uint64, pointer, pointer, pointer, integer
     ]  # fmt: skip
     library.aqn_dequantize.argtypes = [pointer, pointer, ctypes.c_int64, integer, pointer, integer]
+    library.aqn_mxfp8_fake_quantize.argtypes = [pointer, integer, ctypes.c_int64, pointer, integer]
     library.aqn_error_parts.argtypes = [
         pointer, integer, pointer, pointer, ctypes.c_int64, ctypes.c_int64, pointer, integer
     ]  # fmt: skip
@@ -227,6 +237,7 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
         library.aqn_dequantize,
         library.aqn_error_parts,
         library.aqn_dequantize_transposed,
+        library.aqn_mxfp8_fake_quantize,
     ):
         function.restype = None
     return library, str(file)

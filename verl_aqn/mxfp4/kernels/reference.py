@@ -20,7 +20,7 @@ _CHUNK = 1023 * BLOCK
 
 def quantize(x: Tensor, scale_rule: str, rounding: str, seed: int, packed: Tensor, scale: Tensor) -> None:
     """Fill ``packed`` uint8 [B, 16] and ``scale`` uint8 [B] from ``x`` [B, 32]."""
-    for part in _chunks(x):
+    for part in chunks(x):
         uniform = None
         if rounding == "stochastic":
             uniform = uniform24(torch.arange(part.start * BLOCK, part.stop * BLOCK, device=x.device), seed)
@@ -33,7 +33,7 @@ def dequantize(packed: Tensor, scale: Tensor, out: Tensor) -> None:
     values = out if out.dtype == torch.bfloat16 else torch.empty_like(out, dtype=torch.bfloat16)
     pair_table, scale_table = _tables(packed.device)
     codes, pairs = packed.view(-1), values.view(-1).view(torch.int32)
-    for part in _chunks(values):
+    for part in chunks(values):
         bytes_ = slice(part.start * 16, part.stop * 16)
         torch.index_select(pair_table, 0, codes[bytes_].int(), out=pairs[bytes_])
         values[part] *= scale_table[scale[part].int()].unsqueeze(1)
@@ -69,7 +69,7 @@ def uniform24(index: Tensor, seed: int) -> Tensor:
     return (words >> 8).float() * 2.0**-24
 
 
-def _chunks(x: Tensor) -> list[slice]:
+def chunks(x: Tensor) -> list[slice]:
     """Return slices over the rows of ``x`` [B, 32]; only one on other devices, where launches cost more than memory."""
     rows = x.shape[0]
     step = _CHUNK // BLOCK if x.device.type == "cpu" else max(rows, 1)
