@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from verl_aqn.config.compose import find_recipe, load_recipe, plan_names
 from verl_aqn.errors import BusyError, ConfigError, EnvironmentFault, Stopped
@@ -14,8 +15,10 @@ from verl_aqn.launch import train
 from verl_aqn.launch.supervise import Outcome
 from verl_aqn.launch.sweep import Plan, Series, read_plan
 from verl_aqn.launch.train import Prepared, identity
+from verl_aqn.preflight.prepare import tell_workers
 from verl_aqn.runs.folder import open_run
 from verl_aqn.runs.provenance import provenance
+from verl_aqn.runs.stats.arms import beyond, settings_of
 
 ARMS = {"control": {"recipe": "e6a"}, "noisy": {"recipe": "e12"}}
 
@@ -345,3 +348,19 @@ def test_shipped_plans_compare_what_differs_in_their_factors_only(light, tmp_pat
     path = find_recipe(name)
     plan = read_plan(path, [f"profile={profile}", f"aqn.run.dir={tmp_path / 'out'}"])
     assert Series(replace(plan, seeds=(0,)), path).plan.pairs
+
+
+def test_what_workers_are_told_of_activations_is_no_difference_of_its_own():
+    """The arms of the plan `w4a8` as they are prepared: with the rounding and the folder that the sides are told."""
+    plan = read_plan(find_recipe("w4a8"), ["profile=cpu"])
+    settings = []
+    for name, arm in plan.arms.items():
+        config = load_recipe(arm.recipe, [*plan.overrides, *arm.overrides])
+        tell_workers(config)
+        if name == "w4a16":  # as `prepare_serving` does
+            OmegaConf.update(config, "actor_rollout_ref.model.override_config.served_path", "/bf16", force_add=True)
+        settings.append(settings_of(OmegaConf.to_container(config, resolve=True)))
+    told = [{key for key in one if key.endswith(("mxfp4_activation", "served_path"))} for one in settings]
+    assert [len(keys) for keys in told] == [2, 3, 3]  # the critic's config has a copy of the actor's
+    assert beyond(plan.factors, settings) == ""
+    assert "mxfp4_activation" in beyond(["aqn.noise"], settings)
