@@ -336,13 +336,19 @@ void fake_quantize(const T* x, int64_t begin, int64_t end, uint64_t seed, T* out
         [=](int64_t b) { fake_quantize_block<T, RULE, ROUNDING>(x + b * BLOCK, b, seed, out + b * BLOCK); });
 }
 
+// OpenMP's threads are those of torch, which wait in a loop for the next product: others would compete with them.
 template <class F>
 void parallel(int64_t blocks, int threads, F&& work) {
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int t = 0; t < threads; ++t) work(blocks * t / threads, blocks * (t + 1) / threads);
+#else
     std::vector<std::thread> others;
     for (int t = 1; t < threads; ++t)
         others.emplace_back([&, t] { work(blocks * t / threads, blocks * (t + 1) / threads); });
     work(0, blocks / threads);
     for (auto& thread : others) thread.join();
+#endif
 }
 
 template <class T, int RULE>
