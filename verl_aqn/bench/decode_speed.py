@@ -38,21 +38,22 @@ def measure(
         rounds: rounds of each arm, in turn with the products alone.
         on_part: called with the number of finished and of all parts.
     """
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine computes in this process
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from verl_aqn.integrations.vllm.decode_steps import Engine  # imports vLLM
+
     parts, done = len(ARMS) * len(sequences) * rounds, 0
     rows: dict[int, dict[str, Any]] = {n: {"products": []} for n in sequences}
     products = {n: _products(shape, n) for n in sequences}
+    prompts = [[(7 * row + i) % VOCABULARY for i in range(PROMPT)] for row in range(max(sequences))]
     with TemporaryDirectory(prefix="verl-aqn-bench-") as folder:
         folders = _write(shape, Path(folder))
         for arm in ARMS:
-            engine, adapter = _engine(folders[arm], folders["adapter"], max(sequences), PROMPT + tokens + 4)
-            _steps(engine, adapter, max(sequences), 8)  # warms up
+            engine = Engine(folders[arm], folders["adapter"], max(sequences), PROMPT + tokens + 4, RANK)
+            engine.decode(prompts[: max(sequences)], 8)  # warms up
             for n in sequences:
                 rows[n][arm] = []
                 for _ in range(rounds):
-                    rows[n][arm] += _steps(engine, adapter, n, tokens)
+                    rows[n][arm] += engine.decode(prompts[:n], tokens)
                     rows[n]["products"] += [_timed(products[n]) for _ in range(tokens // 4)]
                     done += 1
                     on_part(done, parts)
@@ -82,42 +83,6 @@ def _write(shape: str, folder: Path) -> dict[str, Path]:
             torch.nn.init.normal_(parameter, std=0.01)
     adapted.save_pretrained(folders["adapter"])
     return folders
-
-
-def _engine(model: Path, adapter: Path, sequences: int, length: int) -> tuple[Any, Any]:
-    from vllm import LLM
-    from vllm.lora.request import LoRARequest
-
-    llm = LLM(
-        str(model),
-        enforce_eager=True,
-        dtype="bfloat16",
-        max_model_len=length,
-        max_num_seqs=sequences,
-        gpu_memory_utilization=0.1,
-        enable_lora=True,
-        max_loras=1,
-        max_lora_rank=RANK,
-        enable_prefix_caching=False,
-        worker_extension_cls="verl_aqn.integrations.verl.worker_extension.AqnWorkerExtension",  # norms as in a run
-    )
-    return llm.llm_engine, LoRARequest("adapter", 1, str(adapter))
-
-
-def _steps(engine: Any, adapter: Any, sequences: int, tokens: int) -> list[float]:
-    """Return the seconds of each step in which all sequences get one token, without the first two of these."""
-    from vllm import SamplingParams
-
-    asked = SamplingParams(temperature=1.0, seed=0, max_tokens=tokens + 2, ignore_eos=True)
-    for number in range(sequences):
-        prompt = {"prompt_token_ids": [(7 * number + i) % VOCABULARY for i in range(PROMPT)]}
-        engine.add_request(f"{time.monotonic_ns()}-{number}", prompt, asked, lora_request=adapter)
-    while engine.engine_core.engine_core.scheduler.waiting:
-        engine.step()
-    times = []
-    while engine.has_unfinished_requests():
-        times.append(_timed(engine.step))
-    return times[2:]
 
 
 def _products(shape: str, tokens: int) -> Callable[[], None]:
