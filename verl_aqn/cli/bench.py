@@ -22,6 +22,13 @@ bench_app = typer.Typer(no_args_is_help=True, help="Measurements for the documen
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 
+def _check_shape(shape: str) -> None:
+    from verl_aqn.bench.shapes import SHAPES
+
+    if shape not in SHAPES:
+        raise ConfigError(f"--shape {shape} is not known: use one of {', '.join(SHAPES)}")
+
+
 @bench_app.command("mxfp4")
 def mxfp4(
     device: Annotated[str, typer.Option(help="cpu, cuda or npu; by default what this machine has.")] = "auto",
@@ -196,10 +203,7 @@ def update(
     as_json: Json = False,
 ) -> None:
     """Measure the actor's update: packed base, bf16 base, and packed base with shared prompts, all with bf16 LoRA."""
-    from verl_aqn.bench.shapes import SHAPES
-
-    if shape not in SHAPES:
-        raise ConfigError(f"--shape {shape} is not known: use one of {', '.join(SHAPES)}")
+    _check_shape(shape)
     from verl_aqn.bench.update_speed import measure, table
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -223,10 +227,7 @@ def decode(
     as_json: Json = False,
 ) -> None:
     """Measure a decode step of vLLM on this CPU, packed and bf16, beside the time of its matrix products alone."""
-    from verl_aqn.bench.shapes import SHAPES
-
-    if shape not in SHAPES:
-        raise ConfigError(f"--shape {shape} is not known: use one of {', '.join(SHAPES)}")
+    _check_shape(shape)
     from verl_aqn.bench.decode_speed import measure, table
 
     with stdout_as_stderr(), Progress(console=Console(stderr=True), transient=True) as progress:
