@@ -3,7 +3,6 @@
 They are extracted from the source of the pinned wheel, so that torch_npu is not needed. None of this was run on an NPU.
 """
 
-import ast
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -11,25 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.ascend_packages import read
+from tests.helpers.ascend_packages import definitions
 from tests.helpers.modelslim_folders import LAYER, modelslim_folders  # noqa: F401
-
-
-def definitions(file: str, *names: str, inside: str | None = None) -> dict[str, Any]:
-    """Return functions and tables of a vllm-ascend module without importing it."""
-    tree = ast.parse(read(f"vllm_ascend/{file}"))
-    body = tree.body
-    if inside:
-        body = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == inside).body
-    wanted: list[ast.stmt] = []
-    for node in body:
-        targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
-        named = {getattr(node, "name", None), *(getattr(target, "id", None) for target in targets)}
-        if named & set(names):
-            wanted.append(node)
-    namespace: dict[str, Any] = {"Any": Any, "Mapping": dict, "MappingProxyType": dict, "torch": torch}
-    exec(compile(ast.Module(wanted, []), file, "exec"), namespace)
-    return {name: namespace[name] for name in names}
 
 
 def test_vllm_ascend_finds_a_scheme_for_every_layer(folders) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(sys.prefix) / "contracts"  # scripts/setup.sh
@@ -32,6 +33,23 @@ def calls(tree: ast.AST, name: str) -> Iterator[ast.Call]:
     for child in ast.walk(tree):
         if isinstance(child, ast.Call) and getattr(child.func, "attr", getattr(child.func, "id", None)) == name:
             yield child
+
+
+def definitions(file: str, *names: str, inside: str | None = None) -> dict[str, Any]:
+    """Return functions and tables of a vllm-ascend module without importing it."""
+    tree = ast.parse(read(f"vllm_ascend/{file}"))
+    body = tree.body
+    if inside:
+        body = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == inside).body
+    wanted: list[ast.stmt] = []
+    for node in body:
+        targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+        named = {getattr(node, "name", None), *(getattr(target, "id", None) for target in targets)}
+        if named & set(names):
+            wanted.append(node)
+    namespace: dict[str, Any] = {"Any": Any, "Mapping": dict, "MappingProxyType": dict, "torch": torch}
+    exec(compile(ast.Module(wanted, []), file, "exec"), namespace)
+    return {name: namespace[name] for name in names}
 
 
 def pins(lock: str) -> dict[str, str]:
