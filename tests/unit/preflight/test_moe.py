@@ -13,6 +13,7 @@ from verl_aqn.config.compose import load_recipe
 from verl_aqn.config.schema import parse_aqn
 from verl_aqn.config.serving import prepare_serving
 from verl_aqn.errors import ConfigError
+from verl_aqn.mxfp4.kernels import native
 from verl_aqn.preflight import memory_plan as memory
 from verl_aqn.preflight import recipe_checks as checks
 from verl_aqn.preflight.expert_adapters import keep_adapter_off_experts
@@ -67,11 +68,22 @@ def test_packed_experts_are_served_in_bf16_on_a_cpu(root, name, profile, form):
     assert parse_aqn(config).mxfp4.rollout_weight_format == form
     served = config.actor_rollout_ref.model.override_config.get("served_path")
     assert (served is not None and not is_packed(served)) == (form == "bf16")
-    shape, given = shape_of(root / name, ("lm_head", "embed_tokens")), memory.sizes(recipe(root / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "multiplies", "linear"),
+    [
+        ("mixtral", "aqn.seed=0", True, memory.BF16),  # packed experts are served in bf16
+        ("dense", "aqn.seed=0", True, memory.PACKED),
+        ("dense", "aqn.seed=0", False, memory.PACKED + memory.BF16),  # no AVX512-BF16: the values are kept, too
+        ("dense", "aqn.noise.targets=[norm,linear]", True, memory.PACKED + memory.BF16),  # noise is written to values
+    ],
+)
+def test_the_memory_of_a_base_in_a_rollout_on_a_cpu(root, name, override, multiplies, linear, monkeypatch):
+    monkeypatch.setattr(native, "can_multiply", lambda: multiplies)
+    shape, given = shape_of(root / name, ("lm_head", "embed_tokens")), memory.sizes(recipe(root / name, override))
     base = memory.rollout(shape, given, memory.CPU, 0).resident["base"]
-    if profile == "cpu":
-        expected = memory.BF16 * (shape.linears + shape.kept) + (form == "packed") * memory.PACKED * shape.linears
-        assert base == pytest.approx(expected, abs=1)
+    assert base == pytest.approx(linear * shape.linears + memory.BF16 * shape.kept, abs=1)
 
 
 @pytest.mark.parametrize(
