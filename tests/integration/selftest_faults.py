@@ -25,7 +25,7 @@ def changed(context: Context, find: Callable, by: float = 1.0) -> Iterator[None]
     def change(worker) -> None:
         value = find(worker.model_runner.get_model()).data.view(-1)[:1]
         kept.append((value, value.clone()))
-        value.add_(by)
+        value.add_(by if value.is_floating_point() else int(by))  # the codes of a packed layer are bytes
 
     rungs.engine_of(context).llm.collective_rpc(change)
     yield
@@ -38,12 +38,16 @@ def adapter_scaled(context: Context, factor: float) -> Iterator[None]:
     """Multiply with the adapter's product by `factor`, while the buffers are right."""
     from verl_aqn.integrations.vllm.cpu_lora import SingleAdapterPunicaWrapper as Wrapper
 
-    right = Wrapper.add_lora_linear
+    parts, whole = Wrapper.add_lora_linear, Wrapper.adapter_of_all
 
-    def wrong(self, y, x, a, b, scale, slices, **more):
-        return right(self, y, x, a, b, scale * factor, slices, **more)
+    def wrong_parts(self, y, x, a, b, scale, slices, **more):
+        return parts(self, y, x, a, b, scale * factor, slices, **more)
 
-    with patch.object(Wrapper, "add_lora_linear", wrong):
+    def wrong_whole(self, tokens, some_a, some_b):
+        found = whole(self, tokens, some_a, some_b)
+        return None if found is None else (found[0], found[1] * factor)
+
+    with patch.object(Wrapper, "add_lora_linear", wrong_parts), patch.object(Wrapper, "adapter_of_all", wrong_whole):
         yield
 
 
