@@ -43,6 +43,7 @@ cat "$outputs/small"
 # Three suites print one after the other: who reads only the end still sees what failed, and why.
 if ((failed)); then
     echo "run_tests: what failed:"
-    grep -hE '^(FAILED|ERROR|E  |_{3,} |[^ ]+:[0-9]+: [A-Z][A-Za-z]+(Error|Exception|Failed)?$)' "$outputs"/* | cut -c1-600 | tail -n 100
+    grep -hE '^(E  |_{3,} )' "$outputs"/* | grep -v 'leaked' | cut -c1-300 | tail -n 60
+    grep -hE '^(FAILED|ERROR) ' "$outputs"/* | cut -c1-300
 fi
 exit $failed
