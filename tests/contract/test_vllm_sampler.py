@@ -77,6 +77,8 @@ def test_tokens_of_a_request_are_drawn_anew(ours, draw):
 def test_without_seeds_vllm_s_own_sampler_draws(ours, draw, monkeypatch):
     monkeypatch.setattr(ours, "_compiled_sample", None)
     assert len(draw(torch.zeros(3, 50), {})) == 3
+    # vLLM's warm-up of a compiled model: no request made these generators.
+    assert len(draw(torch.zeros(3, 50), {row: torch.Generator() for row in range(3)})) == 3
 
 
 def test_top_k_holds(ours, draw):

@@ -6,7 +6,6 @@ step would take if nothing else cost time. Each layer has its own weight, as in 
 """
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median, quantiles
@@ -20,6 +19,8 @@ from torch import Tensor
 
 from verl_aqn.bench.codec_speed import device_name
 from verl_aqn.bench.shapes import SHAPES, write_model
+from verl_aqn.bench.update_speed import timed
+from verl_aqn.integrations.verl.engine_probe import EngineProbe
 
 ARMS = ("packed", "bf16")
 PROMPT, RANK = 60, 32
@@ -38,23 +39,22 @@ def measure(
         rounds: rounds of each arm, in turn with the products alone.
         on_part: called with the number of finished and of all parts.
     """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine computes in this process
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from verl_aqn.integrations.vllm.decode_steps import Engine  # imports vLLM
-
     parts, done = len(ARMS) * len(sequences) * rounds, 0
     rows: dict[int, dict[str, Any]] = {n: {"products": []} for n in sequences}
     products = {n: _products(shape, n) for n in sequences}
-    prompts = [[(7 * row + i) % VOCABULARY for i in range(PROMPT)] for row in range(max(sequences))]
     with TemporaryDirectory(prefix="verl-aqn-bench-") as folder:
         folders = _write(shape, Path(folder))
         for arm in ARMS:
-            engine = Engine(folders[arm], folders["adapter"], max(sequences), PROMPT + tokens + 4, RANK)
-            engine.decode(prompts[: max(sequences)], 8)  # warms up
+            engine = EngineProbe(str(folders[arm]), _options(max(sequences), PROMPT + tokens + 4))
+            engine.decode_seconds(max(sequences), PROMPT, 8, folders["adapter"])  # warms up
             for n in sequences:
                 rows[n][arm] = []
                 for _ in range(rounds):
-                    rows[n][arm] += engine.decode(prompts[:n], tokens)
-                    rows[n]["products"] += [_timed(products[n]) for _ in range(tokens // 4)]
+                    rows[n][arm] += engine.decode_seconds(n, PROMPT, tokens, folders["adapter"])
+                    rows[n]["products"] += [timed(products[n], "cpu")[0] for _ in range(tokens // 4)]
                     done += 1
                     on_part(done, parts)
             del engine
@@ -64,6 +64,22 @@ def measure(
         "shape": shape,
         "tokens": tokens,
         "rows": [{"sequences": n, **{name: _figures(times) for name, times in rows[n].items()}} for n in sequences],
+    }
+
+
+def _options(sequences: int, length: int) -> dict[str, Any]:
+    """Return arguments of `vllm.LLM` as for a run: norms are in float32, so that they can carry noise."""
+    return {
+        "enforce_eager": True,
+        "dtype": "bfloat16",
+        "max_model_len": length,
+        "max_num_seqs": sequences,
+        "gpu_memory_utilization": 0.1,
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": RANK,
+        "enable_prefix_caching": False,
+        "worker_extension_cls": "verl_aqn.integrations.verl.worker_extension.AqnWorkerExtension",
     }
 
 
@@ -100,12 +116,6 @@ def _products(shape: str, tokens: int) -> Callable[[], None]:
             F.linear(inputs[weight.shape[1]], weight)
 
     return compute
-
-
-def _timed(work: Callable[[], Any]) -> float:
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
 
 
 def _figures(times: list[float]) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """Ratios that must not get worse: our time divided by a peer's, both measured in turn in this process."""
 
-import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +72,7 @@ def confirmed(
     The best value of each counts, so that other load on the machine does not fail the check.
     """
     now = measure(rounds)
-    for _ in itertools.repeat(None, ATTEMPTS - 1):
+    for _ in range(ATTEMPTS - 1):
         if not worse(now, then):
             break
         again = measure(rounds)

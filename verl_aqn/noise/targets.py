@@ -184,33 +184,27 @@ class PackedLinear(Target):
         return self.clean() if weight.dtype == torch.uint8 else weight.data[self._rows]
 
     def clean(self) -> torch.Tensor:
-        packed: torch.Tensor = self._layer.mxfp4_packed  # type: ignore[assignment]
-        scale: nn.Parameter = self._layer.weight_scale  # type: ignore[assignment]
-        return dequantize(packed[self._rows], scale.data[self._rows], self._dtype).cpu()
+        return self._dequantized(self._rows).cpu()
 
     def write(self, values: torch.Tensor) -> None:
         weight: nn.Parameter = self._layer.weight  # type: ignore[assignment]
         if weight.dtype == torch.uint8:
-            scale: nn.Parameter = self._layer.weight_scale  # type: ignore[assignment]
-            self._layer.weight = nn.Parameter(dequantize(weight.data, scale.data, self._dtype), requires_grad=False)
-        self._noisy_parts().add(self.name)
+            self._layer.weight = nn.Parameter(self._dequantized(), requires_grad=False)
         super().write(values)
 
     def write_clean(self) -> None:
-        self._noisy_parts().discard(self.name)
-        if not self._from_codes:
-            super().write_clean()
-        elif not self._noisy_parts():
+        weight: nn.Parameter = self._layer.weight  # type: ignore[assignment]
+        if weight.dtype == torch.uint8:
+            return
+        super().write_clean()
+        if self._from_codes and torch.equal(self._layer.weight, self._dequantized()):  # type: ignore[arg-type]
             codes: torch.Tensor = self._layer.mxfp4_packed  # type: ignore[assignment]
             self._layer.weight = nn.Parameter(codes, requires_grad=False)
-        elif self._layer.weight.dtype != torch.uint8:
-            with torch.no_grad():
-                self.data().copy_(self.clean())
 
-    def _noisy_parts(self) -> set[str]:
-        if not hasattr(self._layer, "aqn_noisy_parts"):
-            self._layer.aqn_noisy_parts = set()  # type: ignore[assignment]
-        return self._layer.aqn_noisy_parts  # type: ignore[return-value]
+    def _dequantized(self, rows: slice = slice(None)) -> torch.Tensor:
+        packed: torch.Tensor = self._layer.mxfp4_packed  # type: ignore[assignment]
+        scale: nn.Parameter = self._layer.weight_scale  # type: ignore[assignment]
+        return dequantize(packed[rows], scale.data[rows], self._dtype)
 
 
 def find_linears(model: nn.Module) -> Iterator[PackedLinear]:

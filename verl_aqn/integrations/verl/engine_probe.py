@@ -1,8 +1,12 @@
-"""vLLM's engine as a run's rollout has it, without the run (`verl-aqn selftest`). It gets adapters as in a sync."""
+"""vLLM's engine as a run's rollout has it, without the run (`verl-aqn selftest`, `verl-aqn bench decode`).
+
+It gets adapters as in a sync.
+"""
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -68,14 +72,34 @@ class EngineProbe:
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=1, seed=0, max_tokens=tokens, ignore_eos=True)
-        prompts = [[(7 * row + column) % 256 for column in range(prompt)] for row in range(batch)]
         self.llm.reset_prefix_cache()
         began = time.monotonic()
-        outputs = self.llm.generate(_ids(prompts), params, use_tqdm=False)
+        outputs = self.llm.generate(_ids(_prompts(batch, prompt)), params, use_tqdm=False)
         seconds = time.monotonic() - began
         made = sum(len(output.outputs[0].token_ids) for output in outputs)
         assert made == batch * tokens, (made, batch, tokens)
         return made / seconds
+
+    def decode_seconds(self, batch: int, prompt: int, tokens: int, adapter: Path) -> list[float]:
+        """Return the seconds of `tokens` steps in each of which all of `batch` sequences get one token.
+
+        `adapter`: a PEFT folder, which all sequences use. The engine must compute in this process.
+        """
+        from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
+
+        engine, lora = self.llm.llm_engine, LoRARequest("adapter", 1, str(adapter))
+        params = SamplingParams(temperature=1, seed=0, max_tokens=tokens + 2, ignore_eos=True)
+        for number, ids in enumerate(_ids(_prompts(batch, prompt))):
+            engine.add_request(f"{time.monotonic_ns()}-{number}", ids, params, lora_request=lora)
+        while engine.engine_core.engine_core.scheduler.waiting:
+            engine.step()
+        times = []
+        while engine.has_unfinished_requests():
+            began = time.monotonic()
+            engine.step()
+            times.append(time.monotonic() - began)
+        return times[-tokens:]
 
     def sleep(self) -> None:
         """Put the engine to sleep at the level that a run uses, which keeps the weights."""
@@ -99,6 +123,10 @@ class EngineProbe:
             "captured": int(compilation_counter.num_cudagraph_captured),
             "passes": sorted(name for name, on in passes.items() if on),
         }
+
+
+def _prompts(batch: int, length: int) -> list[list[int]]:
+    return [[(7 * row + column) % 256 for column in range(length)] for row in range(batch)]
 
 
 def _ids(prompts: Sequence[list[int]]) -> list[Any]:

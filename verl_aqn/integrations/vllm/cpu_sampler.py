@@ -95,7 +95,7 @@ def patch() -> None:
 
     def forward_cpu(self: Any, logits: Tensor, generators: dict, k: Tensor | None, p: Tensor | None):
         # vLLM's warm-up of a compiled model has plain generators, which no request has.
-        if not generators or not all(isinstance(one, KeyedGenerator) for one in generators.values()):
+        if not any(isinstance(one, KeyedGenerator) for one in generators.values()):
             return forward(self, logits, generators, k, p)
         logits = topk_topp_sampler.apply_top_k_top_p(logits, k, p)
         told = None
