@@ -52,6 +52,10 @@ def test_values_that_are_no_numbers_stay_so() -> None:
     assert total is not None
     assert total[0, 5].isnan()
     assert total[1, 5].isinf()
+    # The bits of this NaN would become those of −0 if they were rounded up.
+    weight = torch.ones(64)
+    weight[3] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    assert native.rms_norm(torch.ones(1, 64).bfloat16(), None, weight, 1e-6)[0].isnan().nonzero().tolist() == [[0, 3]]
 
 
 def test_threads_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from verl_aqn.mxfp4 import dequantize, quantize
 from verl_aqn.noise import NoiseInjector, NoiseSpec, check_evidence, draw, find_norms
 from verl_aqn.noise.routers import router_norms
 from verl_aqn.noise.spec import Layers, Zone
+from verl_aqn.noise.targets import find_linears
 
 TINY = {
     "vocab_size": 32,
@@ -416,6 +417,18 @@ def test_a_layer_that_multiplies_with_its_codes_has_values_while_it_has_noise():
     assert changed.tolist() == [False] * 64 + [True] * 32 + [False] * 32
     check_evidence(injector.restore(), None, injector.clean_digest)
     assert all(layer.weight.data_ptr() == layer.mxfp4_packed.data_ptr() for layer in layers)
+
+
+def test_the_noise_of_one_part_outlives_that_of_another_in_the_same_layer():
+    model = Engine(kernel="codes")
+    q, k, v, _ = find_linears(model)
+    q.write(q.clean() + 1)
+    k.write(k.clean() + 1)
+    q.write_clean()
+    v.write_clean()
+    assert [torch.equal(part.data(), part.clean()) for part in (q, k, v)] == [True, False, True]
+    k.write_clean()
+    assert model.layer.qkv_proj.weight.dtype == torch.uint8
 
 
 def test_linear_noise_is_told_by_kind_and_multiplier():
