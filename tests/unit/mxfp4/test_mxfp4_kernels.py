@@ -1,8 +1,6 @@
 """The compiled kernels against the plain ones, rounding against its definition, and fallback without a compiler."""
 
-import functools
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +12,7 @@ import torch
 from test_mxfp4_codec import GRID, every_input
 from torch import Tensor
 
+from tests.helpers.builds import compile_for_any_cpu
 from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4 import dequantize, fake_quantize, quantize
 from verl_aqn.mxfp4.codec import ROUNDINGS, SCALE_RULES, dequantize_transposed
@@ -53,13 +52,7 @@ def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """Compile the kernels for this CPU, and for the oldest one of its kind: that build has no AVX-512."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "any CPU":
-            if platform.machine() != "x86_64":
-                pytest.skip("the kernels use special instructions only on x86_64")
-            flags = ["-march=x86-64" if flag == "-march=native" else flag for flag in native._FLAGS]
-            patch.setenv("VERL_AQN_CACHE", str(tmp_path_factory.mktemp("cache")))
-            patch.setattr(native, "_FLAGS", flags)
-            patch.setattr(native, "_library", functools.cache(native._library.__wrapped__))
-            assert native.available(), native.status().detail
+            compile_for_any_cpu(patch, tmp_path_factory.mktemp("cache"))
         yield request.param
 
 

@@ -1,7 +1,5 @@
 """The MXFP8 codec against the format's definition. (Independent implementations: test_mxfp8_oracles.py.)"""
 
-import functools
-import platform
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +7,7 @@ import torch
 from test_mxfp4_codec import all_finite_bf16, blocks_with_amax, random_blocks
 from torch import Tensor
 
+from tests.helpers.builds import compile_for_any_cpu
 from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4 import mxfp8
 from verl_aqn.mxfp4.kernels import native
@@ -52,13 +51,7 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         if request.param == "plain":
             patch.setattr(native, "available", lambda: False)
         elif request.param == "compiled for any CPU":
-            if platform.machine() != "x86_64":
-                pytest.skip("the kernels use special instructions only on x86_64")
-            flags = ["-march=x86-64" if flag == "-march=native" else flag for flag in native._FLAGS]
-            patch.setenv("VERL_AQN_CACHE", str(tmp_path_factory.mktemp("cache")))
-            patch.setattr(native, "_FLAGS", flags)
-            patch.setattr(native, "_library", functools.cache(native._library.__wrapped__))
-            assert native.available(), native.status().detail
+            compile_for_any_cpu(patch, tmp_path_factory.mktemp("cache"))
         else:
             assert native.available(), native.status().detail
         yield

@@ -1,10 +1,21 @@
 """The compiled RMSNorm of the rollout, against its definition in float64."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.builds import compile_for_any_cpu
 from verl_aqn.mxfp4.kernels import native
+
+
+@pytest.fixture(scope="module", autouse=True, params=["this CPU", "any CPU"])
+def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "any CPU":
+            compile_for_any_cpu(patch, tmp_path_factory.mktemp("cache"))
+        yield
 
 
 def exact(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
