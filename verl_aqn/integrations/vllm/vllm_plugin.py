@@ -1,10 +1,11 @@
 """The plugin that vLLM calls in each of its processes (entry point `vllm.general_plugins`).
 
 In engines of a run it records how the base was loaded, and prepares the norms for noise. On a CPU it adds what vLLM
-0.28 lacks there: a dense MXFP4 kernel, LoRA products that do not gather a copy of the adapter for every token, MoE
-layers together with LoRA and under expert parallelism, and sampling by the seeds of requests. It also makes queues wait
-without using a whole core. This file applies all runtime patches of vLLM; tests/contract/test_vllm_seams.py and
-test_vllm_sampler.py check what the patches rely on.
+0.28 lacks there: a dense MXFP4 kernel that computes a layer and its adapter in one operation, LoRA products that do not
+gather a copy of the adapter for every token, float32 norms in one operation, MoE layers together with LoRA and under
+expert parallelism, and sampling by the seeds of requests. It also makes queues wait without using a whole core. This
+file applies all runtime patches of vLLM; tests/contract/test_vllm_seams.py and test_vllm_sampler.py check what the
+patches rely on.
 """
 
 import importlib.metadata
@@ -52,11 +53,13 @@ def register() -> None:
     observe_adapters()
     if current_platform.is_cpu():
         from vllm.distributed.device_communicators import shm_broadcast
+        from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
         from vllm.model_executor.kernels.linear import register_linear_kernel
         from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
         from verl_aqn.integrations.vllm import cpu_norm, cpu_sampler
         from verl_aqn.integrations.vllm.cpu_kernel import CpuMxfp4LinearKernel
+        from verl_aqn.integrations.vllm.cpu_lora import apply_packed
         from verl_aqn.integrations.vllm.cpu_moe import CpuMoEMethod
 
         cpu_sampler.patch()
@@ -74,10 +77,6 @@ def register() -> None:
         type(current_platform).get_punica_wrapper = classmethod(
             lambda cls: "verl_aqn.integrations.vllm.cpu_lora.SingleAdapterPunicaWrapper"
         )
-        from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
-
-        from verl_aqn.integrations.vllm.cpu_lora import apply_packed
-
         BaseLinearLayerWithLoRA._apply_sync = apply_packed
     _registered = True
 
