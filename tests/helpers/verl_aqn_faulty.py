@@ -22,7 +22,10 @@ PLACES = {
     "reward worker, reward": (f"{VERL}.reward_loop.reward_loop", "RewardLoopWorker.compute_score"),
     "agent loop, start": (f"{VERL}.agent_loop.agent_loop", "AgentLoopWorker.__init__"),
     "agent loop, generation": (f"{VERL}.agent_loop.agent_loop", "AgentLoopWorker._run_agent_loop"),
+    "rollout server, start": ("verl_aqn.integrations.verl.rollout", "AqnHttpServer.run_server"),
     "rollout server, generation": ("verl_aqn.integrations.verl.rollout", "AqnHttpServer.generate"),
+    "request router, start": ("verl.workers.rollout.router", "GlobalRequestLoadBalancer.__init__"),
+    "request router, generation": ("verl.workers.rollout.router", "GlobalRequestLoadBalancer.acquire_server"),
     "rollout engine, start": (f"{VLLM}.engine.core", "EngineCoreProc.__init__"),
     "rollout engine, generation": (f"{VLLM}.engine.core", "EngineCore.step"),
     "rollout worker, start": (f"{VLLM}.worker.worker_base", "WorkerWrapperBase.init_device"),
@@ -31,8 +34,12 @@ PLACES = {
         "verl_aqn.integrations.verl.worker_extension",
         "AqnWorkerExtension.update_weights_from_ipc",
     ),
+    "storage's controller, start": ("transfer_queue.controller", "TransferQueueController.__init__"),
+    "storage's controller, generation": ("transfer_queue.controller", "TransferQueueController.kv_retrieve_meta"),
     "storage, generation": ("transfer_queue.storage.simple_storage", "StorageUnitData.put_data"),
     "actor, start": ("verl.workers.engine_workers", "ActorRolloutRefWorker.init_model"),
+    "critic, start": ("verl_aqn.integrations.verl.critic", "AqnValueEngine._build_module"),
+    "critic, values": ("verl_aqn.integrations.verl.critic", "ValueHead.forward"),
     "actor, sync": ("verl.workers.engine_workers", "ActorRolloutRefWorker.update_weights"),
 }
 
@@ -82,7 +89,8 @@ def change(module, name: str, fault: dict) -> None:
     """Make a function of `module` fail as the fault says."""
     *parts, last = name.split(".")
     owner = functools.reduce(getattr, parts, module)
-    owner = getattr(owner, "__ray_actor_class__", owner)
+    if hasattr(owner, "__ray_metadata__"):  # `ray.remote` has made a class that calls the methods of this moment
+        owner = owner.__ray_metadata__.modified_class
     real = getattr(owner, last)
     calls = {}
 

@@ -108,7 +108,8 @@ def test_ppo_trains_a_critic_on_the_packed_base_with_noise_in_the_actor_too(run)
     fast = ["critic.optim.lr=1e-2", "critic.optim.lr_warmup_steps=0", "trainer.save_freq=1"]
     in_actor = ["aqn.noise.apply_to=rollout+actor", "aqn.mismatch.rescore=2"]
     some = "actor_rollout_ref.model.target_modules=[q_proj,v_proj]"  # of what vLLM fuses in one layer
-    outcome = run("ppo", *TWO_STEPS, "algorithm.filter_groups.enable=false", *fast, *in_actor, some)
+    rank = "actor_rollout_ref.model.lora_rank=16"
+    outcome = run("ppo", *TWO_STEPS, "algorithm.filter_groups.enable=false", *fast, *in_actor, some, rank)
     assert [answer["modules"] for answer in lines(outcome[2] / "evidence.jsonl", "adapter")[-1]["actual"]] == [4]
     first, second = steps_of(outcome)
     # Actor and rollout have the same noise, so the remaining mismatch comes from the kernels.
@@ -135,12 +136,13 @@ def test_ppo_trains_a_critic_on_the_packed_base_with_noise_in_the_actor_too(run)
 
 
 @pytest.mark.parametrize(
-    ("recipe", "estimator", "modules"), [("gspo", "rloo", "all-linear"), ("cispo", "reinforce_plus_plus", "[o_proj]")]
+    ("recipe", "estimator", "modules", "rank"),
+    [("gspo", "rloo", "all-linear", 64), ("cispo", "reinforce_plus_plus", "[o_proj]", 8)],
 )
-def test_an_estimator_with_kl_in_the_reward_beside_a_loss_of_another_kind(run, recipe, estimator, modules):
+def test_an_estimator_with_kl_in_the_reward_beside_a_loss_of_another_kind(run, recipe, estimator, modules, rank):
     """The recipes `rloo` and `reinforce_plus_plus` differ from these only in the loss, so two runs cover four."""
     kl = ["algorithm.use_kl_in_reward=true", "algorithm.kl_ctrl.kl_coef=0.5"]
-    model = [f"actor_rollout_ref.model.target_modules={modules}", "actor_rollout_ref.model.lora_rank=64"]
+    model = [f"actor_rollout_ref.model.target_modules={modules}", f"actor_rollout_ref.model.lora_rank={rank}"]
     options = [f"algorithm.adv_estimator={estimator}", *kl, *model, "algorithm.filter_groups.enable=false"]
     outcome = run(recipe, *TWO_STEPS, *options)
     first, second = steps_of(outcome)

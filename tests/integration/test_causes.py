@@ -30,7 +30,12 @@ MORE = [
     ("agent loop, start", "raise", {}, "agent loop (ray::AqnAgentLoopWorker, "),
     ("actor, start", "raise", {}, "actor (ray::WorkerDict, "),
     ("agent loop, generation", "raise", {}, NO_ANSWER),
+    ("rollout server, start", "raise", {}, "rollout server (ray::AqnHttpServer, "),
     ("rollout server, generation", "raise", {}, NO_ANSWER),
+    ("request router, start", "raise", {}, "request router (ray::GlobalRequestLoadBalancer, "),
+    ("request router, generation", "raise", {}, NO_ANSWER),
+    ("storage's controller, start", "raise", {}, "storage's controller (ray::TransferQueueController, "),
+    ("storage's controller, generation", "raise", {}, "storage's controller (ray::TransferQueueController, "),
     ("rollout engine, generation", "raise", {"calls": 5}, "rollout engine (VLLM::EngineCore, "),
     ("rollout worker, generation", "raise", {"calls": 5}, "rollout worker (VLLM::Worker, "),
     ("actor, sync", "raise", {"calls": 1}, "actor (ray::WorkerDict, "),
@@ -38,33 +43,57 @@ MORE = [
 HANDLED = {"at": "reward worker, reward", "how": "raise", "text": "no opinion", "times": 1}
 
 
+CRITIC = [("critic, values", "raise", {}, "actor (ray::WorkerDict, ")]  # one process has the actor and the critic
+MORE_CRITIC = [("critic, start", "raise", {}, "actor (ray::WorkerDict, ")]
+
+
 @pytest.mark.timeout(1800)
-def test_the_first_error_is_the_line(train, tmp_path, monkeypatch, request):
+def test_the_first_error_is_the_line(fail, request):
     faults = [*MORE, *FEW] if request.config.getoption("--all-kills") else FEW
-    plan = [{"at": at, "attempt": number, "how": how, "text": f"planned fault {number}", **more}
-            for number, (at, how, more, _) in enumerate(faults, 1)]  # fmt: skip
-    for name, value in sabotage(tmp_path, *plan, HANDLED | {"attempt": len(faults)}).items():
-        monkeypatch.setenv(name, value)
     # A fraction of failures is allowed: otherwise the first one would end the run, and a reward is never retried.
-    short = [
-        "aqn.run.allow_failed=0.9",
-        "trainer.val_before_train=false",
-        "trainer.test_freq=-1",
-        "trainer.total_training_steps=2",
-    ]
-    process = train(tmp_path / "run", *short, "algorithm.filter_groups.enable=false", "--restarts", str(len(faults)))
-    run, said = finish(process, tmp_path / "run")
-    told = re.findall(r"warning: (.*): restart \d+ of", said)
-    print(*told, times(run), sep="\n")
-    assert len(told) == len(faults), said
-    for number, ((at, how, _, beginning), line) in enumerate(zip(faults, told, strict=True), 1):
-        assert line.startswith(beginning), told
-        assert re.search(KILLED if how != "raise" else f"planned fault {number}\\b", line), told
-        assert beginning != NO_ANSWER or f"[{at.partition(',')[0]} (ray::" in line, told  # which process that was
-        assert "no opinion" not in line
-    assert max(times(run)) < SECONDS, told
+    run, told = fail(faults, HANDLED | {"attempt": len(faults)}, "aqn.run.allow_failed=0.9")
+    assert all("no opinion" not in line for line in told)
     assert any(one["text"] == "no opinion" for one in lines(run / "errors.jsonl")), "it was there, and handled"
-    assert json.loads((run / "state.json").read_text())["status"] == "finished"
+
+
+def test_the_first_error_of_a_critic_is_the_line(fail, request):
+    faults = [*MORE_CRITIC, *CRITIC] if request.config.getoption("--all-kills") else CRITIC
+    fail(faults, recipe="ppo")
+
+
+@pytest.fixture
+def fail(train, tmp_path, monkeypatch):
+    """`fail(faults, *more, …)` → (run folder, the warning of each fault), checked, of a run that ends well at last."""
+
+    def start(faults, *more, recipe="e12_aggressive_1ep"):
+        plan = [{"at": at, "attempt": number, "how": how, "text": f"planned fault {number}", **options}
+                for number, (at, how, options, _) in enumerate(faults, 1)]  # fmt: skip
+        plan += [one for one in more if isinstance(one, dict)]
+        for name, value in sabotage(tmp_path, *plan).items():
+            monkeypatch.setenv(name, value)
+        short = [
+            "trainer.val_before_train=false",
+            "trainer.test_freq=-1",
+            "trainer.total_training_steps=2",
+            "algorithm.filter_groups.enable=false",
+            "--restarts",
+            str(len(faults)),
+        ]
+        overrides = [one for one in more if isinstance(one, str)]
+        process = train(tmp_path / "run", *overrides, *short, recipe=recipe)
+        run, said = finish(process, tmp_path / "run")
+        told = re.findall(r"warning: (.*): restart \d+ of", said)
+        print(*told, times(run), sep="\n")
+        assert len(told) == len(faults), said
+        for number, ((at, how, _, beginning), line) in enumerate(zip(faults, told, strict=True), 1):
+            assert line.startswith(beginning), told
+            assert re.search(KILLED if how != "raise" else f"planned fault {number}\\b", line), told
+            assert beginning != NO_ANSWER or f"[{at.partition(',')[0]} (ray::" in line, told  # which process that was
+        assert max(times(run)) < SECONDS, told
+        assert json.loads((run / "state.json").read_text())["status"] == "finished"
+        return run, told
+
+    return start
 
 
 def times(run) -> list[float]:

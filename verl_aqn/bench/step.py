@@ -7,21 +7,19 @@ import json
 import os
 import statistics
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-import psutil
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
+from verl_aqn.bench.arm_processes import ArmProcesses
 from verl_aqn.cluster.process_environment import engine_environment, local_ray
 from verl_aqn.errors import EnvironmentFault
-from verl_aqn.runs.processes import SharedMemory, adopt_orphans, end_descendants, start_module, title
+from verl_aqn.runs.processes import SharedMemory, adopt_orphans, end_descendants, start_module
 from verl_aqn.runs.tail import Tail
 
 ARMS = ("ours", "stock tuned", "stock")
@@ -29,7 +27,6 @@ PHASES = {"generation": "gen", "log-probs": "old_log_prob", "update": "update_ac
 RECIPE = "e12_aggressive_1ep"
 SYNCED_LOG = "VERL_AQN_BENCH_SYNCED"
 """Environment variable: the file where stock's engine records the bytes it sent (`verl_aqn/bench/stock_run.py`)."""
-ACTOR, ROLLOUT = "ray::WorkerDict", "VLLM::Worker"
 WORKLOADS = {"24": (), "192": (4, 4, 192), "512": (2, 8, 512)}
 """Tokens of a response → prompts, responses to each and tokens of each; () is the recipe's 6 × 8 of 24."""
 _PROMPT = 256  # tokens; enough for GSM8K's prompts too
@@ -152,9 +149,10 @@ def run_arm(name: str, settings: list[str], folder: Path, on_step: Callable[[], 
         process = start_module(module, arguments, env | {"VERL_FILE_LOGGER_PATH": str(tracked.path)}, log)
         try:
             memory = SharedMemory(Path(temporary))
-            with watching(arm.peak):
+            with ArmProcesses(arm.peak) as processes:
                 while process.poll() is None:
                     time.sleep(0.2)
+                    processes.raise_if_missing(f"bench step: {name}, see {log}")
                     for record in tracked.new():
                         if "timing_s/step" in record["data"]:
                             add_step(arm, record["data"], time.time() - begun)
@@ -211,30 +209,6 @@ def add_evidence(arm: Arm, events: Path) -> None:
             spent[one["step"]] = spent.get(one["step"], 0.0) + after["time"] - one["time"]
     for number, step in enumerate(arm.steps, 2):
         step["noise and evidence"] = spent[number] - step["sync"]
-
-
-@contextmanager
-def watching(peak: dict[str, int]) -> Iterator[None]:
-    """Record peak memory of this process's descendants once a second; this costs them no time."""
-    ended = threading.Event()
-    before = psutil.virtual_memory().available
-
-    def look() -> None:
-        while not ended.wait(1):
-            peak["all"] = max(peak.get("all", 0), before - psutil.virtual_memory().available)
-            for process in psutil.Process().children(recursive=True):
-                with suppress(psutil.Error):
-                    what = title(process)
-                    if kind := {ACTOR: "actor", ROLLOUT: "rollout"}.get(what):
-                        peak[kind] = max(peak.get(kind, 0), process.memory_info().rss)
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def measure(

@@ -18,6 +18,7 @@ NAMES = {
     "ray::AqnAgentLoopWorker": "agent loop",
     "ray::AqnHttpServer": "rollout server",
     "ray::AqnTaskRunner": "trainer",
+    "ray::GlobalRequestLoadBalancer": "request router",
     "ray::RewardLoopWorker": "reward worker",
     "ray::SimpleStorageUnit": "storage",
     "ray::TransferQueueController": "storage's controller",

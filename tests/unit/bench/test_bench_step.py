@@ -5,10 +5,11 @@ import os
 import subprocess
 import sys
 
+import psutil
 import pytest
 from rich.console import Console
 
-from verl_aqn.bench import step
+from verl_aqn.bench import arm_processes, step
 from verl_aqn.bench.step import ARMS, Arm, add_evidence, overrides, seconds, stock_config, summary, table
 from verl_aqn.errors import EnvironmentFault
 
@@ -43,6 +44,24 @@ def test_an_arm_that_ends_well_without_a_run_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(step, "command", lambda *_: ("json.scanner", [], dict(os.environ)))  # does nothing
     with pytest.raises(EnvironmentFault, match="ours ended with 0 runs"):
         step.run_arm("ours", [], tmp_path, lambda: None)
+
+
+WAITING = """
+import subprocess, sys, time
+child = "import setproctitle, time; setproctitle.setproctitle('ray::WorkerDict'); time.sleep(3)"
+subprocess.Popen([sys.executable, "-c", child])
+time.sleep(600)
+"""
+
+
+def test_an_arm_whose_actor_died_is_an_error_and_not_waited_for(tmp_path, monkeypatch):
+    (tmp_path / "waiting.py").write_text(WAITING)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    monkeypatch.setattr(step, "command", lambda *_: ("waiting", [], env))
+    monkeypatch.setattr(arm_processes, "ALONE_S", 1)
+    with pytest.raises(EnvironmentFault, match=r"bench step: stock, see .*log.txt: its actor \(process \d+\) ended"):
+        step.run_arm("stock", [], tmp_path, lambda: None)
+    assert not psutil.Process().children(recursive=True)
 
 
 def test_validation_is_no_part_of_a_step():
