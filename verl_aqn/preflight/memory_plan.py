@@ -212,8 +212,19 @@ def micro_batch(sizes: Sizes, prompts: int, tokens: int) -> MicroBatch:
     return MicroBatch(forward, forward, keys, answers * length, answers, answers)
 
 
-def saved_activations(shape: Shape, sizes: Sizes, micro: MicroBatch) -> int:
+def recomputes(shape: Shape, sizes: Sizes, micro: MicroBatch) -> bool:
+    """Return whether the actor computes its MLPs a second time in backward (`verl_aqn.models.recompute`)."""
+    if not sizes.cpu or sizes.checkpointing or shape.experts:
+        return False
+    from verl_aqn.models.recompute import saves_much  # imports torch
+
+    return saves_much(micro.forward, shape.inner, shape.layers)
+
+
+def saved_activations(shape: Shape, sizes: Sizes, micro: MicroBatch, *, lean: bool = False) -> int:
     """Return what one decoder layer saves for backward, which is also its maximum without backward.
+
+    `lean`: without the inner features of its MLP, because they are computed again.
 
     tests/unit/preflight/test_memory.py counts this with autograd's own hooks. Bytes per token: 8H inputs of two norms
     in fp32 (and 4 (Q + C) of norms on heads); 2 (2H + Q) inputs of the qkv, output and MLP projections; 8F gate, its
@@ -222,7 +233,8 @@ def saved_activations(shape: Shape, sizes: Sizes, micro: MicroBatch) -> int:
     reordered, and 4 per entry of the mask, which SDPA converts to floats.
     """
     h, q, c = shape.hidden, shape.query, shape.key_value
-    token = 4 * 2 * h + BF16 * (2 * h + q) + 4 * BF16 * shape.inner + BF16 * 7 * sizes.rank
+    token = 4 * 2 * h + BF16 * (2 * h + q) + BF16 * 7 * sizes.rank
+    token += 0 if lean else 4 * BF16 * shape.inner
     token += 4 * (q + c) if shape.head_norms else 0
     token += shape.experts * 2 * BF16 * h  # one row for each expert of a token, input and output
     query_bytes = (BF16 * q + 4 * shape.heads + (BF16 * q if sizes.padded else 0)) * micro.queries
@@ -251,6 +263,9 @@ def actor(shape: Shape, sizes: Sizes, costs: Costs) -> Estimate:
     update = micro_batch(sizes, sizes.mini_batch, sizes.update_tokens)
     one = saved_activations(shape, sizes, update)
     activations = shape.layers * one
+    if recomputes(shape, sizes, update):  # the inner features of one layer at a time
+        lean = saved_activations(shape, sizes, update, lean=True)
+        activations = (one - lean) + shape.layers * lean
     if sizes.checkpointing:  # the input of each layer, and the activations of one layer at a time
         activations = one + shape.layers * BF16 * shape.hidden * update.forward
     phases = {

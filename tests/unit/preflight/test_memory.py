@@ -13,6 +13,7 @@ from verl_aqn.checkpoints.packing import quantize_checkpoint
 from verl_aqn.checkpoints.storage import Weights
 from verl_aqn.config.compose import load_recipe
 from verl_aqn.models import layouts as layout
+from verl_aqn.models import recompute
 from verl_aqn.models.attention import NAME, laid_out
 from verl_aqn.models.shared_prompts import share_prompts
 from verl_aqn.preflight import memory_plan as memory
@@ -176,8 +177,8 @@ def test_micro_batches_are_verl_s():
     assert micro_batch(packed, 6, 10).forward == 152  # one sample at least
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_saved_activations_are_what_autograd_keeps(tmp_path, kind):
+@pytest.mark.parametrize(("kind", "lean"), [("llama", False), ("qwen3", False), ("llama", True)])
+def test_saved_activations_are_what_autograd_keeps(tmp_path, kind, lean, monkeypatch):
     """The actor's layers as in a run (bf16 adapters of FSDP, autocast, its layout), counted by autograd's hooks."""
     source = tiny_model(tmp_path / "tiny", layers=4, hidden=128)
     if kind == "qwen3":
@@ -190,6 +191,8 @@ def test_saved_activations_are_what_autograd_keeps(tmp_path, kind):
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
+    monkeypatch.setattr(recompute, "WORTH", 0 if lean else 1 << 60)
+    assert recompute.recompute_mlps(model) == 4
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     prompts, samples, prompt, response, kept = 2, 3, 96, 33, {}
     ids = [torch.randint(0, 1000, (prompt,)) for _ in range(prompts) for _ in range(samples)]
@@ -215,7 +218,7 @@ def test_saved_activations_are_what_autograd_keeps(tmp_path, kind):
     forward = prompts * prompt + len(ids) * (response - 1)  # the last token of a response predicts nothing
     keys = prompts * prompt + len(ids) * (prompt + response - 1)
     masked = len(ids) * (response - 1) * (prompt + response - 1)
-    one = memory.saved_activations(shape, given, MicroBatch(forward, forward, keys, masked, 0, 0))
+    one = memory.saved_activations(shape, given, MicroBatch(forward, forward, keys, masked, 0, 0), lean=lean)
     assert 4 * one == pytest.approx(sum(kept.values()), rel=0.03)
     del out
 

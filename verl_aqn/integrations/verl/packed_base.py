@@ -8,6 +8,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 from verl.models.transformers.monkey_patch import apply_monkey_patch
 from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_name
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from verl_aqn.checkpoints.loading import load_dense, load_model, read_values
@@ -25,6 +26,7 @@ from verl_aqn.models.layouts import (
     decide,
     use_attention,
 )
+from verl_aqn.models.recompute import recompute_mlps
 from verl_aqn.mxfp4.experts import packed_layers
 from verl_aqn.mxfp4.linear import Activation, Mxfp4Linear
 from verl_aqn.mxfp4.sharding import allow_packed_shards
@@ -153,6 +155,9 @@ class PackedBase(FSDPEngineWithLMHead):
         for layer in module.modules():
             if isinstance(layer, LoraLayer):
                 layer.lora_dropout["default"] = torch.nn.Identity()
+        # Accelerators have verl's gradient checkpointing, whose cost there is small beside that of their memory.
+        if get_device_name() == "cpu" and not self.model_config.enable_gradient_checkpointing:
+            recompute_mlps(module)
         return module
 
     def save_checkpoint(self, local_path: str, *arguments, **named) -> None:
