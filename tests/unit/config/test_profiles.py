@@ -25,7 +25,7 @@ def test_npus_are_eager_and_sleep_too():
     assert (rollout.enforce_eager, rollout.engine_kwargs.vllm.block_size) == (True, 128)
     assert (rollout.free_cache_engine, rollout.enable_sleep_mode) == (True, True)
     assert (config.trainer.device, config.trainer.n_gpus_per_node) == ("npu", 16)
-    assert config.actor_rollout_ref.actor.use_torch_compile is False
+    assert config.actor_rollout_ref.actor.fsdp_config.use_torch_compile is False
 
 
 def test_a_packed_base_needs_an_adapter():
