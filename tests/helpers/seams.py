@@ -42,6 +42,7 @@ COPIES = {
     "vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts.process_weights_after_loading": (
         "verl_aqn/integrations/vllm/cpu_moe.py"
     ),
+    "vllm.model_executor.models.utils:WeightsMapper.get_unstacked_mapper": "verl_aqn/integrations/vllm/ask_vllm.py",
 }
 # The tests that fail if a seam of these files no longer does what the file expects; the longest match counts.
 GUARDS = {
