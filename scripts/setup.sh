@@ -87,7 +87,7 @@ END
     # pip instead of uv, which does not see the system's packages. Not [dev], because triton would overwrite triton-ascend.
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[npu]" "pytest>=8" "pytest-timeout>=2.3"
 else
-    uv install -e ".[$profile,dev]"
+    uv install -e ".[$profile,dev]" --constraints scripts/requirements-cuda.lock
 fi
 uv install --no-deps -e .
 # Compiles the MXFP4 kernels for this CPU. Without a compiler, plain PyTorch computes the same bits.

@@ -21,10 +21,11 @@ def npu_rms_norm(x: Tensor, gamma: Tensor, epsilon: float = 1e-06) -> tuple[Tens
 @pytest.fixture
 def norms(monkeypatch):
     os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
-    monkeypatch.setitem(sys.modules, "torch_npu", types.SimpleNamespace(npu_rms_norm=npu_rms_norm))
+    # Before the stand-in is there: transformers looks for the real torch_npu when it is imported.
     from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
     from vllm.model_executor.layers import layernorm
 
+    monkeypatch.setitem(sys.modules, "torch_npu", types.SimpleNamespace(npu_rms_norm=npu_rms_norm))
     with set_current_vllm_config(VllmConfig(device_config=DeviceConfig("cpu"))):
         model = nn.ModuleDict(
             {

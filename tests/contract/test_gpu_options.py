@@ -1,4 +1,4 @@
-"""What the profile cuda assumes of vLLM and verl, checked in the CPU's vLLM 0.28 and read in 0.23.0 and 0.24.0."""
+"""What the profile cuda assumes of vLLM and verl, checked in the CPU's vLLM: test_pins.py has why."""
 
 import typing
 from dataclasses import fields

@@ -34,13 +34,19 @@ def test_the_hosts_sources_are_those_that_were_read(found):
 
 
 def test_seams_of_every_kind_are_found(found):
-    """A private function, a replaced attribute, an overridden method, a method with another owner, and a copy."""
+    """A private function, a replaced attribute, an overridden method, a method with another owner, and a copy.
+
+    Overridden methods also in a class of ours on a class of ours, in a mixin, and in a class behind Ray's wrapper.
+    """
     assert {
         "vllm.model_executor.models.registry:_run_in_subprocess",
         "verl.workers.rollout.vllm_rollout.vllm_async_server:run_uvicorn",
         "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync.on_step_end",
         "verl.trainer.ppo.v1.trainer_base:PPOTrainer._save_checkpoint",
         "verl.trainer.main_ppo:TaskRunnerV1.run",
+        "verl.trainer.ppo.v1.trainer_base:PPOTrainer._validate",
+        "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead.forward_step",
+        "verl.experimental.agent_loop.agent_loop:AgentLoopWorker._run_agent_loop",
     } <= set(found)
 
 

@@ -10,8 +10,10 @@ import sys
 from importlib.metadata import entry_points
 from inspect import Parameter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import verl_aqn
 from verl_aqn.config.allowed import STRATEGIES
@@ -192,6 +194,32 @@ def test_adapter_path_never_sends_the_base():
     source = inspect.getsource(ActorRolloutRefWorker)
     assert 'self.base_sync_done: bool = "dummy" not in self.config.rollout.load_format' in source
     assert "do_lora_base_sync = not self.base_sync_done" in source
+
+
+def test_parts_of_a_layer_that_vllm_fuses_keep_their_own_adapters(monkeypatch):
+    """verl 0.9.0 gives q, k and v one name in vLLM from 0.25 on, so that one adapter takes the place of the others."""
+    from verl.utils.vllm import TensorLoRARequest, VLLMHijack
+    from vllm.config.lora import LoRAConfig
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+    from vllm.model_executor.models.llama import LlamaForCausalLM
+
+    monkeypatch.setattr(LRUCacheWorkerLoRAManager, "_load_adapter", LRUCacheWorkerLoRAManager._load_adapter)
+    VLLMHijack.hijack()
+    model = SimpleNamespace(hf_to_vllm_mapper=LlamaForCausalLM.hf_to_vllm_mapper)
+    worker = SimpleNamespace(
+        _adapter_manager=SimpleNamespace(model=model, supported_lora_modules=[], packed_modules_mapping={}),
+        lora_config=LoRAConfig(max_lora_rank=8, max_loras=1, lora_dtype=torch.bfloat16),
+        vocab_size=16,
+        _lora_model_cls=LoRAModel,
+    )
+    layers = [f"model.layers.0.{name}" for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")]
+    tensors = {f"base_model.model.{layer}.lora_{part}.weight": torch.ones(8, 8) for layer in layers for part in "AB"}
+    request = TensorLoRARequest(
+        lora_name="1", lora_int_id=1, lora_path="-", lora_tensors=tensors,
+        peft_config={"r": 8, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "up_proj"]},
+    )  # fmt: skip
+    assert set(LRUCacheWorkerLoRAManager._load_adapter(worker, request).loras) == set(layers)
 
 
 def test_refills_go_through_the_trainer_and_after_evictions():

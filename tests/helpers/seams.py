@@ -11,17 +11,38 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "tests" / "contract" / "seams.json"
 HOSTS = ("verl", "vllm", "ray", "torch", "peft", "transformers")
 MEANT_TO_BE_OVERRIDDEN = ("torch.nn.modules.module", "torch.nn.modules.linear", "torch.autograd.function")
-# Functions of a host whose steps this package repeats, and where.
+# Functions of a host whose steps or rules this package repeats, and methods that it overrides in a class that it makes
+# while it runs; and where.
 COPIES = {
+    "transfer_queue.utils.zmq_utils:create_zmq_socket": "verl_aqn/integrations/verl/queue.py",
+    "transformers.core_model_loading:revert_weight_conversion": "verl_aqn/checkpoints/naming.py",
+    "verl.utils.tokenizer.chat_template:apply_chat_template": "verl_aqn/integrations/verl/rendering.py",
     "verl.trainer.main_ppo:TaskRunnerV1.run": "verl_aqn/launch/driver.py",
     "verl.trainer.main_ppo:TaskRunnerV1.init_agent_loop_manager": "verl_aqn/launch/driver.py",
     "verl.trainer.main_ppo:run_ppo": "verl_aqn/launch/driver.py",
+    "verl.trainer.ppo.reward:get_custom_reward_fn": "verl_aqn/preflight/reward_function.py",
+    "verl.trainer.ppo.v1.trainer_base:PPOTrainer._compute_ref_log_prob": "verl_aqn/integrations/verl/stock_trainer.py",
+    "verl.trainer.ppo.v1.trainer_base:PPOTrainer._setup": "verl_aqn/integrations/verl/micro_batches.py",
+    "verl.utils.dataset.rl_dataset:RLHFDataset.__getitem__": "verl_aqn/preflight/run_data.py",
+    "verl.utils.dataset.rl_dataset:RLHFDataset._read_files_and_tokenize": "verl_aqn/tasks/data_files.py",
+    "verl.utils.distributed:initialize_global_process_group_ray": "verl_aqn/integrations/verl/process_group.py",
+    "verl.utils.import_utils:load_module": "verl_aqn/preflight/reward_function.py",
+    "verl.utils.vllm.utils:VLLMHijack.hijack": "verl_aqn/integrations/vllm/ask_vllm.py",
+    "vllm.ir.ops.layernorm:fused_add_rms_norm": "verl_aqn/integrations/vllm/cpu_norm.py",
+    "vllm.ir.ops.layernorm:rms_norm": "verl_aqn/integrations/vllm/cpu_norm.py",
+    "vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts._select_experts": (
+        "verl_aqn/integrations/vllm/cpu_moe.py"
+    ),
+    "vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts.process_weights_after_loading": (
+        "verl_aqn/integrations/vllm/cpu_moe.py"
+    ),
+    "vllm.model_executor.models.utils:WeightsMapper.get_unstacked_mapper": "verl_aqn/integrations/vllm/ask_vllm.py",
 }
 # The tests that fail if a seam of these files no longer does what the file expects; the longest match counts.
 GUARDS = {
@@ -32,14 +53,20 @@ GUARDS = {
     "verl_aqn/integrations/verl/ask_verl.py": ["tests/contract/test_verl_ask.py"],
     "verl_aqn/integrations/verl/checkpointing.py": ["tests/contract/test_verl_resume.py"],
     "verl_aqn/integrations/verl/groups.py": ["tests/contract/test_verl_sampling.py"],
+    "verl_aqn/integrations/verl/kept_forward.py": ["tests/contract/test_kept_forward.py"],
     "verl_aqn/integrations/verl/keyed.py": ["tests/contract/test_verl_requests.py"],
     "verl_aqn/integrations/verl/left_out_rows.py": ["tests/contract/test_verl_rows.py"],
+    "verl_aqn/integrations/verl/micro_batches.py": ["tests/contract/test_critic_batches.py"],
     "verl_aqn/integrations/verl/platform_cpu.py": ["tests/contract/test_process_group.py"],
+    "verl_aqn/integrations/verl/process_group.py": ["tests/contract/test_process_group.py"],
+    "verl_aqn/integrations/verl/queue.py": ["tests/contract/test_queue.py"],
+    "verl_aqn/integrations/verl/rendering.py": ["tests/contract/test_verl_first_rows.py"],
     "verl_aqn/integrations/verl/rollout.py": ["tests/contract/test_verl_http.py", "tests/contract/test_verl_seams.py"],
     "verl_aqn/integrations/verl/root_cause.py": ["tests/contract/test_noted_errors.py"],
     "verl_aqn/integrations/verl/stock_trainer.py": ["tests/contract/test_stock_seams.py"],
     "verl_aqn/integrations/verl/stock_workers.py": ["tests/contract/test_stock_seams.py"],
     "verl_aqn/integrations/verl/sync.py": ["tests/contract/test_sync_socket.py", "tests/contract/test_sync_fault.py"],
+    "verl_aqn/integrations/verl/validation.py": ["tests/contract/test_verl_validation.py"],
     "verl_aqn/integrations/vllm": ["tests/contract/test_vllm_seams.py"],
     "verl_aqn/integrations/vllm/ask_vllm.py": ["tests/contract/test_vllm_ask.py"],
     "verl_aqn/integrations/vllm/cpu_moe.py": ["tests/contract/test_vllm_moe.py"],
@@ -51,6 +78,9 @@ GUARDS = {
     "verl_aqn/mxfp4": ["tests/unit/mxfp4"],
     "verl_aqn/mxfp4/sharding.py": ["tests/unit/mxfp4", "tests/unit/checkpoints/test_base_fsdp.py"],
     "verl_aqn/preflight/placing.py": ["tests/unit/preflight/test_placing.py"],
+    "verl_aqn/preflight/reward_function.py": ["tests/contract/test_verl_rewards.py"],
+    "verl_aqn/preflight/run_data.py": ["tests/contract/test_verl_first_rows.py"],
+    "verl_aqn/tasks/data_files.py": ["tests/contract/test_verl_first_rows.py"],
 }
 
 
@@ -61,9 +91,15 @@ def seams() -> dict[str, set[str]]:
     overridden, or a function whose steps are repeated.
     """
     found: dict[str, set[str]] = {}
+    classes: dict[str, Ours] = {}
     for file in sorted((ROOT / "verl_aqn").rglob("*.py")):
         path = str(file.relative_to(ROOT))
-        for seam in _in_file(file):
+        tree = ast.parse(file.read_text())
+        classes |= _classes(tree, path)
+        for seam in _in_file(tree):
+            found.setdefault(seam, set()).add(path)
+    for name in classes:
+        for path, seam in _overridden(name, classes):
             found.setdefault(seam, set()).add(path)
     for seam, path in COPIES.items():
         found.setdefault(seam, set()).add(path)
@@ -86,7 +122,7 @@ def source_of(seam: str) -> str:
         thing: Any = importlib.import_module(module)
         file = thing.__file__ or ""
         for part in name.split("."):
-            thing = getattr(thing, part)
+            thing = getattr(getattr(thing, "__ray_actor_class__", thing), part)
     except (ImportError, AttributeError):
         return "absent"
     node: Any = ast.parse(Path(file).read_text()) if file.endswith(".py") else None
@@ -111,26 +147,57 @@ def _tree(node: Any) -> Any:
     return [type(node).__name__, *fields]
 
 
-def _in_file(file: Path) -> Iterator[str]:
-    tree = ast.parse(file.read_text())
-    names: dict[str, str] = {}  # name in the file → dotted name of the host
+class Ours(NamedTuple):
+    """A class of this package: its file, its methods, and the dotted names of its bases."""
+
+    path: str
+    methods: list[str]
+    bases: list[str]
+
+
+def _classes(tree: ast.Module, path: str) -> dict[str, Ours]:
+    """Return the classes of a file by their dotted names."""
+    module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    names = _imported(tree, (*HOSTS, "verl_aqn"))
+    for node in tree.body:  # a class, or another name of one: `_Worker: Any = AgentLoopWorkerTQ.__ray_actor_class__`
+        if isinstance(node, ast.ClassDef):
+            names[node.name] = f"{module}.{node.name}"
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and node.value and (same := _dotted(node.value, names)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id: same for target in targets if isinstance(target, ast.Name)}
+    return {
+        f"{module}.{node.name}": Ours(
+            path,
+            [one.name for one in node.body if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef)],
+            [base for one in node.bases if (base := _dotted(one, names))],
+        )
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    }
+
+
+def _imported(tree: ast.Module, packages: tuple[str, ...]) -> dict[str, str]:
+    """Return the names in a file that stand for something of `packages`, with their dotted names there."""
+    names: dict[str, str] = {}
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in HOSTS:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in packages:
             names |= {one.asname or one.name: f"{node.module}.{one.name}" for one in node.names}
         elif isinstance(node, ast.Import):
             for one in node.names:
-                if (top := one.name.split(".")[0]) in HOSTS:
+                if (top := one.name.split(".")[0]) in packages:
                     names[one.asname or top] = one.name if one.asname else top
+    return names
+
+
+def _in_file(tree: ast.Module) -> Iterator[str]:
+    """Yield the private names of hosts in a file, and the attributes of hosts that it replaces."""
+    names = _imported(tree, HOSTS)
     dotted = {name for name in names.values() if _private(name)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and (name := _dotted(node, names)) and _private(name):
             dotted.add(name)
         if isinstance(node, ast.Assign):
             dotted |= {name for target in node.targets if (name := _dotted(target, names))}
-        if isinstance(node, ast.ClassDef):
-            for base in node.bases:
-                if (name := _dotted(base, names)) is not None:
-                    yield from _overridden(name, node)
     longest = {name for name in dotted if not any(other.startswith(f"{name}.") for other in dotted)}
     yield from map(_split, longest)
 
@@ -150,20 +217,34 @@ def _dotted(node: ast.expr, names: dict[str, str]) -> str | None:
     return ".".join([names[node.id], *reversed(parts)])
 
 
-def _overridden(base: str, ours: ast.ClassDef) -> Iterator[str]:
-    """Yield the methods of the host's class `base` and its parents that a class of ours overrides."""
-    module, _, name = _split(base).partition(":")
-    try:
-        cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
-        yield f"{module}:{name}"
-        return
-    for method in ours.body:
-        if isinstance(method, ast.FunctionDef | ast.AsyncFunctionDef):
-            owner = next((one for one in cls.__mro__ if method.name in vars(one)), object)
-            public = owner.__module__ in MEANT_TO_BE_OVERRIDDEN and method.name in ("__init__", "forward", "backward")
-            if owner.__module__.split(".")[0] in HOSTS and not public:
-                yield f"{owner.__module__}:{owner.__qualname__}.{method.name}"
+def _overridden(name: str, classes: dict[str, Ours]) -> Iterator[tuple[str, str]]:
+    """Yield (file, seam) for each method of a host that the class `name` or a parent of ours overrides.
+
+    A mixin without a parent overrides the methods of the classes that it is mixed with.
+    """
+    ours, hosts, waiting = [], [], [name]
+    while waiting:
+        one = waiting.pop()
+        if one in classes:
+            ours.append(classes[one])
+            waiting += classes[one].bases
+        elif one.split(".")[0] in HOSTS:
+            hosts.append(one)
+    for base in hosts:
+        module, _, rest = _split(base).partition(":")
+        try:
+            cls: Any = importlib.import_module(module)
+            for part in rest.split("."):
+                cls = getattr(cls, part)
+        except (ImportError, AttributeError):
+            yield classes[name].path, f"{module}:{rest}"
+            continue
+        for one in ours:
+            for method in one.methods:
+                owner = next((parent for parent in cls.__mro__ if method in vars(parent)), object)
+                public = owner.__module__ in MEANT_TO_BE_OVERRIDDEN and method in ("__init__", "forward", "backward")
+                if owner.__module__.split(".")[0] in HOSTS and not public:
+                    yield one.path, f"{owner.__module__}:{owner.__qualname__}.{method}"
 
 
 def _split(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Support for packed parameters under FSDP2 in the torch versions that the GPU and NPU profiles pin."""
+"""Support for packed parameters under FSDP2 in the torch version that the NPU profile pins."""
 
 import types
 from typing import Any

@@ -19,13 +19,20 @@ def test_gpus_serve_weight_only_with_graphs_and_sleep_between_phases():
     assert (rollout.free_cache_engine, rollout.enable_sleep_mode) == (True, True)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_gpu_s_actor_needs_no_flash_attn(packed):
+    """verl's default is FlashAttention 2, whose package no extra installs: a bf16 model is not loaded without it."""
+    config = load_recipe("e12", ["profile=cuda", f"aqn.mxfp4.enabled={str(packed).lower()}"])
+    assert config.actor_rollout_ref.model.override_config.attn_implementation == "sdpa"
+
+
 def test_npus_are_eager_and_sleep_too():
     config = load_recipe("e12", ["profile=npu", "trainer.n_gpus_per_node=16"])
     rollout = config.actor_rollout_ref.rollout
     assert (rollout.enforce_eager, rollout.engine_kwargs.vllm.block_size) == (True, 128)
     assert (rollout.free_cache_engine, rollout.enable_sleep_mode) == (True, True)
     assert (config.trainer.device, config.trainer.n_gpus_per_node) == ("npu", 16)
-    assert config.actor_rollout_ref.actor.use_torch_compile is False
+    assert config.actor_rollout_ref.actor.fsdp_config.use_torch_compile is False
 
 
 def test_a_packed_base_needs_an_adapter():

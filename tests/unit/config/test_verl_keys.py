@@ -88,10 +88,25 @@ def check(composed, overrides):
         (["reward_model.reward_manager=dapo"], "set reward.reward_manager.name"),
         (["custom_reward_function.path=x.py"], "set reward.custom_reward_function"),
         (["data.reward_fn_key=source"], "rename yours"),
+        ([f"{ACTOR}.ppo_micro_batch_size=4"], "verl does not read it, set ppo_micro_batch_size_per_gpu"),
+        (["critic.ppo_micro_batch_size=4"], "not read if use_dynamic_bsz=true"),
+        ([f"{ROLLOUT}.log_prob_micro_batch_size=4"], "set log_prob_micro_batch_size_per_gpu"),
+        ([f"{ACTOR}.use_torch_compile=true"], f"set {ACTOR}.fsdp_config.use_torch_compile"),
+        ([f"{ACTOR}.use_remove_padding=true"], f"set {MODEL}.use_remove_padding"),
+        (["critic.ulysses_sequence_parallel_size=2"], "set critic.fsdp.ulysses_sequence_parallel_size"),
+        ([f"{ACTOR}.checkpoint.strict=false"], "FSDP engine does not read it"),
+        ([f"{ACTOR}.fsdp_config.wrap_policy.min_num_params=9"], "FSDP2 does not read it"),
+        (["critic.fsdp.use_orig_params=true"], "FSDP2 does not read it"),
+        (["aqn.mxfp4.enabled=false", f"{ACTOR}.strategy=fsdp", f"{ACTOR}.fsdp_config.offload_policy=true"],
+         f"only FSDP2 reads it, set {ACTOR}.strategy=fsdp2"),
+        (["reward.reward_model.rollout.multi_stage_wake_up=true"], "reward model does not read it"),
+        (["global_profiler.global_tool_config.torch_memory.stacks=python"], "verl does not read it"),
+        (["global_profiler.global_tool_config.precision_debugger.steps=[1]"], "set global_profiler.steps"),
+        (["data.trust_remote_code=true"], f"set {MODEL}.trust_remote_code"),
         (["skip.rollout.enable=true"], "noise cannot be proved for responses"),
         (["distillation.enabled=true"], "a teacher's engine"),
     ],
-)
+)  # fmt: skip
 def test_what_would_be_ignored_is_refused_by_name(composed, overrides, words):
     with pytest.raises(ConfigError) as error:
         check(composed, overrides)
@@ -135,6 +150,9 @@ def test_an_override_of_a_recorded_run_is_refused_too(composed):
         ["reward.sandbox_fusion.url=http://a", "reward.custom_reward_function.path=null"],
         ["reward.reward_manager.module.path=mine.py", "reward.reward_manager.source=importlib"],
         [f"{ACTOR}.rollout_n=5", f"{ROLLOUT}.n=5"],
+        ["data.trust_remote_code=true", f"{MODEL}.trust_remote_code=true"],
+        [f"{ACTOR}.use_torch_compile=true", f"{ACTOR}.fsdp_config.use_torch_compile=true"],
+        ["aqn.mxfp4.enabled=false", f"{ACTOR}.strategy=fsdp", f"{ACTOR}.fsdp_config.wrap_policy.min_num_params=9"],
         ["critic.ppo_max_token_len_per_gpu=512", "critic.forward_max_token_len_per_gpu=512"],
         ["+trainer.my_own=1", f"+{ROLLOUT}.engine_kwargs.vllm.max_logprobs=3"],
     ],

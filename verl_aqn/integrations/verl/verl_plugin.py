@@ -17,6 +17,8 @@ from verl_aqn.integrations.verl.root_cause import note_task_errors
 from verl_aqn.runs.faults import watch
 from verl_aqn.runs.stacks import FOLDER, listen
 
+# torch 2.10 is the NPU's, 2.11 that of verl's own extra `vllm`, 2.13 the CPU's and the GPU's. CONTRIBUTING.md says why
+# verl 0.9.0 is not here.
 SUPPORTED = {"verl": ("0.9.1",), "torch": ("2.10.", "2.11.", "2.13."), "ray": ("2.60.",)}
 
 if PlatformRegistry.get("cpu") is None:

@@ -15,6 +15,7 @@ from verl_aqn.errors import EnvironmentFault
 from verl_aqn.runs.faults import watch
 from verl_aqn.runs.stacks import listen
 
+# 0.23 is the NPU's and 0.24 that of verl's own extra: both were read, not run. 0.28 is the CPU's and the GPU's.
 SUPPORTED_VLLM = ("0.23", "0.24", "0.28")
 
 POLL_S = 1e-4  # time between two checks of a queue on a CPU
