@@ -171,3 +171,9 @@ def test_the_report_shows_target_and_measurement():
 def test_the_table_at_the_end_has_the_first_and_the_last_sigma_of_many():
     (column,) = (one for one in sigma_table(RunFolder(RUN)).columns if one.header == "σ target")
     assert list(column.cells) == ["5.00e-02 to 3.64e-02"]
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+def test_a_lost_record_is_found_in_every_step(step, folder):
+    records = [one for one in records_of(RUN) if (one["kind"], one.get("step")) != ("control", step)]
+    assert f"no record of control for step {step}" in judge_run(folder(records)).faults
