@@ -59,7 +59,7 @@ class SigmaControl:
       the first point and after the last one it is constant.
     - `gain`: by how much ln σ changes for an error of 1 in ln(target / measurement). If the measurement grows like σ^n,
       the error shrinks by the factor 1 - n · gain a step: no overshoot for gain <= 1/n, stable for gain < 2/n. A KL
-      grows like σ² while σ is small. An entropy grows more slowly.
+      grows like σ² while σ is small; `verl-aqn probe` measures KL and entropy at several σ.
     - `dead_band`: σ starts to move if |ln(target / measurement)| is above it, and moves until that is at most half of
       it (hysteresis). 0.1 means within about 10 %.
     - `max_change`: the largest factor by which σ changes in one step, up or down.

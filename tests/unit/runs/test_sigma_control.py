@@ -137,6 +137,16 @@ def test_a_resumed_run_decides_by_the_records_up_to_its_checkpoint(folder):
     assert any("expected noise of σ 0.0363923" in one for one in judge_run(folder(wrong)).faults)
 
 
+@pytest.mark.parametrize(("key", "value"), [("target", 0.5), ("source", "entropy"), ("decision", "start")])
+def test_what_the_controller_says_of_a_decision_is_checked(key, value, folder):
+    records = records_of(RUN)
+    (record,) = (one for one in records if one["kind"] == "control" and one["step"] == 3)
+    record[key] = value
+    assert any(
+        one.startswith(f"step 3: {key} of the controller is {value}") for one in judge_run(folder(records)).faults
+    )
+
+
 def test_a_record_of_a_step_that_the_run_does_not_have_is_found(folder):
     records = records_of(RUN)
     for step in (0, -3, 5, 10**9, 2.5):
