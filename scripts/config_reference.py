@@ -36,6 +36,14 @@ MEANINGS = {
     "noise.epoch_aware": "Give every epoch its own warm-up and stages.",
     "noise.warmup": "Share of the steps before noise begins. `null` is one stage.",
     "noise.off_from_step": "No noise from this RL step on (counted from 0).",
+    "noise.control": "Let σ follow a measurement after its start. `null`: the schedule alone decides.",
+    "noise.control.target": "What each step measures, in nats per token.",
+    "noise.control.value": "The target, or points such as `[{step: 0, value: 0.1}, {step: 28, value: 0.001}]`.",
+    "noise.control.sigma_min": "Lower bound of σ, above 0.",
+    "noise.control.sigma_max": "Upper bound of σ.",
+    "noise.control.gain": "Change of ln σ for an error of 1 in ln(target / measurement).",
+    "noise.control.dead_band": "\\|ln(target / measurement)\\| up to which σ stays; it moves until half of it is left.",
+    "noise.control.max_change": "Largest factor by which σ changes in one step.",
     "noise.unit": "What σ is counted in: 1, the rms of the module's clean weight, or each clean weight.",
     "noise.targets": "Kinds of modules that get noise.",
     "noise.include": "Shell patterns of module names that get noise. None means all.",
@@ -85,16 +93,18 @@ def keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
         if is_dataclass(hint):
             assert isinstance(hint, type)
             yield from keys(hint, f"{prefix}{one.name}.")
-        else:
-            yield f"{prefix}{one.name}", hint, default_of(one)
+            continue
+        yield f"{prefix}{one.name}", hint, default_of(one)
+        if type(None) in get_args(hint):
+            for block in filter(is_dataclass, get_args(hint)):  # a block that may be null
+                yield from keys(block, f"{prefix}{one.name}.")
 
 
 def default_of(one: Field) -> Any:
-    """Return the default of a field. Every field of the schema has one."""
+    """Return the default of a field, or `MISSING` in a block that may be null."""
     if one.default is not MISSING:
         return one.default
-    assert one.default_factory is not MISSING, f"{one.name} has no default"
-    return one.default_factory()
+    return MISSING if one.default_factory is MISSING else one.default_factory()
 
 
 def type_text(hint: Any) -> str:
@@ -106,6 +116,10 @@ def type_text(hint: Any) -> str:
         return "list of blocks" if is_dataclass(options[0]) else "list"
     if type(None) in get_args(hint):
         return f"{type_text(options[0])} or null"
+    if options:
+        return " or ".join(type_text(option) for option in options)
+    if is_dataclass(hint):
+        return "block"
     return {bool: "true or false", int: "whole number", float: "number", str: "text"}[hint]
 
 
@@ -119,7 +133,9 @@ def choices_of(hint: Any) -> tuple[str, ...]:
 
 
 def value_text(value: Any) -> str:
-    """Return a default as YAML has it."""
+    """Return a default as YAML has it. A key without a default is required if its block is not null."""
+    if value is MISSING:
+        return "required"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, tuple):

@@ -1,12 +1,14 @@
 """Check that recipes/README.md has a row for each recipe, with the σ and the steps that the recipe has."""
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from verl_aqn.config.compose import load_recipe, plan_names, recipe_names
 from verl_aqn.config.schema import parse_aqn
+from verl_aqn.runs.run_list import sigmas
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
 TEXT = (FOLDER / "README.md").read_text()
@@ -31,7 +33,9 @@ def test_a_row_has_the_recipe_s_noise_and_steps_and_a_number_or_not_run(recipe):
     config = load_recipe(recipe, ["profile=cpu"])
     noise = parse_aqn(config).noise
     assert purpose
-    if noise.enabled:
+    if rule := noise.controller:
+        assert sigma == f"{sigmas(asdict(noise))} {rule.ends(int(steps)).removesuffix(' nats a token')}"
+    elif noise.enabled:
         assert [float(end) for end in sigma.split(" → ")] == [noise.sigma_start, noise.sigma_end]
     else:
         assert sigma == "none"

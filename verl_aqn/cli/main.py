@@ -98,6 +98,7 @@ def schedule(
     """Show σ at every step."""
     from verl_aqn.config.compose import load_recipe
     from verl_aqn.config.noise_settings import schedule_of
+    from verl_aqn.config.schema import parse_aqn
 
     if plot:
         from verl_aqn.cli.plots import check_picture
@@ -123,6 +124,8 @@ def schedule(
         print(json.dumps(table))
         return
     before = ", before target_kl scales it" if config.aqn.noise.target_kl is not None else ""
+    if rule := parse_aqn(config).noise.controller:
+        before = f", before {rule.target} moves it"
     view = Table(title=escape(f"σ of {recipe} over {total} steps{before}"), title_justify="left")
     for column in ("step", "stage", "σ"):
         view.add_column(column, justify="right")

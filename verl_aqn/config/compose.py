@@ -29,6 +29,8 @@ from verl_aqn.config.schema import nearest, parse_aqn
 from verl_aqn.config.verl_keys import check_keys, leaves, reason_against
 from verl_aqn.errors import ConfigError, EnvironmentFault, first_line
 
+# A block that is null by default: overrides may add any key of it, and `parse_aqn` refuses wrong ones.
+OPTIONAL = "aqn.noise.control."
 _REFERENCE = re.compile(r"\$\{(?:oc\.select:)?(\w[\w.]*)(?:,[^${}]*)?\}")  # a value that is copied from another setting
 # `${divide:A,B}` in recipes: A / B, rounded down, at least 1. OmegaConf itself does not calculate.
 OmegaConf.register_new_resolver("divide", lambda a, b: max(1, int(a) // int(b)), replace=True)
@@ -131,6 +133,7 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
     _refuse_plan(recipe, raw)
     profile, experiment, groups, rest = _groups([current_override(one) for one in overrides or []])
     check_overrides(rest)
+    rest = [f"++{one}" if one.startswith(OPTIONAL) else one for one in rest]
     _refuse_open(path, raw, rest)
     try:
         config = _compose(path, [*groups, *rest])

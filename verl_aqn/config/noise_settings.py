@@ -3,12 +3,16 @@
 from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.config.schema import NoiseConfig, parse_aqn
+from verl_aqn.noise.control import ControlledSigma
 from verl_aqn.noise.schedule import SigmaSchedule
 from verl_aqn.noise.spec import NoiseSpec
 
 
 def schedule_of(config: DictConfig | dict, total_steps: int) -> SigmaSchedule:
-    """Return the schedule of σ over `total_steps` RL steps. If noise is disabled, σ is 0 at every step."""
+    """Return the schedule of σ over `total_steps` RL steps. If noise is disabled, σ is 0 at every step.
+
+    With `aqn.noise.control` this is the start: a constant σ, and the steps without noise.
+    """
     noise = parse_aqn(config).noise
     epochs = int(OmegaConf.select(OmegaConf.create(config), "trainer.total_epochs") or 1)
     return SigmaSchedule(
@@ -24,7 +28,12 @@ def schedule_of(config: DictConfig | dict, total_steps: int) -> SigmaSchedule:
     )
 
 
-def order_of(noise: NoiseConfig, schedule: SigmaSchedule, step: int) -> NoiseSpec:
+def rule_of(noise: NoiseConfig, schedule: SigmaSchedule) -> SigmaSchedule | ControlledSigma:
+    """Return what decides σ: the schedule, or with `aqn.noise.control` a new controller without measurements."""
+    return ControlledSigma(noise.controller, schedule) if noise.controller else schedule
+
+
+def order_of(noise: NoiseConfig, schedule: SigmaSchedule | ControlledSigma, step: int) -> NoiseSpec:
     """Return the complete noise specification of RL step `step` (from 0), so that no process needs its own config."""
     if not noise.enabled:
         return NoiseSpec(step, noise.seed, 0.0, noise.unit, targets=())

@@ -3,11 +3,13 @@
 import difflib
 import math
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.errors import ConfigError
+from verl_aqn.noise.control import SigmaControl
 from verl_aqn.noise.schedule import Kind
 from verl_aqn.noise.spec import Layers, TargetKind, Unit
 
@@ -22,7 +24,10 @@ FOUR_BIT = {"cpu": ("even", "nearest"), "cuda": ("rceil", "nearest"), "npu": ("f
 
 @dataclass(frozen=True)
 class NoiseConfig:
-    """Noise on the weights of the rollout (`aqn.noise`): when (`SigmaSchedule`), where and how much (`NoiseSpec`)."""
+    """Noise on the weights of the rollout (`aqn.noise`): when (`SigmaSchedule`), where and how much (`NoiseSpec`).
+
+    `control`: σ follows a measurement instead of the schedule (`SigmaControl`). null: the schedule alone decides.
+    """
 
     enabled: bool = True
     kind: Kind = "exponential"
@@ -37,6 +42,7 @@ class NoiseConfig:
     epoch_aware: bool = False
     warmup: float | None = None  # a fraction of the steps; null is one stage of the schedule, as in QeRL
     off_from_step: int | None = None  # no noise from this RL step (from 0) on
+    control: SigmaControl | None = None
     unit: Unit = "absolute"  # "rms" and "multiplicative" are relative to the module's own clean weight
     # also "linear": there, σ of 0.005 and more collapsed training, 0.001 was stable
     targets: tuple[TargetKind, ...] = ("norm",)
@@ -58,6 +64,24 @@ class NoiseConfig:
                 "aqn.noise.targets has `linear`, which the actor's packed layers do not support: set "
                 "aqn.noise.apply_to=rollout, or targets=[norm]"
             )
+        if self.control is None:
+            return
+        if self.kind != "constant":
+            raise ConfigError(
+                f"aqn.noise.kind={self.kind} has no effect with aqn.noise.control, which decides σ after its start: "
+                "set aqn.noise.kind=constant, or aqn.noise.control=null"
+            )
+        if self.target_kl is not None:
+            raise ConfigError(
+                f"aqn.noise.target_kl={self.target_kl:g} and aqn.noise.control both choose σ: set "
+                "aqn.noise.target_kl=null (aqn.noise.control.target=kl holds a KL in every step)"
+            )
+        self.control.check_start(self.sigma_start)
+
+    @property
+    def controller(self) -> SigmaControl | None:
+        """Return the rule by which σ follows a measurement, or None if the schedule alone decides, or without noise."""
+        return self.control if self.enabled else None
 
     @property
     def in_actor(self) -> bool:
@@ -205,6 +229,12 @@ class AqnConfig:
     experiment: Literal["auto", Experiment] = "auto"
 
     def __post_init__(self) -> None:
+        control = self.noise.controller
+        if control and control.target == "kl" and not self.mismatch.rescore:
+            raise ConfigError(
+                "aqn.mismatch.rescore is 0, so there is no KL for aqn.noise.control.target=kl: set "
+                "aqn.mismatch.rescore=16, or aqn.noise.control.target=entropy"
+            )
         rounding = (self.mxfp4.activation_scale_rule, self.mxfp4.activation_rounding)
         if self.mxfp4.activation != "mxfp8" or self.profile == "auto":  # `load_recipe` checks again with the profile
             return
@@ -239,7 +269,7 @@ def typed(cls: type, raw: Any, where: str) -> Any:
         values[key] = value
     for one in fields(cls):
         if one.name not in values and one.default is MISSING and one.default_factory is MISSING:
-            raise ConfigError(f"{where}.{one.name} is missing".lstrip("."))
+            raise ConfigError(f"{where}.{one.name} is missing: give it a value".lstrip("."))
     return cls(**values)
 
 
@@ -259,9 +289,12 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if numbers := [key for key in value if not isinstance(key, str)]:
             raise ConfigError(f"{path}.{numbers[0]}: quote the name")
         return {key: _convert(options[1], item, f"{path}.{key}") for key, item in value.items()}
-    if type(None) in options:
-        (kind,) = set(options) - {type(None)}
-        return None if value is None else _convert(kind, value, path)
+    if get_origin(hint) in (Union, UnionType):
+        if value is None and type(None) in options:
+            return None
+        # at most one kind beside lists
+        kinds = {get_origin(kind) is tuple: kind for kind in options if kind is not type(None)}
+        return _convert(kinds.get(isinstance(value, list), next(iter(kinds.values()))), value, path)
     if get_origin(hint) is Literal:
         if value not in options:
             raise ConfigError(f"{path}={value!r} is not one of {', '.join(options)}")

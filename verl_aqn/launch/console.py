@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 RULES = {"strict": "accuracy", "flexible": "flexible", "math-verify": "math_verify"}
 
 
+MOST_SIGMAS = 3  # of one stage, in the table at the end; from more, the largest and the smallest are shown
+
+
 class Console:
     """Print progress on standard error and the result on standard output."""
 
@@ -68,7 +71,10 @@ class Console:
         noise = aqn.noise
         if noise.enabled:
             unit = {"rms": "of each module's rms", "multiplicative": "of each weight"}.get(noise.unit, noise.unit)
-            self.say(f"noise    σ {sigmas(asdict(noise))} ({unit}), {noise.num_stages} stages, {prepared.steps} steps")
+            how = f"{noise.num_stages} stages"
+            if rule := noise.controller:
+                how = f"{rule.ends(prepared.steps)}, σ {rule.sigma_min:g} to {rule.sigma_max:g}"
+            self.say(f"noise    σ {sigmas(asdict(noise))} ({unit}), {how}, {prepared.steps} steps")
             if prepared.fitted:
                 self.say(f"         σ_start found for a KL of {noise.target_kl:g}: {_nats(prepared.fitted.kl)}")
         else:
@@ -171,12 +177,15 @@ def sigma_table(run: RunFolder) -> Table:
     for stage, group in stages.items():
         steps = [record["step"] for record in group]
         target = sorted({record["sigma_target"] for record in group}, reverse=True)
+        parted = ", "
+        if len(target) > MOST_SIGMAS:  # σ follows a measurement (aqn.noise.control)
+            target, parted = [target[0], target[-1]], " to "
         measured = [record["sigma_measured"] for record in group]
         span = f"{min(steps)}" if len(steps) == 1 else f"{min(steps)}–{max(steps)}"
         table.add_row(
             str(stage),
             span,
-            ", ".join("0" if sigma == 0 else f"{sigma:.2e}" for sigma in target),
+            parted.join("0" if sigma == 0 else f"{sigma:.2e}" for sigma in target),
             "0" if max(measured) == 0 else f"{sum(measured) / len(measured):.3e}",
             str(group[0]["modules"]),
         )

@@ -18,6 +18,7 @@ from verl_aqn.config.schema import parse_aqn
 from verl_aqn.config.serving import ADAPTER_RANKS, served_rank
 from verl_aqn.environment import cluster_address
 from verl_aqn.errors import ConfigError, DataError, EnvironmentFault, ModelError
+from verl_aqn.preflight.control_inputs import check_control
 from verl_aqn.preflight.device_plan import fit
 from verl_aqn.preflight.findings import Finding, gb
 from verl_aqn.preflight.memory_plan import CPU, DEVICE, actor, machine, rollout, sizes, whole_cache
@@ -75,6 +76,7 @@ def check_recipe(config: DictConfig) -> Iterator[Finding]:
         else "",
     )  # fmt: skip
     yield check_validation(config)
+    yield from check_control(config)
 
 
 def check_validation(config: DictConfig) -> Finding:
@@ -249,6 +251,8 @@ def check_schedule(config: DictConfig) -> Finding:
         return Finding("schedule", "does not fit", str(error))
     data = "" if steps else f" (from the recipe: {config.data.train_files} is not on disk)"
     sigma = f"σ {noise.sigma_start:g} → {noise.sigma_end:g} in {noise.num_stages} stages"
+    if rule := noise.controller:
+        sigma = f"σ {noise.sigma_start:g}, then by {rule.target} of {rule.ends(int(steps or stated))}"
     return Finding("schedule", f"{sigma if noise.enabled else 'no noise'}, {steps or stated} steps{data}")
 
 

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from verl_aqn.config.noise_settings import order_of, schedule_of
+from verl_aqn.config.noise_settings import order_of, rule_of, schedule_of
 from verl_aqn.config.schema import NoiseConfig, parse_aqn
 from verl_aqn.config.stock_settings import is_stock
 from verl_aqn.errors import AqnError, EvidenceError
+from verl_aqn.noise.control import METRICS, ControlledSigma
 from verl_aqn.noise.schedule import SigmaSchedule
 from verl_aqn.runs.chain import broken
 from verl_aqn.runs.folder import EVIDENCE, RunFolder
@@ -22,10 +23,11 @@ from verl_aqn.runs.old_names import current_fields
 
 RESCORED = "aqn/mismatch/rescored_tokens"
 _FIGURES = ("abs_dlogp_mean", "abs_dlogp_p99", "kl_k3", "clipped_share")
-MEASURED = {
+MEASURED: dict[tuple[str, str | None], dict[str, str]] = {
     ("mismatch", "sampled"): {"tokens": "aqn/mismatch/tokens", **{key: f"aqn/mismatch/{key}" for key in _FIGURES}},
     ("mismatch", "rescored"): {"tokens": RESCORED, **{key: f"aqn/mismatch/kernels/{key}" for key in _FIGURES}},
     ("use", None): {"tokens": RESCORED, "effect": "aqn/mismatch/noise/abs_dlogp_mean"},
+    **{("control", source): {"measured": name, "sigma": "aqn/sigma"} for source, name in METRICS.items()},
 }
 """The fields of a record that are also among the metrics of its step, by kind and source."""
 CHAIN = "chain"
@@ -102,15 +104,17 @@ def judge_lines(expected: Expected, lines: Sequence[bytes]) -> Judgement:
     """Judge the lines of evidence.jsonl against what the run's other records say."""
     whole = expected.version >= VERSION
     noise, schedule = expected.noise, expected.schedule
+    rule = rule_of(noise, schedule) if noise and schedule else None
     judge: Judge = (
         StockJudge()
         if expected.stock
         else Judge(
-            (lambda step: order_of(noise, schedule, step)) if noise and schedule else None,
-            stage_at=schedule.stage if schedule else None,
+            (lambda step: order_of(noise, rule, step)) if noise and rule else None,
+            stage_at=rule.stage if rule else None,
             sigmas=expected.sigmas,
             noisy_actor=bool(noise and noise.in_actor),
             whole=whole,
+            control=rule if isinstance(rule, ControlledSigma) else None,
         )
     )
     faults: dict[str, list[str]] = {"noise": [expected.fault]} if expected.fault and whole else {}
@@ -118,14 +122,16 @@ def judge_lines(expected: Expected, lines: Sequence[bytes]) -> Judgement:
     for line in lines:
         record = json.loads(current_fields(line))
         judge.add(record)
-        if record.get("kind") in ("mismatch", "use") and isinstance(record.get("step"), int):
+        if record.get("kind") in ("mismatch", "use", "control") and isinstance(record.get("step"), int):
             last[record["kind"], record["step"]] = record
     for (kind, step), record in last.items() if whole else ():  # if a step was repeated, use the later record
         for key, name in MEASURED.get((kind, record.get("source")), {}).items():
-            value = expected.metrics.get(step, {}).get(name)
-            if isinstance(value, int | float) and not _close(record.get(key), value):
+            value, told = expected.metrics.get(step, {}).get(name), record.get(key)
+            # The controller must not have used a figure that the step does not have.
+            invented = kind == "control" and step in expected.metrics and value is None and told is not None
+            if invented or (isinstance(value, int | float) and not _close(told, value)):
                 faults.setdefault(kind, []).append(
-                    f"step {step}: {key} is {record.get(key)} in {EVIDENCE} and {value:g} in metrics.jsonl ({name})"
+                    f"step {step}: {key} is {told} in {EVIDENCE} and {value} in metrics.jsonl ({name})"
                 )
     for kind, tally in judge.tallies.items():
         faults.setdefault(kind, []).extend(tally.faults)

@@ -134,14 +134,16 @@ def table(rows: Iterable[dict[str, Any]]) -> Table:
 
 
 def sigmas(noise: dict[str, Any] | None) -> str:
-    """Return '0.05 → 1e-05' for a config's `aqn.noise`, or '0.005', 'off' or '–'.
+    """Return '0.05 → 1e-05' for a config's `aqn.noise`, or '0.005', '0.05, then by kl', 'off' or '–'.
 
-    '0.005' is a constant σ, whose end is not used; '–' means that there is no noise block.
+    '0.005' is a constant σ, whose end is not used; with `aqn.noise.control` it is the start. '–' means that there is no
+    noise block.
     """
     if not noise or not noise.get("enabled", True):
         return "off" if noise else "–"
     keys = ("sigma_start",) if noise.get("kind") == "constant" else ("sigma_start", "sigma_end")
-    return " → ".join("?" if noise.get(key) is None else f"{noise[key]:g}" for key in keys)
+    text = " → ".join("?" if noise.get(key) is None else f"{noise[key]:g}" for key in keys)
+    return f"{text}, then by {noise['control']['target']}" if noise.get("control") else text
 
 
 def _get(config: Any, *keys: str) -> Any:

@@ -25,7 +25,7 @@ PLAN = {  # recipe: (σ_end, epoch_aware, epochs, steps)
 }
 
 
-ALGORITHMS = ["grpo", "dapo", "ppo", "rloo", "reinforce_plus_plus", "gspo", "cispo", "multi_turn"]
+ALGORITHMS = ["grpo", "dapo", "ppo", "rloo", "reinforce_plus_plus", "gspo", "cispo", "multi_turn", "kl_control"]
 
 
 def test_the_plan_s_recipes_are_all_there():

@@ -11,7 +11,7 @@ from verl_aqn.config.compose import load_recipe
 from verl_aqn.config.schema import parse_aqn
 from verl_aqn.errors import ConfigError, TrainingError
 from verl_aqn.integrations.verl import trainer as trainer_module
-from verl_aqn.integrations.verl.groups import check_refill, count_groups
+from verl_aqn.integrations.verl.groups import check_refill, count_groups, remedy
 from verl_aqn.preflight.prepare import check_steps
 
 
@@ -98,3 +98,10 @@ def test_a_step_that_teaches_nothing_is_warned_of_unless_there_is_a_critic(monke
     )
     assert "lower aqn.noise.sigma_start (0.05 absolute;" in warning
     assert not step_figures(monkeypatch, [0.0] * 4, critic=True)[1]
+
+
+def test_the_advice_for_rewards_that_do_not_differ_names_the_key_that_decides_sigma():
+    noise = parse_aqn(load_recipe("kl_control", ["profile=cpu"])).noise
+    assert remedy(0.1, 0.2, noise) == (
+        "lower aqn.noise.control.value or sigma_max (0.1 rms), or use easier prompts (worked examples help)"
+    )

@@ -123,6 +123,8 @@ def remedy(sigma: float, mean: float, noise: NoiseConfig) -> str:
         return prompts
     if noise.target_kl is not None:
         return f"lower aqn.noise.target_kl ({noise.target_kl:g} nats per token), or {prompts}"
+    if rule := noise.controller:
+        return f"lower aqn.noise.control.value or sigma_max ({rule.sigma_max:g} {noise.unit}), or {prompts}"
     return (
         f"lower aqn.noise.sigma_start ({noise.sigma_start:g} {noise.unit}; `verl-aqn probe` shows what each σ does), "
         f"set aqn.noise.target_kl=0.1 to choose σ automatically, or {prompts}"

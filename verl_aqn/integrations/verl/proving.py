@@ -7,12 +7,13 @@ import ray
 from omegaconf import DictConfig
 
 from verl_aqn.checkpoints.slices import distinct, not_covered
-from verl_aqn.config.noise_settings import order_of, schedule_of
+from verl_aqn.config.noise_settings import order_of, rule_of, schedule_of
 from verl_aqn.config.schema import parse_aqn
 from verl_aqn.errors import EvidenceError
 from verl_aqn.integrations.verl.base_evidence import BaseRecords, with_tables
 from verl_aqn.integrations.verl.validation import ValidatingTrainer
 from verl_aqn.noise import expected_norms
+from verl_aqn.noise.control import ControlledSigma
 from verl_aqn.runs.evidence import judge_run
 from verl_aqn.runs.folder import EVIDENCE, folder_of
 from verl_aqn.runs.judge.base_record import sentence
@@ -40,14 +41,19 @@ class ProvingTrainer(ValidatingTrainer):
 
     def begin_evidence(self) -> None:
         """Record the nodes of the run and the layout of the actor's batches."""
-        self.schedule = schedule_of(self.config, self.total_training_steps)
+        # The judge decides σ again, from the records alone.
+        schedule = schedule_of(self.config, self.total_training_steps)
+        self.schedule, judged = (rule_of(self.aqn.noise, schedule) for _ in range(2))
         self.judge = Judge(
-            lambda step: order_of(self.aqn.noise, self.schedule, step),
-            stage_at=self.schedule.stage,
+            lambda step: order_of(self.aqn.noise, judged, step),
+            stage_at=judged.stage,
             noisy_actor=self.aqn.noise.in_actor,
+            control=judged if isinstance(judged, ControlledSigma) else None,
         )
         for record in self.folder.read(EVIDENCE):  # records of earlier attempts, with which later ones must agree
             self.judge.add(record)
+            if record["kind"] == "control" and isinstance(self.schedule, ControlledSigma):
+                self.schedule.add(record["step"] - 1, record["measured"])
         addresses = ray.get([server.get_server_address.remote() for server in self.servers()])
         self.record(
             "placed",
@@ -100,6 +106,20 @@ class ProvingTrainer(ValidatingTrainer):
             "aqn/stage": self.schedule.stage(step),
             "aqn/modules": ranks[0]["modules"],
         }
+
+    def follow_target(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:
+        """Record what σ of RL step `step` (from 0) was decided by, and the measurement that decides the next one.
+
+        Return the figures of the step; {} without `aqn.noise.control`.
+        """
+        if not isinstance(self.schedule, ControlledSigma):
+            return {}
+        record = self.schedule.record(step, metrics)
+        self.record("control", **record)
+        self.schedule.add(step, record["measured"])
+        if record["reason"]:
+            self.warn(f"step {step + 1}: σ does not change after this step, because {record['reason']}")
+        return {f"aqn/control/{key}": record[key] for key in ("target", "measured") if record[key] is not None}
 
     def restore_clean(self, when: str) -> None:
         """Write the clean weights on every replica, and check them bit for bit.

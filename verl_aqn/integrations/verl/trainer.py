@@ -1,7 +1,7 @@
 """verl's synchronous trainer with noise by schedule, and evidence of everything that reaches the rollout.
 
-σ is decided in one place, `on_step_begin` in this module. The rollout gets the noise order, and its answer is checked
-at once.
+σ is decided in one place, `on_step_begin` in this module: by the schedule, or by `aqn.noise.control`. The rollout gets
+the noise order, and its answer is checked at once.
 """
 
 from dataclasses import asdict
@@ -144,6 +144,7 @@ class AqnTrainer(ComparingTrainer):
         metrics.update(self.noise_metrics)
         metrics["aqn/synced_bytes"] = self.synced_bytes
         metrics.update(self.group_and_mismatch_metrics(batch, metrics))
+        metrics.update(self.follow_target(global_steps - 1, metrics))
         drop_meaningless(metrics, cpu=self.config.trainer.device == "cpu")
         numbers, total = numbers_in(metrics), self.total_training_steps
         self.write("metrics.jsonl", kind="step", step=global_steps, total=total, metrics=numbers)

@@ -20,11 +20,13 @@ from verl_aqn.noise.checks import (
     check_old_reading,
     check_used,
 )
+from verl_aqn.noise.control import ControlledSigma
 from verl_aqn.noise.spec import NoiseSpec, count_layers
 from verl_aqn.runs.judge.base_record import check_base, is_old
 from verl_aqn.runs.judge.mismatch import check_mismatch
 from verl_aqn.runs.judge.noise_use import check_effect, floor_of
 from verl_aqn.runs.judge.ranks import by_rank, wide_base
+from verl_aqn.runs.judge.sigma_control import check_control
 
 VERSION = 2
 """Version of the evidence. Version 1 (no field `evidence` in `placed`) lacks some records that `Judge.missing` wants.
@@ -46,6 +48,7 @@ IDENTITY: dict[str, tuple[str, ...]] = {
     "actor clean": ("at", "rank"),
     "mismatch": ("step",),
     "use": ("step",),
+    "control": ("step",),
     "adapter use": ("step",),
     "requests": ("when",),
     "strength": (),
@@ -110,10 +113,12 @@ class Judge:
 
     Args:
         order_at: returns the noise order of the run's config for RL step n (from 0); None if the config is not known.
+            With `control` its σ is that of `control`.
         stage_at: returns the stage of RL step n; None if it is not known.
         sigmas: σ by RL step from the run's schedule, for records of older versions.
         noisy_actor: whether the actor has the rollout's noise.
         whole: whether the records are of `VERSION`. In older records an absent field or record is not a fault.
+        control: the controller of σ, if the config has one; the judge adds the measurements on record to it.
     """
 
     def __init__(
@@ -124,10 +129,11 @@ class Judge:
         sigmas: Sequence[float] = (),
         noisy_actor: bool = False,
         whole: bool = True,
+        control: ControlledSigma | None = None,
     ) -> None:
         self.start: tuple[str, ...] = START
         self.order_at, self.stage_at, self.sigmas = order_at, stage_at, sigmas
-        self.noisy_actor, self.whole = noisy_actor, whole
+        self.noisy_actor, self.whole, self.control = noisy_actor, whole, control
         self.tallies: dict[str, Tally] = {}
         self.seen: set[tuple] = set()  # identities of the records of all attempts
         self._attempt: set[tuple] = set()  # and those of the last attempt
@@ -456,6 +462,9 @@ class Judge:
                 f"records give {floor:g}"
             )
 
+    def _on_control(self, record: Fields) -> None:
+        check_control(record, self.control)
+
     def _on_strength(self, record: Fields) -> None:
         for one in (record["clean"], record["noisy"]):
             for key in ("kl", "entropy"):
@@ -489,7 +498,7 @@ class Judge:
         wanted: list[tuple] = []
         for step in done.steps:
             wanted += [("noise", step - 1, rank) for rank in rollout]
-            wanted += [("adapter", step), ("mismatch", step)]
+            wanted += [("adapter", step), ("mismatch", step), *([("control", step)] if self.control else [])]
             if self.noisy_actor:
                 wanted += [
                     (kind, step - at, rank) for rank in actor for kind, at in (("actor noise", 1), ("actor clean", 0))

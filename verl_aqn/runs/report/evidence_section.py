@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from verl_aqn.noise.control import AT_MAX, AT_MIN, MOVED
 from verl_aqn.runs.evidence import CHAIN
 from verl_aqn.runs.judge.base_record import is_old, sentence
 from verl_aqn.runs.judge.mismatch import bound, least
@@ -27,6 +28,7 @@ ROWS = {
     "mismatch": "trainer and rollout without noise",
     "noise": "noise in the rollout's weights",
     "use": "noise in the rollout's forward pass",
+    "control": "σ by its controller, decided again from the records",
     "actor noise": "noise in the actor",
     "clean": "clean norms in validation, rescoring and at the end",
     "actor clean": "clean norms in the actor",
@@ -111,8 +113,9 @@ def _noise(run: Run, records: Sequence[Record]) -> str:
         return "no noise in any step, as configured"
     inside = sum(_inside(record) for record in noisy)
     modules = sorted({record.get("modules") or 0 for record in noisy})
+    how = "ordered by the controller" if "control" in run.of_kind else "scheduled"
     return (
-        f"as scheduled in {len(records)} of {len(records)} readings, in {'–'.join(map(str, modules))} modules; "
+        f"as {how} in {len(records)} of {len(records)} readings, in {'–'.join(map(str, modules))} modules; "
         f"σ within its 95 % sampling interval in {inside} of {len(noisy)}"
     )
 
@@ -127,6 +130,19 @@ def _use(run: Run, records: Sequence[Record]) -> str:
         f"{number(first['predicted'])} predicted by {first.get('predicted_by')}; detected in {len(seen)} of "
         f"{sum(bool(record['sigma']) for record in records)} steps with noise, too small in the others"
     )
+
+
+def _control(run: Run, records: Sequence[Record]) -> str:
+    source, measured = records[0]["source"], [one for one in records if one["measured"] is not None]
+    moved = sum(record["decision"] == MOVED for record in records)
+    bound = sum(record["decision"] in (AT_MIN, AT_MAX) for record in records)
+    text = (
+        f"{source} measured in {len(measured)} of {len(records)} steps; σ moved in {moved}, was at a bound in {bound}"
+    )
+    if not measured:
+        return text
+    last = measured[-1]
+    return f"{text}; in step {last['step']} {number(last['measured'])} nats a token, target {number(last['target'])}"
 
 
 def _clean(run: Run, records: Sequence[Record]) -> str:
@@ -164,6 +180,7 @@ DETAILS: dict[str, Callable[[Run, Sequence[Record]], str]] = {
     "noise": _noise,
     "actor noise": _noise,
     "use": _use,
+    "control": _control,
     "clean": _clean,
     "actor clean": _clean,
     "strength": _strength,

@@ -74,6 +74,7 @@ def render(runs: Sequence[Run], factors: list[str], any_difference: bool, answer
     """Return the page as text."""
     together, missing_together = sections.draw(sections.TOGETHER, runs)
     training, missing_training = sections.draw(sections.TRAINING, runs)
+    together += sections.draw(sections.CONTROL, runs)[0]
     training += sections.draw(sections.TOOLS, runs)[0]
     mismatch, missing_mismatch = sections.draw(sections.MISMATCH, runs)
     accuracy, accuracies = sections.accuracy(runs)

@@ -86,6 +86,16 @@ TRAINING = (
     ),
     Panel("gradient", "Gradient norm", "Of the actor, before clipping.", (("", "actor/grad_norm"),), zero=True),
 )
+# For runs whose σ follows a measurement.
+CONTROL = (
+    Panel(
+        "control",
+        "Target of σ",
+        "Nats a token: the entropy or the KL that σ follows (aqn.noise.control), and what each step measured.",
+        (("measured", "aqn/control/measured"), ("target", "aqn/control/target")),
+        log=True,
+    ),
+)
 # For runs whose policy calls tools.
 TOOLS = (
     Panel(
