@@ -21,7 +21,6 @@ from verl.workers.config import HFModelConfig
 from verl.workers.engine.base import EngineRegistry
 
 import verl_aqn.integrations.verl.engine  # noqa: F401  registers the engine
-from verl_aqn.integrations.verl.platform_cpu import keep_pages
 from verl_aqn.preflight.peak import peak_bytes
 
 
@@ -60,7 +59,6 @@ def loss(model_output, data, dp_group):
 
 
 def main(path: Path) -> None:
-    keep_pages()  # as verl's worker does
     config = OmegaConf.load(path)
     found = {"imports": peak_bytes()}
     actor = config.actor_rollout_ref.actor

@@ -1,7 +1,9 @@
 """The environment of a run's processes: those of its own Ray, of a cluster's, and of an engine."""
 
+import importlib.util
 import os
 import secrets
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -17,6 +19,8 @@ from verl_aqn.safe_files import own_folder
 MEMORY_S = 5  # between checks of shared memory
 
 
+KEEPING = "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1"
+"""jemalloc's options: freed memory is kept, also that of large blocks."""
 RAY = {"RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
@@ -49,11 +53,27 @@ def worker_environment(run: RunFolder, temporary: str) -> dict[str, str]:
     config = launched(run)
     ranks = int(config.actor_rollout_ref.rollout.tensor_model_parallel_size)
     env = engine_environment(temporary, cpu=config.aqn.profile == "cpu", ranks=ranks)
+    if config.aqn.profile == "cpu":
+        env = allocator() | env
     env["HYDRA_FULL_ERROR"] = "1"
     env[stacks.FOLDER] = str(stacks.folder_in(temporary))
     env[faults.PLACE] = str(run.path / faults.FILE)
     stay_here(env, run.path, run.state["attempt"])
     return env
+
+
+def allocator() -> dict[str, str]:
+    """Return the environment of a process on a CPU whose allocator is the jemalloc in Ray's package.
+
+    Tensors of many sizes, some of which live until the backward pass, leave holes in glibc's heap that are not used
+    again, and glibc returns blocks above 32 MB to the system, which then has to find and clear their pages once more.
+    Empty if Ray has no such file, or if the user has preloaded a library.
+    """
+    found = importlib.util.find_spec("ray")
+    library = Path(found.origin).parent / "core/libjemalloc.so" if found and found.origin else None
+    if library is None or not library.is_file() or os.environ.get("LD_PRELOAD"):
+        return {}
+    return {"LD_PRELOAD": str(library), "MALLOC_CONF": KEEPING}
 
 
 def starts_warm(config: DictConfig) -> bool:

@@ -1,8 +1,7 @@
 """A verl platform for CPUs: the device functions that verl 0.9.1 calls, for a machine without an accelerator."""
 
-import ctypes
 import types
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,23 +64,6 @@ def accept_one_backend() -> None:
         initialize(timeout_second, backend or "gloo")
 
     distributed.initialize_global_process_group_ray = initialize_with_gloo
-
-
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of mallopt, in glibc's malloc.h
-_MOST = 2**31 - 1
-
-
-def keep_pages() -> None:
-    """Make this process keep the memory that it frees, as torch's allocator does on a GPU.
-
-    Otherwise glibc returns each block above 32 MB, and the next one of that size has new pages, which the kernel must
-    find and clear. The resident memory of a training process then stays at its peak, which the run has to fit anyway.
-    A C library without `mallopt` is left as it is.
-    """
-    with suppress(AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_MMAP_MAX, 0)
-        mallopt(_TRIM_THRESHOLD, _MOST)
 
 
 class PlatformCPU(PlatformBase):

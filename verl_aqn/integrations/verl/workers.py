@@ -2,11 +2,9 @@
 
 import ray
 from verl.single_controller.base.decorator import Dispatch, register
-from verl.utils.device import get_device_name
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from verl_aqn.errors import AqnError
-from verl_aqn.integrations.verl.platform_cpu import keep_pages
 from verl_aqn.integrations.verl.process_group import open_process_group
 from verl_aqn.integrations.verl.sync import watch_sync
 from verl_aqn.integrations.verl.sync_socket import of_this_run
@@ -24,8 +22,6 @@ class AqnTrainingWorker(TrainingWorker):
         # verl imports a model's external_lib where it creates the model's config; for a critic this is another process.
         import verl_aqn.integrations.verl.engine  # noqa: F401
 
-        if get_device_name() == "cpu":
-            keep_pages()
         open_process_group()
         super().__init__(config)
 
