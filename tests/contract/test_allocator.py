@@ -1,0 +1,42 @@
+"""The allocator in Ray's package: there, loaded, and keeping what is freed."""
+
+import os
+import subprocess
+import sys
+
+from verl_aqn.cluster.process_environment import allocator
+
+TAKES_AGAIN = """
+import resource, torch
+for _ in range(8):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = torch.ones(25 << 20)
+    del block
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, "libjemalloc" in open("/proc/self/maps").read())
+"""
+
+
+def take(env: dict[str, str]) -> tuple[int, str, str]:
+    """Return the page faults of the last of eight blocks of 100 MB, whether jemalloc was loaded, and what was said."""
+    told = subprocess.run(
+        [sys.executable, "-c", TAKES_AGAIN], capture_output=True, text=True, check=True, env={**os.environ, **env}
+    )
+    faults, loaded = told.stdout.split()
+    return int(faults), loaded, told.stderr
+
+
+def test_memory_that_a_process_frees_needs_no_new_pages(monkeypatch):
+    """100 MB are 25,600 pages of 4 kB. jemalloc says on standard error which options it does not know."""
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    faults, loaded, _ = take({})
+    assert faults > 25_000
+    assert loaded == "False"
+    faults, loaded, said = take(allocator())
+    assert faults < 1000
+    assert loaded == "True"
+    assert "jemalloc" not in said
+
+
+def test_a_library_that_the_user_preloads_stays(monkeypatch):
+    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libtcmalloc.so")
+    assert allocator() == {}
