@@ -26,14 +26,13 @@ def take(env: dict[str, str]) -> tuple[int, str, str]:
 
 
 def test_memory_that_a_process_frees_needs_no_new_pages(monkeypatch):
-    """100 MB are 25,600 pages of 4 kB. jemalloc says on standard error which options it does not know."""
+    """100 MB are 25,600 pages of 4 kB, or 50 large ones. jemalloc says on standard error which options are unknown."""
     monkeypatch.delenv("LD_PRELOAD", raising=False)
-    faults, loaded, _ = take({})
-    assert faults > 25_000
+    each_time, loaded, _ = take({})
     assert loaded == "False"
     faults, loaded, said = take(allocator())
-    assert faults < 1000
     assert loaded == "True"
+    assert faults < each_time / 10
     assert "jemalloc" not in said
 
 
