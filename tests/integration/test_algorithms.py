@@ -137,7 +137,7 @@ def test_ppo_trains_a_critic_on_the_packed_base_with_noise_in_the_actor_too(run)
 
 @pytest.mark.parametrize(
     ("recipe", "estimator", "modules", "rank"),
-    [("gspo", "rloo", "all-linear", 64), ("cispo", "reinforce_plus_plus", "[o_proj]", 8)],
+    [("gspo", "rloo", "all-linear", 8), ("cispo", "reinforce_plus_plus", "[o_proj]", 64)],
 )
 def test_an_estimator_with_kl_in_the_reward_beside_a_loss_of_another_kind(run, recipe, estimator, modules, rank):
     """The recipes `rloo` and `reinforce_plus_plus` differ from these only in the loss, so two runs cover four."""
