@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+from verl_aqn.cluster import process_environment
 from verl_aqn.cluster.process_environment import allocator
 
 TAKES_AGAIN = """
@@ -38,4 +39,11 @@ def test_memory_that_a_process_frees_needs_no_new_pages(monkeypatch):
 
 def test_a_library_that_the_user_preloads_stays(monkeypatch):
     monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libtcmalloc.so")
+    assert allocator() == {}
+
+
+def test_larger_pages_than_jemalloc_knows(monkeypatch):
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    assert allocator()
+    monkeypatch.setattr(process_environment, "PAGE", 2048)
     assert allocator() == {}

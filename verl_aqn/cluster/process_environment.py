@@ -21,6 +21,7 @@ MEMORY_S = 5  # between checks of shared memory
 
 KEEPING = "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1"
 """jemalloc's options: freed memory is kept, also that of large blocks."""
+PAGE = 4096  # bytes
 RAY = {"RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
@@ -67,11 +68,12 @@ def allocator() -> dict[str, str]:
 
     Tensors of many sizes, some of which live until the backward pass, leave holes in glibc's heap that are not used
     again, and glibc returns blocks above 32 MB to the system, which then has to find and clear their pages once more.
-    Empty if Ray has no such file, or if the user has preloaded a library.
+    Empty if Ray has no such file, if the user has preloaded a library, or if pages are larger than the 4 kB that
+    jemalloc was built for, because it would end the process (on some ARM machines).
     """
     found = importlib.util.find_spec("ray")
     library = Path(found.origin).parent / "core/libjemalloc.so" if found and found.origin else None
-    if library is None or not library.is_file() or os.environ.get("LD_PRELOAD"):
+    if library is None or not library.is_file() or os.environ.get("LD_PRELOAD") or os.sysconf("SC_PAGE_SIZE") > PAGE:
         return {}
     return {"LD_PRELOAD": str(library), "MALLOC_CONF": KEEPING}
 
