@@ -1,8 +1,12 @@
 """The allocator in Ray's package: there, loaded, and keeping what is freed."""
 
+import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
+
+import pytest
 
 from verl_aqn.cluster import process_environment
 from verl_aqn.cluster.process_environment import allocator
@@ -47,3 +51,17 @@ def test_larger_pages_than_jemalloc_knows(monkeypatch):
     assert allocator()
     monkeypatch.setattr(process_environment, "PAGE", 2048)
     assert allocator() == {}
+
+
+@pytest.mark.parametrize(("profile", "loads"), [("cpu", True), ("cuda", False), ("npu", False)])
+def test_the_processes_of_a_run_on_cpus_load_it(profile, loads, tmp_path, monkeypatch):
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    config = {
+        "aqn": {"profile": profile, "run": {"dir": str(tmp_path)}},
+        "actor_rollout_ref": {"rollout": {"tensor_model_parallel_size": 1}},
+        "trainer": {"logger": []},
+    }
+    (tmp_path / "launch.yaml").write_text(json.dumps(config))
+    run = SimpleNamespace(path=tmp_path, state={"attempt": 1})
+    env = process_environment.worker_environment(run, str(tmp_path))
+    assert ("LD_PRELOAD" in env, "MALLOC_CONF" in env) == (loads, loads)

@@ -18,6 +18,7 @@ from verl_aqn.config.compose import load_recipe
 from verl_aqn.integrations.verl import kept_forward
 from verl_aqn.integrations.verl.kept_forward import KEPT, is_random_in_training
 from verl_aqn.integrations.verl.platform_cpu import PlatformCPU
+from verl_aqn.models import recompute
 from verl_aqn.preflight.prepare import keeps_forward, tell_workers
 
 
@@ -107,6 +108,22 @@ def test_an_update_with_the_kept_forward_is_the_same_update(kind, entropy_coeff)
     assert found[1].keys() == expected[1].keys() != set()
     for name, gradient in expected[1].items():
         torch.testing.assert_close(found[1][name], gradient, atol=1e-7, rtol=1e-5)
+
+
+def test_mlps_of_a_kept_forward_are_computed_again_as_they_were(monkeypatch):
+    """The reference policy, whose adapters are off, is computed between the forward and its backward pass."""
+    gradients = []
+    for worth in (1 << 60, 0):
+        monkeypatch.setattr(recompute, "WORTH", worth)
+        torch.manual_seed(0)
+        one = Counted()
+        assert recompute.recompute_mlps(one.module) == 2
+        old = one.log_probs(given())
+        one.reference(given())
+        gradients.append(one.update(given(), old)[1])
+        assert one.engine.used_forwards == 1
+    assert gradients[0].keys() == gradients[1].keys() != set()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
 def test_a_reference_policy_in_between_leaves_the_forward():

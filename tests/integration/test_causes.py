@@ -51,7 +51,8 @@ MORE_CRITIC = [("critic, start", "raise", {}, "actor (ray::WorkerDict, ")]
 def test_the_first_error_is_the_line(fail, request):
     faults = [*MORE, *FEW] if request.config.getoption("--all-kills") else FEW
     # A fraction of failures is allowed: otherwise the first one would end the run, and a reward is never retried.
-    run, told = fail(faults, HANDLED | {"attempt": len(faults)}, "aqn.run.allow_failed=0.9")
+    handled = HANDLED | {"attempt": len(faults)}
+    run, told = fail(faults, [handled], ["aqn.run.allow_failed=0.9"])
     assert all("no opinion" not in line for line in told)
     assert any(one["text"] == "no opinion" for one in lines(run / "errors.jsonl")), "it was there, and handled"
 
@@ -63,13 +64,15 @@ def test_the_first_error_of_a_critic_is_the_line(fail, request):
 
 @pytest.fixture
 def fail(train, tmp_path, monkeypatch):
-    """`fail(faults, *more, …)` → (run folder, the warning of each fault), checked, of a run that ends well at last."""
+    """`fail(faults)` → (run folder, the warning of each fault) of a run that ends well at last.
 
-    def start(faults, *more, recipe="e12_aggressive_1ep"):
+    It checks the line and the time of each fault. `handled`: further entries of the plan, which end no attempt.
+    """
+
+    def start(faults, handled=(), overrides=(), recipe="e12_aggressive_1ep"):
         plan = [{"at": at, "attempt": number, "how": how, "text": f"planned fault {number}", **options}
                 for number, (at, how, options, _) in enumerate(faults, 1)]  # fmt: skip
-        plan += [one for one in more if isinstance(one, dict)]
-        for name, value in sabotage(tmp_path, *plan).items():
+        for name, value in sabotage(tmp_path, *plan, *handled).items():
             monkeypatch.setenv(name, value)
         short = [
             "trainer.val_before_train=false",
@@ -79,7 +82,6 @@ def fail(train, tmp_path, monkeypatch):
             "--restarts",
             str(len(faults)),
         ]
-        overrides = [one for one in more if isinstance(one, str)]
         process = train(tmp_path / "run", *overrides, *short, recipe=recipe)
         run, said = finish(process, tmp_path / "run")
         told = re.findall(r"warning: (.*): restart \d+ of", said)

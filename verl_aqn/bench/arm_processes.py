@@ -56,14 +56,12 @@ class ArmProcesses:
         Raises:
             EnvironmentFault: one of them ended more than `ALONE_S` ago. The message begins with `what`.
         """
+        now = time.monotonic()
         for process, kind in list(self._seen.items()):
-            since = time.monotonic()
-            if not _ended(process):
-                continue
-            if since - self._lost.setdefault(process, since) > ALONE_S:
+            if _ended(process) and now - self._lost.setdefault(process, now) > ALONE_S:
                 raise EnvironmentFault(
-                    f"{what}: its {kind} (process {process.pid}) ended, perhaps for want of memory, and the run waits "
-                    "for it"
+                    f"{what}: the run's {kind} (process {process.pid}) ended, perhaps for want of memory, and the run "
+                    "did not"
                 )
 
 

@@ -17,11 +17,9 @@ from verl_aqn.runs.old_names import load_recorded
 from verl_aqn.safe_files import own_folder
 
 MEMORY_S = 5  # between checks of shared memory
-
-
 KEEPING = "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1"
 """jemalloc's options: freed memory is kept, also that of large blocks."""
-PAGE = 4096  # bytes
+PAGE = 4096  # bytes of the pages that it was built for
 RAY = {"RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 

@@ -262,11 +262,11 @@ def actor(shape: Shape, sizes: Sizes, costs: Costs) -> Estimate:
     update = micro_batch(sizes, sizes.mini_batch, sizes.update_tokens)
     one = saved_activations(shape, sizes, update)
     activations = shape.layers * one
-    if recomputes(shape, sizes, update):  # the inner features of one layer at a time
-        lean = saved_activations(shape, sizes, update, lean=True)
-        activations = (one - lean) + shape.layers * lean
     if sizes.checkpointing:  # the input of each layer, and the activations of one layer at a time
         activations = one + shape.layers * BF16 * shape.hidden * update.forward
+    elif recomputes(shape, sizes, update):  # the inner features of one layer at a time
+        lean = saved_activations(shape, sizes, update, lean=True)
+        activations = (one - lean) + shape.layers * lean
     phases = {
         "loading": {"base before it is shared out": int(base * (sizes.ranks if sizes.cpu else 1))},
         "log-probs": {

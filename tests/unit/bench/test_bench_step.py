@@ -47,21 +47,31 @@ def test_an_arm_that_ends_well_without_a_run_is_an_error(tmp_path, monkeypatch):
 
 
 WAITING = """
-import subprocess, sys, time
+import os, subprocess, sys, time
 child = "import setproctitle, time; setproctitle.setproctitle('ray::WorkerDict'); time.sleep(3)"
-subprocess.Popen([sys.executable, "-c", child])
-time.sleep(600)
+subprocess.run([sys.executable, "-c", child])
+time.sleep(float(os.environ["MORE_S"]))
 """
 
 
 def test_an_arm_whose_actor_died_is_an_error_and_not_waited_for(tmp_path, monkeypatch):
     (tmp_path / "waiting.py").write_text(WAITING)
-    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "MORE_S": "600"}
     monkeypatch.setattr(step, "command", lambda *_: ("waiting", [], env))
     monkeypatch.setattr(arm_processes, "ALONE_S", 1)
-    with pytest.raises(EnvironmentFault, match=r"bench step: stock, see .*log.txt: its actor \(process \d+\) ended"):
+    with pytest.raises(
+        EnvironmentFault, match=r"bench step: stock, see .*log.txt: the run's actor \(process \d+\) ended"
+    ):
         step.run_arm("stock", [], tmp_path, lambda: None)
     assert not psutil.Process().children(recursive=True)
+
+
+def test_an_arm_may_end_after_its_actor(tmp_path, monkeypatch):
+    (tmp_path / "waiting.py").write_text(WAITING)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "MORE_S": "2"}
+    monkeypatch.setattr(step, "command", lambda *_: ("waiting", [], env))
+    with pytest.raises(EnvironmentFault, match="ours ended with 0 runs"):
+        step.run_arm("ours", [], tmp_path, lambda: None)
 
 
 def test_validation_is_no_part_of_a_step():

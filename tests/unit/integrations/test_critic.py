@@ -5,7 +5,9 @@ import torch
 
 from tests.helpers.engines import bare_engine
 from verl_aqn.checkpoints.cached import quantized_cache
+from verl_aqn.integrations.verl import packed_base
 from verl_aqn.integrations.verl.critic import AqnValueEngine
+from verl_aqn.models import recompute
 from verl_aqn.mxfp4.experts import packed_layers
 from verl_aqn.tasks.smollm2 import tiny_model
 
@@ -54,3 +56,17 @@ def test_a_value_teaches_head_and_adapters_and_leaves_the_embedding_alone(module
     moved = [p for name, p in module.named_parameters() if "lora_B" in name]
     assert any(p.abs().max() > 0 for p in moved)
     assert torch.equal(module.get_input_embeddings().weight, before)
+
+
+@pytest.mark.parametrize(("device", "checkpointing", "mlps"), [("cpu", False, 2), ("cpu", True, 0), ("cuda", False, 0)])
+def test_mlps_are_computed_again_on_cpus_unless_whole_layers_are(folders, device, checkpointing, mlps, monkeypatch):
+    monkeypatch.setattr(recompute, "WORTH", 0)
+    monkeypatch.setattr(packed_base, "get_device_name", lambda: device)
+    again = []
+    monkeypatch.setattr(recompute, "checkpoint", lambda compute, hidden, **_: again.append(1) or compute(hidden))
+    engine = bare_engine(AqnValueEngine, folders["packed"], {"attn_implementation": "sdpa"})
+    engine.model_config.enable_gradient_checkpointing = checkpointing
+    built = engine._build_lora_module(engine._build_module())
+    with torch.autocast("cpu", torch.bfloat16):
+        built(torch.arange(6).reshape(2, 3))
+    assert len(again) == mlps

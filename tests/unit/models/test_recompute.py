@@ -66,10 +66,18 @@ class Two(Normed):
         return self.down(self.up(hidden)) * mask
 
 
-def test_a_module_with_a_norm_or_with_two_inputs_is_no_mlp():
-    two = Two()
-    two.norm = nn.Identity()
-    assert not list(find_mlps(nn.Sequential(Normed(), two)))
+class Scaled(Normed):
+    """A module with a parameter of its own, which may be a norm's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.scale = nn.Identity(), nn.Parameter(torch.ones(8))
+
+
+def test_a_module_with_a_norm_a_parameter_or_two_inputs_is_no_mlp():
+    plain, two = Normed(), Two()
+    plain.norm, two.norm = nn.Identity(), nn.Identity()
+    assert list(find_mlps(nn.Sequential(plain, Normed(), Scaled(), two))) == [plain]
 
 
 def saved(model: nn.Module, ids: torch.Tensor) -> int:

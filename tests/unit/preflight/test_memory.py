@@ -223,6 +223,31 @@ def test_saved_activations_are_what_autograd_keeps(tmp_path, kind, lean, monkeyp
     del out
 
 
+LONG = ("data.max_response_length=1024", "actor_rollout_ref.model.enable_gradient_checkpointing=false")
+
+
+def test_an_actor_on_a_cpu_keeps_the_inner_features_of_one_layer_where_all_would_be_much(tmp_path):
+    shape, given = qwen(tmp_path), recipe(*LONG, profile="cpu")
+    update = micro_batch(given, given.mini_batch, given.update_tokens)
+    one = memory.saved_activations(shape, given, update)
+    inner = 8 * shape.inner * update.forward
+    assert 28 * inner > 1 << 30
+    found = memory.actor(shape, given, CPU).phases["update"]["activations"]
+    assert found == 28 * (one - inner) + inner
+    few = replace(given, response=8, prompt=8)
+    assert not memory.recomputes(shape, few, micro_batch(few, few.mini_batch, few.update_tokens))
+
+
+@pytest.mark.parametrize(
+    ("change", "experts"),
+    [({"cpu": False}, 0), ({"checkpointing": True}, 0), ({}, 8)],
+    ids=["device", "layers", "experts"],
+)
+def test_what_keeps_its_inner_features(tmp_path, change, experts):
+    shape, given = replace(qwen(tmp_path), experts=experts), replace(recipe(*LONG, profile="cpu"), **change)
+    assert not memory.recomputes(shape, given, micro_batch(given, given.mini_batch, given.update_tokens))
+
+
 def as_qwen3(source: Path, target: Path) -> Path:
     """Return a random model of the same sizes with norms on the query and key heads."""
     from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
