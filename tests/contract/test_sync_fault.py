@@ -22,6 +22,7 @@ def test_a_receiver_that_failed_ends_the_sync(moment):
     told = sync(1, moment)
     assert told["sent"] == ["the rollout failed"]
     assert told["seconds"] < 10  # stock verl would wait forever
+    assert told["noted"] == 1  # also if nobody has answered: this process may be killed while it waits
 
 
 def test_verl_s_adapter_sends_by_what_we_put_there():

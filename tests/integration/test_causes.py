@@ -10,7 +10,7 @@ import re
 import pytest
 
 from tests.helpers.verl_aqn_faulty import sabotage
-from tests.integration.conftest import finish, lines
+from tests.integration.conftest import finish, leftovers, lines
 
 SECONDS = 20  # from a fault to the next attempt; most of it is for the others to end
 KILLED = r"was killed by SIG\w+ during \w+ of step \d"
@@ -18,6 +18,7 @@ NO_ANSWER = "step 1: "
 # Where, how, and the beginning of the line. `calls` of the faulty function go well before.
 FEW = [
     ("rollout worker, generation", "SIGSEGV", {"calls": 5}, "rollout worker (VLLM::Worker, "),
+    # The actor waits for this worker's answer, and is ended while it holds the shared memory of the transfer.
     ("rollout worker, sync", "raise", {"calls": 1}, "rollout worker (VLLM::Worker, "),
     # One response's reward failed before, which is handled and unrelated to the actor's death.
     ("actor, sync", "SIGKILL", {"calls": 1}, "actor (ray::WorkerDict, "),
@@ -82,8 +83,10 @@ def fail(train, tmp_path, monkeypatch):
             "--restarts",
             str(len(faults)),
         ]
+        before = leftovers()
         process = train(tmp_path / "run", *overrides, *short, recipe=recipe)
         run, said = finish(process, tmp_path / "run")
+        assert leftovers() <= before
         told = re.findall(r"warning: (.*): restart \d+ of", said)
         print(*told, times(run), sep="\n")
         assert len(told) == len(faults), said

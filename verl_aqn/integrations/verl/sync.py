@@ -26,14 +26,19 @@ TIMEOUT_S = 600  # the longest wait for one answer
 
 
 class WatchedSocket:
-    """A ZMQ socket that calls `check`, which may raise an error, every `LOOK_MS` ms while it waits."""
+    """A ZMQ socket that calls `check`, which may raise an error, every `LOOK_MS` ms while it waits.
 
-    def __init__(self, socket: zmq.Socket, check: Callable[[], None]) -> None:
+    It calls `before_send` before each message.
+    """
+
+    def __init__(self, socket: zmq.Socket, check: Callable[[], None], before_send: Callable[[], None]) -> None:
         self._socket = socket
         self._check = check
+        self._before_send = before_send
 
     def send_pyobj(self, value: Any) -> None:
         """Send the object as soon as the other side can receive it."""
+        self._before_send()
         self._wait(zmq.POLLOUT)
         self._socket.send_pyobj(value)
 
@@ -63,14 +68,18 @@ class WatchedSender(BucketedWeightSender):
         super().__init__(*args, **options)
         self.check = check
 
-    def _init_buffer(self) -> None:
-        super()._init_buffer()
-        if in_run():  # record the buffer now: it may be removed before the next look, or stay after a kill
-            SharedMemory(Path(os.environ["TMPDIR"])).look([psutil.Process()])
-
     def _init_socket(self) -> None:
         super()._init_socket()
-        self.socket: Any = WatchedSocket(self.socket, self.check)
+        self.socket: Any = WatchedSocket(self.socket, self.check, _record_buffer)
+
+
+def _record_buffer() -> None:
+    """Record the shared memory of a transfer before anybody is waited for.
+
+    A rollout that fails ends the run, and this process may be killed while it still waits for the first answer.
+    """
+    if in_run():
+        SharedMemory(Path(os.environ["TMPDIR"])).look([psutil.Process()])
 
 
 class WatchingAdapter(vllm_rollout.ServerAdapter):
