@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -15,8 +16,8 @@ from verl.trainer.main_ppo import run_ppo
 
 from verl_aqn.cluster.process_environment import starts_warm
 from verl_aqn.config.compose import load_recipe
-from verl_aqn.launch.forkserver.ahead import Ahead
-from verl_aqn.launch.forkserver.server import ENDS, PYTHON, warm_python
+from verl_aqn.launch.forkserver.ahead import Ahead, ahead_of
+from verl_aqn.launch.forkserver.server import ENDS, FIRST, PYTHON, THEN, warm_python
 
 TELL = """
 import json, os, random, sys, numpy
@@ -176,6 +177,29 @@ def test_verl_s_start_reads_nothing_of_the_config_that_ours_does_not_know():
     }  # fmt: skip
 
 
+def test_ray_is_imported_with_the_environment_of_a_worker_and_most_of_the_rest_before():
+    """Otherwise the server would not import the remaining modules for its first worker, as it does if Ray is absent."""
+    code = f"""
+import importlib, sys
+from verl_aqn.launch.forkserver import server
+missing = [name for name in {FIRST + THEN!r} if importlib.util.find_spec(name) is None]
+server.preload(server.FIRST)
+first, ray = set(sys.modules), "ray" in sys.modules
+server.preload(server.THEN)
+print(missing, ray, len(first) / len(sys.modules))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "VERL_PLATFORM": "cpu"},
+    )
+    missing, ray, share = done.stdout.split("\n")[-2].rsplit(maxsplit=2)
+    assert (missing, ray) == ("[]", "False")
+    assert float(share) > 0.75
+
+
 def test_without_a_server_it_is_an_ordinary_python(tmp_path):
     python, _ = warm_python(str(tmp_path))
     script = tmp_path / "default_worker.py"
@@ -208,6 +232,79 @@ def test_a_server_that_was_started_ahead_of_its_run_has_the_environment_and_the_
     assert ahead.process.poll() is None, "it belongs to the run now"
     ahead.process.terminate()
     assert ahead.process.wait() == -signal.SIGTERM
+
+
+@pytest.fixture
+def ask(tmp_path, monkeypatch):
+    """`ask(ahead, code, …)`: what a fork of the server answers that runs a module with this code."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(ahead: Ahead, code: str, *arguments: str, timeout: float = 200, **environment: str):
+        (tmp_path / "question.py").write_text(code)
+        env = {**os.environ, **environment, "PYTHONPATH": str(tmp_path)}
+        return ahead.run_module(["-m", "question", *arguments], "a text: §", env, timeout)
+
+    return call
+
+
+ASKED = """
+import json, os, sys
+print(json.dumps([__name__, sys.argv[1:], sys.stdin.read(), os.environ["OWN"], os.environ.get("GONE"), os.getppid(),
+    "vllm" in sys.modules, os.getcwd()]))
+print("to the other stream", file=sys.stderr)
+sys.exit(3)
+"""
+
+
+def test_questions_run_in_forks_of_a_server_without_a_run_which_serves_the_run_afterwards(ask, tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    early = {**os.environ, "VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1", "GONE": "here", "PYTHONPATH": str(tmp_path)}
+    python, server = warm_python(str(tmp_path))
+    with Ahead(early) as ahead:
+        for _ in range(2):
+            done = ask(ahead, ASKED, "one", "two", OWN="mine")
+            assert (done.returncode, done.stderr) == (3, "to the other stream\n")
+            told = json.loads(done.stdout)
+            assert told == [
+                "__main__",
+                ["one", "two"],
+                "a text: §",
+                "mine",
+                None,
+                ahead.process.pid,
+                True,
+                str(tmp_path),
+            ]
+        assert ask(ahead, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)").returncode == -signal.SIGKILL
+        with pytest.raises(subprocess.TimeoutExpired):
+            ask(ahead, "import time; time.sleep(100)", timeout=1)
+        assert not psutil.Process(ahead.process.pid).children(), "a question without an answer in time is ended"
+        assert ahead.hand_over(server, {**early, PYTHON: str(python), "TMPDIR": str(tmp_path)}, tmp_path / "log")
+        alone = json.loads(ask(ahead, ASKED, OWN="mine").stdout)
+        assert alone[5:7] == [os.getpid(), False], "it has a run now, so this is an ordinary process"
+    ahead.process.terminate()
+    ahead.process.wait()
+
+
+def test_a_question_is_answered_where_the_server_has_died_and_ends_with_it(ask, tmp_path):
+    with Ahead({**os.environ, "VERL_PLATFORM": "cpu"}) as ahead:
+        ahead.process.kill()
+        ahead.process.wait()
+        assert json.loads(ask(ahead, ASKED, OWN="mine").stdout)[5] == os.getpid()
+    with Ahead({**os.environ, "VERL_PLATFORM": "cpu", "PYTHONPATH": str(tmp_path)}) as ahead:
+        kills = "import os, signal, time; os.kill(os.getppid(), signal.SIGKILL); time.sleep(100)"
+        began = time.monotonic()
+        assert ask(ahead, kills).returncode == -signal.SIGKILL
+        assert time.monotonic() - began < 60
+        assert not ahead.hand_over(tmp_path / "zygote", {}, tmp_path / "log")
+
+
+def test_the_forked_processes_of_a_run_have_the_allocator_of_ray(monkeypatch):
+    """It is loaded when a program starts, so a server that is started without it can give it to no process."""
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    with ahead_of(load_recipe("e12_aggressive_1ep", ["profile=cpu"])) as ahead:
+        assert ahead.wait()
+        assert "libjemalloc" in Path(f"/proc/{ahead.process.pid}/maps").read_text()
 
 
 def test_a_server_without_a_run_ends_with_its_parent_or_at_once(tmp_path):

@@ -18,7 +18,7 @@ from verl_aqn.launch.console import Console
 from verl_aqn.launch.forkserver.ahead import Ahead, ahead_of
 from verl_aqn.launch.supervise import Outcome, supervise
 from verl_aqn.preflight.prepare import check_steps, prepare_model, warnings_of
-from verl_aqn.preflight.recipe_checks import check_machine, check_request
+from verl_aqn.preflight.recipe_checks import check_machine, check_model, check_request, check_stated
 from verl_aqn.preflight.run_data import data_files, prepare_data
 from verl_aqn.preflight.strength_figures import Strength, read_start, store_start, stored_start
 from verl_aqn.runs.folder import RunFolder, open_run
@@ -92,8 +92,9 @@ def train(recipe: str, overrides: list[str], *, dry_run: bool = False) -> int:
         print(OmegaConf.to_yaml(prepared.config, resolve=True))
         return 0
     own_folder(base, make=False)  # fails early, before the first minute of work
-    check_request(config)
+    check_stated(config)
     with ahead_of(config) as ahead:
+        check_model(config)
         prepared = resolve(config, here=True)
         run, outcome = execute(prepared, base, console, ahead)
     return console.end(run, prepared, outcome)

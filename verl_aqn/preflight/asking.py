@@ -1,17 +1,56 @@
 """Questions to verl and vLLM, each asked in its own process, and answers that are stored for the next run.
 
 Both packages take seconds to import, choose a platform for their process, and run code that is not part of verl-aqn.
+A process with these imports can be forked where there is one (`asked_by`).
 """
 
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from verl_aqn.errors import EnvironmentFault
+
+
+class RunsModule(Protocol):
+    """Run `python ARGUMENTS` in a process that ends within `timeout` seconds, and return what it printed.
+
+    Raises:
+        subprocess.TimeoutExpired: it did not end in time.
+    """
+
+    def __call__(
+        self, arguments: list[str], text: str, environment: Mapping[str, str], timeout: float
+    ) -> subprocess.CompletedProcess[str]: ...
+
+
+def in_new_process(
+    arguments: list[str], text: str, environment: Mapping[str, str], timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """Run `python ARGUMENTS` in a new process (see `RunsModule`)."""
+    return subprocess.run(
+        [sys.executable, *arguments], input=text, capture_output=True, text=True, errors="replace", env=environment,
+        timeout=timeout, check=False,
+    )  # fmt: skip
+
+
+_runs: ContextVar[RunsModule] = ContextVar("_runs", default=in_new_process)
+
+
+@contextmanager
+def asked_by(runs: RunsModule) -> Iterator[None]:
+    """Let `runs` start the processes of all questions inside this context."""
+    token = _runs.set(runs)
+    try:
+        yield
+    finally:
+        _runs.reset(token)
 
 
 def version_of(*names: str) -> str | None:
@@ -46,10 +85,7 @@ def ask_module(
     """
     who, _, what = about.partition(" ")
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", module, *arguments], input=text, capture_output=True, text=True, errors="replace",
-            env=env, timeout=timeout, check=False,
-        )  # fmt: skip
+        done = _runs.get()(["-m", module, *arguments], text or "", os.environ if env is None else env, timeout)
     except subprocess.TimeoutExpired:
         raise EnvironmentFault(f"{who} did not answer within {timeout} s {what}") from None
     try:

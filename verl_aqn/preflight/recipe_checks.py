@@ -354,9 +354,19 @@ def check_memory(config: DictConfig, shape: Shape, free: int, devices: list[int]
 
 
 def check_request(config: DictConfig, *, elsewhere: bool = False) -> None:
-    """Check what the recipe requires of any machine, its folders and the packages that validation scores with.
+    """Check what the recipe requires of any machine: `check_stated`, and then `check_model`.
 
-    This takes seconds. `elsewhere`: the run is for another machine, so folders are not checked.
+    Raises:
+        EnvironmentFault: the first fault, with what was found and what to do.
+    """
+    check_stated(config, elsewhere=elsewhere)
+    check_model(config)
+
+
+def check_stated(config: DictConfig, *, elsewhere: bool = False) -> None:
+    """Check what the recipe alone shows, its folders, and the packages that validation scores with.
+
+    `elsewhere`: the run is for another machine, so folders are not checked.
 
     Raises:
         EnvironmentFault: the first fault, with what was found and what to do.
@@ -364,6 +374,14 @@ def check_request(config: DictConfig, *, elsewhere: bool = False) -> None:
     check_installed()
     _raise_first(check_places(config, elsewhere=elsewhere))
     _raise_first(check_recipe(config))
+
+
+def check_model(config: DictConfig) -> None:
+    """Check the recipe with its model's config, with verl and with vLLM. This takes seconds.
+
+    Raises:
+        EnvironmentFault: the first fault, with what was found and what to do.
+    """
     shape = recipe_shape(config)
     folder = find_model(config, weights=False)
     _raise_first([*check_settings(config, positions_of(folder)), *check_heads(config, shape)])

@@ -134,7 +134,8 @@ def test_an_evaluation_goes_where_it_is_told(run, tmp_path, monkeypatch):
     def opened(base, identity, fresh):
         raise ModelError(str(base))
 
-    monkeypatch.setattr(evaluate, "check_request", lambda config: None)
+    monkeypatch.setattr(evaluate, "check_stated", lambda config: None)
+    monkeypatch.setattr(evaluate, "check_model", lambda config: None)
     monkeypatch.setattr(evaluate, "resolve", lambda config, fit, here: Prepared(config, 0, {}, tmp_path))
     monkeypatch.setattr(evaluate, "open_run", opened)
     for overrides, base in (([], run.path / "evaluations"), ([f"aqn.run.dir={tmp_path}/x"], tmp_path / "x")):

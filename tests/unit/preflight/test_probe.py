@@ -313,7 +313,8 @@ def too_strong(overrides):
 
 
 def test_a_run_whose_sigma_leaves_nothing_ends_before_anything_is_started(too_strong, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "check_request", lambda config: None)
+    monkeypatch.setattr(train, "check_stated", lambda config: None)
+    monkeypatch.setattr(train, "check_model", lambda config: None)
     monkeypatch.setattr(train, "check_machine", lambda config: None)
     monkeypatch.setattr(train, "supervise", lambda run, console, ahead: pytest.fail("Ray would have been started"))
     runs = []

@@ -1,8 +1,12 @@
-"""Starting the fork server before a run: it imports its first modules while the recipe is checked and measured."""
+"""Starting the fork server before a run: it imports its first modules while the recipe is checked and measured.
+
+Until there is a run, questions to verl and vLLM run in forks of this server, which have most of their imports.
+"""
 
 import contextlib
 import json
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -14,8 +18,10 @@ from typing import Self
 
 from omegaconf import DictConfig
 
-from verl_aqn.cluster.process_environment import engine_environment, starts_warm
+from verl_aqn.cluster.process_environment import allocator, engine_environment, starts_warm
 from verl_aqn.environment import cluster_address
+from verl_aqn.launch.forkserver import client
+from verl_aqn.preflight.asking import asked_by, in_new_process
 from verl_aqn.runs import faults, stacks
 from verl_aqn.runs.processes import end_with_parent
 from verl_aqn.safe_files import open_own
@@ -42,15 +48,63 @@ class Ahead:
                 preexec_fn=end_with_parent,
             )
         self.given = False
+        self._imported = False
 
-    def wait(self) -> None:
+    def wait(self) -> bool:
         """Wait until the server's imports have finished, so that they take no core from a computation.
 
-        Return anyway if the server dies or takes longer than `WAIT_S`.
+        Return False if the server has died or takes longer than `WAIT_S`.
         """
+        if not self._imported:
+            self._link.settimeout(WAIT_S)
+            with contextlib.suppress(OSError):
+                self._imported = bool(self._link.recv(1))
+        return self._imported
+
+    def run_module(
+        self, arguments: list[str], text: str, environment: Mapping[str, str], timeout: float
+    ) -> subprocess.CompletedProcess[str]:
+        """Run `python -m MODULE …` in a fork of the server (see `RunsModule`); without a server, in a new process."""
+        if self.given or not self.wait():
+            return in_new_process(arguments, text, environment, timeout)
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
+            files[0].write(text.encode())
+            files[0].seek(0)
+            try:
+                self._send(arguments, environment, [file.fileno() for file in files], question=True)
+                process = client.receive(self._link)
+            except OSError:
+                self._give_up()
+                return in_new_process(arguments, text, environment, timeout)
+            self._link.settimeout(timeout)
+            try:
+                status = client.receive(self._link)
+            except TimeoutError:
+                os.kill(process, signal.SIGKILL)
+                self._link.settimeout(WAIT_S)
+                client.receive(self._link)
+                raise subprocess.TimeoutExpired(arguments, timeout) from None
+            except OSError:  # the server was killed, and its fork with it
+                self._give_up()
+                status = -signal.SIGKILL
+            for file in files:
+                file.seek(0)
+            said, errors = (file.read().decode(errors="replace") for file in files[1:])
+        return subprocess.CompletedProcess(arguments, status, said, errors)
+
+    def _give_up(self) -> None:
+        """Use a server no more that has died."""
+        self._link.close()
+        self._imported = False
+
+    def _send(self, arguments: list[str], environment: Mapping[str, str], files: list[int], *, question: bool) -> None:
+        """Send a request with open files, which the server gets as its files 0, 1, …"""
+        told = {"arguments": arguments, "environment": dict(environment), "folder": os.getcwd()}
+        data = json.dumps({**told, "files": list(range(len(files))), "question": question}).encode()
+        socket.send_fds(self._link, [struct.pack("!I", len(data))], files)
         self._link.settimeout(WAIT_S)
-        with contextlib.suppress(OSError):
-            self._link.recv(1, socket.MSG_PEEK)
+        self._link.sendall(data)
 
     def hand_over(self, path: Path, environment: Mapping[str, str], log: Path) -> bool:
         """Let the server serve a run at the socket `path`. Return False if it has died or already serves one.
@@ -59,8 +113,6 @@ class Ahead:
         """
         if self.given or self.process.poll() is not None:
             return False
-        data = json.dumps({"arguments": [str(path)], "environment": dict(environment), "folder": os.getcwd(),
-                           "files": [0, 1]}).encode()  # fmt: skip
         with (
             socket.socket(socket.AF_UNIX) as listener,
             open(open_own(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as output,
@@ -68,9 +120,7 @@ class Ahead:
             listener.bind(str(path))
             listener.listen(64)
             try:
-                socket.send_fds(self._link, [struct.pack("!I", len(data))], [listener.fileno(), output.fileno()])
-                self._link.settimeout(WAIT_S)
-                self._link.sendall(data)
+                self._send([str(path)], environment, [listener.fileno(), output.fileno()], question=False)
             except OSError:
                 path.unlink()
                 return False
@@ -94,12 +144,16 @@ class Ahead:
 
 @contextlib.contextmanager
 def ahead_of(config: DictConfig) -> Iterator[Ahead | None]:
-    """Start a server ahead of a run of `config`, where the run's processes are forked; otherwise yield None."""
+    """Start a server ahead of a run of `config`, where the run's processes are forked; otherwise yield None.
+
+    Questions to verl and vLLM are asked in forks of it as long as there is no run.
+    """
     if cluster_address(config) is not None or not starts_warm(config):
         yield None
         return
     ranks = int(config.actor_rollout_ref.rollout.tensor_model_parallel_size)
-    environment = engine_environment(tempfile.gettempdir(), cpu=True, ranks=ranks)
+    # The allocator is loaded when a program starts, so all forks of this one have it, or none.
+    environment = allocator() | engine_environment(tempfile.gettempdir(), cpu=True, ranks=ranks)
     # The server runs no part of the run itself, so it does not report stacks or errors.
-    with Ahead({**environment, stacks.FOLDER: "", faults.PLACE: ""}) as ahead:
+    with Ahead({**environment, stacks.FOLDER: "", faults.PLACE: ""}) as ahead, asked_by(ahead.run_module):
         yield ahead

@@ -31,11 +31,12 @@ from typing import Any
 
 from verl_aqn.launch.forkserver.client import SPAWNED
 from verl_aqn.runs import faults, stacks
-from verl_aqn.runs.processes import ended_children
+from verl_aqn.runs.processes import end_with_parent, ended_children
 
 PYTHON = "VERL_AQN_PYTHON"  # environment variable: path of this run's replacement for `python`
 ENDS = "ends.jsonl"  # in the run's temporary folder: one line for each forked process that has ended
-FIRST = (  # these do not import Ray
+# These do not import Ray, which reads its node and job from the environment at import.
+FIRST = (
     "torch._dynamo",
     "tensordict",
     "torch.distributed.fsdp",
@@ -43,16 +44,20 @@ FIRST = (  # these do not import Ray
     "peft",
     "datasets",
     "vllm",
+    "vllm.model_executor.models.llama",
+    "vllm.v1.core.sched.scheduler",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.tool_parsers",
+    "fastapi",
+    "math_verify",
 )
-# Ray reads its node and job from the environment at import, so these wait for the first request.
+# These import Ray, so they wait for the first request.
 THEN = (
     "ray",
     "vllm.v1.engine.async_llm",
     "vllm.v1.engine.core",
     "vllm.v1.executor.multiproc_executor",
-    "vllm.v1.worker.cpu_worker",
     "vllm.entrypoints.openai.api_server",
-    "math_verify",
     "transfer_queue",
     "verl_aqn.integrations.verl.trainer",
     "verl_aqn.integrations.verl.workers",
@@ -68,6 +73,7 @@ class Request:
     environment: dict[str, str]
     folder: str
     files: dict[int, int]  # file number in the client → file number here
+    question: bool = False  # to a server without a run: run the arguments, `-m MODULE …`, and tell how that ended
 
 
 def warm_python(temporary: str) -> tuple[Path, Path]:
@@ -139,7 +145,8 @@ def receive(client: socket.socket) -> Request:
             raise ConnectionError
         data += part
     told = json.loads(data)
-    return Request(told["arguments"], told["environment"], told["folder"], dict(zip(told["files"], files, strict=True)))
+    numbers = dict(zip(told["files"], files, strict=True))
+    return Request(told["arguments"], told["environment"], told["folder"], numbers, told.get("question", False))
 
 
 class Zygote:
@@ -210,12 +217,9 @@ def _send(client: socket.socket, number: int) -> None:
         client.sendall(struct.pack("!i", number))
 
 
-def become(request: Request) -> None:
-    """Turn this process into what `python ARGUMENTS…` would be, except for modules already imported, and run it."""
+def take_over(request: Request) -> None:
+    """Take the files, the environment and the folder of the request."""
     import numpy as np
-    from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
-
-    from verl_aqn.integrations.verl.root_cause import note_task_errors
 
     # The client's files get their original numbers. They move above these first, so that none overwrites another.
     high = max(request.files, default=0) + 1
@@ -228,11 +232,21 @@ def become(request: Request) -> None:
 
     os.environ.clear()
     os.environ.update(request.environment)
+    tempfile.tempdir = None  # read TMPDIR again
+    os.chdir(request.folder)
+    np.random.seed()  # otherwise all children draw the same numbers; `random` reseeds itself after a fork
+
+
+def become(request: Request) -> None:
+    """Turn this process into what `python ARGUMENTS…` would be, except for modules already imported, and run it."""
+    from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
+
+    from verl_aqn.integrations.verl.root_cause import note_task_errors
+
+    take_over(request)
     os.environ.update(
         get_ppo_ray_runtime_env()["env_vars"]
     )  # verl's settings for Ray workers; it leaves out variables that are set
-    os.chdir(request.folder)
-    np.random.seed()  # otherwise all children draw the same numbers; `random` reseeds itself after a fork
     stacks.listen()
     faults.watch()
     note_task_errors()
@@ -259,14 +273,27 @@ def main(path: str) -> None:
 
 
 def main_ahead(link: int) -> None:
-    """Import first, and then wait on the socket `link` for the run to serve (`verl_aqn.launch.forkserver.ahead`)."""
+    """Import first, and then answer questions until the socket `link` tells of the run to serve.
+
+    `verl_aqn.launch.forkserver.ahead` is at the other end.
+    """
     with socket.socket(fileno=link) as parent:
         preload(FIRST)
         try:
             parent.sendall(b"!")  # the imports have finished
-            told = receive(parent)
+            while (told := receive(parent)).question:
+                process = os.fork()
+                if process == 0:
+                    break
+                for number in told.files.values():
+                    os.close(number)
+                _send(parent, process)
+                _send(parent, os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
         except OSError:  # there is no run: its recipe was rejected
             return
+    if told.question:
+        answer(told)
+        return
     listener, log = (told.files[number] for number in (0, 1))
     os.write(log, os.pread(1, os.fstat(1).st_size, 0))  # what the imports printed
     for number in (1, 2):
@@ -278,6 +305,15 @@ def main_ahead(link: int) -> None:
     with socket.socket(fileno=listener) as listening:
         request = serve_at(listening, told.arguments[0])
     become(request)
+
+
+def answer(request: Request) -> None:
+    """Run `-m MODULE …` in this forked process, as `python -m MODULE …` would."""
+    end_with_parent()
+    take_over(request)
+    _, module, *arguments = request.arguments
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def serve_at(listener: socket.socket, path: str) -> Request:
