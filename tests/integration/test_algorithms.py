@@ -136,14 +136,18 @@ def test_ppo_trains_a_critic_on_the_packed_base_with_noise_in_the_actor_too(run)
 
 
 @pytest.mark.parametrize(
-    ("recipe", "estimator", "modules", "rank"),
-    [("gspo", "rloo", "all-linear", 8), ("cispo", "reinforce_plus_plus", "[o_proj]", 64)],
+    ("recipe", "estimator", "modules", "rank", "task"),
+    [
+        ("gspo", "rloo", "all-linear", 8, "embedded_3"),
+        ("cispo", "reinforce_plus_plus", "[o_proj]", 64, "embedded_2"),
+    ],
 )
-def test_an_estimator_with_kl_in_the_reward_beside_a_loss_of_another_kind(run, recipe, estimator, modules, rank):
+def test_an_estimator_with_kl_in_the_reward_beside_a_loss_of_another_kind(run, recipe, estimator, modules, rank, task):
     """The recipes `rloo` and `reinforce_plus_plus` differ from these only in the loss, so two runs cover four."""
     kl = ["algorithm.use_kl_in_reward=true", "algorithm.kl_ctrl.kl_coef=0.5"]
     model = [f"actor_rollout_ref.model.target_modules={modules}", f"actor_rollout_ref.model.lora_rank={rank}"]
-    options = [f"algorithm.adv_estimator={estimator}", *kl, *model, "algorithm.filter_groups.enable=false"]
+    task = f"experiment={task}"
+    options = [f"algorithm.adv_estimator={estimator}", *kl, *model, task, "algorithm.filter_groups.enable=false"]
     outcome = run(recipe, *TWO_STEPS, *options)
     first, second = steps_of(outcome)
     assert first["actor/reward_kl_penalty"] == pytest.approx(0, abs=1e-3)  # a new adapter is the base
@@ -152,6 +156,8 @@ def test_an_estimator_with_kl_in_the_reward_beside_a_loss_of_another_kind(run, r
     assert min(first["actor/grad_norm"], second["actor/grad_norm"]) > 0
     (answer,) = lines(outcome[2] / "evidence.jsonl", "adapter")[-1]["actual"]
     assert answer["modules"] == (14 if modules == "all-linear" else 2)
+    (rows,) = [one for one in lines(outcome[2] / "events.jsonl", "rows") if one["set"] == "train"]
+    assert (rows["files"], rows["kept"]) == (2048, 16)
 
 
 def test_a_run_whose_groups_never_differ_stops_and_says_why(run):

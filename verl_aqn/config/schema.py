@@ -14,7 +14,7 @@ from verl_aqn.noise.schedule import Kind
 from verl_aqn.noise.spec import Layers, TargetKind, Unit
 
 Profile = Literal["cpu", "cuda", "npu"]
-Experiment = Literal["embedded", "gsm8k", "none"]
+Experiment = Literal["embedded", "embedded_2", "embedded_3", "gsm8k", "none"]
 PROFILES: tuple[Profile, ...] = get_args(Profile)
 EXPERIMENTS: tuple[Experiment, ...] = get_args(Experiment)
 ScaleRule = Literal["mse", "even", "floor", "rceil"]

@@ -30,6 +30,7 @@ from verl_aqn.tasks.data_files import (
 
 # Rows of the embedded task; a recipe uses as many as its steps need.
 N_TRAIN, N_TEST = 2048, 384
+MADE = ("embedded", "embedded_2", "embedded_3", "embedded_tool")  # values of data.*_files that are generated
 KEYS = {"train": "train_files", "test": "val_files"}
 LIMITS = {"train": "train_max_samples", "test": "val_max_samples"}
 
@@ -59,10 +60,13 @@ def prepare_data(config: DictConfig) -> Data:
         ModelError: the tokenizer has no chat template.
         ConfigError: a user's own reward function raises, or does not return the accuracy (`check_reward`).
     """
+    from verl_aqn.tasks.multi_step import prepare_multi_step
     from verl_aqn.tasks.word_problems import prepare_word_problems
 
     makers = {
         "embedded": lambda: prepare_word_problems(made_folder("embedded"), N_TRAIN, N_TEST),
+        "embedded_2": lambda: prepare_multi_step(made_folder("embedded_2"), N_TRAIN, N_TEST, steps=2),
+        "embedded_3": lambda: prepare_multi_step(made_folder("embedded_3"), N_TRAIN, N_TEST, steps=3),
         "embedded_tool": lambda: prepare_word_problems(made_folder("embedded_tool"), N_TRAIN, N_TEST, tool=True),
         "gsm8k": _gsm8k,
     }
@@ -196,12 +200,9 @@ def needs_truth(config: DictConfig) -> bool:
 
 
 def made_folder(name: str) -> Path:
-    """Return the cache folder for the data that a recipe calls `name`: embedded, embedded_tool or gsm8k."""
-    folders = {
-        "embedded": f"word_problems-{N_TRAIN}-{N_TEST}",
-        "embedded_tool": f"word_problems_tool-{N_TRAIN}-{N_TEST}",
-    }
-    return cache_dir() / "data" / folders.get(name, name)
+    """Return the cache folder for the data that a recipe calls `name`: one of `MADE`, or gsm8k."""
+    folder = f"{name.replace('embedded', 'word_problems')}-{N_TRAIN}-{N_TEST}" if name in MADE else name
+    return cache_dir() / "data" / folder
 
 
 def _gsm8k() -> dict[str, Path]:
@@ -250,7 +251,7 @@ def steps_in_data(config: DictConfig) -> int | None:
     decides the number of rows.
     """
     value = config.data.train_files
-    if value in ("embedded", "embedded_tool"):
+    if value in MADE:
         rows = N_TRAIN
     else:
         files = files_on_disk(config, "train_files")
@@ -267,6 +268,6 @@ def files_on_disk(config: DictConfig, key: str) -> list[Path] | None:
     Nothing is created or downloaded.
     """
     names = {"train_files": "train.parquet", "val_files": "test.parquet"}
-    short = {name: made_folder(name) / names[key] for name in ("gsm8k", "embedded", "embedded_tool")}
+    short = {name: made_folder(name) / names[key] for name in ("gsm8k", *MADE)}
     files = [short.get(name, Path(name).expanduser()) for name in _names_of(config, key)]
     return files if all(file.is_file() for file in files) else None

@@ -13,7 +13,7 @@ rounded to MXFP4 by the smallest squared error (first 48 each): .31 .19 .27 at t
 import hashlib
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +24,11 @@ SOURCE = "verl_aqn/word_problems"
 OPERATIONS = ("add", "subtract", "multiply")
 
 # Each is one token in SmolLM2's vocabulary.
-_NAMES = (  # noqa: SIM905
+NAMES = (  # noqa: SIM905
     "Ann Anna Ben Jim Kim Max Sam Tom Bob Dan Mark Mary Nick Paul Rose Adam Jack Jane John Luke "
     "Will Alice Peter David Alex Lee Bill"
 ).split()
-_OBJECTS = (  # noqa: SIM905
+THINGS = (  # noqa: SIM905
     "apples books cards coins eggs stamps balls cakes pens shells toys cups keys hats nuts roses cookies boxes plates "
     "flowers stones rings shirts letters"
 ).split()
@@ -103,10 +103,7 @@ def problems(n: int, split: str, seed: int) -> list[Problem]:
     Raises:
         ConfigError: `split` is neither of the two, or `n` is below 1 or more than the templates can produce.
     """
-    if split not in ("train", "test"):
-        raise ConfigError(f"word problems: split={split!r} is not known: use 'train' or 'test'")
-    if not 1 <= n <= 10_000:
-        raise ConfigError(f"word problems: n={n} is out of range: ask for 1 to 10000")
+    check_request(n, split)
     rng = random.Random(f"{seed}/{split}")
     chosen: dict[str, Problem] = {}
     for operation in itertools.cycle(OPERATIONS):
@@ -117,6 +114,14 @@ def problems(n: int, split: str, seed: int) -> list[Problem]:
         if len(chosen) == n:
             return list(chosen.values())
     raise AssertionError("cycle does not end")
+
+
+def check_request(n: int, split: str) -> None:
+    """Check the number of problems and the split that are asked for. Raises ConfigError."""
+    if split not in ("train", "test"):
+        raise ConfigError(f"word problems: split={split!r} is not known: use 'train' or 'test'")
+    if not 1 <= n <= 10_000:
+        raise ConfigError(f"word problems: n={n} is out of range: ask for 1 to 10000")
 
 
 def prompt(question: str, *, tool: bool = False) -> list[Message]:
@@ -131,19 +136,19 @@ def prepare_word_problems(
 
     Raises the same errors as `problems`.
     """
+    sets = {split: problems(n, split, seed) for split, n in (("train", n_train), ("test", n_test))}
+    return write_problems(dst, sets, lambda question: prompt(question, tool=tool))
+
+
+def write_problems(
+    dst: str | Path, sets: Mapping[str, Sequence[Problem]], messages: Callable[[str], list[Message]]
+) -> dict[str, Path]:
+    """Write each split's problems to `dst`/SPLIT.parquet, with the prompt `messages(question)`. Return the paths."""
     paths = {}
-    for split, n in (("train", n_train), ("test", n_test)):
+    for split, chosen in sets.items():
         rows = [
-            row(
-                SOURCE,
-                prompt(p.question, tool=tool),
-                p.truth,
-                split=split,
-                index=i,
-                question=p.question,
-                answer=p.answer,
-            )
-            for i, p in enumerate(problems(n, split, seed))
+            row(SOURCE, messages(p.question), p.truth, split=split, index=i, question=p.question, answer=p.answer)
+            for i, p in enumerate(chosen)
         ]
         paths[split] = write_parquet(rows, Path(dst) / f"{split}.parquet")
     return paths
@@ -156,10 +161,8 @@ def _draws(rng: random.Random, operation: str) -> Iterator[Problem]:
             a, b = max(a, b), min(a, b)
             if a == b:
                 continue
-        name, other = rng.sample(_NAMES, 2)
-        question = rng.choice(_TEMPLATES[operation]).format(
-            a=a, b=b, name=name, other=other, things=rng.choice(_OBJECTS)
-        )
+        name, other = rng.sample(NAMES, 2)
+        question = rng.choice(_TEMPLATES[operation]).format(a=a, b=b, name=name, other=other, things=rng.choice(THINGS))
         result = {"add": a + b, "subtract": a - b, "multiply": a * b}[operation]
         yield Problem(operation, question, f"{a} {_SIGN[operation]} {b} = {result}\n#### {result}")
 
