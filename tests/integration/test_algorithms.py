@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.helpers import constant_reward
-from tests.integration.conftest import leftovers, lines, newest
+from tests.integration.conftest import compared, leftovers, lines, newest
 from verl_aqn.evaluation.export.fsdp_adapter import read_adapter
 
 SHORT = ["trainer.val_before_train=false", "trainer.test_freq=-1", "trainer.save_freq=-1"]
@@ -136,18 +136,17 @@ def test_ppo_trains_a_critic_on_the_packed_base_with_noise_in_the_actor_too(run)
 
 
 @pytest.mark.parametrize(
-    ("recipe", "estimator", "modules", "rank", "task"),
+    ("recipe", "estimator", "modules", "rank", "more"),
     [
-        ("gspo", "rloo", "all-linear", 8, "embedded_3"),
-        ("cispo", "reinforce_plus_plus", "[o_proj]", 64, "embedded_2"),
+        ("gspo", "rloo", "all-linear", 8, ["experiment=embedded_3", "aqn.mxfp4.keep.worst=0.2"]),
+        ("cispo", "reinforce_plus_plus", "[o_proj]", 64, ["experiment=embedded_2"]),
     ],
 )
-def test_an_estimator_with_kl_in_the_reward_beside_a_loss_of_another_kind(run, recipe, estimator, modules, rank, task):
+def test_an_estimator_with_kl_in_the_reward_beside_a_loss_of_another_kind(run, recipe, estimator, modules, rank, more):
     """The recipes `rloo` and `reinforce_plus_plus` differ from these only in the loss, so two runs cover four."""
     kl = ["algorithm.use_kl_in_reward=true", "algorithm.kl_ctrl.kl_coef=0.5"]
     model = [f"actor_rollout_ref.model.target_modules={modules}", f"actor_rollout_ref.model.lora_rank={rank}"]
-    task = f"experiment={task}"
-    options = [f"algorithm.adv_estimator={estimator}", *kl, *model, task, "algorithm.filter_groups.enable=false"]
+    options = [f"algorithm.adv_estimator={estimator}", *kl, *model, *more, "algorithm.filter_groups.enable=false"]
     outcome = run(recipe, *TWO_STEPS, *options)
     first, second = steps_of(outcome)
     assert first["actor/reward_kl_penalty"] == pytest.approx(0, abs=1e-3)  # a new adapter is the base
@@ -156,6 +155,11 @@ def test_an_estimator_with_kl_in_the_reward_beside_a_loss_of_another_kind(run, r
     assert min(first["actor/grad_norm"], second["actor/grad_norm"]) > 0
     (answer,) = lines(outcome[2] / "evidence.jsonl", "adapter")[-1]["actual"]
     assert answer["modules"] == (14 if modules == "all-linear" else 2)
+    said, start = compared(outcome[2])
+    kept = 2 if len(more) > 1 else 0  # the two matrices that 20 % of the weights hold are read back, too
+    assert f"{14 - kept} packed matrices" in said
+    assert ("2 16-bit matrices" in said) == bool(kept), said
+    assert start["disk"] == start["rollout"][0]["base_digest"]
     (rows,) = [one for one in lines(outcome[2] / "events.jsonl", "rows") if one["set"] == "train"]
     assert (rows["files"], rows["kept"]) == (2048, 16)
 

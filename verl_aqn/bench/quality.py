@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from verl_aqn.checkpoints.calibrate import calibration_ids, conversations, read_texts
 from verl_aqn.checkpoints.gptq import gptq_quantizer
+from verl_aqn.checkpoints.keeping import worst
 from verl_aqn.checkpoints.loading import load_model
-from verl_aqn.checkpoints.packing import quantize_checkpoint
+from verl_aqn.checkpoints.packing import EXCLUDE, quantize_checkpoint
 from verl_aqn.errors import ConfigError, DataError
 from verl_aqn.models.generate import generate, greedy
 from verl_aqn.mxfp4.dense import dequantize_linears
@@ -32,6 +33,7 @@ from verl_aqn.tasks.word_problems import Problem, problems, prompt
 from verl_aqn.terminal import print_wide
 
 LENGTH = 256  # tokens of a text
+KEPT = 0.05
 NEW_TOKENS = 24
 _BATCH, _ANSWERS = 8, 96  # texts, and prompts, that run together
 
@@ -73,6 +75,23 @@ def _gptq(scale_rule: str) -> Callable[[Setting], tuple[PreTrainedModel, int]]:
     return make
 
 
+def _keeping(by: str, scale_rule: str, *, gptq: bool) -> Callable[[Setting], tuple[PreTrainedModel, int]]:
+    """Keep the worst 5 % of the weights in bf16."""
+
+    def make(setting: Setting) -> tuple[PreTrainedModel, int]:
+        def pack(name: str, exclude: tuple[str, ...]) -> int:
+            quantizer = gptq_quantizer(setting.src, setting.ids, scale_rule, exclude) if gptq else None
+            folder = setting.folder / name
+            return quantize_checkpoint(setting.src, folder, scale_rule, exclude, quantizer=quantizer).bytes_after
+
+        pack("rounded", EXCLUDE)
+        kept = worst(setting.src, setting.folder / "rounded", KEPT, by)
+        size = pack("packed", (*EXCLUDE, *kept))
+        return load_model(setting.folder / "packed"), size
+
+    return make
+
+
 # Name -> (what it is, how it is made).
 VARIANTS: dict[str, tuple[str, Callable[[Setting], tuple[PreTrainedModel, int]]]] = {
     "mse": ("plain, best of two exponents", _plain("mse")),
@@ -81,6 +100,10 @@ VARIANTS: dict[str, tuple[str, Callable[[Setting], tuple[PreTrainedModel, int]]]
     "rceil": ("plain", _plain("rceil")),
     "gptq": ("error-compensated, mse", _gptq("mse")),
     "gptq-even": ("error-compensated, even", _gptq("even")),
+    "keep-sqnr": ("mse, worst 5 % by SQNR in bf16", _keeping("sqnr", "mse", gptq=False)),
+    "keep-loss": ("mse, worst 5 % by loss in bf16", _keeping("loss", "mse", gptq=False)),
+    "keep-loss-even": ("even, worst 5 % by loss in bf16", _keeping("loss", "even", gptq=False)),
+    "gptq-even-keep-loss": ("error-compensated, even, worst 5 % by loss in bf16", _keeping("loss", "even", gptq=True)),
 }
 
 

@@ -30,14 +30,17 @@ def quantized_cache(
     exclude: Iterable[str] = EXCLUDE,
     calibrate: Iterable[str] = (),
     progress: Callable[[int, int, str], None] | None = None,
+    keep: tuple[float, str] = (0.0, "sqnr"),
 ) -> Path:
     """Return the packed folder of ``src`` under ``cache_dir``; make it if it does not exist yet.
 
     A source that is already MXFP4 in the layout of another tool keeps its codes; the arguments about rounding are then
     ignored. With ``calibrate`` (texts as in `verl_aqn.checkpoints.calibrate.calibration_ids`) rounding is
-    error-compensated. The name of the folder contains a SHA-256 over all inputs, so a changed source gets another
-    folder. ``progress(done, total, module or file)`` is called while the folder is made or checked. If several
-    processes make the same folder, the first one to finish publishes its result, and the others use that.
+    error-compensated. With ``keep`` = (share, measure) the worst layers stay in 16 bits
+    (`verl_aqn.checkpoints.keeping.worst`); they are found in the folder without ``keep``, which is made first. The name
+    of the folder contains a SHA-256 over all inputs, so a changed source gets another folder. ``progress(done, total,
+    module or file)`` is called while the folder is made or checked. If several processes make the same folder, the
+    first one to finish publishes its result, and the others use that.
 
     Raises:
         DataError: a calibration file cannot be read.
@@ -46,7 +49,9 @@ def quantized_cache(
     src, exclude, calibrate = Path(src), tuple(exclude), tuple(calibrate)
     if foreign_layout(read_config(src), src) not in (None, "compressed-tensors"):
         return _made_of(src, Path(cache_dir), "mxfp4", import_checkpoint, progress)
-    key = _key([_FORMAT_VERSION, scale_rule, sorted(exclude), len(calibrate)], src)
+    share, measure = keep
+    inputs = [_FORMAT_VERSION, scale_rule, sorted(exclude), len(calibrate)]
+    key = _key([*inputs, "keep", share, measure] if share else inputs, src)
     for text in calibrate:
         try:
             key.update(b"embedded" if text == "embedded" else bytes.fromhex(known_digest(Path(text))))
@@ -57,6 +62,11 @@ def quantized_cache(
     if target.is_dir():
         check_made(target, progress)
         return target
+    if share:
+        from verl_aqn.checkpoints.keeping import worst  # slow to import and rarely needed
+
+        rounded = quantized_cache(src, cache_dir, scale_rule, exclude, calibrate, progress)
+        exclude = (*exclude, *worst(src, rounded, share, measure, exclude, calibrate, progress))
     try:
         if calibrate:
             from verl_aqn.checkpoints.gptq import quantize_with_gptq  # slow to import and rarely needed

@@ -3,15 +3,17 @@
 import json
 import math
 import re
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from verl_aqn.cli.plots import check_picture
+from verl_aqn.config.schema import KeepBy, KeepConfig
 from verl_aqn.errors import ConfigError, ModelError
 from verl_aqn.terminal import print_wide, progress_bar
 
@@ -35,6 +37,14 @@ def quantize(
         list[str] | None,
         typer.Option(help="Reduce rounding errors with GPTQ on these texts: a JSONL file or 'embedded'. Repeatable."),
     ] = None,
+    keep_worst: Annotated[
+        float,
+        typer.Option(help="Leave the layers that rounding hurts most in bf16: up to this share of the weights."),
+    ] = 0.0,
+    keep_by: Annotated[
+        str,
+        typer.Option(help="What they are chosen by: sqnr, or loss (on the texts of --calibrate, or 'embedded')."),
+    ] = "sqnr",
     plot: Annotated[Path | None, typer.Option(help="Write a plot by layer (PNG, SVG or PDF).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
 ) -> None:
@@ -43,14 +53,18 @@ def quantize(
         raise ModelError(f"{src} is not a Hugging Face model folder: it has no config.json")
     if plot:
         check_picture(plot)
+    if keep_by not in get_args(KeepBy):
+        raise ConfigError(f"--keep-by {keep_by} is not one of {', '.join(get_args(KeepBy))}")
+    KeepConfig(keep_worst)  # checks the share
     from verl_aqn.checkpoints.foreign import foreign_layout, import_checkpoint
     from verl_aqn.checkpoints.packing import EXCLUDE, quantize_checkpoint
     from verl_aqn.checkpoints.storage import read_config
 
     if kind := foreign_layout(read_config(src), src):
-        if exclude or plot or calibrate:
+        if exclude or plot or calibrate or keep_worst:
             raise ConfigError(
-                f"{src} is already MXFP4 ({kind}) and is not rounded again: remove --exclude, --plot and --calibrate"
+                f"{src} is already MXFP4 ({kind}) and is not rounded again: remove --exclude, --plot, --calibrate and "
+                "--keep-worst"
             )
         with progress_bar("converting") as progress:
             imported = import_checkpoint(src, dst, format_, progress)
@@ -61,14 +75,24 @@ def quantize(
             print(f"{src.name} is already MXFP4 ({kind}): {imported.modules} modules converted bit for bit, {size}")
         return
 
-    with progress_bar("quantising") as progress:
-        leave = (*EXCLUDE, *(exclude or ()))
-        if calibrate:
-            from verl_aqn.checkpoints.gptq import quantize_with_gptq
+    def pack(folder: Path, leave: tuple[str, ...], format: str) -> "QuantReport":
+        with progress_bar("quantising") as progress:
+            if calibrate:
+                from verl_aqn.checkpoints.gptq import quantize_with_gptq
 
-            report = quantize_with_gptq(src, dst, calibrate, scale_rule, leave, progress, format_)
-        else:
-            report = quantize_checkpoint(src, dst, scale_rule, leave, progress, format=format_)
+                return quantize_with_gptq(src, folder, calibrate, scale_rule, leave, progress, format)
+            return quantize_checkpoint(src, folder, scale_rule, leave, progress, format=format)
+
+    leave = (*EXCLUDE, *(exclude or ()))
+    if keep_worst:
+        from verl_aqn.checkpoints.keeping import worst
+
+        with tempfile.TemporaryDirectory(prefix="verl-aqn-keep-") as folder:
+            pack(Path(folder) / "packed", leave, "compressed-tensors")
+            with progress_bar("measuring layers") as progress:
+                kept = worst(src, Path(folder) / "packed", keep_worst, keep_by, leave, calibrate or (), progress)
+        leave = (*leave, *kept)
+    report = pack(dst, leave, format_)
     title = f"{src.name} in MXFP4 ({scale_rule}): {_db(report.sqnr_db)} dB overall"
     if plot:
         from verl_aqn.cli.plots import plot_quantization

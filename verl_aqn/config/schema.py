@@ -18,6 +18,7 @@ Experiment = Literal["embedded", "embedded_2", "embedded_3", "gsm8k", "none"]
 PROFILES: tuple[Profile, ...] = get_args(Profile)
 EXPERIMENTS: tuple[Experiment, ...] = get_args(Experiment)
 ScaleRule = Literal["mse", "even", "floor", "rceil"]
+KeepBy = Literal["sqnr", "loss"]
 # Scale rule and rounding of 4-bit activations that each profile sets (`conf/profile`).
 FOUR_BIT = {"cpu": ("even", "nearest"), "cuda": ("rceil", "nearest"), "npu": ("floor", "half_away")}
 
@@ -90,6 +91,22 @@ class NoiseConfig:
 
 
 @dataclass(frozen=True)
+class KeepConfig:
+    """The layers that stay in 16 bits because rounding hurts them most (`aqn.mxfp4.keep`).
+
+    `worst`: a share of the weights that would be packed; 0: none. `by`: `sqnr`, the error of the weights themselves, or
+    `loss`, what the layer costs on calibration texts (`verl_aqn.checkpoints.keeping`).
+    """
+
+    worst: float = 0.0
+    by: KeepBy = "sqnr"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.worst < 1:
+            raise ConfigError(f"aqn.mxfp4.keep.worst is {self.worst:g}: give a share of the weights from 0 to below 1")
+
+
+@dataclass(frozen=True)
 class Mxfp4Config:
     """The quantised base (`aqn.mxfp4`)."""
 
@@ -109,6 +126,7 @@ class Mxfp4Config:
     # Calibration texts with which rounding compensates its errors (GPTQ): JSONL files or `embedded`; empty: plain
     # rounding.
     calibrate: tuple[str, ...] = ()
+    keep: KeepConfig = field(default_factory=KeepConfig)
 
     @property
     def activation_arithmetic(self) -> str:

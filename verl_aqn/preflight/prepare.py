@@ -39,11 +39,14 @@ def prepare_model(config: DictConfig) -> Path:
     check_new_adapter(config, source)
     mxfp4 = parse_aqn(config).mxfp4
     path = source
+    if mxfp4.enabled and mxfp4.keep.worst and foreign_layout(read_config(source), source):
+        raise ModelError(f"{source} is already MXFP4, so aqn.mxfp4.keep cannot choose layers: set keep.worst=0")
     if mxfp4.enabled and not is_packed(source):
         with progress_bar("packed base:") as progress:  # takes minutes with calibration
             path = quantized_cache(
-                source, cache_dir() / "mxfp4", mxfp4.scale_rule, mxfp4.exclude, mxfp4.calibrate, progress
-            )
+                source, cache_dir() / "mxfp4", mxfp4.scale_rule, mxfp4.exclude, mxfp4.calibrate, progress,
+                (mxfp4.keep.worst, mxfp4.keep.by),
+            )  # fmt: skip
     elif mxfp4.enabled:
         with progress_bar("checking the packed base:") as progress:
             check_made(source, progress)

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -305,9 +306,23 @@ def recipe_shape(config: DictConfig) -> Shape:
 
     Only config.json is read (and downloaded, if the model is on the hub).
     """
+    from verl_aqn.checkpoints.storage import read_config
     from verl_aqn.preflight.sizing import shape_of
 
-    return shape_of(find_model(config, weights=False), parse_aqn(config).mxfp4.exclude)
+    mxfp4 = parse_aqn(config).mxfp4
+    folder = find_model(config, weights=False)
+    shape = shape_of(folder, mxfp4.exclude)
+    # Which layers `keep` will choose is not known before they are rounded: at most this share, perhaps of one layer.
+    chooses = mxfp4.enabled and not read_config(folder).get("quantization_config")
+    moved = int(mxfp4.keep.worst * shape.linears) if chooses else 0
+    in_layer = min(moved, shape.layer_linears)
+    return replace(
+        shape,
+        linears=shape.linears - moved,
+        kept=shape.kept + moved,
+        layer_linears=shape.layer_linears - in_layer,
+        layer_kept=shape.layer_kept + in_layer,
+    )
 
 
 def cpu_cache() -> int:

@@ -28,8 +28,8 @@ def loss_of(model: Path, sequences: int) -> float:
 
 def test_every_variant_of_a_tiny_model(tmp_path, capsys):
     model = tiny_model(tmp_path / "tiny")
-    rows = quality.measure(model, 4, 3, ["gptq", "even"], "embedded", ["embedded"])
-    assert [row["variant"] for row in rows] == ["bf16", "mse", "even", "gptq"]
+    rows = quality.measure(model, 4, 3, ["gptq", "even", "keep-sqnr"], "embedded", ["embedded"])
+    assert [row["variant"] for row in rows] == ["bf16", "mse", "even", "gptq", "keep-sqnr"]
     by_name = {row["variant"]: row for row in json.loads(json.dumps(rows))}
     assert by_name["bf16"]["loss"] == pytest.approx(loss_of(model, 3), rel=1e-3)
     for name, other in (("mse", "bf16"), ("gptq", "mse")):
@@ -37,7 +37,8 @@ def test_every_variant_of_a_tiny_model(tmp_path, capsys):
         assert low <= difference <= high
         assert difference == pytest.approx(by_name[name]["loss"] - by_name[other]["loss"])
     assert 0 < by_name["gptq"]["kl"][0] < by_name["mse"]["kl"][0]
-    assert by_name["mse"]["bytes"] == by_name["gptq"]["bytes"] < by_name["bf16"]["bytes"]
+    assert by_name["mse"]["bytes"] == by_name["gptq"]["bytes"] < by_name["keep-sqnr"]["bytes"]
+    assert by_name["keep-sqnr"]["bytes"] < by_name["bf16"]["bytes"]
     quality.print_table(rows, "title")
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines() if "[" in line] == list(by_name)
 
