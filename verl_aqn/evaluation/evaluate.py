@@ -20,10 +20,8 @@ from verl_aqn.config.schema import parse_aqn
 from verl_aqn.config.verl_keys import check_keys
 from verl_aqn.errors import AqnError, ConfigError, DataError, EnvironmentFault, EvidenceError, first_line
 from verl_aqn.launch.console import RULES, Console
-from verl_aqn.launch.forkserver.ahead import ahead_of
-from verl_aqn.launch.train import attempt, identity, launch, resolve
+from verl_aqn.launch.train import attempt, identity, launch, ready
 from verl_aqn.preflight.prepare import untell_workers
-from verl_aqn.preflight.recipe_checks import check_model, check_stated
 from verl_aqn.runs.checkpoints import config_of, find_checkpoint
 from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.runs.stats.arms import run_in
@@ -185,10 +183,7 @@ def evaluate(
     base = Path(named).expanduser() if named else usual
     own_folder(base, make=False)
     OmegaConf.update(config, "aqn.run.dir", str(base))
-    check_stated(config)
-    with ahead_of(config) as ahead:
-        check_model(config)
-        prepared = resolve(config, fit=False, here=True)
+    with ready(config, fit=False) as (prepared, ahead):
         run = open_run(base, identity(prepared.config), fresh=True)
         launch(run, prepared)
         used = "mxfp4" if parse_aqn(config).mxfp4.enabled else "bf16"

@@ -21,7 +21,7 @@ from verl_aqn.config.compose import read_yaml
 from verl_aqn.config.schema import parse_aqn, typed
 from verl_aqn.errors import AqnError, ConfigError, DataError
 from verl_aqn.launch.console import Console
-from verl_aqn.launch.train import compose, execute, identity, prepare, resolve, versions_now
+from verl_aqn.launch.train import compose, execute, identity, ready, resolve, versions_now
 from verl_aqn.runs.folder import RunFolder, runs_of
 from verl_aqn.runs.stats.arms import FACTOR, arms, beyond, settings_of, versions_of
 from verl_aqn.runs.stats.compare import Report, compare
@@ -266,8 +266,8 @@ class Series:
             overrides.append("aqn.run.fresh=true")
         began = time.monotonic()
         try:
-            prepared = prepare(self.plan.arms[arm].recipe, overrides)
-            run, outcome = execute(prepared, self.folder(arm, seed), self.console)
+            with ready(compose(self.plan.arms[arm].recipe, overrides)) as (prepared, ahead):
+                run, outcome = execute(prepared, self.folder(arm, seed), self.console, ahead)
         except AqnError as error:
             self.console.warn(str(error))
             return False

@@ -4,6 +4,8 @@ Read `train` first: it shows the whole sequence.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,11 +52,16 @@ def compose(recipe: str, overrides: list[str]) -> DictConfig:
     return config
 
 
-def prepare(recipe: str, overrides: list[str]) -> Prepared:
-    """Compose the recipe, prepare its model and data, and check all that can be checked without starting a process."""
-    config = compose(recipe, overrides)
-    check_request(config)
-    return resolve(config, here=True)
+@contextmanager
+def ready(config: DictConfig, *, fit: bool = True) -> Iterator[tuple[Prepared, Ahead | None]]:
+    """Check all that can be checked without a run, and prepare its model and data as files (`resolve`).
+
+    Yield the result and, where the run's processes are forked, the fork server, which imports meanwhile.
+    """
+    check_stated(config)
+    with ahead_of(config) as ahead:
+        check_model(config)
+        yield resolve(config, fit=fit, here=True), ahead
 
 
 def resolve(config: DictConfig, *, fit: bool = True, here: bool = False) -> Prepared:
@@ -92,10 +99,7 @@ def train(recipe: str, overrides: list[str], *, dry_run: bool = False) -> int:
         print(OmegaConf.to_yaml(prepared.config, resolve=True))
         return 0
     own_folder(base, make=False)  # fails early, before the first minute of work
-    check_stated(config)
-    with ahead_of(config) as ahead:
-        check_model(config)
-        prepared = resolve(config, here=True)
+    with ready(config) as (prepared, ahead):
         run, outcome = execute(prepared, base, console, ahead)
     return console.end(run, prepared, outcome)
 

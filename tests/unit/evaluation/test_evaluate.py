@@ -1,6 +1,7 @@
 """Targets of `verl-aqn eval`, and the config that it makes of a run's. The real evaluation is in test_run.py."""
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -134,9 +135,11 @@ def test_an_evaluation_goes_where_it_is_told(run, tmp_path, monkeypatch):
     def opened(base, identity, fresh):
         raise ModelError(str(base))
 
-    monkeypatch.setattr(evaluate, "check_stated", lambda config: None)
-    monkeypatch.setattr(evaluate, "check_model", lambda config: None)
-    monkeypatch.setattr(evaluate, "resolve", lambda config, fit, here: Prepared(config, 0, {}, tmp_path))
+    @contextmanager
+    def prepared(config, *, fit):
+        yield Prepared(config, 0, {}, tmp_path), None
+
+    monkeypatch.setattr(evaluate, "ready", prepared)
     monkeypatch.setattr(evaluate, "open_run", opened)
     for overrides, base in (([], run.path / "evaluations"), ([f"aqn.run.dir={tmp_path}/x"], tmp_path / "x")):
         with pytest.raises(ModelError, match=f"^{base}$"):

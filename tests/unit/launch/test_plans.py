@@ -1,6 +1,7 @@
 """Plans: what is rejected before the first run, the order of runs, and what is skipped, retried or left out."""
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -126,7 +127,11 @@ def light(monkeypatch, tmp_path):
         config.actor_rollout_ref.model.path = str(model)
         return Prepared(config=config, steps=29, rows={"train": 1, "test": 4}, source=model)
 
-    def execute(prepared, base, console):
+    @contextmanager
+    def ready(config):
+        yield resolve(config), None
+
+    def execute(prepared, base, console, ahead):
         name = f"{prepared.config.trainer.experiment_name}-{prepared.config.aqn.seed}"
         taken.append(name)
         result = outcomes.get(name, [1, 0, 1, 0])
@@ -146,7 +151,7 @@ def light(monkeypatch, tmp_path):
         return run, Outcome(status, "" if status == "finished" else "it broke")
 
     monkeypatch.setattr(plans, "resolve", resolve)
-    monkeypatch.setattr(plans, "prepare", lambda recipe, overrides: resolve(load_recipe(recipe, overrides)))
+    monkeypatch.setattr(plans, "ready", ready)
     monkeypatch.setattr(plans, "execute", execute)
     monkeypatch.setattr(train, "data_files", lambda config: [f for f in [config.data.train_files] if Path(f).is_file()])
     return outcomes, taken
@@ -284,8 +289,8 @@ def test_versions_that_change_under_a_plan_stop_it_before_the_next_run(light, tm
     _, taken = light
     execute = plans.execute
 
-    def commit_after(prepared, base, console):
-        made = execute(prepared, base, console)
+    def commit_after(prepared, base, console, ahead):
+        made = execute(prepared, base, console, ahead)
         monkeypatch.setattr(train, "provenance", lambda files, base: provenance(files, base) | {"commit": "new"})
         return made
 
