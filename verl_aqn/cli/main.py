@@ -71,7 +71,8 @@ def train(
 ) -> None:
     """Run a recipe or a plan of several recipes. Resume a run that did not finish."""
     from verl_aqn.config.compose import find_recipe
-    from verl_aqn.launch.sweep import Series, read_plan
+    from verl_aqn.launch.plan import read_plan
+    from verl_aqn.launch.sweep import Series
     from verl_aqn.launch.train import train as run
 
     path = find_recipe(recipe)

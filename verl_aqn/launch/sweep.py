@@ -1,142 +1,32 @@
 """Plans: arms × seeds of an experiment, run one after another, each run once, and compared at the end.
 
-A plan is a YAML file in the form of `Plan`. The whole plan is checked before its first run. Finished runs are not
+A plan is a YAML file (`verl_aqn.launch.plan`). The whole plan is checked before its first run. Finished runs are not
 repeated; runs that died are resumed.
 """
 
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.markup import escape
 from rich.table import Table
 
-from verl_aqn.config.compose import read_yaml
-from verl_aqn.config.schema import parse_aqn, typed
+from verl_aqn.config.schema import parse_aqn
 from verl_aqn.errors import AqnError, ConfigError, DataError
 from verl_aqn.launch.console import Console
+from verl_aqn.launch.plan import Plan
 from verl_aqn.launch.train import compose, execute, identity, ready, resolve, versions_now
 from verl_aqn.runs.folder import RunFolder, runs_of
-from verl_aqn.runs.stats.arms import FACTOR, arms, beyond, settings_of, versions_of
-from verl_aqn.runs.stats.compare import Report, compare
+from verl_aqn.runs.stats.arms import arms, beyond, settings_of, versions_of
+from verl_aqn.runs.stats.compare import UNKNOWN, Report, compare
 from verl_aqn.runs.stats.intervals import validation_text
 from verl_aqn.safe_files import own_folder
 from verl_aqn.terminal import print_wide
 
 _BACK = "restore the old versions, or start the plan anew with aqn.run.dir=DIR"
-
-
-@dataclass(frozen=True)
-class When:
-    """A condition: the mean accuracy of `arm` over its seeds is above that of `above`. It is no statistical test."""
-
-    arm: str
-    above: str
-
-
-@dataclass(frozen=True)
-class ArmOfPlan:
-    """A recipe with its own overrides. `when`: run it only if this condition on other arms holds."""
-
-    recipe: str = ""
-    overrides: tuple[str, ...] = ()
-    when: When | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """An experiment: arms, seeds, and pairs of arms to compare.
-
-    Runs go through all arms seed by seed, so that an interrupted plan has as many seeds for each arm; arms with a
-    condition come last. `contrasts` are pairs [arm, control]; by default each arm against the first. In each pair only
-    settings under `factors` may differ. `overrides` apply to all arms, followed by those of the command line.
-    """
-
-    arms: dict[str, ArmOfPlan]
-    seeds: tuple[int, ...] = (0,)
-    contrasts: tuple[tuple[str, ...], ...] = ()
-    factors: tuple[str, ...] = (FACTOR,)
-    overrides: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        names, free = list(self.arms), [name for name, arm in self.arms.items() if not arm.when]
-        for name, arm in self.arms.items():
-            if not re.fullmatch(r"[\w.-]+", name) or not arm.recipe:
-                raise ConfigError(f"arms.{name}: an arm needs a name of letters, digits, ., - and _, and a recipe")
-            for other in (arm.when.arm, arm.when.above) if arm.when else ():
-                if other not in names:
-                    raise ConfigError(
-                        f"arms.{name}.when names {other!r}, which is not an arm: use one of {', '.join(free)}"
-                    )
-                if other not in free:
-                    raise ConfigError(
-                        f"arms.{name}.when names {other!r}, which has a condition itself: name an arm without one"
-                    )
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ConfigError(f"seeds={list(self.seeds)}: give at least one seed, and each seed once")
-        for pair in self.contrasts:
-            if len(set(pair)) != 2 or len(pair) != 2 or not set(pair) <= set(names):
-                raise ConfigError(f"contrasts: {list(pair)} is not a pair [arm, control] of two of {', '.join(names)}")
-
-    @property
-    def pairs(self) -> list[tuple[str, str]]:
-        """Pairs (arm, control), one for each contrast."""
-        first, *others = self.arms
-        return [(arm, control) for arm, control in self.contrasts] or [(arm, first) for arm in others]
-
-    def runs(self, conditional: bool) -> Iterator[tuple[str, int]]:
-        """Yield (arm, seed) in order, for the arms with a condition or for those without."""
-        for seed in self.seeds:
-            yield from ((name, seed) for name, arm in self.arms.items() if (arm.when is not None) == conditional)
-
-
-def read_plan(path: Path, overrides: list[str]) -> Plan | None:
-    """Return the plan in a file; None if the file is a recipe. An override `seeds=[0, 1]` replaces the plan's seeds.
-
-    Raises:
-        ConfigError: a key, name or value that a plan cannot have.
-    """
-    raw = read_yaml(path)
-    if not isinstance(raw, dict) or "arms" not in raw:
-        return None
-    rest = []
-    for override in overrides:
-        if override.startswith("seeds="):
-            raw["seeds"] = _seeds(override)
-        else:
-            rest.append(override)
-    _refuse_own(path, overrides)
-    if not isinstance(raw["arms"], dict) or not raw["arms"]:
-        raise ConfigError(f"{path.name}: arms must be a mapping from names to blocks with a recipe")
-    try:
-        plan = typed(Plan, raw | {"overrides": raw.get("overrides") or []}, "")
-    except ConfigError as error:
-        raise ConfigError(f"{path.name}: {error}") from error
-    _refuse_own(path, [*plan.overrides, *(override for arm in plan.arms.values() for override in arm.overrides)])
-    return replace(plan, overrides=(*plan.overrides, *rest))
-
-
-def _refuse_own(path: Path, overrides: list[str]) -> None:
-    """Reject overrides of settings that the plan sets for each run itself: they would be ignored silently."""
-    for override in overrides:
-        key, _, value = override.lstrip("+").partition("=")
-        if key == "aqn.seed":
-            raise ConfigError(f"{path.name}: {override}: a plan sets the seed of each run: give seeds=[{value}]")
-        if key == "trainer.experiment_name":
-            raise ConfigError(f"{path.name}: {override}: a plan names each run after its arm: rename the arm")
-
-
-def _seeds(override: str) -> Any:
-    try:
-        return yaml.safe_load(override.removeprefix("seeds="))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{override} is not a YAML list: give seeds=[0,1,2]") from error
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -159,12 +49,13 @@ class Series:
         """Check the whole plan: recipe, model and data of each arm, how arms differ, and what is recorded.
 
         All recipes are composed before the first model is prepared. `file`: the plan's file, which names the folder and
-        error messages. Raises ConfigError and what `verl_aqn.launch.train.prepare` raises.
+        error messages. Raises ConfigError and what `verl_aqn.launch.train.resolve` raises.
         """
         self.plan, self.console = plan, console or Console()
         self.done: dict[tuple[str, int], RunFolder] = {}
         self.outdated: dict[tuple[str, int], str] = {}  # unfinished runs → versions that changed since they began
         self.minutes: list[float] = []
+        self.verdicts: dict[int, bool] = {}  # number of seeds at a look → whether every contrast has a verdict
         composed, self.configs = {}, {}
         for arm in plan.arms:
             with _faults_of(file, arm):
@@ -236,10 +127,14 @@ class Series:
     def run(self) -> int:
         """Run everything that is not finished, then compare. Return exit code 0 if all runs finished."""
         failed = []
+        if self.plan.early:
+            self.console.say(f"plan     {self.rule}")
         for conditional in (False, True):
             if conditional:
                 self.look()  # conditions depend on all finished runs
             for arm, seed in self.plan.runs(conditional):
+                if self.decided():
+                    break
                 if self.look_at(arm, seed):
                     self.console.say(f"plan     {arm}, seed {seed}: finished before, {self.result(arm, seed)}")
                 elif conditional and (reason := self.unpromising(arm)):
@@ -304,20 +199,53 @@ class Series:
     def result(self, arm: str, seed: int) -> str:
         return validation_text(self.last(self.done[arm, seed]))
 
-    def compared(self) -> Report | None:
-        """Return the comparison of the plan's contrasts over the finished runs; None if no pair has any."""
-        pairs = [pair for pair in self.plan.pairs if all(any(name == arm for name, _ in self.done) for arm in pair)]
+    @property
+    def rule(self) -> str:
+        """The rule by which a plan with `looks` ends, in words."""
+        early = ", ".join(map(str, self.plan.early))
+        return (
+            f"ends after {early} seeds if then every contrast has a verdict, else after {len(self.plan.seeds)}; "
+            f"intervals are corrected for {len(self.plan.early) + 1} looks"
+        )
+
+    def decided(self) -> int:
+        """Return the number of seeds after which the plan's rule ends it; 0 if it does not.
+
+        Only runs of the first so many seeds count, so that an interrupted plan decides as one in a single go.
+        """
+        for count in self.plan.early:
+            if any((arm, seed) not in self.done for seed in self.plan.seeds[:count] for arm in self.plan.arms):
+                continue
+            if count not in self.verdicts:
+                report = self.compared(count)
+                assert report is not None
+                self.verdicts[count] = all(contrast.verdict != UNKNOWN for contrast in report.arms)
+            if self.verdicts[count]:
+                return count
+        return 0
+
+    def compared(self, count: int = 0) -> Report | None:
+        """Return the comparison of the plan's contrasts over the finished runs; None if no pair has any.
+
+        `count`: only the first so many seeds; 0: all.
+        """
+        seeds = self.plan.seeds[: count or None]
+        done = {one: run for one, run in self.done.items() if one[1] in seeds}
+        pairs = [pair for pair in self.plan.pairs if all(any(name == arm for name, _ in done) for arm in pair)]
         if not pairs:
             return None
         wanted = {arm for pair in pairs for arm in pair}
-        order = [self.done[name, seed].path for name in self.plan.arms if name in wanted for seed in self.plan.seeds
-                 if (name, seed) in self.done]  # fmt: skip
+        order = [done[name, seed].path for name in self.plan.arms if name in wanted for seed in seeds
+                 if (name, seed) in done]  # fmt: skip
         found = {arm.name: arm for arm in arms(order, self.plan.factors, any_difference=True)}
-        return compare(list(found.values()), [(found[arm], found[control]) for arm, control in pairs])
+        looks = len(self.plan.early) + 1
+        return compare(list(found.values()), [(found[arm], found[control]) for arm, control in pairs], looks)
 
     def show(self) -> None:
         """Print the comparison on standard output."""
-        report = self.compared()
+        if stopped := self.decided():
+            self.console.say(f"plan     ended by its rule after {stopped} seeds: every contrast has a verdict")
+        report = self.compared(stopped)
         if report is None:
             self.console.say("plan     nothing to compare yet")
         else:
@@ -334,4 +262,6 @@ class Series:
             condition = f"{arm.when.arm} above {arm.when.above}" if arm.when else ""
             view.add_row(name, escape(arm.recipe), condition, *cells)
         print_wide(view)
+        if self.plan.early:
+            print(f"The plan {self.rule}.")
         return 0

@@ -10,11 +10,13 @@ import yaml
 from omegaconf import OmegaConf
 
 from verl_aqn.config.compose import find_recipe, load_recipe, plan_names
+from verl_aqn.config.schema import typed
 from verl_aqn.errors import BusyError, ConfigError, EnvironmentFault, Stopped
 from verl_aqn.launch import sweep as plans
 from verl_aqn.launch import train
+from verl_aqn.launch.plan import Plan, read_plan
 from verl_aqn.launch.supervise import Outcome
-from verl_aqn.launch.sweep import Plan, Series, read_plan
+from verl_aqn.launch.sweep import Series
 from verl_aqn.launch.train import Prepared, identity
 from verl_aqn.preflight.prepare import tell_workers
 from verl_aqn.runs.folder import open_run
@@ -63,6 +65,13 @@ def test_a_recipe_is_no_plan():
         ({"arms": conditional(arm="noisy")}, r"arms\.c\.when\.above is missing"),
         ({"contrasts": [["noisy", "e12"]]}, "is not a pair .* of control, noisy"),
         ({"contrasts": [["noisy", "noisy"]]}, "is not a pair"),
+        ({"looks": [5, 4]}, r"looks=\[5, 4\]: give growing numbers of seeds, from 3 on"),
+        ({"looks": [3, 3]}, "give growing numbers"),
+        ({"looks": [2]}, "from 3 on"),
+        (
+            {"seeds": [0, 1, 2], "looks": [3], "arms": conditional(arm="noisy", above="control")},
+            "a plan that may end early has no cond",
+        ),
     ],
 )
 def test_what_a_plan_cannot_say(tmp_path, changes, words):
@@ -110,7 +119,7 @@ def test_what_a_plan_gives_its_runs_itself_is_not_taken(tmp_path, override, word
 
 def test_order_is_seed_by_seed_and_conditional_arms_come_last():
     arms = {**ARMS, "long": {"recipe": "e12_2ep", "when": {"arm": "noisy", "above": "control"}}}
-    plan = plans.typed(Plan, {"arms": arms, "seeds": [0, 1]}, "")
+    plan = typed(Plan, {"arms": arms, "seeds": [0, 1]}, "")
     assert list(plan.runs(False)) == [("control", 0), ("noisy", 0), ("control", 1), ("noisy", 1)]
     assert list(plan.runs(True)) == [("long", 0), ("long", 1)]
     assert plan.pairs == [("noisy", "control"), ("long", "control")]
@@ -142,7 +151,10 @@ def light(monkeypatch, tmp_path):
         run.write_text("versions.json", json.dumps(train.versions_now(prepared.config)))
         status = result if isinstance(result, str) else "finished"
         if status == "finished":
-            run.append("metrics.jsonl", {"kind": "validation", "step": 29, "accuracy": sum(result) / 4, "items": 4})
+            run.append(
+                "metrics.jsonl",
+                {"kind": "validation", "step": 29, "accuracy": sum(result) / len(result), "items": len(result)},
+            )
             (run.path / "validation").mkdir()
             for number, acc in enumerate(result):
                 run.append("validation/29.jsonl", {"input": f"{number}?", "output": "", "gts": "1", "acc": acc})
@@ -232,6 +244,62 @@ def test_a_run_that_fails_does_not_end_the_plan_and_is_tried_again(light, tmp_pa
     assert taken == ["control-0", "noisy-1"]
 
 
+MANY = {"seeds": [0, 1, 2, 3, 4], "looks": [3, 4, 5, 9]}
+
+
+def clear(outcomes, seeds, items=200):
+    """Let the arm `noisy` be 60 points better with these seeds; a few items differ from seed to seed."""
+    for seed in seeds:
+        for arm, right in (("control", 40), ("noisy", 160)):
+            outcomes[f"{arm}-{seed}"] = [1] * (right + seed) + [0] * (items - right - seed)
+
+
+def test_a_plan_ends_at_the_first_look_at_which_every_contrast_has_a_verdict(light, tmp_path, capsys):
+    outcomes, taken = light
+    clear(outcomes, range(5))
+    plan = series(tmp_path, **MANY)
+    plan.preview()
+    rule = (
+        "ends after 3, 4 seeds if then every contrast has a verdict, else after 5; intervals are corrected for 3 looks"
+    )
+    assert rule in capsys.readouterr().out
+    assert plan.run() == 0
+    assert taken == ["control-0", "noisy-0", "control-1", "noisy-1", "control-2", "noisy-2"]
+    told = capsys.readouterr()
+    assert rule in told.err, "the rule is said before the first run"
+    assert "ended by its rule after 3 seeds" in told.err
+    assert "1 contrast at 3 looks" in told.out.replace("\n", " ")
+    assert series(tmp_path, **MANY).run() == 0
+    assert len(taken) == 6, "the same decision from what is on record"
+    assert capsys.readouterr().out == told.out
+
+
+def test_a_plan_without_a_verdict_runs_to_its_end_and_counts_all_looks(light, tmp_path, capsys):
+    _, taken = light  # all runs have the same four answers, which is too few for any verdict
+    assert series(tmp_path, **MANY).run() == 0
+    assert len(taken) == 10
+    told = capsys.readouterr()
+    assert "ended by its rule" not in told.err
+    assert "1 contrast at 3 looks" in told.out.replace("\n", " ")
+
+
+def test_later_seeds_and_a_missing_run_change_no_decision(light, tmp_path, capsys):
+    """A look waits for all runs of its seeds, and uses no others."""
+    outcomes, taken = light
+    clear(outcomes, range(5))
+    outcomes["noisy-1"] = "failed"
+    assert series(tmp_path, **MANY).run() == 1
+    assert len(taken) == 10, "no look was possible, at 3, 4 or 5 seeds"
+    clear(outcomes, [1])
+    del taken[:]
+    plan = series(tmp_path, **MANY)
+    assert plan.run() == 0
+    assert taken == ["noisy-1"]
+    capsys.readouterr()
+    assert plan.decided() == 3
+    assert {run for score in plan.compared(3).scores for run in score.seeds} == {0, 1, 2}
+
+
 def test_ctrl_c_ends_the_plan(light, tmp_path):
     outcomes, taken = light
     outcomes["noisy-0"] = Stopped("stopped by SIGTERM", 15)
@@ -249,6 +317,14 @@ def test_two_epochs_only_where_one_shows_promise(light, tmp_path, capsys, noisy,
     series(tmp_path, arms=arms, seeds=[0], factors=factors).run()
     assert ("long-0" in taken) == run
     assert (" is not above control (50.0 %)" in capsys.readouterr().err) != run
+
+
+@pytest.mark.parametrize("name", plan_names())
+def test_the_shipped_plans_can_run(light, tmp_path, name):
+    path = find_recipe(name)
+    plan = Series(read_plan(path, ["profile=cpu", f"aqn.run.dir={tmp_path / 'out'}"]), path)
+    assert not plan.done
+    assert all(len(pair) == 2 for pair in plan.plan.pairs)
 
 
 def test_arms_that_differ_in_more_than_the_factor_are_refused_before_the_first_run(light, tmp_path):

@@ -19,8 +19,6 @@ WANTED = 0.05  # a smaller difference does not matter: 5 points
 # The number of runs per arm from which equal seeds are paired. With fewer runs, pairing costs more degrees of freedom
 # (with three runs, the interval is half as wide again) than equal seeds usually gain.
 PAIRS = 5
-_FOR = ", corrected for {} contrasts,"
-
 HELPS, HURTS, UNKNOWN = "helps", "hurts", "not enough data"
 SAME = f"equivalent within ±{100 * WANTED:.0f} points"
 
@@ -45,9 +43,10 @@ class Contrast:
     """The arm of `score` minus `control`, on the same items; fractions of 1.
 
     `interval` and `p_value` are for this difference alone, at 95 % and 5 %. `simultaneous` and `corrected` are from the
-    same test after Bonferroni's correction over all contrasts (95 % for all intervals together), and they decide the
-    verdict: `corrected` is below 5 % exactly when `simultaneous` excludes 0. p is None if one arm has several seeds and
-    the other has one: then neither runs nor methods can be tested, and the interval is over items alone.
+    same test after Bonferroni's correction over all contrasts and looks (95 % for all intervals together), and they
+    decide the verdict: `corrected` is below 5 % exactly when `simultaneous` excludes 0. p is None if one arm has
+    several seeds and the other has one: then neither runs nor methods can be tested, and the interval is over items
+    alone.
 
     `seeds_for_verdict`: the number of seeds per arm with which `simultaneous` would be at most ±2.5 points wide, if
     seeds and items vary as they did here. Then there is a verdict for any difference, because an interval that contains
@@ -74,7 +73,7 @@ class Report:
     """Arms compared with others on `items` items.
 
     `control` is the first of all arms, `arms` are the requested contrasts. `metric`: what was compared, for example
-    accuracy, avg@8 or pass@4.
+    accuracy, avg@8 or pass@4. `looks`: how often the data may be looked at before they are complete, and at the end.
     """
 
     items: int
@@ -82,29 +81,36 @@ class Report:
     control: Score
     scores: tuple[Score, ...]
     arms: tuple[Contrast, ...]
+    looks: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @property
     def correction(self) -> str:
-        """Return the note that a table needs about corrected intervals and p values, or "" for a single contrast."""
-        count = len(self.arms)
+        """Return the note that a table needs about corrected intervals and p values, or "" if there is one of them."""
+        tests = _tests(len(self.arms), self.looks)
         return (
-            f"; differences and p corrected for {count} contrasts, so that all intervals together hold at 95 %"
-            if count > 1
-            else ""
+            f"; differences and p corrected for {tests}, so that all intervals together hold at 95 %" if tests else ""
         )
 
 
-def compare(arms: Sequence[Arm], pairs: Sequence[tuple[Arm, Arm]] = ()) -> Report:
+def _tests(contrasts: int, looks: int) -> str:
+    """Return in words what intervals are corrected for, or "" for a single contrast at a single look."""
+    if contrasts * looks == 1:
+        return ""
+    return f"{contrasts} contrast{'s' if contrasts > 1 else ''}{f' at {looks} looks' if looks > 1 else ''}"
+
+
+def compare(arms: Sequence[Arm], pairs: Sequence[tuple[Arm, Arm]] = (), looks: int = 1) -> Report:
     """Compare each arm after the first with the first, which is the control; or only the given `pairs` (arm, control).
 
     With one seed each, the test is `of_items` (McNemar's test for right and wrong responses). With several seeds each,
     it is the test of `spread` over seeds and items, paired if both arms have the same seeds and at least `PAIRS` of
     them, together with `of_items`. The verdict is about the method, so it needs at least two seeds per arm: another
     seed may behave differently. The interval, corrected over the contrasts (Bonferroni), decides, so that in 95 % of
-    comparisons no verdict is wrong:
+    comparisons no verdict is wrong. If the data are looked at several times, as soon as there are so many seeds, and a
+    look may end the experiment, then `looks` is their number, and the correction is over these, too.
 
     - helps, hurts: it excludes 0.
     - equivalent within ±5 points: it lies within ±5 points (two one-sided tests: Schuirmann 1987).
@@ -112,8 +118,9 @@ def compare(arms: Sequence[Arm], pairs: Sequence[tuple[Arm, Arm]] = ()) -> Repor
     """
     pairs = pairs or [(arm, arms[0]) for arm in arms[1:]]
     scores = {arm.name: _score(arm) for arm in arms}
-    contrasts = tuple(_contrast(arm, control, scores[arm.name], len(pairs)) for arm, control in pairs)
-    return Report(arms[0].scores.shape[1], arms[0].metric, scores[arms[0].name], tuple(scores.values()), contrasts)
+    contrasts = tuple(_contrast(arm, control, scores[arm.name], len(pairs), looks) for arm, control in pairs)
+    first = arms[0]
+    return Report(first.scores.shape[1], first.metric, scores[first.name], tuple(scores.values()), contrasts, looks)
 
 
 def decide(interval: tuple[float, float]) -> str:
@@ -133,15 +140,15 @@ def _score(arm: Arm) -> Score:
     return Score(arm.name, runs, numbers, float(arm.scores.mean()), (max(low, 0.0), min(high, 1.0)))
 
 
-def _contrast(arm: Arm, control: Arm, score: Score, contrasts: int) -> Contrast:
+def _contrast(arm: Arm, control: Arm, score: Score, contrasts: int, looks: int) -> Contrast:
     several = min(len(arm.runs), len(control.runs)) > 1
     tested = several or len(arm.runs) == len(control.runs)
-    level = LEVEL / contrasts
+    tests, level = _tests(contrasts, looks), LEVEL / (contrasts * looks)
     found, test = _difference(arm, control)
     differs = differences(control.settings, arm.settings)
     simultaneous = _within(found.interval(level))
     verdict = decide(simultaneous) if several else UNKNOWN
-    corrected = min(1.0, contrasts * found.p_value) if tested else None
+    corrected = min(1.0, contrasts * looks * found.p_value) if tested else None
     seeds = min(len(arm.runs), len(control.runs))
     needed = _needed(found, arm.scores.shape[1], level)
     if needed is not None and verdict == UNKNOWN and 1 < needed <= seeds:
@@ -150,7 +157,7 @@ def _contrast(arm: Arm, control: Arm, score: Score, contrasts: int) -> Contrast:
     more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
     low, high = (100 * bound for bound in simultaneous)
     text = f"{arm.name} against {control.name}: {verdict}. {100 * found.value:+.1f} points "
-    text += f"(95 % interval{_FOR.format(contrasts) if contrasts > 1 else ''} {low:+.1f} to {high:+.1f}"
+    text += f"(95 % interval{f', corrected for {tests},' if tests else ''} {low:+.1f} to {high:+.1f}"
     text += f"; {test}, p = {corrected:.2g}). " if corrected is not None else "). "
     text += _reason(verdict, several, corrected, needed)
     text += f"What differs: {', '.join(changes[:4])}{more}."
