@@ -282,6 +282,7 @@ def main_ahead(link: int) -> None:
         try:
             parent.sendall(b"!")  # the imports have finished
             while (told := receive(parent)).question:
+                sys.stdout.flush()  # what the imports printed is no part of an answer
                 process = os.fork()
                 if process == 0:
                     break
