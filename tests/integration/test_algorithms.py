@@ -3,6 +3,7 @@
 A run that cannot learn reports the reason.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -156,9 +157,11 @@ def test_an_estimator_with_kl_in_the_reward_beside_a_loss_of_another_kind(run, r
     (answer,) = lines(outcome[2] / "evidence.jsonl", "adapter")[-1]["actual"]
     assert answer["modules"] == (14 if modules == "all-linear" else 2)
     said, start = compared(outcome[2])
-    kept = 2 if len(more) > 1 else 0  # the two matrices that 20 % of the weights hold are read back, too
+    left = json.loads((outcome[2] / "quantization.json").read_text())["left_in_16_bits"]
+    kept = len(left) - 1  # without the head
+    assert bool(kept) == ("aqn.mxfp4.keep.worst=0.2" in more)
     assert f"{14 - kept} packed matrices" in said
-    assert ("2 16-bit matrices" in said) == bool(kept), said
+    assert (f"{kept} 16-bit matrices" in said) == bool(kept), said  # layers that are kept are read back, too
     assert start["disk"] == start["rollout"][0]["base_digest"]
     (rows,) = [one for one in lines(outcome[2] / "events.jsonl", "rows") if one["set"] == "train"]
     assert (rows["files"], rows["kept"]) == (2048, 16)
