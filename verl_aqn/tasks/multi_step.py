@@ -1,8 +1,11 @@
 """The harder embedded task: generated word problems of two or three steps, in GSM8K's format.
 
-A problem is a sentence of clauses, one for each number, and ends with the expression: "Ann has 3 cups, gets 4 and loses
-2. 3 + 4 - 2?" Its answer has a line for each step. The first sign may be a multiplication, so that the steps always go
-from left to right.
+A problem is a sentence of clauses, one for each number, and ends with the steps: "Ann has 3 cups, gets 4 and loses 2.
+3 + 4, then - 2?" Its answer has a line for each step. The first sign may be a multiplication, so that the steps always
+go from left to right.
+
+SmolLM2-135M-Instruct, calibrated to MXFP4 on one-step problems, answers 23 % of 96 problems of two steps at temperature
+1 before training (95 % interval 16 to 32 %); with the expression in one piece and two worked examples, 3 %.
 
 The two splits have nothing in common but names and things: a test problem is made of clauses, and has an expression,
 that no training problem has. One-step problems (`verl_aqn.tasks.word_problems`) are separated by their text alone.
@@ -40,10 +43,14 @@ _EXAMPLES = {
     2: (
         ("Ann has 9 cups, gets 3 and loses 4.", (9, 3, 4), "+-"),
         ("Tim has 3 bags of 2 pens and buys 5 more.", (3, 2, 5), "*+"),
+        ("Sam has 8 pens, sells 2 and loses 3.", (8, 2, 3), "--"),
+        ("Kim finds 4 nuts, gets 5 and buys 6 more.", (4, 5, 6), "++"),
     ),
     3: (
         ("Ann has 9 cups, gets 3, loses 4 and finds 2.", (9, 3, 4, 2), "+-+"),
         ("Tim has 3 bags of 2 pens, sells 4 and buys 5 more.", (3, 2, 4, 5), "*-+"),
+        ("Sam has 8 pens, sells 2, loses 3 and finds 4.", (8, 2, 3, 4), "--+"),
+        ("Kim finds 4 nuts, gets 5, buys 6 more and drops 3.", (4, 5, 6, 3), "++-"),
     ),
 }
 
@@ -70,10 +77,10 @@ def problems(n: int, split: str, seed: int, steps: int) -> list[Problem]:
 
 
 def prompt(question: str, steps: int) -> list[Message]:
-    """Return the chat messages: two worked examples of so many steps, then `question`."""
+    """Return the chat messages: four worked examples of so many steps, then `question`."""
     messages: list[Message] = []
-    for (text, numbers, signs), role in zip(_EXAMPLES[steps], ("system", "user"), strict=True):
-        worked = _problem(text, numbers, signs)
+    for text, numbers, signs in _EXAMPLES[steps]:
+        worked, role = _problem(text, numbers, signs), "user" if messages else "system"
         messages += [{"role": role, "content": worked.question}, {"role": "assistant", "content": worked.answer}]
     return [*messages, {"role": "user", "content": question}]
 
@@ -116,7 +123,9 @@ def _problem(text: str, numbers: tuple[int, ...], signs: str) -> Problem:
         for left, sign, right, result in zip(before[:-1], signs, numbers[1:], results, strict=True)
     ]
     answer = "\n".join([*lines, f"#### {results[-1]}"])
-    return Problem(signs, f"{text} {_expression(numbers, signs)}?", answer)
+    first, *others = (f"{sign} {number}" for sign, number in zip(signs, numbers[1:], strict=True))
+    asked = ", then ".join([f"{numbers[0]} {first}", *others])
+    return Problem(signs, f"{text} {asked}?", answer)
 
 
 def _expression(numbers: tuple[int, ...], signs: str) -> str:
