@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from contextlib import nullcontext
 
 import pytest
 
@@ -77,7 +78,7 @@ def test_a_run_that_a_signal_ended_is_on_record_and_has_the_signal_s_exit_code(
         return Outcome("interrupted", f"stopped by {by}", signal=number)
 
     monkeypatch.setattr(train, "supervise", supervise)
-    monkeypatch.setattr(train, "prepare", lambda *_, **__: prepared)
+    monkeypatch.setattr(train, "ready", lambda config: nullcontext((prepared, None)))
     monkeypatch.setattr(train, "warnings_of", lambda config: [])
     prepared.rows = {"train": 174, "test": 4}
     prepared.config.aqn.noise.probe = False
