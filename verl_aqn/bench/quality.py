@@ -8,7 +8,6 @@ much narrower than those of the values themselves.
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +32,7 @@ from verl_aqn.tasks.word_problems import Problem, problems, prompt
 from verl_aqn.terminal import print_wide
 
 LENGTH = 256  # tokens of a text
-KEPT = 0.05
+KEPT = 0.05  # share of the weights
 NEW_TOKENS = 24
 _BATCH, _ANSWERS = 8, 96  # texts, and prompts, that run together
 
@@ -58,53 +57,46 @@ class Measured(NamedTuple):
     right: np.ndarray
 
 
-def _plain(scale_rule: str) -> Callable[[Setting], tuple[PreTrainedModel, int]]:
-    def make(setting: Setting) -> tuple[PreTrainedModel, int]:
-        report = quantize_checkpoint(setting.src, setting.folder / "packed", scale_rule)
-        return load_model(setting.folder / "packed"), report.bytes_after
+class Variant(NamedTuple):
+    """A way of rounding. `keep`: the measure by which the worst layers are chosen that stay in bf16; "" for none."""
 
-    return make
-
-
-def _gptq(scale_rule: str) -> Callable[[Setting], tuple[PreTrainedModel, int]]:
-    def make(setting: Setting) -> tuple[PreTrainedModel, int]:
-        quantizer = gptq_quantizer(setting.src, setting.ids, scale_rule)
-        report = quantize_checkpoint(setting.src, setting.folder / "packed", scale_rule, quantizer=quantizer)
-        return load_model(setting.folder / "packed"), report.bytes_after
-
-    return make
+    what: str
+    scale_rule: str
+    gptq: bool = False
+    keep: str = ""
 
 
-def _keeping(by: str, scale_rule: str, *, gptq: bool) -> Callable[[Setting], tuple[PreTrainedModel, int]]:
-    """Keep the worst 5 % of the weights in bf16."""
-
-    def make(setting: Setting) -> tuple[PreTrainedModel, int]:
-        def pack(name: str, exclude: tuple[str, ...]) -> int:
-            quantizer = gptq_quantizer(setting.src, setting.ids, scale_rule, exclude) if gptq else None
-            folder = setting.folder / name
-            return quantize_checkpoint(setting.src, folder, scale_rule, exclude, quantizer=quantizer).bytes_after
-
-        pack("rounded", EXCLUDE)
-        kept = worst(setting.src, setting.folder / "rounded", KEPT, by)
-        size = pack("packed", (*EXCLUDE, *kept))
-        return load_model(setting.folder / "packed"), size
-
-    return make
-
-
-# Name -> (what it is, how it is made).
-VARIANTS: dict[str, tuple[str, Callable[[Setting], tuple[PreTrainedModel, int]]]] = {
-    "mse": ("plain, best of two exponents", _plain("mse")),
-    "even": ("plain", _plain("even")),
-    "floor": ("plain", _plain("floor")),
-    "rceil": ("plain", _plain("rceil")),
-    "gptq": ("error-compensated, mse", _gptq("mse")),
-    "gptq-even": ("error-compensated, even", _gptq("even")),
-    "keep-sqnr": ("mse, worst 5 % by SQNR in bf16", _keeping("sqnr", "mse", gptq=False)),
-    "keep-loss": ("mse, worst 5 % by loss in bf16", _keeping("loss", "mse", gptq=False)),
-    "keep-loss-even": ("even, worst 5 % by loss in bf16", _keeping("loss", "even", gptq=False)),
-    "gptq-even-keep-loss": ("error-compensated, even, worst 5 % by loss in bf16", _keeping("loss", "even", gptq=True)),
+VARIANTS = {
+    "mse": Variant("plain, best of two exponents", "mse"),
+    "even": Variant("plain", "even"),
+    "floor": Variant("plain", "floor"),
+    "rceil": Variant("plain", "rceil"),
+    "gptq": Variant("error-compensated, mse", "mse", gptq=True),
+    "gptq-even": Variant("error-compensated, even", "even", gptq=True),
+    "keep-sqnr": Variant("mse, worst 5 % by SQNR in bf16", "mse", keep="sqnr"),
+    "keep-loss": Variant("mse, worst 5 % by loss in bf16", "mse", keep="loss"),
+    "keep-loss-even": Variant("even, worst 5 % by loss in bf16", "even", keep="loss"),
+    "gptq-even-keep-loss": Variant(
+        "error-compensated, even, worst 5 % by loss in bf16", "even", gptq=True, keep="loss"
+    ),
 }
+
+
+def make(variant: Variant, setting: Setting) -> tuple[PreTrainedModel, int]:
+    """Return the model of a variant, and the bytes of its weights."""
+
+    def pack(name: str, exclude: tuple[str, ...]) -> int:
+        rule = variant.scale_rule
+        quantizer = gptq_quantizer(setting.src, setting.ids, rule, exclude) if variant.gptq else None
+        report = quantize_checkpoint(setting.src, setting.folder / name, rule, exclude, quantizer=quantizer)
+        return report.bytes_after
+
+    exclude: tuple[str, ...] = EXCLUDE
+    if variant.keep:
+        pack("rounded", exclude)
+        exclude = (*exclude, *worst(setting.src, setting.folder / "rounded", KEPT, variant.keep))
+    size = pack("packed", exclude)
+    return load_model(setting.folder / "packed"), size
 
 
 def measure(
@@ -148,7 +140,7 @@ def measure(
     for name in ["mse", *(name for name in VARIANTS if name in only and name != "mse")]:
         started = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="verl-aqn-quality-") as folder:
-            model, size = VARIANTS[name][1](Setting(src, ids, Path(folder)))
+            model, size = make(VARIANTS[name], Setting(src, ids, Path(folder)))
         found[name] = (run(name, dequantize_linears(model), started)[0], size)
     return [_row(name, found[name][1], found[name][0], bf16, found["mse"][0], counts) for name in found]
 
@@ -178,7 +170,7 @@ def _row(name: str, size: int, it: Measured, bf16: Measured, mse: Measured, coun
     answers = (change.value, *change.interval())
     return {
         "variant": name,
-        "what": VARIANTS[name][0] if name in VARIANTS else "not quantised",
+        "what": VARIANTS[name].what if name in VARIANTS else "not quantised",
         "bytes": size,
         "loss": float(it.nll.sum() / counts.sum()),
         "loss_minus_bf16": ratio_interval(it.nll - bf16.nll, counts),

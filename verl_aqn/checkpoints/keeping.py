@@ -8,7 +8,6 @@ Layers that an engine fuses into one, and the experts of a layer, are kept or pa
   others stay rounded, per weight, highest first. One pass over the texts for each group.
 """
 
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -26,9 +25,9 @@ from verl_aqn.errors import ConfigError
 from verl_aqn.mxfp4.dense import dequantize_linears
 from verl_aqn.mxfp4.error_split import ratio_db
 from verl_aqn.mxfp4.fused import fused_groups
+from verl_aqn.mxfp4.names import experts_of
 
 SEQUENCES = 8  # of 256 tokens each
-_EXPERT = re.compile(r"(.+\.experts)\.(?:\d+\.)?\w+")  # one matrix of an expert, or a stack of all of them
 
 
 class Group(NamedTuple):
@@ -41,8 +40,8 @@ class Group(NamedTuple):
     @property
     def names(self) -> tuple[str, ...]:
         """The entries for ``exclude`` that name exactly these modules."""
-        match = _EXPERT.fullmatch(self.modules[0])
-        return (f"{match[1]}.*",) if match else self.modules
+        experts = experts_of(self.modules[0])
+        return (f"{experts}.*",) if experts else self.modules
 
 
 def worst(
@@ -93,11 +92,11 @@ def worst(
 def groups_of(packed: Path) -> list[Group]:
     """Return the groups of a packed folder, from the report in it, in the order of the model."""
     rows = {row["name"]: row for row in read_json(packed / FILE)["modules"]}
+    dense: list[str] = []
     experts: dict[str, list[str]] = {}
     for name in rows:
-        if match := _EXPERT.fullmatch(name):
-            experts.setdefault(match[1], []).append(name)
-    dense = [name for name in rows if not _EXPERT.fullmatch(name)]
+        module = experts_of(name)
+        (experts.setdefault(module, []) if module else dense).append(name)
     groups = []
     for members in [*fused_groups(dense), *map(tuple, experts.values())]:
         elements = sum(torch.Size(rows[name]["shape"]).numel() for name in members)
@@ -118,7 +117,7 @@ def loss_gains(
 ) -> dict[Group, float]:
     """Return by how much the loss (nats a token) falls when a group alone is put back to its 16-bit weights."""
     groups = list(groups)
-    if experts := next((group for group in groups if _EXPERT.fullmatch(group.modules[0])), None):
+    if experts := next((group for group in groups if experts_of(group.modules[0])), None):
         raise ConfigError(
             f"keep.by=loss does not measure experts ({experts.names[0]}): set aqn.mxfp4.keep.by=sqnr (--keep-by sqnr)"
         )

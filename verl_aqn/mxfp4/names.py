@@ -33,6 +33,12 @@ def is_expert(module: str) -> bool:
     return _EXPERT.fullmatch(module) is not None
 
 
+def experts_of(module: str) -> str | None:
+    """Return the experts module that a packed module is part of, one matrix or a stack of all; None if in none."""
+    match = re.fullmatch(r"(.+\.experts)\.(?:\d+\.)?\w+", module)
+    return match and match[1]
+
+
 def parts_in(fused: str) -> int:
     """Return how many matrices of an expert are concatenated in ``gate_up_proj`` or ``down_proj``."""
     return sum(name == fused for name, _ in ROLES.values())

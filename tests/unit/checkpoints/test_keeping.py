@@ -163,4 +163,5 @@ def test_the_command(source, packed, tmp_path):
     assert "--keep-by least is not one of sqnr, loss" in one_line(
         run("quantize", source, tmp_path / "no", "--keep-worst", "0.2", "--keep-by", "least"), 2
     )
+    assert "--keep-worst 5: give a share" in one_line(run("quantize", source, tmp_path / "no", "--keep-worst", "5"), 2)
     assert "remove --exclude" in one_line(run("quantize", packed, tmp_path / "no", "--keep-worst", "0.2"), 2)

@@ -4,11 +4,9 @@ Until there is a run, questions to verl and vLLM run in forks of this server, wh
 """
 
 import contextlib
-import json
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -72,7 +70,8 @@ class Ahead:
             files[0].write(text.encode())
             files[0].seek(0)
             try:
-                self._send(arguments, environment, [file.fileno() for file in files], question=True)
+                numbers = {number: file.fileno() for number, file in enumerate(files)}
+                client.send(self._link, arguments, environment, numbers, question=True)
                 process = client.receive(self._link)
             except OSError:
                 self._give_up()
@@ -98,14 +97,6 @@ class Ahead:
         self._link.close()
         self._imported = False
 
-    def _send(self, arguments: list[str], environment: Mapping[str, str], files: list[int], *, question: bool) -> None:
-        """Send a request with open files, which the server gets as its files 0, 1, …"""
-        told = {"arguments": arguments, "environment": dict(environment), "folder": os.getcwd()}
-        data = json.dumps({**told, "files": list(range(len(files))), "question": question}).encode()
-        socket.send_fds(self._link, [struct.pack("!I", len(data))], files)
-        self._link.settimeout(WAIT_S)
-        self._link.sendall(data)
-
     def hand_over(self, path: Path, environment: Mapping[str, str], log: Path) -> bool:
         """Let the server serve a run at the socket `path`. Return False if it has died or already serves one.
 
@@ -120,7 +111,8 @@ class Ahead:
             listener.bind(str(path))
             listener.listen(64)
             try:
-                self._send([str(path)], environment, [listener.fileno(), output.fileno()], question=False)
+                self._link.settimeout(WAIT_S)
+                client.send(self._link, [str(path)], environment, {0: listener.fileno(), 1: output.fileno()})
             except OSError:
                 path.unlink()
                 return False

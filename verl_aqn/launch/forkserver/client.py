@@ -13,6 +13,7 @@ import signal
 import socket
 import struct
 import sys
+from collections.abc import Mapping
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 SPAWNED = r"-c from multiprocessing\.spawn import spawn_main; spawn_main\(((?:(?:, )?\w+=\d+)*)\)"
@@ -36,12 +37,19 @@ def ask(server: socket.socket, arguments: list[str]) -> int:
     """Send arguments, environment, working directory and open files. Return the id of the process that has them now."""
     files = [int(name) for name in os.listdir("/proc/self/fd") if int(name) != server.fileno()]
     files = [file for file in files if _is_open(file)]  # without the one that listed the folder
-    request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd(), "files": files}
-    data = json.dumps(request).encode()
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))]
+    send(server, arguments, os.environ, {file: file for file in files})
+    return receive(server)
+
+
+def send(
+    server: socket.socket, arguments: list[str], environment: Mapping[str, str], files: dict[int, int], **more: bool
+) -> None:
+    """Send a request (`verl_aqn.launch.forkserver.server.Request`). `files`: number there → open file here."""
+    told = {"arguments": arguments, "environment": dict(environment), "folder": os.getcwd(), "files": list(files)}
+    data = json.dumps({**told, **more}).encode()
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files.values()))]
     server.sendmsg([struct.pack("!I", len(data))], rights)
     server.sendall(data)
-    return receive(server)
 
 
 def receive(server: socket.socket) -> int:
