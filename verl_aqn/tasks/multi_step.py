@@ -10,6 +10,8 @@ with four responses each 10.7 % (8 to 15 %), pass@4 33 %. With the expression in
 
 The two splits have nothing in common but names and things: a test problem is made of clauses, and has an expression,
 that no training problem has. One-step problems (`verl_aqn.tasks.word_problems`) are separated by their text alone.
+The 384 test problems of two steps have 187 different expressions (6 where both signs are minus), those of three steps
+333: intervals over problems take problems with the same expression for independent ones.
 """
 
 import hashlib
