@@ -13,7 +13,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from verl_aqn.cli.plots import check_picture
-from verl_aqn.config.schema import KeepBy
 from verl_aqn.errors import ConfigError, ModelError
 from verl_aqn.terminal import print_wide, progress_bar
 
@@ -53,10 +52,12 @@ def quantize(
         raise ModelError(f"{src} is not a Hugging Face model folder: it has no config.json")
     if plot:
         check_picture(plot)
-    if keep_by not in get_args(KeepBy):
-        raise ConfigError(f"--keep-by {keep_by} is not one of {', '.join(get_args(KeepBy))}")
     if not 0 <= keep_worst < 1:
         raise ConfigError(f"--keep-worst {keep_worst:g}: give a share of the weights from 0 to below 1")
+    from verl_aqn.config.schema import KeepBy  # here, so that --help need not wait for omegaconf
+
+    if keep_by not in get_args(KeepBy):
+        raise ConfigError(f"--keep-by {keep_by} is not one of {', '.join(get_args(KeepBy))}")
     from verl_aqn.checkpoints.foreign import foreign_layout, import_checkpoint
     from verl_aqn.checkpoints.packing import EXCLUDE, quantize_checkpoint
     from verl_aqn.checkpoints.storage import read_config
