@@ -113,6 +113,18 @@ def exported_run(
     return end_run(folder).path
 
 
+def write_training_data(run: Path, problems: int = 150) -> None:
+    """Give a run's folder the training data that its config names."""
+    file = run / "train.parquet"
+    write_parquet(
+        [row | {"prompt": [{"role": "user", "content": f"Add {n}!"}]} for n, row in enumerate(questions(problems))],
+        file,
+    )
+    config = OmegaConf.load(run / "config.yaml")
+    config.data.train_files = str(file)
+    OmegaConf.save(config, run / "config.yaml")
+
+
 def sent_digest(base: Path, peft: PeftModel) -> str:
     """Return the digest of the adapter as the engine sends it."""
     from tests.helpers.outside_adapters import bare, sent

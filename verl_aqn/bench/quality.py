@@ -22,7 +22,8 @@ from verl_aqn.checkpoints.gptq import gptq_quantizer
 from verl_aqn.checkpoints.keeping import worst
 from verl_aqn.checkpoints.loading import load_model
 from verl_aqn.checkpoints.packing import EXCLUDE, quantize_checkpoint
-from verl_aqn.errors import ConfigError, DataError
+from verl_aqn.checkpoints.storage import Weights
+from verl_aqn.errors import ConfigError, DataError, ModelError
 from verl_aqn.models.generate import generate, greedy
 from verl_aqn.mxfp4.dense import dequantize_linears
 from verl_aqn.runs.stats.intervals import ratio_interval, wilson
@@ -38,9 +39,10 @@ _BATCH, _ANSWERS = 8, 96  # texts, and prompts, that run together
 
 
 class Setting(NamedTuple):
-    """The sources of a variant: bf16 folder, calibration tokens int64 [S, L], and a folder to write to."""
+    """The sources of a variant: bf16 folder, calibration texts and tokens int64 [S, L], and a folder to write to."""
 
     src: Path
+    texts: list[str]
     ids: Tensor
     folder: Path
 
@@ -94,7 +96,8 @@ def make(variant: Variant, setting: Setting) -> tuple[PreTrainedModel, int]:
     exclude: tuple[str, ...] = EXCLUDE
     if variant.keep:
         pack("rounded", exclude)
-        exclude = (*exclude, *worst(setting.src, setting.folder / "rounded", KEPT, variant.keep))
+        rounded = setting.folder / "rounded"
+        exclude = (*exclude, *worst(setting.src, rounded, KEPT, variant.keep, exclude, setting.texts))
     size = pack("packed", exclude)
     return load_model(setting.folder / "packed"), size
 
@@ -104,8 +107,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Return one row each for bf16, ``mse`` and every variant of ``only``, with 95 % intervals.
 
-    ``text`` and ``calibrate`` name JSONL files or ``embedded``. The test split of ``embedded`` is measured; its
-    training split is for calibration. Progress goes to stderr.
+    ``src`` is a bf16 folder. ``text`` and ``calibrate`` name JSONL files or ``embedded``. The test split of
+    ``embedded`` is measured; its training split is for calibration. Without ``items`` no response is generated, as for
+    a model without a chat template. Progress goes to stderr.
 
     Raises:
         ConfigError: an unknown variant, or the measured file is among the calibration texts.
@@ -118,29 +122,33 @@ def measure(
         raise ConfigError(f"{text} is used for calibration and for measurement: give two different files")
     src = Path(src)
     tokenizer = AutoTokenizer.from_pretrained(src)
+    if tokenizer.chat_template is None and (items or "embedded" in (text, *calibrate)):
+        raise ModelError(
+            f"the tokenizer of {src} has no chat template: set --items 0, and JSONL files for --text and --calibrate"
+        )
     texts = conversations(tokenizer, sequences, "test", 0) if text == "embedded" else read_texts(text)
     if len(texts) < sequences:
         raise DataError(f"{text} has {len(texts)} texts, but {sequences} are needed: lower --sequences")
     tokens = [tokenizer(t, add_special_tokens=False)["input_ids"][:LENGTH] for t in texts[:sequences]]
     counts = np.array([len(t) - 1 for t in tokens], dtype=float)
-    questions = problems(items, "test", 0)
+    questions = problems(items, "test", 0) if items else []
     ids = calibration_ids(src, calibrate)
 
     def run(name: str, model: PreTrainedModel, started: float) -> tuple[Measured, list[Tensor]]:
         nll, kl, hidden = _losses(model, tokens, reference)
-        right = _answers(model, tokenizer, questions)
+        right = _answers(model, tokenizer, questions) if questions else np.zeros(0, dtype=bool)
         print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
         return Measured(nll, kl, right), hidden
 
     reference: list[Tensor] = []
     started = time.monotonic()
     bf16, reference = run("bf16", _original(src), started)
-    size = (src / "model.safetensors").stat().st_size
+    size = sum(spec.nbytes for spec in Weights(src).specs.values())
     found = {"bf16": (bf16, size)}
     for name in ["mse", *(name for name in VARIANTS if name in only and name != "mse")]:
         started = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="verl-aqn-quality-") as folder:
-            model, size = make(VARIANTS[name], Setting(src, ids, Path(folder)))
+            model, size = make(VARIANTS[name], Setting(src, calibrate, ids, Path(folder)))
         found[name] = (run(name, dequantize_linears(model), started)[0], size)
     return [_row(name, found[name][1], found[name][0], bf16, found["mse"][0], counts) for name in found]
 
@@ -157,17 +165,27 @@ def print_table(rows: list[dict[str, Any]], title: str) -> None:
             _interval(row["loss_minus_bf16"], 3),
             _interval(row["loss_minus_mse"], 3),
             _interval(row["kl"], 3),
-            _interval([100 * x for x in row["accuracy"]], 1),
-            _interval([100 * x for x in row["accuracy_minus_mse"]], 1),
-            f"{row['mcnemar_p']:.1g}",
+            *_answer_cells(row),
         )
     print_wide(view)
 
 
+def _answer_cells(row: dict[str, Any]) -> list[str]:
+    if row["accuracy"] is None:
+        return ["–"] * 3
+    shares = [_interval([100 * x for x in row[key]], 1) for key in ("accuracy", "accuracy_minus_mse")]
+    return [*shares, f"{row['mcnemar_p']:.1g}"]
+
+
 def _row(name: str, size: int, it: Measured, bf16: Measured, mse: Measured, counts: np.ndarray) -> dict[str, Any]:
-    right, n = int(it.right.sum()), len(it.right)
-    change = of_items(it.right.astype(float) - mse.right)
-    answers = (change.value, *change.interval())
+    answers: dict[str, Any] = {"accuracy": None, "accuracy_minus_mse": None, "mcnemar_p": None}
+    if n := len(it.right):
+        change = of_items(it.right.astype(float) - mse.right)
+        answers = {
+            "accuracy": (int(it.right.sum()) / n, *wilson(int(it.right.sum()), n)),
+            "accuracy_minus_mse": (change.value, *change.interval()),
+            "mcnemar_p": change.p_value,
+        }
     return {
         "variant": name,
         "what": VARIANTS[name].what if name in VARIANTS else "not quantised",
@@ -176,9 +194,7 @@ def _row(name: str, size: int, it: Measured, bf16: Measured, mse: Measured, coun
         "loss_minus_bf16": ratio_interval(it.nll - bf16.nll, counts),
         "loss_minus_mse": ratio_interval(it.nll - mse.nll, counts),
         "kl": ratio_interval(it.kl, counts),
-        "accuracy": (right / n, *wilson(right, n)),
-        "accuracy_minus_mse": answers,
-        "mcnemar_p": change.p_value,
+        **answers,
     }
 
 

@@ -107,16 +107,21 @@ def _order(energy: Tensor) -> tuple[Tensor, Tensor]:
     return (inside + BLOCK * torch.arange(len(inside))[:, None])[blocks].view(-1), blocks
 
 
+def damped(moment: Tensor) -> Tensor:
+    """Return a copy of a second moment [K, K] with `DAMPING` added to its diagonal."""
+    h = moment.clone()
+    # The row of H for an input that is always zero is zero: any positive value on the diagonal keeps it independent.
+    extra = DAMPING * h.diagonal().mean()
+    h.diagonal().add_(extra if extra > 0 else 1)
+    return h
+
+
 def _factor(moment: Tensor) -> Tensor:
     """Return the upper triangular U, float32 [K, K], with U^T U = H^-1.
 
     Row i gives the change of later columns for the error of column i.
     """
-    h = moment.double()
-    # The row of H for an input that is always zero is zero: any positive value on the diagonal keeps it independent.
-    extra = DAMPING * h.diagonal().mean()
-    h.diagonal().add_(extra if extra > 0 else 1)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(moment.double())))
     return torch.linalg.cholesky(inverse, upper=True).float()
 
 

@@ -47,7 +47,7 @@ class MergeReport:
         return [module for module, one in self.modules.items() if not one["elements_changed"]]
 
 
-class _Sums:
+class Sums:
     """Sums of squares over the adapted weights: in float32 within a tensor, in float64 over tensors."""
 
     def __init__(self) -> None:
@@ -112,18 +112,24 @@ def covered(src: Path, weights: DenseView | Weights, adapter: Adapter) -> dict[s
 
 
 def write_merged(
-    folder: Path, src: Path, packed: bool, adapter: Adapter, max_shard_bytes: int = MAX_SHARD_BYTES
+    folder: Path,
+    src: Path,
+    packed: bool,
+    adapter: Adapter,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    adapted_dtype: torch.dtype = torch.bfloat16,
 ) -> MergeReport:
     """Fill ``folder`` with the bf16 model of base ``src`` and ``adapter``, with tokenizer and generation config.
 
-    Tensors are processed one at a time, so that memory is bounded by a few times the largest tensor.
+    Tensors are processed one at a time, so that memory is bounded by a few times the largest tensor. The weights that
+    the adapter changes are in ``adapted_dtype``.
 
     Raises:
         ModelError: as `covered`.
     """
     weights = open_base(src, packed)
     module_of = covered(src, weights, adapter)
-    sums = _Sums()
+    sums = Sums()
 
     def read(name: str, spec: Spec) -> Tensor:
         base = weights.read(name)
@@ -134,7 +140,7 @@ def write_merged(
         sums.add(module_of[name], base.to(spec.dtype), delta, merged)
         return merged
 
-    layout = _layout(weights)
+    layout = merged_specs(weights) | {name: weights.specs[name]._replace(dtype=adapted_dtype) for name in module_of}
     tensors = ((name, read(name, spec)) for name, spec in layout.items())
     write_model(folder, dense_config(src), layout, tensors, src, {}, max_shard_bytes)
     (folder / FILE).unlink(missing_ok=True)  # the quantisation report of the base does not describe this model
@@ -150,17 +156,13 @@ def check_merged(folder: Path, src: Path, packed: bool, adapter: Adapter) -> int
         EvidenceError: a tensor is missing, unexpected or different, or config.json is that of another model.
     """
     weights, written = open_base(src, packed), Weights(folder)
-    module_of, layout = covered(src, weights, adapter), _layout(weights)
-    if written.specs != layout:
-        names = sorted(name for name in written.specs | layout if written.specs.get(name) != layout.get(name))
-        raise EvidenceError(
-            f"{names[0]} in the merged folder is {written.specs.get(names[0])}, not {layout.get(names[0])}"
-        )
+    module_of, layout = covered(src, weights, adapter), merged_specs(weights)
+    check_specs(written, layout)
     for name, spec in layout.items():
         expected = weights.read(name)
         if name in module_of:
             expected = expected.float() + adapter.delta(module_of[name])
-        if not torch.equal(_bits(written.read(name)), _bits(expected.to(spec.dtype))):
+        if not torch.equal(bits(written.read(name)), bits(expected.to(spec.dtype))):
             what = f"base + scaling·B·A of {module_of[name]}" if name in module_of else "the tensor of the base"
             raise EvidenceError(f"{name} in the merged folder is not, bit for bit, {what}")
     if read_config(folder) != json.loads(json.dumps(dense_config(src))):
@@ -168,7 +170,20 @@ def check_merged(folder: Path, src: Path, packed: bool, adapter: Adapter) -> int
     return len(layout)
 
 
-def _layout(weights: DenseView | Weights) -> dict[str, Spec]:
+def check_specs(written: Weights, expected: dict[str, Spec]) -> None:
+    """Check that a merged folder has exactly the ``expected`` tensors.
+
+    Raises:
+        EvidenceError: a tensor is missing, unexpected, or of another shape or dtype.
+    """
+    if written.specs != expected:
+        names = sorted(name for name in written.specs | expected if written.specs.get(name) != expected.get(name))
+        raise EvidenceError(
+            f"{names[0]} in the merged folder is {written.specs.get(names[0])}, not {expected.get(names[0])}"
+        )
+
+
+def merged_specs(weights: DenseView | Weights) -> dict[str, Spec]:
     """Return the tensors of the merged folder: floating-point tensors become bfloat16."""
     return {
         name: spec._replace(dtype=torch.bfloat16) if spec.dtype.is_floating_point else spec
@@ -176,7 +191,8 @@ def _layout(weights: DenseView | Weights) -> dict[str, Spec]:
     }
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def bits(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor, so that `torch.equal` also compares NaN and the sign of zero."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 

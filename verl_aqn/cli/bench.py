@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from verl_aqn.errors import ConfigError
+from verl_aqn.errors import ConfigError, ModelError
 from verl_aqn.terminal import print_wide, stdout_as_stderr
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measurements for the documentation, each beside its peers.")
@@ -81,7 +81,8 @@ def mxfp4(
 
 @bench_app.command("mxfp4-quality")
 def mxfp4_quality(
-    items: Annotated[int, typer.Option(min=2, help="Number of word problems.")] = 384,
+    model: Annotated[str, typer.Option(help="A bf16 model folder, or 'embedded'.")] = "embedded",
+    items: Annotated[int, typer.Option(min=0, help="Number of word problems; 0 for the loss alone.")] = 384,
     sequences: Annotated[int, typer.Option(min=2, help="Number of texts for the loss.")] = 96,
     only: Annotated[list[str] | None, typer.Option(help="Variants besides bf16 and mse; by default all.")] = None,
     text: Annotated[str, typer.Option(help="Held-out text: a JSONL file or 'embedded'.")] = "embedded",
@@ -90,17 +91,21 @@ def mxfp4_quality(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Scale rules and GPTQ on SmolLM2-135M: next-token loss and answers, with intervals."""
+    """Scale rules, GPTQ and kept layers on a model: next-token loss and answers, with intervals."""
     from verl_aqn.bench import quality
     from verl_aqn.cache import cache_dir
     from verl_aqn.tasks.smollm2 import embedded_model
 
-    model = embedded_model(cache_dir() / "models")
-    rows = quality.measure(model, items, sequences, only or list(quality.VARIANTS), text, calibrate or ["embedded"])
+    if items == 1:
+        raise ConfigError("--items 1 has no interval: give at least 2, or 0 for the loss alone")
+    folder = embedded_model(cache_dir() / "models") if model == "embedded" else Path(model)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is not a Hugging Face model folder: it has no config.json")
+    rows = quality.measure(folder, items, sequences, only or list(quality.VARIANTS), text, calibrate or ["embedded"])
     if as_json:
         print(json.dumps(rows))
     else:
-        title = f"{model.name}: loss on {sequences} texts of {Path(text).name}, {items} responses"
+        title = f"{folder.name}: loss on {sequences} texts of {Path(text).name}, {items} responses"
         quality.print_table(rows, title)
 
 

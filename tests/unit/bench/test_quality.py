@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.helpers.command import one_line, run
 from verl_aqn.bench import quality
 from verl_aqn.checkpoints.calibrate import conversations
-from verl_aqn.errors import ConfigError
+from verl_aqn.errors import ConfigError, ModelError
 from verl_aqn.tasks.smollm2 import tiny_model
 
 
@@ -43,7 +43,24 @@ def test_every_variant_of_a_tiny_model(tmp_path, capsys):
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines() if "[" in line] == list(by_name)
 
 
-def test_refuses():
+def test_a_model_without_a_chat_template_is_measured_by_its_loss_alone(tmp_path):
+    model = tiny_model(tmp_path / "tiny")
+    (model / "chat_template.jinja").unlink()
+    with pytest.raises(ModelError, match="has no chat template: set --items 0, and JSONL files"):
+        quality.measure(model, 4, 3, [], "embedded", ["embedded"])
+    for name, text in (("test", "a b c d e f g h "), ("train", "the sum of two numbers is ")):
+        (tmp_path / name).write_text((json.dumps({"text": text * 40}) + "\n") * 120)
+    arguments = ("--items", "0", "--sequences", "3", "--text", tmp_path / "test", "--calibrate", tmp_path / "train")
+    done = run("bench", "mxfp4-quality", "--model", model, "--only", "keep-loss", *arguments)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if "[" in line]
+    assert [row.split()[1] for row in rows] == ["bf16", "mse", "keep-loss"]
+    assert all(row.count("–") == 3 for row in rows)
+
+
+def test_refuses(tmp_path):
+    one_line(run("bench", "mxfp4-quality", "--items", "1"), 2)
+    one_line(run("bench", "mxfp4-quality", "--model", tmp_path), 2)
     with pytest.raises(ConfigError, match="unknown variant 'gtpq'"):
         quality.measure("/nowhere", 4, 4, ["gtpq"], "embedded", ["embedded"])
     with pytest.raises(ConfigError, match="give two different files"):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -23,12 +24,15 @@ from tests.helpers.export_runs import (
     trained,
     transformers_engine,
     write_actor,
+    write_training_data,
 )
 from tests.helpers.sharded_lora import Lora, save_sharded
+from verl_aqn.checkpoints import merging_packed
 from verl_aqn.checkpoints.loading import dequantize_checkpoint, load_model
 from verl_aqn.checkpoints.merging import MergeReport
-from verl_aqn.checkpoints.packing import quantize_checkpoint
+from verl_aqn.checkpoints.packing import is_packed, quantize_checkpoint
 from verl_aqn.cli.export import lines_of
+from verl_aqn.config.serving import SERVED
 from verl_aqn.errors import DataError, EvidenceError, ModelError
 from verl_aqn.evaluation.export import exporting, trial
 from verl_aqn.evaluation.export.difference import Difference, first_difference
@@ -355,6 +359,104 @@ def test_a_run_that_began_with_an_adapter_and_did_not_record_its_scaling_is_refu
     config.write_text(config.read_text().replace("lora_adapter_path: null", "lora_adapter_path: /some/adapter"))
     with pytest.raises(DataError, match=r"has no adapter_config\.json: .* train again"):
         export(run, tmp_path / "out")
+
+
+def test_a_model_rounded_to_4_bits_again_is_packed_and_says_what_survived(validated, state, base, engine, tmp_path):
+    write_training_data(validated)
+    proof = export(validated, out := tmp_path / "out", merge=True, packed=True)
+    assert (proof["merged"], proof["dtype"], proof["proved"]) == (True, "mxfp4", True)
+    assert is_packed(out)
+    survived, effect, rounding = proof["answers"]["survived"], proof["answers"]["effect"], proof["rounding"]
+    assert survived["error"] < 0.6 < survived["shown"]  # the adapter's effect is left
+    assert effect["error"] < 0.1  # the engine has the effect of these codes
+    assert effect["size"] != survived["size"]
+    assert 0 < rounding["output_error"] < 0.5
+    assert rounding["tokens"] > 128 * 10
+    said = lines_of(proof, out)
+    card = (out / "README.md").read_text()
+    share = f"on log-probabilities {100 * survived['shown']:.0f} % of the adapter's effect survived, and "
+    for texts in (said, card.splitlines()):
+        assert any(share in line for line in texts)
+        assert any("for " + str(rounding["tokens"]) + " calibration tokens" in line for line in texts)
+    assert "A packed MXFP4 model" in card
+    assert any(
+        line.startswith("proved: vLLM with the export behaves like the trainer's model with these") for line in said
+    )
+    assert not list(out.parent.glob(".out*"))
+    assert {file.name for file in out.iterdir() if file.is_dir()} == set()
+
+
+def test_4_bits_that_lost_the_adapter_are_refused(base, engine, monkeypatch, tmp_path):
+    run = exported_run(tmp_path / "run", base, state_of(trained(base, std=1e-5)))
+    write_training_data(run)
+    with pytest.raises(EvidenceError, match="rounded to 4 bits, the model equals its base"):
+        export(run, tmp_path / "out", merge=True, packed=True)
+    # Codes that were changed at random are nearer to nothing.
+    run = exported_run(tmp_path / "other", base, state_of(trained(base, std=0.01)))
+    write_training_data(run)
+    monkeypatch.setattr(
+        merging_packed, "improve", lambda weight, codes, moment: codes._replace(packed=codes.packed ^ 1)
+    )
+    with pytest.raises(EvidenceError, match=r"no nearer to the trained policy than its base: .* export the adapter"):
+        export(run, tmp_path / "out", merge=True, packed=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_engine_that_serves_other_codes_than_the_export_is_found(run, base, monkeypatch, tmp_path):
+    """Such as the codes of the base."""
+    write_training_data(run)
+    monkeypatch.setattr(
+        trial, "ask_vllm", lambda c, model, *rest, **named: transformers_engine(c, base, *rest, **named)
+    )
+    with pytest.raises(EvidenceError, match="does not have the effect of its own weights on log-probabilities"):
+        export(run, tmp_path / "out", merge=True, packed=True)
+
+
+def test_the_export_is_tried_in_the_format_that_the_rollout_served(run, base, engine, monkeypatch, tmp_path):
+    write_training_data(run)
+    dequantize_checkpoint(base, tmp_path / "served")
+    config = OmegaConf.load(run / "config.yaml")
+    OmegaConf.update(
+        config, f"actor_rollout_ref.model.override_config.{SERVED}", str(tmp_path / "served"), force_add=True
+    )
+    OmegaConf.save(config, run / "config.yaml")
+    asked = []
+
+    def ask(config, model, *rest, of_run):
+        asked.append((is_packed(model), of_run, model))
+        return transformers_engine(config, model, *rest, of_run=False)
+
+    monkeypatch.setattr(trial, "ask_vllm", ask)
+    proof = export(run, out := tmp_path / "out", merge=True, packed=True)
+    assert [(packed, of_run) for packed, of_run, _ in asked] == [(False, True)] * 2
+    assert asked[0][2] != asked[1][2] == tmp_path / "served"
+    assert proof["proved"]
+    assert {file.name for file in out.iterdir() if file.is_dir()} == set()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--format", "mxfp4"], "--format mxfp4 is for a merged model (an adapter is in bf16): add --merge"),
+        (["--merge", "--format", "int4"], "--format int4 is not one of bf16, mxfp4"),
+    ],
+)
+def test_a_format_that_does_not_fit_is_refused(run, tmp_path, arguments, words):
+    command = [sys.executable, "-m", "verl_aqn.cli", "export", str(run), str(tmp_path / "out"), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert words in result.stderr
+
+
+def test_4_bits_need_the_training_data_and_a_packed_base(run, base, state, engine, tmp_path):
+    with pytest.raises(
+        DataError, match="does not exist: the run's training data is needed to round the model to 4 bits"
+    ):
+        export(run, tmp_path / "out", merge=True, packed=True)
+    dequantize_checkpoint(base, tmp_path / "dense")
+    plain = exported_run(tmp_path / "plain", tmp_path / "dense", state)
+    with pytest.raises(ModelError, match="is not MXFP4, so there are no 4 bits to return to"):
+        export(plain, tmp_path / "out", merge=True, packed=True)
 
 
 def test_a_small_update_is_said_to_be_lost_and_none_at_all_is_refused(base, engine, monkeypatch, tmp_path):

@@ -68,19 +68,17 @@ def write_card(folder: Path, proof: dict[str, Any]) -> None:
     kind = "a packed MXFP4 checkpoint" if base["digest"] else "an unquantised checkpoint"
     head = ["---", f"base_model: {Path(base['path']).name}", "pipeline_tag: text-generation"]
     head += ["tags: [lora, mxfp4, verl-aqn]", "---", ""]
+    activation = {"none": ""}.get(proof["activation"], "MXFP8" if proof["activation"].startswith("mxfp8") else "MXFP4")
     if merged:
-        rounding = proof["merge"]
-        text = [
-            f"# {proof['run']}, step {proof['step']}, merged",
-            "",
-            "A bf16 model: base (dequantised where it is MXFP4) + scaling·B·A, in fp32 and rounded once.",
-            f"bf16 kept {100 * rounding['kept']:.0f} % of the adapter's update (error {rounding['loss']:.2f} of it): "
-            "it has 8 significant bits, and",
-            "an update below 2^-9 of a weight is lost in rounding. The unmerged adapter has no such loss.",
-        ]
-        if proof["activation"] != "none":
-            format = "MXFP8" if proof["activation"].startswith("mxfp8") else "MXFP4"
-            text += [f"The run also rounded activations to {format}; this model does not."]
+        form = "A bf16 model: base (dequantised where it is MXFP4) + scaling·B·A, in fp32 and rounded once."
+        if proof["rounding"]:
+            form = "A packed MXFP4 model: base + scaling·B·A, rounded to 4 bits again with compensation of errors."
+        text = [f"# {proof['run']}, step {proof['step']}, merged", "", form, *lines_of_rounding(proof)]
+        text.append("The unmerged adapter has no such loss.")
+        if activation and proof["rounding"]:
+            text.append(f"The run also rounded activations to {activation}: serve this model with the same setting.")
+        elif activation:
+            text.append(f"The run also rounded activations to {activation}; this model does not.")
     else:
         text = [
             f"# {proof['run']}, step {proof['step']}, LoRA adapter",
@@ -114,6 +112,24 @@ def write_card(folder: Path, proof: dict[str, Any]) -> None:
     (folder / "README.md").write_text("\n".join([*head, *text]) + "\n")
 
 
+def lines_of_rounding(proof: dict[str, Any]) -> list[str]:
+    """Return lines about what rounding of a merged model left of the adapter."""
+    kept = f"{100 * proof['merge']['kept']:.0f} % of the adapter's update"
+    rounding, survived = proof.get("rounding"), proof["answers"].get("survived")
+    if not rounding:
+        return [f"bf16 kept {kept}: an update below 2^-9 of a weight is lost in rounding"]
+    lines = [
+        f"4 bits kept {kept} in the weights; of its effect on the outputs of layers {rounding['output_error']:.2f} is "
+        f"missing or wrong, for {rounding['tokens']} calibration tokens (the bare base has 1)"
+    ]
+    if survived:
+        lines.append(
+            f"on log-probabilities {100 * survived['shown']:.0f} % of the adapter's effect survived, and "
+            f"{survived['error']:.2f} of it is missing or wrong (the bare base has 1)"
+        )
+    return lines
+
+
 def lines_of_answers(answers: dict[str, Any]) -> list[str]:
     """Return lines about responses and log-probabilities; records of earlier versions have fewer fields."""
     near = ""
@@ -130,8 +146,9 @@ def lines_of_answers(answers: dict[str, Any]) -> list[str]:
     )
     if (effect := answers["effect"]) and effect["error"] is not None:
         bound = f"at most {effect['allowed']:.2f} allowed" if effect["allowed"] is not None else "too noisy to judge"
+        whose = "the effect of the rounded weights" if answers.get("survived") else "the adapter's effect"
         lines.append(
-            f"the adapter's effect on the log-probabilities of {effect['tokens']} tokens is {effect['size']:.2g} nats "
+            f"{whose} on the log-probabilities of {effect['tokens']} tokens is {effect['size']:.2g} nats "
             f"per token, and {effect['error']:.2f} of it is missing or wrong ({bound}; the bare base has 1)"
         )
     return lines

@@ -1,4 +1,4 @@
-"""Export of a run's checkpoint as a PEFT adapter or a merged bf16 model, checked before the folder is published.
+"""Export of a run's checkpoint as a PEFT adapter or a merged model, checked before the folder is published.
 
 Read `export` first: it contains all steps.
 """
@@ -9,24 +9,39 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from verl_aqn.checkpoints.adapter import Adapter
 from verl_aqn.checkpoints.merging import check_merged, covered, open_base, write_merged
+from verl_aqn.checkpoints.merging_packed import check_merged_packed, check_packable, write_merged_packed
 from verl_aqn.checkpoints.writing import new_folder
 from verl_aqn.config.schema import parse_aqn
-from verl_aqn.errors import DataError, EvidenceError
+from verl_aqn.errors import DataError, EnvironmentFault, EvidenceError
 from verl_aqn.evaluation.export.export_folders import write_card, write_peft_folder
 from verl_aqn.evaluation.export.fsdp_adapter import read_adapter
 from verl_aqn.evaluation.export.questions import read_questions
 from verl_aqn.evaluation.export.source import Source, find_source
+from verl_aqn.evaluation.export.trained_model import CALIBRATION_PROMPTS, calibration_rows, free_memory
 from verl_aqn.evaluation.export.trial import judge, try_out
 from verl_aqn.preflight.adapter_folder import read_folder
 from verl_aqn.preflight.policy import load_tokenizer
+from verl_aqn.terminal import progress_bar
 
 RECORD = "verl_aqn_export.json"
 
 
-def export(run: Path, dst: Path, *, merge: bool = False, say: Callable[[str], None] = lambda text: None) -> dict:
-    """Write the adapter of ``run``, or with ``merge`` a bf16 model of base and adapter, to the new folder ``dst``.
+def export(
+    run: Path,
+    dst: Path,
+    *,
+    merge: bool = False,
+    packed: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict:
+    """Write the adapter of ``run``, or with ``merge`` a model of base and adapter, to the new folder ``dst``.
+
+    A merged model is in bf16, or with ``packed`` rounded to 4 bits again, calibrated on training prompts of the
+    run with the responses of the policy (`verl_aqn.checkpoints.merging_packed`).
 
     ``run`` is a run, a folder of runs, or a checkpoint (`verl_aqn.evaluation.export.source.find_source`). Returns the
     proof, which is also written to ``dst`` (`RECORD`). ``dst`` appears complete and with all checks passed, or not at
@@ -36,9 +51,10 @@ def export(run: Path, dst: Path, *, merge: bool = False, say: Callable[[str], No
     the checkpoint's adapter, `recorded` by the run, `read_back` from the written folder with PEFT, None for a merged
     model); `nonzero_b`, the number of modules that the adapter changes; `rank`, `alpha`, `rslora`; `activation`;
     `merge` (`verl_aqn.checkpoints.merging.MergeReport`, the `unchanged` modules, and the number of tensors `read_back`
-    bit for bit; None for an adapter); `answers` (`verl_aqn.evaluation.export.trial.Trial.to_dict`); `proved`, False if
-    the trial cannot distinguish the export from its base (`answers.undecided` says why). Records of earlier versions
-    lack `proved`, `read_back`, `unchanged`, and most fields of `answers`.
+    and compared; None for an adapter); `rounding` (`verl_aqn.checkpoints.merging_packed.Rounding`; None for other
+    formats); `answers` (`verl_aqn.evaluation.export.trial.Trial.to_dict`); `proved`, False if the trial cannot
+    distinguish the export from its base (`answers.undecided` says why). Records of earlier versions lack `proved`,
+    `read_back`, `unchanged`, `rounding`, and most fields of `answers`.
 
     Raises:
         DataError, ModelError: the run, its checkpoint, base or data cannot be used, or ``dst`` exists.
@@ -54,7 +70,9 @@ def export(run: Path, dst: Path, *, merge: bool = False, say: Callable[[str], No
     adapter = read_adapter(source.actor)
     nonzero = check_adapter(source, adapter)
     uniform = adapter.uniform()
-    if merge:
+    if merge and packed:
+        check_packable(source.base, adapter)
+    elif merge:
         covered(source.base, open_base(source.base, source.packed), adapter)
     tokenizer = load_tokenizer(source.config, source.base)
     questions = read_questions(source, tokenizer)
@@ -64,7 +82,7 @@ def export(run: Path, dst: Path, *, merge: bool = False, say: Callable[[str], No
         "run_path": str(source.run.path),
         "step": source.step,
         "merged": merge,
-        "dtype": "bfloat16",
+        "dtype": "mxfp4" if packed else "bfloat16",
         "base": {"path": str(source.base), "digest": source.base_digest},
         "adapter": {
             "digest": adapter.digest(),
@@ -78,19 +96,11 @@ def export(run: Path, dst: Path, *, merge: bool = False, say: Callable[[str], No
         "rslora": uniform.rslora,
         "activation": parse_aqn(source.config).mxfp4.activation_arithmetic,
         "merge": None,
+        "rounding": None,
     }
     with new_folder(dst) as folder:
         if merge:
-            say("merging")
-            report = write_merged(folder, source.base, source.packed, adapter)
-            if not report.changed:
-                raise EvidenceError(
-                    "merged to bf16, the model equals its base bit for bit, because the adapter's update is below the "
-                    "last bit of bf16: export without --merge"
-                )
-            say("reading the merged model back")
-            tensors = check_merged(folder, source.base, source.packed, adapter)
-            proof["merge"] = asdict(report) | {"unchanged": report.unchanged, "read_back": tensors}
+            proof |= _write_merged(folder, source, adapter, tokenizer, say, packed=packed)
         else:
             write_peft_folder(folder, uniform, source.base)
             proof["adapter"]["read_back"] = read_folder(folder, source.base).digest()
@@ -103,6 +113,45 @@ def export(run: Path, dst: Path, *, merge: bool = False, say: Callable[[str], No
         write_card(folder, proof)
         (folder / RECORD).write_text(json.dumps(proof, indent=2) + "\n")
     return proof
+
+
+def _write_merged(
+    folder: Path, source: Source, adapter: Adapter, tokenizer: Any, say: Callable[[str], None], *, packed: bool
+) -> dict[str, Any]:
+    """Write a merged model, read it back, and return the fields `merge` and `rounding` of the proof.
+
+    Raises:
+        EvidenceError: the written model is not what base and adapter give, or it equals the base.
+    """
+    rounding = None
+    if packed:
+        say(f"answering {CALIBRATION_PROMPTS} training prompts in the trainer's model, for the calibration")
+        try:
+            ids = calibration_rows(source, adapter, tokenizer)
+        except torch.OutOfMemoryError as error:
+            raise EnvironmentFault(
+                f"the trainer's model of {source.base} does not fit on one device, so nothing can be calibrated: "
+                "export on a larger device, or without --format mxfp4"
+            ) from error
+        free_memory()
+        say(f"merging, and rounding to 4 bits with {ids.numel()} tokens")
+        with progress_bar("rounding") as progress:
+            rounding = asdict(write_merged_packed(folder, source.base, adapter, ids, progress))
+        say("reading the merged model back")
+        report, tensors = check_merged_packed(folder, source.base, adapter)
+    else:
+        say("merging")
+        report = write_merged(folder, source.base, source.packed, adapter)
+        say("reading the merged model back")
+        tensors = check_merged(folder, source.base, source.packed, adapter)
+    if not report.changed:
+        form = "rounded to 4 bits" if packed else "merged to bf16"
+        raise EvidenceError(
+            f"{form}, the model equals its base, because the adapter's update is too small for this format: export "
+            "without --merge"
+        )
+    merge = asdict(report) | {"unchanged": report.unchanged, "read_back": tensors}
+    return {"merge": merge, "rounding": rounding}
 
 
 def check_adapter(source: Source, adapter: Adapter) -> int:

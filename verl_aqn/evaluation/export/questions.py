@@ -1,5 +1,7 @@
 """The prompts for the trial of an export, and the recorded greedy responses of the run to them."""
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from verl_aqn.errors import DataError
 from verl_aqn.evaluation.export.source import Source
 from verl_aqn.preflight.agent_tools import SINGLE, loops_of
 from verl_aqn.preflight.policy import prompt_tokens
-from verl_aqn.preflight.run_data import data_files, items_of
+from verl_aqn.preflight.run_data import KEYS, data_files, items_of
 
 PROMPTS = 32  # or all prompts if the validation data have fewer
 
@@ -52,9 +54,24 @@ def read_questions(source: Source, tokenizer: Any) -> Questions:
 
 def validation_prompts(config: DictConfig, tokenizer: Any) -> dict[str, list[int]]:
     """Return every prompt of the validation data as the policy receives it, by its text as verl records it."""
-    files: list[Path] = data_files(config, "val_files")
+    prompts = _prompts(config, tokenizer, "test", "validation data is needed to test the export")
+    return {tokenizer.decode(ids, skip_special_tokens=True): ids for ids in prompts}
+
+
+def training_prompts(config: DictConfig, tokenizer: Any, number: int) -> list[list[int]]:
+    """Return the first ``number`` prompts of the training data as the policy receives them.
+
+    Raises:
+        DataError: the training data is missing.
+    """
+    prompts = _prompts(config, tokenizer, "train", "training data is needed to round the model to 4 bits")
+    return list(itertools.islice(prompts, number))
+
+
+def _prompts(config: DictConfig, tokenizer: Any, split: str, why: str) -> Iterator[list[int]]:
+    files: list[Path] = data_files(config, KEYS[split])
     if missing := [file for file in files if not file.is_file()]:
-        raise DataError(f"{missing[0]} does not exist: the run's validation data is needed to test the export")
-    items = items_of(config, "test")
+        raise DataError(f"{missing[0]} does not exist: the run's {why}")
+    items = items_of(config, split)
     prompts = (prompt_tokens(config, tokenizer, items[row]["raw_prompt"]) for row in range(len(items)))
-    return {tokenizer.decode(ids, skip_special_tokens=True): ids for ids in prompts if ids is not None}
+    return (ids for ids in prompts if ids is not None)

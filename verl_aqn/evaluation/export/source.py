@@ -1,12 +1,21 @@
 """The source of an export: one checkpoint of a run, and the run's records about it."""
 
+import contextlib
+import copy
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.checkpoints.cached import check_made
+from verl_aqn.checkpoints.foreign import import_checkpoint
+from verl_aqn.checkpoints.formats import MODELSLIM_FORMATS
+from verl_aqn.checkpoints.loading import dequantize_checkpoint
+from verl_aqn.checkpoints.modelslim import DESCRIPTION
 from verl_aqn.checkpoints.packing import checkpoint_digest, is_packed
+from verl_aqn.config.schema import parse_aqn
 from verl_aqn.config.serving import SERVED
 from verl_aqn.errors import DataError, EvidenceError, ModelError
 from verl_aqn.runs.checkpoints import config_of, find_checkpoint
@@ -43,6 +52,27 @@ class Source:
     @property
     def packed(self) -> bool:
         return self.base_digest is not None
+
+    def with_base(self, folder: Path) -> DictConfig:
+        """Return the config of the run with ``folder`` in place of the base."""
+        config = copy.deepcopy(self.config)
+        config.actor_rollout_ref.model.path = str(folder)
+        return config
+
+    @contextlib.contextmanager
+    def in_rollout_format(self, folder: Path) -> Iterator[Path]:
+        """Give the packed ``folder`` in the rollout weight format of the run: itself, or a copy beside its files."""
+        if self.served == self.base:
+            yield folder
+            return
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            copied = Path(temporary) / "served"
+            if (self.served / DESCRIPTION).is_file():
+                activation = parse_aqn(self.config).mxfp4.activation
+                import_checkpoint(folder, copied, MODELSLIM_FORMATS[activation])
+            else:
+                dequantize_checkpoint(folder, copied)
+            yield copied
 
 
 def find_source(path: Path) -> Source:

@@ -1,13 +1,14 @@
 """The reference for an export: the trainer's model with the adapter of the checkpoint, never with exported files."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from verl_aqn.checkpoints.adapter import Adapter
-from verl_aqn.evaluation.export.questions import Questions
+from verl_aqn.evaluation.export.questions import Questions, training_prompts
 from verl_aqn.evaluation.export.source import Source
 from verl_aqn.models.generate import generate, greedy
 from verl_aqn.mxfp4.experts import packed_layers
@@ -17,6 +18,7 @@ from verl_aqn.preflight.policy import end_tokens, load_base
 Logprobs = list[list[float]]
 """Natural logarithms, [response][token]."""
 TOGETHER = 1024
+CALIBRATION_PROMPTS = 128
 
 
 @dataclass(frozen=True)
@@ -25,35 +27,70 @@ class Reference:
 
     `answers`: the tokens of a response to each prompt (the recorded response of the run if there is one, else this
     model's greedy one). `texts`: the same as text. `base`, `exported`: the log-probabilities of these tokens in the
-    base and in the exported model.
+    base and in the exported model. `trained`: those of base and adapter, if the exported model is rounded to 4 bits.
     """
 
     answers: list[list[int]]
     texts: list[str]
     base: Logprobs
     exported: Logprobs
+    trained: Logprobs | None = None
 
 
 @torch.no_grad()
-def ask_trainer(source: Source, questions: Questions, adapter: Adapter, merged: bool, tokenizer: Any) -> Reference:
+def ask_trainer(
+    source: Source,
+    questions: Questions,
+    adapter: Adapter,
+    tokenizer: Any,
+    *,
+    merged: bool = False,
+    packed: Path | None = None,
+) -> Reference:
     """Compute responses and log-probabilities of the actor's model: base and adapter in PEFT, in bf16, without noise.
 
-    With ``merged`` the exported model is the base with scaling·B·A added to its weights and rounded once.
+    With ``merged`` the exported model is the base with scaling·B·A added to its weights and rounded once. With
+    ``packed`` it is the model in this folder, in place of the base.
     """
     base = load_base(source.config, torch.bfloat16)
     model = with_adapter(base, adapter)
     recorded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in questions.answers]
-    length = int(source.config.actor_rollout_ref.rollout.response_length)
-    made = []
-    if further := questions.prompts[len(recorded) :]:
-        made = [ids for (ids,) in generate(model, further, greedy, end_tokens(base, tokenizer), length)]
-    answers = [*recorded, *made]
-    texts = [*questions.answers, *(tokenizer.decode(ids, skip_special_tokens=True) for ids in made)]
+    further = questions.prompts[len(recorded) :]
+    answers = [*recorded, *_greedy(source, model, base, further, tokenizer)]
+    texts = [*questions.answers, *(tokenizer.decode(ids, skip_special_tokens=True) for ids in answers[len(recorded) :])]
     with model.disable_adapter():
         of_base = logprobs(model, questions.prompts, answers)
+    if packed:
+        trained = logprobs(model, questions.prompts, answers)
+        model = load_base(source.with_base(packed), torch.bfloat16)
+        return Reference(answers, texts, of_base, logprobs(model, questions.prompts, answers), trained)
     if merged:
         model = merge(model, adapter)
     return Reference(answers, texts, of_base, logprobs(model, questions.prompts, answers))
+
+
+@torch.no_grad()
+def calibration_rows(source: Source, adapter: Adapter, tokenizer: Any) -> Tensor:
+    """Return training prompts with the greedy responses of the actor's model as tokens, int64 [S, L].
+
+    There are `CALIBRATION_PROMPTS` prompts, one after the other and cut to rows as long as the longest of them with its
+    response, so that there is no padding.
+    """
+    prompts = training_prompts(source.config, tokenizer, CALIBRATION_PROMPTS)
+    base = load_base(source.config, torch.bfloat16)
+    answers = _greedy(source, with_adapter(base, adapter), base, prompts, tokenizer)
+    texts = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    longest = max(map(len, texts))
+    tokens = torch.tensor([token for text in texts for token in text])
+    return tokens[: len(tokens) // longest * longest].view(-1, longest)
+
+
+def _greedy(source: Source, model: Any, base: Any, prompts: list[list[int]], tokenizer: Any) -> list[list[int]]:
+    """Return the greedy response of ``model`` to each prompt, at most as long as in the run."""
+    if not prompts:
+        return []
+    length = int(source.config.actor_rollout_ref.rollout.response_length)
+    return [ids for (ids,) in generate(model, prompts, greedy, end_tokens(base, tokenizer), length)]
 
 
 def free_memory() -> None:

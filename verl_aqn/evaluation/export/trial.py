@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from verl_aqn.checkpoints.adapter import Adapter
+from verl_aqn.checkpoints.packing import is_packed
 from verl_aqn.errors import EnvironmentFault, EvidenceError
 from verl_aqn.evaluation.export.difference import first_difference
 from verl_aqn.evaluation.export.effect import Effect, measure
@@ -55,8 +57,10 @@ class Trial:
     `equal` of `prompts` greedy responses are those of `against`: the first `recorded` prompts have recorded responses
     of the run, the others have responses of the trainer's model. `base_equal`: the same number for the bare base.
     `telling`: the number of prompts with a short response (`SHORT`) that the base does not give; the export gives
-    `telling_equal` of these. `effect`: None if the trainer's model does not fit on one device. `undecided`: why the
-    trial cannot distinguish the export from the bare base; empty if it can and the export passed.
+    `telling_equal` of these. `effect`: of the exported weights, None if the trainer's model does not fit on one device.
+    `undecided`: why the trial cannot distinguish the export from the bare base; empty if it can and the export passed.
+    `survived`: for weights rounded to 4 bits, their effect in the trainer's model beside that of the adapter: `shown`
+    is the share of the adapter's effect that they have, and `error` what is missing or wrong.
     """
 
     against: str
@@ -70,6 +74,7 @@ class Trial:
     differing: list[Differing]
     effect: Effect | None
     undecided: str = ""
+    survived: Effect | None = None
 
     @property
     def required(self) -> int | None:
@@ -92,7 +97,8 @@ def try_out(
 ) -> Trial:
     """Run and score the prompts in the trainer's model, and then in vLLM with ``folder`` and with the bare base.
 
-    ``adapter`` is that of the checkpoint. ``folder`` is a PEFT folder for the run's base, or a merged model.
+    ``adapter`` is that of the checkpoint. ``folder`` is a PEFT folder for the run's base, or a merged model, packed or
+    in bf16.
 
     Raises:
         EnvironmentFault: vLLM did not respond, or the trainer's model does not fit on the device and no response is
@@ -100,9 +106,10 @@ def try_out(
         EvidenceError: a log-probability is missing or not a finite number.
     """
     prompts, recorded = questions.prompts, len(questions.answers)
+    packed = folder if merged and is_packed(folder) else None
     reference: Reference | None
     try:
-        reference = ask_trainer(source, questions, adapter, merged, tokenizer)
+        reference = ask_trainer(source, questions, adapter, tokenizer, merged=merged, packed=packed)
     except torch.OutOfMemoryError as error:
         if not recorded:
             raise EnvironmentFault(
@@ -114,7 +121,8 @@ def try_out(
     texts = reference.texts if reference else questions.answers
     scored = reference.answers if reference else [[] for _ in prompts]
     if merged:
-        (export,) = ask_vllm(source.config, folder, [None], prompts, texts, scored, of_run=False)
+        with source.in_rollout_format(folder) if packed else nullcontext(folder) as served:
+            (export,) = ask_vllm(source.config, served, [None], prompts, texts, scored, of_run=bool(packed))
         (base,) = ask_vllm(source.config, source.served, [None], prompts, texts, scored, of_run=True)
     else:
         export, base = ask_vllm(source.config, source.served, [folder, None], prompts, texts, scored, of_run=True)
@@ -135,7 +143,15 @@ def try_out(
         telling_equal=sum(one and tells for one, tells in zip(equal, telling, strict=True)),
         differing=list(_differing(export["answers"], texts, 0 if merged else recorded, merged, tokenizer)),
         effect=measure(reference, export["logprobs"], base["logprobs"]) if reference else None,
+        survived=_survived(reference) if reference and reference.trained else None,
     )
+
+
+def _survived(reference: Reference) -> Effect:
+    """Measure the exported weights against base and adapter, both in the trainer's model."""
+    assert reference.trained
+    whole = replace(reference, exported=reference.trained)
+    return measure(whole, reference.exported, reference.base)
 
 
 def _differing(
@@ -169,7 +185,8 @@ def judge(trial: Trial, apart: float) -> Trial:
 
     Raises:
         EvidenceError: a response differs where there is no near tie, too few responses are equal, the effect of the
-            export on log-probabilities is not that of the adapter, or the base in vLLM is not that of the trainer.
+            export on log-probabilities is not that of the adapter (for weights rounded to 4 bits: not that of these
+            weights), the base in vLLM is not that of the trainer, or rounding to 4 bits left nothing of the adapter.
     """
     far = [one for one in trial.differing if not one.near]
     if far:
@@ -190,11 +207,19 @@ def judge(trial: Trial, apart: float) -> Trial:
             f"on the bare base, vLLM and the trainer's model differ by {effect.apart:.2g} nats per token "
             f"(aqn.mismatch.stop allows {apart:g}): they do not compute the same model"
         )
+    survived = trial.survived
     if effect is not None and effect.allowed is not None and not _within(effect.error, effect.allowed):
+        whose = "the effect of its own weights" if survived else "the adapter's effect"
         raise EvidenceError(
-            "the export does not have the adapter's effect on log-probabilities: "
+            f"the export does not have {whose} on log-probabilities: "
             f"{_or_infinity(effect.error):.2f} of the effect is missing or wrong "
             f"({effect.allowed:.2f} allowed; the bare base has 1)"
+        )
+    if survived is not None and not (survived.error is not None and survived.error < 1):
+        raise EvidenceError(
+            f"rounded to 4 bits, the model is no nearer to the trained policy than its base: "
+            f"{_or_infinity(survived.error):.2f} of the adapter's effect on log-probabilities is missing or wrong (the "
+            "base has 1): export the adapter, or --merge in bf16"
         )
     if trial.required is not None or (effect is not None and effect.allowed is not None):
         return trial

@@ -1,0 +1,178 @@
+"""Merging of a packed base and a LoRA adapter to a packed MXFP4 model: W + scaling·B·A, rounded to 4 bits again.
+
+The base is on the grid of MXFP4, and an adapter's update is far smaller than a step of this grid: rounded plainly,
+nearly every weight falls back to the base. Here the codes of an adapted layer are changed only where this brings the
+layer's outputs nearer to those of the adapted layer, for given texts (`verl_aqn.checkpoints.code_descent`). Everything
+else stays, bit for bit: scales, and the codes of modules without an adapter.
+"""
+
+import json
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from verl_aqn.checkpoints.adapter import Adapter
+from verl_aqn.checkpoints.building import build
+from verl_aqn.checkpoints.calibrate import Calibration
+from verl_aqn.checkpoints.checksums import FILE as CHECKSUMS
+from verl_aqn.checkpoints.code_descent import improve
+from verl_aqn.checkpoints.error_report import FILE
+from verl_aqn.checkpoints.gptq import damped
+from verl_aqn.checkpoints.loading import PACKED, SCALE, DenseView, dense_config, open_packed, packed_modules
+from verl_aqn.checkpoints.merging import MergeReport, Sums, bits, check_specs, covered, merged_specs, write_merged
+from verl_aqn.checkpoints.naming import Naming
+from verl_aqn.checkpoints.packing import is_packed, quantize_checkpoint
+from verl_aqn.checkpoints.packing_plan import EXCLUDE
+from verl_aqn.errors import EvidenceError, ModelError
+from verl_aqn.mxfp4.codec import Mxfp4Tensor, dequantize
+from verl_aqn.mxfp4.experts import is_fused
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What rounding to 4 bits left of the adapter in the outputs of the adapted layers, on the calibration tokens.
+
+    `tokens`: their number. `output_error`: ‖(W' − Q)X‖ / ‖ΔX‖ over all rounded layers, where W' = W + Δ is the adapted
+    weight and Q the rounded one. It is 0 if nothing was lost, and 1 for the bare base. `codes_changed`: the share of
+    the layers' codes that are not those of the base.
+    """
+
+    tokens: int
+    output_error: float
+    codes_changed: float
+
+
+def check_packable(src: Path, adapter: Adapter) -> None:
+    """Check that the base ``src`` with ``adapter`` can be rounded to 4 bits again, before any work.
+
+    Raises:
+        ModelError: ``src`` is not packed, has experts, or the adapter changes something without a weight of its own.
+    """
+    if not is_packed(src):
+        raise ModelError(
+            f"{src} is not MXFP4, so there are no 4 bits to return to: export with --merge in bf16, and quantise that "
+            "folder (`verl-aqn quantize DST DST2 --calibrate TEXTS`)"
+        )
+    if any(is_fused(module) for module in build(src).model.modules()):
+        raise ModelError(f"{src} has experts, which are not calibrated: export with --merge in bf16")
+    covered(src, DenseView(src), adapter)
+
+
+def write_merged_packed(
+    folder: Path,
+    src: Path,
+    adapter: Adapter,
+    ids: Tensor,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Rounding:
+    """Fill ``folder`` with the packed model of base ``src`` and ``adapter``, calibrated on ``ids``.
+
+    ``ids``: int64 [S, L], tokens without padding. A copy of the merged model, adapted weights in float32, is in
+    ``folder`` for the duration of the call. Adapted modules that the base has in 16 bits are merged as by
+    `write_merged`.
+
+    Raises:
+        ModelError: as `check_packable`, or the model's decoder cannot be calibrated.
+    """
+    base = open_packed(src)
+    packed = set(packed_modules(base))
+    sums = _Outputs()
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        dense, made = Path(temporary) / "dense", Path(temporary) / "packed"
+        dense.mkdir()
+        write_merged(dense, src, True, adapter, adapted_dtype=torch.float32)
+        adapted = {name.removesuffix(".weight") for name in covered(src, DenseView(src), adapter)} & packed
+        calibration = Calibration(dense, ids)
+        calibration.check(adapted)
+
+        def quantizer(module: str, weight: Tensor) -> Mxfp4Tensor:
+            old = Mxfp4Tensor(base.read(module + PACKED), base.read(module + SCALE))
+            if module not in adapted:
+                return old
+            moment = calibration.second_moment(module)
+            codes = improve(weight.float(), old, damped(moment))
+            sums.add(weight.float(), old, codes, moment)
+            calibration.replace(module, dequantize(*codes))
+            return codes
+
+        exclude = (*EXCLUDE, *_not_packed(src, packed))
+        quantize_checkpoint(dense, made, exclude=exclude, progress=progress, quantizer=quantizer)
+        for file in made.iterdir():
+            if file.name not in (CHECKSUMS, FILE):  # the report is about rounding of the temporary copy
+                file.rename(folder / file.name)
+    return sums.rounding(ids.numel())
+
+
+def check_merged_packed(folder: Path, src: Path, adapter: Adapter) -> tuple[MergeReport, int]:
+    """Read the packed ``folder`` back, and return what it holds of the adapter and its number of tensors.
+
+    Raises:
+        EvidenceError: a tensor is missing or unexpected; a packed module without an adapter is not, bit for bit, the
+            base's; or a tensor in 16 bits is not that of the base, merged with the adapter if there is one.
+    """
+    base, written = open_packed(src), open_packed(folder)
+    dense, result = DenseView(src), DenseView(folder)
+    module_of = covered(src, dense, adapter)
+    check_specs(written, merged_specs(base))
+    if dense_config(folder) != json.loads(json.dumps(dense_config(src))):
+        raise EvidenceError("config.json in the merged folder is not that of the base")
+    sums = Sums()
+    for name in sorted(dense.specs):
+        module = name.removesuffix(".weight")
+        if module + PACKED not in base.specs:
+            expected = dense.read(name)
+            if name in module_of:
+                delta = adapter.delta(module_of[name])
+                merged = (expected.float() + delta).bfloat16()
+                sums.add(module_of[name], expected.bfloat16(), delta, merged)
+                expected = merged
+            _equal(name, written.read(name), expected.to(written.specs[name].dtype))
+        elif name in module_of:
+            sums.add(module_of[name], dense.read(name), adapter.delta(module_of[name]), result.read(name))
+        else:
+            for suffix in (PACKED, SCALE):
+                _equal(module + suffix, written.read(module + suffix), base.read(module + suffix))
+    return sums.report(len(module_of)), len(written.specs)
+
+
+def _equal(name: str, written: Tensor, expected: Tensor) -> None:
+    if not torch.equal(bits(written), bits(expected)):
+        raise EvidenceError(f"{name} in the merged folder is not, bit for bit, what the base and the adapter give")
+
+
+class _Outputs:
+    """Sums of squared output errors of the rounded layers, in float64."""
+
+    def __init__(self) -> None:
+        self.lost = self.update = 0.0
+        self.codes = self.changed = 0
+
+    def add(self, weight: Tensor, old: Mxfp4Tensor, new: Mxfp4Tensor, moment: Tensor) -> None:
+        """Add a layer with codes ``new`` instead of ``old`` for the adapted ``weight``."""
+        self.update += _squared(weight - dequantize(*old).float(), moment)
+        self.lost += _squared(weight - dequantize(*new).float(), moment)
+        self.codes += 2 * new.packed.numel()
+        differing = old.packed ^ new.packed
+        self.changed += int(torch.count_nonzero(differing & 15) + torch.count_nonzero(differing >> 4))
+
+    def rounding(self, tokens: int) -> Rounding:
+        error = math.sqrt(self.lost / self.update) if self.update else 0.0
+        return Rounding(tokens, error, self.changed / self.codes if self.codes else 0.0)
+
+
+def _squared(error: Tensor, moment: Tensor) -> float:
+    """Return the squared output error tr(E·H·E^T) for E [N, K] and H [K, K]."""
+    return max(0.0, float(((error @ moment) * error).double().sum()))
+
+
+def _not_packed(src: Path, packed: set[str]) -> list[str]:
+    """Return the linear layers of the model that the base ``src`` has in 16 bits."""
+    naming = Naming.of_folder(src)
+    model = build(src).model
+    names = {naming.in_checkpoint(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return sorted(names - packed)
