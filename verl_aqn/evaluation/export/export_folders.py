@@ -72,7 +72,7 @@ def write_card(folder: Path, proof: dict[str, Any]) -> None:
     if merged:
         form = "A bf16 model: base (dequantised where it is MXFP4) + scaling·B·A, in fp32 and rounded once."
         if proof["rounding"]:
-            form = "A packed MXFP4 model: base + scaling·B·A, rounded to 4 bits again with compensation of errors."
+            form = "A packed MXFP4 model: base + scaling·B·A, in 4 bits, with codes chosen for the outputs of layers."
         text = [f"# {proof['run']}, step {proof['step']}, merged", "", form, *lines_of_rounding(proof)]
         text.append("The unmerged adapter has no such loss.")
         if activation and proof["rounding"]:
