@@ -375,12 +375,12 @@ def test_only_errors_of_writing_are_called_that(run, tmp_path, monkeypatch):
 def test_a_trainer_s_model_without_room_leaves_the_recorded_answers(sources, engine, tmp_path, monkeypatch):
     source, questions, adapter, tokenizer = sources
 
-    def full(*_):
+    def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     (folder := tmp_path / "out").mkdir()
     write_peft_folder(folder, adapter, source.base)
-    answers = trial.ask_trainer(source, questions, adapter, False, tokenizer).texts[:3]
+    answers = trial.ask_trainer(source, questions, adapter, tokenizer).texts[:3]
     monkeypatch.setattr(trial, "ask_trainer", full)
     with pytest.raises(EnvironmentFault, match="does not fit on one device"):
         try_out(source, questions, adapter, folder, False, tokenizer)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from verl_aqn.checkpoints.adapter import Adapter
-from verl_aqn.checkpoints.merging import check_merged, covered, open_base, write_merged
+from verl_aqn.checkpoints.merging import MergeReport, check_merged, covered, open_base, write_merged
 from verl_aqn.checkpoints.merging_packed import check_merged_packed, check_packable, write_merged_packed
 from verl_aqn.checkpoints.writing import new_folder
 from verl_aqn.config.schema import parse_aqn
@@ -139,19 +139,23 @@ def _write_merged(
             rounding = asdict(write_merged_packed(folder, source.base, adapter, ids, progress))
         say("reading the merged model back")
         report, tensors = check_merged_packed(folder, source.base, adapter)
+        _check_changed(report, "rounded to 4 bits")
     else:
         say("merging")
         report = write_merged(folder, source.base, source.packed, adapter)
+        _check_changed(report, "merged to bf16")
         say("reading the merged model back")
         tensors = check_merged(folder, source.base, source.packed, adapter)
-    if not report.changed:
-        form = "rounded to 4 bits" if packed else "merged to bf16"
-        raise EvidenceError(
-            f"{form}, the model equals its base, because the adapter's update is too small for this format: export "
-            "without --merge"
-        )
     merge = asdict(report) | {"unchanged": report.unchanged, "read_back": tensors}
     return {"merge": merge, "rounding": rounding}
+
+
+def _check_changed(report: MergeReport, how: str) -> None:
+    if not report.changed:
+        raise EvidenceError(
+            f"{how}, the model equals its base bit for bit, because the adapter's update is too small for this format: "
+            "export without --merge"
+        )
 
 
 def check_adapter(source: Source, adapter: Adapter) -> int:
