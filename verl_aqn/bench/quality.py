@@ -22,7 +22,7 @@ from verl_aqn.checkpoints.gptq import gptq_quantizer
 from verl_aqn.checkpoints.keeping import worst
 from verl_aqn.checkpoints.loading import load_model
 from verl_aqn.checkpoints.packing import EXCLUDE, quantize_checkpoint
-from verl_aqn.checkpoints.storage import Weights
+from verl_aqn.checkpoints.storage import Weights, read_config
 from verl_aqn.errors import ConfigError, DataError, ModelError
 from verl_aqn.models.generate import generate, greedy
 from verl_aqn.mxfp4.dense import dequantize_linears
@@ -114,6 +114,7 @@ def measure(
     Raises:
         ConfigError: an unknown variant, or the measured file is among the calibration texts.
         DataError: a file that cannot be read or is too short.
+        ModelError: ``src`` is not a model folder, or has no chat template although one is needed.
     """
     for name in only:
         if name not in VARIANTS:
@@ -121,6 +122,7 @@ def measure(
     if text != "embedded" and Path(text).resolve() in [Path(source).resolve() for source in calibrate]:
         raise ConfigError(f"{text} is used for calibration and for measurement: give two different files")
     src = Path(src)
+    read_config(src)  # for a missing folder transformers would ask the hub
     tokenizer = AutoTokenizer.from_pretrained(src)
     if tokenizer.chat_template is None and (items or "embedded" in (text, *calibrate)):
         raise ModelError(

@@ -64,14 +64,14 @@ def _improve(weight: Tensor, codes: Tensor, unit: Tensor, moment: Tensor) -> Ten
     while len(active):
         # A step s lowers the error by 2·s·slope - s²·curvature. An infinite step never does (its gain is NaN or -inf).
         gains = torch.stack([up * (2 * slope - up * curvature), down * (-2 * slope - down * curvature)])
-        gain, column = gains.nan_to_num(nan=-torch.inf).amax(0).max(1)
+        gain, column = gains.nan_to_num_(nan=-torch.inf).amax(0).max(1)
         on = gain > least
         if not on.all():
             active, least, slope, up, down, column, gains = (
                 active[on], least[on], slope[on], up[on], down[on], column[on], gains[:, on]
             )  # fmt: skip
         rows = torch.arange(len(active))
-        upwards = gains[0, rows, column] >= gains[1, rows, column].nan_to_num(nan=-torch.inf)
+        upwards = gains[0, rows, column] >= gains[1, rows, column]
         step = torch.where(upwards, up[rows, column], -down[rows, column])
         place = places[active, column] + torch.where(upwards, 1, -1)
         places[active, column] = place

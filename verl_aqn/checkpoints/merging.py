@@ -162,9 +162,7 @@ def check_merged(folder: Path, src: Path, packed: bool, adapter: Adapter) -> int
         expected = weights.read(name)
         if name in module_of:
             expected = expected.float() + adapter.delta(module_of[name])
-        if not torch.equal(bits(written.read(name)), bits(expected.to(spec.dtype))):
-            what = f"base + scaling·B·A of {module_of[name]}" if name in module_of else "the tensor of the base"
-            raise EvidenceError(f"{name} in the merged folder is not, bit for bit, {what}")
+        check_tensor(name, written, expected.to(spec.dtype), module_of.get(name))
     if read_config(folder) != json.loads(json.dumps(dense_config(src))):
         raise EvidenceError("config.json in the merged folder is not that of the base without quantisation")
     return len(layout)
@@ -183,6 +181,17 @@ def check_specs(written: Weights, expected: dict[str, Spec]) -> None:
         )
 
 
+def check_tensor(name: str, written: Weights, expected: Tensor, module: str | None = None) -> None:
+    """Check that a tensor of a merged folder is ``expected``, which is made of the base and the adapter of ``module``.
+
+    Raises:
+        EvidenceError: a bit differs.
+    """
+    if not torch.equal(_bits(written.read(name)), _bits(expected)):
+        what = f"base + scaling·B·A of {module}" if module else "the tensor of the base"
+        raise EvidenceError(f"{name} in the merged folder is not, bit for bit, {what}")
+
+
 def merged_specs(weights: DenseView | Weights) -> dict[str, Spec]:
     """Return the tensors of the merged folder: floating-point tensors become bfloat16."""
     return {
@@ -191,7 +200,7 @@ def merged_specs(weights: DenseView | Weights) -> dict[str, Spec]:
     }
 
 
-def bits(tensor: Tensor) -> Tensor:
+def _bits(tensor: Tensor) -> Tensor:
     """Return the bytes of a tensor, so that `torch.equal` also compares NaN and the sign of zero."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 

@@ -6,7 +6,6 @@ layer's outputs nearer to those of the adapted layer, for given texts (`verl_aqn
 else stays, bit for bit: scales, and the codes of modules without an adapter.
 """
 
-import json
 import math
 import tempfile
 from collections.abc import Callable
@@ -24,9 +23,17 @@ from verl_aqn.checkpoints.code_descent import improve
 from verl_aqn.checkpoints.error_report import FILE
 from verl_aqn.checkpoints.gptq import damped
 from verl_aqn.checkpoints.loading import PACKED, SCALE, DenseView, dense_config, open_packed, packed_modules
-from verl_aqn.checkpoints.merging import MergeReport, Sums, bits, check_specs, covered, merged_specs, write_merged
+from verl_aqn.checkpoints.merging import (
+    MergeReport,
+    Sums,
+    check_specs,
+    check_tensor,
+    covered,
+    merged_specs,
+    write_merged,
+)
 from verl_aqn.checkpoints.naming import Naming
-from verl_aqn.checkpoints.packing import is_packed, quantize_checkpoint
+from verl_aqn.checkpoints.packing import checkpoint_digest, is_packed, quantize_checkpoint
 from verl_aqn.checkpoints.packing_plan import EXCLUDE
 from verl_aqn.errors import EvidenceError, ModelError
 from verl_aqn.mxfp4.codec import Mxfp4Tensor, dequantize
@@ -39,9 +46,11 @@ class Rounding:
 
     `tokens`: their number. `output_error`: ‖(W' − Q)X‖ / ‖ΔX‖ over all rounded layers, where W' = W + Δ is the adapted
     weight and Q the rounded one. It is 0 if nothing was lost, and 1 for the bare base. `codes_changed`: the share of
-    the layers' codes that are not those of the base.
+    the layers' codes that are not those of the base. `digest`: of all packed modules that were made
+    (`verl_aqn.checkpoints.packing.combined_digest`).
     """
 
+    digest: str
     tokens: int
     output_error: float
     codes_changed: float
@@ -95,54 +104,57 @@ def write_merged_packed(
             if module not in adapted:
                 return old
             moment = calibration.second_moment(module)
-            codes = improve(weight.float(), old, damped(moment))
-            sums.add(weight.float(), old, codes, moment)
+            codes = improve(weight, old, damped(moment))
+            sums.add(weight, old, codes, moment)
             calibration.replace(module, dequantize(*codes))
             return codes
 
         exclude = (*EXCLUDE, *_not_packed(src, packed))
-        quantize_checkpoint(dense, made, exclude=exclude, progress=progress, quantizer=quantizer)
+        report = quantize_checkpoint(dense, made, exclude=exclude, progress=progress, quantizer=quantizer)
         for file in made.iterdir():
             if file.name not in (CHECKSUMS, FILE):  # the report is about rounding of the temporary copy
                 file.rename(folder / file.name)
-    return sums.rounding(ids.numel())
+    return sums.rounding(report.base_digest, ids.numel())
 
 
-def check_merged_packed(folder: Path, src: Path, adapter: Adapter) -> tuple[MergeReport, int]:
+def check_merged_packed(folder: Path, src: Path, adapter: Adapter, digest: str) -> tuple[MergeReport, int]:
     """Read the packed ``folder`` back, and return what it holds of the adapter and its number of tensors.
 
+    ``digest``: that of the packed modules as they were made (`Rounding`).
+
     Raises:
-        EvidenceError: a tensor is missing or unexpected; a packed module without an adapter is not, bit for bit, the
-            base's; or a tensor in 16 bits is not that of the base, merged with the adapter if there is one.
+        EvidenceError: a tensor is missing or unexpected; the codes are not those that were made; a scale, or a packed
+            module without an adapter, is not, bit for bit, the base's; a tensor in 16 bits is not that of the base,
+            merged with the adapter if there is one; or config.json is that of another model.
     """
     base, written = open_packed(src), open_packed(folder)
     dense, result = DenseView(src), DenseView(folder)
     module_of = covered(src, dense, adapter)
     check_specs(written, merged_specs(base))
-    if dense_config(folder) != json.loads(json.dumps(dense_config(src))):
+    if (found := checkpoint_digest(folder)) != digest:
+        raise EvidenceError(
+            f"the packed weights in the merged folder have digest {found[:16]}…, but those that were made have "
+            f"{digest[:16]}…: check disk and memory"
+        )
+    if dense_config(folder) != dense_config(src):
         raise EvidenceError("config.json in the merged folder is not that of the base")
     sums = Sums()
     for name in sorted(dense.specs):
+        before, adapted = dense.read(name), module_of.get(name)
+        delta = adapter.delta(adapted) if adapted else None
         module = name.removesuffix(".weight")
-        if module + PACKED not in base.specs:
-            expected = dense.read(name)
-            if name in module_of:
-                delta = adapter.delta(module_of[name])
-                merged = (expected.float() + delta).bfloat16()
-                sums.add(module_of[name], expected.bfloat16(), delta, merged)
-                expected = merged
-            _equal(name, written.read(name), expected.to(written.specs[name].dtype))
-        elif name in module_of:
-            sums.add(module_of[name], dense.read(name), adapter.delta(module_of[name]), result.read(name))
+        if module + PACKED in base.specs:
+            check_tensor(module + SCALE, written, base.read(module + SCALE))
+            if delta is None:
+                check_tensor(module + PACKED, written, base.read(module + PACKED))
+            after = result.read(name)
         else:
-            for suffix in (PACKED, SCALE):
-                _equal(module + suffix, written.read(module + suffix), base.read(module + suffix))
+            after = before if delta is None else before.float() + delta
+            after = after.to(written.specs[name].dtype)
+            check_tensor(name, written, after, adapted)
+        if adapted and delta is not None:
+            sums.add(adapted, before.to(after.dtype), delta, after)
     return sums.report(len(module_of)), len(written.specs)
-
-
-def _equal(name: str, written: Tensor, expected: Tensor) -> None:
-    if not torch.equal(bits(written), bits(expected)):
-        raise EvidenceError(f"{name} in the merged folder is not, bit for bit, what the base and the adapter give")
 
 
 class _Outputs:
@@ -160,9 +172,9 @@ class _Outputs:
         differing = old.packed ^ new.packed
         self.changed += int(torch.count_nonzero(differing & 15) + torch.count_nonzero(differing >> 4))
 
-    def rounding(self, tokens: int) -> Rounding:
+    def rounding(self, digest: str, tokens: int) -> Rounding:
         error = math.sqrt(self.lost / self.update) if self.update else 0.0
-        return Rounding(tokens, error, self.changed / self.codes if self.codes else 0.0)
+        return Rounding(digest, tokens, error, self.changed / self.codes if self.codes else 0.0)
 
 
 def _squared(error: Tensor, moment: Tensor) -> float:

@@ -13,7 +13,7 @@ from verl_aqn.checkpoints.adapter import Adapter
 from verl_aqn.checkpoints.code_descent import improve
 from verl_aqn.checkpoints.loading import PACKED, SCALE, load_model, open_packed
 from verl_aqn.checkpoints.merging_packed import check_merged_packed, check_packable, write_merged_packed
-from verl_aqn.checkpoints.packing import is_packed, quantize_checkpoint
+from verl_aqn.checkpoints.packing import checkpoint_digest, is_packed, quantize_checkpoint
 from verl_aqn.errors import EvidenceError, ModelError
 from verl_aqn.mxfp4.codec import Mxfp4Tensor, dequantize, quantize
 
@@ -46,7 +46,7 @@ def test_what_the_adapter_does_not_change_is_bit_for_bit_the_base(base, adapter,
     assert before.keys() == after.keys()
     differing = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name.split(".weight")[0] for name in differing} == set(adapter.matrices)
-    report, tensors = check_merged_packed(tmp_path / "out", base, adapter)
+    report, tensors = check_merged_packed(tmp_path / "out", base, adapter, rounding.digest)
     assert (tensors, report.tensors, report.changed) == (len(before), 4, 4)
     assert report.modules["model.layers.1.mlp.down_proj"]["kept"] > 0.95  # in 16 bits
     assert 0 < rounding.output_error < 1
@@ -109,26 +109,34 @@ def test_one_code_at_a_time_is_changed_where_it_helps_most():
 
 
 def test_damage_and_another_adapter_are_found(base, adapter, tmp_path):
-    merge(base, adapter, out := tmp_path / "out")
+    digest = merge(base, adapter, out := tmp_path / "out").digest
     tensors = load_file(out / "model.safetensors")
-    for name, fault in (
-        ("model.layers.0.mlp.up_proj.weight_packed", "what the base and the adapter give"),
-        ("model.layers.0.mlp.up_proj.weight_scale", "what the base and the adapter give"),
-        ("model.layers.1.mlp.down_proj.weight", "what the base and the adapter give"),
-        ("model.norm.weight", "what the base and the adapter give"),
+    of_adapter = r"base \+ scaling·B·A of model\.layers\.1\.mlp\.down_proj"
+    for name, what in (
+        ("model.layers.0.mlp.up_proj.weight_packed", "the tensor of the base"),
+        ("model.layers.0.mlp.up_proj.weight_scale", "the tensor of the base"),
+        ("model.layers.0.mlp.down_proj.weight_scale", "the tensor of the base"),
+        ("model.layers.1.mlp.down_proj.weight", of_adapter),
+        ("model.norm.weight", "the tensor of the base"),
+        ("model.layers.0.mlp.down_proj.weight_packed", ""),
     ):
         damaged = tensors[name].clone()
         damaged.view(-1).view(torch.uint8)[0] ^= 1
         save_file(tensors | {name: damaged}, out / "model.safetensors")
-        with pytest.raises(EvidenceError, match=rf"{name} in the merged folder is not, bit for bit, {fault}"):
-            check_merged_packed(out, base, adapter)
+        if ".weight_" in name:
+            with pytest.raises(EvidenceError, match="but those that were made have"):
+                check_merged_packed(out, base, adapter, digest)
+        made = checkpoint_digest(out)  # as if it had been made so
+        if what:
+            with pytest.raises(EvidenceError, match=rf"{name} in the merged folder is not, bit for bit, {what}"):
+                check_merged_packed(out, base, adapter, made)
     fewer = {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}
     save_file(fewer, out / "model.safetensors")
     with pytest.raises(EvidenceError, match=r"model\.norm\.weight in the merged folder is None"):
-        check_merged_packed(out, base, adapter)
+        check_merged_packed(out, base, adapter, digest)
     save_file(tensors, out / "model.safetensors")
     with pytest.raises(EvidenceError, match=r"layers\.1\.mlp\.down_proj\.weight in the merged folder is not"):
-        check_merged_packed(out, base, replace(adapter, alpha=13.0))
+        check_merged_packed(out, base, replace(adapter, alpha=13.0), digest)
 
 
 def test_what_cannot_be_rounded_again_is_refused_before_any_work(base, adapter, tmp_path):

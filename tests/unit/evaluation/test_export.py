@@ -28,8 +28,11 @@ from tests.helpers.export_runs import (
 )
 from tests.helpers.sharded_lora import Lora, save_sharded
 from verl_aqn.checkpoints import merging_packed
+from verl_aqn.checkpoints.foreign import import_checkpoint
+from verl_aqn.checkpoints.formats import MODELSLIM_FORMATS
 from verl_aqn.checkpoints.loading import dequantize_checkpoint, load_model
 from verl_aqn.checkpoints.merging import MergeReport
+from verl_aqn.checkpoints.modelslim import DESCRIPTION
 from verl_aqn.checkpoints.packing import is_packed, quantize_checkpoint
 from verl_aqn.cli.export import lines_of
 from verl_aqn.config.serving import SERVED
@@ -412,10 +415,17 @@ def test_an_engine_that_serves_other_codes_than_the_export_is_found(run, base, m
         export(run, tmp_path / "out", merge=True, packed=True)
 
 
-def test_the_export_is_tried_in_the_format_that_the_rollout_served(run, base, engine, monkeypatch, tmp_path):
+@pytest.mark.parametrize("form", ["bf16", "mxfp4", "mxfp8"])
+def test_the_export_is_tried_in_the_format_that_the_rollout_served(run, base, engine, monkeypatch, tmp_path, form):
+    """Format bf16, as on an Ascend A2, or ModelSlim's for one of two formats of activations, as on a 950."""
     write_training_data(run)
-    dequantize_checkpoint(base, tmp_path / "served")
     config = OmegaConf.load(run / "config.yaml")
+    if form == "bf16":
+        dequantize_checkpoint(base, tmp_path / "served")
+    else:
+        import_checkpoint(base, tmp_path / "served", MODELSLIM_FORMATS[form])
+        config.aqn.mxfp4.activation = form
+        config.aqn.mismatch.stop = 10  # transformers does not round activations as the trainer does
     OmegaConf.update(
         config, f"actor_rollout_ref.model.override_config.{SERVED}", str(tmp_path / "served"), force_add=True
     )
@@ -423,14 +433,21 @@ def test_the_export_is_tried_in_the_format_that_the_rollout_served(run, base, en
     asked = []
 
     def ask(config, model, *rest, of_run):
-        asked.append((is_packed(model), of_run, model))
-        return transformers_engine(config, model, *rest, of_run=False)
+        description = model / DESCRIPTION
+        asked.append((description.read_text() if description.is_file() else None, of_run, model))
+        if form == "bf16":
+            return transformers_engine(config, model, *rest, of_run=False)
+        import_checkpoint(model, again := tmp_path / f"asked-{len(asked)}/again")
+        return transformers_engine(config, again, *rest, of_run=True)
 
     monkeypatch.setattr(trial, "ask_vllm", ask)
     proof = export(run, out := tmp_path / "out", merge=True, packed=True)
-    assert [(packed, of_run) for packed, of_run, _ in asked] == [(False, True)] * 2
+    assert [of_run for _, of_run, _ in asked] == [True, True]
+    assert asked[0][0] == asked[1][0]  # the schemes are those of the run's rollout
+    assert (asked[0][0] is None) == (form == "bf16")
     assert asked[0][2] != asked[1][2] == tmp_path / "served"
-    assert proof["proved"]
+    assert proof["merged"]
+    assert proof["proved"] or form != "bf16"
     assert {file.name for file in out.iterdir() if file.is_dir()} == set()
 
 

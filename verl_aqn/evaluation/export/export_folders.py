@@ -117,7 +117,8 @@ def lines_of_rounding(proof: dict[str, Any]) -> list[str]:
     kept = f"{100 * proof['merge']['kept']:.0f} % of the adapter's update"
     rounding, survived = proof.get("rounding"), proof["answers"].get("survived")
     if not rounding:
-        return [f"bf16 kept {kept}: an update below 2^-9 of a weight is lost in rounding"]
+        lost = f"error {proof['merge']['loss']:.2f} of it"
+        return [f"bf16 kept {kept} ({lost}): an update below 2^-9 of a weight is lost in rounding"]
     lines = [
         f"4 bits kept {kept} in the weights; of its effect on the outputs of layers {rounding['output_error']:.2f} is "
         f"missing or wrong, for {rounding['tokens']} calibration tokens (the bare base has 1)"

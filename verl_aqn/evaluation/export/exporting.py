@@ -40,8 +40,8 @@ def export(
 ) -> dict:
     """Write the adapter of ``run``, or with ``merge`` a model of base and adapter, to the new folder ``dst``.
 
-    A merged model is in bf16, or with ``packed`` rounded to 4 bits again, calibrated on training prompts of the
-    run with the responses of the policy (`verl_aqn.checkpoints.merging_packed`).
+    A merged model is in bf16, or with ``packed`` rounded to 4 bits again, calibrated on training prompts of the run
+    with the responses of the policy (`verl_aqn.checkpoints.merging_packed`). An adapter is always in bf16.
 
     ``run`` is a run, a folder of runs, or a checkpoint (`verl_aqn.evaluation.export.source.find_source`). Returns the
     proof, which is also written to ``dst`` (`RECORD`). ``dst`` appears complete and with all checks passed, or not at
@@ -82,7 +82,7 @@ def export(
         "run_path": str(source.run.path),
         "step": source.step,
         "merged": merge,
-        "dtype": "mxfp4" if packed else "bfloat16",
+        "dtype": "mxfp4" if merge and packed else "bfloat16",
         "base": {"path": str(source.base), "digest": source.base_digest},
         "adapter": {
             "digest": adapter.digest(),
@@ -136,9 +136,10 @@ def _write_merged(
         free_memory()
         say(f"merging, and rounding to 4 bits with {ids.numel()} tokens")
         with progress_bar("rounding") as progress:
-            rounding = asdict(write_merged_packed(folder, source.base, adapter, ids, progress))
+            made = write_merged_packed(folder, source.base, adapter, ids, progress)
+        rounding = asdict(made)
         say("reading the merged model back")
-        report, tensors = check_merged_packed(folder, source.base, adapter)
+        report, tensors = check_merged_packed(folder, source.base, adapter, made.digest)
         _check_changed(report, "rounded to 4 bits")
     else:
         say("merging")
