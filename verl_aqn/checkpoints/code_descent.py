@@ -7,8 +7,9 @@ error most, until no step lowers it. Scales stay. A row's error can therefore no
 This differs from GPTQ (`verl_aqn.checkpoints.gptq`), which rounds every column anew. For W that differs from Q by much
 less than a step, as with a trained adapter, most codes are right already, and new errors of rounding would exceed the
 update. Measured with SmolLM2-135M after 12 steps of supervised training of an adapter of rank 32 (-64 dB of the
-weights), with 6,144 calibration tokens and other texts for the test (2026-11-30, one run): the share of the adapter's
-effect on log-probabilities that survived, and the error, which is 1 for the base.
+weights), with 6,144 calibration tokens and other texts for the test (2026-11-30, one run of a script that is not in the
+repository): the share of the adapter's effect on log-probabilities that survived, and the error, which is 1 for the
+base. What the command `export` measures for an RL run is in docs/evaluation.md.
 
 ==================  =====  =====  ===========
                     share  error  CPU, time

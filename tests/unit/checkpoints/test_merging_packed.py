@@ -1,5 +1,6 @@
 """Base and adapter in one packed model: what is rounded again, what stays bit for bit, and what is lost."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.unit.checkpoints.test_merging import make, random_adapter
+from verl_aqn.checkpoints import merging_packed
 from verl_aqn.checkpoints.adapter import Adapter
 from verl_aqn.checkpoints.code_descent import improve
 from verl_aqn.checkpoints.loading import PACKED, SCALE, load_model, open_packed
@@ -137,6 +139,33 @@ def test_damage_and_another_adapter_are_found(base, adapter, tmp_path):
     save_file(tensors, out / "model.safetensors")
     with pytest.raises(EvidenceError, match=r"layers\.1\.mlp\.down_proj\.weight in the merged folder is not"):
         check_merged_packed(out, base, replace(adapter, alpha=13.0), digest)
+
+
+def test_another_config_is_found(base, adapter, tmp_path):
+    digest = merge(base, adapter, out := tmp_path / "out").digest
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    with pytest.raises(EvidenceError, match=r"config\.json in the merged folder is not that of the base"):
+        check_merged_packed(out, base, adapter, digest)
+
+
+def test_later_layers_are_calibrated_on_the_outputs_of_rounded_earlier_ones(base, adapter, tmp_path, monkeypatch):
+    seen: list[list[torch.Tensor]] = []
+
+    def rounded(change: int):
+        def improved(weight, codes, moment):
+            seen[-1].append(moment)
+            return codes._replace(packed=codes.packed ^ (change if len(seen[-1]) == 1 else 0))
+
+        return improved
+
+    for change in (0, 0, 0x11):
+        seen.append([])
+        monkeypatch.setattr(merging_packed, "improve", rounded(change))
+        merge(base, adapter, tmp_path / str(len(seen)))
+    first, again, other = seen
+    assert all(map(torch.equal, first, again))
+    assert [torch.equal(*pair) for pair in zip(first, other, strict=True)] == [True, True, False]  # q, down; next q
 
 
 def test_what_cannot_be_rounded_again_is_refused_before_any_work(base, adapter, tmp_path):
