@@ -42,8 +42,9 @@ from verl_aqn.evaluation.export.difference import Difference, first_difference
 from verl_aqn.evaluation.export.export_folders import target_modules
 from verl_aqn.evaluation.export.exporting import RECORD, export
 from verl_aqn.evaluation.export.fsdp_adapter import read_adapter
-from verl_aqn.evaluation.export.questions import read_questions, validation_prompts
+from verl_aqn.evaluation.export.questions import read_questions, training_prompts, validation_prompts
 from verl_aqn.evaluation.export.source import find_source
+from verl_aqn.evaluation.export.trained_model import calibration_rows
 from verl_aqn.runs.provenance import model_digest
 
 TOKENS = torch.arange(300, 324).view(2, 12)
@@ -387,6 +388,15 @@ def test_a_model_rounded_to_4_bits_again_is_packed_and_says_what_survived(valida
     )
     assert not list(out.parent.glob(".out*"))
     assert {file.name for file in out.iterdir() if file.is_dir()} == set()
+
+
+def test_calibration_texts_are_training_prompts_with_the_responses_of_the_policy(run, state, rollout, base):
+    write_training_data(run)
+    source, tokenizer = find_source(run), AutoTokenizer.from_pretrained(base)
+    rows = calibration_rows(source, adapter_of(state), tokenizer)
+    first, second = training_prompts(source.config, tokenizer, 2)
+    answer = rollout.generate(torch.tensor([first]), max_new_tokens=6, do_sample=False)[0, len(first) :].tolist()
+    assert rows.flatten()[: len(first + answer + second)].tolist() == first + answer + second
 
 
 def test_4_bits_that_lost_the_adapter_are_refused(base, engine, monkeypatch, tmp_path):
