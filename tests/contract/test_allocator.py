@@ -63,5 +63,5 @@ def test_the_processes_of_a_run_on_cpus_load_it(profile, loads, tmp_path, monkey
     }
     (tmp_path / "launch.yaml").write_text(json.dumps(config))
     run = SimpleNamespace(path=tmp_path, state={"attempt": 1})
-    env = process_environment.worker_environment(run, str(tmp_path))
+    env = process_environment.worker_environment(run, process_environment.launched(run), str(tmp_path))
     assert ("LD_PRELOAD" in env, "MALLOC_CONF" in env) == (loads, loads)

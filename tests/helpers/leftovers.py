@@ -46,6 +46,10 @@ class Leftovers:
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
+    def expect(self, pid: int) -> None:
+        """Count the process `pid` as one that was there before."""
+        self._earlier.add(psutil.Process(pid))
+
     def stop(self) -> None:
         """End the looking."""
         self._stop.set()

@@ -20,6 +20,8 @@ MEANT_TO_BE_OVERRIDDEN = ("torch.nn.modules.module", "torch.nn.modules.linear", 
 # Functions of a host whose steps or rules this package repeats, and methods that it overrides in a class that it makes
 # while it runs; and where.
 COPIES = {
+    "ray._private.runtime_env.context:RuntimeEnvContext.exec_worker": "verl_aqn/launch/forkserver/worker.py",
+    "ray._private.utils:update_envs": "verl_aqn/launch/forkserver/worker.py",
     "transfer_queue.utils.zmq_utils:create_zmq_socket": "verl_aqn/integrations/verl/queue.py",
     "transformers.core_model_loading:revert_weight_conversion": "verl_aqn/checkpoints/naming.py",
     "verl.utils.tokenizer.chat_template:apply_chat_template": "verl_aqn/integrations/verl/rendering.py",

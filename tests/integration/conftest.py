@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from tests.helpers.leftovers import Leftovers
+from tests.helpers.warm import Command, Warm
 from verl_aqn.bench import letters
 from verl_aqn.cache import cache_dir
 from verl_aqn.runs.judge.base_record import check_base, sentence
@@ -42,18 +43,23 @@ TINY = [
 ]
 
 
+Process = subprocess.Popen | Command
+
 _left: Leftovers | None = None
+_warm: Warm | None = None
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_traces(tmp_path_factory) -> Iterator[None]:
-    """Follow from the start of the session what its runs make."""
-    global _left
+    """Follow from the start of the session what its runs make; start the process that most of them are forked from."""
+    global _left, _warm
     temporary = Path("/tmp")
     patterns = [(Path("/dev/shm"), "*"), (temporary, "aqn-*"), (temporary, "????????-????-????-*")]
     _left = Leftovers(patterns, tmp_path_factory.getbasetemp())
     _left.start()
-    yield
+    with Warm() as _warm:
+        _left.expect(_warm.process.pid)
+        yield
     _left.stop()
 
 
@@ -72,18 +78,20 @@ def warm_cache(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def train(tiny_model, warm_cache):
-    """`train(run_dir, *overrides, recipe=…)` → a started `verl-aqn train` process."""
+    """`train(run_dir, *overrides, recipe=…, new=…)` → a started `verl-aqn train` process."""
 
-    def start(run_dir: Path, *overrides: str, recipe: str = "e12_aggressive_1ep") -> subprocess.Popen:
+    def start(run_dir: Path, *overrides: str, recipe: str = "e12_aggressive_1ep", new: bool = False) -> Process:
         places = [f"actor_rollout_ref.model.path={tiny_model}", f"aqn.run.dir={run_dir}"]
-        return verl_aqn("train", recipe, *TINY, *places, *overrides, cache=warm_cache)
+        return verl_aqn("train", recipe, *TINY, *places, *overrides, cache=warm_cache, new=new)
 
     return start
 
 
-def verl_aqn(*arguments: str, cache: Path | None = None) -> subprocess.Popen:
-    """Run the command as a user would."""
+def verl_aqn(*arguments: str, cache: Path | None = None, new: bool = False) -> Process:
+    """Run the command, `new`ly imported as a user would, or in a fork of a process that has its imports."""
     env = {**os.environ, **({"VERL_AQN_CACHE": str(cache)} if cache else {})}
+    if _warm and not new and _warm.fits(env):
+        return _warm.start(list(arguments), env)
     command = [sys.executable, "-m", "verl_aqn.cli", *arguments]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -116,11 +124,11 @@ def start_engine(module: str, *arguments, **variables: str) -> subprocess.Comple
         )
 
 
-def finish(process: subprocess.Popen, base: Path) -> tuple[Path, str]:
+def finish(process: Process, base: Path) -> tuple[Path, str]:
     """Wait for the newest run of `base` to finish without error; return its folder and standard error."""
     _, err = process.communicate(timeout=800)
-    run = newest(base)
-    assert process.returncode == 0, err + (run / "training.log").read_text()[-3000:]
+    run, log = newest(base), base / "training.log"
+    assert process.returncode == 0, err + (log.read_text()[-3000:] if log.exists() else "")
     return run, err
 
 
@@ -128,7 +136,7 @@ def descendants(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
 
-def kill(process: subprocess.Popen) -> None:
+def kill(process: Process) -> None:
     """Kill a run with all processes that it started, like a power cut."""
     for victim in [psutil.Process(process.pid), *descendants(process.pid)]:
         with suppress(ProcessLookupError):  # it ended together with another process

@@ -23,11 +23,11 @@ PAGE = 4096  # bytes of the pages that it was built for
 RAY = {"RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
-def environment(run: RunFolder, temporary: str) -> dict[str, str]:
+def environment(run: RunFolder, config: DictConfig, temporary: str) -> dict[str, str]:
     """Return the environment of the training process. All processes of a Ray that it starts inherit it."""
-    env = worker_environment(run, temporary)
+    env = worker_environment(run, config, temporary)
     env.pop("RAY_ADDRESS", None)
-    if (address := cluster_address(launched(run))) is None:
+    if (address := cluster_address(config)) is None:
         return env | local_ray(temporary)
     # The run may override the environment that its job was submitted with.
     return env | RAY | {"RAY_ADDRESS": address, "RAY_TMPDIR": temporary, "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1"}
@@ -47,9 +47,8 @@ def local_ray(temporary: str) -> dict[str, str]:
     }
 
 
-def worker_environment(run: RunFolder, temporary: str) -> dict[str, str]:
-    """Return the environment variables for every worker of the run, on any machine."""
-    config = launched(run)
+def worker_environment(run: RunFolder, config: DictConfig, temporary: str) -> dict[str, str]:
+    """Return the environment variables for every worker of the run, whose config is `launched`, on any machine."""
     ranks = int(config.actor_rollout_ref.rollout.tensor_model_parallel_size)
     env = engine_environment(temporary, cpu=config.aqn.profile == "cpu", ranks=ranks)
     if config.aqn.profile == "cpu":

@@ -9,7 +9,7 @@ import threading
 import time
 from pathlib import Path
 
-from verl_aqn.cluster.process_environment import MEMORY_S, worker_environment
+from verl_aqn.cluster.process_environment import MEMORY_S, launched, worker_environment
 from verl_aqn.runs.folder import RunFolder
 from verl_aqn.runs.processes import SharedMemory
 from verl_aqn.runs.stacks import folder_in
@@ -27,7 +27,7 @@ def set_up_worker() -> None:
     claim(temporary, run.path)
     folder_in(temporary).mkdir(exist_ok=True)
     if (run.path / "launch.yaml").exists():  # if it does not, `cluster_nodes.check_nodes` reports it
-        os.environ.update(worker_environment(run, str(temporary)))
+        os.environ.update(worker_environment(run, launched(run), str(temporary)))
     threading.Thread(target=_watch_memory, args=(temporary,), daemon=True).start()
 
 

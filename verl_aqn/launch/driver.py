@@ -12,10 +12,13 @@ from typing import Any
 
 import ray
 from omegaconf import DictConfig, OmegaConf
+from ray._private import ray_constants
 
 from verl_aqn.cluster.process_environment import launched
+from verl_aqn.environment import leave
 from verl_aqn.errors import AqnError, EvidenceError, ProcessFault
 from verl_aqn.integrations.verl.root_cause import root_cause
+from verl_aqn.launch.forkserver import worker
 from verl_aqn.launch.forkserver.server import PYTHON
 from verl_aqn.runs.faults import describe, watch
 from verl_aqn.runs.folder import RunFolder
@@ -66,6 +69,12 @@ class AqnTaskRunner:
             transfer_queue.close()
 
 
+def use_own_worker() -> None:
+    """Let the Ray that this process starts run our program for each worker (`verl_aqn.launch.forkserver.worker`)."""
+    # Ray joins this name to its own folder; an absolute path stays as it is.
+    ray_constants.SETUP_WORKER_FILENAME = str(Path(worker.__file__).resolve())
+
+
 def start(config: DictConfig, records: RunFolder) -> None:
     """Start training with verl's `run_ppo`, on a new Ray or on the cluster at RAY_ADDRESS."""
     from verl_aqn.integrations.verl.verl_plugin import assert_loaded
@@ -95,6 +104,7 @@ def main(folder: Path) -> int:
             # The same as verl's `run_ppo`, but without importing verl here, so that Ray starts earlier.
             settings: Any = OmegaConf.to_container(config.ray_kwargs.ray_init, resolve=True)
             settings["runtime_env"]["py_executable"] = python
+            use_own_worker()
             ray.init(**settings)
             runner: Any = AqnTaskRunner
             ray.get(runner.remote().run.remote(config))
@@ -122,4 +132,4 @@ if __name__ == "__main__":
     # Import under the real name, so that Ray pickles the classes by reference and not from __main__.
     from verl_aqn.launch import driver as run
 
-    sys.exit(run.main(Path(sys.argv[1])))
+    leave(run.main(Path(sys.argv[1])))

@@ -55,7 +55,8 @@ def supervise(run: RunFolder, listener: Listener, ahead: Ahead | None = None) ->
     """
     adopt_orphans()
     clean_after_killed(run)
-    address, started = cluster_address(launched(run)), time.time()
+    config, started = launched(run), time.time()
+    address = cluster_address(config)
     stop: list[int] = []
     previous = {
         sig: signal.signal(sig, lambda number, _frame: stop.append(number)) for sig in (signal.SIGINT, signal.SIGTERM)
@@ -66,10 +67,10 @@ def supervise(run: RunFolder, listener: Listener, ahead: Ahead | None = None) ->
         run.append("events.jsonl", {"kind": "temporary", "path": folder, "since": started})
         tails = {name: Tail(run.path / name) for name in ("events.jsonl", "metrics.jsonl", faults.FILE)}
         promises.mkdir()
-        watchdog = Watchdog(parse_aqn(launched(run)).run.hang_timeout_factor, promises, alone=address is None)
+        watchdog = Watchdog(parse_aqn(config).run.hang_timeout_factor, promises, alone=address is None)
         witness = Witness(Path(folder), watchdog)
-        env = environment(run, folder)
-        if address is None and starts_warm(launched(run)):
+        env = environment(run, config, folder)
+        if address is None and starts_warm(config):
             python, server = warm_python(folder)
             env[PYTHON] = str(python)
             # The server runs no part of the run itself, so it does not report stacks or errors.

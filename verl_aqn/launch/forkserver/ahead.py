@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 
 from omegaconf import DictConfig
 
@@ -27,6 +27,20 @@ from verl_aqn.safe_files import open_own
 WAIT_S = 60  # for imports that take ten seconds
 
 
+def start(link: socket.socket, output: IO[bytes], environment: Mapping[str, str]) -> subprocess.Popen:
+    """Start a server without a run, which receives its questions and its run from `link`."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "verl_aqn.launch.forkserver.server", "--ahead", str(link.fileno())],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        pass_fds=[link.fileno()],
+        start_new_session=True,
+        preexec_fn=end_with_parent,
+    )
+
+
 class Ahead:
     """A fork server that has no run yet. `hand_over` gives it one, and `close` ends a server without a run."""
 
@@ -35,16 +49,7 @@ class Ahead:
         # Its output before it has a run. The server copies it to the run's log then.
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `close`)
         with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "verl_aqn.launch.forkserver.server", "--ahead", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=self._said,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-                preexec_fn=end_with_parent,
-            )
+            self.process = start(theirs, self._said, environment)
         self.given = False
         self._imported = False
 

@@ -29,6 +29,7 @@ from multiprocessing.spawn import spawn_main
 from pathlib import Path
 from typing import Any
 
+from verl_aqn.environment import leave
 from verl_aqn.launch.forkserver.client import SPAWNED
 from verl_aqn.runs import faults, stacks
 from verl_aqn.runs.processes import end_with_parent, ended_children
@@ -176,6 +177,11 @@ class Zygote:
             if self.listener in ready and (request := self.accept()):
                 return request
 
+    def prepare(self, environment: dict[str, str]) -> None:
+        """Import what the first request brings the environment for."""
+        if "ray" not in sys.modules:
+            preload_in(environment)
+
     def accept(self) -> Request | None:
         """Fork for the next client. Return its request in the child, None in the parent."""
         client, _ = self.listener.accept()
@@ -184,8 +190,7 @@ class Zygote:
         except OSError:
             client.close()
             return None
-        if "ray" not in sys.modules:
-            preload_in(request.environment)
+        self.prepare(request.environment)
         process = os.fork()
         if process == 0:
             # If a Ray worker dies, the raylet ends its process group, so each child gets its own group.
@@ -314,7 +319,11 @@ def answer(request: Request) -> None:
     take_over(request)
     _, module, *arguments = request.arguments
     sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        leave(end.code)
+    leave(0)
 
 
 def serve_at(listener: socket.socket, path: str) -> Request:
