@@ -1,6 +1,8 @@
 """vLLM's reply to whether it can serve a model, and the reasons for which a recipe is rejected."""
 
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ from tests.helpers.tiny_configs import SMALL, SMALL_MOE
 from verl_aqn.config.compose import load_recipe
 from verl_aqn.config.serving import fit_engine
 from verl_aqn.errors import EnvironmentFault
+from verl_aqn.launch.forkserver.ahead import Ahead
 from verl_aqn.preflight import vllm_says as vllm
+from verl_aqn.preflight.asking import asked_by, in_new_process
 
 pytest.importorskip("vllm")
 LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
@@ -21,6 +25,13 @@ LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nop
 def cache(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path / "cache"))
     vllm._answers.clear()
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[None]:
+    """Ask in forks of a server that has imported vLLM, as a run does."""
+    with Ahead({**os.environ, "VERL_PLATFORM": "cpu"}) as ahead, asked_by(ahead.run_module):
+        yield
 
 
 def folder_of(path: Path, config: PretrainedConfig) -> Path:
@@ -41,6 +52,7 @@ def fix(config: DictConfig, folder: Path) -> str:
     return finding.fix
 
 
+@pytest.mark.usefixtures("forks")
 def test_windows_in_all_layers_are_served_in_blocks_of_16(tmp_path, monkeypatch):
     folder = folder_of(tmp_path, MistralConfig(**SMALL, head_dim=32, sliding_window=32))
     config = recipe(folder)
@@ -56,6 +68,7 @@ def test_windows_in_all_layers_are_served_in_blocks_of_16(tmp_path, monkeypatch)
     assert vllm.ask(recipe(folder, profile="cuda"), folder) is None  # this vLLM is not the right one for that device
 
 
+@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize(
     ("config", "words"),
     [
@@ -78,9 +91,10 @@ def test_what_vllm_cannot_serve_is_refused_by_name(tmp_path, config, words):
 def test_a_question_that_crashes_is_no_yes(tmp_path, monkeypatch):
     folder = folder_of(tmp_path, MistralConfig(**SMALL))
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(EnvironmentFault, match="could not be asked"):
-        vllm.ask(recipe(folder), folder)
-    assert fix(recipe(folder), folder)
+    with asked_by(in_new_process):
+        with pytest.raises(EnvironmentFault, match="could not be asked"):
+            vllm.ask(recipe(folder), folder)
+        assert fix(recipe(folder), folder)
     monkeypatch.setattr(vllm, "vllm_version", lambda: None)
     (finding,) = vllm.check_served(recipe(folder), folder)
     assert (finding.found.startswith("not checked"), finding.fix) == (True, "")

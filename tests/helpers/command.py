@@ -6,6 +6,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from tests.helpers import warm
+
 MARK = chr(30)
 # Several commands in one process, as a shell would start them. Both streams have a mark at the end of each command.
 SEVERAL = """
@@ -24,6 +26,8 @@ for line in json.loads(os.environ["COMMANDS"]):
 
 
 def run(*arguments: str, **env: str) -> subprocess.CompletedProcess:
+    if warmly := warm.run(list(arguments), {**os.environ, **env}):
+        return warmly
     return subprocess.run(
         [sys.executable, "-m", "verl_aqn.cli", *arguments],
         capture_output=True,

@@ -7,6 +7,7 @@ command's fork server is a fork of the command, before it does anything. Whateve
 Tests of how a command starts, and those whose environment an import may read, start a new Python instead (`Warm.fits`).
 """
 
+import atexit
 import os
 import runpy
 import select
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import IO, Self
 
@@ -25,8 +27,15 @@ from verl_aqn.cluster.process_environment import allocator, engine_environment
 from verl_aqn.launch.forkserver import ahead, client, server
 from verl_aqn.runs.processes import end_with_parent
 
-# Variables that no import reads. cv2 sets LD_LIBRARY_PATH in pytest when something imports it.
-NOT_READ = {MARK, "VERL_AQN_CACHE", "TMPDIR", "PYTEST_CURRENT_TEST", "LD_LIBRARY_PATH"}
+# Variables that no import reads. cv2 and torch set the last two in pytest when something imports them.
+NOT_READ = {
+    MARK,
+    "VERL_AQN_CACHE",
+    "TMPDIR",
+    "PYTEST_CURRENT_TEST",
+    "LD_LIBRARY_PATH",
+    "TORCHINDUCTOR_CACHE_DIR",
+}
 COMMAND = (
     "verl_aqn.cli.main",
     "verl_aqn.launch.sweep",
@@ -94,7 +103,7 @@ class Warm:
         self._folder = tempfile.TemporaryDirectory(prefix="warm-")
         self.path = Path(self._folder.name) / "socket"
         self.environment = allocator() | engine_environment(tempfile.gettempdir(), cpu=True, ranks=1)
-        self._early = dict(os.environ)
+        self._early, self._owner = dict(os.environ), os.getpid()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.helpers.warm", str(self.path)],
             env=self.environment,
@@ -123,9 +132,32 @@ class Warm:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        self.process.wait()
-        self._folder.cleanup()
+        self.close()
+
+    def close(self) -> None:
+        """End the process, and with it all its commands, unless a fork of this pytest ends."""
+        if os.getpid() == self._owner:
+            self.process.terminate()
+            self.process.wait()
+            self._folder.cleanup()
+
+
+def run(arguments: list[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str] | None:
+    """Run `verl-aqn ARGUMENTS…` to its end in a fork, or return None if the environment does not allow it."""
+    warm = _shared()
+    if not warm.fits(environment):
+        return None
+    command = warm.start(arguments, environment)
+    out, err = command.communicate()
+    return subprocess.CompletedProcess(arguments, command.wait(), out, err)
+
+
+@cache
+def _shared() -> Warm:
+    """Return the process that all tests of this pytest share. It ends with pytest."""
+    warm = Warm()
+    atexit.register(warm.close)
+    return warm
 
 
 class Commands(server.Zygote):

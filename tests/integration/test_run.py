@@ -56,7 +56,7 @@ def finished(train, tmp_path_factory) -> Path:
         patch.setenv("HOME", str(home))
         with VERLS_SOCKET.open("x") as socket:
             socket.write("another run's")
-        process = train(base, "aqn.noise.probe=true")
+        process = train(base, "aqn.noise.probe=true", new=True)
         listening = watcher.submit(sockets.watch, process, base / "listening.jsonl")
         out, err = process.communicate(timeout=800)
         listening.result()
