@@ -1,6 +1,7 @@
 """What verl's agent loop sends to the rollout for each response: a seed that depends only on the response's names."""
 
 import asyncio
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -69,8 +70,29 @@ def test_turns_of_a_session_draw_other_numbers_and_a_request_without_a_seed_stay
 
     params = {"temperature": 1.0, "seed": 7}
     assert [ask([1] * n, params)["seed"] for n in (3, 5)] == [turn_seed(7, 3), turn_seed(7, 5)]
-    assert params["seed"] == 7
-    assert ask([1], {"temperature": 1.0}) == {"temperature": 1.0}
+    assert params == {"temperature": 1.0, "seed": 7}
+    asked = ask([1], {"temperature": 1.0})
+    assert (asked["temperature"], "seed" in asked) == (1.0, False)
+
+
+@pytest.mark.parametrize(("stop", "text"), [({}, False), ({"stop": None}, False), ({"stop": ["."]}, True)])
+def test_verl_takes_the_last_output_alone_and_never_its_text(monkeypatch, stop, text):
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    from verl_aqn.integrations.verl import rollout
+
+    source = inspect.getsource(rollout.vLLMHttpServer.generate)
+    assert "final_res = output\n" in source
+    assert ".text" not in source
+
+    async def generate(self, prompt_ids, sampling_params):
+        return SamplingParams(**sampling_params)  # refuses stop strings without text
+
+    monkeypatch.setattr(rollout.vLLMHttpServer, "generate", generate)
+    server = rollout.AqnHttpServer.__new__(rollout.AqnHttpServer)
+    params = asyncio.run(server.generate([1], {"temperature": 1.0, **stop}))
+    assert (params.output_kind, params.detokenize) == (RequestOutputKind.FINAL_ONLY, text)
 
 
 def test_the_manager_starts_our_workers_and_knows_the_rows_behind_validation_s_uids(monkeypatch):

@@ -10,6 +10,7 @@ from verl.utils.tracking import RLInsightLogger
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 from verl.workers.rollout.vllm_rollout import vllm_async_server
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+from vllm.sampling_params import RequestOutputKind
 
 from verl_aqn.config.serving import SERVED
 from verl_aqn.errors import EvidenceError
@@ -46,11 +47,17 @@ class AqnHttpServer(vLLMHttpServer):
             self._server_address = address  # verl also uses it in the name of the replica and of its ranks' group
 
     async def generate(self, *args, **kwargs):
-        """Generate as verl does, but with a separate seed for each turn of a session that has a seed."""
+        """Generate as verl does, but with a separate seed for each turn of a session that has a seed.
+
+        verl takes the tokens of the last output, and drops the text and all outputs before it, of which vLLM makes one
+        for each token. So ask for the last one, and for text only if a stop string needs it.
+        """
         arguments = inspect.signature(super().generate).bind(*args, **kwargs).arguments
-        if (seed := arguments["sampling_params"].get("seed")) is not None:
-            seed = turn_seed(seed, len(arguments["prompt_ids"]))
-            arguments["sampling_params"] = arguments["sampling_params"] | {"seed": seed}
+        params = arguments["sampling_params"]
+        own = {"output_kind": RequestOutputKind.FINAL_ONLY, "detokenize": bool(params.get("stop"))}
+        if (seed := params.get("seed")) is not None:
+            own["seed"] = turn_seed(seed, len(arguments["prompt_ids"]))
+        arguments["sampling_params"] = params | own
         return await super().generate(**arguments)
 
     async def aqn_call(self, method: str, *args: Any, clear_cache: bool = False) -> list[Any]:
