@@ -144,6 +144,8 @@ class Warm:
 
 def run(arguments: list[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str] | None:
     """Run `verl-aqn ARGUMENTS…` to its end in a fork, or return None if the environment does not allow it."""
+    if _shared().process.poll() is not None:  # a test has ended all processes of this pytest
+        _shared.cache_clear()
     warm = _shared()
     if not warm.fits(environment):
         return None

@@ -58,11 +58,15 @@ def ended_children() -> Iterator[tuple[int, int]]:
 def end_descendants() -> None:
     """End all processes that this one started, directly or not: by SIGTERM, then by SIGKILL."""
     for send, wait in (("terminate", GRACE_S), ("kill", 5)):
-        # A process that is ending can still start another one, so repeat until there is none.
+        told: set[psutil.Process] = set()
+        # A process that is ending can still start another one, so repeat until there is none that was not told.
         for _ in range(3):
             processes = psutil.Process().children(recursive=True)
             if not processes:
                 return
+            if told.issuperset(processes):
+                break
+            told.update(processes)
             for process in processes:
                 try:
                     getattr(process, send)()

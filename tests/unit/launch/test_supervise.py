@@ -21,13 +21,15 @@ def test_orphans_that_ignore_sigterm_are_ended():
     launcher = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {code!r}], start_new_session=True)"
     program = (
         "import subprocess, sys, time; from verl_aqn.runs import processes\n"
-        "processes.GRACE_S = 1\n"
+        "processes.GRACE_S = 4\n"
         "processes.adopt_orphans()\n"
         f"subprocess.run([sys.executable, '-c', {launcher!r}])\n"
         "time.sleep(1)\n"
         "import psutil\n"
         "left = psutil.Process().children(recursive=True); assert left\n"
+        "began = time.monotonic()\n"
         "processes.end_descendants()\n"
+        "assert 4 < time.monotonic() - began < 8, 'one that ignores SIGTERM is waited for once'\n"
         "print('LEFT', [p.pid for p in left if p.is_running()], psutil.Process().children(recursive=True))\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
