@@ -58,8 +58,8 @@ def ready(config: DictConfig, *, fit: bool = True) -> Iterator[tuple[Prepared, A
 
     Yield the result and, where the run's processes are forked, the fork server, which imports meanwhile.
     """
+    check_stated(config)
     with ahead_of(config) as ahead:
-        check_stated(config)
         check_model(config)
         yield resolve(config, fit=fit, here=True), ahead
 

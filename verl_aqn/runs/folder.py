@@ -29,7 +29,6 @@ from verl_aqn.safe_files import open_own, own_entries, own_folder
 STATUSES = ("running", "finished", "failed", "interrupted")
 LINKS = ("training.log", "checkpoints")
 EVIDENCE = "evidence.jsonl"
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C, where PyYAML was built with it: six times as fast
 
 
 class RunFolder:
@@ -114,7 +113,7 @@ class RunFolder:
         try:
             with _faults(path):
                 text = path.read_text()
-            found = json.loads(text) if path.suffix == ".json" else yaml.load(current_names(text), LOADER)
+            found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(current_names(text))
         except (ValueError, yaml.YAMLError) as error:
             raise self._damage(name, " ".join(str(error).split())) from error
         if not isinstance(found, dict):
