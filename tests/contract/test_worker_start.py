@@ -21,12 +21,11 @@ print(json.dumps([sys.argv, {k: v for k, v in os.environ.items() if k not in lef
 """
 
 
-def started(program: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+def started(program: Path, folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
     """Start a worker whose program tells what it got, as the raylet does."""
     script = folder / "default_worker.py"
     script.write_text(TELL)
-    (folder / "setup_worker.py").write_text("import sys; print('by Ray', len(sys.argv))")
-    env = {**os.environ, "BEFORE": "b", "COVERED": "old"}
+    env = {**os.environ, "BEFORE": "b", "COVERED": "old", **variables}
     command = [sys.executable, str(program), str(script), "--node-ip-address=127.0.0.1", "--a=b 'c' $D", *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
@@ -65,7 +64,11 @@ def test_a_worker_is_what_ray_makes_of_it(tmp_path):
     ],
 )
 def test_what_it_does_not_know_is_left_to_ray(words, tmp_path):
-    done = started(Path(worker.__file__), tmp_path, *words)
+    rays = tmp_path / "ray" / "_private" / "workers" / "setup_worker.py"
+    rays.parent.mkdir(parents=True)
+    rays.write_text("import sys; print('by Ray', len(sys.argv))")
+    (tmp_path / "ray" / "__init__.py").touch()
+    done = started(Path(worker.__file__), tmp_path, *words, PYTHONPATH=str(tmp_path))
     assert done.stdout == f"by Ray {4 + len(words)}\n", done.stderr
 
 

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import IO, Self
+from typing import IO
 
 from tests.helpers.leftovers import MARK
 from verl_aqn.cluster.process_environment import allocator, engine_environment
@@ -102,11 +102,10 @@ class Warm:
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="warm-")
         self.path = Path(self._folder.name) / "socket"
-        self.environment = allocator() | engine_environment(tempfile.gettempdir(), cpu=True, ranks=1)
         self._early, self._owner = dict(os.environ), os.getpid()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.helpers.warm", str(self.path)],
-            env=self.environment,
+            env=allocator() | engine_environment(tempfile.gettempdir(), cpu=True, ranks=1),  # as for a fork server
             cwd=Path(__file__).parents[2],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,  # so that the forks do not write to a terminal as if they had one
@@ -128,12 +127,6 @@ class Warm:
             select.select([], [], [], 0.05)
         return Command(self.path, arguments, environment)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """End the process, and with it all its commands, unless a fork of this pytest ends."""
         if os.getpid() == self._owner:
@@ -144,9 +137,7 @@ class Warm:
 
 def run(arguments: list[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str] | None:
     """Run `verl-aqn ARGUMENTS…` to its end in a fork, or return None if the environment does not allow it."""
-    if _shared().process.poll() is not None:  # a test has ended all processes of this pytest
-        _shared.cache_clear()
-    warm = _shared()
+    warm = shared()
     if not warm.fits(environment):
         return None
     command = warm.start(arguments, environment)
@@ -154,9 +145,15 @@ def run(arguments: list[str], environment: Mapping[str, str]) -> subprocess.Comp
     return subprocess.CompletedProcess(arguments, command.wait(), out, err)
 
 
-@cache
-def _shared() -> Warm:
+def shared() -> Warm:
     """Return the process that all tests of this pytest share. It ends with pytest."""
+    if _started().process.poll() is not None:  # a test has ended all processes of this pytest
+        _started.cache_clear()
+    return _started()
+
+
+@cache
+def _started() -> Warm:
     warm = Warm()
     atexit.register(warm.close)
     return warm

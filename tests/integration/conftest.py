@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.helpers import warm
 from tests.helpers.leftovers import Leftovers
-from tests.helpers.warm import Command, Warm
 from verl_aqn.bench import letters
 from verl_aqn.cache import cache_dir
 from verl_aqn.runs.judge.base_record import check_base, sentence
@@ -43,23 +43,21 @@ TINY = [
 ]
 
 
-Process = subprocess.Popen | Command
+Process = subprocess.Popen | warm.Command
 
 _left: Leftovers | None = None
-_warm: Warm | None = None
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_traces(tmp_path_factory) -> Iterator[None]:
     """Follow from the start of the session what its runs make; start the process that most of them are forked from."""
-    global _left, _warm
+    global _left
     temporary = Path("/tmp")
     patterns = [(Path("/dev/shm"), "*"), (temporary, "aqn-*"), (temporary, "????????-????-????-*")]
     _left = Leftovers(patterns, tmp_path_factory.getbasetemp())
     _left.start()
-    with Warm() as _warm:
-        _left.expect(_warm.process.pid)
-        yield
+    _left.expect(warm.shared().process.pid)
+    yield
     _left.stop()
 
 
@@ -90,8 +88,8 @@ def train(tiny_model, warm_cache):
 def verl_aqn(*arguments: str, cache: Path | None = None, new: bool = False) -> Process:
     """Run the command, `new`ly imported as a user would, or in a fork of a process that has its imports."""
     env = {**os.environ, **({"VERL_AQN_CACHE": str(cache)} if cache else {})}
-    if _warm and not new and _warm.fits(env):
-        return _warm.start(list(arguments), env)
+    if not new and warm.shared().fits(env):
+        return warm.shared().start(list(arguments), env)
     command = [sys.executable, "-m", "verl_aqn.cli", *arguments]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -32,6 +32,7 @@ from tests.integration.conftest import (
 )
 from verl_aqn.checkpoints.loading import dequantize_checkpoint, load_model
 from verl_aqn.evaluation.export.export_engine import ask_vllm as ask_engine
+from verl_aqn.launch.forkserver import worker
 from verl_aqn.preflight import memory_plan as memory
 from verl_aqn.preflight.memory_plan import sizes
 from verl_aqn.preflight.sizing import shape_of
@@ -501,6 +502,7 @@ def test_ctrl_c_ends_everything_in_order(train, tmp_path):
         time.sleep(0.2)
     children = descendants(process.pid)
     assert len(children) > 3
+    assert [child for child in children if worker.__file__ in " ".join(child.cmdline())], "Ray has its own program"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,11 @@ def add_variables(variables: Mapping[str, str]) -> None:
 def main(arguments: list[str]) -> None:
     """Become the worker, or Ray's own program for it."""
     if (found := command(arguments)) is None:
-        scripts = [one for one in arguments if one.endswith("/default_worker.py")]
-        os.execv(sys.executable, [sys.executable, str(Path(scripts[0]).with_name("setup_worker.py")), *arguments])
+        ray = find_spec("ray")  # imports nothing
+        assert ray
+        assert ray.origin
+        rays = Path(ray.origin).with_name("_private") / "workers/setup_worker.py"
+        os.execv(sys.executable, [sys.executable, str(rays), *arguments])
     words, variables = found
     add_variables(variables)
     os.execv(words[0], words)
