@@ -26,7 +26,7 @@ for line in json.loads(os.environ["COMMANDS"]):
 
 
 def run(*arguments: str, **env: str) -> subprocess.CompletedProcess:
-    if warmly := warm.run(list(arguments), {**os.environ, **env}):
+    if warmly := warm.run(arguments, {**os.environ, **env}):
         return warmly
     return subprocess.run(
         [sys.executable, "-m", "verl_aqn.cli", *arguments],

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import IO
@@ -49,13 +49,13 @@ COMMAND = (
 class Command:
     """A command that runs: the part of `subprocess.Popen` that the tests use."""
 
-    def __init__(self, path: Path, arguments: list[str], environment: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, arguments: Sequence[str | Path], environment: Mapping[str, str]) -> None:
         self.returncode: int | None = None
         self._link = socket.socket(socket.AF_UNIX)
         self._link.connect(str(path))
         outputs = [os.pipe(), os.pipe()]
         theirs = [os.open(os.devnull, os.O_RDONLY), *(write for _, write in outputs)]
-        client.send(self._link, arguments, environment, dict(enumerate(theirs)))
+        client.send(self._link, [str(one) for one in arguments], environment, dict(enumerate(theirs)))
         for file in theirs:
             os.close(file)
         self.stdout, self.stderr = (os.fdopen(read, encoding="utf-8", errors="replace") for read, _ in outputs)
@@ -119,7 +119,7 @@ class Warm:
             (name, said) for name in NOT_READ for said in (self._early.get(name), environment.get(name))
         }
 
-    def start(self, arguments: list[str], environment: Mapping[str, str]) -> Command:
+    def start(self, arguments: Sequence[str | Path], environment: Mapping[str, str]) -> Command:
         """Start `verl-aqn ARGUMENTS…`. The first command waits until the imports have finished."""
         while not self.path.exists():
             if self.process.poll() is not None:
@@ -135,14 +135,14 @@ class Warm:
             self._folder.cleanup()
 
 
-def run(arguments: list[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str] | None:
+def run(arguments: Sequence[str | Path], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str] | None:
     """Run `verl-aqn ARGUMENTS…` to its end in a fork, or return None if the environment does not allow it."""
     warm = shared()
     if not warm.fits(environment):
         return None
     command = warm.start(arguments, environment)
     out, err = command.communicate()
-    return subprocess.CompletedProcess(arguments, command.wait(), out, err)
+    return subprocess.CompletedProcess(list(arguments), command.wait(), out, err)
 
 
 def shared() -> Warm:

@@ -89,7 +89,7 @@ def verl_aqn(*arguments: str, cache: Path | None = None, new: bool = False) -> P
     """Run the command, `new`ly imported as a user would, or in a fork of a process that has its imports."""
     env = {**os.environ, **({"VERL_AQN_CACHE": str(cache)} if cache else {})}
     if not new and warm.shared().fits(env):
-        return warm.shared().start(list(arguments), env)
+        return warm.shared().start(arguments, env)
     command = [sys.executable, "-m", "verl_aqn.cli", *arguments]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

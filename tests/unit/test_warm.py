@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,7 +31,9 @@ def test_output_and_code_are_those_of_a_new_python(arguments, tmp_path, monkeypa
 
 def test_a_fork_has_its_own_environment_and_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    told = warm.run(["quantize", "nothere", "dst"], {**os.environ, "VERL_AQN_CACHE": str(tmp_path / "cache")})
+    told = warm.run(
+        ["quantize", Path("nothere"), tmp_path / "dst"], {**os.environ, "VERL_AQN_CACHE": str(tmp_path / "cache")}
+    )
     assert told
     assert "nothere is not a Hugging Face model folder" in told.stderr
 
