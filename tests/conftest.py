@@ -1,8 +1,12 @@
-"""Command-line options for the whole test suite."""
+"""Command-line options for the whole test suite, and the environment that each test finds."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import hypothesis
+import pytest
 
 # Small tests run beside real ones with the lowest priority, so an example may wait for a core.
 hypothesis.settings.register_profile("no deadline", deadline=None)
@@ -22,3 +26,10 @@ def pytest_addoption(parser):
 def pytest_ignore_collect(collection_path, config):
     """Leave a slow file out without importing it, which takes longer than many tests."""
     return True if config.getoption("--quick") and collection_path.name in SLOW else None
+
+
+@pytest.fixture(autouse=True)
+def environment_as_before() -> Iterator[None]:
+    """Undo what a test, or a package that works in it, does to the environment: torch's compiler sets a variable."""
+    with patch.dict(os.environ):
+        yield
