@@ -221,8 +221,13 @@ def measure(
 ) -> dict:
     """Run the arms in turn, `steps` measured steps each, for `rounds` rounds. Return what `table` shows.
 
+    If stock verl fails, the result has the other arms, and `failed` says how: its arm of this name is not run again.
+
     `settings`: the `overrides` of all arms. `base`: a folder for the runs. `on_step` gets the number of finished steps.
     `names`: the arms, ours first.
+
+    Raises:
+        EnvironmentFault: our own run failed.
     """
     from verl_aqn.bench.codec_speed import device_name
     from verl_aqn.config.compose import load_recipe
@@ -236,16 +241,24 @@ def measure(
         on_step(done)
 
     runs: dict[str, list[Arm]] = {name: [] for name in names}
+    failed: dict[str, str] = {}
     for number in range(rounds):
         for name in names:
+            if name in failed:
+                continue
             folder = base / f"{number + 1}-{name.replace(' ', '-')}"
             folder.mkdir(parents=True)
-            runs[name].append(run_arm(name, settings, folder, count))
+            try:
+                runs[name].append(run_arm(name, settings, folder, count))
+            except EnvironmentFault as error:
+                if name == "ours":
+                    raise
+                failed[name] = str(error)
     config = load_recipe(RECIPE, settings)
-    arms = {name: summary(of_arm) for name, of_arm in runs.items()}
+    arms = {name: summary(of_arm) for name, of_arm in runs.items() if of_arm}
     against = {
         name: {key: arms["ours"][key] / value for key, value in arms[name].items() if key in arms["ours"]}
-        for name in names[1:]
+        for name in [*arms][1:]
     }
     return {
         "device": device_name("cpu"),
@@ -254,6 +267,7 @@ def measure(
         "steps": steps * rounds,
         "arms": arms,
         "ours_of": against,
+        "failed": failed,
         "synced_of_bf16_weights": arms["ours"]["synced"] / (2 * recipe_shape(config).parameters),
         "runs": {name: [vars(arm) for arm in of_arm] for name, of_arm in runs.items()},
     }

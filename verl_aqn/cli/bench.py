@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from verl_aqn.errors import ConfigError
+from verl_aqn.errors import ConfigError, EnvironmentFault
 from verl_aqn.terminal import print_wide, stdout_as_stderr
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measurements for the documentation, each beside its peers.")
@@ -135,12 +135,14 @@ def step(
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("steps", total=len(names) * rounds * (steps + 1))
         result = measure(settings, steps, rounds, base, lambda done: progress.update(task, completed=done), names)
-    shutil.rmtree(base)
     if as_json:
         print(json.dumps(result))
-        return
-    print_wide(table(result))
-    print(f"Bytes sent to the rollout per step: {result['synced_of_bf16_weights']:.1%} of the bf16 weights.")
+    else:
+        print_wide(table(result))
+        print(f"Bytes sent to the rollout per step: {result['synced_of_bf16_weights']:.1%} of the bf16 weights.")
+    if result["failed"]:
+        raise EnvironmentFault("; ".join(result["failed"].values()))
+    shutil.rmtree(base)
 
 
 @bench_app.command("growth")

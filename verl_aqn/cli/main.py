@@ -162,11 +162,11 @@ def probe(
     from verl_aqn.preflight.probe import FACTORS, Probe, check_strength, survey
 
     prepared = resolve(config)
-    measured = Probe(prepared.config, prepared.steps, prompts, samples)
-    start, unit = measured.order.sigma, measured.order.unit
-    sigmas = [*(sigma or [float(f"{start * factor:.3g}") for factor in FACTORS]), start]
-    with progress_bar("measuring") as progress:
-        rows = survey(measured, sigmas, progress)
+    with progress_bar("tokens of responses:") as progress:
+        measured = Probe(prepared.config, prepared.steps, prompts, samples, progress=progress)
+        start, unit = measured.order.sigma, measured.order.unit
+        sigmas = [*(sigma or [float(f"{start * factor:.3g}") for factor in FACTORS]), start]
+        rows = survey(measured, sigmas)
     title = f"σ of {recipe} ({unit}), {prepared.source.name}: {prompts} prompts × {samples} responses"
     if plot:
         from verl_aqn.cli.plots import plot_strength

@@ -28,6 +28,7 @@ from verl_aqn.runs.judge.records import VERSION
 from verl_aqn.runs.provenance import model_digest, provenance
 from verl_aqn.runs.stats.arms import differences, flatten
 from verl_aqn.safe_files import own_folder
+from verl_aqn.terminal import progress_bar
 
 
 @dataclass
@@ -173,7 +174,8 @@ def measure_noise(run: RunFolder, prepared: Prepared, console: Console, ahead: A
         if ahead:
             ahead.wait()  # two cores are too few for its imports and for this
         try:
-            figures = measure_start(config, prepared.steps)
+            with progress_bar("tokens of responses:") as progress:
+                figures = measure_start(config, prepared.steps, progress)
         except StrengthError as error:
             run.set_status("failed", str(error))
             raise

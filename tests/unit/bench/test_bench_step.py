@@ -11,6 +11,7 @@ from rich.console import Console
 
 from verl_aqn.bench import arm_processes, step
 from verl_aqn.bench.step import ARMS, Arm, add_evidence, overrides, seconds, stock_config, summary, table
+from verl_aqn.cli import bench
 from verl_aqn.errors import EnvironmentFault
 
 STEP = {
@@ -74,6 +75,48 @@ def test_an_arm_may_end_after_its_actor(tmp_path, monkeypatch):
         step.run_arm("ours", [], tmp_path, lambda: None)
 
 
+@pytest.fixture
+def settings(tmp_path, monkeypatch) -> list[str]:
+    from verl_aqn.tasks.smollm2 import tiny_model
+
+    monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path / "cache"))
+    return overrides(str(tiny_model(tmp_path / "tiny")), 2, small=True)
+
+
+def test_our_figures_stay_where_stock_s_run_fails(settings, tmp_path, monkeypatch, capsys):
+    """Stock verl may need more memory than the machine has. What our own run measured is not lost."""
+    runs = []
+
+    def run_arm(name, *_):
+        runs.append(name)
+        if name == "stock tuned":
+            raise EnvironmentFault("bench step: stock tuned ended with exit code 1: see log.txt")
+        return arm(1)
+
+    monkeypatch.setattr(step, "run_arm", run_arm)
+    result = step.measure(settings, 2, 2, tmp_path / "runs", lambda _: None)
+    assert runs == ["ours", "stock tuned", "stock", "ours", "stock"]
+    assert [*result["arms"]] == ["ours", "stock"]
+    assert [*result["ours_of"]] == ["stock"]
+    assert result["failed"] == {"stock tuned": "bench step: stock tuned ended with exit code 1: see log.txt"}
+    Console(width=120).print(table(result))
+    assert "1.00" in capsys.readouterr().out
+
+    made = []
+    monkeypatch.setattr(bench.tempfile, "mkdtemp", lambda **_: made.append(tmp_path / "kept") or str(made[0]))
+    monkeypatch.setattr(step, "check", lambda _: None)
+    with pytest.raises(EnvironmentFault, match="stock tuned ended with exit code 1"):
+        bench.step(steps=2, rounds=1, model=settings[2].partition("=")[2], small=True)
+    assert "generation, s" in capsys.readouterr().out
+    assert made[0].exists(), "it has the log"
+
+
+def test_a_failure_of_our_own_run_is_an_error(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "command", lambda *_: ("json.scanner", [], dict(os.environ)))
+    with pytest.raises(EnvironmentFault, match="ours ended with 0 runs"):
+        step.measure(settings, 2, 1, tmp_path / "runs", lambda _: None)
+
+
 def test_validation_is_no_part_of_a_step():
     assert seconds(STEP) == {
         "generation": 2.0, "log-probs": 1.0, "update": 3.0, "sync": 0.5, "step": 7.0, "tokens": 700,
@@ -117,11 +160,7 @@ def test_the_table_has_ours_of_each_other_arm():
         assert [word for word in row.split() if word[0].isdigit()] == figures
 
 
-def test_stock_s_config_has_the_task_and_nothing_of_ours(tmp_path, monkeypatch):
-    from verl_aqn.tasks.smollm2 import tiny_model
-
-    monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path / "cache"))
-    settings = overrides(str(tiny_model(tmp_path / "tiny")), 2, small=True)
+def test_stock_s_config_has_the_task_and_nothing_of_ours(settings, tmp_path):
     tuned, plain = stock_config(settings, tuned=True), stock_config(settings, tuned=False)
     for config in (tuned, plain):
         assert "aqn" not in config

@@ -114,6 +114,21 @@ def test_same_seed_same_numbers_another_seed_others(prober, prepared):
     assert Probe(config, prepared.steps, 4, 2).measure(0.05).kl != one.kl
 
 
+def test_progress_counts_the_tokens_that_were_sampled(prepared):
+    told: dict[str, list[int]] = {}
+    most = 3 * 2 * int(prepared.config.data.max_response_length)
+
+    def progress(done, total, label):
+        assert total == most
+        told.setdefault(label, []).append(done)
+
+    prober = Probe(prepared.config, prepared.steps, 3, 2, progress=progress)
+    prober.measure(0.05)
+    assert list(told) == ["clean", "σ 0.05"]
+    assert all(counts == sorted(counts) and counts[-1] <= most for counts in told.values())
+    assert told["clean"][-1] == sum(len(answer) for group in prober.answers for answer in group)
+
+
 def test_the_model_is_clean_afterwards_bit_for_bit(prober):
     before = {name: tensor.clone() for name, tensor in prober.model.state_dict().items()}
     with prober._noise(0.1):
@@ -265,7 +280,7 @@ def test_a_start_with_the_same_inputs_is_not_measured_again(prepared, tmp_path, 
     rows = [Strength(0.0, (0, 0, 0), (1, 1, 1), (0.5, 0, 1), (1.0, 0, 1), 0.0)]
     rows.append(replace(rows[0], sigma=0.05, kl=(0.1, 0.05, 0.2), accuracy=None, variance=None))
     measured = []
-    monkeypatch.setattr(probe, "measure_start", lambda config, steps: measured.append(config) or rows)
+    monkeypatch.setattr(probe, "measure_start", lambda config, steps, progress: measured.append(config) or rows)
     monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path / "cache"))
     clean = {"dirty": False, "commit": "a", "base": "b"}
 
@@ -299,7 +314,9 @@ def test_no_rewards_are_measured_where_the_answers_need_tools(prepared, capsys):
     """A tool call is no final answer. It would be scored as wrong, and a good σ would be rejected."""
     config = prepared.config.copy()
     config.actor_rollout_ref.rollout.agent.default_agent_loop = "tool_agent"
-    clean, noisy = measure_start(config, prepared.steps)
+    told = []
+    clean, noisy = measure_start(config, prepared.steps, lambda *one: told.append(one))
+    assert {label for *_, label in told} == {"clean"}
     assert (clean.accuracy, clean.variance, noisy.accuracy, noisy.variance) == (None,) * 4
     assert noisy.kl[0] > 0
     Console().strength(clean, noisy)
@@ -346,7 +363,7 @@ def test_a_few_flat_groups_are_no_reason_to_stop(prepared, monkeypatch):
         class Fake:
             order = SimpleNamespace(sigma=0.05, unit="rms")
 
-            def __init__(self, config, steps, prompts, samples):
+            def __init__(self, config, steps, prompts, samples, progress):
                 self.prompts, self.samples = range(prompts), samples
 
             def measure(self, sigma):

@@ -12,7 +12,7 @@ between them come from the noise.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +37,7 @@ from verl_aqn.preflight.strength_figures import Strength
 from verl_aqn.runs.accuracy import acc_in, reward_in
 from verl_aqn.runs.stats.intervals import ratio_interval, wilson
 
+Progress = Callable[[int, int, str], None]
 PROMPTS, SAMPLES = 16, 4
 TOLERANCE = 0.03  # relative tolerance of the search for a KL
 _TOGETHER = 64  # sequences per batch
@@ -45,7 +46,8 @@ _TOGETHER = 64  # sequences per batch
 class Probe:
     """A probe with the base and prompts of a recipe, for any number of σ. Weights are clean outside of `measure`.
 
-    `config` must be resolved (`prepare_model`, `prepare_data`); the run has `steps` RL steps.
+    `config` must be resolved (`prepare_model`, `prepare_data`); the run has `steps` RL steps. While
+    responses are sampled, `progress` gets (tokens so far, the most that there can be, label).
 
     Raises:
         ConfigError: noise is disabled, σ is 0 at every step, or a sampling option is not supported.
@@ -54,7 +56,13 @@ class Probe:
     """
 
     def __init__(
-        self, config: DictConfig, steps: int, prompts: int = PROMPTS, samples: int = SAMPLES, tokens: int | None = None
+        self,
+        config: DictConfig,
+        steps: int,
+        prompts: int = PROMPTS,
+        samples: int = SAMPLES,
+        tokens: int | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.order = first_noise(config, steps)
         rollout = config.actor_rollout_ref.rollout
@@ -72,13 +80,14 @@ class Probe:
         self.whole = loops_of(config, items) == {SINGLE}
         """Whether a response is complete; with tools it is only the first turn, which the reward cannot score."""
         self.samples = samples if self.whole else 1
+        self.progress = progress
         self.reward = reward_of(config)
         self.model = dequantize_linears(load_base(config, torch.float32))
         self.injector = NoiseInjector(self.model)  # before an adapter renames linear layers
         if adapter := config.actor_rollout_ref.model.lora_adapter_path:
             PeftModel.from_pretrained(self.model, adapter)  # inserts its layers into the model in place
         self.ends = end_tokens(self.model, self.tokenizer)
-        self.answers: list[list[list[int]]] = self._sample()  # responses of the clean policy, [prompt][sample]
+        self.answers: list[list[list[int]]] = self._sample("clean")  # responses of the clean policy, [prompt][sample]
         self.clean_states = self._states()
 
     def measure(self, sigma: float, sampled: bool = True) -> Strength:
@@ -88,7 +97,7 @@ class Probe:
         """
         with self._noise(sigma):
             kl, entropy, dlogp, counts = self._compare()
-            answers = (self.answers if sigma == 0 else self._sample()) if sampled and self.whole else None
+            answers = (self.answers if sigma == 0 else self._sample(f"σ {sigma:g}")) if sampled and self.whole else None
         moved = float(dlogp.sum() / counts.sum())
         strength = Strength(sigma, ratio_interval(kl, counts), ratio_interval(entropy, counts), dlogp=moved)
         if answers is None:
@@ -153,14 +162,19 @@ class Probe:
 
     # ---- running the model ----
 
-    def _sample(self) -> list[list[list[int]]]:
-        """Sample responses [prompt][sample], including the EOS token.
+    def _sample(self, label: str) -> list[list[list[int]]]:
+        """Sample responses [prompt][sample], including the EOS token. `label` is for `progress`.
 
         The k-th token of a sample uses the same uniform random number for every σ and for any other samples.
         """
         uniforms = {(i, j): self._uniforms(i, j) for i in range(len(self.prompts)) for j in range(self.samples)}
+        sampled = 0
 
         def choose(logits: Tensor, rows: list[tuple[int, int]], number: int) -> Tensor:
+            nonlocal sampled
+            sampled += len(rows)
+            if self.progress:
+                self.progress(sampled, len(uniforms) * self.tokens, label)
             chances = (logits.double() / self.temperature).softmax(-1).cumsum(-1)
             draws = chances.new_tensor([[uniforms[row][number]] for row in rows])
             return torch.searchsorted(chances, draws * chances[:, -1:], right=True).clamp(max=chances.shape[1] - 1)

@@ -3,13 +3,13 @@
 import ctypes
 import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
 from verl_aqn.config.schema import parse_aqn
 from verl_aqn.errors import StrengthError
-from verl_aqn.preflight.probe.measure import PROMPTS, Probe, Strength
+from verl_aqn.preflight.probe.measure import PROMPTS, Probe, Progress, Strength
 
 FACTORS = (1 / 27, 1 / 9, 1 / 3, 1.0, 3.0)  # default σ of a probe, as factors of σ_start
 FIT_TOKENS = 64  # tokens per response in the search for a KL
@@ -22,16 +22,9 @@ CLEAR_GROUPS = 6
 _DESCENTS = 6  # steps by a factor of four, in the search for a σ with reward variance
 
 
-def survey(
-    probe: Probe, sigmas: Sequence[float], progress: Callable[[int, int, str], None] | None = None
-) -> list[Strength]:
-    """Measure the clean policy, then each of `sigmas` in rising order; `progress` gets (done, total, label)."""
-    rows: list[Strength] = []
-    for sigma in (wanted := sorted({0.0, *sigmas})):
-        if progress:
-            progress(len(rows), len(wanted), f"σ {sigma:.3g}")
-        rows.append(probe.measure(sigma))
-    return rows
+def survey(probe: Probe, sigmas: Sequence[float]) -> list[Strength]:
+    """Measure the clean policy, then each of `sigmas` in rising order."""
+    return [probe.measure(sigma) for sigma in sorted({0.0, *sigmas})]
 
 
 def check_strength(probe: Probe, rows: list[Strength], sigma: float, halvings: int = 3) -> None:
@@ -77,7 +70,7 @@ def fit_sigma(config: DictConfig, steps: int) -> Strength:
     return found
 
 
-def measure_start(config: DictConfig, steps: int) -> list[Strength]:
+def measure_start(config: DictConfig, steps: int, progress: Progress | None = None) -> list[Strength]:
     """Measure the policy on a few prompts before a run, without noise and at σ_start.
 
     A few groups may have no reward variance by chance, and stopping a good run costs more than starting a bad one. So
@@ -89,19 +82,19 @@ def measure_start(config: DictConfig, steps: int) -> list[Strength]:
             noise. Not raised with a critic (GAE), which learns from rewards that differ between prompts.
         ConfigError, DataError, ModelError, EvidenceError: as `Probe`.
     """
-    clean, noisy = _measured_start(config, steps)
+    clean, noisy = _measured_start(config, steps, progress)
     _release_memory()
     return [clean, noisy]
 
 
-def _measured_start(config: DictConfig, steps: int) -> list[Strength]:
+def _measured_start(config: DictConfig, steps: int, progress: Progress | None) -> list[Strength]:
     samples = int(config.actor_rollout_ref.rollout.n)
-    probe = Probe(config, steps, START_GROUPS, samples)
+    probe = Probe(config, steps, START_GROUPS, samples, progress=progress)
     rows = survey(probe, [probe.order.sigma])
     if config.algorithm.adv_estimator == "gae" or not _teaches(rows[0]) or _teaches(rows[1]):
         return rows
     del probe  # keep only one model in memory
-    probe = Probe(config, steps, SURE_GROUPS, samples)
+    probe = Probe(config, steps, SURE_GROUPS, samples, progress=progress)
     rows = survey(probe, [probe.order.sigma])
     assert rows[0].variance is not None
     if round(rows[0].variance[0] * SURE_GROUPS) >= CLEAR_GROUPS:
