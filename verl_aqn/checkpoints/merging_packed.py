@@ -8,7 +8,8 @@ else stays, bit for bit: scales, and the codes of modules without an adapter.
 
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,49 +73,70 @@ def check_packable(src: Path, adapter: Adapter) -> None:
     covered(src, DenseView(src), adapter)
 
 
+@contextmanager
+def merged_copy(folder: Path, src: Path, adapter: Adapter) -> Iterator[Path]:
+    """Yield a copy of base ``src`` merged with ``adapter``, in ``folder``, which can be calibrated.
+
+    Adapted weights are float32; the copy is deleted at the end.
+
+    Raises:
+        ModelError: as `check_packable`, or the model's decoder cannot be calibrated.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        dense = Path(temporary) / "dense"
+        dense.mkdir()
+        write_merged(dense, src, True, adapter, adapted_dtype=torch.float32)
+        try:  # any tokens show the decoder's form
+            Calibration(dense, torch.arange(1, 9)[None]).check(_adapted(src, adapter))
+        except ModelError as error:
+            fault, _, _ = str(error).rpartition(": ")  # without the advice to those who quantise
+            raise ModelError(f"{fault}: export with --merge in bf16") from error
+        yield dense
+
+
 def write_merged_packed(
     folder: Path,
     src: Path,
     adapter: Adapter,
+    dense: Path,
     ids: Tensor,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Rounding:
     """Fill ``folder`` with the packed model of base ``src`` and ``adapter``, calibrated on ``ids``.
 
-    ``ids``: int64 [S, L], tokens without padding. A copy of the merged model, adapted weights in float32, is in
-    ``folder`` for the duration of the call. Adapted modules that the base has in 16 bits are merged as by
-    `write_merged`.
-
-    Raises:
-        ModelError: as `check_packable`, or the model's decoder cannot be calibrated.
+    ``dense``: their `merged_copy`. ``ids``: int64 [S, L], tokens without padding. Adapted modules that the base has in
+    16 bits are merged as by `write_merged`.
     """
     base = open_packed(src)
     packed = set(packed_modules(base))
+    adapted = _adapted(src, adapter)
+    calibration = Calibration(dense, ids)
     sums = _Outputs()
+
+    def quantizer(module: str, weight: Tensor) -> Mxfp4Tensor:
+        old = Mxfp4Tensor(base.read(module + PACKED), base.read(module + SCALE))
+        if module not in adapted:
+            return old
+        moment = calibration.second_moment(module)
+        codes = improve(weight, old, damped(moment))
+        sums.add(weight, old, codes, moment)
+        calibration.replace(module, dequantize(*codes))
+        return codes
+
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        dense, made = Path(temporary) / "dense", Path(temporary) / "packed"
-        dense.mkdir()
-        write_merged(dense, src, True, adapter, adapted_dtype=torch.float32)
-        adapted = {name.removesuffix(".weight") for name in covered(src, DenseView(src), adapter)} & packed
-        calibration = Calibration(dense, ids)
-        calibration.check(adapted)
-
-        def quantizer(module: str, weight: Tensor) -> Mxfp4Tensor:
-            old = Mxfp4Tensor(base.read(module + PACKED), base.read(module + SCALE))
-            if module not in adapted:
-                return old
-            moment = calibration.second_moment(module)
-            codes = improve(weight, old, damped(moment))
-            sums.add(weight, old, codes, moment)
-            calibration.replace(module, dequantize(*codes))
-            return codes
-
+        made = Path(temporary) / "packed"
         exclude = (*EXCLUDE, *_not_packed(src, packed))
         report = quantize_checkpoint(dense, made, exclude=exclude, progress=progress, quantizer=quantizer)
         for file in made.iterdir():
             if file.name not in (CHECKSUMS, FILE):  # the report is about rounding of the temporary copy
                 file.rename(folder / file.name)
     return sums.rounding(report.base_digest, ids.numel())
+
+
+def _adapted(src: Path, adapter: Adapter) -> set[str]:
+    """Return the names of the packed modules of ``src`` that ``adapter`` changes."""
+    changed = {name.removesuffix(".weight") for name in covered(src, DenseView(src), adapter)}
+    return changed & set(packed_modules(open_packed(src)))
 
 
 def check_merged_packed(folder: Path, src: Path, adapter: Adapter, digest: str) -> tuple[MergeReport, int]:

@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tests.unit.checkpoints.test_calibration import CONFIGS
+from tests.unit.checkpoints.test_calibration import make as calibration_make
 from tests.unit.checkpoints.test_merging import make, random_adapter
 from verl_aqn.checkpoints import merging_packed
 from verl_aqn.checkpoints.adapter import Adapter
 from verl_aqn.checkpoints.code_descent import improve
 from verl_aqn.checkpoints.loading import PACKED, SCALE, load_model, open_packed
-from verl_aqn.checkpoints.merging_packed import check_merged_packed, check_packable, write_merged_packed
+from verl_aqn.checkpoints.merging_packed import check_merged_packed, check_packable, merged_copy, write_merged_packed
 from verl_aqn.checkpoints.packing import checkpoint_digest, is_packed, quantize_checkpoint
 from verl_aqn.errors import EvidenceError, ModelError
 from verl_aqn.mxfp4.codec import Mxfp4Tensor, dequantize, quantize
@@ -37,7 +39,22 @@ def adapter(base) -> Adapter:
 
 def merge(base: Path, adapter: Adapter, folder: Path):
     folder.mkdir()
-    return write_merged_packed(folder, base, adapter, IDS)
+    with merged_copy(folder, base, adapter) as dense:
+        rounding = write_merged_packed(folder, base, adapter, dense, IDS)
+    assert not [path for path in folder.iterdir() if path.is_dir()], "temporary folders"
+    return rounding
+
+
+def test_what_cannot_be_calibrated_is_refused_before_prompts_are_answered(tmp_path):
+    """gemma4 computes inputs for each layer outside of its list of layers."""
+    gemma = calibration_make(tmp_path / "gemma", CONFIGS["gemma4, per-layer inputs and shared KV"])
+    quantize_checkpoint(gemma, tmp_path / "packed")
+    with (
+        pytest.raises(ModelError, match=r"per_layer_model_projection, which is outside model\.layers: export with"),
+        merged_copy(tmp_path, tmp_path / "packed", random_adapter(gemma, "q_proj", "per_layer_model_projection")),
+    ):
+        pytest.fail("the prompts would be answered here")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gemma", "packed"]
 
 
 def test_what_the_adapter_does_not_change_is_bit_for_bit_the_base(base, adapter, tmp_path):

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from verl_aqn.checkpoints.adapter import Adapter
 from verl_aqn.checkpoints.merging import MergeReport, check_merged, covered, open_base, write_merged
-from verl_aqn.checkpoints.merging_packed import check_merged_packed, check_packable, write_merged_packed
+from verl_aqn.checkpoints.merging_packed import check_merged_packed, check_packable, merged_copy, write_merged_packed
 from verl_aqn.checkpoints.writing import new_folder
 from verl_aqn.config.schema import parse_aqn
 from verl_aqn.errors import DataError, EnvironmentFault, EvidenceError
@@ -125,18 +126,13 @@ def _write_merged(
     """
     rounding = None
     if packed:
-        say(f"answering {CALIBRATION_PROMPTS} training prompts in the trainer's model, for the calibration")
-        try:
-            ids = calibration_rows(source, adapter, tokenizer)
-        except torch.OutOfMemoryError as error:
-            raise EnvironmentFault(
-                f"the trainer's model of {source.base} does not fit on one device, so nothing can be calibrated: "
-                "export on a larger device, or without --format mxfp4"
-            ) from error
-        free_memory()
-        say(f"merging, and rounding to 4 bits with {ids.numel()} tokens")
-        with progress_bar("rounding") as progress:
-            made = write_merged_packed(folder, source.base, adapter, ids, progress)
+        say("merging")
+        with merged_copy(folder, source.base, adapter) as dense:
+            say(f"answering {CALIBRATION_PROMPTS} training prompts in the trainer's model, for the calibration")
+            ids = _calibration_ids(source, adapter, tokenizer)
+            say(f"rounding to 4 bits with {ids.numel()} tokens")
+            with progress_bar("rounding") as progress:
+                made = write_merged_packed(folder, source.base, adapter, dense, ids, progress)
         rounding = asdict(made)
         say("reading the merged model back")
         report, tensors = check_merged_packed(folder, source.base, adapter, made.digest)
@@ -149,6 +145,23 @@ def _write_merged(
         tensors = check_merged(folder, source.base, source.packed, adapter)
     merge = asdict(report) | {"unchanged": report.unchanged, "read_back": tensors}
     return {"merge": merge, "rounding": rounding}
+
+
+def _calibration_ids(source: Source, adapter: Adapter, tokenizer: Any) -> Tensor:
+    """Return `calibration_rows`, and leave their memory to the rounding.
+
+    Raises:
+        EnvironmentFault: the device has too little memory for the trainer's model.
+    """
+    try:
+        return calibration_rows(source, adapter, tokenizer)
+    except torch.OutOfMemoryError as error:
+        raise EnvironmentFault(
+            f"the trainer's model of {source.base} does not fit on one device, so nothing can be calibrated: "
+            "export on a larger device, or without --format mxfp4"
+        ) from error
+    finally:
+        free_memory()
 
 
 def _check_changed(report: MergeReport, how: str) -> None:
