@@ -160,6 +160,7 @@ def test_a_forked_process_can_give_itself_a_title(run, by):
         ("trainer.logger=[console,rl_insight]", False),
         ("ray_kwargs.timeline_json_file=somewhere.json", False),
         ("ray_kwargs.ray_init.runtime_env.py_executable=python3", False),
+        ("+ray_kwargs.ray_init.runtime_env.env_vars.OMP_NUM_THREADS='1'", False),  # torch reads it once
         ("profile=cuda", False),
     ],
 )

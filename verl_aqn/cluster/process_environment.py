@@ -80,12 +80,14 @@ def starts_warm(config: DictConfig) -> bool:
 
     They are not if verl's `run_ppo` would do more than start Ray: determinism (which needs its own hash seed, while a
     forked process has its parent's), the insight logger, a timeline at the end. A Python interpreter that the user
-    chose also excludes forking.
+    chose also excludes forking, and so do variables for the workers: torch, vLLM and others read theirs while they are
+    imported, which a fork's parent has done.
     """
     deterministic = config.actor_rollout_ref.rollout.full_determinism
     timeline = config.ray_kwargs.get("timeline_json_file")
-    python = OmegaConf.select(config, "ray_kwargs.ray_init.runtime_env.py_executable")
-    other = deterministic or timeline or python or "rl_insight" in config.trainer.logger
+    runtime = OmegaConf.select(config, "ray_kwargs.ray_init.runtime_env") or {}
+    own = runtime.get("py_executable") or {*(runtime.get("env_vars") or {})} - {"VERL_PLATFORM"}  # the profile's
+    other = deterministic or timeline or own or "rl_insight" in config.trainer.logger
     return config.aqn.profile == "cpu" and not other
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from verl_aqn.cluster.start import token_environment
 from verl_aqn.config.compose import find_recipe
+from verl_aqn.environment import SECRET
 from verl_aqn.errors import EnvironmentFault, Stopped
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 # Variables that configure a run and its libraries. `verl-aqn node` sets those that differ between nodes.
 _STEERS = re.compile(r"(VERL|VLLM|HF|NCCL|HCCL|WANDB|MLFLOW|SWANLAB|TRACKIO|OMP)_")
 _OF_A_NODE = re.compile(r"VLLM_HOST_IP|HCCL_IF_IP|\w+_SOCKET_IFNAME|VLLM_CPU_OMP_THREADS_BIND")
-_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD")
 
 
 def run_job(address: str, arguments: list[str]) -> int:
@@ -66,7 +66,7 @@ def run_job(address: str, arguments: list[str]) -> int:
 def variables(environ: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     """Return the variables of `environ` to send with a job, and the names of those left out as secrets."""
     wanted = {name: value for name, value in environ.items() if _STEERS.match(name) and not _OF_A_NODE.fullmatch(name)}
-    kept = sorted(name for name in wanted if _SECRET.search(name))
+    kept = sorted(name for name in wanted if SECRET.search(name))
     return {name: value for name, value in wanted.items() if name not in kept}, kept
 
 

@@ -17,7 +17,7 @@ from verl_aqn.cache import cache_dir
 from verl_aqn.config.noise_settings import schedule_of
 from verl_aqn.config.schema import parse_aqn
 from verl_aqn.config.serving import ADAPTER_RANKS, served_rank
-from verl_aqn.environment import cluster_address
+from verl_aqn.environment import SECRET, cluster_address
 from verl_aqn.errors import ConfigError, DataError, EnvironmentFault, ModelError
 from verl_aqn.preflight.control_inputs import check_control
 from verl_aqn.preflight.device_plan import fit
@@ -78,6 +78,16 @@ def check_recipe(config: DictConfig) -> Iterator[Finding]:
     )  # fmt: skip
     yield check_validation(config)
     yield from check_control(config)
+    yield from check_variables(config)
+
+
+def check_variables(config: DictConfig) -> Iterator[Finding]:
+    """Check that the variables for Ray's workers hold no secret: a run's records are readable by every user."""
+    place = "ray_kwargs.ray_init.runtime_env.env_vars"
+    for name in OmegaConf.select(config, place) or ():
+        if SECRET.search(name.upper()):
+            remedy = f"export {name} before the command, and remove {place}.{name}: recipes are written to run folders"
+            yield Finding("workers' environment", f"{name} holds a secret", remedy)
 
 
 def check_validation(config: DictConfig) -> Finding:

@@ -196,9 +196,10 @@ class RunFolder:
 def open_run(base: Path, config: dict[str, Any], *, fresh: bool = False) -> RunFolder:
     """Return the folder for a run of `config` (plain values) under `base`, locked as long as this process lives.
 
-    The newest run under `base` decides. If it is finished, a new run is created. If it stopped early and has the same
-    config, it is resumed (attempt + 1). If it stopped early with another config, a new run is created and `note` says
-    so. If it is still running, BusyError is raised, even with `fresh`. Otherwise, `fresh` always creates a new run.
+    The run under `base` that was made last decides. If it is finished, a new run is created. If it stopped early and
+    has the same config, it is resumed (attempt + 1). If it stopped early with another config, a new run is created and
+    `note` says so. If it is still running, BusyError is raised, even with `fresh`. Otherwise, `fresh` always creates a
+    new run.
 
     Raises DataError if base/training.log or base/checkpoints is not a link to a run, and EnvironmentFault if `base`
     cannot be written, or if `base` or its contents may belong to another user (`verl_aqn.safe_files`).
@@ -283,7 +284,13 @@ def _resume(run: RunFolder, state: dict[str, Any], lock: int | None) -> RunFolde
 
 
 def _newest(base: Path) -> RunFolder | None:
-    """Return the newest run by creation time; the names of two runs made in the same second differ only randomly."""
+    """Return the run that was made last: the one that the links in `base` name, whatever the clock says of it.
+
+    Without links the time of creation decides.
+    """
+    linked = (base / LINKS[0]).resolve().parent
+    if linked.parent == (base / "runs").resolve() and (linked / "state.json").is_file():
+        return RunFolder(base / "runs" / linked.name)
     return max(_runs(base), key=lambda run: run.state["created"], default=None)
 
 

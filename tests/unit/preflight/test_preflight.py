@@ -56,6 +56,9 @@ def test_a_shipped_recipe_has_no_fault(shape):
     assert not faults(checks.check_heads(config(), shape))
 
 
+VARIABLES = "ray_kwargs.ray_init.runtime_env.env_vars"
+
+
 @pytest.mark.parametrize(
     ("overrides", "what", "words"),
     [
@@ -71,6 +74,8 @@ def test_a_shipped_recipe_has_no_fault(shape):
         ([f"{VAL}.n=4"], "validation's responses", "would be the same"),
         ([f"{VAL}.n=4", f"{VAL}.do_sample=true"], "validation's responses", "temperature=0 and do_sample=false"),
         ([f"{VAL}.temperature=0.7"], "validation's responses", f"set {VAL}.do_sample=true"),
+        ([f"+{VARIABLES}.WANDB_API_KEY=x"], "workers' environment", "export WANDB_API_KEY before the command"),
+        ([f"+{VARIABLES}.my_token=x"], "workers' environment", f"remove {VARIABLES}.my_token"),
     ],
 )
 def test_faults_of_a_recipe(overrides, what, words):

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from verl_aqn.config.trackers import stay_here
-from verl_aqn.errors import AqnError, DataError, EnvironmentFault
+from verl_aqn.errors import AqnError, BusyError, DataError, EnvironmentFault
+from verl_aqn.runs import folder
 from verl_aqn.runs.chain import broken
 from verl_aqn.runs.folder import RunFolder, open_run, runs_of
 
@@ -103,6 +104,21 @@ def test_the_newest_run_counts_even_among_those_of_one_second(base, monkeypatch)
         monkeypatch.setattr("secrets.token_hex", lambda _, part=part: part)
         newest = end(open_run(base, CONFIG), status)
     assert open_run(base, CONFIG).path == newest.path
+
+
+def test_a_clock_that_was_set_back_hides_no_run(base, monkeypatch):
+    end(open_run(base, CONFIG), "finished")
+    monkeypatch.setattr(folder, "_now", lambda: "2001-01-01T00:00:00.000000+00:00")
+    second = open_run(base, CONFIG)
+    with pytest.raises(BusyError, match=second.path.name):
+        open_run(base, CONFIG)
+    end(second, "failed")
+    again = open_run(base, CONFIG)
+    assert (again.path, again.resumed) == (second.path, True)
+    end(again, "failed")
+    for link in folder.LINKS:  # as after a copy
+        (base / link).unlink()
+    assert open_run(base, CONFIG).path != second.path
 
 
 def test_fresh_is_always_a_new_run(base):
