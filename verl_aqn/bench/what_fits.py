@@ -32,6 +32,7 @@ class Device:
 
 DEVICES = (
     Device("A2, one die of A3", 64, "npu", ("aqn.mxfp4.rollout_weight_format=bf16",)),
+    Device("the same in int8", 64, "npu", ("aqn.mxfp4.rollout_weight_format=int8",)),
     Device("Ascend 950PR", 128, "npu", ("aqn.mxfp4.rollout_weight_format=packed",)),
     Device("H100", 80, "cuda"),
     Device("H200", 141, "cuda"),

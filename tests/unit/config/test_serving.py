@@ -148,7 +148,7 @@ def test_the_cpu_s_rollout_rounds_to_mxfp8_as_the_actor_does(packed):
     ("chip", "overrides", "words"),
     [
         (None, ["profile=cuda"], "no CUDA kernel for linear layers with MXFP4 weights and MXFP8 activations"),
-        (A3, ["profile=npu"], r"with a bf16 base \(always on Ascend A2 and A3\) the rollout does not round"),
+        (A3, ["profile=npu"], r"with a bf16 or int8 base \(always on Ascend A2 and A3\) the rollout does not"),
         (A3, ["profile=npu", "aqn.mxfp4.rollout_weight_format=packed"], f"{A3} has no MX units"),
         (None, ["profile=npu", "aqn.mxfp4.rollout_weight_format=bf16"], "needs a packed base in the rollout"),
         (None, ["profile=cpu", "aqn.mxfp4.rollout_weight_format=bf16"], "needs a packed base in the rollout"),
