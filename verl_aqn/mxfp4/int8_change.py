@@ -71,7 +71,8 @@ def matrix_fault(name: str, error: float) -> str:
         return ""
     return (
         f"{name} would change by {100 * error:.2g} % in int8, more than {100 * LIMIT_MATRIX:g} %, because its rows "
-        f"hold weights of too different sizes: {INSTEAD}, or keep the layer in 16 bits with aqn.mxfp4.exclude"
+        f"hold weights of too different sizes: {INSTEAD}, or keep the layer, and those that vLLM "
+        "fuses with it, in 16 bits with aqn.mxfp4.exclude"
     )
 
 
