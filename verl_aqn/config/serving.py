@@ -83,7 +83,8 @@ def check_activations(aqn: AqnConfig, chip: Callable[[], str] = chip_name) -> No
     if form_of(aqn, chip) != "packed":
         raise ConfigError(
             f"{key} needs a packed base in the rollout: with a bf16 or int8 base (always on Ascend A2 and A3) the "
-            "rollout does not round activations: set aqn.mxfp4.activation=none, or aqn.mxfp4.rollout_weight_format=packed elsewhere"
+            "rollout does not round activations: set aqn.mxfp4.activation=none, or "
+            "aqn.mxfp4.rollout_weight_format=packed elsewhere"
         )
     if aqn.profile == "npu":
         with suppress(EnvironmentFault):
@@ -123,11 +124,6 @@ def check_int8_device(config: DictConfig, chip: Callable[[], str] = chip_name) -
             f"{key}: weights in the layout NZ cannot be read back: set "
             "ray_kwargs.ray_init.runtime_env.env_vars.VLLM_ASCEND_ENABLE_NZ='0', and remove "
             f"actor_rollout_ref.{_VLLM}.additional_config.weight_nz_mode"
-        )
-    dtype = config.actor_rollout_ref.rollout.dtype
-    if dtype != "bfloat16":
-        raise ConfigError(
-            f"{key}: scales are exact in bfloat16 only: set actor_rollout_ref.rollout.dtype=bfloat16, not {dtype}"
         )
 
 

@@ -78,10 +78,10 @@ def outliers(model) -> None:
 
 
 def slight(model) -> None:
-    """Blocks of every matrix become small enough to be rounded a little, none more than its limit."""
+    """A block of several matrices is small enough to be rounded, but each matrix changes less than its limit."""
     for layer in model.model.layers:
-        for linear in (layer.mlp.up_proj, layer.mlp.gate_proj, layer.mlp.down_proj, layer.self_attn.q_proj):
-            linear.weight[::24, :32] *= 2.0**-4
+        for linear in (layer.mlp.up_proj, layer.mlp.gate_proj, layer.mlp.down_proj):
+            linear.weight[0, :32] *= 2.0**-4
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_cached_folder_is_used_again_and_checked_against_today_s_limits(packed
     with pytest.raises(ModelError, match=r"up_proj would change by 2\.2 %"):
         int8_cache(packed, tmp_path)
     monkeypatch.undo()
-    (folder / "int8.json").write_text(json.dumps(dict.fromkeys(changes, {"blocks": 1, "changed": 0, "squares": 0.0})))
+    (folder / "int8.json").write_text(json.dumps({name: {"blocks": 1, "changed": 0} for name in changes}))
     with pytest.raises(ModelError, match=r"int8\.json"):
         int8_cache(packed, tmp_path)
 
@@ -147,7 +147,7 @@ def test_the_digest_is_of_what_codes_scale_and_offset_stand_for(rows):
     codes, scale = rows
     zeros = torch.zeros(12, 1)
     digest = int8_digest(codes, scale, zeros)
-    assert digest == int8_digest(codes, scale.float(), zeros.bfloat16())  # the dtypes do not matter, if values are equal
+    assert digest == int8_digest(codes, scale.float(), zeros.bfloat16())  # dtypes do not matter
     flip = torch.zeros_like(codes)
     flip[3, 5] = 1
     wrong = {

@@ -458,6 +458,9 @@ def _check_unchanged(record: Mapping[str, Any], first: Mapping[str, Any]) -> Non
         _must(record["files"][key] == first["files"].get(key), f"at the end the folder's {key} differ from the start")
     if record["quantised"]:
         _must(record["disk"] == first.get("disk"), "at the end the MXFP4 base on disk differs from the start")
+        _must(
+            record["served"] == first.get("served"), "at the end the form of the rollout's base differs from the start"
+        )
     for name, groups in _pairs(record["holders"], first.get("holders")):
         for group, one, before in groups:
             _must(one == before, f"at the end the {GROUPS[group][1]} of {name} differ from the start")
