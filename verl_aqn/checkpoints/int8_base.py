@@ -106,7 +106,7 @@ def check_int8(src: Path) -> None:
         if f"{module}.bias" in weights.specs:
             raise ModelError(
                 f"{module} of {src} has a bias, which vllm-ascend's W8A16 hands on in bfloat16, but A2 and A3 take it "
-                f"in float32 only: {INSTEAD}"
+                f"in float32 only: {INSTEAD}, or keep all layers with a bias in 16 bits with aqn.mxfp4.exclude"
             )
 
 
