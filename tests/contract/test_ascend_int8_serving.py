@@ -11,14 +11,12 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.helpers.ascend_packages import read
 from tests.helpers.base_answers import actor_of, loaded
-from tests.helpers.tiny_configs import SMALL_ASCEND
+from tests.helpers.rounded_block import pack_with_a_rounded_block
 from verl_aqn.checkpoints.int8_base import write_int8
-from verl_aqn.checkpoints.packing import checkpoint_digest, quantize_checkpoint
+from verl_aqn.checkpoints.packing import checkpoint_digest
 from verl_aqn.errors import EvidenceError
 from verl_aqn.integrations.verl.base_evidence import BaseRecords
 from verl_aqn.runs.judge.base_record import check_base, sentence
@@ -31,13 +29,7 @@ def served(tmp_path_factory):
     """The packed folder, and vLLM's reply about the int8 folder that was made of it. One block is rounded."""
     read("vllm_ascend/quantization/methods/w8a16.py")  # skips without the wheels
     root = tmp_path_factory.mktemp("int8")
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL_ASCEND), dtype=torch.bfloat16)
-    with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight[3, :32] *= 2.0**-4
-    model.save_pretrained(root / "source")
-    quantize_checkpoint(root / "source", root / "packed")
-    changes = write_int8(root / "packed", root / "int8")
+    changes = write_int8(pack_with_a_rounded_block(root), root / "int8")
     assert sum(change.changed for change in changes.values()) == 1
     env = os.environ | {"VERL_PLATFORM": "cpu", "VLLM_LOGGING_LEVEL": "ERROR"}
     command = [sys.executable, "-m", "tests.helpers.ascend_int8_model", str(root / "int8"), str(root / "packed")]

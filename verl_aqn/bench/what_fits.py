@@ -41,7 +41,7 @@ DEVICES = (
 )
 
 
-# Families with biases in q, k and v. Layers with a bias cannot be int8 (`verl_aqn.checkpoints.int8_base`): left in bf16.
+# Families with biases in q, k and v. A layer with a bias cannot be int8 (`verl_aqn.checkpoints.int8_base`).
 BIASED = ("qwen2",)
 KEEP_BIASED = "aqn.mxfp4.exclude=[lm_head,embed_tokens,q_proj,k_proj,v_proj]"
 # Name of a model → its shape in `verl_aqn.bench.shapes`, and its family.

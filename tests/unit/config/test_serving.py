@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tests.helpers.rounded_block import pack_with_a_rounded_block
 from tests.helpers.tiny_configs import SMALL_ASCEND
 from verl_aqn.checkpoints.loading import open_packed, packed_modules
 from verl_aqn.checkpoints.packing import checkpoint_digest, combined_digest, quantize_checkpoint, values_digest
@@ -208,14 +209,7 @@ INT8 = ("profile=npu", "aqn.mxfp4.rollout_weight_format=int8")
 
 @pytest.fixture(scope="module")
 def slightly_rounded(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("rounded")
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL_ASCEND), dtype=torch.bfloat16)
-    with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight[3, :32] *= 2.0**-4
-    model.save_pretrained(root / "bf16")
-    quantize_checkpoint(root / "bf16", root / "packed")
-    return root / "packed"
+    return pack_with_a_rounded_block(tmp_path_factory.mktemp("rounded"))
 
 
 @pytest.mark.parametrize("chip", ["Ascend910B2C", A3])
