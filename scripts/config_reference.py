@@ -64,7 +64,8 @@ MEANINGS = {
     "mxfp4.activation": "`mxfp8` (W4A8) or `mxfp4` (W4A4) rounds activations too, alike in actor and rollout.",
     "mxfp4.activation_scale_rule": "Scale rule of 4-bit activations. A profile sets what the device's kernels do.",
     "mxfp4.activation_rounding": "Rounding of 4-bit activations between two codes. A profile sets it.",
-    "mxfp4.rollout_weight_format": "Form of the base in the rollout. `auto` chooses by the device.",
+    "mxfp4.rollout_weight_format": "Form of the base in the rollout. `auto` chooses by the device, but never "
+    "`int8`, which is for Ascend A2 and A3 and may round.",
     "mxfp4.cache_dequantized": "Keep a 16-bit copy of the weights in the actor: faster, five times the memory.",
     "mxfp4.exclude": "Modules that stay in bf16.",
     "mxfp4.keep.worst": "Share of the weights that stay in bf16, too: of the layers that rounding hurts most. 0: none.",

@@ -30,8 +30,10 @@ class Device:
     settings: tuple[str, ...] = ()
 
 
+INT8 = "aqn.mxfp4.rollout_weight_format=int8"
 DEVICES = (
     Device("A2, one die of A3", 64, "npu", ("aqn.mxfp4.rollout_weight_format=bf16",)),
+    Device("the same, int8 in the rollout", 64, "npu", (INT8,)),
     Device("Ascend 950PR", 128, "npu", ("aqn.mxfp4.rollout_weight_format=packed",)),
     Device("H100", 80, "cuda"),
     Device("H200", 141, "cuda"),
@@ -39,6 +41,9 @@ DEVICES = (
 )
 
 
+# Families with biases in q, k and v. A layer with a bias cannot be int8 (`verl_aqn.checkpoints.int8_base`).
+BIASED = ("qwen2",)
+KEEP_BIASED = "aqn.mxfp4.exclude=[lm_head,embed_tokens,q_proj,k_proj,v_proj]"
 # Name of a model → its shape in `verl_aqn.bench.shapes`, and its family.
 MODELS = {
     "Qwen2.5-1.5B": ("1.5B", "qwen2"),
@@ -64,7 +69,9 @@ def estimate(recipe: str, models: Sequence[str] = tuple(MODELS), overrides: Sequ
     rows = []
     for model in models:
         for device in DEVICES:
-            config = load_recipe(recipe, [f"profile={device.profile}", *device.settings, *overrides])
+            biased = INT8 in device.settings and MODELS[model][1] in BIASED
+            settings = [*device.settings, *([KEEP_BIASED] if biased else []), *overrides]
+            config = load_recipe(recipe, [f"profile={device.profile}", *settings])
             found = fewest(shape(model, parse_aqn(config).mxfp4.exclude), sizes(config), int(device.gb * 1e9))
             rows.append(
                 {"model": model, "device": device.name, "estimated": True, **found.to_dict(), "text": cell(found)}

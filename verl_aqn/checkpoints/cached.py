@@ -14,10 +14,12 @@ from verl_aqn.checkpoints.checksums import check_checksums, known_digest
 from verl_aqn.checkpoints.error_report import FILE
 from verl_aqn.checkpoints.foreign import foreign_layout, import_checkpoint
 from verl_aqn.checkpoints.formats import MODELSLIM_FORMATS
+from verl_aqn.checkpoints.int8_base import check_changes, read_changes, write_int8
 from verl_aqn.checkpoints.loading import dequantize_checkpoint
 from verl_aqn.checkpoints.packing import EXCLUDE, checkpoint_digest, is_packed, quantize_checkpoint
 from verl_aqn.checkpoints.storage import Weights, companions, read_config, read_json
 from verl_aqn.errors import DataError, ModelError
+from verl_aqn.mxfp4.int8_change import Change
 
 # Part of the cache key: increase it when the same source would give another packed folder.
 _FORMAT_VERSION = 3
@@ -99,6 +101,19 @@ def modelslim_cache(
     """
     format = MODELSLIM_FORMATS[activation]
     return _made_of(Path(src), Path(cache_dir), format, partial(import_checkpoint, format=format), progress)
+
+
+def int8_cache(
+    src: str | Path, cache_dir: str | Path, progress: Callable[[int, int, str], None] | None = None
+) -> tuple[Path, dict[str, Change]]:
+    """Return packed folder ``src`` in int8 under ``cache_dir``, and what changes in each matrix; make it if needed.
+
+    Raises:
+        ModelError: as `write_int8`, also if the cached folder changes more than is allowed now.
+    """
+    folder = _made_of(Path(src), Path(cache_dir), "int8", partial(write_int8, progress=progress), progress)
+    check_changes(changes := read_changes(folder), folder)
+    return folder, changes
 
 
 def check_made(folder: Path, progress: Callable[[int, int, str], None] | None = None) -> None:

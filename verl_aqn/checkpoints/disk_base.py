@@ -8,18 +8,22 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from verl_aqn.checkpoints.int8_base import int8_part_digest
 from verl_aqn.checkpoints.loading import PACKED, SCALE, packed_modules
 from verl_aqn.checkpoints.packing import is_packed, part_digest
 from verl_aqn.checkpoints.packing_plan import ROUTERS
 from verl_aqn.checkpoints.slices import cut
 from verl_aqn.checkpoints.storage import Weights
 from verl_aqn.checkpoints.values import as_matrix, plain_digest
+from verl_aqn.mxfp4.int8_change import Change
+from verl_aqn.mxfp4.int8_rows import to_int8
 
 _NORM = re.compile(r"norm|(^|_)ln(_|$)|^ln\d*$|layernorm", re.IGNORECASE)
 _EMBEDDING = re.compile(r"^(embed_tokens|embeddings?|wte|wpe|embed_in|word_embeddings|tok_embeddings|.*_embeddings?)$")
@@ -30,8 +34,8 @@ _REPORT_S = 30
 class Part(NamedTuple):
     """The part of a tensor that a process holds.
 
-    `form`: for a packed module "packed" or "bf16"; for another tensor the dtype, without ``torch.``, in which it was
-    loaded. `slice`: a `Slice` of the matrix [rows, columns], or None for all of it.
+    `form`: for a packed module "packed", "bf16" or "int8"; for another tensor the dtype, without ``torch.``, in which
+    it was loaded. `slice`: a `Slice` of the matrix [rows, columns], or None for all of it.
     """
 
     form: str
@@ -59,7 +63,8 @@ class DiskBase:
     """The tensors of the Hugging Face folder ``path``, packed or not; values are read one tensor at a time.
 
     `quantised`: whether the folder is packed. `groups`: the group of every tensor. `dtypes`: the dtype of every tensor
-    that is not a packed module. `elements`: the number of values of every tensor.
+    that is not a packed module. `elements`: the number of values of every tensor. `changes`: how much int8 changes each
+    packed module whose digest in int8 was computed.
 
     Raises:
         ModelError: the weights of the folder are damaged.
@@ -81,6 +86,7 @@ class DiskBase:
                 self.groups[name] = group_of(name, spec.shape)
                 self.dtypes[name] = str(spec.dtype).removeprefix("torch.")
                 self.elements[name] = math.prod(spec.shape)
+        self.changes: dict[str, Change] = {}
         self._known: dict[tuple[str, Part], str] = {}
         self._state = self._files()
 
@@ -94,7 +100,7 @@ class DiskBase:
         """
         state = self._files()
         if state != self._state:
-            self._known, self._state = {}, state
+            self._known, self.changes, self._state = {}, {}, state
         same = {(name, part): self._as_read(name, part) for name, parts in wanted.items() for part in parts}
         missing: dict[str, list[Part]] = {}
         for name, part in dict.fromkeys((name, part) for (name, _), part in same.items()):
@@ -119,9 +125,15 @@ class DiskBase:
         """Read the values of ``name`` and return a function that computes the digest of a part."""
         if self.groups[name] == "packed":
             packed, scale = self.weights.read(name + PACKED), self.weights.read(name + SCALE)
-            return lambda part: part_digest(packed, scale, part.slice, part.form)
+            return partial(self._packed_digest, name, packed, scale)
         values = self.weights.read(name)
         return lambda part: plain_digest(_as_loaded(values, part))
+
+    def _packed_digest(self, name: str, packed: Tensor, scale: Tensor, part: Part) -> str:
+        if part.form != "int8":
+            return part_digest(packed, scale, part.slice, part.form)
+        rows, self.changes[name] = to_int8(packed, scale, name)
+        return int8_part_digest(rows, part.slice)
 
     def _files(self) -> list[tuple[str, int, int, int]]:
         stats = [(file.name, file.stat()) for file in self.weights.files]

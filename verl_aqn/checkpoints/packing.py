@@ -13,6 +13,7 @@ from verl_aqn.checkpoints.adapter import PEFT_PREFIX, unwrapped
 from verl_aqn.checkpoints.error_report import FILE, ModuleReport, QuantReport
 from verl_aqn.checkpoints.foreign import foreign_layout
 from verl_aqn.checkpoints.formats import FORMATS, finish, packed_specs
+from verl_aqn.checkpoints.int8_base import int8_part_digest
 from verl_aqn.checkpoints.loading import PACKED, PACKED_FORMAT, SCALE, open_packed, packed_modules
 from verl_aqn.checkpoints.packing_plan import EXCLUDE, make_plan
 from verl_aqn.checkpoints.promises import as_kept, check_opens
@@ -24,6 +25,7 @@ from verl_aqn.errors import ConfigError, ModelError
 from verl_aqn.mxfp4.codec import BLOCK, SCALE_RULES, Mxfp4Tensor, dequantize, quantize
 from verl_aqn.mxfp4.error_split import split_error
 from verl_aqn.mxfp4.experts import Mxfp4Experts
+from verl_aqn.mxfp4.int8_rows import to_int8
 from verl_aqn.mxfp4.linear import Mxfp4Linear
 
 
@@ -136,7 +138,8 @@ def checkpoint_digest(path: str | Path, slices: Slices | None = None, form: str 
     """`combined_digest` of a packed folder, or of what a rank that holds `slices` of its weights [N, K] should hold.
 
     Modules of which a rank holds `NOTHING` (an expert of another rank) are left out. With ``form="bf16"`` the digest is
-    over `values_digest` of the same weights dequantised to bfloat16, in which they are exact.
+    over `values_digest` of the same weights dequantised to bfloat16, in which they are exact. With ``form="int8"`` it
+    is over `int8_digest` of the weights in int8, of which some may be rounded.
 
     Raises:
         ModelError: the folder is not a packed checkpoint or is damaged.
@@ -154,6 +157,8 @@ def checkpoint_digest(path: str | Path, slices: Slices | None = None, form: str 
 
 def part_digest(packed: Tensor, scale: Tensor, part: Slice | None, form: str) -> str:
     """Return the digest of the ``part`` of one packed module [..., N, K], in the ``form`` of `checkpoint_digest`."""
+    if form == "int8":
+        return int8_part_digest(to_int8(packed, scale)[0], part)
     if form == "bf16":  # the part may start or end within a block
         values = dequantize(packed, scale, torch.bfloat16)
         if values.dim() == 3:  # a stack of experts; bf16 folders store it as [E, K, N]

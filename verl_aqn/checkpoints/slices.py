@@ -86,9 +86,10 @@ class Loaded:
 
     `pieces`: pieces by the name in the checkpoint. `lost`: tensors that went through an operation that could not be
     followed, with that operation. `computed`: tensors whose values were changed by a computation during loading, with
-    that computation. `verl_aqn.integrations.vllm.readback.remember_base` fills in two more fields. `digests`: digests
-    of packed modules by module name, and of other tensors by tensor name. `parameters`: shape and dtype (without
-    ``torch.``) of every parameter at the end of loading.
+    that computation. `verl_aqn.integrations.vllm.readback.remember_base` fills in three more fields. `digests`: digests
+    of packed and int8 modules by module name, and of other tensors by tensor name. `parameters`: shape and dtype
+    (without ``torch.``) of every parameter at the end of loading. `form`: the form of quantised modules, "packed" or
+    "int8", or "bf16" if there are none.
     """
 
     sources: dict[str, Source]
@@ -97,7 +98,7 @@ class Loaded:
     computed: dict[str, str] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
-    packed: bool = False
+    form: str = "bf16"
 
     @cached_property
     def sources_in(self) -> dict[str, list[str]]:

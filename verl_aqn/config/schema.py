@@ -117,9 +117,9 @@ class Mxfp4Config:
     # How an engine with 4-bit activations rounds them; a profile sets what its kernels do. MXFP8 has one arithmetic.
     activation_scale_rule: ScaleRule = "even"
     activation_rounding: Literal["nearest", "half_away"] = "nearest"
-    rollout_weight_format: Literal["auto", "packed", "bf16"] = (
-        "auto"  # the weight format in the rollout: packed, or bf16 with the same values (`verl_aqn.config.serving`)
-    )
+    # The weight format in the rollout: packed, bf16 with the same values, or int8 with nearly the same values on Ascend
+    # A2 and A3 (`verl_aqn.config.serving`).
+    rollout_weight_format: Literal["auto", "packed", "bf16", "int8"] = "auto"
     # the actor keeps 16-bit weights in addition to the packed ones: faster, five times the memory
     cache_dequantized: bool = False
     exclude: tuple[str, ...] = ("lm_head", "embed_tokens")

@@ -2,7 +2,8 @@
 
 The actor always trains on the packed base. An engine without kernels for MXFP4 serves the base dequantised to bf16,
 with exactly the same values (on a CPU vLLM has no MXFP4 kernel for experts). vllm-ascend expects the packed bytes under
-other names. For both cases a separate folder is made in the cache.
+other names, and on chips without MX units it can hold the base in int8 with nearly the same values
+(`verl_aqn.mxfp4.int8_rows`), if the recipe asks for that. For each of these cases a folder is made in the cache.
 """
 
 from collections.abc import Callable
@@ -16,11 +17,13 @@ from verl_aqn.cache import cache_dir
 from verl_aqn.config.schema import AqnConfig, parse_aqn
 from verl_aqn.errors import ConfigError, EnvironmentFault
 from verl_aqn.mxfp4.chips import chip_name, has_mx_units
+from verl_aqn.mxfp4.int8_change import sentence, summary
 from verl_aqn.terminal import progress_bar
 
 # Key in the model's override_config with the folder that the rollout serves, if it is not the folder of the actor.
 SERVED = "served_path"
 ASCEND = "ascend"  # the quantisation method of vllm-ascend that reads a description file
+_VLLM = "rollout.engine_kwargs.vllm"
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's `MaxLoRARanks`; tests/contract/test_preflight_ray.py
 
 
@@ -30,7 +33,7 @@ def served_rank(rank: int) -> int:
 
 
 def form_of(aqn: AqnConfig, chip: Callable[[], str] = chip_name, packed_experts: bool = False) -> str:
-    """Return the format of the rollout's weights: `packed` or `bf16`.
+    """Return the format of the rollout's weights: `packed`, `bf16` or `int8`.
 
     It is `aqn.mxfp4.rollout_weight_format`, or for `auto` what the device supports. `chip` returns the name
     of the Ascend device; it is called only for `auto` on NPUs. `packed_experts` says that the base is a MoE model with
@@ -77,10 +80,11 @@ def check_activations(aqn: AqnConfig, chip: Callable[[], str] = chip_name) -> No
             f"{key}: vLLM has no CUDA kernel for linear layers with MXFP4 weights and MXFP8 activations: set "
             "aqn.mxfp4.activation=none, or mxfp4 on Blackwell"
         )
-    if form_of(aqn, chip) == "bf16":
+    if form_of(aqn, chip) != "packed":
         raise ConfigError(
-            f"{key} needs a packed base in the rollout: with a bf16 base (always on Ascend A2 and A3) the rollout does "
-            "not round activations: set aqn.mxfp4.activation=none, or aqn.mxfp4.rollout_weight_format=packed elsewhere"
+            f"{key} needs a packed base in the rollout: with a bf16 or int8 base (always on Ascend A2 and A3) the "
+            "rollout does not round activations: set aqn.mxfp4.activation=none, or "
+            "aqn.mxfp4.rollout_weight_format=packed elsewhere"
         )
     if aqn.profile == "npu":
         with suppress(EnvironmentFault):
@@ -89,6 +93,52 @@ def check_activations(aqn: AqnConfig, chip: Callable[[], str] = chip_name) -> No
                     f"{key}: {name} has no MX units (only the Ascend 950 has): set aqn.mxfp4.activation=none and "
                     "aqn.mxfp4.rollout_weight_format=bf16"
                 )
+
+
+def check_int8_device(config: DictConfig, chip: Callable[[], str] = chip_name) -> None:
+    """Check that the rollout's device and settings allow `aqn.mxfp4.rollout_weight_format=int8`.
+
+    The driver's machine may have no NPU; then only the profile and the settings are checked.
+
+    Raises:
+        ConfigError: they do not; the message says what to set.
+    """
+    aqn, key = parse_aqn(config), "aqn.mxfp4.rollout_weight_format=int8"
+    if not aqn.mxfp4.enabled or aqn.mxfp4.rollout_weight_format != "int8":
+        return
+    instead = "set aqn.mxfp4.rollout_weight_format=auto"
+    if aqn.profile != "npu":
+        raise ConfigError(
+            f"{key} is a form of vllm-ascend for Ascend A2 and A3, and profile={aqn.profile} has no kernel for it: "
+            f"{instead}"
+        )
+    with suppress(EnvironmentFault):
+        if has_mx_units(name := chip()):
+            raise ConfigError(
+                f"{key} is for Ascend A2 and A3, but {name} holds the packed base itself in half the memory: {instead}"
+            )
+    layout = OmegaConf.select(config, "ray_kwargs.ray_init.runtime_env.env_vars.VLLM_ASCEND_ENABLE_NZ")
+    other = OmegaConf.select(config, f"actor_rollout_ref.{_VLLM}.additional_config.weight_nz_mode")
+    if str(layout) != "0" or other not in (None, 0):
+        raise ConfigError(
+            f"{key}: weights in the layout NZ cannot be read back: set "
+            "ray_kwargs.ray_init.runtime_env.env_vars.VLLM_ASCEND_ENABLE_NZ='0', and remove "
+            f"actor_rollout_ref.{_VLLM}.additional_config.weight_nz_mode"
+        )
+
+
+def int8_changes(config: DictConfig) -> list[str]:
+    """Return a line about the blocks that the rollout's int8 base changes, for a config that is prepared.
+
+    Return [] if no block changes, and for other forms of the base.
+    """
+    served = OmegaConf.select(config, f"actor_rollout_ref.model.override_config.{SERVED}")
+    if parse_aqn(config).mxfp4.rollout_weight_format != "int8" or not served:
+        return []
+    from verl_aqn.checkpoints.int8_base import read_changes
+
+    found = summary(read_changes(Path(served)))
+    return [f"the rollout's base in int8: {sentence(found)}"] if found["changed"] else []
 
 
 def prepare_serving(config: DictConfig, chip: Callable[[], str] = chip_name) -> None:
@@ -100,14 +150,16 @@ def prepare_serving(config: DictConfig, chip: Callable[[], str] = chip_name) -> 
     Raises:
         ConfigError: as `check_activations`; `aqn.mxfp4.activation` is not set on an Ascend 950, or is `mxfp8` there for
             a model with experts; packed experts are requested on a CPU; or noise targets packed layers but the rollout
-            serves a bf16 base.
+            serves a bf16 or int8 base.
         EnvironmentFault: the format is `auto` and no Ascend device responds.
+        ModelError: int8 is requested for a base that it cannot hold, or that it would change too much.
     """
-    from verl_aqn.checkpoints.cached import dequantized_cache, modelslim_cache
+    from verl_aqn.checkpoints.cached import dequantized_cache, int8_cache, modelslim_cache
+    from verl_aqn.checkpoints.int8_base import check_int8
     from verl_aqn.checkpoints.loading import has_packed_experts, has_packed_stacks
 
     aqn, actor_rollout = parse_aqn(config), config.actor_rollout_ref
-    engine = "rollout.engine_kwargs.vllm.quantization"
+    engine = f"{_VLLM}.quantization"
     with open_dict(actor_rollout):  # an evaluation uses the config of a run, which may have served another format
         actor_rollout.model.override_config.pop(SERVED, None)
         if OmegaConf.select(actor_rollout, engine) == ASCEND:
@@ -115,6 +167,7 @@ def prepare_serving(config: DictConfig, chip: Callable[[], str] = chip_name) -> 
     if not aqn.mxfp4.enabled:
         return
     check_activations(aqn, chip)
+    check_int8_device(config, chip)
     path = Path(actor_rollout.model.path)
     experts = has_packed_experts(path)
     if (
@@ -132,7 +185,8 @@ def prepare_serving(config: DictConfig, chip: Callable[[], str] = chip_name) -> 
             f"the experts of {path} are packed in one stack per layer (gpt-oss), which vLLM cannot read, so this "
             "base must be served in bf16: set aqn.mxfp4.rollout_weight_format=auto and aqn.mxfp4.activation=none"
         )
-    form = "bf16" if stacks else form_of(aqn, chip, experts)
+    form = form_of(aqn, chip, experts)
+    form = "bf16" if stacks and form == "packed" else form
     ascend = form == "packed" and aqn.profile == "npu"
     if ascend and aqn.mxfp4.activation == "none" and aqn.mxfp4.rollout_weight_format == "auto":
         config.aqn.mxfp4.activation = "mxfp4"
@@ -146,14 +200,21 @@ def prepare_serving(config: DictConfig, chip: Callable[[], str] = chip_name) -> 
             f"aqn.mxfp4.activation=mxfp8 on NPUs is not for experts ({path}), whose rounding is not read back: set "
             "aqn.mxfp4.rollout_weight_format=bf16 and aqn.mxfp4.activation=none"
         )
-    if form == "bf16" and aqn.noise.enabled and "linear" in aqn.noise.targets:
+    if form != "packed" and aqn.noise.enabled and "linear" in aqn.noise.targets:
         raise ConfigError(
-            "aqn.noise.targets has `linear`, but the rollout's base is in bf16 and has no packed layer: remove `linear`"
+            f"aqn.noise.targets has `linear`, but the rollout's base is in {form} and has no packed layer: remove "
+            "`linear`"
         )
+    if form == "int8":
+        check_int8(path)
     config.aqn.mxfp4.rollout_weight_format = form
     if ascend:
         with progress_bar("preparing the rollout's base:") as progress:
             served = modelslim_cache(path, cache_dir() / "modelslim", progress, config.aqn.mxfp4.activation)
+        OmegaConf.update(actor_rollout, engine, ASCEND, force_add=True)
+    elif form == "int8":
+        with progress_bar("preparing the rollout's base:") as progress:
+            served, _ = int8_cache(path, cache_dir() / "int8", progress)
         OmegaConf.update(actor_rollout, engine, ASCEND, force_add=True)
     elif form == "bf16":
         with progress_bar("preparing the rollout's base:") as progress:

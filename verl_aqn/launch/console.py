@@ -63,7 +63,8 @@ class Console:
         if run.note:
             self.say(f"resumed  {run.note}; --fresh starts a new run" if run.resumed else run.note)
         base = f"MXFP4 ({aqn.mxfp4.scale_rule})" if aqn.mxfp4.enabled else "unquantised"
-        served = " (in bf16 in the rollout)" if aqn.mxfp4.enabled and aqn.mxfp4.rollout_weight_format == "bf16" else ""
+        form = aqn.mxfp4.rollout_weight_format
+        served = f" (in {form} in the rollout)" if aqn.mxfp4.enabled and form in ("bf16", "int8") else ""
         model = prepared.config.actor_rollout_ref.model
         first = f" from {model.lora_adapter_path}" if model.lora_adapter_path else ""
         self.say(f"model    {prepared.source.name}, {base} base{served}, LoRA r={model.lora_rank}{first}")

@@ -2,7 +2,8 @@
 
 from verl_aqn.errors import EnvironmentFault, first_line
 
-BYTES_PACKED, BYTES_BF16 = 17 / 32, 2  # per weight: 4 bits, and 1/32 of a scale byte
+# Per weight. Packed: 4 bits, and 1/32 of a scale byte. Int8 also has a scale and an offset of 4 bytes for each row.
+BYTES_PACKED, BYTES_INT8, BYTES_BF16 = 17 / 32, 1, 2
 
 # Prefixes of chip names that vllm-ascend 0.23.0 (setup.py) and verl 0.9.1 (utils/device.py) map to A2, A3 and A5.
 _GENERATIONS = {
@@ -44,5 +45,5 @@ def chip_name() -> str:
     except (ImportError, AssertionError, RuntimeError) as error:
         raise EnvironmentFault(
             f"no Ascend device responds ({first_line(error)}): "
-            "set aqn.mxfp4.rollout_weight_format to packed (Ascend 950) or bf16 (A2, A3)"
+            "set aqn.mxfp4.rollout_weight_format to packed (Ascend 950) or bf16 (A2, A3; int8 halves its memory there)"
         ) from error

@@ -20,7 +20,7 @@ from verl_aqn.preflight.engine_settings import FP8_CACHES, cache_dtype
 from verl_aqn.preflight.shape import Shape
 
 PACKED = 0.5 + 1 / 32  # bytes per element in MXFP4: four bits, and a scale byte for 32 elements
-BF16, FP32 = 2, 4
+INT8, BF16, FP32 = 1, 2, 4
 Bytes = dict[str, int]
 
 
@@ -88,7 +88,7 @@ def sizes(config: DictConfig) -> "Sizes":
     return Sizes(
         ranks=int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes),
         packed=aqn.mxfp4.enabled,
-        served_packed=aqn.mxfp4.enabled and _served(aqn) == "packed",
+        served_width={"packed": PACKED, "int8": INT8}.get(_served(aqn), BF16) if aqn.mxfp4.enabled else BF16,
         served_values=aqn.profile == "cpu" and _keeps_values(aqn),
         cache_dequantized=aqn.mxfp4.cache_dequantized,
         bf16_master=aqn.mxfp4.enabled or aqn.noise.in_actor or actor.fsdp_config.model_dtype in ("bf16", "bfloat16"),
@@ -142,12 +142,13 @@ class Sizes:
     """The numbers of a recipe that memory depends on, see `sizes`.
 
     `ranks`: of the actor, on all nodes; `samples`: responses per prompt; tokens: per micro-batch; `cache_width`: bytes
-    of an element in the KV cache; `served_values`: whether the rollout keeps the values of a packed base in bf16, too.
+    of an element in the KV cache; `served_width`: bytes of a weight of the rollout's linear layers; `served_values`:
+    whether the rollout keeps the values of a packed base in bf16, too.
     """
 
     ranks: int
     packed: bool
-    served_packed: bool
+    served_width: float
     served_values: bool
     cache_dequantized: bool
     bf16_master: bool
@@ -335,14 +336,14 @@ def rollout(shape: Shape, sizes: Sizes, costs: Costs, cache: int) -> Estimate:
     """Estimate one tensor-parallel rank of the rollout, with `cache` bytes of KV cache.
 
     The base is packed unless the rollout uses the equal bf16 weights (as for experts on a CPU, see
-    `verl_aqn.config.serving`); a CPU's kernel may hold a bf16 copy in addition to the packed bytes. Adapters have a
-    slot of rank r' (the next rank that vLLM supports) and one more copy from which the slot is filled; the slot of the
-    head has V rows too. Norms are in fp32, with a clean copy. CUDA graphs: vLLM's own figure for its capture, 2 % of
-    the weights and 0.5 GB.
+    `verl_aqn.config.serving`), or int8, whose scales and offsets (4 bytes a row) are not counted; a CPU's kernel may
+    hold a bf16 copy in addition to the packed bytes. Adapters have a slot of rank r' (the next rank that vLLM supports)
+    and one more copy from which the slot is filled; the slot of the head has V rows too. Norms are in fp32, with a
+    clean copy. CUDA graphs: vLLM's own figure for its capture, 2 % of the weights and 0.5 GB.
     """
     parts, rank = sizes.tensor_parallel, served_rank(sizes.rank)
-    packed = sizes.served_packed and not (sizes.cpu and shape.packed_experts)
-    linear = (PACKED + BF16 * sizes.served_values) if packed else BF16
+    linear = BF16 if sizes.cpu and shape.packed_experts else sizes.served_width
+    linear += BF16 * (sizes.served_values and linear == PACKED)
     again = shape.key_value_of_rank(parts) - shape.key_value / parts  # features of keys that other ranks hold too
     weights = int((linear * shape.linears + BF16 * shape.kept) / parts)
     weights += int(linear * shape.layers * 2 * shape.hidden * again)

@@ -1,7 +1,7 @@
 """What doctor says of this machine's NPUs."""
 
 from verl_aqn.errors import EnvironmentFault
-from verl_aqn.mxfp4.chips import BYTES_BF16, BYTES_PACKED, chip_name, generation, has_mx_units
+from verl_aqn.mxfp4.chips import BYTES_BF16, BYTES_INT8, BYTES_PACKED, chip_name, generation, has_mx_units
 from verl_aqn.preflight.findings import Finding
 
 
@@ -21,6 +21,7 @@ def examine() -> list[Finding]:
         path += " (aqn.mxfp4.activation=mxfp8: W4A8_MXFP)"
     else:
         path = f"no MX units: dequantised to bf16 (same values), {bf16} for 1e9 weights instead of {packed}"
+        path += f" (aqn.mxfp4.rollout_weight_format=int8: {BYTES_INT8} GB; some values may be rounded)"
     built, wanted = _build_info.__device_type__, {"950": "A5"}.get(kind, kind)
     rebuild = (
         f"the wheel on PyPI is for A2: build vllm-ascend from source with SOC_VERSION={chip.lower()}, or use an image"

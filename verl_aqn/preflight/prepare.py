@@ -9,7 +9,7 @@ from verl_aqn.cache import cache_dir
 from verl_aqn.config.compose import megatron_lora
 from verl_aqn.config.noise_settings import order_of, schedule_of
 from verl_aqn.config.schema import parse_aqn
-from verl_aqn.config.serving import check_activations, fit_engine, prepare_serving
+from verl_aqn.config.serving import check_activations, check_int8_device, fit_engine, int8_changes, prepare_serving
 from verl_aqn.errors import ConfigError, ModelError, first_line
 from verl_aqn.preflight.placing import place_adapter
 from verl_aqn.preflight.settings import uses_critic
@@ -34,6 +34,7 @@ def prepare_model(config: DictConfig) -> Path:
 
     refuse_unread(config)
     check_activations(parse_aqn(config))
+    check_int8_device(config)
     source = find_model(config)
     take_adapter(config, source)  # before the base is quantised, which may take minutes
     check_new_adapter(config, source)
@@ -292,6 +293,7 @@ def warnings_of(config: DictConfig) -> list[str]:
     rollout, correction = config.actor_rollout_ref.rollout, config.algorithm.rollout_correction
     left_out = OmegaConf.select(config, "actor_rollout_ref.model.exclude_modules")
     told = [f"no adapter on {left_out}: the recipe, PEFT or vLLM excludes these layers"] if left_out else []
+    told += int8_changes(config)
     if config.actor_rollout_ref.model.lora_adapter_path and (
         config.actor_rollout_ref.actor.use_kl_loss or config.algorithm.use_kl_in_reward
     ):

@@ -35,7 +35,7 @@ class Served:
 
     @property
     def form(self) -> str:
-        """The form in which the rollout serves the base: "packed" or "bf16"."""
+        """The form in which the rollout serves the base: "packed", "bf16" or "int8"."""
         return parse_aqn(self.config).mxfp4.rollout_weight_format
 
     @property

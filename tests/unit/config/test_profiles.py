@@ -107,7 +107,10 @@ def test_doctor_says_how_npus_serve_the_base_and_what_it_costs(monkeypatch):
     install(monkeypatch, "Ascend910_9392", "A3")
     rows = npu_found.examine()
     assert rows[0].found == "16 × Ascend910_9392 (A3)"
-    assert rows[1].found == "no MX units: dequantised to bf16 (same values), 2 GB for 1e9 weights instead of 0.53 GB"
+    assert rows[1].found == (
+        "no MX units: dequantised to bf16 (same values), 2 GB for 1e9 weights instead of 0.53 GB "
+        "(aqn.mxfp4.rollout_weight_format=int8: 1 GB; some values may be rounded)"
+    )
     assert [row.fix for row in rows] == ["", "", ""]
     install(monkeypatch, "Ascend950PR_9589", "A5")
     rows = npu_found.examine()

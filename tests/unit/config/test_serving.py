@@ -1,6 +1,7 @@
 """The form of the base in the rollout, by device; the folders that this needs; and the config for each chip."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,16 +10,17 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tests.helpers.rounded_block import pack_with_a_rounded_block
 from tests.helpers.tiny_configs import SMALL_ASCEND
 from verl_aqn.checkpoints.loading import open_packed, packed_modules
 from verl_aqn.checkpoints.packing import checkpoint_digest, combined_digest, quantize_checkpoint, values_digest
 from verl_aqn.config.compose import load_recipe
 from verl_aqn.config.schema import parse_aqn
-from verl_aqn.config.serving import check_activations, form_of, prepare_serving
+from verl_aqn.config.serving import check_activations, check_int8_device, form_of, prepare_serving
 from verl_aqn.errors import ConfigError, EnvironmentFault
 from verl_aqn.mxfp4.chips import chip_name, generation
 from verl_aqn.mxfp4.mxfp8 import ARITHMETIC
-from verl_aqn.preflight.prepare import prepare_model, tell_workers
+from verl_aqn.preflight.prepare import prepare_model, tell_workers, warnings_of
 
 A3, ASCEND_950 = "Ascend910_9392", "Ascend950PR_9589"
 
@@ -148,7 +150,7 @@ def test_the_cpu_s_rollout_rounds_to_mxfp8_as_the_actor_does(packed):
     ("chip", "overrides", "words"),
     [
         (None, ["profile=cuda"], "no CUDA kernel for linear layers with MXFP4 weights and MXFP8 activations"),
-        (A3, ["profile=npu"], r"with a bf16 base \(always on Ascend A2 and A3\) the rollout does not round"),
+        (A3, ["profile=npu"], r"with a bf16 or int8 base \(always on Ascend A2 and A3\) the rollout does not"),
         (A3, ["profile=npu", "aqn.mxfp4.rollout_weight_format=packed"], f"{A3} has no MX units"),
         (None, ["profile=npu", "aqn.mxfp4.rollout_weight_format=bf16"], "needs a packed base in the rollout"),
         (None, ["profile=cpu", "aqn.mxfp4.rollout_weight_format=bf16"], "needs a packed base in the rollout"),
@@ -183,7 +185,7 @@ def test_what_cannot_be_is_refused(packed):
         prepared(packed, None, "profile=npu", "aqn.mxfp4.rollout_weight_format=packed")
     with pytest.raises(ConfigError, match="the rollout does not round activations"):
         prepared(packed, A3, "profile=npu", "aqn.mxfp4.activation=mxfp4")
-    with pytest.raises(ConfigError, match=r"rollout_weight_format='fp8' is not one of auto, packed, bf16"):
+    with pytest.raises(ConfigError, match=r"rollout_weight_format='fp8' is not one of auto, packed, bf16, int8"):
         load_recipe("e12", ["profile=npu", "aqn.mxfp4.rollout_weight_format=fp8"])
 
 
@@ -200,3 +202,67 @@ def test_an_unquantised_base_asks_for_no_chip(packed):
     config = load_recipe("e12", ["profile=npu", "aqn.mxfp4.enabled=false"])
     prepare_serving(config, lambda: pytest.fail("the chip was asked for"))
     assert form_of(parse_aqn(load_recipe("e12", ["profile=cpu"]))) == "packed"
+
+
+INT8 = ("profile=npu", "aqn.mxfp4.rollout_weight_format=int8")
+
+
+@pytest.fixture(scope="module")
+def slightly_rounded(tmp_path_factory) -> Path:
+    return pack_with_a_rounded_block(tmp_path_factory.mktemp("rounded"))
+
+
+@pytest.mark.parametrize("chip", ["Ascend910B2C", A3])
+def test_a2_and_a3_serve_int8_if_the_recipe_says_so_and_only_then(packed, chip):
+    config = prepared(packed, chip, *INT8)
+    model, engine = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout.engine_kwargs.vllm
+    assert (parse_aqn(config).mxfp4.rollout_weight_format, parse_aqn(config).mxfp4.activation) == ("int8", "none")
+    assert (model.path, engine.quantization) == (str(packed), "ascend")
+    served = Path(model.override_config.served_path)
+    description = json.loads((served / "quant_model_description.json").read_text())
+    assert description["model.layers.0.mlp.up_proj.weight"] == "W8A16"
+    assert load_file(served / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
+    assert parse_aqn(prepared(packed, chip, "profile=npu")).mxfp4.rollout_weight_format == "bf16"  # the default
+    OmegaConf.update(config, "aqn.mxfp4.rollout_weight_format", "bf16")  # an evaluation asks for another form
+    prepare_serving(config, lambda: chip)
+    assert "quantization" not in config.actor_rollout_ref.rollout.engine_kwargs.vllm
+
+
+def test_a_run_tells_what_int8_changes_before_it_starts(packed, slightly_rounded):
+    (told,) = warnings_of(prepared(slightly_rounded, A3, *INT8))
+    assert re.fullmatch(r"the rollout's base in int8: 1 of [\d,]+ blocks .*\(model\.layers\.0\.mlp\.up_proj\)", told)
+    assert warnings_of(prepared(slightly_rounded, A3, "profile=npu")) == []
+    assert warnings_of(load_recipe("e12", [*INT8])) == []  # not prepared: nothing is known
+
+
+@pytest.mark.parametrize(
+    ("chip", "overrides", "words"),
+    [
+        (None, ["profile=cpu"], "profile=cpu has no kernel for it: set aqn.mxfp4.rollout_weight_format=auto"),
+        (None, ["profile=cuda"], "profile=cuda has no kernel for it: set aqn.mxfp4.rollout_weight_format=auto"),
+        (ASCEND_950, [], f"{ASCEND_950} holds the packed base itself in half the memory"),
+        (A3, ["ray_kwargs.ray_init.runtime_env.env_vars.VLLM_ASCEND_ENABLE_NZ='1'"], "VLLM_ASCEND_ENABLE_NZ='0'"),
+        (A3, ["ray_kwargs.ray_init.runtime_env.env_vars.VLLM_ASCEND_ENABLE_NZ=null"], "VLLM_ASCEND_ENABLE_NZ='0'"),
+        (
+            A3,
+            ["+actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config.weight_nz_mode=1"],
+            r"and remove actor_rollout_ref\.rollout\.engine_kwargs\.vllm\.additional_config\.weight_nz_mode",
+        ),
+        (A3, ["actor_rollout_ref.rollout.dtype=float16"], "float16: layers compute in bfloat16 in both"),
+        (A3, ["aqn.noise.targets=[norm,linear]"], "in int8 and has no packed layer: remove `linear`"),
+        (A3, ["aqn.mxfp4.activation=mxfp4"], "bf16 or int8 base"),
+    ],
+)
+def test_int8_is_refused_where_it_cannot_be_served(packed, tmp_path, chip, overrides, words):
+    with pytest.raises(ConfigError, match=words) as refused:
+        prepared(packed, chip or A3, *INT8, *overrides)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "cache" / "int8").exists()
+
+
+def test_a_driver_without_an_npu_may_prepare_int8(packed):
+    def absent() -> str:
+        raise EnvironmentFault("no Ascend device responds")
+
+    check_int8_device(load_recipe("e12", list(INT8)), absent)
+    check_int8_device(load_recipe("e12", [*INT8, "aqn.mxfp4.enabled=false"]), lambda: pytest.fail("asked"))

@@ -4,9 +4,11 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.helpers.base_answers import actor_of, loaded, record_of, records, rollout_of
 from tests.helpers.family_models import make
@@ -33,18 +35,26 @@ FREE = {
     "converted",
     "actor_digests",
     "left",
+    "blocks",
+    "changed",
+    "matrix",
 }
 NULLABLE = {"weights_digest", "kernel_digest", "weights_equal_base"}
 
 
-@pytest.fixture(scope="module", params=["packed", "source", "parts", "written", "written in parts"])
+@pytest.fixture(
+    scope="module", params=["packed", "source", "parts", "written", "written in parts", "int8", "int8 parts"]
+)
 def pair(request, tmp_path_factory) -> tuple[dict, dict]:
     """The records of start and end of an attempt: packed, not quantised, and on two ranks with halves.
 
-    Two more are in the written form: of three ranks, two hold the same.
+    Two more are in the written form: of three ranks, two hold the same. In the last two, the rollout holds int8.
     """
     root = tmp_path_factory.mktemp("judge")
+    form = "int8" if request.param.startswith("int8") else "packed"
     make("glm4" if request.param != "source" else "gemma3_vl", root / "source")
+    if form == "int8":
+        round_one_block(root / "source" / "model.safetensors")
     quantize_checkpoint(root / "source", root / "packed")
     folder = root / ("packed" if request.param != "source" else "source")
     halves: list = [None]
@@ -52,12 +62,19 @@ def pair(request, tmp_path_factory) -> tuple[dict, dict]:
         halves = [{"model.layers.0.self_attn.q_proj": [32 * rank, 32, 0, 64]} for rank in range(2)]
     if request.param.startswith("written"):
         halves = [*halves, halves[0]] if len(halves) > 1 else halves * 3
-    actor, made = [actor_of(loaded(folder), folder)] * len(halves), records(folder)
-    rollout = [rollout_of(folder, slices) for slices in halves]
+    actor, made = [actor_of(loaded(folder), folder)] * len(halves), records(folder, form)
+    rollout = [rollout_of(folder, slices, form) for slices in halves]
     found = [record_of(folder, actor, rollout, when, made) for when in ("start", "end")]
     if request.param.startswith("written"):
         found = [grouped_base(record) for record in found]
     return tuple(json.loads(json.dumps(record)) for record in found)
+
+
+def round_one_block(file: Path) -> None:
+    """Make a block of weights so small that int8 rounds it."""
+    tensors = load_file(file)
+    tensors["model.layers.0.self_attn.o_proj.weight"][3, :32] *= 2.0**-4
+    save_file(tensors, file, {"format": "pt"})
 
 
 def other(value: Any) -> Any:
@@ -101,9 +118,11 @@ def test_every_field_counts(pair, how):
     check_base(start, None)
     check_base(end, start)
     unnoticed = []
+    parts = start["form"] == "int8" and len(start["rollout"]) > 1
+    free = FREE | {"served"} if parts else FREE  # no rank holds the whole
     for record, first in ((start, None), (end, start)):
         for path in paths(record):
-            if how == "changed" and (path == ("seconds",) or (first is None and FREE & set(path))):
+            if how == "changed" and (path == ("seconds",) or (first is None and free & set(path))):
                 continue
             if how == "null" and first is None and (path[-1] in NULLABLE):
                 continue
@@ -163,6 +182,49 @@ def test_ranks_are_there_once_and_all_of_them(pair):
         record["rollout_ranks"][0]["ranks"], record["rollout_ranks"][1]["ranks"] = [1, 2], [0]
         with pytest.raises(EvidenceError, match="at the end"):
             check_base(record, start)
+
+
+INT8 = {"blocks": 10_000, "changed": 4, "error": 0.004, "matrix": "o_proj", "matrix_error": 0.015}
+
+
+@pytest.mark.parametrize(
+    ("fields", "fault"),
+    [
+        ({}, None),
+        ({"changed": 0, "error": 0.0, "matrix_error": 0.0}, None),
+        ({"matrix_error": 0.021}, r"o_proj would change by 2\.1 % in int8, more than 2 %.*=bf16"),
+        ({"changed": 400, "error": 0.0051}, r"the base would change by 0\.51 % in int8, more than 0\.5 %.*=bf16"),
+        ({"changed": 0}, "contradicts itself"),  # an error of no block
+        ({"error": 0.0}, "contradicts itself"),
+        ({"matrix_error": 0.0}, "contradicts itself"),
+        ({"matrix_error": 0.003}, "contradicts itself"),  # the worst is better than all together
+        ({"blocks": 10**6}, "contradicts itself"),  # four blocks cannot lose so much
+        ({"changed": 10_001}, "contradicts itself"),
+        ({"changed": -1}, "contradicts itself"),
+        ({"blocks": 0}, "contradicts itself"),
+        ({"blocks": True}, "contradicts itself"),
+        ({"error": float("nan")}, "contradicts itself"),
+        ({"error": -0.004}, "contradicts itself"),
+        ({"matrix_error": float("inf")}, "contradicts itself"),
+        ({"error": "0.004"}, "contradicts itself"),
+        ({"matrix": ""}, "contradicts itself"),
+    ],
+)
+def test_what_int8_changes_is_on_record_and_within_its_limits(pair, fields, fault):
+    start = copy.deepcopy(wide_base(pair[0]))
+    if start["form"] != "int8":
+        start["int8"] = INT8
+        with pytest.raises(EvidenceError, match="does not say what int8 changes"):
+            check_base(start, None)
+        return
+    assert start["int8"]["changed"] == 1
+    start["int8"] = INT8 | fields
+    if fault is None:
+        check_base(start, None)
+        assert ("4 of 10,000 blocks" in sentence(start)) is ("changed" not in fields)
+        return
+    with pytest.raises(EvidenceError, match=fault):
+        check_base(start, None)
 
 
 def test_a_tensor_may_be_left_out_for_few_reasons_only(pair):

@@ -15,12 +15,13 @@ from verl_aqn.checkpoints.disk_base import DiskBase, Part, rounds
 from verl_aqn.checkpoints.packing import combined_digest
 from verl_aqn.checkpoints.slices import NOTHING, Slices, not_covered
 from verl_aqn.errors import EvidenceError
+from verl_aqn.mxfp4.int8_change import summary
 from verl_aqn.runs.judge.base_record import GROUPS, SHOWN, SIDES
 
 TABLES = ("tensors", "computed", "lost", "slices")
 """Fields of a rollout rank's answer with an entry for every tensor. Most ranks have equal tables, so few are sent."""
 WHOLE = Part("packed")
-PACKED_FORMS = ("packed", "bf16")
+PACKED_FORMS = ("packed", "bf16", "int8")
 
 
 class BaseRecords:
@@ -28,7 +29,7 @@ class BaseRecords:
 
     The digests of the folder from the start are used again at the end if the files have not changed.
 
-    `form`: the form in which the rollout holds a packed base, "packed" or "bf16". `activation`: see
+    `form`: the form in which the rollout holds a packed base, "packed", "bf16" or "int8". `activation`: see
     `MxConfig.activation_arithmetic`. `report` is called with the progress of a long comparison.
     """
 
@@ -142,6 +143,7 @@ class BaseRecords:
             "left": _of_ranks(alone, way_of),
             "differ": differ[:SHOWN],
             "uncovered": self._uncovered(tables),
+            **({"int8": summary(disk.changes)} if self.form == "int8" else {}),
             "files": {"files": files, "bytes": size, "tensors": read, "read": "now" if read else "at the start"},
         }
         return record | {"seconds": round(time.monotonic() - began, 2)}

@@ -19,6 +19,7 @@ from verl_aqn.checkpoints.slices import NOTHING, Loaded, Slices, blocks_of
 from verl_aqn.checkpoints.values import plain_digest
 from verl_aqn.digest import tensor_digest
 from verl_aqn.errors import EvidenceError
+from verl_aqn.integrations.vllm.int8_layers import int8_as_now, int8_held, int8_names
 from verl_aqn.mxfp4 import dequantize
 
 # How vLLM's kernels round activations. The scheme requests MXFP4 from all of them, but only some do it. The entries for
@@ -32,7 +33,7 @@ KERNEL_ACTIVATIONS = {
     "AiterMxfp4LinearKernel": "even/nearest",
     "XPUMxFp4LinearKernel": "unknown",
 }
-# The same for methods outside vLLM's kernel registry: bf16 weights, packed experts and vllm-ascend's scheme (0.23.0).
+# The same for methods outside vLLM's kernel registry: bf16 weights, packed experts and vllm-ascend's schemes (0.23.0).
 METHOD_ACTIVATIONS = {
     "UnquantizedLinearMethod": "none",
     "AscendUnquantizedLinearMethod": "none",
@@ -41,6 +42,7 @@ METHOD_ACTIVATIONS = {
     "MarlinExperts": "none",
     "AscendW4A4MXFP4DynamicLinearMethod": "floor/half_away",
     "AscendW4A8MXFPDynamicLinearMethod": "mxfp8/floor/nearest",
+    "AscendW8A16LinearMethod": "none",
 }
 
 
@@ -69,13 +71,14 @@ def is_experts(layer: Any) -> bool:
 def remember_base(model: torch.nn.Module) -> None:
     """Keep the digests of everything that was loaded into the model, before kernels rearrange it (most kernels do).
 
-    The keys are the checkpoint's module names for packed modules, and tensor names for the others. Packed layers also
-    get an attribute `mxfp4_digests`.
+    The keys are the checkpoint's module names for packed and int8 modules, and tensor names for the others. Packed
+    layers also get an attribute `mxfp4_digests`.
     """
     loaded = loaded_of(model)
     parameter = parameters_of(model)
     packed: dict[str, tuple[str, ...]] = {m: n for m in _modules(loaded) if (n := _packed_names(loaded, m))}
-    loaded.digests, loaded.packed = {}, bool(packed)
+    int8 = {m: three for m in _modules(loaded) if not packed and (three := int8_names(loaded, m))}
+    loaded.digests, loaded.form = {}, "packed" if packed else "int8" if int8 else "bf16"
     parameters = {place: parameter(place) for place in loaded.sources_in}
     loaded.parameters = {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in parameters.items()}
     for module, names in packed.items():
@@ -87,9 +90,15 @@ def remember_base(model: torch.nn.Module) -> None:
         for piece in pieces:
             layer: Any = model.get_submodule(piece.place.rpartition(".")[0])
             layer.mxfp4_digests = [*getattr(layer, "mxfp4_digests", ()), loaded.digests[module]]
-    of_packed = {name for names in packed.values() for name in names}
+    for module, of_module in int8.items():
+        try:
+            if of_module[0] in loaded.pieces:
+                loaded.digests[module] = int8_held(loaded, module, parameter)
+        except EvidenceError as error:
+            loaded.lost.update(dict.fromkeys(of_module, str(error)))
+    of_modules = {name for names in (*packed.values(), *int8.values()) for name in names}
     for name in loaded.pieces:
-        if name not in of_packed and (weights := _read(loaded, (name,), parameter)) is not None:
+        if name not in of_modules and (weights := _read(loaded, (name,), parameter)) is not None:
             loaded.digests[name] = plain_digest(weights[0])
 
 
@@ -144,13 +153,24 @@ def _packed_names(loaded: Loaded, module: str) -> tuple[str, str] | None:
     return None
 
 
+def digest_key(loaded: Loaded, module: str) -> str:
+    """Return the key in `loaded.digests` of a module that is MXFP4 on disk."""
+    return weight_name(loaded, module) if loaded.form == "bf16" else module
+
+
 def slice_of(loaded: Loaded, module: str) -> list[int] | None:
     """Return the `Slice` of a module's weight [N, K] that this rank holds, or None for the whole weight."""
-    names = _packed_names(loaded, module) if loaded.packed else None
+    names = _packed_names(loaded, module) if loaded.form == "packed" else None
     region = loaded.region(names[0] if names else weight_name(loaded, module))
     if region is None or not names:
         return region
     return [number for row, rows, *columns in blocks_of(region) for number in (row, rows, *(2 * c for c in columns))]
+
+
+def _names_of(loaded: Loaded, module: str) -> tuple[str, ...]:
+    """Return the names of the tensors that a module was loaded from."""
+    of_form = {"packed": _packed_names, "int8": int8_names}.get(loaded.form)
+    return (of_form(loaded, module) if of_form else None) or (weight_name(loaded, module),)
 
 
 def kept_by(layer: Any) -> dict[str, torch.Tensor]:
@@ -166,7 +186,7 @@ def describe_base(model: torch.nn.Module, modules: Collection[str]) -> dict:
     `modules`: the checkpoint's names of the modules that are MXFP4 on disk, with the experts' matrices.
 
     `layers`, `experts`: numbers of vLLM's layers and of expert matrices. `form`: "packed" if the packed bytes were
-    loaded, "bf16" if their values were. `base_digest`: digest of what was loaded, under the checkpoint's names.
+    loaded, "bf16" or "int8" if values were. `base_digest`: digest of what was loaded, under the checkpoint's names.
     `slices`: the `Slices` of the weights that the rank holds in part or not at all; the digest is then of these parts.
     `weights_digest`: digest of the weights in the kernel's layout, to be compared between two moments; it covers the
     weights that can be read (not bf16 linear layers on a CPU), and is None if there are none. `weights_equal_base`:
@@ -183,13 +203,13 @@ def describe_base(model: torch.nn.Module, modules: Collection[str]) -> dict:
     experts = 0
     slices: Slices = {}
     for module in modules:
-        key = module if loaded.packed else weight_name(loaded, module)
+        key = digest_key(loaded, module)
         if key not in loaded.digests:
             _check_followed(model, loaded, module)
             slices[module] = NOTHING
             continue
         digests.append((module, loaded.digests[key]))
-        names = (_packed_names(loaded, module) if loaded.packed else None) or (weight_name(loaded, module),)
+        names = _names_of(loaded, module)
         layers_here = [piece.place.rpartition(".")[0] for piece in loaded.pieces[names[0]]]
         for place in layers_here:
             places.setdefault(place, []).append(module)
@@ -204,7 +224,7 @@ def describe_base(model: torch.nn.Module, modules: Collection[str]) -> dict:
     return {
         "layers": len(layers),
         "experts": experts,
-        "form": "packed" if loaded.packed else "bf16",
+        "form": loaded.form,
         "base_digest": combined_digest(digests),
         "slices": slices,
         "weights_digest": tensor_digest(kept) if kept else None,
@@ -241,8 +261,10 @@ def equals_loaded(loaded: Loaded, layer: Any, modules: list[str], parameter: Cal
                 return False
         # The kernel multiplies with the codes themselves, or with their values.
         return torch.equal(weight, codes if weight.dtype == codes.dtype else dequantize(codes, scale, weight.dtype))
+    if loaded.form == "int8":
+        return all(int8_as_now(loaded, module, parameter) for module in modules)
     sources = [f"{module}.weight" for module in modules]
-    if loaded.packed or weight.dim() != 2 or any(_outgrown(loaded, source, parameter) for source in sources):
+    if loaded.form == "packed" or weight.dim() != 2 or any(_outgrown(loaded, source, parameter) for source in sources):
         return None
     return all(plain_digest(loaded.read(source, parameter)) == loaded.digests[source] for source in sources)
 

@@ -12,7 +12,15 @@ from verl_aqn.checkpoints.slices import Loaded
 from verl_aqn.checkpoints.values import plain_digest
 from verl_aqn.digest import tensor_digest
 from verl_aqn.errors import EvidenceError
-from verl_aqn.integrations.vllm.readback import is_experts, kept_by, loaded_of, parameters_of, slice_of, weight_name
+from verl_aqn.integrations.vllm.readback import (
+    digest_key,
+    is_experts,
+    kept_by,
+    loaded_of,
+    parameters_of,
+    slice_of,
+    weight_name,
+)
 
 
 def describe_tensors(model: torch.nn.Module, modules: Collection[str]) -> dict[str, Any]:
@@ -22,8 +30,8 @@ def describe_tensors(model: torch.nn.Module, modules: Collection[str]) -> dict[s
 
     `tensors`: [digest, form, live, slice] for each tensor, by module for `modules` and by name for all others. If
     `live`, `digest` is of what the parameter holds now; otherwise a kernel stores the weight in its own layout, and
-    `digest` is of what was loaded. `form`: "packed" or "bf16" for `modules`, otherwise the dtype at loading. `slice`:
-    the `Slice` that the rank holds, None for the whole tensor.
+    `digest` is of what was loaded. `form`: "packed", "bf16" or "int8" for `modules`, otherwise the dtype at
+    loading. `slice`: the `Slice` that the rank holds, None for the whole tensor.
 
     `computed`: names of tensors whose values were changed by operations while they were loaded, and the operations.
     `lost`: names of tensors that could not be followed into the model, and why. `kernel_digest`: digest of the weights
@@ -32,13 +40,12 @@ def describe_tensors(model: torch.nn.Module, modules: Collection[str]) -> dict[s
     """
     loaded, parameter = loaded_of(model), parameters_of(model)
     layers = {name.replace(".base_layer", ""): layer for name, layer in model.named_modules()}
-    of_modules = {weight_name(loaded, module) for module in modules} if not loaded.packed else set()
+    of_modules = {weight_name(loaded, module) for module in modules} if loaded.form == "bf16" else set()
     found: dict[str, list[Any]] = {}
     for module in modules:
-        key = module if loaded.packed else weight_name(loaded, module)
+        key = digest_key(loaded, module)
         if key in loaded.digests:  # `describe_base` compares what the kernel computes with
-            form = "packed" if loaded.packed else "bf16"
-            found[module] = [loaded.digests[key], form, False, slice_of(loaded, module)]
+            found[module] = [loaded.digests[key], loaded.form, False, slice_of(loaded, module)]
     for name in loaded.pieces:
         if name not in loaded.digests or name in of_modules:
             continue

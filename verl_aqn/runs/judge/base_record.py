@@ -3,7 +3,11 @@
 The trainer checks each record when it writes it, and `report` checks it again. Fields of a record:
 
 - `when`: "start" or "end" of an attempt; `seconds`: how long the comparison took.
-- `quantised`: whether the base is packed MXFP4; `form`: the form in which the rollout holds it, "packed" or "bf16".
+- `quantised`: whether the base is packed MXFP4; `form`: the form in which the rollout holds it: "packed", "bf16" with
+  the same values, or "int8".
+- `int8` (of the form "int8"): how the values in int8 differ from the packed ones, computed from the packed folder:
+  {"blocks", "changed", "error", "matrix", "matrix_error"} (`verl_aqn.mxfp4.int8_change`). What the rollout holds is
+  compared with exactly these values.
 - `ranks`: {"actor": n, "rollout": n}, the number of ranks.
 - `expected`: for each group (`GROUPS`) the number of tensors in the folder; a packed module counts as one.
 - `holders`: for each of "actor", "rollout 0", … and each group: `tensors`, how many were compared; `elsewhere`, how
@@ -30,10 +34,13 @@ In the file, ranks with equal readings are one entry (`verl_aqn.runs.judge.ranks
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from verl_aqn.errors import EvidenceError
+from verl_aqn.mxfp4 import int8_change
+from verl_aqn.mxfp4.int8_change import base_fault, matrix_fault
 from verl_aqn.runs.judge.ranks import wide_base
 
 GROUPS = {
@@ -99,10 +106,10 @@ def _check(record: Mapping[str, Any], first: Mapping[str, Any] | None) -> None:
         _get(record, name, where) for name in ("quantised", "form", "ranks", "expected")
     )
     _must(
-        isinstance(quantised, bool) and form in ("packed", "bf16"),
+        isinstance(quantised, bool) and form in ("packed", "bf16", "int8"),
         f"{where}the record does not say whether and how the base is quantised",
     )
-    _must(quantised or form == "bf16", f"{where}a base that is not quantised cannot be packed")
+    _must(quantised or form == "bf16", f"{where}a base that is not quantised cannot be {form}")
     _must(
         isinstance(ranks, Mapping) and all(_count(ranks.get(side)) for side in ("actor", "rollout")),
         f"{where}the record does not say how many ranks the actor and the rollout have",
@@ -121,6 +128,7 @@ def _check(record: Mapping[str, Any], first: Mapping[str, Any] | None) -> None:
     _check_differences(record, where)
     _check_holders(record, expected, ranks, where)
     _check_packed(record, quantised, form, ranks, where)
+    _check_int8(record, form, where)
     _check_activations(record, ranks, where)
     _check_files(record, first, where)
     if when == "end" and first is not None:
@@ -148,6 +156,7 @@ def sentence(record: Mapping[str, Any]) -> str:
         text += f" ({names} of the rollout as they were loaded, because its kernels store them in another layout)"
     rounded = sum(sum(counts.values()) for counts in record["converted"].values())
     text += f"; {rounded} of them after rounding to the dtype of the process" if rounded else ""
+    text += f"; {int8_change.sentence(record['int8'])}" if "int8" in record else ""
     reasons = [
         f"{_counted(one['group'], one['tensors'])} in the {one['side']} ({', '.join(one['names'][:2])}"
         f"{', …' if one['tensors'] > 2 else ''}: {one['reason']})"
@@ -365,6 +374,31 @@ def _check_packed(record: Mapping[str, Any], quantised: bool, form: str, ranks: 
         _must(_count(one["layers"]) or not packed["tensors"], f"{where}{name} has no layer")
 
 
+def _check_int8(record: Mapping[str, Any], form: str, where: str) -> None:
+    """Check that the record says how int8 changes the base, if the rollout holds it in int8, and that it may."""
+    _must(("int8" in record) == (form == "int8"), f"{where}the record does not say what int8 changes")
+    if form != "int8":
+        return
+    found = record["int8"]
+    blocks, changed, error, most = (found[key] for key in ("blocks", "changed", "error", "matrix_error"))
+    numbers = all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in (error, most))
+    _must(
+        _count(blocks)
+        and _natural(changed)
+        and numbers
+        and isinstance(found["matrix"], str)
+        and bool(found["matrix"])
+        # No block loses more than all of its values, and the worst matrix is not better than all matrices together.
+        and changed <= blocks
+        and (changed > 0) == (error > 0) == (most > 0)
+        and 0 <= error <= min(most, math.sqrt(changed / blocks)) * (1 + 1e-9)
+        and most <= 1 + 1e-9,
+        f"{where}the record contradicts itself about what int8 changes",
+    )
+    if fault := matrix_fault(found["matrix"], most) or base_fault(error):
+        raise EvidenceError(f"{where}{fault}")
+
+
 def _check_activations(record: Mapping[str, Any], ranks: Mapping[str, int], where: str) -> None:
     """Check how both sides round the activations that they multiply packed weights with."""
     expected, actor = _get(record, "activation", where), _get(record, "actor_activations", where)
@@ -417,12 +451,16 @@ def _check_unchanged(record: Mapping[str, Any], first: Mapping[str, Any]) -> Non
         "activation",
         "actor_digests",
         "left",
+        "int8",
     ):
         _must(record.get(name) == first.get(name), f"at the end {name} of the base differs from the start")
     for key in ("files", "bytes"):
         _must(record["files"][key] == first["files"].get(key), f"at the end the folder's {key} differ from the start")
     if record["quantised"]:
         _must(record["disk"] == first.get("disk"), "at the end the MXFP4 base on disk differs from the start")
+        _must(
+            record["served"] == first.get("served"), "at the end the form of the rollout's base differs from the start"
+        )
     for name, groups in _pairs(record["holders"], first.get("holders")):
         for group, one, before in groups:
             _must(one == before, f"at the end the {GROUPS[group][1]} of {name} differ from the start")
