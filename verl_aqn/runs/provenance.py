@@ -42,8 +42,8 @@ def provenance(data_files: Sequence[str | Path], base: str | Path) -> dict[str, 
     """Return everything that a result can depend on in addition to its config.
 
     `python`, `machine` and the installed packages' versions; `commit` and `dirty` of the checkout that verl-aqn runs
-    from (None for an installed package outside an image); `device`, the processor or the accelerators; `base`, the `model_digest` of the
-    folder of the base model; `data`, the sha256 of each file.
+    from (None for an installed package outside an image); `device`, the processor or the accelerators; `base`, the
+    `model_digest` of the folder of the base model; `data`, the sha256 of each file.
     """
     return {
         "python": platform.python_version(),
