@@ -122,30 +122,38 @@ class Root:
         for place in sorted(one for one in places if one.exists()):
             self._bind(place)
 
-    def identity(self, user: str) -> tuple[int, int, str]:
-        """Return user id, group id and home folder of a user of this root, as Docker finds them."""
-        for line in (self.path / "etc/passwd").read_text().splitlines():
-            name, _, uid, gid, _, home, _ = line.split(":")
+    def _entries(self, file: str) -> list[list[str]]:
+        return [line.split(":") for line in (self.path / "etc" / file).read_text().splitlines()]
+
+    def identity(self, user: str) -> tuple[int, list[int], str]:
+        """Return user id, group ids and home folder of a user of this root, as Docker finds them."""
+        for name, _, uid, gid, _, home, _ in self._entries("passwd"):
             if user in (name, uid):
-                return int(uid), int(gid), home
+                more = [int(group[2]) for group in self._entries("group") if name in group[3].split(",")]
+                return int(uid), [int(gid), *more], home
         if user.isdigit():
-            return int(user), 0, "/"
+            return int(user), [0], "/"
         raise RuntimeError(f"no user {user} in {self.path}/etc/passwd")
 
     def group(self, name: str) -> int:
         """Return the id of a group of this root."""
-        groups = [line.split(":") for line in (self.path / "etc/group").read_text().splitlines()]
-        (found,) = [int(group[2]) for group in groups if name in (group[0], group[2])]
+        (found,) = [int(group[2]) for group in self._entries("group") if name in (group[0], group[2])]
         return found
 
     def run(
         self, command: list[str], user: str, folder: str, environment: dict[str, str], seconds: int
     ) -> subprocess.CompletedProcess:
         """Run a command in the root as `user`. The result holds its output, stderr included."""
-        uid, gid, home = self.identity(user)
+        uid, groups, home = self.identity(user)
         settings = {"HOME": home, "HOSTNAME": "build", **self.passed, **environment}
         inside = ["env", "-i", "-C", folder, *(f"{key}={value}" for key, value in settings.items()), *command]
-        enter = ["chroot", f"--userspec={uid}:{gid}", f"--groups={gid}", str(self.path), *inside]
+        enter = [
+            "chroot",
+            f"--userspec={uid}:{groups[0]}",
+            f"--groups={','.join(map(str, groups))}",
+            str(self.path),
+            *inside,
+        ]
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         try:
             return subprocess.run(enter, check=False, text=True, errors="replace", timeout=seconds, **pipes)

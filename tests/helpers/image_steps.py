@@ -101,8 +101,8 @@ def _copy(step: Step, root: Root, context: Path) -> None:
     """Copy files as Docker does: owned by root or by --chown. A folder that exists keeps its owner."""
     *sources, target = shlex.split(step.text)
     user, _, group = step.owner.partition(":")
-    uid, gid, _ = root.identity(user or "root")
-    gid = root.group(group) if group else gid
+    uid, groups, _ = root.identity(user or "root")
+    gid = root.group(group) if group else groups[0]
     there = root.path / os.path.join(step.folder, target).lstrip("/")
     for name in sources:
         source = context / name
