@@ -87,8 +87,9 @@ def steps(text: str, arguments: dict[str, str] | None = None) -> list[Step]:
                 raise Unknown(f"line {line}: more than one stage, a named stage or a platform: {rest}")
             based, values = True, {}
         elif name == "ARG":
-            key, has, value = rest.partition("=")
-            if " " in rest or (not has and key not in given):
+            words = shlex.split(rest)
+            key, has, value = words[0].partition("=")
+            if len(words) > 1 or (not has and key not in given):
                 raise Unknown(f"line {line}: ARG {rest} needs one name and a value")
             values[key] = given.get(key, value)
         elif name == "ENV":

@@ -58,7 +58,8 @@ def carry_out(image: str, root: Root, context: Path) -> Iterator[Row]:
     for step in steps((context / f"scripts/containers/Dockerfile.{image}").read_text()):
         began = time.monotonic()
         result, note = _do(step, root, context, held)
-        text = step.text if len(step.text) <= 70 else f"{step.text[:67]}..."
+        text = f"--chown={step.owner} {step.text}" if step.owner else step.text
+        text = text if len(text) <= 70 else f"{text[:67]}..."
         yield Row(image, step.line, f"{step.name} {text}", step.user, result, round(time.monotonic() - began, 1), note)
         if result == "failed":
             return
