@@ -1,13 +1,12 @@
 """A disk that shows a folder slowly, like a network disk: `python -m tests.helpers.slow_disk FOLDER PLACE [options]`.
 
 FUSE passes each operation on to FOLDER after `--delay` seconds. A file that was made through another such disk is seen
-only `--late` seconds after it was first looked for, as NFS keeps the answer that there is no such file. Without
-`--locks`, a lock is known only to the processes that use this PLACE.
+only `--late` seconds after it was first looked for, as NFS keeps the answer that there is no such file. A lock is known
+only to the processes that use this PLACE.
 """
 
 import argparse
 import errno
-import fcntl
 import os
 import stat
 import threading
@@ -39,13 +38,11 @@ class SlowDisk(mfusepy.Operations):
 
     use_ns = True
 
-    def __init__(self, folder: Path, delay: float, late: float, locks: bool):
+    def __init__(self, folder: Path, delay: float, late: float):
         self.folder, self.delay, self.late = folder, delay, late
         self.asked: dict[int, float] = {}
         self.own = {path.stat().st_ino for path in folder.rglob("*") if path.is_file()}
         self.guard = threading.Lock()
-        if locks:
-            self.flock = lambda path, handle, operation: fcntl.flock(handle, operation) or 0
 
         for name in _OPERATIONS:
             setattr(self, name, self._later(getattr(self, name)))
@@ -144,9 +141,8 @@ def main() -> None:
     parser.add_argument("place", type=Path)
     for name in ("delay", "late"):
         parser.add_argument(f"--{name}", type=float, default=0, metavar="SECONDS")
-    parser.add_argument("--locks", action="store_true")
     given = parser.parse_args()
-    disk = SlowDisk(given.folder, given.delay, given.late, given.locks)
+    disk = SlowDisk(given.folder, given.delay, given.late)
     mfusepy.FUSE(disk, str(given.place), foreground=True, default_permissions=True, allow_other=True)
 
 

@@ -18,9 +18,7 @@ from tests.integration.conftest import TINY
 from verl_aqn.cluster.nodes import alive_nodes, on
 from verl_aqn.cluster.process_environment import launched
 from verl_aqn.config.compose import load_recipe
-from verl_aqn.errors import AqnError
-from verl_aqn.integrations.verl.cluster_nodes import check_nodes, join, main, settle
-from verl_aqn.integrations.verl.root_cause import root_cause
+from verl_aqn.integrations.verl.cluster_nodes import check_nodes, join, settle
 from verl_aqn.runs import stacks, temporary
 from verl_aqn.runs.folder import folder_of, open_run
 
@@ -42,24 +40,20 @@ def part(base: Path, model: Path) -> dict:
     run.replace_text("launch.yaml", OmegaConf.to_yaml(config, resolve=True))
     run.append("events.jsonl", {"kind": "attempt"})
     os.environ["TMPDIR"], lock = temporary.make(run.path)
-    result: dict = {}
     config = launched(run)
     join(config, run)
     ray.init(**OmegaConf.to_container(config.ray_kwargs.ray_init, resolve=True))
     try:
         here = ray.util.get_node_ip_address()
         (there,) = [node for node, address in alive_nodes().items() if address != here]
-        result |= ray.get(ray.remote(other_node).options(**on(there)).remote(config))
+        result = ray.get(ray.remote(other_node).options(**on(there)).remote(config))
         result["before"] = len(list(run.read("metrics.jsonl")))
         settle(run)
         result["after"] = len(list(run.read("metrics.jsonl")))
-    except Exception as error:
-        cause = root_cause(error)
-        result["error"] = str(cause) if isinstance(cause, AqnError) else f"{type(cause).__name__}: {cause}"
     finally:
         ray.shutdown()
         os.close(lock)
-        main("clean", str(run.path), os.environ["TMPDIR"])
+        temporary.remove(Path(os.environ["TMPDIR"]), run.path)  # both nodes are on this machine
     result["nodes"] = [record["address"] for record in run.read("evidence.jsonl") if record["kind"] == "node"]
     result["warnings"] = [record["text"] for record in run.read("events.jsonl") if record["kind"] == "warning"]
     return result
