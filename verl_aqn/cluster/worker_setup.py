@@ -42,7 +42,8 @@ def take_environment(run: RunFolder) -> bool:
     Return False if they are missing, or still those of an earlier attempt, after the limit for the shared disk.
     """
     global _done
-    if not _done and wait_until(lambda: launch_mark(run) == os.environ.get(LAUNCH, ""), _began):
+    mark = os.environ.get(LAUNCH)
+    if not _done and mark and wait_until(lambda: launch_mark(run) == mark, _began):
         os.environ.update(worker_environment(run, launched(run), os.environ[TEMPORARY]))
         _done = True
     return _done
