@@ -82,7 +82,7 @@ def _do(step: Step, root: Root, context: Path, held: dict[str, str]) -> tuple[st
         if held:
             result, note = _judge(step, root, _START, held)
             reason = f"needs a device and the image's {', '.join(held)}"
-            return ("in part" if result == "ran" else result), note or f"{step.text} {reason}; {shlex.join(_START)} ran"
+            return ("in part" if result == "ran" else result), note or f"it {reason}; {shlex.join(_START)} ran"
         return _judge(step, root, list(step.command), held)
     return "ran", ""
 
@@ -95,6 +95,8 @@ def _judge(step: Step, root: Root, command: list[str], held: dict[str, str]) -> 
         return "failed", f"exit code {done.returncode}: {' | '.join(last)}"
     if held and (now := root.installed(list(held))) != held:
         return "failed", f"the base image's packages were replaced: {now}"
+    if held and "pip" in step.text:
+        return "in part", f"{', '.join(held)} are empty here; pip left them as they were and installed the rest"
     return "ran", ""
 
 
