@@ -115,15 +115,18 @@ class FakeRoot(Root):
         return clean_root.subprocess.CompletedProcess(command, code, f"said by {command[-1]}\n")
 
     def stand_in(self, packages):
-        pass
+        self.packages = packages
+
+    def installed(self, names):
+        return {name: self.packages[name] for name in names}
 
 
-def carried_out(tmp_path: Path, text: str, **codes: int) -> tuple[list[image_steps.Row], FakeRoot]:
+def carried_out(tmp_path: Path, text: str, image: str = "cpu", **codes: int) -> tuple[list[image_steps.Row], FakeRoot]:
     context = tmp_path / "context"
     (context / "scripts/containers").mkdir(parents=True)
-    (context / "scripts/containers/Dockerfile.cpu").write_text(text)
+    (context / f"scripts/containers/Dockerfile.{image}").write_text(text)
     root = FakeRoot(tmp_path / "root", codes)
-    return list(image_steps.carry_out("cpu", root, context)), root
+    return list(image_steps.carry_out(image, root, context)), root
 
 
 def test_commands_run_in_order_as_the_user_and_where_docker_runs_them(tmp_path):
@@ -140,6 +143,18 @@ def test_a_failed_step_is_the_last_and_says_why(tmp_path):
     assert len(root.ran) == 1
     assert "| failed | 0 | exit code 3: said by one |" in image_steps.table(rows)
     assert json.loads(json.dumps([vars(row) for row in rows]))[-1]["line"] == 2
+
+
+def test_what_needs_the_base_image_is_tried_in_part(tmp_path, monkeypatch):
+    text = 'FROM a:1.1\nRUN pip install x\nCMD ["verl-aqn", "doctor"]\n'
+    rows, root = carried_out(tmp_path / "one", text, "npu")
+    assert [row.result for row in rows] == ["in part", "in part", "ran", "in part"]
+    assert "empty torch 2.10.0, torch_npu" in rows[0].note
+    assert "verl-aqn --help ran" in rows[-1].note
+    assert root.ran[-1][0] == "--help"
+    monkeypatch.setattr(FakeRoot, "installed", lambda root, names: {"torch": "9"})
+    rows, _ = carried_out(tmp_path / "two", text, "npu")
+    assert (rows[-1].result, rows[-1].note) == ("failed", "the base image's packages were replaced: {'torch': '9'}")
 
 
 def test_a_user_has_the_groups_that_the_image_gives_it(tmp_path):
