@@ -15,14 +15,17 @@ if [[ ${1:-} == quick ]]; then
     OMP_NUM_THREADS=1 exec .venv/bin/pytest -n logical --dist loadfile --quick tests/unit "${@:2}"
 fi
 if (($#)); then exec .venv/bin/pytest "$@"; fi
-# The report's test opens the report in a browser.
-if ! command -v chromium chromium-browser google-chrome > /dev/null; then
+# The report's test opens the report in a browser. The cluster's test makes a slow disk with FUSE.
+missing=()
+command -v chromium chromium-browser google-chrome > /dev/null || missing+=(chromium)
+[[ $(/sbin/ldconfig -p) == *libfuse3.so* ]] || missing+=(fuse3)
+if ((${#missing[@]})); then
     if [[ $EUID == 0 ]] && command -v apt-get > /dev/null; then
-        echo "run_tests: installing chromium" >&2
-        install() { DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium > /dev/null; }
-        install || { apt-get update -qq && install; }
+        echo "run_tests: installing ${missing[*]}" >&2
+        install() { DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@" > /dev/null; }
+        install "${missing[@]}" || { apt-get update -qq && install "${missing[@]}"; }
     else
-        echo "run_tests: the report's test needs a browser: install chromium (as root: apt-get install chromium)" >&2
+        echo "run_tests: the tests need ${missing[*]} (as root: apt-get install ${missing[*]})" >&2
         exit 1
     fi
 fi

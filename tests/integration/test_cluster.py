@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +15,11 @@ import pytest
 
 from tests.integration.conftest import TINY, leftovers, lines, newest
 from verl_aqn.bench import letters
+from verl_aqn.cluster import shared_disk
 
 pytestmark = pytest.mark.timeout(1800)
 ROOT = Path(__file__).parents[2]
+LATE_S = 4  # after this time a node's view of the slow disk has a file of the other node
 HEAD, WORKER = "10.77.31.1", "10.77.31.2"
 # The names are this process's own: a session that was killed leaves its namespaces behind. 15 characters at most.
 SPACES = {HEAD: f"aqn{os.getpid()}h", WORKER: f"aqn{os.getpid()}w"}
@@ -33,11 +36,13 @@ class Nodes:
     """The two namespaces, each with a home, a token and Ray's temporary folder, and the disk that they share."""
 
     def __init__(self, folder: Path, ray: Path):
-        self.folder, self.ray, self.private = folder, ray, folder / "private"
+        self.folder, self.ray, self.private, self.slow = folder, ray, folder / "private", folder / "slow"
+        self.disks: list[subprocess.Popen] = []
         self.private.mkdir()
+        self.slow.mkdir()
         for space in SPACES.values():
             ip("netns", "add", space)
-            (folder / space).mkdir()
+            (folder / space / "disk").mkdir(parents=True)
         ends = [f"{space}-0" for space in SPACES.values()]
         ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
         for (address, space), end in zip(SPACES.items(), ends, strict=True):
@@ -46,18 +51,43 @@ class Nodes:
             for name in ("lo", end):
                 ip("-n", space, "link", "set", name, "up")
 
-    def start(self, address: str, *command: str) -> subprocess.Popen:
+    def start(self, address: str, *command: str, wait_s: float | None = None) -> subprocess.Popen:
         """Start a process as on that machine: its network, its home folder, and verl-aqn on the PATH."""
         space = SPACES[address]
         env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         env |= {"HOME": str(self.folder / space), "VERL_AQN_CACHE": str(self.folder / "cache")}
         env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "WANDB_API_KEY": "planted-secret"}
         env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
+        env |= {shared_disk.LIMIT: str(wait_s)} if wait_s is not None else {}
         inside = ["ip", "netns", "exec", space, *command]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         # If a shell starts pytest in the background, pytest and its children ignore Ctrl-C.
         heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         return subprocess.Popen(inside, env=env, text=True, cwd=ROOT, preexec_fn=heed, **pipes)
+
+    def mount_slow_disk(self, **seconds: float) -> None:
+        """Give each node its own slow view of one folder, at `slow`. Processes that run already do not see it."""
+        (self.folder / "behind").mkdir()
+        for space in SPACES.values():
+            place = self.folder / space / "disk"
+            options = [f"--{name}={value}" for name, value in seconds.items()]
+            command = [
+                sys.executable,
+                "-m",
+                "tests.helpers.slow_disk",
+                str(self.folder / "behind"),
+                str(place),
+                *options,
+            ]
+            disk = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            self.disks.append(disk)
+            while not place.is_mount():
+                assert disk.poll() is None, disk.stdout.read()
+                time.sleep(0.05)
+
+    def at_slow_disk(self, address: str) -> str:
+        """Return the shell command that shows a node's processes its view of the slow disk."""
+        return f"mount --bind {self.folder / SPACES[address] / 'disk'} {self.slow}"
 
     def ray_start(self, address: str, *arguments: str) -> str:
         """Run `ray start` for a node.
@@ -65,7 +95,8 @@ class Nodes:
         For this node's processes, a separate disk is mounted over the folder `private` (`ip` also gives them their own
         mounts).
         """
-        script = f'mount -t tmpfs aqn {self.private} && exec bash scripts/ray_start.sh "$@"'
+        mounts = f"mount -t tmpfs aqn {self.private} && {self.at_slow_disk(address)}"
+        script = f'{mounts} && exec bash scripts/ray_start.sh "$@"'
         options = ["--profile", "cpu", "--temp-dir", str(self.ray / SPACES[address])]
         process = self.start(address, "bash", "-c", script, "ray_start", *arguments, *options)
         out = process.communicate(timeout=300)[0]
@@ -92,6 +123,9 @@ class Nodes:
                     process.send_signal(send)
                 psutil.wait_procs(processes, timeout=10)
             ip("netns", "delete", space)
+        for disk in self.disks:
+            disk.terminate()
+            disk.wait(timeout=20)
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +143,7 @@ def nodes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cluster(nodes):
+    nodes.mount_slow_disk(delay=0.005, late=LATE_S)
     out = nodes.ray_start(HEAD, "head", "--address", HEAD)
     assert f"ray_start.sh worker {HEAD}:6379" in out
     assert nodes.token(HEAD).stat().st_mode & 0o777 == 0o600
@@ -208,11 +243,31 @@ def test_no_secret_is_on_record(run, cluster):
 def test_a_run_folder_that_is_not_shared_is_refused_in_a_line(cluster, tiny_model):
     places = [f"actor_rollout_ref.model.path={tiny_model}", f"aqn.run.dir={cluster.private / 'runs'}"]
     submit = ["bash", "scripts/ray_submit.sh", "e12_aggressive_1ep", *TINY, *places, "trainer.nnodes=2"]
-    process = cluster.start(HEAD, *submit)
+    process = cluster.start(HEAD, *submit, wait_s=2)
     out = " ".join(process.communicate(timeout=400)[0].split())
     assert process.returncode == 1
     assert f"node {WORKER} has no {cluster.private}" in out
     assert "put aqn.run.dir, VERL_AQN_CACHE, model and data on a disk that all nodes share" in out
+    assert "if the disk is shared and only slow, set VERL_AQN_DISK_WAIT_S to more than 2" in out
+
+
+def test_files_that_a_shared_disk_shows_late_are_waited_for(cluster, tiny_model):
+    """Each node does with a slow disk what a run does with the disk that they share."""
+    token = f"export RAY_AUTH_MODE=token RAY_ADDRESS={HEAD}:6379"
+    script = f'{cluster.at_slow_disk(HEAD)} && {token} && exec "$@"'
+    command = [sys.executable, "-m", "tests.integration.late_disk", str(cluster.slow / "base"), str(tiny_model)]
+    process = cluster.start(HEAD, "bash", "-c", script, "late_disk", *command)
+    out = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, out
+    told = json.loads(out.splitlines()[-1])
+    assert told["address"] == WORKER
+    assert told["stacks"]  # its environment, which it has from the run folder
+    assert sorted(told["nodes"]) == [HEAD, WORKER]
+    assert told["seconds"] >= LATE_S  # the head's note
+    assert (told["before"], told["after"]) == (0, 1)
+    (warning,) = told["warnings"]
+    assert f"the disk of {cluster.slow}" in warning
+    assert f"has no locks between nodes (seen from {WORKER})" in warning
 
 
 def test_stacks_come_from_all_nodes_and_ctrl_c_asks_and_then_stops_the_job_on_them(cluster, tiny_model, tmp_path):

@@ -88,6 +88,10 @@ def start(config: DictConfig, records: RunFolder) -> None:
 
         join(config, records)
     run_ppo(config, task_runner_class=AqnTaskRunner)
+    if os.environ.get("RAY_ADDRESS"):
+        from verl_aqn.integrations.verl.cluster_nodes import settle
+
+        settle(records)
 
 
 def main(folder: Path) -> int:

@@ -42,8 +42,8 @@ def provenance(data_files: Sequence[str | Path], base: str | Path) -> dict[str, 
     """Return everything that a result can depend on in addition to its config.
 
     `python`, `machine` and the installed packages' versions; `commit` and `dirty` of the checkout that verl-aqn runs
-    from (None for an installed package); `device`, the processor or the accelerators; `base`, the `model_digest` of the
-    folder of the base model; `data`, the sha256 of each file.
+    from (None for an installed package outside an image); `device`, the processor or the accelerators; `base`, the
+    `model_digest` of the folder of the base model; `data`, the sha256 of each file.
     """
     return {
         "python": platform.python_version(),
@@ -69,10 +69,11 @@ def _names(files: Sequence[str | Path]) -> list[str]:
 def checkout(root: Path) -> dict[str, Any]:
     """Return `commit` and `dirty` of the git checkout `root`, or None for both.
 
-    `dirty`: there are uncommitted changes, including new files.
+    `dirty`: there are uncommitted changes, including new files. Without a checkout, as in a container image, the commit
+    is the one in VERL_AQN_COMMIT, which the image was built with.
     """
     if not (root / ".git").exists() or shutil.which("git") is None:
-        return {"commit": None, "dirty": None}
+        return {"commit": os.environ.get("VERL_AQN_COMMIT") or None, "dirty": None}
 
     def git(*arguments: str) -> str:
         result = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)

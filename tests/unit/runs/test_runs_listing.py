@@ -189,6 +189,13 @@ def test_accelerators_are_the_device(tmp_path, monkeypatch, tool, says, device_o
     assert device() == device_on_record
 
 
+def test_an_image_has_the_commit_that_it_was_built_from(tmp_path, monkeypatch):
+    monkeypatch.setenv("VERL_AQN_COMMIT", "1f2e")
+    assert checkout(tmp_path) == {"commit": "1f2e", "dirty": None}
+    monkeypatch.setenv("VERL_AQN_COMMIT", "")  # built without one
+    assert checkout(tmp_path) == {"commit": None, "dirty": None}
+
+
 def test_a_checkout_is_dirty_with_a_change_or_a_new_file(tmp_path):
     def git(*arguments: str) -> None:
         who = ["-c", "user.name=t", "-c", "user.email=t@t"]
