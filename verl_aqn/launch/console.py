@@ -261,7 +261,7 @@ def verdict(run: RunFolder, prepared: "Prepared") -> str:
     first, last = validations[0], validations[-1]
     target = parse_aqn(prepared.config).target
     comparable = target.accuracy is not None and is_targets_task(target, prepared, last["items"])
-    text = target_verdict(last["accuracy"], last["items"], target, comparable)
+    text = target_verdict(last, target, comparable)
     if first["step"] == last["step"]:
         return text
     change = compare_validations(run, first["step"], last["step"])
