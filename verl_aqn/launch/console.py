@@ -117,10 +117,12 @@ class Console:
                 self.say_accuracy()
 
     def report(self, report: Report) -> None:
-        """Print a comparison: its table, and one sentence for each pair of arms."""
+        """Print a comparison: its table, one sentence for each pair of arms, and one if code is not known."""
         print_wide(comparison_table(report))
         for contrast in report.arms:
             self.out.print(contrast.text, soft_wrap=True, markup=False)
+        if report.caution:
+            self.out.print(report.caution, soft_wrap=True, markup=False)
         sys.stdout.flush()
 
     def say_accuracy(self) -> None:

@@ -301,7 +301,9 @@ def test_a_start_with_the_same_inputs_is_not_measured_again(prepared, tmp_path, 
     other.aqn.noise.sigma_end = 1e-3
     assert start(4, config=other) == 3
     assert [start(n, {**clean, "dirty": True}, ours) for n in (5, 6)] == [4, 5], "code that is not committed"
-    assert [start(n) for n in (7, 8)] == [6, 7], "a user's own reward function may have changed"
+    unknown = ({"commit": None, "dirty": None}, {"commit": None, "dirty": False}, {"commit": "a", "dirty": None})
+    assert [start(f"unknown{n}", {**clean, **unknown[n // 2]}, ours) for n in range(6)] == list(range(6, 12))
+    assert [start(n) for n in (7, 8)] == [12, 13], "a user's own reward function may have changed"
     (file, *_) = (tmp_path / "cache" / "strength").iterdir()
     for damaged in ("", "[]", '[{"sigma": 1}, {}]'):
         for one in file.parent.iterdir():
