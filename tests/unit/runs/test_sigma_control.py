@@ -91,6 +91,13 @@ def test_a_repeated_step_with_its_own_metrics_is_compared_with_these(folder):
     assert any(fault.startswith("step 4: abs_dlogp_mean is ") for fault in faults)
 
 
+def test_a_repeated_step_counts_once(folder):
+    (run,) = read_runs([folder(killed_in_a_repeated_step(1.0, until="control")).path])
+    assert [record["step"] for record in run.of_kind["control"]] == [1, 2, 3, 4]
+    row = next(row for row in checks([run]).rows if row[0].text == ROW)
+    assert row[1].text.startswith("kl measured in 4 of 4 steps; σ moved in 3")
+
+
 def test_each_sigma_is_that_of_the_formula():
     """In plain numbers: σ · (target / measured)^0.25 with the target of the next step."""
     control = [record for record in records_of(RUN) if record["kind"] == "control"]
