@@ -165,7 +165,7 @@ def measure_noise(run: RunFolder, prepared: Prepared, console: Console, ahead: A
         return
     if any(record["kind"] == "strength" for record in run.read("evidence.jsonl")):
         return
-    file = stored_start(identity(prepared.config), run.block("versions.json") or versions_now(config), config)
+    file = stored_start(identity(prepared.config), versions_now(config), config)
     figures = read_start(file)
     if figures is None:
         from verl_aqn.preflight.probe import measure_start
