@@ -221,7 +221,7 @@ def eval_(
         view.add_row(name, f"{100 * score.accuracy:.1f}", f"{low:.1f} to {high:.1f}", str(result.items))
     print_wide(view)
     if result.failed:
-        print(f"{result.failed} of {result.items} responses failed and count as wrong")
+        print(f"{result.failed} of {result.items * result.samples} responses failed and count as wrong")
     if result.adapter_is:
         print(f"adapter: {result.adapter_is}")
     print(f"items: {result.file}")

@@ -118,10 +118,12 @@ class Console:
                 self.say_accuracy()
 
     def report(self, report: Report) -> None:
-        """Print a comparison: its table, and one sentence for each pair of arms."""
+        """Print a comparison: its table, one sentence for each pair of arms, and one if code is not known."""
         print_wide(comparison_table(report))
         for contrast in report.arms:
             self.out.print(contrast.text, soft_wrap=True, markup=False)
+        if report.caution:
+            self.out.print(report.caution, soft_wrap=True, markup=False)
         sys.stdout.flush()
 
     def say_accuracy(self) -> None:
@@ -262,7 +264,7 @@ def verdict(run: RunFolder, prepared: "Prepared") -> str:
     first, last = validations[0], validations[-1]
     target = parse_aqn(prepared.config).target
     comparable = target.accuracy is not None and is_targets_task(target, prepared, last["items"])
-    text = target_verdict(last["accuracy"], last["items"], target, comparable)
+    text = target_verdict(last, target, comparable)
     if first["step"] == last["step"]:
         return text
     change = compare_validations(run, first["step"], last["step"])

@@ -25,7 +25,7 @@ from verl_aqn.preflight.run_data import data_files, prepare_data
 from verl_aqn.preflight.strength_figures import Strength, read_start, store_start, stored_start
 from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.runs.judge.records import VERSION
-from verl_aqn.runs.provenance import model_digest, provenance
+from verl_aqn.runs.provenance import checkout_fault, model_digest, provenance, unknown_code
 from verl_aqn.runs.stats.arms import differences, flatten
 from verl_aqn.safe_files import own_folder
 from verl_aqn.terminal import progress_bar
@@ -165,7 +165,7 @@ def measure_noise(run: RunFolder, prepared: Prepared, console: Console, ahead: A
         return
     if any(record["kind"] == "strength" for record in run.read("evidence.jsonl")):
         return
-    file = stored_start(identity(prepared.config), run.block("versions.json") or versions_now(config), config)
+    file = stored_start(identity(prepared.config), versions_now(config), config)
     figures = read_start(file)
     if figures is None:
         from verl_aqn.preflight.probe import measure_start
@@ -204,7 +204,8 @@ def identity(config: DictConfig) -> dict:
 def launch(run: RunFolder, prepared: Prepared) -> list[str]:
     """Write the config that the training process reads, and the records of the request that do not exist yet.
 
-    Return warnings: each version in which this attempt differs from the start of the run.
+    Return warnings: each version in which this attempt differs from the start of the run, and what is not known of
+    the code.
     """
     config = prepared.config.copy()
     config.trainer.default_local_dir = str(run.path / "checkpoints")
@@ -221,13 +222,17 @@ def launch(run: RunFolder, prepared: Prepared) -> list[str]:
     quantization = Path(config.actor_rollout_ref.model.path) / "quantization.json"
     if quantization.is_file():  # absent with a bf16 base, or with one that another tool packed
         contents[quantization.name] = quantization.read_text()
+    began = run.block("versions.json")  # None in the first attempt
     for name, content in contents.items():
         if not (run.path / name).exists():  # a resumed run has them, unless it died before its launch
             run.write_text(name, content)
     run.replace_text("launch.yaml", text)  # the config of the newest attempt
     run.append("events.jsonl", {"kind": "attempt", **run.state, "versions": versions, "evidence": VERSION})
-    changed = differences(flatten(run.block("versions.json") or {}), flatten(versions))
-    return [
+    changed = differences(flatten(began or versions), flatten(versions))
+    unknown = [f"the commit of this run's code is not known: {fault}"] if (fault := checkout_fault()) else []
+    if began and not {"commit", "dirty"} & changed.keys() and (why := unknown_code(versions)):
+        unknown.append(f"the code may have changed since the run began, which cannot be checked: {why}")
+    return unknown + [
         f"{key} changed from {was} to {now} since the run began: `compare` will reject this run"
         for key, (was, now) in changed.items()
     ]

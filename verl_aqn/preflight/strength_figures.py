@@ -49,10 +49,12 @@ def stored_start(identity: Mapping[str, Any], versions: Mapping[str, Any], confi
     """Return the file for the figures of a run's start, or None if not everything that they depend on is known.
 
     They depend on the run's config (`identity`), on files, packages, commit and processor (`versions`), and on code of
-    the user: a reward function, a data set class, tools. Code that is not committed is not known either.
+    the user: a reward function, a data set class, tools. Code that is not committed is not known either, nor is that of
+    an installed package.
     """
     tools = any(config.data.get(key) for key in ("tool_config_path", "function_tool_path"))
-    if versions["dirty"] or tools or has_own_class(config) or not is_ours(config):
+    committed = versions["commit"] and versions["dirty"] is False
+    if not committed or tools or has_own_class(config) or not is_ours(config):
         return None
     inputs = json.dumps([identity, versions], sort_keys=True, default=str)
     return cache_dir() / "strength" / f"{hashlib.sha256(inputs.encode()).hexdigest()[:24]}.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,21 +118,16 @@ def judge_lines(expected: Expected, lines: Sequence[bytes]) -> Judgement:
         )
     )
     faults: dict[str, list[str]] = {"noise": [expected.fault]} if expected.fault and whole else {}
-    last: dict[tuple[str, int], dict[str, Any]] = {}
+    attempts: list[dict[int, dict[str, dict[str, Any]]]] = [{}]  # by attempt, step and kind
     for line in lines:
         record = json.loads(current_fields(line))
         judge.add(record)
+        if record.get("kind") == "placed":
+            attempts.append({})
         if record.get("kind") in ("mismatch", "use", "control") and isinstance(record.get("step"), int):
-            last[record["kind"], record["step"]] = record
-    for (kind, step), record in last.items() if whole else ():  # if a step was repeated, use the later record
-        for key, name in MEASURED.get((kind, record.get("source")), {}).items():
-            value, told = expected.metrics.get(step, {}).get(name), record.get(key)
-            # The controller must not have used a figure that the step does not have.
-            invented = kind == "control" and step in expected.metrics and value is None and told is not None
-            if invented or (isinstance(value, int | float) and not _close(told, value)):
-                faults.setdefault(kind, []).append(
-                    f"step {step}: {key} is {told} in {EVIDENCE} and {value} in metrics.jsonl ({name})"
-                )
+            attempts[-1].setdefault(record["step"], {})[record["kind"]] = record
+    for kind, fault in _unlike_metrics(expected, attempts) if whole else ():
+        faults.setdefault(kind, []).append(fault)
     for kind, tally in judge.tallies.items():
         faults.setdefault(kind, []).extend(tally.faults)
     absent: Counter[str] = Counter()
@@ -156,6 +151,35 @@ def judge_lines(expected: Expected, lines: Sequence[bytes]) -> Judgement:
     if CHAIN not in findings and links:
         findings[CHAIN] = Finding(CHAIN, links, len(lines), len(lines) - links, ())
     return Judgement(expected.version, findings)
+
+
+def _unlike_metrics(
+    expected: Expected, attempts: Sequence[dict[int, dict[str, dict[str, Any]]]]
+) -> Iterator[tuple[str, str]]:
+    """Yield the kind and the fault of each figure in the evidence that differs from the metrics of its step.
+
+    `attempts`: the records of each attempt by step and kind. If a step was repeated, its metrics are those of the last
+    attempt at it. A step writes its metrics at its end, so an attempt that was killed in its last step may have left
+    the metrics of an attempt before.
+    """
+    for step in sorted({step for attempt in attempts for step in attempt}):
+        tried = [attempt for attempt in attempts if step in attempt]
+        cut_off = step == max(tried[-1]) and not expected.done.finished
+        records: dict[str, dict[str, Any]] = {}  # the newest of each kind
+        found = [list(_unlike(expected, step, records := records | attempt[step])) for attempt in tried]
+        if not cut_off or all(found):
+            yield from found[-1]
+
+
+def _unlike(expected: Expected, step: int, records: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Yield the kind and the fault of each figure in an attempt's `records` of a step that differs from its metrics."""
+    for kind, record in records.items():
+        for key, name in MEASURED.get((kind, record.get("source")), {}).items():
+            value, told = expected.metrics.get(step, {}).get(name), record.get(key)
+            # The controller must not have used a figure that the step does not have.
+            invented = kind == "control" and step in expected.metrics and value is None and told is not None
+            if invented or (isinstance(value, int | float) and not _close(told, value)):
+                yield kind, f"step {step}: {key} is {told} in {EVIDENCE} and {value} in metrics.jsonl ({name})"
 
 
 def expected_of(run: RunFolder, lines: Sequence[bytes], finished: bool | None = None) -> Expected:

@@ -9,7 +9,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 from verl_aqn.checkpoints.checksums import FILE as CHECKSUMS
 from verl_aqn.checkpoints.checksums import MODEL_FILES, file_digest, unchanged_digest
+from verl_aqn.errors import EnvironmentFault
 
 _PACKAGES = (
     "verl-aqn", "verl", "vllm", "ray", "torch", "transformers", "peft", "tensordict", "TransferQueue", "numpy",
@@ -26,6 +27,8 @@ _DEVICE_NAMES = (
     (("npu-smi", "info", "-m"), r"\bAscend.*?(?=\s*$)"),  # the last column; a card's controller (Mcu) is not a device
     (("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"), r"^.+$"),
 )
+CHECKOUT = Path(__file__).resolve().parents[2]
+"""The folder of the code: a checkout, or the folder that the package is installed in."""
 _REPORTS = ("quantization.json", CHECKSUMS)  # our own reports about the folder
 
 
@@ -49,7 +52,7 @@ def provenance(data_files: Sequence[str | Path], base: str | Path) -> dict[str, 
         "python": platform.python_version(),
         "machine": platform.machine(),
         **installed(_PACKAGES),
-        **checkout(Path(__file__).resolve().parents[2]),
+        **checkout(CHECKOUT),
         "device": device(),
         "base": model_digest(Path(base)),
         "data": {name: file_digest(Path(file)) for name, file in zip(_names(data_files), data_files, strict=True)},
@@ -69,17 +72,49 @@ def _names(files: Sequence[str | Path]) -> list[str]:
 def checkout(root: Path) -> dict[str, Any]:
     """Return `commit` and `dirty` of the git checkout `root`, or None for both.
 
-    `dirty`: there are uncommitted changes, including new files. Without a checkout, as in a container image, the commit
-    is the one in VERL_AQN_COMMIT, which the image was built with.
+    `dirty`: there are uncommitted changes, including new files. Both are None if git is missing or refuses. Without a
+    checkout, as in a container image, the commit is the one in VERL_AQN_COMMIT, which the image was built with.
     """
-    if not (root / ".git").exists() or shutil.which("git") is None:
+    if not (root / ".git").exists():
         return {"commit": os.environ.get("VERL_AQN_COMMIT") or None, "dirty": None}
+    try:
+        return _read(root)
+    except EnvironmentFault:
+        return {"commit": None, "dirty": None}
 
-    def git(*arguments: str) -> str:
-        result = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
-        return result.stdout.strip()
 
-    return {"commit": git("rev-parse", "HEAD") or None, "dirty": bool(git("status", "--porcelain"))}
+def checkout_fault(root: Path = CHECKOUT) -> str:
+    """Return why git does not tell the commit of the checkout `root`, with the fix; "" if it does, or without one."""
+    try:
+        if (root / ".git").exists():
+            _read(root)
+    except EnvironmentFault as error:
+        return str(error)
+    return ""
+
+
+def unknown_code(versions: Mapping[str, Any]) -> str:
+    """Return why the code of a run is not known from its versions, or "" if the recorded commit is its code."""
+    if not versions.get("commit"):
+        return "no commit is on record"
+    return "it has changes that are not committed" if versions.get("dirty") else ""
+
+
+def _read(root: Path) -> dict[str, Any]:
+    changes = _git(root, "status", "--porcelain", "--untracked-files=normal")  # also if the user's config hides these
+    return {"commit": _git(root, "rev-parse", "HEAD"), "dirty": bool(changes)}
+
+
+def _git(root: Path, *arguments: str) -> str:
+    """Return what git prints about the checkout `root`. Raises EnvironmentFault if git is missing or refuses."""
+    if shutil.which("git") is None:
+        raise EnvironmentFault(f"{root} is a checkout, but git is not installed: install git")
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.splitlines() or [f"exit code {done.returncode}"])[0]
+        own = f": git config --global --add safe.directory {root}" if "safe.directory" in done.stderr else ""
+        raise EnvironmentFault(f"git refuses {root} ({reason}){own}")
+    return done.stdout.strip()
 
 
 def device() -> str:

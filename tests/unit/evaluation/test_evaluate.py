@@ -273,6 +273,14 @@ def test_of_several_answers_avg_and_pass_have_intervals_by_problem(run, monkeypa
     assert json.loads(CliRunner().invoke(app, ["eval", "x", "--samples", "4", "--json"]).stdout)["samples"] == 4
 
 
+def test_failed_responses_are_counted_among_all_responses(monkeypatch):
+    score = {"strict": Score(0.5, (0.2, 0.8))}
+    result = Evaluation("x", "x", "x", 0, "mxfp4", 32, score, None, "mine", samples=8, failed=40)
+    monkeypatch.setattr(evaluate, "evaluate", lambda *given: result)
+    shown = CliRunner().invoke(app, ["eval", "x"]).stdout
+    assert "40 of 256 responses failed and count as wrong" in shown
+
+
 def test_another_adapter_than_the_run_s_is_told(run):
     result = Evaluation("x", "x", "x", 10, "mxfp4", 1, {"strict": Score(1.0, (0.2, 1.0))}, None, "other")
     for sent in ({}, {"sent": None}, {"sent": ""}):  # a missing record passed without a word

@@ -301,7 +301,14 @@ def test_a_start_with_the_same_inputs_is_not_measured_again(prepared, tmp_path, 
     other.aqn.noise.sigma_end = 1e-3
     assert start(4, config=other) == 3
     assert [start(n, {**clean, "dirty": True}, ours) for n in (5, 6)] == [4, 5], "code that is not committed"
-    assert [start(n) for n in (7, 8)] == [6, 7], "a user's own reward function may have changed"
+    unknown = ({"commit": None, "dirty": None}, {"commit": None, "dirty": False}, {"commit": "a", "dirty": None})
+    assert [start(f"unknown{n}", {**clean, **unknown[n // 2]}, ours) for n in range(6)] == list(range(6, 12))
+    assert [start(n) for n in (7, 8)] == [12, 13], "a user's own reward function may have changed"
+    edited = open_run(tmp_path / "edited", {})
+    edited.write_text("versions.json", json.dumps({**clean, "base": "d"}))  # the first attempt crashed, then an edit
+    edited.close()
+    assert start("edited", {**clean, "base": "d", "dirty": True}, ours) == 14
+    assert start("later", {**clean, "base": "d"}, ours) == 15, "not the figures of the edited code"
     (file, *_) = (tmp_path / "cache" / "strength").iterdir()
     for damaged in ("", "[]", '[{"sigma": 1}, {}]'):
         for one in file.parent.iterdir():

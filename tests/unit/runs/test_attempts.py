@@ -28,9 +28,10 @@ def prepared(tmp_path) -> Prepared:
     return Prepared(config=config, steps=29, rows={}, source=model)
 
 
-def test_a_run_that_died_before_its_launch_gets_all_its_records_from_the_next_attempt(tmp_path, prepared):
+def test_a_run_that_died_before_its_launch_gets_all_its_records_from_the_next_attempt(tmp_path, prepared, monkeypatch):
     run = open_run(tmp_path / "base", {})
     run.write_text("schedule.json", "[]")
+    monkeypatch.setattr(train, "checkout_fault", lambda: "")
     run.close()
     run = open_run(tmp_path / "base", {})
     assert run.resumed
@@ -43,6 +44,9 @@ def test_a_run_that_died_before_its_launch_gets_all_its_records_from_the_next_at
 
 
 def test_a_run_that_goes_on_with_other_versions_says_so_and_is_like_no_other(tmp_path, prepared, monkeypatch):
+    committed = {"commit": "1f2e", "dirty": False}
+    monkeypatch.setattr(train, "provenance", lambda *what: provenance(*what) | committed)
+    monkeypatch.setattr(train, "checkout_fault", lambda: "")
     run = open_run(tmp_path / "base", {})
     launch(run, prepared)
     began = versions_of(run.path)
@@ -52,7 +56,7 @@ def test_a_run_that_goes_on_with_other_versions_says_so_and_is_like_no_other(tmp
     assert versions_of(run.path) == began
     run.close()
     (tmp_path / "rows.parquet").write_bytes(b"other rows")
-    monkeypatch.setattr(train, "provenance", lambda *what: provenance(*what) | {"torch": "3.0"})
+    monkeypatch.setattr(train, "provenance", lambda *what: provenance(*what) | committed | {"torch": "3.0"})
     run = open_run(tmp_path / "base", {})
     changed = launch(run, prepared)
     assert [text.split(" to ")[0] for text in changed] == [
@@ -64,6 +68,24 @@ def test_a_run_that_goes_on_with_other_versions_says_so_and_is_like_no_other(tmp
     assert mixed["commit"] == began["commit"]
     both = [settings_of({"versions": one}) for one in (began, mixed)]
     assert beyond([], both) == "versions.data.rows.parquet, versions.torch"
+    run.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ({"commit": None, "dirty": None}, "no commit is on record"),
+        ({"commit": "1f2e", "dirty": True}, "it has changes that are not committed"),
+    ],
+)
+def test_a_run_whose_code_is_not_known_says_so_when_it_goes_on(tmp_path, prepared, monkeypatch, code, why):
+    monkeypatch.setattr(train, "provenance", lambda *what: provenance(*what) | code)
+    monkeypatch.setattr(train, "checkout_fault", lambda: "git refuses it")
+    first = "the commit of this run's code is not known: git refuses it"
+    run = open_run(tmp_path / "base", {})
+    assert launch(run, prepared) == [first]
+    monkeypatch.setattr(train, "checkout_fault", lambda: "")
+    assert launch(run, prepared) == [f"the code may have changed since the run began, which cannot be checked: {why}"]
     run.close()
 
 

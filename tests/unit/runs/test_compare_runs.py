@@ -11,6 +11,7 @@ from tests.helpers.run_folders import validated_run
 from verl_aqn.cli.main import compare as command
 from verl_aqn.errors import ConfigError, DataError
 from verl_aqn.runs.stats.arms import arms, read_run
+from verl_aqn.runs.stats.compare import compare
 from verl_aqn.runs.stats.crossed import spread
 
 
@@ -68,6 +69,22 @@ def test_table_and_sentence(experiment, capsys):
     assert "Last validation, 200 items answered by all" in text
     assert "noisy0 against control0: not enough data." in text
     assert "What differs: aqn.noise.enabled False → True." in text
+
+
+def test_runs_whose_code_is_not_known_are_not_taken_for_the_same_without_a_word(experiment, capsys):
+    folders, *_ = experiment
+    pair = [folders["control0"], folders["noisy0"]]
+    known = {"commit": "1f2e", "dirty": False}
+    for code, count in ((known, 0), ({"commit": None, "dirty": None}, 2), (known | {"dirty": True}, 2)):
+        for folder in pair:
+            (folder / "versions.json").write_text(json.dumps(code))
+        command(pair, None, False, False)
+        text = capsys.readouterr().out
+        said = (
+            "It cannot be checked that these runs had the same code: 2 of 2 have no commit on record, or had changes "
+        )
+        assert (said in text) is bool(count)
+        assert compare(arms(pair)).to_dict()["unknown_code"] == count
 
 
 def test_more_than_the_factor_is_refused_unless_named(tmp_path):

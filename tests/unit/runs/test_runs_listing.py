@@ -15,7 +15,7 @@ from verl_aqn.cli.main import app, main
 from verl_aqn.errors import DataError
 from verl_aqn.runs import run_list as listing
 from verl_aqn.runs.folder import RunFolder, open_run
-from verl_aqn.runs.provenance import checkout, device, provenance
+from verl_aqn.runs.provenance import checkout, checkout_fault, device, provenance
 from verl_aqn.runs.run_list import describe, find_runs, sigmas, table
 
 CONFIG = {
@@ -211,6 +211,25 @@ def test_a_checkout_is_dirty_with_a_change_or_a_new_file(tmp_path):
     assert clean["dirty"] is False
     (tmp_path / "new").write_text("2")
     assert checkout(tmp_path) == clean | {"dirty": True}
+    git("config", "status.showUntrackedFiles", "no")
+    assert checkout(tmp_path) == clean | {"dirty": True}
+
+
+def test_a_checkout_that_git_does_not_read_is_not_clean(tmp_path, monkeypatch):
+    """The usual case in a container: the checkout is mounted and belongs to another user."""
+    subprocess.run(["git", "init", str(tmp_path)], check=True, capture_output=True)
+    unknown = {"commit": None, "dirty": None}
+    assert checkout(tmp_path) == unknown, "no commit yet"
+    monkeypatch.setenv("VERL_AQN_COMMIT", "1f2e")
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    assert checkout(tmp_path) == unknown
+    fault = checkout_fault(tmp_path)
+    assert fault.startswith(f"git refuses {tmp_path} (fatal: detected dubious ownership")
+    assert fault.endswith(f"): git config --global --add safe.directory {tmp_path}")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert checkout(tmp_path) == unknown, "the image's commit is not that of a checkout mounted into it"
+    assert checkout_fault(tmp_path) == f"{tmp_path} is a checkout, but git is not installed: install git"
+    assert checkout_fault(tmp_path / "installed") == ""
 
 
 def test_a_constant_sigma_has_no_end():

@@ -50,6 +50,54 @@ def with_sigma(record: dict, sigma: float) -> dict:
     return record
 
 
+def killed_in_a_repeated_step(more: float, until: str = "use") -> list[dict]:
+    """Records of a run that was killed after step 4 and again while it repeated step 4, with other figures."""
+    records = records_of(RUN)
+    first = [record for record in records if record.get("when") != "end"]
+    begin = [record for record in first if record["kind"] in START]
+    begin += [record for record in first if record["kind"] == "adapter" and record["step"] == 3]
+    at = next(n for n, record in enumerate(first) if record["kind"] == "noise" and record["step"] == 3)
+    again = copy.deepcopy(first[at:])
+    kinds = [record["kind"] for record in again]
+    again = again[: kinds.index(until) + 1]
+    for record in again:
+        if record["kind"] == "mismatch":
+            record["abs_dlogp_mean"] *= more
+        if record["kind"] == "use":
+            record["floor"] *= more
+    return [*first, *begin, *again]
+
+
+def test_a_run_that_was_killed_while_it_repeated_a_step_is_not_accused(folder):
+    """The metrics of the step are those of the attempt before, because a step writes its metrics at its end."""
+    assert judge_run(folder(killed_in_a_repeated_step(1.0)), finished=False).faults == []
+    run = folder(killed_in_a_repeated_step(1.001))
+    assert judge_run(run, finished=False).faults == []
+    later = {"kind": "placed", **{key: value for key, value in records_of(RUN)[0].items() if key != "kind"}}
+    third = [*killed_in_a_repeated_step(1.001), *(r for r in records_of(RUN) if r["kind"] in ("layout", "rollout"))]
+    third.insert(-2, later)
+    assert judge_run(folder(third), finished=False).faults == [], "killed a third time, before any step"
+    wrong = {4: {"aqn/mismatch/kernels/abs_dlogp_mean": 0.5}}
+    (fault,) = judge_run(folder(killed_in_a_repeated_step(1.001), wrong), finished=False).faults
+    assert fault.startswith("step 4: abs_dlogp_mean is "), "metrics of neither attempt"
+    (fault,) = judge_run(folder(records_of(RUN), wrong)).faults
+    assert fault.startswith("step 4: abs_dlogp_mean is ")
+
+
+def test_a_repeated_step_with_its_own_metrics_is_compared_with_these(folder):
+    ended = [record for record in records_of(RUN) if record.get("when") == "end"]
+    again = [*killed_in_a_repeated_step(1.001, until="control"), *ended]
+    faults = judge_run(folder(again), finished=True).faults
+    assert any(fault.startswith("step 4: abs_dlogp_mean is ") for fault in faults)
+
+
+def test_a_repeated_step_counts_once(folder):
+    (run,) = read_runs([folder(killed_in_a_repeated_step(1.0, until="control")).path])
+    assert [record["step"] for record in run.of_kind["control"]] == [1, 2, 3, 4]
+    row = next(row for row in checks([run]).rows if row[0].text == ROW)
+    assert row[1].text.startswith("kl measured in 4 of 4 steps; σ moved in 3")
+
+
 def test_each_sigma_is_that_of_the_formula():
     """In plain numbers: σ · (target / measured)^0.25 with the target of the next step."""
     control = [record for record in records_of(RUN) if record["kind"] == "control"]

@@ -9,7 +9,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from verl_aqn.config.schema import TargetConfig
 from verl_aqn.errors import DataError
-from verl_aqn.runs.stats.intervals import accuracy_text, ratio_interval, wilson
+from verl_aqn.runs.stats.intervals import accuracy_text, ratio_interval, validation_text, wilson
 from verl_aqn.runs.stats.verdict import compare_before_after, target_verdict
 
 counts = st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
@@ -139,11 +139,25 @@ def test_different_items_cannot_be_paired():
     ],
 )
 def test_verdict_on_gsm8k(successes, says):
-    text = target_verdict(successes / 1319, 1319, TargetConfig(0.7248), comparable=True)
+    text = target_verdict({"accuracy": successes / 1319, "items": 1319}, TargetConfig(0.7248), comparable=True)
     assert all(part in text for part in says), text
 
 
+def test_the_verdict_on_several_responses_has_the_figures_of_the_step_s_line():
+    """The share of right responses is no count of problems: 14.6 of 32 problems are not 15."""
+    record = {"accuracy": 117 / 256, "items": 32, "samples": 8, "pass_at": {"1": 117 / 256, "8": 0.75}}
+    line = "avg@8 45.7 % (32 problems × 8 responses; 95 % interval at most 29.8–62.5 %), pass@8 75.0 %"
+    assert validation_text(record) == line
+    assert target_verdict(record, TargetConfig(0.45), comparable=True) == (
+        f"{line}: the recipe's target (above 45.00 %) is met by avg@8, but the interval contains 45.00 %: this run "
+        "alone does not show a difference from it."
+    )
+    assert "(above 46.00 %) is not met by avg@8" in target_verdict(record, TargetConfig(0.46), comparable=True)
+    assert target_verdict(record, TargetConfig(0.2), comparable=True).endswith("and the interval excludes 20.00 %.")
+    assert target_verdict(record, TargetConfig(None), comparable=False) == f"{line}."
+
+
 def test_verdict_on_another_task_judges_nothing():
-    text = target_verdict(0.9, 200, TargetConfig(0.7248, "Qwen"), comparable=False)
+    text = target_verdict({"accuracy": 0.9, "items": 200}, TargetConfig(0.7248, "Qwen"), comparable=False)
     assert "not comparable" in text
     assert "is met" not in text

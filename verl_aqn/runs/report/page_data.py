@@ -13,6 +13,7 @@ from typing import Any
 from verl_aqn.errors import DataError
 from verl_aqn.runs.evidence import Judgement, judge_run
 from verl_aqn.runs.folder import RunFolder
+from verl_aqn.runs.judge.records import IDENTITY
 from verl_aqn.runs.report.charts import COLOURS
 from verl_aqn.runs.run_list import describe
 from verl_aqn.runs.stats.arms import find_each, flatten, records_of
@@ -46,11 +47,19 @@ class Run:
 
     @property
     def of_kind(self) -> dict[str, list[dict[str, Any]]]:
-        """Return the evidence by kind, in the order of the file."""
-        found: dict[str, list[dict[str, Any]]] = {}
-        for record in self.evidence:
-            found.setdefault(str(record.get("kind")), []).append(record)
-        return found
+        """Return the evidence by kind. If an attempt repeated a record (`IDENTITY`), the newest one takes its place."""
+        newest: dict[tuple, dict[str, Any]] = {}
+        for line, record in enumerate(self.evidence):
+            kind = str(record.get("kind"))
+            identity = [record.get(part) for part in IDENTITY.get(kind, ()) if part != "rank"]
+            if kind not in IDENTITY or None in identity:  # older records may lack a field
+                identity = ["line", line]
+            for rank in record.get("ranks") or [record.get("rank")]:
+                newest[kind, *identity, rank] = record
+        found: dict[str, dict[int, dict[str, Any]]] = {}
+        for (kind, *_), record in newest.items():
+            found.setdefault(kind, {})[id(record)] = record
+        return {kind: list(records.values()) for kind, records in found.items()}
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:

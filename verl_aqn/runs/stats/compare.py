@@ -10,6 +10,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
+from verl_aqn.runs.provenance import unknown_code
 from verl_aqn.runs.stats.arms import Arm, differences
 from verl_aqn.runs.stats.crossed import Spread, seeds_needed, spread
 from verl_aqn.runs.stats.intervals import score_interval
@@ -74,6 +75,7 @@ class Report:
 
     `control` is the first of all arms, `arms` are the requested contrasts. `metric`: what was compared, for example
     accuracy, avg@8 or pass@4. `looks`: how often the data may be looked at before they are complete, and at the end.
+    `unknown_code`: the number of runs whose code is not that of a recorded commit.
     """
 
     items: int
@@ -82,9 +84,21 @@ class Report:
     scores: tuple[Score, ...]
     arms: tuple[Contrast, ...]
     looks: int = 1
+    unknown_code: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def caution(self) -> str:
+        """Return a sentence about runs whose code is not known, or ""."""
+        if not self.unknown_code:
+            return ""
+        runs = sum(len(score.runs) for score in self.scores)
+        return (
+            f"It cannot be checked that these runs had the same code: {self.unknown_code} of {runs} have no commit on "
+            "record, or had changes that were not committed."
+        )
 
     @property
     def correction(self) -> str:
@@ -120,7 +134,12 @@ def compare(arms: Sequence[Arm], pairs: Sequence[tuple[Arm, Arm]] = (), looks: i
     scores = {arm.name: _score(arm) for arm in arms}
     contrasts = tuple(_contrast(arm, control, scores[arm.name], len(pairs), looks) for arm, control in pairs)
     first = arms[0]
-    return Report(first.scores.shape[1], first.metric, scores[first.name], tuple(scores.values()), contrasts, looks)
+    versions = [
+        {key: run.settings.get(f"versions.{key}") for key in ("commit", "dirty")} for arm in arms for run in arm.runs
+    ]
+    unknown = sum(bool(unknown_code(one)) for one in versions)
+    every = tuple(scores.values())
+    return Report(first.scores.shape[1], first.metric, scores[first.name], every, contrasts, looks, unknown)
 
 
 def decide(interval: tuple[float, float]) -> str:

@@ -61,15 +61,24 @@ def accuracy_text(successes: int, n: int) -> str:
 def validation_text(record: Mapping[str, Any]) -> str:
     """Return `accuracy_text` for a validation's record, or avg@k and pass@k if there are several responses per problem.
 
-    The interval of avg@k is the widest that the record allows: as if all responses to a problem were equal.
+    The interval is `validation_interval`.
     """
     share, items, samples = record["accuracy"], record["items"], samples_of(record)
     if samples == 1:
         return accuracy_text(round(share * items), items)
-    low, high = wilson(share * items, items)
+    low, high = validation_interval(record)
     text = f"avg@{samples} {100 * share:.1f} % ({items} problems × {samples} responses; 95 % interval at most "
     text += f"{100 * low:.1f}–{100 * high:.1f} %)"
     return ", ".join([text, *(f"{passed} %" for passed in [pass_text(record)] if passed)])
+
+
+def validation_interval(record: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the 95 % interval of the accuracy in a validation's record, as fractions of 1.
+
+    The interval of avg@k is the widest that the record allows: as if all responses to a problem were equal.
+    """
+    share, items = record["accuracy"], record["items"]
+    return wilson(round(share * items) if samples_of(record) == 1 else share * items, items)
 
 
 def samples_of(record: Mapping[str, Any]) -> int:

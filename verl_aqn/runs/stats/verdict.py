@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from verl_aqn.config.schema import TargetConfig
 from verl_aqn.errors import DataError
 from verl_aqn.runs.folder import RunFolder
-from verl_aqn.runs.stats.intervals import accuracy_text, wilson
+from verl_aqn.runs.stats.intervals import samples_of, validation_interval, validation_text
 from verl_aqn.runs.stats.paired import LEVEL, of_items
 from verl_aqn.runs.stats.scores import answers_in
 
 
-def target_verdict(accuracy: float, n: int, target: TargetConfig, comparable: bool) -> str:
-    """Say whether `accuracy`, a fraction of 1 over `n` items, is above the target. Without a target, say the accuracy.
+def target_verdict(record: Mapping[str, Any], target: TargetConfig, comparable: bool) -> str:
+    """Say whether the accuracy in a validation's record is above the target. Without a target, say the accuracy.
 
-    `comparable`: the run is of the target's model and problems; otherwise it is not judged. DataError for no items or
-    an accuracy outside [0, 1].
+    With several responses per problem the accuracy is avg@k. `comparable`: the run is of the target's model and
+    problems; otherwise it is not judged. DataError for no items or an accuracy outside [0, 1].
     """
-    successes = round(accuracy * n)
-    text, (low, high) = accuracy_text(successes, n), wilson(successes, n)
+    text, (low, high) = validation_text(record), validation_interval(record)
     if target.accuracy is None:
         return f"{text}."
     bar = f"{100 * target.accuracy:.2f} %"
     if not comparable:
         return f"{text}. The recipe's target of {bar} is for {target.task}: it is not comparable with this run."
-    verdict = f"{text}: the recipe's target (above {bar}) is {'met' if accuracy > target.accuracy else 'not met'}"
+    by = f" by avg@{samples}" if (samples := samples_of(record)) > 1 else ""
+    met = "met" if record["accuracy"] > target.accuracy else "not met"
+    verdict = f"{text}: the recipe's target (above {bar}) is {met}{by}"
     if low <= target.accuracy <= high:
         return f"{verdict}, but the interval contains {bar}: this run alone does not show a difference from it."
     return f"{verdict}, and the interval excludes {bar}."
