@@ -17,6 +17,7 @@ from verl_aqn.config.schema import AqnConfig, parse_aqn
 from verl_aqn.config.serving import form_of, served_rank
 from verl_aqn.errors import EnvironmentFault
 from verl_aqn.preflight.engine_settings import FP8_CACHES, cache_dtype
+from verl_aqn.preflight.settings import uses_critic
 from verl_aqn.preflight.shape import Shape
 
 PACKED = 0.5 + 1 / 32  # bytes per element in MXFP4: four bits, and a scale byte for 32 elements
@@ -111,7 +112,7 @@ def sizes(config: DictConfig) -> "Sizes":
         utilization=float(rollout.gpu_memory_utilization),
         eager=bool(rollout.enforce_eager),
         cache_width=1 if cache_dtype(config) in FP8_CACHES else BF16,
-        critic=config.algorithm.adv_estimator == "gae",
+        critic=uses_critic(config),
         agents=-(-int(rollout.agent.num_workers) // int(config.trainer.nnodes)),
         reward_workers=-(-int(config.reward.num_workers) // int(config.trainer.nnodes)),
         cpu=aqn.profile == "cpu",

@@ -51,6 +51,19 @@ def recipe(*overrides: str, profile: str = "cuda") -> Sizes:
     return sizes(load_recipe("grpo", [f"profile={profile}", *overrides]))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "critic"),
+    [
+        ([], False),
+        (["algorithm.adv_estimator=gae"], True),
+        (["critic.enable=true"], True),
+        (["algorithm.adv_estimator=gae", "critic.enable=false"], False),
+    ],
+)
+def test_a_critic_counts_if_verl_builds_it(overrides, critic):
+    assert recipe(*overrides).critic == critic
+
+
 def test_a_dense_model_s_numbers_are_those_of_its_paper(tmp_path):
     """Qwen2.5-1.5B has 1.54 B parameters, 1.31 B without the embedding, which is also the head."""
     shape = qwen(tmp_path)
