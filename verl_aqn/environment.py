@@ -25,7 +25,7 @@ from verl_aqn.errors import EnvironmentFault
 
 # Variables that mean nothing if empty. An empty CUDA_VISIBLE_DEVICES means no device, an empty VLLM_PLUGINS no plugin.
 _NOTHING_IF_EMPTY = re.compile(
-    r"HOME|TMPDIR|CXX|MPLCONFIGDIR|OMP_NUM_THREADS|(?!VLLM_PLUGINS$)"
+    r"HOME|TMPDIR|CXX|LD_PRELOAD|MPLCONFIGDIR|OMP_NUM_THREADS|(?!VLLM_PLUGINS$)"
     r"(XDG|RAY|HF|HUGGINGFACE|TRANSFORMERS|VERL|VLLM|TORCH\w*|TRITON|NCCL|HCCL|GLOO|"
     r"WANDB|MLFLOW|SWANLAB|TRACKIO|TENSORBOARD)_\w+"
 )
