@@ -46,6 +46,23 @@ def test_a_library_that_the_user_preloads_stays(monkeypatch):
     assert allocator() == {}
 
 
+@pytest.mark.parametrize("name", ["two words", "a:b", "$LIB"])
+def test_a_path_that_the_loader_would_read_as_another_is_not_preloaded(name, tmp_path, monkeypatch):
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    library = tmp_path / name / "ray/core/libjemalloc.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    found = SimpleNamespace(origin=str(library.parents[1] / "__init__.py"))
+    monkeypatch.setattr(process_environment.importlib.util, "find_spec", lambda name: found)
+    assert allocator() == {}
+
+
+def test_an_empty_preload_of_the_user_is_none(monkeypatch):
+    monkeypatch.setenv("LD_PRELOAD", "")
+    env = allocator() | process_environment.engine_environment("/tmp", cpu=True, ranks=1)
+    assert "libjemalloc" in env["LD_PRELOAD"]
+
+
 def test_larger_pages_than_jemalloc_knows(monkeypatch):
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     assert allocator()

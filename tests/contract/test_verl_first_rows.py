@@ -1,6 +1,7 @@
 """The first rows of a run's data, before Ray starts: accepted if verl can read them, otherwise rejected in one line."""
 
 import json
+import os
 import random
 import re
 import sys
@@ -427,6 +428,44 @@ def test_verl_is_asked_in_its_own_process_once(model, tmp_path, monkeypatch):
     lines(file, [row(key="chat")] * 6)
     with pytest.raises(AssertionError, match="asked again"):
         prepare_data(config)
+
+
+@pytest.mark.parametrize("of", ["model", "tokenizer_path"])
+def test_verl_is_asked_again_if_the_tokenizer_has_changed(of, model, template, tmp_path, monkeypatch):
+    """The changed file has the size and the time of the old one, as after `cp -p`."""
+    monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path / "cache"))
+    questions = []
+    monkeypatch.setattr(rows, "_ask", lambda config: questions.append(1) or {"rows": None, "warnings": []})
+    folder, file = template("{{ messages[0].content }}!"), lines(tmp_path / "a.jsonl", [row()] * 5)
+    path = f"actor_rollout_ref.model.tokenizer_path={folder}"
+    config = recipe(folder, file) if of == "model" else recipe(model, file, None, path)
+
+    def asked() -> int:
+        monkeypatch.setattr(rows, "_answers", {})  # as in another process
+        check_data(config)
+        return len(questions)
+
+    assert [asked(), asked()] == [1, 1]
+    changed = folder / "chat_template.jinja"
+    before = changed.stat()
+    changed.write_text("{{ messages[0].content }}?")
+    os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert changed.stat().st_size == before.st_size
+    assert asked() == 2
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/tool_use.jinja").write_text("")
+    assert asked() == 3
+
+
+def test_verl_is_asked_every_time_about_a_tokenizer_on_the_hub(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("VERL_AQN_CACHE", str(tmp_path / "cache"))
+    questions = []
+    monkeypatch.setattr(rows, "_ask", lambda config: questions.append(1) or {"rows": None, "warnings": []})
+    file = lines(tmp_path / "a.jsonl", [row()] * 5)
+    config = recipe(model, file, None, "actor_rollout_ref.model.tokenizer_path=someone/tokenizer")
+    for _ in range(2):
+        check_data(config)
+    assert len(questions) == 2
 
 
 def test_verl_is_not_asked_again_about_data_that_each_run_makes_anew(model, tmp_path, monkeypatch):

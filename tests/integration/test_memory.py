@@ -95,7 +95,7 @@ def test_a_rank_of_the_actor(layers, tmp_path, batch):
     config, shape = recipe(layers, ACTOR[batch])
     found = peaks("actor", config, tmp_path)
     sizes = memory.sizes(config)
-    check(memory.actor(shape, sizes, memory.CPU), found["update"])
+    check(memory.actor(shape, sizes, memory.cpu_costs()), found["update"])
     update = memory.micro_batch(sizes, sizes.mini_batch, sizes.update_tokens)
     assert memory.recomputes(shape, sizes, update) == (batch == "long responses" and shape.layers == LAYERS[-1])
 
@@ -103,4 +103,4 @@ def test_a_rank_of_the_actor(layers, tmp_path, batch):
 def test_a_rank_of_the_rollout(layers, tmp_path, batch):
     config, shape = recipe(layers, ROLLOUT[batch])
     found = peaks("rollout", config, tmp_path)
-    check(memory.rollout(shape, memory.sizes(config), memory.CPU, CACHE), found["answered"])
+    check(memory.rollout(shape, memory.sizes(config), memory.cpu_costs(), CACHE), found["answered"])

@@ -65,12 +65,15 @@ def allocator() -> dict[str, str]:
 
     Tensors of many sizes, some of which live until the backward pass, leave holes in glibc's heap that are not used
     again, and glibc returns blocks above 32 MB to the system, which then has to find and clear their pages once more.
-    Empty if Ray has no such file, if the user has preloaded a library, or if pages are larger than the 4 kB that
-    jemalloc was built for, because it would end the process (on some ARM machines).
+    Empty if Ray has no such file, if the user has preloaded a library, if the loader would read the file's path as
+    something else (it splits LD_PRELOAD at spaces and colons, and replaces names after "$"), or if pages are larger
+    than the 4 kB that jemalloc was built for, because it would end the process (on some ARM machines).
     """
     found = importlib.util.find_spec("ray")
     library = Path(found.origin).parent / "core/libjemalloc.so" if found and found.origin else None
-    if library is None or not library.is_file() or os.environ.get("LD_PRELOAD") or os.sysconf("SC_PAGE_SIZE") > PAGE:
+    if library is None or not library.is_file() or set(str(library)) & set(" :$"):
+        return {}
+    if os.environ.get("LD_PRELOAD") or os.sysconf("SC_PAGE_SIZE") > PAGE:
         return {}
     return {"LD_PRELOAD": str(library), "MALLOC_CONF": KEEPING}
 

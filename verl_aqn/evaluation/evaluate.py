@@ -140,7 +140,7 @@ def settings(
     # one.
     config.actor_rollout_ref.actor.checkpoint.load_contents = ["model"]
     config.aqn.noise.probe = False
-    config.algorithm.adv_estimator = "grpo"  # validation needs no critic
+    config.algorithm.adv_estimator, config.critic.enable = "grpo", None  # validation needs no critic
     model = config.actor_rollout_ref.model
     if adapter:
         from verl_aqn.preflight.adapter_folder import read_config

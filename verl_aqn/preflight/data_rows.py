@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 import verl_aqn
 from verl_aqn import errors
 from verl_aqn.cache import cache_dir
+from verl_aqn.checkpoints.checksums import known_digest
 from verl_aqn.preflight.asking import ask_module, keep, kept, version_of
 
 TIMEOUT_S = 1800  # a user's own class may read anything
@@ -25,7 +26,8 @@ _UNRELATED = (
     "train_batch_size", "gen_batch_size", "val_batch_size", "max_response_length", "dataloader_num_workers", "seed",
     "shuffle", "validation_shuffle", "filter_overlong_prompts_workers", "train_max_samples", "val_max_samples",
 )  # fmt: skip
-_FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # the files in a model's folder from which a tokenizer is read
+# The files in a folder from which a tokenizer, a processor and their chat templates are read.
+_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "additional_chat_templates/*.jinja")
 _CODE = (
     "integrations/verl/first_rows.py",
     "integrations/verl/rendering.py",
@@ -83,6 +85,7 @@ def with_model(config: DictConfig, folder: Path) -> DictConfig:
 
 
 def _key(config: DictConfig, folder: Path, files: Iterable[Path]) -> str:
+    """Return a digest of everything that the answer depends on, or "" if that is not known: verl is then asked."""
     data: Any = OmegaConf.to_container(config.data, resolve=True)
     model = config.actor_rollout_ref.model
     settings = [
@@ -96,12 +99,23 @@ def _key(config: DictConfig, folder: Path, files: Iterable[Path]) -> str:
         verl_aqn.__version__,
     ]
     tools = [Path(data[key]) for key in ("tool_config_path", "function_tool_path") if data.get(key)]
-    read = [*files, *sorted(file for pattern in _FILES for file in folder.glob(pattern)), *tools]
-    states = [(str(file), state.st_size, state.st_mtime_ns) for file in read for state in [file.stat()]]
+    folders = [folder, *([Path(str(model.tokenizer_path))] if model.get("tokenizer_path") else [])]
+    if not all(one.is_dir() for one in folders):
+        return ""  # a tokenizer on the hub, whose files are not known here
+    found = [file for one in folders for pattern in _FILES for file in sorted(one.glob(pattern))]
+    states = [(str(file), _content(file)) for file in [*files, *found, *tools]]
     digest = hashlib.sha256(json.dumps([settings, states], sort_keys=True, default=str).encode())
     for name in _CODE:
         digest.update((Path(verl_aqn.__file__).parent / name).read_bytes())
     return digest.hexdigest()[:24]
+
+
+def _content(file: Path) -> str:
+    """Return the digest of a file, or why it cannot be read: verl then says so if it needs the file."""
+    try:
+        return known_digest(file)
+    except OSError as error:
+        return str(error.strerror)
 
 
 def _is_good(answer: Any) -> bool:

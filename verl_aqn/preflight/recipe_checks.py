@@ -22,7 +22,7 @@ from verl_aqn.errors import ConfigError, DataError, EnvironmentFault, ModelError
 from verl_aqn.preflight.control_inputs import check_control
 from verl_aqn.preflight.device_plan import fit
 from verl_aqn.preflight.findings import Finding, gb
-from verl_aqn.preflight.memory_plan import CPU, DEVICE, actor, machine, rollout, sizes, whole_cache
+from verl_aqn.preflight.memory_plan import DEVICE, actor, cpu_costs, machine, rollout, sizes, whole_cache
 from verl_aqn.preflight.node import PACKAGES, Node, devices_here, free_disk
 from verl_aqn.preflight.prepare import find_model, positions_of, refuse_adapter_settings
 from verl_aqn.preflight.reward_function import check_reward, settle_reward
@@ -347,8 +347,8 @@ def memory_of(config: DictConfig, shape: Shape) -> dict[str, Any]:
     """Estimate the memory of actor and rollout, and on a CPU of the whole machine, in bytes."""
     given = sizes(config)
     if given.cpu:
-        parts = machine(config, shape, cpu_cache())
-        estimates = actor(shape, given, CPU), rollout(shape, given, CPU, cpu_cache())
+        parts, costs = machine(config, shape, cpu_cache()), cpu_costs()
+        estimates = actor(shape, given, costs), rollout(shape, given, costs, cpu_cache())
         whole = {"machine": {"bytes": sum(parts.values()), "parts": parts}}
     else:
         estimates = actor(shape, given, DEVICE), rollout(shape, given, DEVICE, whole_cache(shape, given))

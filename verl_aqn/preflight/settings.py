@@ -22,6 +22,7 @@ def check_settings(config: DictConfig, positions: int | None) -> Iterator[Findin
     """
     yield _context(config, positions)
     yield _batched_tokens(config)
+    yield from _critic(config)
     yield _micro_batches(config)
     yield _sampling(config)
     yield _shares(config)
@@ -33,6 +34,21 @@ def uses_critic(config: DictConfig) -> bool:
     """Return whether verl trains a critic (its `need_critic`)."""
     enabled = config.critic.enable
     return config.algorithm.adv_estimator == "gae" if enabled is None else bool(enabled)
+
+
+def _critic(config: DictConfig) -> Iterator[Finding]:
+    """Check that there is a critic exactly if its values are read: verl gives them to the estimator gae alone."""
+    estimator, enabled = config.algorithm.adv_estimator, str(config.critic.enable).lower()
+    reads, fix = estimator == "gae", ""
+    if uses_critic(config) and not reads:
+        fix = (
+            f"algorithm.adv_estimator={estimator} reads no values: set critic.enable=null, or "
+            "algorithm.adv_estimator=gae"
+        )
+    elif reads and not uses_critic(config):
+        fix = "algorithm.adv_estimator=gae reads a critic's values: set critic.enable=null, or choose another estimator"
+    if reads or fix:
+        yield Finding("critic", f"critic.enable={enabled}", fix)
 
 
 def _context(config: DictConfig, positions: int | None) -> Finding:

@@ -96,6 +96,23 @@ def test_a_critic_s_micro_batches_count_where_there_is_one():
     assert f"{size} does not divide the 48 responses of a rank" in fault("ppo", *fixed, size)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "words"),
+    [
+        ("e12", [f"{CRITIC}.enable=true"], "critic.enable=true: algorithm.adv_estimator=grpo reads no values"),
+        ("rloo", [f"{CRITIC}.enable=true"], "critic.enable=true: algorithm.adv_estimator=rloo reads no values"),
+        ("ppo", [f"{CRITIC}.enable=false"], "critic.enable=false: algorithm.adv_estimator=gae reads a critic's values"),
+        ("ppo", [f"{CRITIC}.enable=true"], ""),
+        ("ppo", [], ""),
+        ("e12", [f"{CRITIC}.enable=false"], ""),
+    ],
+)
+def test_there_is_a_critic_exactly_if_its_values_are_read(recipe, overrides, words):
+    said = fault(recipe, *overrides)
+    assert words in said if words else said == ""
+    assert "\n" not in said
+
+
 def test_limits_that_just_hold_are_no_fault():
     for override in (
         f"{OVERLONG}.len=24", f"{ROLLOUT}.max_model_len=152", f"{ROLLOUT}.max_num_batched_tokens=128",

@@ -17,6 +17,7 @@ from verl_aqn.evaluation import evaluate
 from verl_aqn.evaluation.evaluate import Evaluation, Score, check_adapter, find_target, read, settings
 from verl_aqn.launch.train import Prepared
 from verl_aqn.preflight.prepare import tell_workers
+from verl_aqn.preflight.settings import uses_critic
 from verl_aqn.runs.folder import open_run
 from verl_aqn.runs.stats.intervals import wilson
 
@@ -79,6 +80,14 @@ def test_a_run_is_validated_as_it_was_and_takes_no_step(run):
     # The noise stays in the config, so that evaluations of two arms differ in the same settings as the arms.
     assert (config.aqn.noise.sigma_end, config.aqn.noise.probe) == (5e-4, False)
     assert config.aqn.mxfp4.enabled
+
+
+@pytest.mark.parametrize("enable", [True, None])
+def test_a_validation_has_no_critic(run, enable):
+    config = OmegaConf.load(run.path / "config.yaml")
+    config.algorithm.adv_estimator, config.critic.enable = "gae", enable
+    run.replace_text("config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    assert not uses_critic(settings(find_target(run.path), [], None, None))
 
 
 @pytest.mark.parametrize("override", ["data.val_max_sample=7", "aqn.nois.enabled=false", "data"])

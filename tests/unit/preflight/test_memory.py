@@ -18,11 +18,12 @@ from verl_aqn.models.attention import NAME, laid_out
 from verl_aqn.models.shared_prompts import share_prompts
 from verl_aqn.preflight import memory_plan as memory
 from verl_aqn.preflight.device_plan import fewest, fit, plan
-from verl_aqn.preflight.memory_plan import CPU, DEVICE, MicroBatch, Sizes, micro_batch, sizes
+from verl_aqn.preflight.memory_plan import DEVICE, MicroBatch, Sizes, micro_batch, sizes
 from verl_aqn.preflight.shape import Shape
 from verl_aqn.preflight.sizing import shape_of
 from verl_aqn.tasks.smollm2 import tiny_model
 
+CPU = memory.cpu_costs()
 EXCLUDE = ("lm_head", "embed_tokens")
 QWEN_1_5B = {
     "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 1536, "intermediate_size": 8960,
@@ -49,6 +50,19 @@ def qwen(tmp_path: Path) -> Shape:
 
 def recipe(*overrides: str, profile: str = "cuda") -> Sizes:
     return sizes(load_recipe("grpo", [f"profile={profile}", *overrides]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "critic"),
+    [
+        ([], False),
+        (["algorithm.adv_estimator=gae"], True),
+        (["critic.enable=true"], True),
+        (["algorithm.adv_estimator=gae", "critic.enable=false"], False),
+    ],
+)
+def test_a_critic_counts_if_verl_builds_it(overrides, critic):
+    assert recipe(*overrides).critic == critic
 
 
 def test_a_dense_model_s_numbers_are_those_of_its_paper(tmp_path):
@@ -307,6 +321,20 @@ def test_the_machine_of_a_tiny_model_needs_less_and_ppo_more(tmp_path):
     assert critic > whole
 
 
-def test_costs_of_the_cpu_are_the_measured_ones():
-    assert CPU.actor > 0
-    assert CPU.host is memory.HOST
+def test_costs_of_the_cpu_are_the_measured_ones(monkeypatch):
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    costs = memory.cpu_costs()
+    assert costs.actor > 0
+    assert costs.host is memory.HOST
+    assert costs.heap == 0.25
+
+
+def test_without_jemalloc_the_plan_has_the_heap_of_another_allocator(tmp_path, monkeypatch):
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    config, shape = load_recipe("grpo", ["profile=cpu"]), qwen(tmp_path)
+    activations = memory.actor(shape, sizes(config), memory.cpu_costs()).phases["update"]["activations"]
+    with_jemalloc = memory.machine(config, shape, 1 << 30)["actor"]
+    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libtcmalloc.so")
+    assert memory.cpu_costs().heap == 1.3
+    more = memory.machine(config, shape, 1 << 30)["actor"] - with_jemalloc
+    assert more == pytest.approx(sizes(config).ranks * 1.05 * activations, rel=1e-6)

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from verl_aqn.config.schema import parse_aqn
 from verl_aqn.errors import StrengthError
 from verl_aqn.preflight.probe.measure import PROMPTS, Probe, Progress, Strength
+from verl_aqn.preflight.settings import uses_critic
 
 FACTORS = (1 / 27, 1 / 9, 1 / 3, 1.0, 3.0)  # default σ of a probe, as factors of σ_start
 FIT_TOKENS = 64  # tokens per response in the search for a KL
@@ -79,7 +80,7 @@ def measure_start(config: DictConfig, steps: int, progress: Progress | None = No
 
     Raises:
         StrengthError: none of `SURE_GROUPS` groups has reward variance with noise, but `CLEAR_GROUPS` have it without
-            noise. Not raised with a critic (GAE), which learns from rewards that differ between prompts.
+            noise. Not raised with a critic, which learns from rewards that differ between prompts.
         ConfigError, DataError, ModelError, EvidenceError: as `Probe`.
     """
     clean, noisy = _measured_start(config, steps, progress)
@@ -91,7 +92,7 @@ def _measured_start(config: DictConfig, steps: int, progress: Progress | None) -
     samples = int(config.actor_rollout_ref.rollout.n)
     probe = Probe(config, steps, START_GROUPS, samples, progress=progress)
     rows = survey(probe, [probe.order.sigma])
-    if config.algorithm.adv_estimator == "gae" or not _teaches(rows[0]) or _teaches(rows[1]):
+    if uses_critic(config) or not _teaches(rows[0]) or _teaches(rows[1]):
         return rows
     del probe  # keep only one model in memory
     probe = Probe(config, steps, SURE_GROUPS, samples, progress=progress)
