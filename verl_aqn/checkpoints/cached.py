@@ -37,12 +37,12 @@ def quantized_cache(
     """Return the packed folder of ``src`` under ``cache_dir``; make it if it does not exist yet.
 
     A source that is already MXFP4 in the layout of another tool keeps its codes; the arguments about rounding are then
-    ignored. With ``calibrate`` (texts as in `verl_aqn.checkpoints.calibrate.calibration_ids`) rounding is
-    error-compensated. With ``keep`` = (share, measure) the worst layers stay in 16 bits
-    (`verl_aqn.checkpoints.keeping.worst`); they are found in the folder without ``keep``, which is made first. The name
-    of the folder contains a SHA-256 over all inputs, so a changed source gets another folder. ``progress(done, total,
-    module or file)`` is called while the folder is made or checked. If several processes make the same folder, the
-    first one to finish publishes its result, and the others use that.
+    not used (`prepare_model` refuses settings that ask for another rounding). With ``calibrate`` (texts as in
+    `verl_aqn.checkpoints.calibrate.calibration_ids`) rounding is error-compensated. With ``keep`` = (share, measure)
+    the worst layers stay in 16 bits (`verl_aqn.checkpoints.keeping.worst`); they are found in the folder without
+    ``keep``, which is made first. The name of the folder contains a SHA-256 over all inputs, so a changed source gets
+    another folder. ``progress(done, total, module or file)`` is called while the folder is made or checked. If several
+    processes make the same folder, the first one to finish publishes its result, and the others use that.
 
     Raises:
         DataError: a calibration file cannot be read.

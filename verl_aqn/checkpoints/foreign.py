@@ -94,11 +94,7 @@ def import_checkpoint(
         raise ModelError(f"{src} is already MXFP4 in the format {kind}: there is nothing to convert")
     weights = Weights(src)
     codes, scales = _SUFFIXES[kind]
-    shapes = {
-        name.removesuffix(codes): _matrix_shape(kind, name, weights)
-        for name, spec in weights.specs.items()
-        if name.endswith(codes) and name.removesuffix(codes) + scales in weights.specs
-    }
+    shapes = {name: _matrix_shape(kind, name + codes, weights) for name in _packed(kind, weights)}
     if kind == "modelslim":
         _check_schemes(src)
     if not shapes:
@@ -131,6 +127,18 @@ def import_checkpoint(
             check_opens(folder, dst)
     total = [sum(spec.nbytes for spec in specs.values()) for specs in (weights.specs, layout)]
     return ImportReport(kind, len(shapes), *total)
+
+
+def packed_names(folder: Path) -> list[str]:
+    """Return the names of the modules and stacks of ``folder`` that are MXFP4, in a layout of `_SUFFIXES`."""
+    kind = foreign_layout(read_config(folder), folder)
+    return _packed(kind, Weights(folder)) if kind else []
+
+
+def _packed(kind: str, weights: Weights) -> list[str]:
+    codes, scales = _SUFFIXES[kind]
+    names = [name.removesuffix(codes) for name in weights.specs if name.endswith(codes)]
+    return [name for name in names if name + scales in weights.specs]
 
 
 def _matrix_shape(kind: str, name: str, weights: Weights) -> tuple[int, ...]:

@@ -63,10 +63,10 @@ def quantize(
     from verl_aqn.checkpoints.storage import read_config
 
     if kind := foreign_layout(read_config(src), src):
-        if exclude or plot or calibrate or keep_worst:
+        if exclude or plot or calibrate or keep_worst or scale_rule != "mse":
             raise ConfigError(
-                f"{src} is already MXFP4 ({kind}) and is not rounded again: remove --exclude, --plot, --calibrate and "
-                "--keep-worst"
+                f"{src} is already MXFP4 ({kind}) and is not rounded again: remove --exclude, --plot, --calibrate, "
+                "--keep-worst and --scale-rule"
             )
         with progress_bar("converting") as progress:
             imported = import_checkpoint(src, dst, format_, progress)

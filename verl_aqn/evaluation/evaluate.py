@@ -151,7 +151,12 @@ def settings(
         told = read_config(Path(model.lora_adapter_path))
         model.lora_rank, model.lora_alpha = told["r"], told["lora_alpha"]
     base = Path(str(model.path))
-    if (packed := _is_packed(base)) and precision == "bf16":
+    packed = _is_packed(base)
+    if packed and target.run:  # its base is already rounded by these settings
+        for key, value in (("calibrate", []), ("keep.worst", 0.0)):
+            if not any(override.startswith(f"aqn.mxfp4.{key.partition('.')[0]}") for override in overrides):
+                OmegaConf.update(config, f"aqn.mxfp4.{key}", value)
+    if packed and precision == "bf16":
         from verl_aqn.checkpoints.cached import check_made, dequantized_cache
 
         check_made(base)

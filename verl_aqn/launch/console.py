@@ -62,7 +62,8 @@ class Console:
         self.say(f"run      {run.path}")
         if run.note:
             self.say(f"resumed  {run.note}; --fresh starts a new run" if run.resumed else run.note)
-        base = f"MXFP4 ({aqn.mxfp4.scale_rule})" if aqn.mxfp4.enabled else "unquantised"
+        rounded = (run.block("quantization.json") or {}).get("scale_rule") or "rounded by another tool"
+        base = f"MXFP4 ({rounded})" if aqn.mxfp4.enabled else "unquantised"
         form = aqn.mxfp4.rollout_weight_format
         served = f" (in {form} in the rollout)" if aqn.mxfp4.enabled and form in ("bf16", "int8") else ""
         model = prepared.config.actor_rollout_ref.model

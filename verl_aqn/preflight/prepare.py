@@ -11,6 +11,7 @@ from verl_aqn.config.noise_settings import order_of, schedule_of
 from verl_aqn.config.schema import parse_aqn
 from verl_aqn.config.serving import check_activations, check_int8_device, fit_engine, int8_changes, prepare_serving
 from verl_aqn.errors import ConfigError, ModelError, first_line
+from verl_aqn.preflight.packed_source import settle_rounding
 from verl_aqn.preflight.placing import place_adapter
 from verl_aqn.preflight.settings import uses_critic
 from verl_aqn.preflight.text_part import use_text_alone
@@ -24,7 +25,7 @@ def prepare_model(config: DictConfig) -> Path:
     Raises:
         ModelError: the folder or hub name does not exist, there are no weights, a file cannot be read, or a packed
             folder has changed since this project made it.
-        DataError, ModelError: as in `take_adapter`.
+        DataError, ModelError: as in `take_adapter` and `settle_rounding`.
     """
     from verl_aqn.checkpoints.cached import check_made, quantized_cache
     from verl_aqn.checkpoints.foreign import foreign_layout
@@ -36,12 +37,11 @@ def prepare_model(config: DictConfig) -> Path:
     check_activations(parse_aqn(config))
     check_int8_device(config)
     source = find_model(config)
+    settle_rounding(config, source)
     take_adapter(config, source)  # before the base is quantised, which may take minutes
     check_new_adapter(config, source)
     mxfp4 = parse_aqn(config).mxfp4
     path = source
-    if mxfp4.enabled and mxfp4.keep.worst and foreign_layout(read_config(source), source):
-        raise ModelError(f"{source} is already MXFP4, so aqn.mxfp4.keep cannot choose layers: set keep.worst=0")
     if mxfp4.enabled and not is_packed(source):
         with progress_bar("packed base:") as progress:  # takes minutes with calibration
             path = quantized_cache(

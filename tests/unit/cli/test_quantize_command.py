@@ -87,5 +87,7 @@ def test_converts_what_is_mxfp4_already(quantize, source, tmp_path):
     _, out, _ = quantize(theirs, tmp_path / "again", "--json")
     report = json.loads(out)
     assert (report["imported"], report["modules"]) == ("quark", 14)
+    code, _, err = quantize(theirs, tmp_path / "more", "--scale-rule", "even")
+    assert (code, "remove --exclude, --plot, --calibrate, --keep-worst and --scale-rule" in err) == (2, True)
     code, _, err = quantize(theirs, tmp_path / "more", "--exclude", "o_proj")
     assert (code, "remove --exclude" in err) == (2, True)

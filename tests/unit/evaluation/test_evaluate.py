@@ -16,6 +16,7 @@ from verl_aqn.errors import ConfigError, DataError, EvidenceError, ModelError
 from verl_aqn.evaluation import evaluate
 from verl_aqn.evaluation.evaluate import Evaluation, Score, check_adapter, find_target, read, settings
 from verl_aqn.launch.train import Prepared
+from verl_aqn.preflight.packed_source import settle_rounding
 from verl_aqn.preflight.prepare import tell_workers
 from verl_aqn.preflight.settings import uses_critic
 from verl_aqn.runs.folder import open_run
@@ -80,6 +81,21 @@ def test_a_run_is_validated_as_it_was_and_takes_no_step(run):
     # The noise stays in the config, so that evaluations of two arms differ in the same settings as the arms.
     assert (config.aqn.noise.sigma_end, config.aqn.noise.probe) == (5e-4, False)
     assert config.aqn.mxfp4.enabled
+
+
+def test_a_run_s_base_is_not_rounded_again(run, model, tmp_path):
+    """A run records the settings of rounding beside the folder that they made."""
+    (tmp_path / "packed").mkdir()
+    packed = {"quantization_config": {"format": "mxfp4-pack-quantized"}}
+    (tmp_path / "packed/config.json").write_text(json.dumps(json.loads((model / "config.json").read_text()) | packed))
+    config = OmegaConf.load(run.path / "config.yaml")
+    config.actor_rollout_ref.model.path = str(tmp_path / "packed")
+    config.aqn.mxfp4.calibrate, config.aqn.mxfp4.keep.worst = ["embedded"], 0.2
+    run.replace_text("config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    target = find_target(run.path)
+    settle_rounding(settings(target, [], None, None), tmp_path / "packed")
+    with pytest.raises(ModelError, match=r"aqn\.mxfp4\.calibrate cannot round it again"):
+        settle_rounding(settings(target, ["aqn.mxfp4.calibrate=[embedded]"], None, None), tmp_path / "packed")
 
 
 @pytest.mark.parametrize("enable", [True, None])

@@ -11,7 +11,7 @@ from verl_aqn.config.schema import parse_aqn
 from verl_aqn.launch.console import Console, failed_text, is_targets_task, result_table, verdict
 from verl_aqn.launch.supervise import Outcome
 from verl_aqn.launch.train import Prepared
-from verl_aqn.runs.folder import RunFolder
+from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.runs.stats.intervals import share_text
 from verl_aqn.tasks.parquet import row, write_parquet
 
@@ -37,6 +37,17 @@ def test_the_table_has_a_column_a_rule_and_fits_80_columns(tmp_path):
         ["0", "41.7 [34.9, 48.7]", "–", "–", "192"],
         ["29", "84.4 [78.6, 88.8]", "87.5 [82.1, 91.5]", "50.0 [43.0, 57.0]", "192"],
     ]
+
+
+def test_the_base_is_named_by_the_rule_that_its_folder_records(tmp_path, capsys):
+    run = open_run(tmp_path / "base", {})
+    config = load_recipe("e12", ["profile=cpu"])
+    prepared = Prepared(config=config, steps=29, rows={"train": 1, "test": 1}, source=Path("model"))
+    Console().start(run, prepared)
+    assert "model, MXFP4 (rounded by another tool) base" in capsys.readouterr().err
+    run.write_text("quantization.json", '{"scale_rule": "even"}')
+    Console().start(run, prepared)
+    assert "model, MXFP4 (even) base" in capsys.readouterr().err
 
 
 def todo_of(tmp_path, target: dict, model: str, sources: list[str]) -> Prepared:
