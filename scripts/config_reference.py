@@ -67,7 +67,7 @@ MEANINGS = {
     "mxfp4.rollout_weight_format": "Form of the base in the rollout. `auto` chooses by the device, but never "
     "`int8`, which is for Ascend A2 and A3 and may round.",
     "mxfp4.cache_dequantized": "Keep a 16-bit copy of the weights in the actor: faster, five times the memory.",
-    "mxfp4.exclude": "Modules that stay in bf16.",
+    "mxfp4.exclude": "Modules that stay in bf16, with all that they contain.",
     "mxfp4.keep.worst": "Share of the weights that stay in bf16, too: of the layers that rounding hurts most. 0: none.",
     "mxfp4.keep.by": "How they are chosen: by the SQNR of their weights, or by their loss on calibration texts.",
     "mxfp4.calibrate": "Texts for error-compensated rounding (GPTQ): JSON lines files or `embedded`.",

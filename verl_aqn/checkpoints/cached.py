@@ -22,7 +22,7 @@ from verl_aqn.errors import DataError, ModelError
 from verl_aqn.mxfp4.int8_change import Change
 
 # Part of the cache key: increase it when the same source would give another packed folder.
-_FORMAT_VERSION = 3
+_FORMAT_VERSION = 4
 
 
 def quantized_cache(

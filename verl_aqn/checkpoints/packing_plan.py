@@ -94,7 +94,7 @@ def make_plan(src: Path, weights: Weights, exclude: tuple[str, ...]) -> Plan:
         kept = (
             router
             or module is model.get_output_embeddings()
-            or any(matches(n, p) for n in (name, out) for p in exclude)
+            or any(excludes(p, n) for n in (name, out) for p in exclude)
         )
         if name in experts:
             # vLLM looks for gate_proj, up_proj and down_proj, also if the checkpoint has other names.
@@ -105,7 +105,7 @@ def make_plan(src: Path, weights: Weights, exclude: tuple[str, ...]) -> Plan:
                 raise ModelError(f"{name} of {src}: {type(module).__name__} cannot be packed ({fault}): exclude it")
             pieces += _expert_pieces(name, module, experts[name], naming, sources, src)
         elif _has_stacks(module):
-            if not any(matches(name, p) or matches(f"{name}.", f"*.{p}.*") for p in exclude):
+            if not any(excludes(pattern, name) for pattern in exclude):
                 raise ModelError(
                     f"{name} of {src} ({type(module).__name__}) has matrices in a layout that cannot be packed: "
                     f"exclude {name.rpartition('.')[0]}"
@@ -162,6 +162,12 @@ def matches(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith("." + pattern) or fnmatchcase(name, pattern)
 
 
+def excludes(pattern: str, name: str) -> bool:
+    """Return whether ``pattern`` matches (`matches`) the module ``name`` or a module that contains it."""
+    parts = name.split(".")
+    return any(matches(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
+
+
 def _experts(name: str, module: nn.Module) -> Iterator[Expert]:
     for number in range(len(module.get_parameter("down_proj"))):
         for role in ROLES:
@@ -174,9 +180,9 @@ def _excluded(module: str, names: list[str], exclude: tuple[str, ...]) -> bool:
     Raises:
         ConfigError: ``exclude`` contains only some of them.
     """
-    if any(matches(module, pattern) for pattern in exclude):
+    if any(excludes(pattern, module) for pattern in exclude):
         return True
-    excluded = [any(matches(name, pattern) for pattern in exclude) for name in names]
+    excluded = [any(excludes(pattern, name) for pattern in exclude) for name in names]
     if any(excluded) and not all(excluded):
         raise ConfigError(
             f"exclude has some experts of {module} ({names[excluded.index(True)]}) but not all: in vLLM all experts of "

@@ -8,7 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from verl_aqn.checkpoints.building import build
 from verl_aqn.checkpoints.naming import Naming
-from verl_aqn.checkpoints.packing_plan import matches, routers
+from verl_aqn.checkpoints.packing_plan import excludes, routers
 from verl_aqn.checkpoints.storage import Weights, has_weights, read_config
 from verl_aqn.errors import ModelError
 from verl_aqn.models.layouts import has_bare_head
@@ -84,7 +84,7 @@ def _packed(model: PreTrainedModel, naming: Naming, exclude: tuple[str, ...]) ->
         names = [naming.in_checkpoint(name)]
         if is_fused(module):  # all experts are excluded together, by the name of each
             names.append(f"{names[0]}.0.down_proj")
-        kept = any(matches(each, pattern) for each in names for pattern in exclude)
+        kept = any(excludes(pattern, each) for each in names for pattern in exclude)
         if kept or name in gates or module is model.get_output_embeddings():
             continue
         if is_fused(module) and not why_not_packable(module):

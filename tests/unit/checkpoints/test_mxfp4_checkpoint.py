@@ -169,6 +169,17 @@ def test_exclude(source: Path, tmp_path: Path) -> None:
         quantize_checkpoint(source, tmp_path / "b", exclude=("o_porj",))
 
 
+@pytest.mark.parametrize(
+    ("parent", "inside"), [("self_attn", ".self_attn."), ("layers.0", ".layers.0."), ("model.layers.*.mlp", ".mlp.")]
+)
+def test_the_name_of_a_module_excludes_what_it_contains(parent: str, inside: str, source: Path, tmp_path: Path) -> None:
+    packed = {one.name for one in quantize_checkpoint(source, tmp_path / "all").modules}
+    report = quantize_checkpoint(source, tmp_path / "some", exclude=("lm_head", parent))
+    some = {one.name for one in report.modules}
+    assert some == {name for name in packed if inside not in name}
+    assert 0 < len(some) < len(packed)
+
+
 def test_a_quantizer_of_the_caller_s_own(source: Path, tmp_path: Path) -> None:
     def halved(module: str, weight: torch.Tensor) -> Mxfp4Tensor:
         seen.append((module, tuple(weight.shape)))

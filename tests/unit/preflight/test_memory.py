@@ -85,12 +85,13 @@ def test_a_mixture_of_experts_counts_all_experts_and_computes_with_those_of_a_to
     assert shape.adapted == 48 * ((2048 + 4096) + 2 * (2048 + 512) + (4096 + 2048))
 
 
+@pytest.mark.parametrize("kept", ["model.layers.1.mlp.down_proj", "layers.1.mlp"])
 @pytest.mark.parametrize("packed_already", [False, True])
-def test_the_base_is_as_large_as_the_files_that_quantize_writes(tmp_path, packed_already):
+def test_the_base_is_as_large_as_the_files_that_quantize_writes(tmp_path, packed_already, kept):
     source = tiny_model(tmp_path / "tiny", layers=3)
-    quantize_checkpoint(source, tmp_path / "packed", exclude=(*EXCLUDE, "model.layers.1.mlp.down_proj"))
+    quantize_checkpoint(source, tmp_path / "packed", exclude=(*EXCLUDE, kept))
     written = sum(spec.nbytes for spec in Weights(tmp_path / "packed").specs.values())
-    exclude = EXCLUDE if packed_already else (*EXCLUDE, "model.layers.1.mlp.down_proj")
+    exclude = EXCLUDE if packed_already else (*EXCLUDE, kept)
     shape = shape_of(tmp_path / "packed" if packed_already else source, exclude)
     assert memory.PACKED * shape.linears + memory.BF16 * shape.kept == written
 
