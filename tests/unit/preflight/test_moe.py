@@ -82,7 +82,7 @@ def test_packed_experts_are_served_in_bf16_on_a_cpu(root, name, profile, form):
 def test_the_memory_of_a_base_in_a_rollout_on_a_cpu(root, name, override, multiplies, linear, monkeypatch):
     monkeypatch.setattr(native, "can_multiply", lambda: multiplies)
     shape, given = shape_of(root / name, ("lm_head", "embed_tokens")), memory.sizes(recipe(root / name, override))
-    base = memory.rollout(shape, given, memory.CPU, 0).resident["base"]
+    base = memory.rollout(shape, given, memory.cpu_costs(), 0).resident["base"]
     assert base == pytest.approx(linear * shape.linears + memory.BF16 * shape.kept, abs=1)
 
 
