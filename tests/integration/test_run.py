@@ -178,10 +178,10 @@ def test_every_rank_says_how_much_memory_it_took_and_the_estimate_is_near(finish
     config = OmegaConf.load(finished / "config.yaml")
     exclude = tuple(config.aqn.mxfp4.exclude)
     shape, given = shape_of(Path(config.actor_rollout_ref.model.path), exclude), sizes(config)
-    (actor,), (rollout,) = record["actor"], record["rollout"]
-    expected = memory.actor(shape, given, memory.cpu_costs()).total + memory.RAY_WORKER
+    (actor,), (rollout,), costs = record["actor"], record["rollout"], memory.cpu_costs()
+    expected = memory.actor(shape, given, costs).total + memory.RAY_WORKER
     assert actor["resident"] == pytest.approx(expected, rel=0.25)
-    assert rollout["resident"] == pytest.approx(memory.rollout(shape, given, memory.cpu_costs(), 1 << 30).total, rel=0.25)
+    assert rollout["resident"] == pytest.approx(memory.rollout(shape, given, costs, 1 << 30).total, rel=0.25)
 
 
 def test_trainer_and_rollout_agree_where_there_is_no_noise(finished):
