@@ -1,5 +1,6 @@
 """Command-line options for the whole test suite, and the environment that each test finds."""
 
+import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,8 +29,16 @@ def pytest_ignore_collect(collection_path, config):
     return True if config.getoption("--quick") and collection_path.name in SLOW else None
 
 
+PR_SET_CHILD_SUBREAPER = 36
+
+
 @pytest.fixture(autouse=True)
-def environment_as_before() -> Iterator[None]:
-    """Undo what a test, or a package that works in it, does to the environment: torch's compiler sets a variable."""
+def process_as_before() -> Iterator[None]:
+    """Undo what a test, or a package that works in it, does to this process.
+
+    torch's compiler sets an environment variable. A benchmark makes the process the parent of its orphans
+    (`adopt_orphans`), after which no later test can start a process that is no descendant.
+    """
     with patch.dict(os.environ):
         yield
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
