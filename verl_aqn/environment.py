@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 from verl_aqn.cache import NO_HOME, cache_dir
 from verl_aqn.errors import EnvironmentFault
 
-SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD")
+SECRET = re.compile(r"TOKEN(?!IZER)|KEY|SECRET|PASSWORD")
 """Part of the name of a variable with a secret, which is neither recorded nor sent to other machines."""
 
 # Variables that mean nothing if empty. An empty CUDA_VISIBLE_DEVICES means no device, an empty VLLM_PLUGINS no plugin.

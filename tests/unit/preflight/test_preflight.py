@@ -82,6 +82,10 @@ def test_faults_of_a_recipe(overrides, what, words):
     assert words in faults(checks.check_recipe(config(*overrides)))[what]
 
 
+def test_a_variable_about_tokenizers_holds_no_secret():
+    assert not faults(checks.check_recipe(config(f"+{VARIABLES}.TOKENIZERS_PARALLELISM='false'")))
+
+
 def test_sampled_answers_to_a_problem_are_no_fault():
     several = (f"{VAL}.n=4", f"{VAL}.do_sample=true", f"{VAL}.temperature=0.7")
     assert not faults(checks.check_recipe(config(*several)))
