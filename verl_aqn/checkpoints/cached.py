@@ -19,7 +19,6 @@ from verl_aqn.checkpoints.loading import dequantize_checkpoint
 from verl_aqn.checkpoints.packing import EXCLUDE, checkpoint_digest, is_packed, quantize_checkpoint
 from verl_aqn.checkpoints.storage import Weights, companions, read_config, read_json
 from verl_aqn.errors import DataError, ModelError
-from verl_aqn.mxfp4.int8_change import Change
 
 # Part of the cache key: increase it when the same source would give another packed folder.
 _FORMAT_VERSION = 4
@@ -103,17 +102,17 @@ def modelslim_cache(
     return _made_of(Path(src), Path(cache_dir), format, partial(import_checkpoint, format=format), progress)
 
 
-def int8_cache(
-    src: str | Path, cache_dir: str | Path, progress: Callable[[int, int, str], None] | None = None
-) -> tuple[Path, dict[str, Change]]:
-    """Return packed folder ``src`` in int8 under ``cache_dir``, and what changes in each matrix; make it if needed.
+def int8_cache(src: str | Path, cache_dir: str | Path, progress: Callable[[int, int, str], None] | None = None) -> Path:
+    """Return packed folder ``src`` in int8 under ``cache_dir``; make it if it does not exist yet.
+
+    What changes in each matrix is in the folder (`verl_aqn.checkpoints.int8_base.read_changes`).
 
     Raises:
         ModelError: as `write_int8`, also if the cached folder changes more than is allowed now.
     """
     folder = _made_of(Path(src), Path(cache_dir), "int8", partial(write_int8, progress=progress), progress)
-    check_changes(changes := read_changes(folder), folder)
-    return folder, changes
+    check_changes(read_changes(folder), folder)
+    return folder
 
 
 def check_made(folder: Path, progress: Callable[[int, int, str], None] | None = None) -> None:

@@ -214,7 +214,7 @@ def prepare_serving(config: DictConfig, chip: Callable[[], str] = chip_name) -> 
         OmegaConf.update(actor_rollout, engine, ASCEND, force_add=True)
     elif form == "int8":
         with progress_bar("preparing the rollout's base:") as progress:
-            served, _ = int8_cache(path, cache_dir() / "int8", progress)
+            served = int8_cache(path, cache_dir() / "int8", progress)
         OmegaConf.update(actor_rollout, engine, ASCEND, force_add=True)
     elif form == "bf16":
         with progress_bar("preparing the rollout's base:") as progress:

@@ -166,7 +166,10 @@ def _unlike_metrics(
         tried = [attempt for attempt in attempts if step in attempt]
         cut_off = step == max(tried[-1]) and not expected.done.finished
         records: dict[str, dict[str, Any]] = {}  # the newest of each kind
-        found = [list(_unlike(expected, step, records := records | attempt[step])) for attempt in tried]
+        found = []  # the faults, as they were at the end of each attempt
+        for attempt in tried:
+            records |= attempt[step]
+            found.append(list(_unlike(expected, step, records)))
         if not cut_off or all(found):
             yield from found[-1]
 

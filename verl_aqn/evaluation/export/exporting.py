@@ -125,8 +125,8 @@ def _write_merged(
         EvidenceError: the written model is not what base and adapter give, or it equals the base.
     """
     rounding = None
+    say("merging")
     if packed:
-        say("merging")
         with merged_copy(folder, source.base, adapter) as dense:
             say(f"answering {CALIBRATION_PROMPTS} training prompts in the trainer's model, for the calibration")
             ids = _calibration_ids(source, adapter, tokenizer)
@@ -138,7 +138,6 @@ def _write_merged(
         report, tensors = check_merged_packed(folder, source.base, adapter, made.digest)
         _check_changed(report, "rounded to 4 bits")
     else:
-        say("merging")
         report = write_merged(folder, source.base, source.packed, adapter)
         _check_changed(report, "merged to bf16")
         say("reading the merged model back")

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class Run:
     no_quantization: str = ""
     answered: tuple[int, ...] = field(default=())  # steps with recorded responses, ascending
 
-    @property
+    @cached_property
     def of_kind(self) -> dict[str, list[dict[str, Any]]]:
         """Return the evidence by kind. If an attempt repeated a record (`IDENTITY`), the newest one takes its place."""
         newest: dict[tuple, dict[str, Any]] = {}
