@@ -63,6 +63,14 @@ def test_blocks_up_to_three_powers_of_two_below_the_largest_are_exact(lower, exa
     assert (change.error == 0) is exact
 
 
+def test_one_small_weight_that_is_lost_counts():
+    packed = torch.zeros(1, 32, dtype=torch.uint8)
+    packed[0, 0], packed[0, 16] = 7, 1  # 6 in the first block, and a half in the second
+    made, change = to_int8(packed, torch.tensor([[127, 123]], dtype=torch.uint8))
+    assert made.codes.count_nonzero() == 1
+    assert change == Change(blocks=2, changed=1, squares=1.0)
+
+
 def test_values_have_no_negative_zero_and_are_exact_in_bfloat16():
     packed, scale = blocks_of_all_codes(0, 1, 2, 3)
     made, _ = to_int8(packed, scale)
