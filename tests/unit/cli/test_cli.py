@@ -180,7 +180,7 @@ def test_too_little_memory(monkeypatch):
     from verl_aqn.runs import host
 
     monkeypatch.setattr(host, "memory", lambda: host.Memory(2 * 10**9, 10**9))
-    with pytest.raises(EnvironmentFault, match=r"GB of memory are free, the run of embedded needs 1\d\.\d GB"):
+    with pytest.raises(EnvironmentFault, match=r"GB of memory are free, the run of embedded needs \d\.\d GB"):
         checks.check_machine(load_recipe("e12", ["profile=cpu"]))
 
 

@@ -308,7 +308,7 @@ def test_the_machine_of_a_tiny_model_needs_less_and_ppo_more(tmp_path):
     needs = {}
     for name in ("e12_aggressive_1ep", "ppo"):
         needs[name] = sum(memory.machine(load_recipe(name, ["profile=cpu"]), tiny, 1 << 30).values())
-    assert needs["e12_aggressive_1ep"] < 11e9 < 14e9
+    assert needs["e12_aggressive_1ep"] < needs["ppo"] < 6e9
     config = load_recipe("e12_aggressive_1ep", ["profile=cpu"])
     embedded = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 576, "intermediate_size": 1536,
@@ -317,7 +317,9 @@ def test_the_machine_of_a_tiny_model_needs_less_and_ppo_more(tmp_path):
     }  # fmt: skip
     shape = shape_of(folder(tmp_path, embedded), EXCLUDE)
     whole = sum(memory.machine(config, shape, 1 << 30).values())
-    assert whole == pytest.approx(11.9e9, rel=0.15)  # docs/index.md: the most that was in use on the machine
+    assert whole == pytest.approx(7.5e9, rel=0.1)  # measured: the largest sum of the proportional set sizes in a run
+    separate = load_recipe("e12_aggressive_1ep", ["profile=cpu", "actor_rollout_ref.rollout.full_determinism=true"])
+    assert sum(memory.machine(separate, shape, 1 << 30).values()) == pytest.approx(11.2e9, rel=0.1)  # none is forked
     critic = sum(memory.machine(load_recipe("ppo", ["profile=cpu"]), shape, 1 << 30).values())
     assert critic > whole
 
@@ -326,7 +328,6 @@ def test_costs_of_the_cpu_are_the_measured_ones(monkeypatch):
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     costs = memory.cpu_costs()
     assert costs.actor > 0
-    assert costs.host is memory.HOST
     assert costs.heap == 0.25
 
 

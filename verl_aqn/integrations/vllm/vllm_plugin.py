@@ -66,7 +66,8 @@ def register() -> None:
         cpu_sampler.patch()
         cpu_norm.register()
 
-        # An engine waits in a busy loop for its worker's answer, and so takes a core from the worker's threads.
+        # An engine waits in a busy loop for its worker's answer, and so takes a core from the worker's threads. It must
+        # go on looking: the message that would wake it is lost where two follow closely, and costs 5 s then.
         shm_broadcast.sched_yield = lambda: time.sleep(POLL_S)
         register_linear_kernel(CpuMxfp4LinearKernel, PlatformEnum.CPU, "mxfp4")
         UnquantizedFusedMoEMethod.register_oot(CpuMoEMethod)
