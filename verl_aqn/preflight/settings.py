@@ -12,6 +12,8 @@ from verl_aqn.preflight.findings import Finding
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 PROMPT, RESPONSE = "data.max_prompt_length", "data.max_response_length"
+GROUPED = ("grpo", "grpo_vectorized", "gdpo", "gpg", "opo", "rloo", "rloo_vectorized")
+"""verl's estimators that subtract the mean reward of the responses to one prompt; `grpo_passk` raises for one."""
 
 
 def check_settings(config: DictConfig, positions: int | None) -> Iterator[Finding]:
@@ -130,13 +132,20 @@ def _micro_batch_fault(config: DictConfig, dynamic: bool, tokens_key: str, size_
 
 
 def _sampling(config: DictConfig) -> Finding:
-    temperature = config.actor_rollout_ref.rollout.temperature
+    """Check that responses to a prompt can differ, and that there are several if the estimator compares them."""
+    temperature, estimator = config.actor_rollout_ref.rollout.temperature, config.algorithm.adv_estimator
     key = f"{ROLLOUT}.temperature"
     fix = (
         ""
         if temperature > 0
         else f"set {key} above 0: otherwise all responses to a prompt are the same, and verl divides by the temperature"
     )
+    if config.actor_rollout_ref.rollout.n == 1 and estimator in GROUPED and not config.trainer.val_only:
+        # verl then takes the reward itself as the advantage, or with rloo_vectorized 0.
+        fix = fix or (
+            f"algorithm.adv_estimator={estimator} compares the responses to a prompt: set {ROLLOUT}.n to 2 or more, or "
+            "algorithm.adv_estimator=reinforce_plus_plus"
+        )
     return Finding("sampling", f"{key}={temperature:g}, {ROLLOUT}.n={config.actor_rollout_ref.rollout.n}", fix)
 
 

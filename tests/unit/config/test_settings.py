@@ -113,6 +113,15 @@ def test_there_is_a_critic_exactly_if_its_values_are_read(recipe, overrides, wor
     assert "\n" not in said
 
 
+def test_an_estimator_that_compares_responses_to_a_prompt_needs_several():
+    """With one, verl takes 0 for the mean of the group: every right response would be reinforced, and no wrong one."""
+    one = f"{ROLLOUT}.n=1"
+    assert f"algorithm.adv_estimator=grpo compares the responses to a prompt: set {ROLLOUT}.n" in fault("e12", one)
+    assert "algorithm.adv_estimator=rloo compares" in fault("rloo", one)
+    assert fault("reinforce_plus_plus", one) == fault("ppo", one) == fault("e12", f"{ROLLOUT}.n=2") == ""
+    assert fault("e12", one, "trainer.val_only=true") == ""
+
+
 def test_limits_that_just_hold_are_no_fault():
     for override in (
         f"{OVERLONG}.len=24", f"{ROLLOUT}.max_model_len=152", f"{ROLLOUT}.max_num_batched_tokens=128",
