@@ -29,6 +29,7 @@ def check_settings(config: DictConfig, positions: int | None) -> Iterator[Findin
     yield _sampling(config)
     yield _shares(config)
     yield _overlong(config)
+    yield _checkpoints(config)
     yield from check_engine(config)
 
 
@@ -180,3 +181,18 @@ def _overlong(config: DictConfig) -> Finding:
             f"reward.reward_kwargs.max_resp_len={limit} differs from {RESPONSE}={response}: set both to the same value"
         )
     return Finding("overlong penalty", f"{key}.len={length}, {RESPONSE}={response}", fix)
+
+
+def _checkpoints(config: DictConfig) -> Finding:
+    """Check that a run resumes with all that its checkpoints must hold: without a word, verl begins the rest anew."""
+    saves, fix = int(config.trainer.save_freq) > 0, ""
+    blocks = {ACTOR: config.actor_rollout_ref.actor, **({"critic": config.critic} if uses_critic(config) else {})}
+    for key, block in blocks.items():
+        for what in ("save_contents", "load_contents"):
+            left_out = [part for part in ("model", "optimizer", "extra") if part not in block.checkpoint[what]]
+            if saves and left_out and config.trainer.resume_mode != "disable":
+                fix = fix or (
+                    f"{key}.checkpoint.{what} lacks {', '.join(left_out)}, so a run that resumes would begin these "
+                    "anew: add them, or set trainer.save_freq=-1"
+                )
+    return Finding("checkpoints", f"every {config.trainer.save_freq} steps" if saves else "none", fix)

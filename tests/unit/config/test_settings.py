@@ -122,6 +122,25 @@ def test_an_estimator_that_compares_responses_to_a_prompt_needs_several():
     assert fault("e12", one, "trainer.val_only=true") == ""
 
 
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "words"),
+    [
+        ("e12", ["save_contents=[model]"], f"{ACTOR}.checkpoint.save_contents lacks optimizer, extra, so a run that"),
+        ("e12", ["save_contents=[hf_model,optimizer,extra]"], f"{ACTOR}.checkpoint.save_contents lacks model, so"),
+        ("e12", ["load_contents=[model]"], f"{ACTOR}.checkpoint.load_contents lacks optimizer, extra"),
+        ("e12", ["save_contents=[model,optimizer,extra,hf_model]"], ""),
+        ("e12", ["save_contents=[model]", "trainer.save_freq=-1"], ""),
+        ("e12", ["save_contents=[model]", "trainer.resume_mode=disable"], ""),
+        ("ppo", [f"{CRITIC}.checkpoint.save_contents=[model]"], "critic.checkpoint.save_contents lacks optimizer"),
+        ("e12", [f"{CRITIC}.checkpoint.save_contents=[model]"], ""),
+    ],
+)
+def test_a_checkpoint_has_all_that_a_run_resumes_with(recipe, overrides, words):
+    """verl loads what is there, so the learning rate of a resumed run would begin with its warm-up again."""
+    said = fault(recipe, *(one if "." in one else f"{ACTOR}.checkpoint.{one}" for one in overrides))
+    assert words in said if words else said == ""
+
+
 def test_limits_that_just_hold_are_no_fault():
     for override in (
         f"{OVERLONG}.len=24", f"{ROLLOUT}.max_model_len=152", f"{ROLLOUT}.max_num_batched_tokens=128",
