@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from omegaconf import OmegaConf
+from verl.trainer.ppo.core_algos import get_kl_controller
 
 from tests.helpers.full_disk import full_disk
 from verl_aqn.errors import DataError, EnvironmentFault
@@ -100,6 +101,18 @@ def test_prompts_that_were_put_back_are_saved_with_a_checkpoint_and_taken_up_aga
     trainer._load_checkpoint()
     assert (trainer.global_steps, trainer.loaded[-1]) == (3, 3)
     assert list(trainer.put_back) == [417, 5]
+
+
+def test_an_adaptive_kl_coefficient_is_saved_with_a_checkpoint_and_taken_up_again(trainer, tmp_path):
+    """verl's checkpoints lack it, so the penalty of a resumed run would start over."""
+    rule = OmegaConf.create({"type": "adaptive", "kl_coef": 0.001, "target_kl": 0.1, "horizon": 10_000})
+    saves(trainer).kl_ctrl_in_reward = get_kl_controller(rule)
+    trainer.kl_ctrl_in_reward.update(current_kl=0.2, n_steps=1000)
+    reached = trainer.kl_ctrl_in_reward.value
+    trainer.save()
+    trainer.kl_ctrl_in_reward = get_kl_controller(rule)
+    trainer._load_checkpoint()
+    assert trainer.kl_ctrl_in_reward.value == reached == pytest.approx(0.00102)
 
 
 def test_a_full_disk_is_told_as_one_and_the_checkpoint_before_stays(trainer, tmp_path):
