@@ -156,10 +156,12 @@ class AqnTrainer(ComparingTrainer):
     def group_and_mismatch_metrics(self, batch: Any, metrics: dict) -> dict[str, float]:
         """Return `aqn/groups…` and `aqn/mismatch/…` of a step; token_mismatch.py explains each figure."""
         keys = real_keys(batch)
-        fields = ["responses", "rm_scores", "response_mask", "rollout_log_probs", "old_log_probs", "entropy"]
+        fields = ["responses", "rm_scores", "loss_mask", "rollout_log_probs", "old_log_probs", "entropy"]
         data = fields_of(batch, fields)
         lengths = data["responses"].offsets().diff()
         data = data.to_padded_tensor()
+        # verl has taken the tokens that rollout_correction.rollout_rs rejects out of response_mask, for their mismatch.
+        data["response_mask"] = data.pop("loss_mask")
         rewards = data["rm_scores"].sum(dim=1).tolist()
         groups, flat = count_groups([key.rsplit("_", 2)[0] for key in keys], rewards)
         if groups and flat == groups and not self.use_critic:
