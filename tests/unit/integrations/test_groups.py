@@ -138,3 +138,11 @@ def test_tokens_that_verl_rejects_count_in_the_mismatch(monkeypatch):
     queued = {**logp, "response_mask": after.batch["response_mask"]}
     figures, _ = step_figures(monkeypatch, [1.0, 0.0, 1.0, 0.0], queued=queued, correction=rule)
     assert (figures["aqn/mismatch/tokens"], figures["aqn/mismatch/abs_dlogp_mean"]) == (8, 0.5)
+
+
+def test_a_step_in_bypass_mode_has_no_figures_of_the_mismatch(monkeypatch):
+    """The trainer's log-probs were computed for the checks of the first step, and then replaced by the rollout's."""
+    logp = log_probs()
+    queued = {**logp, "old_log_probs": logp["rollout_log_probs"]}
+    figures, _ = step_figures(monkeypatch, [1.0, 0.0, 1.0, 0.0], queued=queued, correction={"bypass_mode": True})
+    assert not any(name.startswith("aqn/mismatch") for name in figures)

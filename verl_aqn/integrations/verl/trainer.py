@@ -176,7 +176,8 @@ class AqnTrainer(ComparingTrainer):
         if self.config.actor_rollout_ref.rollout.multi_turn.enable:
             found["aqn/tool_tokens"] = (lengths.sum().item() - data["response_mask"].sum().item()) / len(keys)
         found["response_length/clip_ratio"] = cut_share(lengths, self.config.data.max_response_length)
-        if {"rollout_log_probs", "old_log_probs", "entropy"} <= set(data.keys()):  # bypass mode has only one of them
+        # In bypass mode old_log_probs are a copy of the rollout's, so the mismatch would be 0.
+        if not self.bypasses and {"rollout_log_probs", "old_log_probs", "entropy"} <= set(data.keys()):
             clip = clip_range(self.config.actor_rollout_ref.actor)
             # With top_p or top_k, log-probs that were scored only for the mismatch check are not comparable here.
             rescored = self.clean_logp if can_rescore(self.config.actor_rollout_ref.rollout) else {}
