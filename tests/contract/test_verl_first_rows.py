@@ -286,7 +286,9 @@ def test_prompts_that_are_too_long(model, tmp_path):
     told = answer(recipe(model, [whole, part], part))["warnings"]
     assert any("a.jsonl: no row is left" in text for text in told), "of two files one is enough"
     assert "fault" in answer(recipe(model, part, None, "data.train_max_samples=9", "data.shuffle=false"))
-    cut = answer(recipe(model, whole, None, "data.filter_overlong_prompts=false"))["warnings"][0]
+    unfiltered = "data.filter_overlong_prompts=false"
+    assert "leave such rows out, or data.truncation=left" in fault(recipe(model, whole, None, unfiltered))
+    cut = answer(recipe(model, whole, None, unfiltered, "data.truncation=left"))["warnings"][0]
     assert "the beginning of long prompts is cut" in cut
 
 

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from omegaconf import OmegaConf
+from verl.trainer.ppo.core_algos import get_kl_controller
 
 from tests.helpers.full_disk import full_disk
-from verl_aqn.errors import DataError, EnvironmentFault
+from verl_aqn.errors import ConfigError, DataError, EnvironmentFault
 from verl_aqn.runs.checkpoints import damage_of, publish
 from verl_aqn.runs.folder import RunFolder
 
@@ -102,6 +103,18 @@ def test_prompts_that_were_put_back_are_saved_with_a_checkpoint_and_taken_up_aga
     assert list(trainer.put_back) == [417, 5]
 
 
+def test_an_adaptive_kl_coefficient_is_saved_with_a_checkpoint_and_taken_up_again(trainer, tmp_path):
+    """verl's checkpoints lack it, so the penalty of a resumed run would start over."""
+    rule = OmegaConf.create({"type": "adaptive", "kl_coef": 0.001, "target_kl": 0.1, "horizon": 10_000})
+    saves(trainer).kl_ctrl_in_reward = get_kl_controller(rule)
+    trainer.kl_ctrl_in_reward.update(current_kl=0.2, n_steps=1000)
+    reached = trainer.kl_ctrl_in_reward.value
+    trainer.save()
+    trainer.kl_ctrl_in_reward = get_kl_controller(rule)
+    trainer._load_checkpoint()
+    assert trainer.kl_ctrl_in_reward.value == reached == pytest.approx(0.00102)
+
+
 def test_a_full_disk_is_told_as_one_and_the_checkpoint_before_stays(trainer, tmp_path):
     """torch says "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"."""
     saves(trainer).save()
@@ -125,6 +138,41 @@ def test_a_full_disk_is_told_by_the_actor_too(tmp_path, monkeypatch):
     monkeypatch.setattr(FSDPEngineWithLMHead, "save_checkpoint", save)
     with full_disk(), pytest.raises(EnvironmentFault, match=rf"{tmp_path} could not be written"):
         PackedBase.__new__(PackedBase).save_checkpoint(str(tmp_path))
+
+
+def optimizer_of(lr, weight_decay=0.1):
+    made = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], lr=lr, weight_decay=weight_decay)
+    return made, torch.optim.lr_scheduler.LambdaLR(made, lambda step: min(1.0, step / 4))
+
+
+@pytest.mark.parametrize(
+    ("recipes", "words"),
+    [((1e-5, 0.1), ""), ((1e-6, 0.1), "has lr 1e-05, but the recipe's has 1e-06"),
+     ((1e-5, 0.0), "has weight_decay 0.1, but the recipe's has 0.0")],
+)  # fmt: skip
+def test_a_checkpoint_does_not_replace_the_recipe_s_optimizer_without_a_word(tmp_path, monkeypatch, recipes, words):
+    """torch restores learning rate and weight decay with the state, and verl goes on with these."""
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+    from verl_aqn.integrations.verl.packed_base import PackedBase
+
+    saved, schedule = optimizer_of(1e-5)
+    schedule.step()
+    torch.save([saved.state_dict(), schedule.state_dict()], tmp_path / "optim.pt")
+    engine = PackedBase.__new__(PackedBase)
+    engine.optimizer, engine.lr_scheduler = optimizer_of(*recipes)
+
+    def load(self, local_path, *_, **__):
+        states = torch.load(f"{local_path}/optim.pt")
+        self.optimizer.load_state_dict(states[0])
+        self.lr_scheduler.load_state_dict(states[1])
+
+    monkeypatch.setattr(FSDPEngineWithLMHead, "load_checkpoint", load)
+    if words:
+        with pytest.raises(ConfigError, match=f"optimizer in {tmp_path} {words}: set the same"):
+            engine.load_checkpoint(str(tmp_path))
+    else:
+        engine.load_checkpoint(str(tmp_path))
 
 
 def test_a_checkpoint_of_an_older_version_put_nothing_back(trainer):

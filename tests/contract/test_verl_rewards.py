@@ -96,6 +96,12 @@ def test_what_is_no_reward_is_refused_as_it_is_returned(manager, name, body):
         score(manager(name, body)[1])
 
 
+@pytest.mark.parametrize("name", HERE)
+def test_a_function_may_return_a_column_with_the_name_error(manager, name):
+    found = score(manager(name, "{'score': 1.0, 'acc': 1, 'error': 'the unit is missing'}")[1])
+    assert (found["reward_score"], found["reward_extra_info"]["error"]) == (1.0, "the unit is missing")
+
+
 def test_the_penalty_for_long_responses_stays_verl_s(manager):
     long = "data.max_response_length=4", "reward.reward_kwargs.overlong_buffer_cfg.len=2"
     assert math.isclose(score(manager("dapo", "1.0", "compute_score", *long)[1])["reward_score"], 0.5)

@@ -9,7 +9,7 @@ from verl.trainer.ppo.utils import create_rl_dataset
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
 from verl_aqn.config.compose import load_recipe
-from verl_aqn.errors import ProcessFault, RewardError
+from verl_aqn.errors import DataError, ProcessFault, RewardError
 from verl_aqn.integrations.verl.failures import FILE, NotingFailures, answered, failure_text, refuse_failures
 from verl_aqn.integrations.verl.left_out_rows import Rows, ToldDataset, rows_of, told_rows
 from verl_aqn.runs.folder import RunFolder
@@ -94,8 +94,21 @@ def test_a_row_of_exactly_the_limit_is_kept_and_nothing_is_left_out_unasked(toke
     assert made(tokenizer, file, tmp_path, max_prompt_length=length - 1).rows == Rows(
         4, 4, 0, 4, 0, f"row 0: {length} tokens of at most {length - 1}"
     )
-    whole = made(tokenizer, write(tmp_path / "b.parquet"), tmp_path, filter_overlong_prompts=False)
+    unfiltered = {"filter_overlong_prompts": False, "truncation": "left"}
+    whole = made(tokenizer, write(tmp_path / "b.parquet"), tmp_path, **unfiltered)
     assert (len(whole), whole.rows) == (N, Rows(N, N, N))
+
+
+def test_a_prompt_that_is_too_long_is_an_error_where_it_is_neither_left_out_nor_cut_on_purpose(tokenizer, tmp_path):
+    """verl would cut off the beginning of it, whatever data.truncation says."""
+    asked = {"filter_overlong_prompts": False, "truncation": "error"}
+    file = write(tmp_path / "a.parquet", LONG, ())
+    with pytest.raises(DataError) as caught:
+        made(tokenizer, file, tmp_path, **asked)
+    assert str(caught.value).startswith(f"{file}: {N} rows, 3 too long (row 7: ")
+    assert "tokens of at most 512): set data.filter_overlong_prompts=true to leave such rows out" in str(caught.value)
+    short = made(tokenizer, write(tmp_path / "b.parquet", (), ()), tmp_path, **asked)
+    assert (len(short), short.rows, short.filter_overlong_prompts) == (N, Rows(N, N, N), False)
 
 
 def test_a_resumed_loader_reads_the_same_rows(tokenizer, tmp_path):

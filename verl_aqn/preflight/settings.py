@@ -12,6 +12,8 @@ from verl_aqn.preflight.findings import Finding
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 PROMPT, RESPONSE = "data.max_prompt_length", "data.max_response_length"
+GROUPED = ("grpo", "grpo_vectorized", "gdpo", "gpg", "opo", "rloo", "rloo_vectorized")
+"""verl's estimators that subtract the mean reward of the responses to one prompt; `grpo_passk` raises for one."""
 
 
 def check_settings(config: DictConfig, positions: int | None) -> Iterator[Finding]:
@@ -27,6 +29,7 @@ def check_settings(config: DictConfig, positions: int | None) -> Iterator[Findin
     yield _sampling(config)
     yield _shares(config)
     yield _overlong(config)
+    yield _checkpoints(config)
     yield from check_engine(config)
 
 
@@ -130,13 +133,20 @@ def _micro_batch_fault(config: DictConfig, dynamic: bool, tokens_key: str, size_
 
 
 def _sampling(config: DictConfig) -> Finding:
-    temperature = config.actor_rollout_ref.rollout.temperature
+    """Check that responses to a prompt can differ, and that there are several if the estimator compares them."""
+    temperature, estimator = config.actor_rollout_ref.rollout.temperature, config.algorithm.adv_estimator
     key = f"{ROLLOUT}.temperature"
     fix = (
         ""
         if temperature > 0
         else f"set {key} above 0: otherwise all responses to a prompt are the same, and verl divides by the temperature"
     )
+    if config.actor_rollout_ref.rollout.n == 1 and estimator in GROUPED and not config.trainer.val_only:
+        # verl then takes the reward itself as the advantage, or with rloo_vectorized 0.
+        fix = fix or (
+            f"algorithm.adv_estimator={estimator} compares the responses to a prompt: set {ROLLOUT}.n to 2 or more, or "
+            "algorithm.adv_estimator=reinforce_plus_plus"
+        )
     return Finding("sampling", f"{key}={temperature:g}, {ROLLOUT}.n={config.actor_rollout_ref.rollout.n}", fix)
 
 
@@ -171,3 +181,18 @@ def _overlong(config: DictConfig) -> Finding:
             f"reward.reward_kwargs.max_resp_len={limit} differs from {RESPONSE}={response}: set both to the same value"
         )
     return Finding("overlong penalty", f"{key}.len={length}, {RESPONSE}={response}", fix)
+
+
+def _checkpoints(config: DictConfig) -> Finding:
+    """Check that a run resumes with all that its checkpoints must hold: without a word, verl begins the rest anew."""
+    saves, fix = int(config.trainer.save_freq) > 0, ""
+    blocks = {ACTOR: config.actor_rollout_ref.actor, **({"critic": config.critic} if uses_critic(config) else {})}
+    for key, block in blocks.items():
+        for what in ("save_contents", "load_contents"):
+            left_out = [part for part in ("model", "optimizer", "extra") if part not in block.checkpoint[what]]
+            if saves and left_out and config.trainer.resume_mode != "disable":
+                fix = fix or (
+                    f"{key}.checkpoint.{what} lacks {', '.join(left_out)}, so a run that resumes would begin these "
+                    "anew: add them, or set trainer.save_freq=-1"
+                )
+    return Finding("checkpoints", f"every {config.trainer.save_freq} steps" if saves else "none", fix)

@@ -113,6 +113,34 @@ def test_there_is_a_critic_exactly_if_its_values_are_read(recipe, overrides, wor
     assert "\n" not in said
 
 
+def test_an_estimator_that_compares_responses_to_a_prompt_needs_several():
+    """With one, verl takes 0 for the mean of the group: every right response would be reinforced, and no wrong one."""
+    one = f"{ROLLOUT}.n=1"
+    assert f"algorithm.adv_estimator=grpo compares the responses to a prompt: set {ROLLOUT}.n" in fault("e12", one)
+    assert "algorithm.adv_estimator=rloo compares" in fault("rloo", one)
+    assert fault("reinforce_plus_plus", one) == fault("ppo", one) == fault("e12", f"{ROLLOUT}.n=2") == ""
+    assert fault("e12", one, "trainer.val_only=true") == ""
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "words"),
+    [
+        ("e12", ["save_contents=[model]"], f"{ACTOR}.checkpoint.save_contents lacks optimizer, extra, so a run that"),
+        ("e12", ["save_contents=[hf_model,optimizer,extra]"], f"{ACTOR}.checkpoint.save_contents lacks model, so"),
+        ("e12", ["load_contents=[model]"], f"{ACTOR}.checkpoint.load_contents lacks optimizer, extra"),
+        ("e12", ["save_contents=[model,optimizer,extra,hf_model]"], ""),
+        ("e12", ["save_contents=[model]", "trainer.save_freq=-1"], ""),
+        ("e12", ["save_contents=[model]", "trainer.resume_mode=disable"], ""),
+        ("ppo", [f"{CRITIC}.checkpoint.save_contents=[model]"], "critic.checkpoint.save_contents lacks optimizer"),
+        ("e12", [f"{CRITIC}.checkpoint.save_contents=[model]"], ""),
+    ],
+)
+def test_a_checkpoint_has_all_that_a_run_resumes_with(recipe, overrides, words):
+    """verl loads what is there, so the learning rate of a resumed run would begin with its warm-up again."""
+    said = fault(recipe, *(one if "." in one else f"{ACTOR}.checkpoint.{one}" for one in overrides))
+    assert words in said if words else said == ""
+
+
 def test_limits_that_just_hold_are_no_fault():
     for override in (
         f"{OVERLONG}.len=24", f"{ROLLOUT}.max_model_len=152", f"{ROLLOUT}.max_num_batched_tokens=128",

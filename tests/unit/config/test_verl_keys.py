@@ -88,6 +88,7 @@ def check(composed, overrides):
         (["reward_model.reward_manager=dapo"], "set reward.reward_manager.name"),
         (["custom_reward_function.path=x.py"], "set reward.custom_reward_function"),
         (["data.reward_fn_key=source"], "rename yours"),
+        (["data.truncation=right"], "can only cut off the beginning of a long prompt, set left"),
         ([f"{ACTOR}.ppo_micro_batch_size=4"], "verl does not read it, set ppo_micro_batch_size_per_gpu"),
         (["critic.ppo_micro_batch_size=4"], "not read if use_dynamic_bsz=true"),
         ([f"{ROLLOUT}.log_prob_micro_batch_size=4"], "set log_prob_micro_batch_size_per_gpu"),

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from omegaconf import OmegaConf
+from verl import DataProto
+from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_add_to_batch
 
 from verl_aqn.config.compose import load_recipe
 from verl_aqn.config.schema import parse_aqn
@@ -68,16 +70,29 @@ class Data(dict):
         return self
 
 
-def step_figures(monkeypatch, rewards: list[float], *, critic: bool = False) -> tuple[dict, list[str]]:
+def step_figures(
+    monkeypatch,
+    rewards: list[float],
+    *,
+    critic: bool = False,
+    queued: dict | None = None,
+    correction: dict | None = None,
+) -> tuple[dict, list[str]]:
     """Return the trainer's metrics and warnings for two prompts × two responses, after three discarded groups."""
     responses = torch.nested.nested_tensor([torch.ones(2)] * 4, layout=torch.jagged)
     scores = torch.tensor([[0.0, reward] for reward in rewards])
-    data = Data(responses=responses, rm_scores=scores, response_mask=torch.ones(4, 2))
-    monkeypatch.setattr("verl_aqn.integrations.verl.batches.transfer_queue.kv_batch_get", lambda **_: data)
+    there = Data(responses=responses, rm_scores=scores, loss_mask=torch.ones(4, 2), **(queued or {}))
+
+    def get(select_fields, **_):
+        return Data({name: there[name] for name in select_fields if name in there})
+
+    monkeypatch.setattr("verl_aqn.integrations.verl.batches.transfer_queue.kv_batch_get", get)
     trainer, warned = trainer_module.AqnTrainer.__new__(trainer_module.AqnTrainer), []
     trainer.use_critic, trainer.global_steps, trainer.noise_metrics = critic, 7, {"aqn/sigma": 0.05}
     trainer.replay_buffer = SimpleNamespace(thrown_away=Counter({0.0: 3}))
     trainer.warn, trainer.config, trainer.aqn = warned.append, config(), parse_aqn(config())
+    trainer.config.algorithm.rollout_correction = correction
+    trainer.clean_logp = {}
     keys, tags = ["a_0_0", "a_1_0", "b_0_0", "b_1_0", "pad_0_0"], [{}, {}, {}, {}, {"is_padding": True}]
     batch = SimpleNamespace(keys=keys, tags=tags, partition_id="train")
     surplus = {"training/filter_groups/discarded_surplus_samples": 1}
@@ -105,3 +120,29 @@ def test_the_advice_for_rewards_that_do_not_differ_names_the_key_that_decides_si
     assert remedy(0.1, 0.2, noise) == (
         "lower aqn.noise.control.value or sigma_max (0.1 rms), or use easier prompts (worked examples help)"
     )
+
+
+def log_probs() -> dict[str, torch.Tensor]:
+    """Return log-probs of a step, of which half of the tokens differ by 1 nat between rollout and trainer."""
+    rollout = torch.tensor([[-1.0, -2.0]] * 4)
+    return {"rollout_log_probs": rollout, "old_log_probs": rollout - torch.tensor([0.0, 1.0]), "entropy": rollout}
+
+
+def test_tokens_that_verl_rejects_count_in_the_mismatch(monkeypatch):
+    """verl rejects tokens because of their mismatch, so without them the figures would contradict the evidence."""
+    logp, kept = log_probs(), torch.ones(4, 2)
+    data = DataProto.from_dict(tensors={**logp, "response_mask": kept})
+    rule = {"rollout_is": None, "rollout_rs": "token_k1", "rollout_rs_threshold": 1.5, "bypass_mode": False}
+    after, _ = compute_rollout_correction_and_add_to_batch(data, OmegaConf.create(rule))
+    assert int(after.batch["response_mask"].sum()) == 4, "verl must have rejected half of the tokens"
+    queued = {**logp, "response_mask": after.batch["response_mask"]}
+    figures, _ = step_figures(monkeypatch, [1.0, 0.0, 1.0, 0.0], queued=queued, correction=rule)
+    assert (figures["aqn/mismatch/tokens"], figures["aqn/mismatch/abs_dlogp_mean"]) == (8, 0.5)
+
+
+def test_a_step_in_bypass_mode_has_no_figures_of_the_mismatch(monkeypatch):
+    """The trainer's log-probs were computed for the checks of the first step, and then replaced by the rollout's."""
+    logp = log_probs()
+    queued = {**logp, "old_log_probs": logp["rollout_log_probs"]}
+    figures, _ = step_figures(monkeypatch, [1.0, 0.0, 1.0, 0.0], queued=queued, correction={"bypass_mode": True})
+    assert not any(name.startswith("aqn/mismatch") for name in figures)

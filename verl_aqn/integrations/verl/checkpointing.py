@@ -5,15 +5,17 @@ import shutil
 import time
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
+from verl.trainer.ppo.core_algos import AdaptiveKLController
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from verl_aqn.errors import DataError
 from verl_aqn.runs.checkpoints import WRITING, damage_of, newest_whole, point_to, publish, saving, weights_only
 from verl_aqn.runs.folder import RunFolder
 
-PUT_BACK = "put_back.json"
+PUT_BACK, KL_COEF = "put_back.json", "kl_coef.json"
 
 
 class SavingTrainer(PPOTrainerSync):
@@ -28,6 +30,7 @@ class SavingTrainer(PPOTrainerSync):
     save_due = False
     put_back: deque[int] = deque()  # noqa: RUF012  replaced, and never added to
     """Rows of the data that were taken and must be taken again; the saved position of verl's loader is after them."""
+    kl_ctrl_in_reward: Any = None  # verl's, if the recipe has algorithm.use_kl_in_reward
 
     def _save_checkpoint(self):
         self.save_due = True
@@ -52,6 +55,8 @@ class SavingTrainer(PPOTrainerSync):
                 self.checkpoint_callback = callback
                 trainer.merge_with(was)
             (written / PUT_BACK).write_text(json.dumps(list(self.put_back)))
+            if isinstance(self.kl_ctrl_in_reward, AdaptiveKLController):
+                (written / KL_COEF).write_text(json.dumps(self.kl_ctrl_in_reward.value))
             size = publish(written, place, was.max_actor_ckpt_to_keep)
         shutil.rmtree(place / WRITING)
         seconds = time.monotonic() - began
@@ -79,3 +84,5 @@ class SavingTrainer(PPOTrainerSync):
             loaded = place / f"global_step_{step}" if step else Path(trainer.resume_from_path)
             if (file := loaded / PUT_BACK).exists():  # older checkpoints do not have this file
                 self.put_back = deque(json.loads(file.read_text()))
+            if isinstance(self.kl_ctrl_in_reward, AdaptiveKLController) and (file := loaded / KL_COEF).exists():
+                self.kl_ctrl_in_reward.value = json.loads(file.read_text())

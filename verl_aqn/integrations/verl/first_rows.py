@@ -15,7 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from verl.utils.dataset.rl_dataset import get_dataset_class
 
 from verl_aqn.errors import AqnError, ConfigError, DataError, first_line
-from verl_aqn.integrations.verl.left_out_rows import rows_of, told_rows
+from verl_aqn.integrations.verl.left_out_rows import UNFILTERED, rows_of, told_rows
 from verl_aqn.integrations.verl.rendering import NotRendered, Template, fault_of, remedy
 from verl_aqn.integrations.verl.verls_reward import check_verls_reward, judges
 from verl_aqn.preflight.run_data import KEYS, LIMITS, has_own_class, needs_truth
@@ -201,6 +201,8 @@ class FirstRows:
         why, do = f"row {first}: {(failed | long)[first]}", remedy(failed.values())
         if failed and stay > len(long):
             raise DataError(f"{where}: row {min(failed)} cannot be rendered ({failed[min(failed)]}): {do}")
+        if kept and stay > 0 and not self.own and self.data.get("truncation") == "error":
+            raise DataError(f"{where}: {why}: {UNFILTERED}")
         if kept and stay > 0:
             self.warnings.append(f"{where}: the beginning of long prompts is cut off ({why}): {do}")
         elif kept:

@@ -15,6 +15,12 @@ from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl_aqn.errors import DataError, first_line
 from verl_aqn.tasks.data_files import count_rows
 
+UNFILTERED = (
+    "set data.filter_overlong_prompts=true to leave such rows out, or data.truncation=left to cut off the beginning of "
+    "long prompts"
+)
+"""What to do about a row that `data.truncation=error` does not allow."""
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -93,19 +99,25 @@ class _OnePass:
 
 
 class ToldDataset(RLHFDataset):
-    """verl's data set, which also counts in `rows` what it left out."""
+    """verl's data set, which also counts in `rows` what it left out.
+
+    Raises:
+        DataError: without `data.filter_overlong_prompts`, a prompt is too long, and `data.truncation` is error. verl
+            itself does not use this setting, and would cut off the beginning of the prompt.
+    """
 
     rows: Rows
     max_prompt_length: int
 
     def maybe_filter_out_long_prompts(self, dataframe=None):
-        limit = int(self.max_prompt_length)
+        limit, filters = int(self.max_prompt_length), self.filter_overlong_prompts
         noting = _OnePass(dataframe, _Limit(limit))
         self.max_prompt_length = noting.limit
+        self.filter_overlong_prompts = filters or self.truncation == "error"
         try:
             kept = super().maybe_filter_out_long_prompts(noting)
         finally:
-            self.max_prompt_length = limit
+            self.max_prompt_length, self.filter_overlong_prompts = limit, filters
         kept = dataframe if kept is noting else kept
         sizes = [count_rows(file) for file in self.data_files]
         failed = [place for place, error in enumerate(noting.errors) if error]
@@ -119,7 +131,9 @@ class ToldDataset(RLHFDataset):
             f"{where(long[0])}: {noting.lengths[long[0]]:,} tokens of at most {limit:,}" if long else "",
             f"{where(failed[0])}: {noting.errors[failed[0]]}" if failed else "",
         )  # fmt: skip
-        return kept
+        if not filters and len(kept) < len(dataframe):
+            raise DataError(f"{', '.join(self.data_files)}: {self.rows.text.rpartition(', ')[0]}: {UNFILTERED}")
+        return kept if filters else dataframe
 
     def _where(self, place: int, sizes: Sequence[int], drawn: bool) -> str:
         """Name a row, counted from 0: within its file, or among the drawn rows if these were drawn at random."""

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -167,3 +168,28 @@ class PackedBase(FSDPEngineWithLMHead):
             peft = getattr(getattr(self.module, "_fsdp_wrapped_module", self.module), "peft_config", None)
             if peft and torch.distributed.get_rank() == 0:
                 peft["default"].save_pretrained(local_path)
+
+    def load_checkpoint(self, local_path: str, *arguments, **named) -> None:
+        """Load as verl does, but refuse an optimizer that has other settings than the recipe's.
+
+        torch restores the settings with the state, so the recipe's would have no effect. This concerns a run that
+        begins from another run's checkpoint (`trainer.resume_from_path`).
+
+        Raises:
+            ConfigError: the settings differ.
+        """
+        recipes = self._optimizer_settings()
+        super().load_checkpoint(local_path, *arguments, **named)
+        for key, value in self._optimizer_settings().items():
+            if value != recipes[key]:
+                raise ConfigError(
+                    f"the optimizer in {local_path} has {key} {value}, but the recipe's has {recipes[key]}: set the "
+                    "same in optim, or begin with the checkpoint's adapter alone "
+                    "(actor_rollout_ref.model.lora_adapter_path)"
+                )
+
+    def _optimizer_settings(self) -> dict[str, Any]:
+        """Return the settings of the optimizer that a checkpoint replaces; the learning rate without its schedule."""
+        (group, *_) = self.optimizer.param_groups if self.optimizer is not None else [{}]
+        found = {"lr": group.get("initial_lr"), "betas": group.get("betas"), "weight_decay": group.get("weight_decay")}
+        return {key: list(value) if isinstance(value, list | tuple) else value for key, value in found.items()}

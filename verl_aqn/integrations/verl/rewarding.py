@@ -47,8 +47,10 @@ def _telling(name: str) -> type:
 
         async def run_single(self, data: Any) -> dict[str, Any]:
             found = await super().run_single(data)
-            if "error" in found["reward_extra_info"] and name == "rate_limited":  # this manager would return 0 instead
-                raise RewardError(found["reward_extra_info"]["error"])
+            told = found["reward_extra_info"]
+            # This manager returns 0 instead of raising. A function's own dict may have an `error` too, but has a score.
+            if name == "rate_limited" and "error" in told and "score" not in told:
+                raise RewardError(told["error"])
             return found
 
     Telling.__name__ = f"Telling{verls.__name__}"

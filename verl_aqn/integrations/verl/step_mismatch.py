@@ -34,12 +34,17 @@ class ComparingTrainer(ProvingTrainer):
         self.use = UseOfNoise(evidence)
         self.compared = self.told_uncompared = self.told_unpredicted = False  # in this attempt
 
+    @property
+    def bypasses(self) -> bool:
+        """Return whether the rollout's log-probs are the `old_log_probs` of the update, instead of the trainer's."""
+        correction = self.config.algorithm.rollout_correction
+        return bool(correction and correction.get("bypass_mode"))
+
     def _compute_old_log_prob(self, batch, metrics):
         self.doing("log-probs")
         noisy = self.log_probs_with_noise(batch)
-        correction = self.config.algorithm.rollout_correction
-        if correction and correction.get("bypass_mode"):
-            if self.compared and noisy is None:
+        if self.bypasses:
+            if self.compared and noisy is None and not self.measures_actor():
                 self.uncompared("algorithm.rollout_correction.bypass_mode=true uses the rollout's log-probs")
             else:  # the trainer's log-probs are computed only for these checks
                 self.check_mismatch(self.trainer_log_probs(batch))
@@ -108,13 +113,12 @@ class ComparingTrainer(ProvingTrainer):
 
     def trainer_log_probs(self, batch: Any) -> Any:
         """Compute the trainer's own log-probs, also in bypass mode, and return the batch with them."""
+        if not self.bypasses:
+            return super()._compute_old_log_prob(batch, {})
         correction = self.config.algorithm.rollout_correction
-        bypass = correction and correction.get("bypass_mode")
-        if bypass:
-            correction.bypass_mode = False
+        correction.bypass_mode = False
         batch = super()._compute_old_log_prob(batch, {})
-        if bypass:
-            correction.bypass_mode = True
+        correction.bypass_mode = True
         return batch
 
     def log_probs_with_noise(self, batch: Any, again: bool = False) -> torch.Tensor | None:
@@ -147,6 +151,11 @@ class ComparingTrainer(ProvingTrainer):
             )
         return None
 
+    def measures_actor(self) -> bool:
+        """Return whether this is the first step in which the actor's own noise shows what the rollout's should do."""
+        sigma, done = self.noise_metrics["aqn/sigma"], self.use.by == TRAINER
+        return self.aqn.noise.in_actor and sigma > 0 and not done and self.use_can_be_seen()
+
     def use_can_be_seen(self) -> bool:
         """Return whether samples of this step were scored again and can be compared."""
         return bool(self.clean_logp) and can_rescore(self.config.actor_rollout_ref.rollout)
@@ -160,7 +169,7 @@ class ComparingTrainer(ProvingTrainer):
         trainer = ["old_log_probs"] if noisy_trainer is not None or noisy else []
         data = fields_of(batch, ["response_mask", "rollout_log_probs", *trainer]).to_padded_tensor()
         if noisy and sigma:
-            noisy_trainer = data["old_log_probs"]
+            noisy_trainer = data.get("old_log_probs", None)
         mismatch = self.mismatches[-1] if self.mismatches else 0.0
         told = (real_keys(batch), self.clean_logp, sigma, mismatch)
         found = self.use.measure(data, *told, noisy_trainer)

@@ -156,10 +156,12 @@ class AqnTrainer(ComparingTrainer):
     def group_and_mismatch_metrics(self, batch: Any, metrics: dict) -> dict[str, float]:
         """Return `aqn/groups…` and `aqn/mismatch/…` of a step; token_mismatch.py explains each figure."""
         keys = real_keys(batch)
-        fields = ["responses", "rm_scores", "response_mask", "rollout_log_probs", "old_log_probs", "entropy"]
+        fields = ["responses", "rm_scores", "loss_mask", "rollout_log_probs", "old_log_probs", "entropy"]
         data = fields_of(batch, fields)
         lengths = data["responses"].offsets().diff()
         data = data.to_padded_tensor()
+        # verl has taken the tokens that rollout_correction.rollout_rs rejects out of response_mask, for their mismatch.
+        data["response_mask"] = data.pop("loss_mask")
         rewards = data["rm_scores"].sum(dim=1).tolist()
         groups, flat = count_groups([key.rsplit("_", 2)[0] for key in keys], rewards)
         if groups and flat == groups and not self.use_critic:
@@ -174,7 +176,8 @@ class AqnTrainer(ComparingTrainer):
         if self.config.actor_rollout_ref.rollout.multi_turn.enable:
             found["aqn/tool_tokens"] = (lengths.sum().item() - data["response_mask"].sum().item()) / len(keys)
         found["response_length/clip_ratio"] = cut_share(lengths, self.config.data.max_response_length)
-        if {"rollout_log_probs", "old_log_probs", "entropy"} <= set(data.keys()):  # bypass mode has only one of them
+        # In bypass mode old_log_probs are a copy of the rollout's, so the mismatch would be 0.
+        if not self.bypasses and {"rollout_log_probs", "old_log_probs", "entropy"} <= set(data.keys()):
             clip = clip_range(self.config.actor_rollout_ref.actor)
             # With top_p or top_k, log-probs that were scored only for the mismatch check are not comparable here.
             rescored = self.clean_logp if can_rescore(self.config.actor_rollout_ref.rollout) else {}
