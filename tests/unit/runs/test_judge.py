@@ -1,5 +1,6 @@
 """The judge of records: any change to the records of a real run is reported as a fault."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -159,3 +160,7 @@ def test_a_resumed_run_may_take_steps_again(folder):
     again = next(n for n, one in enumerate(records) if (one["kind"], one.get("step")) == ("noise", 2))
     assert judge_run(folder(REAL[0], [*records[: again + 1], *start, *records[again:]])).faults == []
     assert judge_run(folder(REAL[0], [*records[: again + 1], *start[1:], *records[again:]])).faults
+    # Trainer and rollout may agree about an adapter that is not the one of the checkpoint.
+    fresh = json.loads(json.dumps(start).replace(start[-1]["sent"], "f" * 64))
+    (fault,) = judge_run(folder(REAL[0], [*records[: again + 1], *fresh, *records[again:]])).faults
+    assert fault.startswith("the run was resumed from step 2 with another adapter than it had after that step")
