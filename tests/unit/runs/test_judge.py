@@ -85,6 +85,27 @@ def test_the_row_of_what_is_wrong_says_so(kind, change, row, folder):
     assert cells[row].good is False
 
 
+@pytest.mark.parametrize(
+    ("changes", "row", "text"),
+    [
+        (
+            {"mismatch": {"source": None, "reason": "temperature 0.9"}, "use": {"floor": 0.0}},
+            "trainer and rollout without noise",
+            "not compared in 3 steps: temperature 0.9",
+        ),
+        (
+            {"use": {"predicted": 0.0, "predicted_by": "", "here": False}},
+            "noise in the rollout's forward pass",
+            "in none of 3 steps was the noise large enough to be detected in log-probs",
+        ),
+    ],
+)
+def test_records_that_show_nothing_are_no_check_that_passed(changes, row, text, folder):
+    run = folder(REAL[0], [one | changes.get(one["kind"], {}) for one in records_of(REAL[0])])
+    cells = {one[0].text: one[1] for one in checks(read_runs([run.path])).rows}
+    assert (cells[row].text, cells[row].good) == (text, None)
+
+
 def test_another_sigma_than_the_schedule_s_is_found_whatever_the_order_says(folder):
     records = records_of(REAL[0])
     for record in records:
