@@ -198,7 +198,8 @@ def comparison(runs: Sequence[Run], factors: list[str], any_difference: bool) ->
         report = compare(arms([run.folder.path for run in runs], factors, any_difference))
     except AqnError as error:
         return {"reason": str(error)}
-    return {"reason": "", "table": _arms(report), "sentences": [arm.text for arm in report.arms]}
+    sentences = [arm.text for arm in report.arms] + ([report.caution] if report.caution else [])
+    return {"reason": "", "table": _arms(report), "sentences": sentences}
 
 
 def _arms(report: Report) -> Table:
