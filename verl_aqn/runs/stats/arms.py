@@ -229,7 +229,7 @@ def beyond(factors: Sequence[str], settings: Sequence[dict[str, Any]]) -> str:
 
 
 def _under(key: str, factor: str) -> bool:
-    key = next((source for copy, source in _COPIES.items() if key.endswith(copy)), key)
+    key = next((source for copy, source in _COPIES.items() if key.endswith(copy)), key.removeprefix("versions.code."))
     return key == factor or key.startswith(f"{factor}.")
 
 
