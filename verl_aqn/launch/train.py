@@ -129,9 +129,11 @@ def execute(prepared: Prepared, base: Path, console: Console, ahead: Ahead | Non
     try:
         outcome = attempt(run, console, ahead)
         for restart in range(settings.restarts if outcome.again else 0):
-            console.warn(f"{outcome.message}: restart {restart + 1} of {settings.restarts}, from the last checkpoint")
+            console.warn(f"{outcome.message}: restart {restart + 1} of {settings.restarts}")
             run = open_run(base, identity(prepared.config))
+            console.say(run.note)
             warn(run, launch(run, prepared), console)
+            measure_noise(run, prepared, console)  # of a new run, which follows one that its evidence stopped
             outcome = attempt(run, console)
             if not outcome.again:
                 break
