@@ -227,9 +227,9 @@ def read(run: RunFolder, target: str, precision: str) -> Evaluation:
     }
     passed = {}
     if samples > 1:
-        answers = answers_in(lines, samples=samples)
+        answers = answers_in(lines, record=validation)
         for k in ks(samples):
-            each = list(answers.scores(f"pass@{k}").values())
+            each = answers.values(f"pass@{k}")
             passed[str(k)] = Score(sum(each) / len(each), score_interval(each, samples))
     evidence = {record["kind"]: record for record in run.read("evidence.jsonl")}
     return Evaluation(
@@ -242,10 +242,10 @@ def read(run: RunFolder, target: str, precision: str) -> Evaluation:
 def _interval(lines: list[dict[str, Any]], key: str, validation: dict[str, Any]) -> tuple[float, float]:
     """Return the interval by problem, or the widest possible interval if the lines do not identify the problems."""
     try:
-        answers = answers_in(lines, "acc" if key == "accuracy" else key, validation.get("samples"))
+        answers = answers_in(lines, "acc" if key == "accuracy" else key, validation)
     except DataError:
         return wilson(validation[key] * validation["items"], validation["items"])
-    return score_interval(list(answers.scores().values()), answers.samples)
+    return score_interval(answers.values(), answers.samples)
 
 
 def check_adapter(run: RunFolder, result: Evaluation) -> str:

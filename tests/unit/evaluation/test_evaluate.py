@@ -280,6 +280,23 @@ def test_of_several_answers_avg_and_pass_have_intervals_by_problem(run, monkeypa
     run.append("evidence.jsonl", {"kind": "adapter", "step": 10, "sent": "a"})
     (run.path / "validation").mkdir()
     for item, answers in enumerate(table):
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_problem_without_any_response_counts_in_every_figure(run, samples):
+    """A reward that fails for some problems (aqn.run.allow_failed) leaves them without a line."""
+    counts = {"items": 100, "samples": samples, "answered": 70 * samples, "failed": 30 * samples}
+    run.append("metrics.jsonl", {"kind": "validation", "step": 10, "accuracy": 0.7, **counts})
+    run.append("evidence.jsonl", {"kind": "base", "disk": "b"}, {"kind": "adapter", "step": 10, "sent": "a"})
+    (run.path / "validation").mkdir()
+    told = {"gts": "1", "output": "", "acc": 1.0}
+    lines = [{"input": f"{n}?", "item": n, "sample": k, **told} for n in range(70) for k in range(samples)]
+    run.append("validation/10.jsonl", *lines)
+    found = read(run, "x", "mxfp4")
+    assert found.scores["strict"] == Score(0.7, pytest.approx(wilson(70, 100)))
+    assert found.pass_at == {
+        k: Score(0.7, pytest.approx(wilson(70, 100))) for k in ("1", "2")[: samples * (samples > 1)]
+    }
+
+
         for sample, acc in enumerate(answers):
             line = {"input": "the same prompt", "gts": "1", "output": "", "acc": acc, "item": item, "sample": sample}
             run.append("validation/10.jsonl", line)

@@ -224,7 +224,9 @@ def _arms(report: Report) -> Table:
             ]
         )
     columns = ["arm", "seeds", f"{report.metric}, %", "difference, points", "p", "verdict"]
-    caption = f"Last validation, {report.items} problems answered by all; 95 % intervals in brackets{report.correction}"
+    caption = (
+        f"Last validation, {report.items} problems that all were asked; 95 % intervals in brackets{report.correction}"
+    )
     return Table(caption, columns, rows, frozenset(range(1, 5)))
 
 
