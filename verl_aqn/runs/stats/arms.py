@@ -106,6 +106,9 @@ def read_run(path: Path) -> Run:
         raise DataError(f"{folder.path / file} {error}") from error
     config, versions = records_of(folder.path)
     seed, name = config.get("aqn", {}).get("seed"), config.get("trainer", {}).get("experiment_name")
+    for event in folder.read("events.jsonl"):
+        if event.get("kind") == "evaluated":  # the policy of another run, which its seed stands for
+            seed = event["seed"]
     settings = settings_of(config | {"versions": versions}) | {STEP: max(steps)}
     return Run(folder.path, str(name or folder.path.name), seed, settings, answers)
 
@@ -258,7 +261,10 @@ def records_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def versions_of(folder: Path) -> dict[str, Any]:
-    """Return the versions that a run used; a value that differs between its attempts becomes "one → other"."""
+    """Return the versions that a run used; a value that differs between its attempts becomes "one → other".
+
+    For an evaluation of a run, the versions of that run count as another attempt.
+    """
     run = RunFolder(folder)
     began = run.block("versions.json")
     attempts = [] if began is None else [began]
