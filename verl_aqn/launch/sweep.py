@@ -173,18 +173,21 @@ class Series:
         self.minutes.append((time.monotonic() - began) / 60)
         return True
 
-    def accuracy(self, arm: str) -> float | None:
-        """Return the mean of the last validations of an arm's finished runs, a fraction of 1; None without runs."""
-        last = [self.last(run)["accuracy"] for (name, _), run in self.done.items() if name == arm]
-        return sum(last) / len(last) if last else None
-
     def unpromising(self, arm: str) -> str:
-        """Return why an arm with a condition is not run; "" if it is run."""
+        """Return why an arm with a condition is not run; "" if it is run.
+
+        The condition compares mean accuracies, fractions of 1, over the seeds that both arms finished: seeds differ
+        more than arms do.
+        """
         when = self.plan.arms[arm].when
         assert when is not None
-        reached, bar = self.accuracy(when.arm), self.accuracy(when.above)
-        if reached is None or bar is None:
-            return f"{when.arm if reached is None else when.above} has no finished run"
+        seeds = [seed for seed in self.plan.seeds if {(when.arm, seed), (when.above, seed)} <= self.done.keys()]
+        if not seeds:
+            return f"{when.arm} and {when.above} finished no seed in common"
+        reached, bar = (
+            sum(self.last(self.done[name, seed])["accuracy"] for seed in seeds) / len(seeds)
+            for name in (when.arm, when.above)
+        )
         if reached > bar:
             return ""
         return f"{when.arm} ({100 * reached:.1f} %) is not above {when.above} ({100 * bar:.1f} %)"

@@ -319,6 +319,17 @@ def test_two_epochs_only_where_one_shows_promise(light, tmp_path, capsys, noisy,
     assert (" is not above control (50.0 %)" in capsys.readouterr().err) != run
 
 
+def test_a_condition_is_decided_by_seeds_that_both_arms_finished(light, tmp_path, capsys):
+    """A seed that only one arm finished says nothing about arms: here a hard one would lower the control alone."""
+    outcomes, taken = light
+    outcomes |= {"control-0": [1, 1, 1, 0], "control-1": [0, 0, 0, 0], "noisy-0": [1, 1, 0, 0], "noisy-1": "failed"}
+    arms = {**ARMS, "long": {"recipe": "e12_2ep", "when": {"arm": "noisy", "above": "control"}}}
+    factors = ["aqn.noise", "trainer.total_epochs", "trainer.total_training_steps"]
+    series(tmp_path, arms=arms, seeds=[0, 1], factors=factors).run()
+    assert "long-0" not in taken
+    assert "noisy (50.0 %) is not above control (75.0 %)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", plan_names())
 def test_the_shipped_plans_can_run(light, tmp_path, name):
     path = find_recipe(name)
