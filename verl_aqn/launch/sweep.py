@@ -113,16 +113,17 @@ class Series:
         finished = [run for run in runs if run.state["status"] == "finished"]
         if not runs:
             return False
-        others = _changed(versions_of((finished or runs)[-1].path), self.versions[arm])
-        if finished and others:
-            raise ConfigError(
-                f"{finished[-1].path} was made with different versions ({others}) and cannot be compared: {_BACK}"
-            )
         if finished:
-            self.done[arm, seed] = finished[-1]
-        elif others:
+            self.finish(arm, seed, finished[-1])
+        elif others := _changed(versions_of(runs[-1].path), self.versions[arm]):
             self.outdated[arm, seed] = others
         return bool(finished)
+
+    def finish(self, arm: str, seed: int, run: RunFolder) -> None:
+        """Take a finished run for this arm and seed. Raises ConfigError if an attempt at it had other versions."""
+        if others := _changed(versions_of(run.path), self.versions[arm]):
+            raise ConfigError(f"{run.path} was made with different versions ({others}) and cannot be compared: {_BACK}")
+        self.done[arm, seed] = run
 
     def run(self) -> int:
         """Run everything that is not finished, then compare. Return exit code 0 if all runs finished."""
@@ -169,7 +170,7 @@ class Series:
         if outcome.status != "finished":
             self.console.warn(f"{outcome.message} (log: {run.log})")
             return False
-        self.done[arm, seed] = run
+        self.finish(arm, seed, run)
         self.minutes.append((time.monotonic() - began) / 60)
         return True
 

@@ -387,6 +387,20 @@ def test_versions_that_change_under_a_plan_stop_it_before_the_next_run(light, tm
     assert taken == ["control-0"]
 
 
+def test_versions_that_change_within_a_run_stop_the_plan(light, tmp_path, monkeypatch):
+    """A run that was restarted by itself (aqn.run.restarts) may have gone on with other code."""
+    execute = plans.execute
+
+    def restarted(prepared, base, console, ahead):
+        run, outcome = execute(prepared, base, console, ahead)
+        run.append("events.jsonl", {"kind": "attempt", "versions": {"commit": "new"}})
+        return run, outcome
+
+    monkeypatch.setattr(plans, "execute", restarted)
+    with pytest.raises(ConfigError, match=r"control-seed0.* was made with different versions \(.*versions\.commit"):
+        series(tmp_path).run()
+
+
 def test_what_was_begun_with_other_versions_begins_anew(light, tmp_path, capsys):
     outcomes, taken = light
     outcomes["control-0"] = "failed"
