@@ -428,10 +428,12 @@ def _opening(base: Path) -> Iterator[None]:
 
 @contextmanager
 def _faults(path: Path) -> Iterator[None]:
-    """Turn the system's errors about `path` into an error that says what to do."""
+    """Turn the system's errors about `path`, or a file below it, into an error that says what to do."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise EnvironmentFault(f"the disk is full at {path}: free some space and start the run again") from error
-        raise EnvironmentFault(f"cannot use {path} ({error.strerror}): choose another aqn.run.dir") from error
+        # The system may have refused a file below `path`. A name relative to an open folder would say less.
+        where = error.filename if isinstance(error.filename, str) and os.path.isabs(error.filename) else path
+        raise EnvironmentFault(f"cannot use {where} ({error.strerror}): choose another aqn.run.dir") from error

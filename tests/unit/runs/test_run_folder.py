@@ -253,6 +253,13 @@ def test_unusable_base_is_named(tmp_path):
         open_run(tmp_path / "file" / "base", CONFIG)
 
 
+def test_a_file_that_the_system_refuses_is_named(base):
+    first = end(open_run(base, CONFIG), "failed")
+    (first.path / "notes.jsonl").mkdir()
+    with pytest.raises(EnvironmentFault, match=rf"^cannot use {first.path}/notes\.jsonl \(Is a directory\)"):
+        open_run(base, CONFIG)
+
+
 def test_full_disk_is_named(base, monkeypatch):
     run = open_run(base, CONFIG)
 
