@@ -343,6 +343,13 @@ def test_mistakes_are_one_line(tmp_path):
     assert not (tmp_path / "page.html").exists()
 
 
+def test_a_copy_of_a_run_without_its_metrics_gives_a_page(tmp_path):
+    run = write_run(tmp_path)
+    run.append("events.jsonl", {"kind": "checkpoint", "step": 4, "bytes": 1, "seconds": 2.0})
+    (run.path / "metrics.jsonl").unlink()
+    assert "No step was recorded." in page_of(run.path).text
+
+
 def test_a_copy_of_a_running_run_without_its_lock_gives_a_page(tmp_path):
     run = write_run(tmp_path, status=None)
     (run.path / "lock").unlink()
