@@ -68,11 +68,9 @@ def own_code(named: Mapping[str, str | None]) -> dict[str, str]:
     """
     found = {}
     for key, name in named.items():
-        module = (name or "").removeprefix("pkg://").replace("/", ".")
-        if not name or module.split(".")[0] == __name__.split(".")[0]:
-            continue
-        file = Path(name.removeprefix("file://")).expanduser()
-        if name.startswith("pkg://"):
+        path, _, module = (name or "").partition("pkg://")
+        file = Path(path.removeprefix("file://")).expanduser()
+        if (module := module.replace("/", ".")) and module.split(".")[0] != __name__.split(".")[0]:
             with suppress(ImportError, ValueError):  # not installed, or not a module with a file
                 spec = importlib.util.find_spec(module)
                 file = Path(spec.origin or "") if spec else file
