@@ -274,7 +274,7 @@ class Simulation:
         with self.measured("samples, read"):
             samples_of(self.run)
         with self.measured("validation, read"):
-            answers_in(self.run.read(f"validation/{STEPS}.jsonl"), samples=SAMPLES)
+            answers_in(self.run.read(f"validation/{STEPS}.jsonl"), record={"samples": SAMPLES})
         with self.measured("evidence, judged again"):
             if faults := judge_run(self.run).faults:
                 raise EvidenceError(f"the simulated run has a fault: {faults[0]}")

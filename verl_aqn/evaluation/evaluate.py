@@ -23,8 +23,9 @@ from verl_aqn.launch.console import RULES, Console
 from verl_aqn.launch.train import attempt, identity, launch, ready
 from verl_aqn.preflight.prepare import untell_workers
 from verl_aqn.runs.checkpoints import config_of, find_checkpoint
+from verl_aqn.runs.evidence import check_proved
 from verl_aqn.runs.folder import RunFolder, open_run
-from verl_aqn.runs.stats.arms import run_in
+from verl_aqn.runs.stats.arms import run_in, versions_of
 from verl_aqn.runs.stats.intervals import samples_of, score_interval, wilson
 from verl_aqn.runs.stats.passk import ks
 from verl_aqn.runs.stats.scores import answers_in
@@ -178,10 +179,13 @@ def evaluate(
     By default the folder is in `evaluations/` in the run, or in /tmp/mxfp4_eval_NAME for a model folder.
 
     Raises:
-        EvidenceError: the rollout had another adapter than its run recorded.
+        EvidenceError: the evidence of the run has a fault, or the rollout had another adapter than its run recorded.
         AqnError: the evaluation failed, or was stopped.
     """
     target, console = find_target(path), Console()
+    trained = None if adapter else target.run
+    if trained:
+        check_proved(trained)
     config = settings(target, overrides, adapter, precision, samples)
     named = any(override.startswith("aqn.run.dir=") for override in overrides) and parse_aqn(config).run.dir
     usual = target.run.path / "evaluations" if target.run else Path(f"/tmp/mxfp4_eval_{target.path.name}")
@@ -191,6 +195,8 @@ def evaluate(
     with ready(config, fit=False) as (prepared, ahead):
         run = open_run(base, identity(prepared.config), fresh=True)
         launch(run, prepared)
+        if trained:
+            run.append("events.jsonl", trained_by(trained))
         used = "mxfp4" if parse_aqn(config).mxfp4.enabled else "bf16"
         console.say(f"run      {run.path}")
         console.say(f"model    {config.actor_rollout_ref.model.path} ({used})")
@@ -214,6 +220,16 @@ def evaluate(
     return result
 
 
+def trained_by(run: RunFolder) -> dict[str, Any]:
+    """Return the event of an evaluation that says what trained the policy, for `compare`.
+
+    The versions count beside those of the evaluation, and the seed instead of its own: two evaluations of one run are
+    not two seeds.
+    """
+    seed, versions = config_of(run).aqn.seed, versions_of(run.path)
+    return {"kind": "evaluated", "run": str(run.path), "seed": seed, "versions": versions}
+
+
 def read(run: RunFolder, target: str, precision: str) -> Evaluation:
     """Read the result of a finished evaluation from its folder."""
     (validation,) = run.by_step("metrics.jsonl", "validation").values()
@@ -227,9 +243,9 @@ def read(run: RunFolder, target: str, precision: str) -> Evaluation:
     }
     passed = {}
     if samples > 1:
-        answers = answers_in(lines, samples=samples)
+        answers = answers_in(lines, record=validation)
         for k in ks(samples):
-            each = list(answers.scores(f"pass@{k}").values())
+            each = answers.values(f"pass@{k}")
             passed[str(k)] = Score(sum(each) / len(each), score_interval(each, samples))
     evidence = {record["kind"]: record for record in run.read("evidence.jsonl")}
     return Evaluation(
@@ -242,10 +258,10 @@ def read(run: RunFolder, target: str, precision: str) -> Evaluation:
 def _interval(lines: list[dict[str, Any]], key: str, validation: dict[str, Any]) -> tuple[float, float]:
     """Return the interval by problem, or the widest possible interval if the lines do not identify the problems."""
     try:
-        answers = answers_in(lines, "acc" if key == "accuracy" else key, validation.get("samples"))
+        answers = answers_in(lines, "acc" if key == "accuracy" else key, validation)
     except DataError:
         return wilson(validation[key] * validation["items"], validation["items"])
-    return score_interval(list(answers.scores().values()), answers.samples)
+    return score_interval(answers.values(), answers.samples)
 
 
 def check_adapter(run: RunFolder, result: Evaluation) -> str:

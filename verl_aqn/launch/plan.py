@@ -18,7 +18,10 @@ LEAST = 3  # seeds at a look: with two, the test of seeds errs twice as often as
 
 @dataclass(frozen=True)
 class When:
-    """A condition: the mean accuracy of `arm` over its seeds is above that of `above`. It is no statistical test."""
+    """A condition: the mean accuracy of `arm` is above that of `above`, over the seeds that both have finished.
+
+    It is no statistical test.
+    """
 
     arm: str
     above: str

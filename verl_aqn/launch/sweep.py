@@ -113,16 +113,17 @@ class Series:
         finished = [run for run in runs if run.state["status"] == "finished"]
         if not runs:
             return False
-        others = _changed(versions_of((finished or runs)[-1].path), self.versions[arm])
-        if finished and others:
-            raise ConfigError(
-                f"{finished[-1].path} was made with different versions ({others}) and cannot be compared: {_BACK}"
-            )
         if finished:
-            self.done[arm, seed] = finished[-1]
-        elif others:
+            self.finish(arm, seed, finished[-1])
+        elif others := _changed(versions_of(runs[-1].path), self.versions[arm]):
             self.outdated[arm, seed] = others
         return bool(finished)
+
+    def finish(self, arm: str, seed: int, run: RunFolder) -> None:
+        """Take a finished run for this arm and seed. Raises ConfigError if an attempt at it had other versions."""
+        if others := _changed(versions_of(run.path), self.versions[arm]):
+            raise ConfigError(f"{run.path} was made with different versions ({others}) and cannot be compared: {_BACK}")
+        self.done[arm, seed] = run
 
     def run(self) -> int:
         """Run everything that is not finished, then compare. Return exit code 0 if all runs finished."""
@@ -169,22 +170,25 @@ class Series:
         if outcome.status != "finished":
             self.console.warn(f"{outcome.message} (log: {run.log})")
             return False
-        self.done[arm, seed] = run
+        self.finish(arm, seed, run)
         self.minutes.append((time.monotonic() - began) / 60)
         return True
 
-    def accuracy(self, arm: str) -> float | None:
-        """Return the mean of the last validations of an arm's finished runs, a fraction of 1; None without runs."""
-        last = [self.last(run)["accuracy"] for (name, _), run in self.done.items() if name == arm]
-        return sum(last) / len(last) if last else None
-
     def unpromising(self, arm: str) -> str:
-        """Return why an arm with a condition is not run; "" if it is run."""
+        """Return why an arm with a condition is not run; "" if it is run.
+
+        The condition compares mean accuracies, fractions of 1, over the seeds that both arms finished: seeds differ
+        more than arms do.
+        """
         when = self.plan.arms[arm].when
         assert when is not None
-        reached, bar = self.accuracy(when.arm), self.accuracy(when.above)
-        if reached is None or bar is None:
-            return f"{when.arm if reached is None else when.above} has no finished run"
+        seeds = [seed for seed in self.plan.seeds if {(when.arm, seed), (when.above, seed)} <= self.done.keys()]
+        if not seeds:
+            return f"{when.arm} and {when.above} finished no seed in common"
+        reached, bar = (
+            sum(self.last(self.done[name, seed])["accuracy"] for seed in seeds) / len(seeds)
+            for name in (when.arm, when.above)
+        )
         if reached > bar:
             return ""
         return f"{when.arm} ({100 * reached:.1f} %) is not above {when.above} ({100 * bar:.1f} %)"

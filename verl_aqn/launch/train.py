@@ -25,10 +25,20 @@ from verl_aqn.preflight.run_data import data_files, prepare_data
 from verl_aqn.preflight.strength_figures import Strength, read_start, store_start, stored_start
 from verl_aqn.runs.folder import RunFolder, open_run
 from verl_aqn.runs.judge.records import VERSION
-from verl_aqn.runs.provenance import checkout_fault, model_digest, provenance, unknown_code
+from verl_aqn.runs.provenance import checkout_fault, model_digest, own_code, provenance, unknown_code
 from verl_aqn.runs.stats.arms import differences, flatten
 from verl_aqn.safe_files import own_folder
 from verl_aqn.terminal import progress_bar
+
+OWN_CODE = (
+    "reward.custom_reward_function.path",
+    "reward.reward_manager.module.path",
+    "data.custom_cls.path",
+    "actor_rollout_ref.rollout.multi_turn.function_tool_path",
+    "actor_rollout_ref.rollout.multi_turn.tool_config_path",
+    "actor_rollout_ref.rollout.agent.agent_loop_config_path",
+)
+"""Settings that name a file of the user's own whose content decides a result."""
 
 
 @dataclass
@@ -119,9 +129,11 @@ def execute(prepared: Prepared, base: Path, console: Console, ahead: Ahead | Non
     try:
         outcome = attempt(run, console, ahead)
         for restart in range(settings.restarts if outcome.again else 0):
-            console.warn(f"{outcome.message}: restart {restart + 1} of {settings.restarts}, from the last checkpoint")
+            console.warn(f"{outcome.message}: restart {restart + 1} of {settings.restarts}")
             run = open_run(base, identity(prepared.config))
+            console.say(run.note)
             warn(run, launch(run, prepared), console)
+            measure_noise(run, prepared, console)  # of a new run, which follows one that its evidence stopped
             outcome = attempt(run, console)
             if not outcome.again:
                 break
@@ -189,7 +201,11 @@ def versions_now(config: DictConfig) -> dict[str, Any]:
     """Return the versions and digests that a run of the resolved `config` would have if it started now."""
     model = config.actor_rollout_ref.model
     found = provenance(data_files(config), model.path)
-    return found | {"adapter": model_digest(Path(model.lora_adapter_path))} if model.lora_adapter_path else found
+    if model.lora_adapter_path:
+        found["adapter"] = model_digest(Path(model.lora_adapter_path))
+    if code := own_code({key: OmegaConf.select(config, key) for key in OWN_CODE}):
+        found["code"] = code
+    return found
 
 
 def identity(config: DictConfig) -> dict:

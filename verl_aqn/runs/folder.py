@@ -197,8 +197,9 @@ def open_run(base: Path, config: dict[str, Any], *, fresh: bool = False) -> RunF
     """Return the folder for a run of `config` (plain values) under `base`, locked as long as this process lives.
 
     The run under `base` that was made last decides. If it is finished, a new run is created. If it stopped early and
-    has the same config, it is resumed (attempt + 1). If it stopped early with another config, a new run is created and
-    `note` says so. If it is still running, BusyError is raised, even with `fresh`. Otherwise, `fresh` always creates a
+    has the same config, it is resumed (attempt + 1). If it stopped early with another config, or because of its own
+    evidence, a new run is created and `note` says so: the judge counts the faults of all attempts, so no later attempt
+    could finish. If it is still running, BusyError is raised, even with `fresh`. Otherwise, `fresh` always creates a
     new run.
 
     Raises DataError if base/training.log or base/checkpoints is not a link to a run, and EnvironmentFault if `base`
@@ -228,13 +229,15 @@ def open_run(base: Path, config: dict[str, Any], *, fresh: bool = False) -> RunF
                     # The state is read under the lock: before that, the run may still be finishing.
                     state = newest.state
                     died = state["status"] != "finished"
-                    if died and not fresh and state["config_digest"] == digest:
+                    same = state["config_digest"] == digest
+                    if died and not fresh and same and not _was_stopped(newest):
                         own_entries(newest.path)
                         run = _resume(newest, state, lock)
                         release.pop_all()
                         return run
                 if died and not fresh:
-                    note = f"{newest.path.name} did not finish, and its config is different: a new run was started"
+                    why = "was stopped by its own evidence" if same else "did not finish, and its config is different"
+                    note = f"{newest.path.name} {why}: a new run was started"
             return _create(base, digest, note)
 
 
@@ -281,6 +284,11 @@ def _resume(run: RunFolder, state: dict[str, Any], lock: int | None) -> RunFolde
     how = "ended without a status" if state["status"] == "running" else state["status"]
     note = f"attempt {attempt} of {run.path.name}: the previous attempt {how}"
     return _hold(RunFolder(run.path, lock=lock, resumed=True, note=note))
+
+
+def _was_stopped(run: RunFolder) -> bool:
+    """Return whether an attempt at the run was ended by its own evidence."""
+    return any(record.get("kind") == "stopped" for record in run.read(EVIDENCE))
 
 
 def _newest(base: Path) -> RunFolder | None:
@@ -420,10 +428,12 @@ def _opening(base: Path) -> Iterator[None]:
 
 @contextmanager
 def _faults(path: Path) -> Iterator[None]:
-    """Turn the system's errors about `path` into an error that says what to do."""
+    """Turn the system's errors about `path`, or a file below it, into an error that says what to do."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise EnvironmentFault(f"the disk is full at {path}: free some space and start the run again") from error
-        raise EnvironmentFault(f"cannot use {path} ({error.strerror}): choose another aqn.run.dir") from error
+        # The system may have refused a file below `path`. A name relative to an open folder would say less.
+        where = error.filename if isinstance(error.filename, str) and os.path.isabs(error.filename) else path
+        raise EnvironmentFault(f"cannot use {where} ({error.strerror}): choose another aqn.run.dir") from error

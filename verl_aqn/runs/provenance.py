@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -57,6 +58,25 @@ def provenance(data_files: Sequence[str | Path], base: str | Path) -> dict[str, 
         "base": model_digest(Path(base)),
         "data": {name: file_digest(Path(file)) for name, file in zip(_names(data_files), data_files, strict=True)},
     }
+
+
+def own_code(named: Mapping[str, str | None]) -> dict[str, str]:
+    """Return the sha256 of the user's own files that a config names, by key; what these files import is not included.
+
+    A name is a path or `pkg://MODULE`. Modules of verl-aqn are left out, because `commit` is on record for them; so is
+    what does not exist, which the checks before a run report.
+    """
+    found = {}
+    for key, name in named.items():
+        path, _, module = (name or "").partition("pkg://")
+        file = Path(path.removeprefix("file://")).expanduser()
+        if (module := module.replace("/", ".")) and module.split(".")[0] != __name__.split(".")[0]:
+            with suppress(ImportError, ValueError):  # not installed, or not a module with a file
+                spec = importlib.util.find_spec(module)
+                file = Path(spec.origin or "") if spec else file
+        if file.is_file():
+            found[key] = file_digest(file)
+    return found
 
 
 def _names(files: Sequence[str | Path]) -> list[str]:

@@ -9,17 +9,19 @@ from omegaconf import OmegaConf
 from peft import LoraConfig
 from typer.testing import CliRunner
 
+from tests.helpers.run_folders import validated_run
 from verl_aqn.cli.main import app
 from verl_aqn.config.compose import load_recipe
 from verl_aqn.config.schema import parse_aqn
 from verl_aqn.errors import ConfigError, DataError, EvidenceError, ModelError
 from verl_aqn.evaluation import evaluate
-from verl_aqn.evaluation.evaluate import Evaluation, Score, check_adapter, find_target, read, settings
+from verl_aqn.evaluation.evaluate import Evaluation, Score, check_adapter, find_target, read, settings, trained_by
 from verl_aqn.launch.train import Prepared
 from verl_aqn.preflight.packed_source import settle_rounding
 from verl_aqn.preflight.prepare import tell_workers
 from verl_aqn.preflight.settings import uses_critic
-from verl_aqn.runs.folder import open_run
+from verl_aqn.runs.folder import RunFolder, open_run
+from verl_aqn.runs.stats.arms import arms
 from verl_aqn.runs.stats.intervals import wilson
 
 
@@ -171,6 +173,32 @@ def test_an_evaluation_goes_where_it_is_told(run, tmp_path, monkeypatch):
             evaluate.evaluate(run.path, overrides)
 
 
+def test_a_run_whose_evidence_does_not_hold_is_not_evaluated(run):
+    run.add_evidence({"kind": "stopped", "reason": "the norms are not clean"})
+    with pytest.raises(EvidenceError, match="has a fault: the run was stopped: the norms are not clean"):
+        evaluate.evaluate(run.path, [])
+
+
+def test_evaluations_stand_for_the_runs_that_were_trained(tmp_path):
+    """Sampling one policy twice does not make two seeds, and its run may have had other packages."""
+
+    def evaluated(name, trained, seed, noise=True):
+        path = validated_run(tmp_path / name, name, [1, 0, 1], seed=seed, enabled=noise)
+        RunFolder(path).append("events.jsonl", trained_by(RunFolder(trained)))
+        return path
+
+    runs = [validated_run(tmp_path / str(seed), "trained", [1, 0, 1], seed=seed) for seed in (0, 1)]
+    control = evaluated("control", runs[0], 0, noise=False)
+    one, again, other = (evaluated(f"e{seed}", trained, seed) for seed, trained in enumerate([*runs[:1] * 2, runs[1]]))
+    with pytest.raises(DataError, match=r"the same seed \(aqn\.seed=0\): they do not count as two seeds"):
+        arms([control, one, again])
+    assert [run.seed for run in arms([control, one, other])[1].runs] == [0, 1]
+    (runs[1] / "versions.json").write_text('{"torch": "2.12.0"}')
+    late = evaluated("late", runs[1], 3)
+    with pytest.raises(ConfigError, match=r"differ in more than aqn\.noise: versions\.torch"):
+        arms([control, late])
+
+
 def test_precision_is_one_of_two(model):
     with pytest.raises(ConfigError, match="--precision int4 is not one of mxfp4, bf16"):
         settings(find_target(model), [], None, "int4")
@@ -250,6 +278,23 @@ def test_scores_are_columns_with_intervals_of_their_own(run):
     counts = {"items": 4, "answered": 3, "failed": 1}
     run.append("metrics.jsonl", {"kind": "validation", "step": 10, **shares, **counts})
     assert read(run, "x", "mxfp4").failed == 1
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_problem_without_any_response_counts_in_every_figure(run, samples):
+    """A reward that fails for some problems (aqn.run.allow_failed) leaves them without a line."""
+    counts = {"items": 100, "samples": samples, "answered": 70 * samples, "failed": 30 * samples}
+    run.append("metrics.jsonl", {"kind": "validation", "step": 10, "accuracy": 0.7, **counts})
+    run.append("evidence.jsonl", {"kind": "base", "disk": "b"}, {"kind": "adapter", "step": 10, "sent": "a"})
+    (run.path / "validation").mkdir()
+    told = {"gts": "1", "output": "", "acc": 1.0}
+    lines = [{"input": f"{n}?", "item": n, "sample": k, **told} for n in range(70) for k in range(samples)]
+    run.append("validation/10.jsonl", *lines)
+    found = read(run, "x", "mxfp4")
+    assert found.scores["strict"] == Score(0.7, pytest.approx(wilson(70, 100)))
+    assert found.pass_at == {
+        k: Score(0.7, pytest.approx(wilson(70, 100))) for k in ("1", "2")[: samples * (samples > 1)]
+    }
 
 
 SAMPLING = ["n", "do_sample", "temperature", "top_p", "top_k"]

@@ -319,6 +319,17 @@ def test_two_epochs_only_where_one_shows_promise(light, tmp_path, capsys, noisy,
     assert (" is not above control (50.0 %)" in capsys.readouterr().err) != run
 
 
+def test_a_condition_is_decided_by_seeds_that_both_arms_finished(light, tmp_path, capsys):
+    """A seed that only one arm finished says nothing about arms: here a hard one would lower the control alone."""
+    outcomes, taken = light
+    outcomes |= {"control-0": [1, 1, 1, 0], "control-1": [0, 0, 0, 0], "noisy-0": [1, 1, 0, 0], "noisy-1": "failed"}
+    arms = {**ARMS, "long": {"recipe": "e12_2ep", "when": {"arm": "noisy", "above": "control"}}}
+    factors = ["aqn.noise", "trainer.total_epochs", "trainer.total_training_steps"]
+    series(tmp_path, arms=arms, seeds=[0, 1], factors=factors).run()
+    assert "long-0" not in taken
+    assert "noisy (50.0 %) is not above control (75.0 %)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", plan_names())
 def test_the_shipped_plans_can_run(light, tmp_path, name):
     path = find_recipe(name)
@@ -374,6 +385,20 @@ def test_versions_that_change_under_a_plan_stop_it_before_the_next_run(light, tm
     with pytest.raises(ConfigError, match=r"^versions\.commit changed since the plan began.*aqn\.run\.dir"):
         series(tmp_path).run()
     assert taken == ["control-0"]
+
+
+def test_versions_that_change_within_a_run_stop_the_plan(light, tmp_path, monkeypatch):
+    """A run that was restarted by itself (aqn.run.restarts) may have gone on with other code."""
+    execute = plans.execute
+
+    def restarted(prepared, base, console, ahead):
+        run, outcome = execute(prepared, base, console, ahead)
+        run.append("events.jsonl", {"kind": "attempt", "versions": {"commit": "new"}})
+        return run, outcome
+
+    monkeypatch.setattr(plans, "execute", restarted)
+    with pytest.raises(ConfigError, match=r"control-seed0.* was made with different versions \(.*versions\.commit"):
+        series(tmp_path).run()
 
 
 def test_what_was_begun_with_other_versions_begins_anew(light, tmp_path, capsys):

@@ -4,8 +4,11 @@ import json
 import signal
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
+import yaml
+from omegaconf import OmegaConf
 
 from verl_aqn.cli import main as cli
 from verl_aqn.cluster.process_environment import launched
@@ -14,7 +17,7 @@ from verl_aqn.launch import train
 from verl_aqn.launch.supervise import Outcome
 from verl_aqn.launch.train import Prepared, launch
 from verl_aqn.runs.folder import RunFolder, open_run
-from verl_aqn.runs.provenance import provenance
+from verl_aqn.runs.provenance import file_digest, own_code, provenance
 from verl_aqn.runs.stats.arms import beyond, records_of, settings_of, versions_of
 
 
@@ -69,6 +72,34 @@ def test_a_run_that_goes_on_with_other_versions_says_so_and_is_like_no_other(tmp
     both = [settings_of({"versions": one}) for one in (began, mixed)]
     assert beyond([], both) == "versions.data.rows.parquet, versions.torch"
     run.close()
+
+
+def test_a_reward_function_that_was_changed_is_another_version(tmp_path, prepared, monkeypatch):
+    reward = tmp_path / "reward.py"
+    reward.write_text("def compute_score(**told):\n    return 0\n")
+    key = "reward.custom_reward_function.path"
+    assert "code" not in train.versions_now(prepared.config), "pkg://verl_aqn... is known by its commit"
+    OmegaConf.update(prepared.config, key, str(reward))
+    monkeypatch.setattr(train, "checkout_fault", lambda: "")
+    run = open_run(tmp_path / "base", {})
+    launch(run, prepared)
+    began = versions_of(run.path)
+    assert began["code"] == {key: file_digest(reward)}
+    run.close()
+    reward.write_text("def compute_score(**told):\n    return 1\n")
+    run = open_run(tmp_path / "base", {})
+    assert any(text.startswith(f"code.{key} changed from {began['code'][key]} to ") for text in launch(run, prepared))
+    both = [settings_of({"versions": one}) for one in (began, versions_of(run.path))]
+    assert beyond([], both) == f"versions.code.{key}"
+    assert beyond(["reward"], [one | {key: str(reward)} for one in both]) == ""
+    run.close()
+
+
+def test_the_code_of_a_package_is_that_of_its_module():
+    found = own_code(
+        {"a": "pkg://yaml.nodes", "b": "pkg://no_such.module", "c": None, "d": "pkg://verl_aqn.tasks.gsm8k"}
+    )
+    assert found == {"a": file_digest(Path(yaml.__file__).with_name("nodes.py"))}
 
 
 @pytest.mark.parametrize(

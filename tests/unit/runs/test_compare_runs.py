@@ -66,7 +66,7 @@ def test_table_and_sentence(experiment, capsys):
     folders, *_ = experiment
     command([folders["control0"], folders["noisy0"]], None, False, False)
     text = capsys.readouterr().out
-    assert "Last validation, 200 items answered by all" in text
+    assert "Last validation, 200 items that all were asked" in text
     assert "noisy0 against control0: not enough data." in text
     assert "What differs: aqn.noise.enabled False → True." in text
 

@@ -1,5 +1,6 @@
 """The judge of records: any change to the records of a real run is reported as a fault."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +85,27 @@ def test_the_row_of_what_is_wrong_says_so(kind, change, row, folder):
     assert cells[row].good is False
 
 
+@pytest.mark.parametrize(
+    ("changes", "row", "text"),
+    [
+        (
+            {"mismatch": {"source": None, "reason": "temperature 0.9"}, "use": {"floor": 0.0}},
+            "trainer and rollout without noise",
+            "not compared in 3 steps: temperature 0.9",
+        ),
+        (
+            {"use": {"predicted": 0.0, "predicted_by": "", "here": False}},
+            "noise in the rollout's forward pass",
+            "in none of 3 steps was the noise large enough to be detected in log-probs",
+        ),
+    ],
+)
+def test_records_that_show_nothing_are_no_check_that_passed(changes, row, text, folder):
+    run = folder(REAL[0], [one | changes.get(one["kind"], {}) for one in records_of(REAL[0])])
+    cells = {one[0].text: one[1] for one in checks(read_runs([run.path])).rows}
+    assert (cells[row].text, cells[row].good) == (text, None)
+
+
 def test_another_sigma_than_the_schedule_s_is_found_whatever_the_order_says(folder):
     records = records_of(REAL[0])
     for record in records:
@@ -159,3 +181,7 @@ def test_a_resumed_run_may_take_steps_again(folder):
     again = next(n for n, one in enumerate(records) if (one["kind"], one.get("step")) == ("noise", 2))
     assert judge_run(folder(REAL[0], [*records[: again + 1], *start, *records[again:]])).faults == []
     assert judge_run(folder(REAL[0], [*records[: again + 1], *start[1:], *records[again:]])).faults
+    # Trainer and rollout may agree about an adapter that is not the one of the checkpoint.
+    fresh = json.loads(json.dumps(start).replace(start[-1]["sent"], "f" * 64))
+    (fault,) = judge_run(folder(REAL[0], [*records[: again + 1], *fresh, *records[again:]])).faults
+    assert fault.startswith("the run was resumed from step 2 with another adapter than it had after that step")

@@ -113,6 +113,12 @@ def test_of_several_arms_the_page_says_what_is_corrected(tmp_path):
     assert "corrected for" not in page_of(*runs[:2]).text
 
 
+def test_the_page_says_as_compare_does_that_the_code_of_runs_is_not_known(tmp_path):
+    runs = [write_run(tmp_path / name, name, noise=name == "e12").path for name in ("e6a", "e12")]
+    said = "It cannot be checked that these runs had the same code: 2 of 2 have no commit on record, or had changes"
+    assert said in page_of(*runs).text
+
+
 def test_an_answer_that_the_reward_told_no_accuracy_of_is_not_on_record_everywhere_on_the_page(tmp_path):
     answers = {"1 + 1?": ("2", "#### 2", True), "2 + 2?": ("4", "four", None)}
     runs = [write_run(tmp_path / name, name, noise=name == "b", answers=answers).path for name in ("a", "b")]
@@ -335,6 +341,13 @@ def test_mistakes_are_one_line(tmp_path):
             write_report([run.path], tmp_path / "page.html")
         (run.path / name).write_text(whole)
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_copy_of_a_run_without_its_metrics_gives_a_page(tmp_path):
+    run = write_run(tmp_path)
+    run.append("events.jsonl", {"kind": "checkpoint", "step": 4, "bytes": 1, "seconds": 2.0})
+    (run.path / "metrics.jsonl").unlink()
+    assert "No step was recorded." in page_of(run.path).text
 
 
 def test_a_copy_of_a_running_run_without_its_lock_gives_a_page(tmp_path):

@@ -99,6 +99,18 @@ def test_a_dead_run_of_another_config_is_left_and_named(base):
     assert first.state["status"] == "failed"
 
 
+def test_a_run_that_its_evidence_stopped_is_not_resumed(base):
+    """Its faults stay on record, so that every later attempt would train to the end and fail there."""
+    first = open_run(base, CONFIG)
+    first.add_evidence({"kind": "stopped", "reason": "the norms are not clean"})
+    end(first, "failed")
+    second = open_run(base, CONFIG)
+    assert (second.path != first.path, second.resumed) == (True, False)
+    assert second.note == f"{first.path.name} was stopped by its own evidence: a new run was started"
+    end(second, "interrupted")
+    assert open_run(base, CONFIG).path == second.path
+
+
 def test_the_newest_run_counts_even_among_those_of_one_second(base, monkeypatch):
     for part, status in [("ffffff", "finished"), ("000000", "failed")]:
         monkeypatch.setattr("secrets.token_hex", lambda _, part=part: part)
@@ -239,6 +251,13 @@ def test_unusable_base_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(EnvironmentFault, match=r"aqn\.run\.dir"):
         open_run(tmp_path / "file" / "base", CONFIG)
+
+
+def test_a_file_that_the_system_refuses_is_named(base):
+    first = end(open_run(base, CONFIG), "failed")
+    (first.path / "notes.jsonl").mkdir()
+    with pytest.raises(EnvironmentFault, match=rf"^cannot use {first.path}/notes\.jsonl \(Is a directory\)"):
+        open_run(base, CONFIG)
 
 
 def test_full_disk_is_named(base, monkeypatch):

@@ -62,13 +62,59 @@ def test_what_is_neither_right_nor_wrong_is_refused(acc):
 def test_an_answer_that_never_came_is_wrong_where_the_record_tells_how_many_there_should_be():
     lines = lines_of([[1, 1, 1, 0], [0, 1, 1, 1]])
     del lines[2]  # of problem 0 the second
-    found = answers_in(lines, samples=4)
+    found = answers_in(lines, record={"samples": 4})
     assert (list(found.right.values()), found.samples) == ([2, 3], 4)
     with pytest.raises(DataError, match="same number"):
         answers_in(lines)
     with pytest.raises(DataError, match="same number"):
-        answers_in(lines, samples=3)
-    assert answers_in(lines_of([[1], [0]]), samples=1).samples == 1
+        answers_in(lines, record={"samples": 3})
+    assert answers_in(lines_of([[1], [0]]), record={"samples": 1}).samples == 1
+
+
+def silent_run(base, name, right, silent, samples=1, seed=0, noise=True):
+    """Return a run with a response to each item of `right`, and none to `silent` further items."""
+    folder = validated_run(base, name, right, seed=seed, enabled=noise)
+    count, share = len(right) * samples, sum(right) / (len(right) + silent)
+    write_lines(folder / "validation/29.jsonl", lines_of([[one] * samples for one in right]))
+    told = {"accuracy": share, "items": len(right) + silent, "samples": samples, "answered": count}
+    RunFolder(folder).append("metrics.jsonl", {"kind": "validation", "step": 29, **told, "failed": silent * samples})
+    return folder
+
+
+def test_items_of_which_no_response_came_are_wrong():
+    record = {"items": 5, "samples": 2, "answered": 4, "accuracy": 0.4}
+    found = answers_in(lines_of([[1, 1], [1, 1]]), record=record)
+    assert (found.silent, found.items, found.values(), found.values("pass@2")) == (
+        3,
+        5,
+        [1, 1, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+    )
+
+
+@pytest.mark.parametrize("silent", [0, 3])
+def test_runs_are_compared_by_all_items_that_they_were_asked(tmp_path, silent):
+    """An item that another run answered, or none did, is wrong where no response came."""
+    one = silent_run(tmp_path / "a", "a", [1, 1, 1, 0], 3, noise=False)
+    two = silent_run(tmp_path / "b", "b", [1] * (7 - silent), silent)
+    found = arms([one, two])
+    assert [arm.scores.tolist() for arm in found] == [[[1, 1, 1, 0, 0, 0, 0]], [[1] * (7 - silent) + [0] * silent]]
+    assert [score.accuracy for score in compare(found).scores] == pytest.approx([3 / 7, 1 - silent / 7])
+    other = silent_run(tmp_path / "c", "c", [1] * 7, 1, seed=1)
+    with pytest.raises(DataError, match=r"differ in [134] items: all runs must have been asked the same items"):
+        arms([two, other, one])
+
+
+def test_responses_that_are_not_those_of_the_record_are_refused(tmp_path):
+    folder = silent_run(tmp_path, "a", [1, 1, 1, 0], 0)
+    file = folder / "validation/29.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:3]))  # cut
+    with pytest.raises(DataError, match=r"29\.jsonl has 3 responses, but metrics\.jsonl counts 4"):
+        read_run(folder)
+    file.write_text("".join([*lines[:3], lines[3].replace('"acc": 0', '"acc": 1')]))
+    with pytest.raises(DataError, match=r"has 4 right responses of 4, but metrics\.jsonl says 75\.00 %"):
+        read_run(folder)
 
 
 def test_an_interval_of_right_and_wrong_answers_is_wilsons():

@@ -146,6 +146,7 @@ class Judge:
         self._base_at_start: Record | None = None  # the one at the start of this attempt
         self._last_adapter: Record | None = None
         self._last_sync: int | None = None  # step of the last sync in this attempt
+        self._sent: dict[int, str] = {}  # the newest adapter that was right after each step
         self._bounds: tuple | None = None
         self._last_mismatch = 0.0
         self._quiet: list[float] = []  # effects at σ = 0
@@ -304,6 +305,11 @@ class Judge:
             expected = record["expected"]
         if step < 0 or (self._last_sync is not None and step != self._last_sync + 1):
             raise EvidenceError(f"there is a sync of step {step}, but the sync before it was of step {self._last_sync}")
+        if self._last_sync is None and step and self._sent.get(step, sent) != sent:
+            raise EvidenceError(
+                f"the run was resumed from step {step} with another adapter than it had after that step: its "
+                "checkpoint was not loaded, or was exchanged"
+            )
         self._last_sync = step
         if self.rollout_ranks == 1 and not record["whole"]:
             raise EvidenceError(f"after step {step} the only rank of the rollout holds just a part of the adapter")
@@ -321,7 +327,7 @@ class Judge:
             raise EvidenceError(f"after step {record['step']} the size of the adapter has changed")
         if not all(0 <= answer["b_max"] < float("inf") for answer in actual):
             raise EvidenceError(f"after step {record['step']} the adapter in the rollout is not finite")
-        self._last_adapter = record
+        self._last_adapter, self._sent[step] = record, sent
 
     def _noise_of(self, kind: str, record: Fields) -> None:
         step = record["step"]

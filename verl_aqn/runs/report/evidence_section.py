@@ -45,7 +45,10 @@ QUIET = ("placed", "layout", "rollout", "requests", "stopped")
 
 
 def checks(runs: Sequence[Run]) -> Table:
-    """Return a table with one check per row and one run per column. A check without a record has no verdict."""
+    """Return a table with one check per row and one run per column.
+
+    A check has no verdict (neither ✓ nor ✗) without a record, or if its records show nothing (`SHOWS`).
+    """
     rows: list[list[Cell]] = []
     for kind, name in ROWS.items():
         cells = [_cell(run, kind) for run in runs]
@@ -66,6 +69,8 @@ def _cell(run: Run, kind: str) -> Cell:
     if finding.good is None:
         return Cell(f"{counted} are right; the others are missing or lack a field")
     detail = DETAILS[kind](run, records) if kind in DETAILS and records else counted
+    if kind in SHOWS and not any(SHOWS[kind](record) for record in records):
+        return Cell(detail)
     return Cell(detail, good=doubt(records) if kind == "mismatch" else True)
 
 
@@ -95,7 +100,7 @@ def _adapter(run: Run, records: Sequence[Record]) -> str:
 
 
 def _adapter_use(run: Run, records: Sequence[Record]) -> str:
-    seen = [record for record in records if shows_use(record)]
+    seen = [record for record in records if SHOWS["adapter use"](record)]
     if not seen:
         return f"in none of {len(records)} steps did the adapter change log-probs enough to be detected"
     last = seen[-1]
@@ -121,7 +126,7 @@ def _noise(run: Run, records: Sequence[Record]) -> str:
 
 
 def _use(run: Run, records: Sequence[Record]) -> str:
-    seen = [record for record in records if record["sigma"] and is_visible(record)]
+    seen = [record for record in records if SHOWS["use"](record)]
     if not seen:
         return f"in none of {len(records)} steps was the noise large enough to be detected in log-probs"
     first = seen[0]
@@ -153,7 +158,7 @@ def _clean(run: Run, records: Sequence[Record]) -> str:
 
 
 def _mismatch(run: Run, records: Sequence[Record]) -> str:
-    compared = [record for record in records if record.get("source")]
+    compared = [record for record in records if SHOWS["mismatch"](record)]
     if not compared:
         return f"not compared in {len(records)} steps: {records[0].get('reason')}"
     means = [record["abs_dlogp_mean"] for record in compared]
@@ -185,6 +190,14 @@ DETAILS: dict[str, Callable[[Run, Sequence[Record]], str]] = {
     "actor clean": _clean,
     "strength": _strength,
 }
+
+
+SHOWS: dict[str, Callable[[Record], Any]] = {
+    "mismatch": lambda record: record.get("source"),
+    "use": lambda record: record["sigma"] and is_visible(record),
+    "adapter use": shows_use,
+}
+"""Kinds whose records may be right and show nothing: a step that was not compared, an effect too small to be seen."""
 
 
 def deviation(runs: Sequence[Run]) -> Chart | None:

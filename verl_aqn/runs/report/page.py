@@ -198,7 +198,8 @@ def comparison(runs: Sequence[Run], factors: list[str], any_difference: bool) ->
         report = compare(arms([run.folder.path for run in runs], factors, any_difference))
     except AqnError as error:
         return {"reason": str(error)}
-    return {"reason": "", "table": _arms(report), "sentences": [arm.text for arm in report.arms]}
+    sentences = [arm.text for arm in report.arms] + ([report.caution] if report.caution else [])
+    return {"reason": "", "table": _arms(report), "sentences": sentences}
 
 
 def _arms(report: Report) -> Table:
@@ -223,7 +224,9 @@ def _arms(report: Report) -> Table:
             ]
         )
     columns = ["arm", "seeds", f"{report.metric}, %", "difference, points", "p", "verdict"]
-    caption = f"Last validation, {report.items} problems answered by all; 95 % intervals in brackets{report.correction}"
+    caption = (
+        f"Last validation, {report.items} problems that all were asked; 95 % intervals in brackets{report.correction}"
+    )
     return Table(caption, columns, rows, frozenset(range(1, 5)))
 
 

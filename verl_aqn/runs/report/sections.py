@@ -331,7 +331,7 @@ def times(runs: Sequence[Run]) -> tuple[list[Times], Table, Chart | None]:
             for name, seconds in _phases(metrics).items():
                 sums[name] = sums.get(name, 0.0) + seconds
         saved = {event["step"]: event["seconds"] for event in run.events if event.get("kind") == "checkpoint"}
-        if saved:
+        if saved and run.steps:  # without its metrics a run has no step to divide by
             sums["save_checkpoint"] = sum(saved.values())
         total = sum(sums.values())
         if total > 0:

@@ -87,8 +87,8 @@ def read_run(path: Path) -> Run:
     """Read the run that `find_run` finds in `path`.
 
     Raises DataError if the run has not finished, was never validated, its answers cannot be assigned to problems, or
-    the record does not say for each answer whether it is right (`answers_in`). Raises EvidenceError if its evidence has
-    faults.
+    the records do not say for each answer whether it is right, or contradict each other (`answers_in`). Raises
+    EvidenceError if its evidence has faults.
     """
     folder = find_run(path)
     status = folder.state["status"]
@@ -101,11 +101,14 @@ def read_run(path: Path) -> Run:
         raise DataError(f"{folder.path} has no validation responses ({file}): it cannot be compared")
     lines = list(folder.read(file))
     try:
-        answers = answers_in(lines, samples=steps[max(steps)].get("samples"))
+        answers = answers_in(lines, record=steps[max(steps)])
     except DataError as error:
         raise DataError(f"{folder.path / file} {error}") from error
     config, versions = records_of(folder.path)
     seed, name = config.get("aqn", {}).get("seed"), config.get("trainer", {}).get("experiment_name")
+    for event in folder.read("events.jsonl"):
+        if event.get("kind") == "evaluated":  # the policy of another run, which its seed stands for
+            seed = event["seed"]
     settings = settings_of(config | {"versions": versions}) | {STEP: max(steps)}
     return Run(folder.path, str(name or folder.path.name), seed, settings, answers)
 
@@ -154,7 +157,7 @@ def arms(
     factor matches no key, or if a run has fewer responses to a problem than `metric` needs.
 
     Raises DataError if a run cannot be read, if two runs of an arm have the same `aqn.seed` (they share noise, initial
-    adapter and order of the data, so they are more alike than two seeds are), or if not all runs answered the same
+    adapter and order of the data, so they are more alike than two seeds are), or if not all runs were asked the same
     items.
     """
     k_of(metric)
@@ -179,12 +182,15 @@ def arms(
             f"these runs differ in more than {', '.join(factors)}: {others}. Name what may differ with --factor "
             "KEY, or allow all differences with --any"
         )
-    items = sorted(runs[0].answers.right)
+    items: set[Item] = set()
+    first = runs[0].answers
     for run in runs:
-        if unlike := run.answers.right.keys() ^ runs[0].answers.right.keys():
+        items |= run.answers.right.keys()
+        # An item that a run lacks is one of those of which no response came, if it has so many.
+        if run.answers.items != first.items or len(items) > first.items:
+            unlike = max(len(run.answers.right.keys() ^ first.right.keys()), abs(run.answers.items - first.items))
             raise DataError(
-                f"{runs[0].path} and {run.path} differ in {len(unlike)} items: all runs must have answered the same "
-                "items"
+                f"{runs[0].path} and {run.path} differ in {unlike} items: all runs must have been asked the same items"
             )
     names = [group[0].name for group in groups]
     counts = sorted({run.answers.samples for run in runs})
@@ -193,7 +199,7 @@ def arms(
         Arm(
             name if names.count(name) == 1 else f"{name} ({place})",
             tuple(group),
-            np.array([_scores(run, items, metric) for run in group]),
+            np.array([_scores(run, sorted(items), metric) for run in group]),
             label,
         )
         for place, (name, group) in enumerate(zip(names, groups, strict=True), 1)
@@ -205,7 +211,8 @@ def _scores(run: Run, items: Sequence[Item], metric: str) -> list[float]:
         scores = run.answers.scores(metric)
     except ConfigError as error:
         raise ConfigError(f"{run.path}: {error}") from error
-    return [scores[item] for item in items]
+    # A response that never came is wrong; of some items none came in any run.
+    return [*(scores.get(item, 0.0) for item in items), *[0.0] * (run.answers.items - len(items))]
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -229,7 +236,7 @@ def beyond(factors: Sequence[str], settings: Sequence[dict[str, Any]]) -> str:
 
 
 def _under(key: str, factor: str) -> bool:
-    key = next((source for copy, source in _COPIES.items() if key.endswith(copy)), key)
+    key = next((source for copy, source in _COPIES.items() if key.endswith(copy)), key.removeprefix("versions.code."))
     return key == factor or key.startswith(f"{factor}.")
 
 
@@ -254,7 +261,10 @@ def records_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def versions_of(folder: Path) -> dict[str, Any]:
-    """Return the versions that a run used; a value that differs between its attempts becomes "one → other"."""
+    """Return the versions that a run used; a value that differs between its attempts becomes "one → other".
+
+    For an evaluation of a run, the versions of that run count as another attempt.
+    """
     run = RunFolder(folder)
     began = run.block("versions.json")
     attempts = [] if began is None else [began]

@@ -262,7 +262,7 @@ def table(report: Report) -> Table:
 
     An arm has one more row for each further control.
     """
-    title = f"Last validation, {report.items} items answered by all{report.correction}"
+    title = f"Last validation, {report.items} items that all were asked{report.correction}"
     view = Table(title=title, title_justify="left")
     view.add_column("arm")
     for column in ("seeds", f"{report.metric}, %", "against", "difference, points", "p", "verdict"):

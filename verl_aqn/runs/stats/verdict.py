@@ -98,7 +98,7 @@ def compare_validations(run: RunFolder, first: int, last: int) -> Comparison | N
                     for line in run.read(f"validation/{step}.jsonl")
                     if {"input", "acc"} <= line.keys()
                 ],
-                samples=records.get(step, {}).get("samples"),
+                record={"samples": records.get(step, {}).get("samples")},
             ).scores()
             for step in (first, last)
         )
