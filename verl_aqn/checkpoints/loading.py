@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from verl_aqn.checkpoints.building import build, is_multimodal
+from verl_aqn.checkpoints.building import build, is_multimodal, stays_float32
 from verl_aqn.checkpoints.building import empty_model as empty_model  # imported from here, too
 from verl_aqn.checkpoints.naming import Naming
 from verl_aqn.checkpoints.storage import Spec, Weights, read_config
@@ -33,6 +33,8 @@ def load_model(
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """Load the model of a packed folder in evaluation mode, with packed layers and other weights in ``dtype``.
+
+    The weights of `stays_float32` have at least float32.
 
     The attribute ``checkpoint_names`` of the model, a `Naming`, has the names of its modules in the folder. Without
     ``attn_implementation`` transformers chooses: SDPA, or eager if the architecture has no other. On device ``meta`` no
@@ -103,7 +105,8 @@ def _load(
         if name not in state:
             state |= _gather(weights, naming, name, expected, sources[name], path)
     for name, tensor in state.items():
-        state[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
+        wide = torch.promote_types(dtype, torch.float32) if stays_float32(model, name) else dtype
+        state[name] = tensor.to(device, wide if tensor.is_floating_point() else None)
     _check_tied(model, state, path)
     try:
         model.load_state_dict(state, strict=False, assign=True)

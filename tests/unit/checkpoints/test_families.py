@@ -253,3 +253,18 @@ def test_stored_head_that_differs(tied: bool, fits: bool, tmp_path: Path) -> Non
     else:
         with pytest.raises(ModelError, match=r"ties lm_head\.weight to .*stores different values"):
             load_model(tmp_path / "packed")
+
+
+def test_biases_that_choose_experts_stay_in_float32(tmp_path: Path) -> None:
+    source, name = make("deepseek_v3", tmp_path / "source"), "model.layers.1.mlp.gate.e_score_correction_bias"
+    weights = tensors(source)
+    bias = torch.tensor([6.991, 6.994, 6.997, 7.003])  # near 7 the spacing of bfloat16 is 0.03: all would be 7
+    save_file(weights | {name: bias}, source / "model.safetensors", {"format": "pt"})
+    quantize_checkpoint(source, tmp_path / "packed")
+    dequantize_checkpoint(tmp_path / "packed", tmp_path / "dense")
+    for folder in ("packed", "dense"):
+        assert torch.equal(tensors(tmp_path / folder)[name], bias)
+    model = load_model(tmp_path / "packed")
+    assert torch.equal(model.get_buffer(name), bias)
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert torch.equal(load_dense(source).get_buffer(name), bias)
