@@ -34,7 +34,7 @@ def load_model(
 ) -> PreTrainedModel:
     """Load the model of a packed folder in evaluation mode, with packed layers and other weights in ``dtype``.
 
-    The weights of `stays_float32` have at least float32.
+    The weights of `stays_float32` have at least float32 and are buffers.
 
     The attribute ``checkpoint_names`` of the model, a `Naming`, has the names of its modules in the folder. Without
     ``attn_implementation`` transformers chooses: SDPA, or eager if the architecture has no other. On device ``meta`` no
@@ -112,6 +112,12 @@ def _load(
         model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:  # the lines of the error name the tensor and both shapes
         raise ModelError(f"the weights of {path} do not fit its config.json: {' '.join(str(error).split())}") from error
+    for name, tensor in list(model.named_parameters()):
+        if stays_float32(model, name):
+            # FSDP2 casts parameters to bfloat16 before each forward, and leaves buffers as they are.
+            holder, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+            delattr(holder, leaf)
+            holder.register_buffer(leaf, tensor.data)
     model.tie_weights()
     model.checkpoint_names = naming
     if (path / "generation_config.json").is_file():
