@@ -1,6 +1,7 @@
 """Building of models from a config.json, without weights: the causal LM that is trained, and the whole model."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from verl_aqn.checkpoints.storage import read_config
 from verl_aqn.errors import ModelError, first_line
+
+# Biases that only choose experts; vLLM has them in float32. Those of GLM-5.2 are between 6.82 and 7.06. There bfloat16
+# has 8 values, and rounding sends 98 % of the tokens to other experts (sgl-project/sglang, pull request 37133).
+_EXPERT_BIASES = ("e_score_correction_bias", "expert_bias")
 
 
 class Built(NamedTuple):
@@ -65,6 +70,12 @@ def build(path: Path, dtype: torch.dtype = torch.bfloat16, attn_implementation: 
 def empty_model(path: Path, dtype: torch.dtype = torch.bfloat16, attn_implementation: str = "eager") -> PreTrainedModel:
     """Build only the causal language model that ``build`` returns."""
     return build(path, dtype, attn_implementation).model
+
+
+def stays_float32(model: PreTrainedModel, name: str) -> bool:
+    """Return whether tensor ``name`` of ``model`` stays in float32 when the other tensors are bfloat16."""
+    patterns = (*_EXPERT_BIASES, *(model._keep_in_fp32_modules_strict or ()))
+    return any(re.search(pattern.replace("*", ".*"), name) for pattern in patterns)  # as transformers matches them
 
 
 def is_multimodal(path: Path) -> bool:

@@ -21,7 +21,7 @@ from verl_aqn.checkpoints.storage import Weights, companions, read_config, read_
 from verl_aqn.errors import DataError, ModelError
 
 # Part of the cache key: increase it when the same source would give another packed folder.
-_FORMAT_VERSION = 4
+_FORMAT_VERSION = 5
 
 
 def quantized_cache(

@@ -33,10 +33,11 @@ from verl_aqn.checkpoints.loading import PACKED, PACKED_FORMAT, SCALE, ignored_n
 from verl_aqn.checkpoints.modelslim import DESCRIPTION, SCHEMES
 from verl_aqn.checkpoints.naming import Naming
 from verl_aqn.checkpoints.packing_plan import of_other_parts, routers
-from verl_aqn.checkpoints.promises import check_opens
+from verl_aqn.checkpoints.promises import as_kept, check_opens
 from verl_aqn.checkpoints.storage import Spec, Weights, read_config, read_json
 from verl_aqn.checkpoints.writing import MAX_SHARD_BYTES, new_folder, write_model
 from verl_aqn.errors import ConfigError, ModelError
+from verl_aqn.mxfp4.kernels.reference import NAN_SCALE
 
 # Suffixes of (codes, scales) after the name of the module or stack, by layout.
 _SUFFIXES = {
@@ -78,7 +79,7 @@ def import_checkpoint(
     """Rewrite ``src``, an MXFP4 checkpoint in a layout of `_SUFFIXES`, to the new folder ``dst`` with the same codes.
 
     Raises:
-        ModelError: ``src`` has another layout, a tensor is not MXFP4 or is damaged, or ``dst`` exists.
+        ModelError: ``src`` has another layout, a tensor is not MXFP4, is damaged or contains NaN, or ``dst`` exists.
         ConfigError: ``format`` is not one of ``verl_aqn.checkpoints.formats.FORMATS``.
     """
     src, dst = Path(src), Path(dst)
@@ -112,10 +113,14 @@ def import_checkpoint(
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in kept:
-            yield name, weights.read(name)
+            yield name, as_kept(name, weights, weights.specs[name].dtype)
         for done, module in enumerate(shapes, start=1):
             for suffix, out in zip((codes, scales), FORMATS[format], strict=True):
-                yield module + out, weights.read(module + suffix).view(layout[module + out].shape)
+                values = weights.read(module + suffix)
+                if suffix == scales and (values == NAN_SCALE).any():
+                    file = weights.file_of(module + suffix)
+                    raise ModelError(f"tensor {module + suffix} of {file} contains NaN: use another checkpoint")
+                yield module + out, values.view(layout[module + out].shape)
             if progress is not None:
                 progress(done, len(shapes), module)
 

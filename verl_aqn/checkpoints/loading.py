@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from verl_aqn.checkpoints.building import build, is_multimodal
+from verl_aqn.checkpoints.building import build, is_multimodal, stays_float32
 from verl_aqn.checkpoints.building import empty_model as empty_model  # imported from here, too
 from verl_aqn.checkpoints.naming import Naming
 from verl_aqn.checkpoints.storage import Spec, Weights, read_config
@@ -33,6 +33,8 @@ def load_model(
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """Load the model of a packed folder in evaluation mode, with packed layers and other weights in ``dtype``.
+
+    The weights of `stays_float32` have at least float32 and are buffers.
 
     The attribute ``checkpoint_names`` of the model, a `Naming`, has the names of its modules in the folder. Without
     ``attn_implementation`` transformers chooses: SDPA, or eager if the architecture has no other. On device ``meta`` no
@@ -103,12 +105,19 @@ def _load(
         if name not in state:
             state |= _gather(weights, naming, name, expected, sources[name], path)
     for name, tensor in state.items():
-        state[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
+        wide = torch.promote_types(dtype, torch.float32) if stays_float32(model, name) else dtype
+        state[name] = tensor.to(device, wide if tensor.is_floating_point() else None)
     _check_tied(model, state, path)
     try:
         model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:  # the lines of the error name the tensor and both shapes
         raise ModelError(f"the weights of {path} do not fit its config.json: {' '.join(str(error).split())}") from error
+    for name, tensor in list(model.named_parameters()):
+        if stays_float32(model, name):
+            # FSDP2 casts parameters to bfloat16 before each forward, and leaves buffers as they are.
+            holder, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+            delattr(holder, leaf)
+            holder.register_buffer(leaf, tensor.data)
     model.tie_weights()
     model.checkpoint_names = naming
     if (path / "generation_config.json").is_file():

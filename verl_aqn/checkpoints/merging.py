@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from verl_aqn.checkpoints.adapter import Adapter
+from verl_aqn.checkpoints.building import build, stays_float32
 from verl_aqn.checkpoints.error_report import FILE
 from verl_aqn.checkpoints.loading import DenseView, dense_config
 from verl_aqn.checkpoints.naming import Naming
@@ -140,7 +141,8 @@ def write_merged(
         sums.add(module_of[name], base.to(spec.dtype), delta, merged)
         return merged
 
-    layout = merged_specs(weights) | {name: weights.specs[name]._replace(dtype=adapted_dtype) for name in module_of}
+    adapted = {name: weights.specs[name]._replace(dtype=adapted_dtype) for name in module_of}
+    layout = merged_specs(src, weights) | adapted
     tensors = ((name, read(name, spec)) for name, spec in layout.items())
     write_model(folder, dense_config(src), layout, tensors, src, {}, max_shard_bytes)
     (folder / FILE).unlink(missing_ok=True)  # the quantisation report of the base does not describe this model
@@ -156,7 +158,7 @@ def check_merged(folder: Path, src: Path, packed: bool, adapter: Adapter) -> int
         EvidenceError: a tensor is missing, unexpected or different, or config.json is that of another model.
     """
     weights, written = open_base(src, packed), Weights(folder)
-    module_of, layout = covered(src, weights, adapter), merged_specs(weights)
+    module_of, layout = covered(src, weights, adapter), merged_specs(src, weights)
     check_specs(written, layout)
     for name, spec in layout.items():
         expected = weights.read(name)
@@ -192,10 +194,16 @@ def check_tensor(name: str, written: Weights, expected: Tensor, module: str | No
         raise EvidenceError(f"{name} in the merged folder is not, bit for bit, {what}")
 
 
-def merged_specs(weights: DenseView | Weights) -> dict[str, Spec]:
-    """Return the tensors of the merged folder: floating-point tensors become bfloat16."""
+def merged_specs(src: Path, weights: DenseView | Weights) -> dict[str, Spec]:
+    """Return the tensors of the merged folder: floats become bfloat16 where the model does not need float32."""
+    built = build(src)
+    naming = Naming(built, Weights(src).specs)
+
+    def rounds(name: str, spec: Spec) -> bool:
+        return spec.dtype.is_floating_point and not stays_float32(built.model, naming.in_model(name))
+
     return {
-        name: spec._replace(dtype=torch.bfloat16) if spec.dtype.is_floating_point else spec
+        name: spec._replace(dtype=torch.bfloat16) if rounds(name, spec) else spec
         for name, spec in sorted(weights.specs.items())
     }
 

@@ -152,7 +152,7 @@ def check_merged_packed(folder: Path, src: Path, adapter: Adapter, digest: str) 
     base, written = open_packed(src), open_packed(folder)
     dense, result = DenseView(src), DenseView(folder)
     module_of = covered(src, dense, adapter)
-    check_specs(written, merged_specs(base))
+    check_specs(written, merged_specs(src, base))
     if (found := checkpoint_digest(folder)) != digest:
         raise EvidenceError(
             f"the packed weights in the merged folder have digest {found[:16]}…, but those that were made have "

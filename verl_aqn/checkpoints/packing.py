@@ -43,8 +43,9 @@ def quantize_checkpoint(
 
     Every ``nn.Linear`` and every MoE expert of the model that transformers builds from ``config.json`` is packed,
     except its output head, MoE routers, and those that ``exclude`` names: a module's full name, the last parts of it,
-    or a pattern with ``*``. All other float tensors become bfloat16. Experts get names of their own also where the
-    source has them fused (`verl_aqn.checkpoints.naming`).
+    or a pattern with ``*``. All other float tensors become bfloat16, except those that models compute with in float32,
+    such as the biases that choose experts (`verl_aqn.checkpoints.building.stays_float32`). Experts get names of their
+    own also where the source has them fused (`verl_aqn.checkpoints.naming`).
 
     Tensors are read, quantised and written one by one, and a fused stack expert by expert, so that memory is bounded by
     the largest tensor and not by the model. ``dst`` appears complete or not at all, in shards of at most
@@ -76,7 +77,8 @@ def quantize_checkpoint(
     layout: dict[str, Spec] = {}
     for name, out in plan.kept.items():
         spec = weights.specs[name]
-        layout[out] = spec._replace(dtype=torch.bfloat16) if spec.dtype.is_floating_point else spec
+        rounds = spec.dtype.is_floating_point and name not in plan.exact
+        layout[out] = spec._replace(dtype=torch.bfloat16) if rounds else spec
     for piece in plan.pieces:
         layout |= packed_specs(piece.module, piece.shape, format)
     # Sorted by name, so that the tensors of a layer are in the same shard.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from verl_aqn.checkpoints.building import build
+from verl_aqn.checkpoints.building import build, stays_float32
 from verl_aqn.checkpoints.loading import check_names
 from verl_aqn.checkpoints.naming import Naming, is_merged
 from verl_aqn.checkpoints.promises import check_ties
@@ -60,6 +60,8 @@ class Plan(NamedTuple):
     """Linear layers, routers and experts that are not packed, by their names in the packed checkpoint."""
     kept: dict[str, str]
     """Tensors of the source that are not packed, with their names in the packed checkpoint."""
+    exact: set[str]
+    """Those of `kept` that keep their dtype."""
 
 
 def make_plan(src: Path, weights: Weights, exclude: tuple[str, ...]) -> Plan:
@@ -128,7 +130,8 @@ def make_plan(src: Path, weights: Weights, exclude: tuple[str, ...]) -> Plan:
         raise ModelError(f"{src} ({type(model).__name__}) has no linear layer to quantise with exclude {list(exclude)}")
     used = {piece.tensor for piece in pieces}
     keep = {name: naming.kept_name(name) for name in weights.specs if name not in used}
-    return Plan(pieces, [*ignored, *of_other_parts(naming, weights)], keep)
+    exact = {name for name in keep if stays_float32(model, naming.in_model(name))}
+    return Plan(pieces, [*ignored, *of_other_parts(naming, weights)], keep, exact)
 
 
 def routers(model: nn.Module) -> set[str]:

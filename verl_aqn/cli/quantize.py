@@ -143,7 +143,7 @@ def left_line(report: "QuantReport") -> str:
         key = re.sub(r"\.\d+(?=\.)", ".*", name)
         pooled[key] = pooled.get(key, 0) + 1
     names = ", ".join(name if count == 1 else f"{name} ({count})" for name, count in pooled.items())
-    return f"kept in 16 bits: {names or 'no linear layer'}; embeddings, norms and biases are always kept in 16 bits"
+    return f"kept in 16 bits: {names or 'no linear layer'}; embeddings, norms and biases are never packed"
 
 
 def _megabytes(before: int, after: int) -> str:

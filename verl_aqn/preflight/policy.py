@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
-from verl_aqn.checkpoints.loading import load_model
+from verl_aqn.checkpoints.loading import load_dense, load_model
 from verl_aqn.checkpoints.packing import is_packed
 from verl_aqn.config.schema import parse_aqn
 from verl_aqn.mxfp4.experts import packed_layers
@@ -19,7 +19,7 @@ def load_base(config: DictConfig, dtype: torch.dtype) -> PreTrainedModel:
     aqn, path = parse_aqn(config), Path(config.actor_rollout_ref.model.path)
     device = "cpu" if aqn.profile in ("cpu", "auto") else aqn.profile
     if not is_packed(path):
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+        return load_dense(path, dtype, device=device)
     model = load_model(path, dtype, device)
     for layer in packed_layers(model):
         layer.activation = Activation.parse(aqn.mxfp4.activation_arithmetic)

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from tests.helpers.digests import model_digest
 from tests.helpers.family_models import FAMILIES, REFUSED, make
 from tests.helpers.tiny_configs import SMALL_MOE
+from verl_aqn.checkpoints.actual_base import actual_base
 from verl_aqn.checkpoints.loading import PACKED, dequantize_checkpoint, load_dense, load_model
 from verl_aqn.checkpoints.naming import Naming
 from verl_aqn.checkpoints.packing import checkpoint_digest, quantize_checkpoint
@@ -253,3 +254,38 @@ def test_stored_head_that_differs(tied: bool, fits: bool, tmp_path: Path) -> Non
     else:
         with pytest.raises(ModelError, match=r"ties lm_head\.weight to .*stores different values"):
             load_model(tmp_path / "packed")
+
+
+def test_biases_that_choose_experts_stay_in_float32(tmp_path: Path) -> None:
+    source, name = make("deepseek_v3", tmp_path / "source"), "model.layers.1.mlp.gate.e_score_correction_bias"
+    weights = tensors(source)
+    bias = torch.tensor([6.991, 6.994, 6.997, 7.003])  # near 7 the spacing of bfloat16 is 0.03: all would be 7
+    save_file(weights | {name: bias}, source / "model.safetensors", {"format": "pt"})
+    quantize_checkpoint(source, tmp_path / "packed")
+    dequantize_checkpoint(tmp_path / "packed", tmp_path / "dense")
+    for folder in ("packed", "dense"):
+        assert torch.equal(tensors(tmp_path / folder)[name], bias)
+    model = load_model(tmp_path / "packed")
+    assert torch.equal(model.get_buffer(name), bias)
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert torch.equal(load_dense(source).get_buffer(name), bias)
+
+
+def test_a_bias_that_is_a_parameter_is_not_cast_by_fsdp2(tmp_path: Path) -> None:
+    from transformers import AfmoeConfig
+
+    sizes = SMALL_MOE | {"head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4, "num_dense_layers": 1}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AfmoeConfig(**sizes), dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
+    name, bias = "model.layers.1.mlp.expert_bias", torch.tensor([6.991, 6.994, 6.997, 7.003])
+    weights = tensors(tmp_path / "source") | {name: bias}
+    save_file(weights, tmp_path / "source/model.safetensors", {"format": "pt"})
+    quantize_checkpoint(tmp_path / "source", tmp_path / "packed")
+    model, elsewhere = load_model(tmp_path / "packed"), load_model(tmp_path / "packed", device="meta")
+    assert torch.equal(dict(model.named_buffers())[name], bias)
+    assert name not in dict(model.named_parameters())
+    assert dict(elsewhere.named_buffers())[name].dtype == torch.float32
+    assert logits(model).isfinite().all()
+    held = actual_base(model.requires_grad_(False), tmp_path / "packed")
+    assert not held.faults
+    assert held.tensors[name][1] == "float32"

@@ -168,3 +168,14 @@ def test_refusals(tmp_path: Path) -> None:
     ):
         import_checkpoint(theirs, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight_scale", "model.layers.1.input_layernorm.weight"])
+def test_a_value_that_is_no_number_is_refused(name: str, tmp_path: Path) -> None:
+    theirs, _ = quark(tmp_path, LlamaConfig(**SMALL_ASCEND))
+    tensors = load_file(theirs / "model.safetensors")
+    tensors[name].view(-1)[3] = 255 if name.endswith("scale") else torch.nan  # E8M0 has NaN at 255
+    save_file(tensors, theirs / "model.safetensors")
+    with pytest.raises(ModelError, match=rf"tensor {name} of .*/model\.safetensors contains NaN"):
+        import_checkpoint(theirs, tmp_path / "imported")
+    assert not (tmp_path / "imported").exists()

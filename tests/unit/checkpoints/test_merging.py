@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
+from tests.helpers.family_models import make as make_family
 from tests.helpers.tiny_configs import SMALL, SMALL_MOE
 from verl_aqn.checkpoints.adapter import Adapter
 from verl_aqn.checkpoints.loading import DenseView, dequantize_checkpoint
-from verl_aqn.checkpoints.merging import write_merged
+from verl_aqn.checkpoints.merging import check_merged, write_merged
 from verl_aqn.checkpoints.packing import quantize_checkpoint
 from verl_aqn.errors import ModelError
 from verl_aqn.mxfp4 import dequantize
@@ -119,3 +120,15 @@ def test_a_dense_view_is_the_packed_folder_bit_for_bit(tmp_path):
         assert torch.equal(view.read(name), expected), name
         assert view.specs[name] == (weight.dtype, tuple(weight.shape))
     assert found == 2 * (4 + 4 * 3)
+
+
+def test_biases_that_choose_experts_stay_in_float32(tmp_path):
+    source, name = make_family("deepseek_v3", tmp_path / "source"), "model.layers.1.mlp.gate.e_score_correction_bias"
+    bias = torch.tensor([6.991, 6.994, 6.997, 7.003])
+    weights = load_file(source / "model.safetensors") | {name: bias}
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    adapter = random_adapter(source, "o_proj")
+    (tmp_path / "merged").mkdir()
+    write_merged(tmp_path / "merged", source, False, adapter)
+    assert check_merged(tmp_path / "merged", source, False, adapter) == len(weights)
+    assert torch.equal(load_file(tmp_path / "merged/model.safetensors")[name], bias)

@@ -26,6 +26,7 @@ from tests.helpers.export_runs import (
     write_actor,
     write_training_data,
 )
+from tests.helpers.family_models import make as make_family
 from tests.helpers.sharded_lora import Lora, save_sharded
 from verl_aqn.checkpoints import merging_packed
 from verl_aqn.checkpoints.foreign import import_checkpoint
@@ -40,7 +41,7 @@ from verl_aqn.errors import DataError, EvidenceError, ModelError
 from verl_aqn.evaluation.export import exporting, trial
 from verl_aqn.evaluation.export.difference import Difference, first_difference
 from verl_aqn.evaluation.export.export_folders import target_modules
-from verl_aqn.evaluation.export.exporting import RECORD, export
+from verl_aqn.evaluation.export.exporting import RECORD, check_adapter, export
 from verl_aqn.evaluation.export.fsdp_adapter import read_adapter
 from verl_aqn.evaluation.export.questions import read_questions, training_prompts, validation_prompts
 from verl_aqn.evaluation.export.source import find_source
@@ -473,6 +474,17 @@ def test_a_format_that_does_not_fit_is_refused(run, tmp_path, arguments, words):
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
     assert words in result.stderr
+
+
+def test_the_adapter_of_a_multimodal_base_is_known_by_the_names_that_vllm_got_and_only_merged(tmp_path):
+    quantize_checkpoint(make_family("gemma3_vl", tmp_path / "source"), tmp_path / "packed")
+    model = trained(tmp_path / "packed")
+    run = exported_run(tmp_path / "experiment", tmp_path / "packed", state_of(model), peft=model)
+    with pytest.raises(ModelError, match=r"packed is multimodal: .* export with --merge$"):
+        export(run, tmp_path / "out")
+    source = find_source(run)
+    adapter = read_adapter(source.actor)
+    assert check_adapter(source, adapter) == len(adapter.matrices) == 14
 
 
 def test_4_bits_need_the_training_data_and_a_packed_base(run, base, state, engine, tmp_path):

@@ -5,7 +5,7 @@ Read `export` first: it contains all steps.
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from verl_aqn.checkpoints.adapter import Adapter
+from verl_aqn.checkpoints.building import is_multimodal
 from verl_aqn.checkpoints.merging import MergeReport, check_merged, covered, open_base, write_merged
 from verl_aqn.checkpoints.merging_packed import check_merged_packed, check_packable, merged_copy, write_merged_packed
+from verl_aqn.checkpoints.naming import Naming
 from verl_aqn.checkpoints.writing import new_folder
 from verl_aqn.config.schema import parse_aqn
-from verl_aqn.errors import DataError, EnvironmentFault, EvidenceError
+from verl_aqn.errors import DataError, EnvironmentFault, EvidenceError, ModelError
 from verl_aqn.evaluation.export.export_folders import write_card, write_peft_folder
 from verl_aqn.evaluation.export.fsdp_adapter import read_adapter
 from verl_aqn.evaluation.export.questions import read_questions
@@ -68,6 +70,11 @@ def export(
             f"{source.actor} has no adapter_config.json: its version did not record the scaling of the adapter that "
             "the run started from: train again"
         )
+    if not merge and is_multimodal(source.base):
+        raise ModelError(
+            f"{source.base} is multimodal: PEFT and vLLM have different names for the layers of its text part, so one "
+            "adapter folder cannot serve both: export with --merge"
+        )
     adapter = read_adapter(source.actor)
     nonzero = check_adapter(source, adapter)
     uniform = adapter.uniform()
@@ -86,7 +93,7 @@ def export(
         "dtype": "mxfp4" if merge and packed else "bfloat16",
         "base": {"path": str(source.base), "digest": source.base_digest},
         "adapter": {
-            "digest": adapter.digest(),
+            "digest": as_sent(adapter, source.base).digest(),
             "recorded": source.sent,
             "read_back": None,
             "modules": len(adapter.matrices),
@@ -171,13 +178,21 @@ def _check_changed(report: MergeReport, how: str) -> None:
         )
 
 
+def as_sent(adapter: Adapter, base: Path) -> Adapter:
+    """Return the adapter under the names that the rollout receives: for a multimodal base those of its folder."""
+    if not is_multimodal(base):
+        return adapter
+    naming, uniform = Naming.of_folder(base), adapter.uniform()
+    return replace(uniform, matrices={naming.in_checkpoint(name): pair for name, pair in uniform.matrices.items()})
+
+
 def check_adapter(source: Source, adapter: Adapter) -> int:
     """Check that the adapter is the one that the run recorded, and return the number of modules with a nonzero B.
 
     Raises:
         EvidenceError: the adapter is not that of the run, or every B is zero.
     """
-    digest = adapter.digest()
+    digest = as_sent(adapter, source.base).digest()
     if digest != source.sent:
         raise EvidenceError(
             f"the adapter in {source.actor} is not the one that the rollout had after step {source.step}: "
