@@ -20,6 +20,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
 from verl_aqn.config.allowed import check_names, check_numbers
@@ -73,11 +74,18 @@ def find_recipe(recipe: str, *, plans: bool = True) -> Path:
 def read_yaml(path: Path) -> Any:
     """Return the content of a recipe's or plan's file. Raises ConfigError if it is not YAML."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        # Hydra's loader, because PyYAML's own takes the second of two equal keys without a word.
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=get_yaml_loader())
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not YAML: it is not UTF-8 ({first_line(error)}): save it as UTF-8") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {first_line(error)}") from error
+        raise _not_yaml(path, error) from error
+
+
+def _not_yaml(path: Path, error: yaml.YAMLError) -> ConfigError:
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    place = f"line {mark.line + 1}: " if mark else ""
+    return ConfigError(f"{path} is not YAML: {place}{problem or first_line(error)}")
 
 
 def _refuse_plan(recipe: str, raw: Any) -> None:
@@ -131,6 +139,7 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
     path = find_recipe(recipe, plans=False)
     raw = read_yaml(path)
     _refuse_plan(recipe, raw)
+    _check_defaults(path, raw)
     profile, experiment, groups, rest = _groups([current_override(one) for one in overrides or []])
     check_overrides(rest)
     rest = [f"++{one}" if one.startswith(OPTIONAL) else one for one in rest]
@@ -164,6 +173,16 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
     if config.trainer.experiment_name is None:
         config.trainer.experiment_name = path.stem
     return config
+
+
+def _check_defaults(path: Path, raw: Any) -> None:
+    """Raise ConfigError if a recipe's list of files is none, or comes over what the recipe itself says."""
+    defaults = raw.get("defaults", []) if isinstance(raw, dict) else None
+    if raw is not None and not isinstance(defaults, list):
+        raise _without_base(path)
+    names = [name for name in defaults or () if isinstance(name, str)]
+    if "_self_" in names[:-1]:
+        raise ConfigError(f"{path.name}: {names[-1]} in `defaults` would overwrite this file: put _self_ last")
 
 
 def _workers(nodes: int) -> dict[str, int]:
@@ -287,7 +306,16 @@ def _compose(path: Path, overrides: list[str]) -> DictConfig:
     searchpath = ",".join(json.dumps(f"file://{folder}", ensure_ascii=False) for folder in folders)
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(path.parent), version_base=None):
-        return compose(config_name=path.stem, overrides=[f"hydra.searchpath=[{searchpath}]", *overrides])
+        try:
+            return compose(config_name=path.stem, overrides=[f"hydra.searchpath=[{searchpath}]", *overrides])
+        except yaml.YAMLError as error:  # a file that this one builds on
+            mark = getattr(error, "problem_mark", None)
+            raise _not_yaml(Path(mark.name) if mark else path, error) from error
+        except RecursionError:
+            raise ConfigError(
+                f"{path.name} builds on itself: a name in `defaults` means first a file beside it, so give the file "
+                "another name than the recipe that it builds on"
+            ) from None
 
 
 def _hydra_message(error: Exception, path: Path, groups: list[str]) -> str:

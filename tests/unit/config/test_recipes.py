@@ -332,6 +332,23 @@ def test_a_recipe_without_base_is_told_so(tmp_path, text, overrides):
     assert str(error.value) == "r1.yaml does not build on `base`: start it with `defaults: [base, _self_]`"
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("defaults: base", "r1.yaml does not build on `base`: start it with `defaults: [base, _self_]`"),
+        ("- base", "r1.yaml does not build on `base`: start it with `defaults: [base, _self_]`"),
+        ("defaults: [_self_, e12]", "r1.yaml: e12 in `defaults` would overwrite this file: put _self_ last"),
+        ("defaults: [r1, _self_]", "r1.yaml builds on itself: a name in `defaults` means first a file beside it, so "
+                                   "give the file another name than the recipe that it builds on"),
+    ],
+)  # fmt: skip
+def test_a_recipe_s_list_of_files(tmp_path, text, words):
+    (tmp_path / "r1.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_recipe(str(tmp_path / "r1.yaml"), ["profile=cpu"])
+    assert str(error.value) == words
+
+
 def test_a_recipe_may_build_on_another(tmp_path):
     (tmp_path / "r1.yaml").write_text("defaults: [e12, _self_]\ntrainer: {total_training_steps: 7}")
     assert load_recipe(str(tmp_path / "r1.yaml"), ["profile=cpu"]).trainer.total_training_steps == 7
@@ -343,6 +360,22 @@ def test_a_recipe_that_is_no_yaml(tmp_path, content):
     with pytest.raises(ConfigError, match=r"r1\.yaml is not YAML: ") as error:
         load_recipe(str(tmp_path / "r1.yaml"), ["profile=cpu"])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("aqn: {seed: 1}\naqn: {seed: 2}", "line 2: found duplicate key aqn"),
+        ("aqn:\n\tseed: 1", r"line 2: found character '\\t' that cannot start any token"),
+        ("aqn:\n  seed: 1\n noise: 2", "line 3: expected <block end>, but found '<block mapping start>'"),
+    ],
+)
+@pytest.mark.parametrize("of", ["r1", "r2"])
+def test_the_line_that_is_no_yaml(tmp_path, text, words, of):
+    (tmp_path / "r1.yaml").write_text("defaults: [r2, _self_]")
+    (tmp_path / f"{of}.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"/{of}\.yaml is not YAML: {words}$"):
+        load_recipe(str(tmp_path / "r1.yaml"), ["profile=cpu"])
 
 
 @pytest.mark.parametrize("name", ["my-recipe", "my-recipe.yml"])
