@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache, reduce
 from importlib.util import find_spec
 from pathlib import Path
@@ -147,6 +147,7 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
     try:
         config = _compose(path, [*groups, *rest])
         with open_dict(config):
+            _check_blocks(OmegaConf.to_container(config), _plain(find_recipe("base"), *groups), path)
             rename_keys(config.get("aqn", {}), warn=True)
         _check_base(config, path)
         check_names(config)  # first, because another engine adds keys that are unknown here
@@ -154,6 +155,7 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
         _check_keys(config, path, groups, rest)
         parse_aqn(config)
         check_numbers(config)
+        OmegaConf.to_container(config, resolve=True)  # a value that copies what is not there
     except (HydraException, OmegaConfBaseException) as error:
         if "Could not override 'profile'" in str(error):  # the group is defined in `base`
             raise _without_base(path) from error
@@ -246,6 +248,20 @@ def _without_base(path: Path) -> ConfigError:
     return ConfigError(f"{path.name} does not build on `base`: start it with `defaults: [base, _self_]`")
 
 
+def _check_blocks(config: Any, known: Any, path: Path, prefix: str = "") -> None:
+    """Check that what is a block of keys in `known` is one in a recipe, before anything reads these keys."""
+    for key, block in known.items():
+        value = config.get(key, {})
+        if not block or not isinstance(block, dict) or key.endswith("_kwargs"):
+            continue
+        if isinstance(value, str) and value.startswith("${"):  # a copy of another block
+            continue
+        if not isinstance(value, dict):
+            shown = "null" if value is None else repr(value)
+            raise ConfigError(f"{path.name}: {prefix}{key} must be a block of keys, got {shown}")
+        _check_blocks(value, block, path, f"{prefix}{key}.")
+
+
 def _check_keys(config: DictConfig, path: Path, groups: list[str], overrides: list[str]) -> None:
     """Check that every key in a recipe's file exists: Hydra checks the keys of overrides, but not those of the file.
 
@@ -254,11 +270,16 @@ def _check_keys(config: DictConfig, path: Path, groups: list[str], overrides: li
     """
     known, verls = _plain(find_recipe("base"), *groups), compose_verl()
     added = [override.lstrip("+").partition("=")[0] for override in overrides if override.startswith("+")]
-    for key in _dotted(OmegaConf.to_container(config)):
-        if key.startswith("aqn.") or "_kwargs." in key or any(_within(key, one) or _within(one, key) for one in added):
+    for names in _paths(OmegaConf.to_container(config)):
+        key = ".".join(names)
+        if names[0] == "aqn" or "_kwargs." in key or any(_within(key, one) or _within(one, key) for one in added):
             continue
-        if not _has(known, key.split(".")) and not _has(verls, key.split(".")):
-            raise ConfigError(f"{path.name}: {unknown_key(key, known)}")
+        if _has(known, names) or _has(verls, names):
+            continue
+        if any("." in name for name in names):  # `aqn.noise.seed: 1` in a file is one key, which nothing reads
+            block = ": {".join(key.split("."))
+            raise ConfigError(f"{path.name}: {key} is no key: write {block}: …{'}' * key.count('.')}")
+        raise ConfigError(f"{path.name}: {unknown_key(key, known)}")
 
 
 @cache
@@ -280,7 +301,7 @@ def _within(key: str, block: str) -> bool:
     return f"{key}.".startswith(f"{block}.")
 
 
-def _has(block: Any, key: list[str]) -> bool:
+def _has(block: Any, key: Sequence[str]) -> bool:
     if not key or block in (None, {}, []):
         return True
     return isinstance(block, dict) and key[0] in block and _has(block[key[0]], key[1:])
@@ -321,7 +342,7 @@ def _compose(path: Path, overrides: list[str]) -> DictConfig:
 def _hydra_message(error: Exception, path: Path, groups: list[str]) -> str:
     """Return one line of Hydra's message; for a key that does not exist, with the nearest valid key."""
     cause = error.__cause__ or error.__context__ or error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    lines = [line.strip() for line in f"{cause}\n{error}".splitlines() if line.strip()]
     key = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
     if "is not in struct" in lines[0] and key:
         config = _compose(path, groups)
@@ -346,8 +367,13 @@ def followers(recipe: str, profile: str) -> dict[str, str]:
     return found
 
 
-def _dotted(block: Any, prefix: str = "") -> Iterator[str]:
+def _dotted(block: Any) -> Iterator[str]:
     """Yield all dotted keys, including those of blocks."""
+    return map(".".join, _paths(block))
+
+
+def _paths(block: Any, *above: str) -> Iterator[tuple[str, ...]]:
+    """Yield the names on the way to every key, including those of blocks."""
     for key, value in block.items() if isinstance(block, dict) else ():
-        yield f"{prefix}{key}"
-        yield from _dotted(value, f"{prefix}{key}.")
+        yield (*above, str(key))
+        yield from _paths(value, *above, str(key))

@@ -349,6 +349,33 @@ def test_a_recipe_s_list_of_files(tmp_path, text, words):
     assert str(error.value) == words
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("aqn: null", "aqn must be a block of keys, got null"),
+        ("trainer:", "trainer must be a block of keys, got null"),
+        ("actor_rollout_ref: {actor: {optim: 1.0e-4}}", "actor_rollout_ref.actor.optim must be a block of keys, "
+                                                         "got 0.0001"),
+        ("aqn.noise.sigma_start: 0.1", "aqn.noise.sigma_start is no key: write aqn: {noise: {sigma_start: …}}"),
+        ("actor_rollout_ref: {model.path: /x}", "actor_rollout_ref.model.path is no key: write "
+                                                "actor_rollout_ref: {model: {path: …}}"),
+        ("data: {train_files: '${nope}'}", "Interpolation key 'nope' not found (data.train_files)"),
+        ("data: {train_files: '${oc.env:NO_PE}'}", "KeyError raised while resolving interpolation: \"Environment "
+                                                  "variable 'NO_PE' not found\" (data.train_files)"),
+    ],
+)  # fmt: skip
+def test_what_a_recipe_s_file_sets_is_never_lost(tmp_path, text, words):
+    (tmp_path / "r1.yaml").write_text(f"defaults: [base, _self_]\n{text}")
+    with pytest.raises(ConfigError) as error:
+        load_recipe(str(tmp_path / "r1.yaml"), ["profile=cpu"])
+    assert str(error.value) == f"r1.yaml: {words}"
+
+
+def test_a_block_may_be_a_copy_of_another(tmp_path):
+    (tmp_path / "r1.yaml").write_text("defaults: [ppo, _self_]\ncritic: {optim: '${actor_rollout_ref.actor.optim}'}")
+    assert load_recipe(str(tmp_path / "r1.yaml"), ["profile=cpu"]).critic.optim.lr == 5e-4
+
+
 def test_a_recipe_may_build_on_another(tmp_path):
     (tmp_path / "r1.yaml").write_text("defaults: [e12, _self_]\ntrainer: {total_training_steps: 7}")
     assert load_recipe(str(tmp_path / "r1.yaml"), ["profile=cpu"]).trainer.total_training_steps == 7
