@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
-from verl_aqn.config.allowed import check_names, check_numbers
+from verl_aqn.config.allowed import check_names, check_numbers, check_types
 from verl_aqn.config.overrides import check_overrides
 from verl_aqn.config.renamed import current_override, rename_keys
 from verl_aqn.config.schema import nearest, parse_aqn
@@ -155,7 +155,7 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
         _check_keys(config, path, groups, rest)
         parse_aqn(config)
         check_numbers(config)
-        OmegaConf.to_container(config, resolve=True)  # a value that copies what is not there
+        check_types(OmegaConf.to_container(config, resolve=True), _plain(find_recipe("base"), *groups))
     except (HydraException, OmegaConfBaseException) as error:
         if "Could not override 'profile'" in str(error):  # the group is defined in `base`
             raise _without_base(path) from error

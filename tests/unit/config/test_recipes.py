@@ -6,7 +6,7 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from verl_aqn.config.allowed import check_names, check_numbers
+from verl_aqn.config.allowed import check_names, check_numbers, check_types
 from verl_aqn.config.compose import find_recipe, load_recipe, recipe_names
 from verl_aqn.config.noise_settings import schedule_of
 from verl_aqn.config.schema import FOUR_BIT, AqnConfig, parse_aqn
@@ -286,6 +286,28 @@ def test_numbers_that_may_be_left_out(composed, key, value):
     config = composed.copy()
     OmegaConf.update(config, key, value)
     check_numbers(config)
+
+
+@pytest.mark.parametrize(
+    "key", ["rollout.temperature", "rollout.val_kwargs.temperature", "rollout.top_p", "actor.optim.lr"]
+)
+@pytest.mark.parametrize("value", ["hot", None, "0.5", -1, float("nan"), float("inf"), True])
+def test_numbers_with_a_fraction_are_checked_too(composed, key, value):
+    config = composed.copy()
+    OmegaConf.update(config, f"actor_rollout_ref.{key}", value)
+    shown = "null" if value is None else value
+    with pytest.raises(ConfigError, match=rf"{key}={shown}: give a number of 0 or more$"):
+        check_numbers(config)
+
+
+def test_text_is_no_number_and_no_truth_value():
+    with pytest.raises(ConfigError, match=r"^trainer\.val_before_train='no': give true or false$"):
+        load_recipe("e12", ["profile=cpu", "trainer.val_before_train=no"])
+    usual = {"a": {"b": True, "c": 0.5, "d": None, "e": "x"}, "env_vars": {"N": 1}}
+    check_types({"a": {"b": 0, "c": None, "d": "no", "e": "no", "f": "no"}, "r": {"env_vars": {"N": "2"}}}, usual)
+    for key, what in (("b", "true or false"), ("c", "a number")):
+        with pytest.raises(ConfigError, match=f"^a.{key}='off': give {what}$"):
+            check_types({"a": {key: "off"}}, usual)
 
 
 def test_a_recipe_s_numbers_are_checked():
