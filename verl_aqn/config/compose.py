@@ -332,6 +332,10 @@ def _compose(path: Path, overrides: list[str]) -> DictConfig:
         except yaml.YAMLError as error:  # a file that this one builds on
             mark = getattr(error, "problem_mark", None)
             raise _not_yaml(Path(mark.name) if mark else path, error) from error
+        except ValueError as error:  # Hydra's own, about a list of files or a block that is none
+            if isinstance(error, OmegaConfBaseException):
+                raise
+            raise ConfigError(f"{path.name}: {first_line(error)}") from error
         except RecursionError:
             raise ConfigError(
                 f"{path.name} builds on itself: a name in `defaults` means first a file beside it, so give the file "

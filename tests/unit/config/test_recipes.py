@@ -371,6 +371,15 @@ def test_a_recipe_s_list_of_files(tmp_path, text, words):
     assert str(error.value) == words
 
 
+def test_what_hydra_tells_as_a_wrong_value_is_one_line(tmp_path):
+    (tmp_path / "r1.yaml").write_text("defaults: [r2, _self_]")
+    (tmp_path / "r2.yaml").write_text("defaults: base")
+    with pytest.raises(ConfigError, match=r"^r1\.yaml: Invalid defaults list in 'r2', defaults must be a list"):
+        load_recipe(str(tmp_path / "r1.yaml"), ["profile=cpu"])
+    with pytest.raises(ConfigError, match=r"^e12\.yaml: Config group override must be a string or a list\. Got int$"):
+        load_recipe("e12", ["profile=cpu", "data=3"])
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
