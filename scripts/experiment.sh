@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up the machine and runs the experiment $RECIPE. Called by the test_mxfp4_*.sh scripts, which set the options.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)  # no cd for the run: paths are relative to the user's folder
 
 overrides=("profile=$PROFILE")
 # key=value for Hydra, which would split a path like lr=1,seed=0 unless it is quoted.
@@ -15,5 +15,5 @@ if [[ ${1:-} =~ ^[0-9]+$ ]]; then
     shift
 fi
 
-PROFILE=$PROFILE bash scripts/setup.sh
-exec .venv/bin/verl-aqn train "$RECIPE" "${overrides[@]}" "$@"
+PROFILE=$PROFILE bash "$root/scripts/setup.sh"
+exec "$root/.venv/bin/verl-aqn" train "$RECIPE" "${overrides[@]}" "$@"

@@ -74,6 +74,18 @@ def test_the_recipe_of_the_configuration_page_is_one(tmp_path):
     assert config.data.train_files == "/data/train.jsonl"
 
 
+def test_the_messages_of_the_troubleshooting_page_are_those_of_the_code():
+    files = [*(ROOT / "verl_aqn").rglob("*.py"), *(ROOT / "scripts").glob("*.sh")]
+    # The parts of a long message are strings on lines of their own.
+    code = "".join(re.sub(r'"\s*\n\s*f?"', "", file.read_text(encoding="utf-8")) for file in files)
+    symptoms = re.findall(r"^\| (.*?) \|", PAGES["troubleshooting.md"], re.MULTILINE)
+    messages = re.findall(r"`([^`]*…[^`]*)`|\"([^\"]*)\"", "\n".join(symptoms))
+    parts = [part.strip() for pair in messages for part in "".join(pair).split("…")]
+    known = [part for part in parts if len(part) > 7]
+    assert len(known) > 10
+    assert [part for part in known if part not in code] == []
+
+
 def names_in(text: str) -> set[str]:
     """Dotted names of verl_aqn's in `text`."""
     return {name.rstrip(".") for name in re.findall(r"\bverl_aqn(?:\.\w+)+", text)} - SETTINGS

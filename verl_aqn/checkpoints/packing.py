@@ -29,6 +29,13 @@ from verl_aqn.mxfp4.int8_rows import to_int8
 from verl_aqn.mxfp4.linear import Mxfp4Linear
 
 
+def check_choices(scale_rule: str, format: str) -> None:
+    """Raise ConfigError if the scale rule or the format is unknown."""
+    for value, known, what in ((scale_rule, SCALE_RULES, "scale rule"), (format, FORMATS, "format")):
+        if value not in known:
+            raise ConfigError(f"unknown {what} {value!r}: use one of {', '.join(known)}")
+
+
 def quantize_checkpoint(
     src: str | Path,
     dst: str | Path,
@@ -62,9 +69,7 @@ def quantize_checkpoint(
             format is unknown.
     """
     src, dst, exclude = Path(src), Path(dst), tuple(exclude)
-    for value, known, what in ((scale_rule, SCALE_RULES, "scale rule"), (format, FORMATS, "format")):
-        if value not in known:
-            raise ConfigError(f"unknown {what} {value!r}: use one of {', '.join(known)}")
+    check_choices(scale_rule, format)
     config = read_config(src)
     weights = Weights(src)
     if kind := foreign_layout(config, src):

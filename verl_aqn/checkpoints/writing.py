@@ -90,8 +90,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         ModelError: ``target`` exists before the block, or at the end of the block.
         EnvironmentFault: the folder cannot be created, or the block cannot write to it (no permission, disk full).
     """
-    if os.path.lexists(target):  # also a broken link
-        raise _taken(target)
+    check_free(target)
     temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
     # The folder is created and locked under a name that no writer cleans up, and only then gets the name that is
     # cleaned up if unlocked.
@@ -117,6 +116,12 @@ def new_folder(target: Path) -> Iterator[Path]:
         except OSError as error:
             raise (_taken(target) if os.path.lexists(target) else error) from error
         _sync(target.parent)
+
+
+def check_free(target: Path) -> None:
+    """Check that nothing has the name of a folder that will be written. Raises ModelError."""
+    if os.path.lexists(target):  # also a broken link
+        raise _taken(target)
 
 
 def _taken(target: Path) -> ModelError:

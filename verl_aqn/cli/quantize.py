@@ -59,9 +59,12 @@ def quantize(
     if keep_by not in get_args(KeepBy):
         raise ConfigError(f"--keep-by {keep_by} is not one of {', '.join(get_args(KeepBy))}")
     from verl_aqn.checkpoints.foreign import foreign_layout, import_checkpoint
-    from verl_aqn.checkpoints.packing import EXCLUDE, quantize_checkpoint
+    from verl_aqn.checkpoints.packing import EXCLUDE, check_choices, quantize_checkpoint
     from verl_aqn.checkpoints.storage import read_config
+    from verl_aqn.checkpoints.writing import check_free
 
+    check_choices(scale_rule, format_)  # before a calibration, which takes minutes
+    check_free(dst)
     if kind := foreign_layout(read_config(src), src):
         if exclude or plot or calibrate or keep_worst or scale_rule != "mse":
             raise ConfigError(

@@ -1,9 +1,13 @@
 """Numbers and names that verl's settings may have, checked before anything starts."""
 
+import math
+from typing import Any
+
 from omegaconf import DictConfig, OmegaConf
 
 from verl_aqn.config.schema import nearest
 from verl_aqn.config.trackers import LOGGERS
+from verl_aqn.config.verl_keys import leaves
 from verl_aqn.errors import ConfigError
 
 # verl's own settings that must be integers of at least 1: checks, schedule and trainer calculate with them.
@@ -30,6 +34,13 @@ _OR_LOWER = {
     "data.val_max_samples": (-1, "all"),
     "actor_rollout_ref.model.lora_rank": (0, "no adapter"),
 }
+
+
+# Numbers of 0 or more, which may have a fraction.
+_REALS = (
+    f"{_ROLLOUT}.temperature", f"{_ROLLOUT}.top_p", f"{_ROLLOUT}.val_kwargs.temperature",
+    "actor_rollout_ref.actor.optim.lr", "critic.optim.lr",
+)  # fmt: skip
 
 
 # Names that verl looks up only during a run, and the values that this trainer supports. Only these two engines support
@@ -65,6 +76,22 @@ def check_numbers(config: DictConfig) -> None:
             other = f", or {lowest} for {meaning}" if meaning else ""
             shown = "null" if value is None else value
             raise ConfigError(f"{key}={shown}: give an integer of 1 or more{other}")
+    for key in _REALS:
+        value = OmegaConf.select(config, key, default=1)
+        if type(value) not in (int, float) or not 0 <= value < math.inf:
+            raise ConfigError(f"{key}={'null' if value is None else value}: give a number of 0 or more")
+
+
+def check_types(config: Any, usual: Any) -> None:
+    """Check that no text stands where `usual` has a number or a truth value: verl takes `no` for true.
+
+    Both are plain dicts, `config` with resolved interpolations. Raises ConfigError for the first fault.
+    """
+    known = dict(leaves(usual))
+    for key, value in leaves(config):
+        kind = known.get(key)
+        if isinstance(value, str) and isinstance(kind, bool | int | float) and ".env_vars." not in key:
+            raise ConfigError(f"{key}={value!r}: give {'true or false' if isinstance(kind, bool) else 'a number'}")
 
 
 def check_names(config: DictConfig) -> None:

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache, reduce
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,9 +20,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
-from verl_aqn.config.allowed import check_names, check_numbers
+from verl_aqn.config.allowed import check_names, check_numbers, check_types
 from verl_aqn.config.overrides import check_overrides
 from verl_aqn.config.renamed import current_override, rename_keys
 from verl_aqn.config.schema import nearest, parse_aqn
@@ -73,11 +74,18 @@ def find_recipe(recipe: str, *, plans: bool = True) -> Path:
 def read_yaml(path: Path) -> Any:
     """Return the content of a recipe's or plan's file. Raises ConfigError if it is not YAML."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        # Hydra's loader, because PyYAML's own takes the second of two equal keys without a word.
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=get_yaml_loader())
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not YAML: it is not UTF-8 ({first_line(error)}): save it as UTF-8") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {first_line(error)}") from error
+        raise _not_yaml(path, error) from error
+
+
+def _not_yaml(path: Path, error: yaml.YAMLError) -> ConfigError:
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    place = f"line {mark.line + 1}: " if mark else ""
+    return ConfigError(f"{path} is not YAML: {place}{problem or first_line(error)}")
 
 
 def _refuse_plan(recipe: str, raw: Any) -> None:
@@ -131,6 +139,7 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
     path = find_recipe(recipe, plans=False)
     raw = read_yaml(path)
     _refuse_plan(recipe, raw)
+    _check_defaults(path, raw)
     profile, experiment, groups, rest = _groups([current_override(one) for one in overrides or []])
     check_overrides(rest)
     rest = [f"++{one}" if one.startswith(OPTIONAL) else one for one in rest]
@@ -138,6 +147,7 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
     try:
         config = _compose(path, [*groups, *rest])
         with open_dict(config):
+            _check_blocks(OmegaConf.to_container(config), _plain(find_recipe("base"), *groups), path)
             rename_keys(config.get("aqn", {}), warn=True)
         _check_base(config, path)
         check_names(config)  # first, because another engine adds keys that are unknown here
@@ -145,6 +155,7 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
         _check_keys(config, path, groups, rest)
         parse_aqn(config)
         check_numbers(config)
+        check_types(OmegaConf.to_container(config, resolve=True), _plain(find_recipe("base"), *groups))
     except (HydraException, OmegaConfBaseException) as error:
         if "Could not override 'profile'" in str(error):  # the group is defined in `base`
             raise _without_base(path) from error
@@ -164,6 +175,16 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> DictConfig:
     if config.trainer.experiment_name is None:
         config.trainer.experiment_name = path.stem
     return config
+
+
+def _check_defaults(path: Path, raw: Any) -> None:
+    """Raise ConfigError if a recipe's list of files is none, or comes over what the recipe itself says."""
+    defaults = raw.get("defaults", []) if isinstance(raw, dict) else None
+    if raw is not None and not isinstance(defaults, list):
+        raise _without_base(path)
+    names = [name for name in defaults or () if isinstance(name, str)]
+    if "_self_" in names[:-1]:
+        raise ConfigError(f"{path.name}: {names[-1]} in `defaults` would overwrite this file: put _self_ last")
 
 
 def _workers(nodes: int) -> dict[str, int]:
@@ -227,6 +248,20 @@ def _without_base(path: Path) -> ConfigError:
     return ConfigError(f"{path.name} does not build on `base`: start it with `defaults: [base, _self_]`")
 
 
+def _check_blocks(config: Any, known: Any, path: Path, prefix: str = "") -> None:
+    """Check that what is a block of keys in `known` is one in a recipe, before anything reads these keys."""
+    for key, block in known.items():
+        value = config.get(key, {})
+        if not block or not isinstance(block, dict) or key.endswith("_kwargs"):
+            continue
+        if isinstance(value, str) and value.startswith("${"):  # a copy of another block
+            continue
+        if not isinstance(value, dict):
+            shown = "null" if value is None else repr(value)
+            raise ConfigError(f"{path.name}: {prefix}{key} must be a block of keys, got {shown}")
+        _check_blocks(value, block, path, f"{prefix}{key}.")
+
+
 def _check_keys(config: DictConfig, path: Path, groups: list[str], overrides: list[str]) -> None:
     """Check that every key in a recipe's file exists: Hydra checks the keys of overrides, but not those of the file.
 
@@ -235,11 +270,16 @@ def _check_keys(config: DictConfig, path: Path, groups: list[str], overrides: li
     """
     known, verls = _plain(find_recipe("base"), *groups), compose_verl()
     added = [override.lstrip("+").partition("=")[0] for override in overrides if override.startswith("+")]
-    for key in _dotted(OmegaConf.to_container(config)):
-        if key.startswith("aqn.") or "_kwargs." in key or any(_within(key, one) or _within(one, key) for one in added):
+    for names in _paths(OmegaConf.to_container(config)):
+        key = ".".join(names)
+        if names[0] == "aqn" or "_kwargs." in key or any(_within(key, one) or _within(one, key) for one in added):
             continue
-        if not _has(known, key.split(".")) and not _has(verls, key.split(".")):
-            raise ConfigError(f"{path.name}: {unknown_key(key, known)}")
+        if _has(known, names) or _has(verls, names):
+            continue
+        if any("." in name for name in names):  # `aqn.noise.seed: 1` in a file is one key, which nothing reads
+            block = ": {".join(key.split("."))
+            raise ConfigError(f"{path.name}: {key} is no key: write {block}: …{'}' * key.count('.')}")
+        raise ConfigError(f"{path.name}: {unknown_key(key, known)}")
 
 
 @cache
@@ -261,7 +301,7 @@ def _within(key: str, block: str) -> bool:
     return f"{key}.".startswith(f"{block}.")
 
 
-def _has(block: Any, key: list[str]) -> bool:
+def _has(block: Any, key: Sequence[str]) -> bool:
     if not key or block in (None, {}, []):
         return True
     return isinstance(block, dict) and key[0] in block and _has(block[key[0]], key[1:])
@@ -287,13 +327,26 @@ def _compose(path: Path, overrides: list[str]) -> DictConfig:
     searchpath = ",".join(json.dumps(f"file://{folder}", ensure_ascii=False) for folder in folders)
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(path.parent), version_base=None):
-        return compose(config_name=path.stem, overrides=[f"hydra.searchpath=[{searchpath}]", *overrides])
+        try:
+            return compose(config_name=path.stem, overrides=[f"hydra.searchpath=[{searchpath}]", *overrides])
+        except yaml.YAMLError as error:  # a file that this one builds on
+            mark = getattr(error, "problem_mark", None)
+            raise _not_yaml(Path(mark.name) if mark else path, error) from error
+        except ValueError as error:  # Hydra's own, about a list of files or a block that is none
+            if isinstance(error, OmegaConfBaseException):
+                raise
+            raise ConfigError(f"{path.name}: {first_line(error)}") from error
+        except RecursionError:
+            raise ConfigError(
+                f"{path.name} builds on itself: a name in `defaults` means first a file beside it, so give the file "
+                "another name than the recipe that it builds on"
+            ) from None
 
 
 def _hydra_message(error: Exception, path: Path, groups: list[str]) -> str:
     """Return one line of Hydra's message; for a key that does not exist, with the nearest valid key."""
     cause = error.__cause__ or error.__context__ or error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    lines = [line.strip() for line in f"{cause}\n{error}".splitlines() if line.strip()]
     key = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
     if "is not in struct" in lines[0] and key:
         config = _compose(path, groups)
@@ -318,8 +371,13 @@ def followers(recipe: str, profile: str) -> dict[str, str]:
     return found
 
 
-def _dotted(block: Any, prefix: str = "") -> Iterator[str]:
+def _dotted(block: Any) -> Iterator[str]:
     """Yield all dotted keys, including those of blocks."""
+    return map(".".join, _paths(block))
+
+
+def _paths(block: Any, *above: str) -> Iterator[tuple[str, ...]]:
+    """Yield the names on the way to every key, including those of blocks."""
     for key, value in block.items() if isinstance(block, dict) else ():
-        yield f"{prefix}{key}"
-        yield from _dotted(value, f"{prefix}{key}.")
+        yield (*above, str(key))
+        yield from _paths(value, *above, str(key))

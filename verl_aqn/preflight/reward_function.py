@@ -39,7 +39,7 @@ def reward_of(config: DictConfig) -> Callable[..., Any]:
         try:
             result = function(**(told | more))  # as in verl, `reward_kwargs` take precedence
             return asyncio.run(_awaited(result)) if waits else result
-        except Exception as error:  # whatever the user's function raises
+        except (Exception, SystemExit) as error:  # whatever the user's function raises
             if waits and isinstance(error, TimeoutError):
                 raise
             place = user_line(error, str(custom.path)) or f"{KEY}.name={custom.name}"
@@ -71,7 +71,7 @@ def load_reward(config: DictConfig) -> Callable[..., Any]:
                 raise ImportError("its name does not end in .py")
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's module raises on import
+    except (Exception, SystemExit) as error:  # whatever the user's module raises on import; a script exits
         place = user_line(error, path)
         raise ConfigError(
             f"{KEY}.path={path} cannot be loaded: {f'{place}: ' if place else ''}{type(error).__name__}: "

@@ -3,6 +3,7 @@
 import codecs
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -61,7 +62,7 @@ def count_rows(path: str | Path) -> int:
 
 def check_there(path: Path) -> None:
     """Check that a file exists. Raises DataError."""
-    if "://" in str(path) or str(path).startswith("hdfs:/"):
+    if re.match(r"\w{2,}:/", str(path)) and not os.path.exists(path):  # of the // in a URL a Path keeps one
         raise DataError(f"{path}: only files on a local disk can be read: copy it there and give the path of the copy")
     if not os.path.isfile(path):  # also for a name that is too long
         what = "a folder, not a file" if os.path.isdir(path) else "no such file"

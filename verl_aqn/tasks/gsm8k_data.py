@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -30,6 +31,7 @@ def prepare_gsm8k(dst: str | Path, source: str | Path | None = None) -> dict[str
         rows = []
         for index, item in enumerate(_load(split, source)):
             where = f"GSM8K {split} row {index}"
+            item = item if isinstance(item, dict) else {}  # a line may hold any JSON, such as a whole array
             question, answer = item.get("question"), item.get("answer")
             if not isinstance(question, str) or not isinstance(answer, str):
                 raise DataError(f"{where}: 'question' or 'answer' is missing: download the data set again")
@@ -52,7 +54,7 @@ def ground_truth(answer: str, where: str) -> str:
     return truth.replace(",", "")
 
 
-def _load(split: str, source: str | Path | None) -> Iterable[dict]:
+def _load(split: str, source: str | Path | None) -> Iterable[Any]:
     if source is None:
         import datasets  # takes seconds to import, and only this branch needs it
 
@@ -68,15 +70,17 @@ def _load(split: str, source: str | Path | None) -> Iterable[dict]:
     for layout in _LAYOUTS:
         files = sorted(Path(source).glob(layout.format(split=split)))
         if files:
-            return [item for file in files for item in _read(file)]
+            if not (items := [item for file in files for item in _read(file)]):
+                raise DataError(f"{', '.join(map(str, files))}: no rows: give a folder that contains GSM8K")
+            return items
     raise DataError(f"{source}: no {split}.jsonl and no {split} parquet file: give a folder that contains GSM8K")
 
 
-def _read(file: Path) -> list[dict]:
+def _read(file: Path) -> list[Any]:
     try:
         if file.suffix == ".parquet":
             return pq.read_table(file).to_pylist()
         with file.open(encoding="utf-8") as lines:  # not splitlines: a question may contain U+2028
-            return [json.loads(line) for line in lines]
+            return [json.loads(line) for line in lines if line.strip()]
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError and ArrowInvalid
         raise DataError(f"{file}: not readable ({type(error).__name__}): download the data set again") from error

@@ -261,6 +261,23 @@ def test_script_takes_devices_toggles_and_overrides(tmp_path):
     assert config["ray_kwargs"]["ray_init"]["num_gpus"] == 2
 
 
+def test_a_script_s_paths_begin_in_the_user_s_folder(tmp_path):
+    for name in ("scripts", ".venv/bin", "my data"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("experiment.sh", "test_mxfp4_e6a.sh"):
+        (tmp_path / "scripts" / name).write_bytes((ROOT / "scripts" / name).read_bytes())
+    (tmp_path / "scripts/setup.sh").touch()
+    (command := tmp_path / ".venv/bin/verl-aqn").write_text('#!/bin/sh\npwd; printf "%s\\n" "$@"')
+    command.chmod(0o755)
+    env = {**os.environ, "TRAIN_DATA": "train.jsonl", "MODEL_PATH": "", "VAL_DATA": ""}
+    script = ["bash", "../scripts/test_mxfp4_e6a.sh", "2"]
+    done = subprocess.run(script, cwd=tmp_path / "my data", env=env, capture_output=True, text=True, check=True)
+    place, *arguments = done.stdout.splitlines()
+    assert place == str(tmp_path / "my data")
+    assert arguments[:2] == ["train", "e6a"]
+    assert arguments[-2:] == ["data.train_files='train.jsonl'", "trainer.n_gpus_per_node=2"]
+
+
 def test_wrong_arguments_do_not_wait_for_heavy_packages(tmp_path):
     taken = write_run(tmp_path / "base").path
     (tmp_path / "model").mkdir()

@@ -73,6 +73,17 @@ def test_mistakes_are_one_line(quantize, source, tmp_path, arguments, words):
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize("long", [("--calibrate", "embedded"), ("--keep-worst", "0.1")])
+@pytest.mark.parametrize("wrong", [("--format", "gguf"), ("--scale-rule", "best"), ()])
+def test_mistakes_are_told_before_the_long_work(quantize, source, tmp_path, monkeypatch, long, wrong):
+    for name in ("gptq.quantize_with_gptq", "packing.quantize_checkpoint"):
+        monkeypatch.setattr(f"verl_aqn.checkpoints.{name}", lambda *_, **__: pytest.fail("began to work"))
+    (tmp_path / "b").mkdir()
+    code, out, err = quantize(source, tmp_path / "b", *long, *wrong)
+    assert (code, out, err.count("\n")) == (2 if wrong else 1, "", 1)
+    assert ("use one of" if wrong else f"{tmp_path / 'b'} already exists: remove it or choose another folder") in err
+
+
 def test_converts_what_is_mxfp4_already(quantize, source, tmp_path):
     packed, theirs = tmp_path / "packed", tmp_path / "quark"
     quantize(source, packed, "--json")

@@ -6,7 +6,7 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from verl_aqn.config.allowed import check_names, check_numbers
+from verl_aqn.config.allowed import check_names, check_numbers, check_types
 from verl_aqn.config.compose import find_recipe, load_recipe, recipe_names
 from verl_aqn.config.noise_settings import schedule_of
 from verl_aqn.config.schema import FOUR_BIT, AqnConfig, parse_aqn
@@ -288,6 +288,28 @@ def test_numbers_that_may_be_left_out(composed, key, value):
     check_numbers(config)
 
 
+@pytest.mark.parametrize(
+    "key", ["rollout.temperature", "rollout.val_kwargs.temperature", "rollout.top_p", "actor.optim.lr"]
+)
+@pytest.mark.parametrize("value", ["hot", None, "0.5", -1, float("nan"), float("inf"), True])
+def test_numbers_with_a_fraction_are_checked_too(composed, key, value):
+    config = composed.copy()
+    OmegaConf.update(config, f"actor_rollout_ref.{key}", value)
+    shown = "null" if value is None else value
+    with pytest.raises(ConfigError, match=rf"{key}={shown}: give a number of 0 or more$"):
+        check_numbers(config)
+
+
+def test_text_is_no_number_and_no_truth_value():
+    with pytest.raises(ConfigError, match=r"^trainer\.val_before_train='no': give true or false$"):
+        load_recipe("e12", ["profile=cpu", "trainer.val_before_train=no"])
+    usual = {"a": {"b": True, "c": 0.5, "d": None, "e": "x"}, "env_vars": {"N": 1}}
+    check_types({"a": {"b": 0, "c": None, "d": "no", "e": "no", "f": "no"}, "r": {"env_vars": {"N": "2"}}}, usual)
+    for key, what in (("b", "true or false"), ("c", "a number")):
+        with pytest.raises(ConfigError, match=f"^a.{key}='off': give {what}$"):
+            check_types({"a": {key: "off"}}, usual)
+
+
 def test_a_recipe_s_numbers_are_checked():
     with pytest.raises(ConfigError, match=r"trainer\.n_gpus_per_node=0: give an integer of 1 or more"):
         load_recipe("e12", ["profile=cpu", "trainer.n_gpus_per_node=0"])
@@ -332,6 +354,59 @@ def test_a_recipe_without_base_is_told_so(tmp_path, text, overrides):
     assert str(error.value) == "r1.yaml does not build on `base`: start it with `defaults: [base, _self_]`"
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("defaults: base", "r1.yaml does not build on `base`: start it with `defaults: [base, _self_]`"),
+        ("- base", "r1.yaml does not build on `base`: start it with `defaults: [base, _self_]`"),
+        ("defaults: [_self_, e12]", "r1.yaml: e12 in `defaults` would overwrite this file: put _self_ last"),
+        ("defaults: [r1, _self_]", "r1.yaml builds on itself: a name in `defaults` means first a file beside it, so "
+                                   "give the file another name than the recipe that it builds on"),
+    ],
+)  # fmt: skip
+def test_a_recipe_s_list_of_files(tmp_path, text, words):
+    (tmp_path / "r1.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_recipe(str(tmp_path / "r1.yaml"), ["profile=cpu"])
+    assert str(error.value) == words
+
+
+def test_what_hydra_tells_as_a_wrong_value_is_one_line(tmp_path):
+    (tmp_path / "r1.yaml").write_text("defaults: [r2, _self_]")
+    (tmp_path / "r2.yaml").write_text("defaults: base")
+    with pytest.raises(ConfigError, match=r"^r1\.yaml: Invalid defaults list in 'r2', defaults must be a list"):
+        load_recipe(str(tmp_path / "r1.yaml"), ["profile=cpu"])
+    with pytest.raises(ConfigError, match=r"^e12\.yaml: Config group override must be a string or a list\. Got int$"):
+        load_recipe("e12", ["profile=cpu", "data=3"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("aqn: null", "aqn must be a block of keys, got null"),
+        ("trainer:", "trainer must be a block of keys, got null"),
+        ("actor_rollout_ref: {actor: {optim: 1.0e-4}}", "actor_rollout_ref.actor.optim must be a block of keys, "
+                                                         "got 0.0001"),
+        ("aqn.noise.sigma_start: 0.1", "aqn.noise.sigma_start is no key: write aqn: {noise: {sigma_start: …}}"),
+        ("actor_rollout_ref: {model.path: /x}", "actor_rollout_ref.model.path is no key: write "
+                                                "actor_rollout_ref: {model: {path: …}}"),
+        ("data: {train_files: '${nope}'}", "Interpolation key 'nope' not found (data.train_files)"),
+        ("data: {train_files: '${oc.env:NO_PE}'}", "KeyError raised while resolving interpolation: \"Environment "
+                                                  "variable 'NO_PE' not found\" (data.train_files)"),
+    ],
+)  # fmt: skip
+def test_what_a_recipe_s_file_sets_is_never_lost(tmp_path, text, words):
+    (tmp_path / "r1.yaml").write_text(f"defaults: [base, _self_]\n{text}")
+    with pytest.raises(ConfigError) as error:
+        load_recipe(str(tmp_path / "r1.yaml"), ["profile=cpu"])
+    assert str(error.value) == f"r1.yaml: {words}"
+
+
+def test_a_block_may_be_a_copy_of_another(tmp_path):
+    (tmp_path / "r1.yaml").write_text("defaults: [ppo, _self_]\ncritic: {optim: '${actor_rollout_ref.actor.optim}'}")
+    assert load_recipe(str(tmp_path / "r1.yaml"), ["profile=cpu"]).critic.optim.lr == 5e-4
+
+
 def test_a_recipe_may_build_on_another(tmp_path):
     (tmp_path / "r1.yaml").write_text("defaults: [e12, _self_]\ntrainer: {total_training_steps: 7}")
     assert load_recipe(str(tmp_path / "r1.yaml"), ["profile=cpu"]).trainer.total_training_steps == 7
@@ -343,6 +418,22 @@ def test_a_recipe_that_is_no_yaml(tmp_path, content):
     with pytest.raises(ConfigError, match=r"r1\.yaml is not YAML: ") as error:
         load_recipe(str(tmp_path / "r1.yaml"), ["profile=cpu"])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("aqn: {seed: 1}\naqn: {seed: 2}", "line 2: found duplicate key aqn"),
+        ("aqn:\n\tseed: 1", r"line 2: found character '\\t' that cannot start any token"),
+        ("aqn:\n  seed: 1\n noise: 2", "line 3: expected <block end>, but found '<block mapping start>'"),
+    ],
+)
+@pytest.mark.parametrize("of", ["r1", "r2"])
+def test_the_line_that_is_no_yaml(tmp_path, text, words, of):
+    (tmp_path / "r1.yaml").write_text("defaults: [r2, _self_]")
+    (tmp_path / f"{of}.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"/{of}\.yaml is not YAML: {words}$"):
+        load_recipe(str(tmp_path / "r1.yaml"), ["profile=cpu"])
 
 
 @pytest.mark.parametrize("name", ["my-recipe", "my-recipe.yml"])

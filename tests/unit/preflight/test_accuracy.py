@@ -211,6 +211,9 @@ def test_a_module_that_raises_is_told_with_its_line(tmp_path):
     own.write_text("import math\n\nmath.nothing\n")
     with pytest.raises(ConfigError, match=rf"cannot be loaded: {own}:3: AttributeError"):
         settled(tmp_path, f"{KEY}.path={own}")
+    own.write_text("import sys\n\nsys.exit(0)\n")  # the end of a script, which would end the command as well
+    with pytest.raises(ConfigError, match=rf"cannot be loaded: {own}:3: SystemExit"):
+        settled(tmp_path, f"{KEY}.path={own}")
 
 
 def test_workers_get_the_file_s_whole_path(tmp_path, monkeypatch):

@@ -45,10 +45,13 @@ def test_a_file_that_cannot_be_read_is_told_by_its_first_bad_line(tmp_path, name
 
 
 def test_names_of_files(tmp_path):
-    for name, words in ((tmp_path / ("x" * 300), "no such file"), (tmp_path, "a folder"), ("hdfs://a/b", "local disk")):
-        with pytest.raises(DataError, match=words):
-            count_rows(name)
     config = load_recipe("e6a", ["profile=cpu"])
+    for name, words in ((tmp_path / ("x" * 300), "no such file"), (tmp_path, "a folder"),
+                        ("hdfs://a/b", "local disk"), ("s3://a/b.parquet", "local disk"),
+                        ("https://a/b.jsonl", "local disk")):  # fmt: skip
+        config.data.train_files = str(name)
+        with pytest.raises(DataError, match=words):
+            count_rows(*data_files(config, "train_files"))
     config.data.train_files = "['a.parquet', b.jsonl]"
     assert [file.name for file in data_files(config, "train_files")] == ["a.parquet", "b.jsonl"]
     (odd := tmp_path / "[a].jsonl").write_text("{}")

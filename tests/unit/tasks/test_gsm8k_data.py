@@ -108,6 +108,20 @@ def test_a_source_that_cannot_be_used(source, tmp_path):
         prepare_gsm8k(tmp_path / "out", source)
 
 
+@pytest.mark.parametrize("content", ['[{"question": "q"}]', "", "\n"])
+def test_a_source_of_another_form_is_told_before_anything_is_written(source, tmp_path, content):
+    (source / "train.jsonl").write_text(content)
+    with pytest.raises(DataError, match=r"GSM8K train row 0: .* is missing|train\.jsonl.*: no rows") as caught:
+        prepare_gsm8k(tmp_path / "out", source)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_line_is_no_row(source, tmp_path):
+    (source / "train.jsonl").write_text((source / "train.jsonl").read_text() + "\n\n")
+    assert count_rows(prepare_gsm8k(tmp_path / "out", source)["train"]) == 3
+
+
 @pytest.mark.parametrize("answer", ["7", "#### seven", "####7", "", "#### NaN", "#### 1/2", "#### 1_000", "#### ٧"])
 def test_ground_truth_must_be_marked(answer):
     with pytest.raises(DataError, match="row 5"):

@@ -24,7 +24,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     paths = {key: question[key] for key in ("tool_config_path", "function_tool_path")}
     try:
         names = sorted(tool.name for tool in load_all_tools(**paths))
-    except Exception as error:  # the user's file may raise any error during its import
+    except (Exception, SystemExit) as error:  # the user's file may raise any error during its import
         key = next(key for key, path in paths.items() if path)
         return {"fault": f"multi_turn.{key}={paths[key]} cannot be loaded: {type(error).__name__}: {first_line(error)}"}
     known = set(_agent_loop_registry)

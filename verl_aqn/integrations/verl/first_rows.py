@@ -71,7 +71,7 @@ class FirstRows:
             self.template.check()
         try:
             self.cls: Any = get_dataset_class(self.data)
-        except Exception as error:  # the user's module may raise any error during its import
+        except (Exception, SystemExit) as error:  # the user's module may raise any error during its import
             named = self.data.custom_cls
             raise ConfigError(
                 f"data.custom_cls: {named.name} of {named.path} cannot be loaded: {first_line(error)}"
