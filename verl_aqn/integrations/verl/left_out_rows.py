@@ -108,6 +108,7 @@ class ToldDataset(RLHFDataset):
 
     rows: Rows
     max_prompt_length: int
+    filter_overlong_prompts: bool
 
     def maybe_filter_out_long_prompts(self, dataframe=None):
         limit, filters = int(self.max_prompt_length), self.filter_overlong_prompts
