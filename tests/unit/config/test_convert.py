@@ -127,9 +127,17 @@ def test_a_resolved_config_becomes_the_same_recipe(tmp_path):
     assert different <= {"reward.reward_model.rollout.name", "critic.use_dynamic_bsz"}
 
 
+def test_a_config_s_numbers_are_read_as_hydra_reads_them(tmp_path):
+    (file := tmp_path / "config.yaml").write_text("actor_rollout_ref: {actor: {optim: {lr: 1e-6}}}")
+    recipe = yaml.safe_load(convert([str(file)], {}).recipe())
+    assert recipe["actor_rollout_ref"]["actor"]["optim"]["lr"] == 1e-6
+
+
 @pytest.mark.parametrize(
     ("source", "words"),
     [
+        (["nothing.yaml"], "nothing.yaml does not exist"),
+        (["twice.yaml"], "twice.yaml is not YAML: line 2: found duplicate key data"),
         (["nothing.sh"], "nothing.sh is neither a file nor a command with verl.trainer.main_ppo"),
         (["two.sh"], r"two.sh has 2 launches of verl.trainer.main_ppo \(lines 1, 2\)"),
         (["sft.sh"], r"sft.sh has no launch of verl.trainer.main_ppo \(it starts verl.trainer.sft_trainer\)"),
@@ -141,7 +149,8 @@ def test_a_resolved_config_becomes_the_same_recipe(tmp_path):
 def test_what_is_no_launch_is_refused(source, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     launch = "python -m verl.trainer.main_ppo a.b=1\n"
-    for name, text in {"two.sh": launch * 2, "sft.sh": "torchrun -m verl.trainer.sft_trainer x=1", "list.yaml": "[1]",
+    for name, text in {"twice.yaml": "data: {}\ndata: {}", "two.sh": launch * 2,
+                       "sft.sh": "torchrun -m verl.trainer.sft_trainer x=1", "list.yaml": "[1]",
                        "ours.yaml": "actor_rollout_ref: {}\naqn: {}", "open.sh": launch + 'A="'}.items():  # fmt: skip
         (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=words):

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from verl_aqn.config.allowed import check_names
-from verl_aqn.config.compose import compose_base, compose_verl, load_recipe, unknown_key
+from verl_aqn.config.compose import compose_base, compose_verl, load_recipe, read_yaml, unknown_key
 from verl_aqn.config.convert.launch_script import Command, Script, Word
 from verl_aqn.config.verl_keys import leaves, rules_of
 from verl_aqn.errors import ConfigError, first_line
@@ -137,10 +137,9 @@ def _read(file: Path) -> str:
 
 def _of_config(file: Path) -> list[Setting]:
     """Return every value of a resolved config (Hydra's config.yaml, or what verl prints) that is not verl's default."""
-    try:
-        raw = yaml.safe_load(_read(file))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not YAML: {first_line(error)}") from error
+    if not file.is_file():
+        raise ConfigError(f"{file} does not exist: correct the path")
+    raw = read_yaml(file)
     if not isinstance(raw, dict) or "actor_rollout_ref" not in raw:
         raise ConfigError(f"{file} is not a config of verl's main_ppo: it has no actor_rollout_ref")
     if "aqn" in raw:
