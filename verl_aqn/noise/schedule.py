@@ -66,11 +66,11 @@ class SigmaSchedule:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ConfigError(f"noise.kind is {self.kind!r}: choose one of {', '.join(KINDS)}")
+            raise ConfigError(f"aqn.noise.kind is {self.kind!r}: choose one of {', '.join(KINDS)}")
         for name in ("sigma_start", "sigma_end"):
             value = getattr(self, name)
             if not _is_number(value) or value < 0:
-                raise ConfigError(f"noise.{name} is {value!r}: give a finite number that is 0 or more")
+                raise ConfigError(f"aqn.noise.{name} is {value!r}: give a finite number that is 0 or more")
         for name in ("num_stages", "total_steps", "epochs"):
             if not _is_count(getattr(self, name)):
                 raise ConfigError(
@@ -78,18 +78,19 @@ class SigmaSchedule:
                 )
         if self.sigma_start < self.sigma_end:
             raise ConfigError(
-                f"noise.sigma_start {self.sigma_start} is below noise.sigma_end {self.sigma_end}: "
+                f"aqn.noise.sigma_start {self.sigma_start} is below aqn.noise.sigma_end {self.sigma_end}: "
                 "σ falls during a run, so swap them or make them equal"
             )
         if self.warmup is not None and not (_is_number(self.warmup) and 0 <= self.warmup < 1):
             raise ConfigError(
-                f"noise.warmup is {self.warmup!r}: give null for one stage, or a share of the steps from 0 to below 1"
+                f"aqn.noise.warmup is {self.warmup!r}: give null for one stage, or a share of the steps from 0 to "
+                "below 1"
             )
         off = self.off_from_step
         if off is not None and not (_is_count(off) and off < self.total_steps):
             raise ConfigError(
-                f"noise.off_from_step is {off!r}, but the run takes {self.total_steps} steps: give a step from 1 to "
-                f"{self.total_steps - 1}, or null"
+                f"aqn.noise.off_from_step is {off!r}, but the run takes {self.total_steps} steps: give a step from 1 "
+                f"to {self.total_steps - 1}, or null"
             )
 
     def stage(self, step: int) -> int:

@@ -77,11 +77,11 @@ class Layers:
             "zones": ("zones", "boundary", "others"),
         }
         if self.kind not in keys:
-            raise ConfigError(f"noise.layers.kind is {self.kind!r}: choose one of {', '.join(LAYER_KINDS)}")
+            raise ConfigError(f"aqn.noise.layers.kind is {self.kind!r}: choose one of {', '.join(LAYER_KINDS)}")
         for field in fields(self):
             if field.name not in ("kind", *keys[self.kind]) and getattr(self, field.name) != field.default:
                 raise ConfigError(
-                    f"noise.layers.{field.name} has no effect with kind {self.kind!r}: it is a key of "
+                    f"aqn.noise.layers.{field.name} has no effect with kind {self.kind!r}: it is a key of "
                     f"{' and '.join(kind for kind, names in keys.items() if field.name in names)}"
                 )
         numbers = {name: getattr(self, name) for name in ("multiplier", "others", "first", "last")}
@@ -89,18 +89,20 @@ class Layers:
             numbers |= {f"zones[{number}].before": zone.before, f"zones[{number}].after": zone.after}
         for name, value in numbers.items():
             if not math.isfinite(value) or value < 0:
-                raise ConfigError(f"noise.layers.{name} is {value}: a multiplier of σ must be 0 or more")
+                raise ConfigError(f"aqn.noise.layers.{name} is {value}: a multiplier of σ must be 0 or more")
         if not 0 <= self.boundary <= 1:
-            raise ConfigError(f"noise.layers.boundary is {self.boundary}: give a share of the steps, from 0 to 1")
+            raise ConfigError(f"aqn.noise.layers.boundary is {self.boundary}: give a share of the steps, from 0 to 1")
         if self.kind == "inverse" and not self.first >= self.last > 0:
             raise ConfigError(
-                f"noise.layers: kind inverse must fall from first to last, but first is {self.first} and last is "
+                f"aqn.noise.layers: kind inverse must fall from first to last, but first is {self.first} and last is "
                 f"{self.last}: swap them, or use kind variable"
             )
         if not self.modules and self.kind == "targeted":
-            raise ConfigError("noise.layers: kind targeted needs modules, for example ['0-7'] or ['*.q_norm']")
+            raise ConfigError("aqn.noise.layers: kind targeted needs modules, for example ['0-7'] or ['*.q_norm']")
         if self.kind == "zones" and not (self.zones and all(zone.modules for zone in self.zones)):
-            raise ConfigError("noise.layers: kind zones needs zones, and each zone needs modules, for example ['0-7']")
+            raise ConfigError(
+                "aqn.noise.layers: kind zones needs zones, and each zone needs modules, for example ['0-7']"
+            )
 
     def multiplier_of(self, name: str, layers: int, share: float) -> float:
         """Return the multiplier of module `name` in a model of `layers` layers, at `share` = step / T of the run."""
@@ -126,7 +128,7 @@ class Layers:
         for entry in (*self.modules, *(entry for zone in self.zones for entry in zone.modules)):
             if not any(_in((entry,), name, layer_of(name, layers)) for name in names):
                 hint = f"layers are 0 to {layers - 1}" if _LAYERS.fullmatch(entry) else nearest_name(entry, names)
-                raise ConfigError(f"noise.layers: {entry!r} matches no module that gets noise; {hint}")
+                raise ConfigError(f"aqn.noise.layers: {entry!r} matches no module that gets noise; {hint}")
 
 
 @dataclass(frozen=True)
@@ -165,9 +167,9 @@ class NoiseSpec:
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
-            raise ConfigError(f"noise.unit is {self.unit!r}: choose one of {', '.join(UNITS)}")
+            raise ConfigError(f"aqn.noise.unit is {self.unit!r}: choose one of {', '.join(UNITS)}")
         if not set(self.targets) <= set(TARGETS) or (self.sigma and not self.targets):
-            raise ConfigError(f"noise.targets is {list(self.targets)}: choose from {', '.join(TARGETS)}")
+            raise ConfigError(f"aqn.noise.targets is {list(self.targets)}: choose from {', '.join(TARGETS)}")
         if not math.isfinite(self.sigma) or self.sigma < 0 or self.step < 0:
             raise ConfigError(f"noise spec has step {self.step} and sigma {self.sigma}: both must be 0 or more")
 
@@ -193,7 +195,7 @@ class NoiseSpec:
         for key in ("include", "exclude"):
             for pattern in getattr(self, key):
                 if not any(fnmatchcase(name, pattern) for name in names):
-                    raise ConfigError(f"noise.{key}: {pattern!r} matches no module; {nearest_name(pattern, names)}")
+                    raise ConfigError(f"aqn.noise.{key}: {pattern!r} matches no module; {nearest_name(pattern, names)}")
 
 
 NoiseOrder = NoiseSpec  # the name until version 0.1
