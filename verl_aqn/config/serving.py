@@ -144,8 +144,9 @@ def int8_changes(config: DictConfig) -> list[str]:
 def prepare_serving(config: DictConfig, chip: Callable[[], str] = chip_name) -> None:
     """Make the folder that the rollout serves from the packed base in `model.path`, and set the format in `config`.
 
-    On an Ascend 950 `auto` sets `aqn.mxfp4.activation` to `mxfp4` if it is `none`, because the dense MXFP4 layers of
-    vllm-ascend always round activations.
+    On an Ascend 950 `auto` sets `aqn.mxfp4.activation` if it is `none`, because the MXFP4 layers of vllm-ascend always
+    round activations: to `mxfp8`, with which the embedded model learns and with `mxfp4` does not (docs/mxfp4.md), and
+    for a model with experts to `mxfp4`, the only one that is read back there.
 
     Raises:
         ConfigError: as `check_activations`; `aqn.mxfp4.activation` is not set on an Ascend 950, or is `mxfp8` there for
@@ -189,7 +190,8 @@ def prepare_serving(config: DictConfig, chip: Callable[[], str] = chip_name) -> 
     form = "bf16" if stacks and form == "packed" else form
     ascend = form == "packed" and aqn.profile == "npu"
     if ascend and aqn.mxfp4.activation == "none" and aqn.mxfp4.rollout_weight_format == "auto":
-        config.aqn.mxfp4.activation = "mxfp4"
+        config.aqn.mxfp4.activation = "mxfp4" if experts else "mxfp8"
+        parse_aqn(config)  # raises if the recipe has a rounding that mxfp8 does not have
     elif ascend and aqn.mxfp4.activation == "none":
         raise ConfigError(
             "aqn.mxfp4.rollout_weight_format=packed on NPUs rounds activations too (vllm-ascend has W4A8_MXFP and "

@@ -17,8 +17,8 @@ def examine() -> list[Finding]:
 
     packed, bf16 = f"{BYTES_PACKED:.2f} GB", f"{BYTES_BF16} GB"
     if has_mx_units(chip):
-        path = f"packed, as W4A4_MXFP4: {packed} for 1e9 weights instead of {bf16} in bf16; activations are rounded too"
-        path += " (aqn.mxfp4.activation=mxfp8: W4A8_MXFP)"
+        path = f"packed, as W4A8_MXFP: {packed} for 1e9 weights instead of {bf16} in bf16; activations are rounded too"
+        path += " (experts, and aqn.mxfp4.activation=mxfp4: W4A4_MXFP4)"
     else:
         path = f"no MX units: dequantised to bf16 (same values), {bf16} for 1e9 weights instead of {packed}"
         path += f" (aqn.mxfp4.rollout_weight_format=int8: {BYTES_INT8} GB; some values may be rounded)"

@@ -114,7 +114,7 @@ def test_doctor_says_how_npus_serve_the_base_and_what_it_costs(monkeypatch):
     assert [row.fix for row in rows] == ["", "", ""]
     install(monkeypatch, "Ascend950PR_9589", "A5")
     rows = npu_found.examine()
-    assert rows[1].found.startswith("packed, as W4A4_MXFP4: 0.53 GB")
+    assert rows[1].found.startswith("packed, as W4A8_MXFP: 0.53 GB")
     assert not any(row.fix for row in rows)
 
 

@@ -113,24 +113,23 @@ def test_the_bf16_equal_is_known_by_a_digest_that_is_made_of_the_packed_bytes(pa
 def test_an_ascend_950_serves_the_packed_bytes_and_both_sides_round_activations(packed):
     config = prepared(packed, ASCEND_950, "profile=npu")
     aqn, actor_rollout = parse_aqn(config), config.actor_rollout_ref
-    assert (aqn.mxfp4.rollout_weight_format, aqn.mxfp4.activation_arithmetic) == ("packed", "floor/half_away")
-    assert actor_rollout.model.override_config.mxfp4_activation == "floor/half_away"
+    assert (aqn.mxfp4.rollout_weight_format, aqn.mxfp4.activation_arithmetic) == ("packed", ARITHMETIC)
+    assert actor_rollout.model.override_config.mxfp4_activation == ARITHMETIC
     assert actor_rollout.rollout.engine_kwargs.vllm.quantization == "ascend"
     served = Path(actor_rollout.model.override_config.served_path)
     theirs, ours = load_file(packed / "model.safetensors"), load_file(served / "model.safetensors")
     assert {name.replace("weight_packed", "weight") for name in theirs} == ours.keys()
     assert all(torch.equal(ours[name.replace("weight_packed", "weight")], tensor) for name, tensor in theirs.items())
     description = json.loads((served / "quant_model_description.json").read_text())
-    assert description["model.layers.0.mlp.up_proj.weight"] == "W4A4_MXFP4"
+    assert description["model.layers.0.mlp.up_proj.weight"] == "W4A8_MXFP"
 
 
-def test_an_ascend_950_rounds_activations_to_mxfp8_if_the_recipe_says_so(packed):
-    """It stays W4A4 by default: which one is better in RL has not been measured."""
-    w4a8, w4a4 = (prepared(packed, ASCEND_950, "profile=npu", *more) for more in (["aqn.mxfp4.activation=mxfp8"], []))
-    assert parse_aqn(w4a4).mxfp4.activation == "mxfp4"
-    aqn, actor_rollout = parse_aqn(w4a8), w4a8.actor_rollout_ref
-    assert (aqn.mxfp4.rollout_weight_format, aqn.mxfp4.activation_arithmetic) == ("packed", ARITHMETIC)
-    assert actor_rollout.model.override_config.mxfp4_activation == ARITHMETIC
+def test_an_ascend_950_rounds_activations_to_mxfp4_if_the_recipe_says_so(packed):
+    w4a4, w4a8 = (prepared(packed, ASCEND_950, "profile=npu", *more) for more in (["aqn.mxfp4.activation=mxfp4"], []))
+    assert parse_aqn(w4a8).mxfp4.activation == "mxfp8"
+    aqn, actor_rollout = parse_aqn(w4a4), w4a4.actor_rollout_ref
+    assert (aqn.mxfp4.rollout_weight_format, aqn.mxfp4.activation_arithmetic) == ("packed", "floor/half_away")
+    assert actor_rollout.model.override_config.mxfp4_activation == "floor/half_away"
     assert actor_rollout.rollout.engine_kwargs.vllm.quantization == "ascend"
     served, other = (Path(config.actor_rollout_ref.model.override_config.served_path) for config in (w4a8, w4a4))
     assert (served / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
@@ -183,6 +182,8 @@ def test_a_driver_without_an_npu_starts_a_run_of_the_format_that_the_recipe_name
 def test_what_cannot_be_is_refused(packed):
     with pytest.raises(ConfigError, match=r"W4A8_MXFP and W4A4_MXFP4 only.*aqn\.mxfp4\.rollout_weight_format=bf16"):
         prepared(packed, None, "profile=npu", "aqn.mxfp4.rollout_weight_format=packed")
+    with pytest.raises(ConfigError, match=r"activation_scale_rule=even .* are not for aqn\.mxfp4\.activation=mxfp8"):
+        prepared(packed, ASCEND_950, "profile=npu", "aqn.mxfp4.activation_scale_rule=even")  # `auto` chooses mxfp8
     with pytest.raises(ConfigError, match="the rollout does not round activations"):
         prepared(packed, A3, "profile=npu", "aqn.mxfp4.activation=mxfp4")
     with pytest.raises(ConfigError, match=r"rollout_weight_format='fp8' is not one of auto, packed, bf16, int8"):

@@ -22,7 +22,7 @@ from verl_aqn.preflight.sizing import shape_of
 CONFIGS = {
     "qwen3": Qwen3MoeConfig(**SMALL_MOE, moe_intermediate_size=32, num_experts=4, mlp_only_layers=[1]),
     "qwen2": Qwen2MoeConfig(
-        **SMALL_MOE, moe_intermediate_size=32, shared_expert_intermediate_size=64, num_experts=4
+        **SMALL_MOE, moe_intermediate_size=64, shared_expert_intermediate_size=64, num_experts=4
     ),
     "mixtral": MixtralConfig(**SMALL_MOE, num_local_experts=4),
     "dense": LlamaConfig(**SMALL),
@@ -98,6 +98,12 @@ def test_the_memory_of_a_base_in_a_rollout_on_a_cpu(root, name, override, multip
 def test_what_a_bf16_base_cannot_do_is_refused(root, override, words):
     with pytest.raises(ConfigError, match=words):
         prepare_serving(recipe(root / "mixtral", override))
+
+
+def test_experts_have_mxfp4_activations_on_an_ascend_950_by_default(root):
+    config = recipe(root / "qwen2", "aqn.mxfp4.rollout_weight_format=auto", profile="npu")
+    prepare_serving(config, lambda: "Ascend950PR_9589")
+    assert parse_aqn(config).mxfp4.activation == "mxfp4"
 
 
 def test_experts_with_mxfp8_activations_are_refused_on_an_ascend_950(root):
