@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from verl_aqn.errors import ConfigError, first_line
+from verl_aqn.errors import ConfigError
 
 if TYPE_CHECKING:
     from verl_aqn.config.convert.recipe import Conversion
@@ -84,4 +84,4 @@ def _write(output: Path, text: str) -> None:
     except FileExistsError as error:
         raise ConfigError(f"{output} exists already: choose another -o, or remove it") from error
     except OSError as error:
-        raise ConfigError(f"{output} cannot be written: {first_line(error)}") from error
+        raise ConfigError(f"{output} cannot be written: {error.strerror}: choose another -o") from error

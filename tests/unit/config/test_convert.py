@@ -169,5 +169,7 @@ def test_the_command_writes_a_new_file_and_tells_machines_all(tmp_path, capsys):
     assert (refused["key"], refused["why"]) == ("trainer.balance_batch", "verl's V1 trainer always balances")
     with pytest.raises(ConfigError, match="exists already"):
         command(words, out, True)
+    with pytest.raises(ConfigError, match=r"nowhere/made\.yaml cannot be written: No such file or directory: choose"):
+        command(words, tmp_path / "nowhere/made.yaml", True)
     with pytest.raises(ConfigError, match=r"must end in \.yaml"):
         command(words, tmp_path / "made.yml", False)
