@@ -74,8 +74,8 @@ def find_recipe(recipe: str, *, plans: bool = True) -> Path:
 def read_yaml(path: Path) -> Any:
     """Return the content of a recipe's or plan's file. Raises ConfigError if it is not YAML."""
     try:
-        # Hydra's loader, because PyYAML's own takes the second of two equal keys without a word.
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=get_yaml_loader())
+        # Hydra's loader, a safe one, because PyYAML's own takes the second of two equal keys without a word.
+        return get_yaml_loader()(path.read_text(encoding="utf-8")).get_single_data()
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not YAML: it is not UTF-8 ({first_line(error)}): save it as UTF-8") from error
     except yaml.YAMLError as error:
