@@ -161,6 +161,7 @@ def test_a_forked_process_can_give_itself_a_title(run, by):
         ("ray_kwargs.timeline_json_file=somewhere.json", False),
         ("ray_kwargs.ray_init.runtime_env.py_executable=python3", False),
         ("+ray_kwargs.ray_init.runtime_env.env_vars.OMP_NUM_THREADS='1'", False),  # torch reads it once
+        ("+ray_kwargs.ray_init.address=10.0.0.1:6379", False),
         ("profile=cuda", False),
     ],
 )

@@ -79,7 +79,7 @@ def allocator() -> dict[str, str]:
 
 
 def starts_warm(config: DictConfig) -> bool:
-    """Return whether the processes of a run that starts its own Ray are forked: on CPUs.
+    """Return whether the processes of a run are forked: on CPUs, if the run starts its own Ray.
 
     They are not if verl's `run_ppo` would do more than start Ray: determinism (which needs its own hash seed, while a
     forked process has its parent's), the insight logger, a timeline at the end. A Python interpreter that the user
@@ -91,7 +91,7 @@ def starts_warm(config: DictConfig) -> bool:
     runtime = OmegaConf.select(config, "ray_kwargs.ray_init.runtime_env") or {}
     own = runtime.get("py_executable") or {*(runtime.get("env_vars") or {})} - {"VERL_PLATFORM"}  # the profile's
     other = deterministic or timeline or own or "rl_insight" in config.trainer.logger
-    return config.aqn.profile == "cpu" and not other
+    return config.aqn.profile == "cpu" and cluster_address(config) is None and not other
 
 
 def launched(run: RunFolder) -> DictConfig:

@@ -70,7 +70,7 @@ def supervise(run: RunFolder, listener: Listener, ahead: Ahead | None = None) ->
         watchdog = Watchdog(parse_aqn(config).run.hang_timeout_factor, promises, alone=address is None)
         witness = Witness(Path(folder), watchdog)
         env = environment(run, config, folder)
-        if address is None and starts_warm(config):
+        if starts_warm(config):
             python, server = warm_python(folder)
             env[PYTHON] = str(python)
             # The server runs no part of the run itself, so it does not report stacks or errors.

@@ -16,7 +16,6 @@ from omegaconf import DictConfig
 from verl_aqn.cluster.process_environment import allocator, starts_warm
 from verl_aqn.config.schema import AqnConfig, parse_aqn
 from verl_aqn.config.serving import form_of, served_rank
-from verl_aqn.environment import cluster_address
 from verl_aqn.errors import EnvironmentFault
 from verl_aqn.preflight.engine_settings import FP8_CACHES, cache_dtype
 from verl_aqn.preflight.settings import uses_critic
@@ -426,7 +425,7 @@ def machine(config: DictConfig, shape: Shape, cache: int) -> Bytes:
     Processes that are forked from one (`starts_warm`) share the pages of what that one has imported.
     """
     given, costs = sizes(config), cpu_costs()
-    processes = FORKED if cluster_address(config) is None and starts_warm(config) else SEPARATE
+    processes = FORKED if starts_warm(config) else SEPARATE
     replicas = max(1, given.ranks // given.tensor_parallel)
     rank = rollout(shape, given, costs, cache).total - processes.shared
     return {

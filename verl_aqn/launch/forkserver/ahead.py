@@ -17,7 +17,6 @@ from typing import IO, Self
 from omegaconf import DictConfig
 
 from verl_aqn.cluster.process_environment import allocator, engine_environment, starts_warm
-from verl_aqn.environment import cluster_address
 from verl_aqn.launch.forkserver import client
 from verl_aqn.preflight.asking import asked_by, in_new_process
 from verl_aqn.runs import faults, stacks
@@ -145,7 +144,7 @@ def ahead_of(config: DictConfig) -> Iterator[Ahead | None]:
 
     Questions to verl and vLLM are asked in forks of it as long as there is no run.
     """
-    if cluster_address(config) is not None or not starts_warm(config):
+    if not starts_warm(config):
         yield None
         return
     ranks = int(config.actor_rollout_ref.rollout.tensor_model_parallel_size)
